@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage check format bench clean
+
+help:
+	@echo "make demo      a small network trained with tuned, remembered Jacobians"
+	@echo "make test      the test suite"
+	@echo "make coverage  the test suite, with a coverage report"
+	@echo "make check     lint, formatting and types"
+	@echo "make format    rewrite the sources as \`make check\` wants them"
+	@echo "make bench     autojac against torch's own ways on this machine"
+	@echo "make clean     remove the environment and everything generated"
+
+# The stamp is written last: an interrupted installation starts over.
+$(READY): pyproject.toml constraints.txt
+	@echo "Installing autojac into $(VENV) (a few minutes, once) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" $(BIN)/autojac demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+coverage: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" $(BIN)/autojac bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f cache/*.db cache/*.db-*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Every exception and warning that autojac raises, in one small tree."""
+
+
+class AutojacError(Exception):
+    """Base of every error that autojac raises itself."""
+
+
+class OptionError(AutojacError, ValueError):
+    """An option is unknown or has a value that is not accepted."""
+
+
+class InputError(AutojacError, ValueError):
+    """The arguments of a call can't be differentiated: dtype, shape or batch size."""
+
+
+class OutputError(AutojacError, ValueError):
+    """The function's outputs can't have the Jacobian that was asked for."""
+
+
+class MutationError(AutojacError, RuntimeError):
+    """The function writes into one of its inputs."""
+
+
+class RandomnessError(AutojacError, RuntimeError):
+    """The function draws random numbers, or is not repeatable at all."""
+
+
+class UnsupportedError(AutojacError, RuntimeError):
+    """A method can't compute this Jacobian; the message is the reason shown by `explain`."""
+
+
+class SearchError(AutojacError, RuntimeError):
+    """No candidate could compute the Jacobian within the limits."""
+
+
+class PlanMissError(AutojacError, LookupError):
+    """No plan is stored for this signature and `on_miss="error"` forbids making one."""
+
+
+class VerificationError(AutojacError, ArithmeticError):
+    """A Jacobian disagrees with the function's own vector-Jacobian products."""
+
+
+class StoreError(AutojacError, RuntimeError):
+    """A plan store can't be used for what was asked."""
+
+
+class TargetError(AutojacError, ValueError):
+    """A command-line argument can't be understood."""
+
+
+class AutojacWarning(UserWarning):
+    """Base of every warning that autojac issues."""
+
+
+class StoreWarning(AutojacWarning):
+    """The plan store is unusable; plans live in memory for this process."""
+
+
+class StructureChangedWarning(AutojacWarning):
+    """The runtime guard caught a plan whose structure no longer holds."""

@@ -1,0 +1,118 @@
+"""What a plan is made for: the shapes, roles and flags of one kind of call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+Layout = Literal["blocks", "full"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+def bucket(batch: int) -> int:
+    """The smallest power of two that holds `batch` samples; batch sizes of one bucket share a plan."""
+    return 1 << (batch - 1).bit_length() if batch > 0 else 0
+
+
+FLAG_NAMES = ("default_dtype", "threads", "deterministic", "matmul_precision", "autocast", "training")
+
+
+def current_flags(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
+    """Whatever besides shapes changes numerics or speed, in the order of `FLAG_NAMES`: read at every call."""
+    cpu, cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return (
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        (cpu and torch.get_autocast_dtype("cpu"), cuda and torch.get_autocast_dtype("cuda")),
+        tuple([module.training for module in modules]),
+    )
+
+
+def named_flags(flags: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+    """Flags as JSON values with their names, for a key."""
+    dtype, threads, deterministic, precision, autocast, training = flags
+    modes = "".join("t" if mode else "e" for mode in training)
+    plain = (str(dtype), threads, deterministic, precision, str(autocast), modes)
+    return tuple(zip(FLAG_NAMES, plain, strict=True))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor among the positional arguments.
+
+    Attributes:
+        shape: full shape, batch axis first if `batched`.
+        dtype, device: as strings, e.g. `float32` and `cpu`.
+        batched: whether axis 0 runs over samples.
+        differentiated: whether the Jacobian is taken with respect to it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    batched: bool
+    differentiated: bool
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape without the batch axis."""
+        return self.shape[1:] if self.batched else self.shape
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Shapes, roles and flags of a call; equal signatures share a plan.
+
+    Attributes:
+        leaves: the tensors of the positional arguments, in pytree order.
+        outputs: event shapes of the function's outputs, in pytree order.
+        batch: number of samples B.
+        context: the arguments' nesting, constants among them and the keyword arguments' kinds, as text.
+        layout: layout of the Jacobian.
+        differentiable: whether the Jacobian itself carries a graph.
+        flags: (name, value) pairs that change numerics or speed (autocast, threads, train/eval, ...).
+    """
+
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    batch: int
+    context: str
+    layout: Layout
+    differentiable: bool
+    flags: tuple[tuple[str, Any], ...]
+
+    def bucketed(self) -> Signature:
+        """The signature with its batch size rounded up to its bucket: what a stored plan is keyed by."""
+        size = bucket(self.batch)
+        leaves = tuple(replace(leaf, shape=(size, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves)
+        return replace(self, leaves=leaves, batch=size)
+
+    def without_batch(self) -> Signature:
+        """The signature with its batch size left open: what neighbouring shapes have in common."""
+        leaves = tuple(replace(leaf, shape=(-1, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves)
+        return replace(self, leaves=leaves, batch=-1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "leaves": [
+                {
+                    "shape": list(leaf.shape),
+                    "dtype": leaf.dtype,
+                    "device": leaf.device,
+                    "batched": leaf.batched,
+                    "differentiated": leaf.differentiated,
+                }
+                for leaf in self.leaves
+            ],
+            "outputs": [list(shape) for shape in self.outputs],
+            "batch": self.batch,
+            "context": self.context,
+            "layout": self.layout,
+            "differentiable": self.differentiable,
+            "flags": [[name, value] for name, value in self.flags],
+        }

@@ -1,0 +1,69 @@
+"""What couples with what across the batch, and how it is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from autojac.errors import OptionError
+
+Coupling = Literal["independent", "dense"]
+Assurance = Literal["proved", "observed", "declared"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The dependence of a function's outputs on its inputs across the batch.
+
+    Attributes:
+        coupling: `independent` if output b depends on input b alone, else `dense`.
+        assurance: `proved` for all inputs, `observed` on samples, or `declared` by the user.
+        sliceable: whether calling the function on some of the samples gives those samples' outputs;
+            false where the output depends on the batch size or on side inputs of other samples.
+        suspect: the layers of the probe disagree, so every call is checked.
+        effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`);
+            if not empty, func must run exactly once, on the whole batch.
+        evidence: one line for each layer of the probe, for people.
+    """
+
+    coupling: Coupling
+    assurance: Assurance = "observed"
+    sliceable: bool = True
+    suspect: bool = False
+    effects: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.coupling not in get_args(Coupling):
+            raise OptionError(f"coupling must be one of {get_args(Coupling)}, got {self.coupling!r}")
+        if self.assurance not in get_args(Assurance):
+            raise OptionError(f"assurance must be one of {get_args(Assurance)}, got {self.assurance!r}")
+
+    @property
+    def independent(self) -> bool:
+        return self.coupling == "independent"
+
+    def refuted(self, reason: str) -> Structure:
+        """The structure that remains after a check failed: dense, with the reason added."""
+        return replace(
+            self,
+            coupling="dense",
+            assurance="observed",
+            sliceable=False,
+            suspect=False,
+            evidence=(*self.evidence, reason),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "coupling": self.coupling,
+            "assurance": self.assurance,
+            "sliceable": self.sliceable,
+            "suspect": self.suspect,
+            "effects": list(self.effects),
+            "evidence": list(self.evidence),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Structure:
+        return cls(**{**data, "effects": tuple(data["effects"]), "evidence": tuple(data["evidence"])})

@@ -1,0 +1,143 @@
+"""The only place that calls torch.func and torch.autograd.
+
+Everything here takes a *bound* function: positional tensors to differentiate in, a tuple of tensors out.
+Callers have left inference mode, in which autograd records nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._vmap_internals import _vmap
+from torch.autograd.graph import _engine_run_backward
+
+Bound = Callable[..., tuple[Tensor, ...]]
+Mode = Literal["reverse", "forward"]
+
+
+def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
+    """Distinct autograd nodes for `inputs`, so that aliases and captured inputs are told apart.
+
+    With `differentiable` the nodes stay connected to the caller's tensors, without it they are leaves.
+    """
+    if not differentiable:
+        return tuple(x.detach().requires_grad_() for x in inputs)
+    return tuple(x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs)
+
+
+class Pullback:
+    """One plain evaluation of `fn`, recorded for any number of VJPs.
+
+    Args:
+        fn: bound function.
+        inputs: tensors to differentiate.
+        differentiable: whether the VJPs carry a graph themselves.
+    """
+
+    def __init__(self, fn: Bound, inputs: Sequence[Tensor], differentiable: bool) -> None:
+        self.differentiable = differentiable
+        with torch.enable_grad():
+            self.inputs = fresh_inputs(inputs, differentiable)
+            self.recorded = fn(*self.inputs)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The function's values; with their graph only if `differentiable`."""
+        return self.recorded if self.differentiable else tuple(y.detach() for y in self.recorded)
+
+    def __call__(self, output: int, cotangent: Tensor, *, batched: bool = False, last: bool = False) -> list[Tensor]:
+        """VJP of one output for every input; zeros where it does not depend on the input.
+
+        Args:
+            output: index of the output.
+            cotangent: shape of that output, with one more leading axis if `batched`.
+            batched: pull all cotangents along the leading axis at once (`is_grads_batched`).
+            last: the graph is not needed any more.
+        """
+        return self.pull((self.recorded[output],), (cotangent,), batched=batched, last=last)
+
+    def pull(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool = False, last: bool = False
+    ) -> list[Tensor]:
+        """VJP of several outputs together."""
+        lead = cotangents[0].shape[:1] if batched else torch.Size()
+        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        if not pairs:
+            return [x.new_zeros((*lead, *x.shape)) for x in self.inputs]
+        recorded = tuple(y for y, _ in pairs)
+        keep = self.differentiable or not last
+
+        def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
+            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
+            return _engine_run_backward(recorded, seeds, keep, self.differentiable, self.inputs, True, False)
+
+        with torch.enable_grad():
+            cotangents = [c for _, c in pairs]
+            gradients = _vmap(run, 0, 0, allow_none_pass_through=True)(*cotangents) if batched else run(*cotangents)
+        # torch's own materialize_grads would forget the leading axis of batched cotangents
+        return [
+            x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
+            for x, gradient in zip(self.inputs, gradients, strict=True)
+        ]
+
+
+def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+    """torch.func.vjp of a bound function: its outputs and the pullback to vmap over."""
+    outputs, pullback = torch.func.vjp(fn, *inputs)[:2]
+    return outputs, pullback
+
+
+def vmap(fn: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, chunk: int | None = None) -> Callable[..., Any]:
+    """torch.vmap, chunked, refusing random draws."""
+    return torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness="error")
+
+
+@functools.cache
+def load_forward_rules() -> None:
+    """Load torch's forward-mode decompositions, which warn that they are scripted, before a user's call does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """One JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        duals = [forward.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        pairs = [forward.unpack_dual(y) for y in fn(*duals)]
+        values = [primal for primal, _ in pairs]
+        pushed = [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]
+    return values, pushed
+
+
+def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
+    """torch.func.jvp of a bound function, to be used under vmap over tangents."""
+    outputs, pushed = torch.func.jvp(fn, tuple(inputs), tuple(tangents))[:2]
+    return outputs, pushed
+
+
+def sample_jacobian(single: Callable[..., Any], argnums: tuple[int, ...], mode: Mode) -> Callable[..., Any]:
+    """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
+    transform = torch.func.jacrev if mode == "reverse" else torch.func.jacfwd
+    return transform(single, argnums=argnums, has_aux=True)
+
+
+def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of one graph for one shape: a graph break is an error, not a slow plan."""
+    return torch.compile(fn, fullgraph=True, dynamic=False)
+
+
+def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """Gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
+    if not scalar.requires_grad:
+        return [torch.zeros_like(x) for x in sources]
+    return list(
+        torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
+    )

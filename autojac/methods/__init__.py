@@ -1,0 +1,1 @@
+"""Jacobian methods, one a file, found by `autojac.methods.base.registry`."""

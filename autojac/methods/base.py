@@ -1,0 +1,242 @@
+"""What a method is: seeds pushed or pulled through a function, as a frozen candidate of the search.
+
+The instance is the candidate: its fields are the tunables and its JSON spec is the row in the store. Methods are
+found by walking this package, so a file with a `Method` subclass is searched, tested and documented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+import autojac.methods
+from autojac import seeds
+from autojac.autodiff import Bound
+from autojac.errors import StoreError
+from autojac.signature import Layout, Leaf
+from autojac.structure import Structure
+
+CACHE_BYTES = 32 * 2**20
+BYTES_PER_SECOND = 1e9
+
+Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
+
+
+class Result(NamedTuple):
+    """Values of all outputs and, for output o and input i, `jacobians[o][i]`."""
+
+    values: tuple[Tensor, ...]
+    jacobians: tuple[tuple[Tensor, ...], ...]
+
+
+Compute = Callable[[Sequence[Tensor], Mapping[str, Any]], Result]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A Jacobian to compute: a flat function and all that is known of it.
+
+    Attributes:
+        fn: maps (leaves, keyword arguments) to a tuple of tensors, each with the batch on axis 0.
+        leaves: shape and role of each tensor that fn takes.
+        outputs: event shape of each output.
+        batch: number of samples B.
+        layout: `blocks` (B, *out, *in) or `full` (B, *out, B, *in).
+        structure: what couples with what.
+        differentiable: whether the Jacobian carries a graph.
+        memory_limit: bytes that a method may allocate.
+    """
+
+    fn: Flat
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    batch: int
+    layout: Layout
+    structure: Structure
+    differentiable: bool
+    memory_limit: int
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of the leaves to differentiate."""
+        return tuple(index for index, leaf in enumerate(self.leaves) if leaf.differentiated)
+
+    @property
+    def out_size(self) -> int:
+        """Elements of one sample's outputs, m."""
+        return sum(seeds.size(shape) for shape in self.outputs)
+
+    @property
+    def in_size(self) -> int:
+        """Elements of one sample's differentiated inputs, n."""
+        return sum(seeds.size(self.leaves[index].event_shape) for index in self.inputs)
+
+    @property
+    def shared_input(self) -> bool:
+        """Whether some differentiated input belongs to all samples."""
+        return any(not self.leaves[index].batched for index in self.inputs)
+
+    @property
+    def item_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.leaves[self.inputs[0]].dtype)
+        return dtype.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        """Size of the Jacobian itself."""
+        across = self.batch if self.layout == "full" else 1
+        return self.item_bytes * self.batch * self.out_size * across * self.in_size
+
+    def resized(self, batch: int) -> Problem:
+        """The same problem for another number of samples."""
+        leaves = tuple(
+            dataclasses.replace(leaf, shape=(batch, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves
+        )
+        return dataclasses.replace(self, leaves=leaves, batch=batch)
+
+
+def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Bound, tuple[Tensor, ...]]:
+    """The function of the differentiated leaves alone, and those leaves."""
+    positions, held = problem.inputs, list(leaves)
+
+    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+        merged = list(held)
+        for position, tensor in zip(positions, inputs, strict=True):
+            merged[position] = tensor
+        return problem.fn(merged, kwargs)
+
+    return bound, tuple(leaves[position] for position in positions)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to compute a Jacobian.
+
+    Subclasses are frozen dataclasses whose fields are plain JSON values or inner methods.
+    """
+
+    repeats_func: ClassVar[bool] = True
+    """Whether func runs more than once, or on anything but the whole batch as it is."""
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why this method can't serve the problem, as a sentence to act on; None if it can."""
+        effects = problem.structure.effects
+        if self.repeats_func and effects:
+            return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
+        return None
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the method cuts its work into pieces itself: chunks of chunks are not worth timing."""
+        return getattr(self, "chunk", None) is not None
+
+    @property
+    def traceable(self) -> bool:
+        """Whether the method goes through torch.func transforms alone, which a compiler can trace."""
+        return getattr(self, "engine", None) == "vmap"
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        """The settings worth timing; `depth` 0 is a quick search, 1 adds compilers, 2 is exhaustive."""
+
+    @abstractmethod
+    def prepare(self, problem: Problem) -> Compute:
+        """Make once what depends on shapes alone, and return the function that computes."""
+
+    @abstractmethod
+    def cost(self, problem: Problem) -> float:
+        """Predicted seconds of one call, from passes and sizes; only the order of candidates matters."""
+
+    @abstractmethod
+    def workspace(self, problem: Problem) -> int:
+        """Bytes needed at least beyond the Jacobian: known before anything runs."""
+
+    def spec(self) -> dict[str, Any]:
+        """The method as JSON: its name, its fields, inner methods nested."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {name: value.spec() if isinstance(value, Method) else value for name, value in fields.items()}
+        return {"method": type(self).__name__, **nested}
+
+
+@cache
+def registry() -> dict[str, type[Method]]:
+    """Every method by name, in the order of the files of this package."""
+    found: dict[str, type[Method]] = {}
+    for module_info in pkgutil.iter_modules(autojac.methods.__path__):
+        module = importlib.import_module(f"autojac.methods.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+                found[value.__name__] = value
+    found.pop("Method")
+    return found
+
+
+def build(spec: Mapping[str, Any]) -> Method:
+    """The method that a JSON spec describes.
+
+    Raises:
+        StoreError: if the spec names no known method, or fields that it does not have.
+    """
+    fields = dict(spec)
+    kind = registry().get(str(fields.pop("method", None)))
+    if kind is None:
+        raise StoreError(f"a plan names the method {spec.get('method')!r}; known are {', '.join(registry())}")
+    nested = {name: build(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+    try:
+        return kind(**nested)
+    except TypeError as error:
+        raise StoreError(f"a plan has fields that {kind.__name__} does not: {error}") from error
+
+
+def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:
+    """Concatenate `count` rows that arrive in parts, for several tensors side by side.
+
+    Each part is written into its place and freed, except where a graph must be kept.
+    """
+    first = next(parts)
+    if len(first[0]) == count:
+        return list(first)
+    if differentiable:
+        return [torch.cat(rows) for rows in zip(first, *parts, strict=True)]
+    wholes = [rows.new_empty(count, *rows.shape[1:]) for rows in first]
+    start = 0
+    for part in itertools.chain((first,), parts):
+        for whole, rows in zip(wholes, part, strict=True):
+            whole[start : start + len(rows)] = rows
+        start += len(part[0])
+    return wholes
+
+
+def embed(blocks: Tensor, event_dims: int) -> Tensor:
+    """Blocks (B, *out, *in) on the diagonal of a full Jacobian (B, *out, B, *in) that is zero elsewhere."""
+    moved = blocks.movedim(0, -1).diag_embed(dim1=0, dim2=1 + event_dims)
+    return moved
+
+
+def chunk_sizes(count: int, depth: int) -> list[int | None]:
+    """Chunks worth trying for `count` seeds: all at once, and powers of four below."""
+    sizes = [size for size in (4, 16, 64, 256, 1024) if size < count]
+    return [None, *sizes] if depth else [None, *sizes[-2:]]
+
+
+def dispatch_cost(passes: int, functional: bool) -> float:
+    """Predicted seconds of host work: a plain pass is dozens of operators, functorch makes each dearer."""
+    return (1.5e-4 if functional else 0.5e-4) * (passes + 1)
+
+
+def traffic_cost(problem: Problem, count: int, step: int) -> float:
+    """Predicted seconds of moving `count` seeds through the batch, dearer where a step overflows the cache."""
+    moved = problem.item_bytes * problem.batch * (problem.out_size + problem.in_size)
+    overflow = 2.0 if moved * step > CACHE_BYTES else 1.0
+    return overflow * moved * (count + 1) / BYTES_PER_SECOND

@@ -1,0 +1,59 @@
+"""Wrapper: `torch.compile` of another method for the signature at hand."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from autojac.autodiff import compile_flat
+from autojac.methods.base import Compute, Method, Problem, Result, registry
+
+
+@dataclass(frozen=True)
+class Compiled(Method):
+    """Another method, compiled into one graph.
+
+    Attributes:
+        inner: the method to compile; it must go through torch.func, which the compiler can trace.
+    """
+
+    inner: Method
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not self.inner.traceable:
+            return "torch.compile traces torch.func transforms, not torch.autograd.grad or dual numbers"
+        if not problem.structure.independent:
+            return "the loop over rows of a coupled batch would be unrolled by the compiler"
+        return self.inner.unsupported(problem) or super().unsupported(problem)
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        if not depth:
+            return
+        for kind in registry().values():
+            if kind is not cls:
+                # depth 0: compiling is dear, so chunk sizes are not searched under it
+                inner = [method for method in kind.candidates(problem, 0) if method.traceable and not method.chunked]
+                yield from map(cls, inner)
+
+    def cost(self, problem: Problem) -> float:
+        return 0.6 * self.inner.cost(problem)
+
+    def workspace(self, problem: Problem) -> int:
+        return self.inner.workspace(problem)
+
+    def prepare(self, problem: Problem) -> Compute:
+        inner = self.inner.prepare(problem)
+
+        def program(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+            values, jacobians = inner(leaves, kwargs)
+            return values, jacobians
+
+        # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
+        own = types.FunctionType(program.__code__.replace(), globals(), program.__name__, None, program.__closure__)
+        compiled = compile_flat(own)
+        return lambda leaves, kwargs: Result(*compiled(leaves, kwargs))

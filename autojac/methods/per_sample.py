@@ -1,0 +1,78 @@
+"""One sample at a time under vmap: torch's own recipe, `vmap(jacrev)` or `vmap(jacfwd)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from torch import Tensor
+
+from autojac.autodiff import Mode, load_forward_rules, sample_jacobian, vmap
+from autojac.methods.base import Compute, Method, Problem, Result, dispatch_cost, embed, traffic_cost
+
+
+@dataclass(frozen=True)
+class PerSample(Method):
+    """`vmap` over samples of the Jacobian of one sample.
+
+    Attributes:
+        mode: `reverse` for jacrev, `forward` for jacfwd.
+        chunk: samples per pass; None for all.
+    """
+
+    mode: Mode
+    chunk: int | None = None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not problem.structure.independent:
+            return "samples are coupled, so one sample alone has another Jacobian"
+        if not problem.structure.sliceable:
+            return "func of one sample is not that sample of func: its output depends on the rest of the batch"
+        return super().unsupported(problem)
+
+    @property
+    def traceable(self) -> bool:
+        return True
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        for mode in get_args(Mode):
+            yield cls(mode)
+            for chunk in (256, 4096) if depth else (4096,):
+                if chunk < problem.batch:
+                    yield cls(mode, chunk)
+
+    def cost(self, problem: Problem) -> float:
+        count = problem.out_size if self.mode == "reverse" else 2 * problem.in_size
+        passes = -(-problem.batch // (self.chunk or problem.batch))
+        return dispatch_cost(2 * passes, functional=True) + traffic_cost(problem, count, count)
+
+    def workspace(self, problem: Problem) -> int:
+        count = problem.out_size if self.mode == "reverse" else problem.in_size
+        samples = self.chunk or problem.batch
+        return problem.item_bytes * samples * count * (problem.out_size + problem.in_size)
+
+    def prepare(self, problem: Problem) -> Compute:
+        if self.mode == "forward":
+            load_forward_rules()
+        in_dims = tuple(0 if leaf.batched else None for leaf in problem.leaves)
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            def single(*sample: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+                whole = [x.unsqueeze(0) if leaf.batched else x for x, leaf in zip(sample, problem.leaves, strict=True)]
+                outputs = tuple(y.squeeze(0) for y in problem.fn(whole, kwargs))
+                return outputs, outputs
+
+            transform = sample_jacobian(single, problem.inputs, self.mode)
+            jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk)(*leaves)
+            return Result(tuple(values), tuple(tuple(self._lay_out(problem, row)) for row in jacobians))
+
+        return compute
+
+    @staticmethod
+    def _lay_out(problem: Problem, row: Sequence[Tensor]) -> Iterator[Tensor]:
+        for position, blocks in zip(problem.inputs, row, strict=True):
+            leaf = problem.leaves[position]
+            wanted = problem.layout == "full" and leaf.batched
+            yield embed(blocks, blocks.dim() - 1 - len(leaf.event_shape)) if wanted else blocks

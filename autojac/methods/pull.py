@@ -1,0 +1,154 @@
+"""Reverse mode: one VJP a seed, many seeds at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from autojac import seeds
+from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
+from autojac.methods.base import (
+    Compute,
+    Method,
+    Problem,
+    Result,
+    bind,
+    chunk_sizes,
+    collect,
+    dispatch_cost,
+    embed,
+    traffic_cost,
+)
+from autojac.seeds import SeedKind
+
+Engine = Literal["loop", "vmap", "batched"]
+PullMany = Callable[[int, Tensor, bool], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Pull(Method):
+    """Reverse mode: func runs once, then one VJP a seed.
+
+    Attributes:
+        seeds: `shared` pulls one seed per output coordinate through all samples at once, which is exact for
+            independent samples; `identity` pulls one per output element and is exact whatever the coupling.
+        engine: `loop` over plain VJPs, `vmap` over torch.func.vjp, or `batched` for `is_grads_batched`.
+        chunk: seeds per pass; None for all.
+    """
+
+    seeds: SeedKind
+    engine: Engine = "loop"
+    chunk: int | None = None
+
+    repeats_func: ClassVar[bool] = False
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if self.seeds == "shared" and not problem.structure.independent:
+            return "samples are coupled, so pulling one seed through all of them would add up their rows"
+        if self.seeds == "shared" and problem.shared_input:
+            return "an input is shared by all samples, so its rows would be added up over the batch"
+        return super().unsupported(problem)
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        kind: SeedKind = "identity"
+        if problem.structure.independent and not problem.shared_input:
+            kind = "shared"
+        count = max(seeds.size(shape) for shape in problem.outputs) * (problem.batch if kind == "identity" else 1)
+        yield cls(kind, "loop")
+        for chunk in chunk_sizes(count, depth):
+            yield cls(kind, "vmap", chunk)
+            yield cls(kind, "batched", chunk)
+
+    def cost(self, problem: Problem) -> float:
+        count = self._seed_count(problem)
+        step = 1 if self.engine == "loop" else self.chunk or count
+        return dispatch_cost(-(-count // step), functional=self.engine == "vmap") + traffic_cost(problem, count, step)
+
+    def workspace(self, problem: Problem) -> int:
+        step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)
+        return problem.item_bytes * step * problem.batch * (problem.out_size + problem.in_size)
+
+    def _seed_count(self, problem: Problem) -> int:
+        return problem.out_size * (problem.batch if self.seeds == "identity" else 1)
+
+    def prepare(self, problem: Problem) -> Compute:
+        step = 1 if self.engine == "loop" else self.chunk
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            bound, inputs = bind(problem, leaves, kwargs)
+            values, pull = self._record(bound, inputs, problem.differentiable)
+            rows = self._shared_rows if self.seeds == "shared" else self._identity_rows
+            jacobians = [rows(problem, index, values, pull, step) for index in range(len(values))]
+            return Result(values, tuple(jacobians))
+
+        return compute
+
+    def _record(
+        self, bound: Bound, inputs: Sequence[Tensor], differentiable: bool
+    ) -> tuple[tuple[Tensor, ...], PullMany]:
+        """The values, and a function from (output, cotangents (c, *output), last) to one (c, *input) an input."""
+        if self.engine == "vmap":
+            values, vjp = functional_vjp(bound, inputs)
+
+            def pull_vmapped(output: int, cotangents: Tensor, last: bool) -> Sequence[Tensor]:
+                zeros = [torch.zeros_like(value) for value in values]
+                pulled: Sequence[Tensor] = vmap(lambda seed: vjp((*zeros[:output], seed, *zeros[output + 1 :])))(
+                    cotangents
+                )
+                return pulled
+
+            return values, pull_vmapped
+
+        pullback = Pullback(bound, inputs, differentiable)
+        if self.engine == "batched":
+            return pullback.outputs, lambda output, cotangents, last: pullback(
+                output, cotangents, batched=True, last=last
+            )
+        return pullback.outputs, lambda output, cotangents, last: [
+            gradient.unsqueeze(0) for gradient in pullback(output, cotangents[0], last=last)
+        ]
+
+    def _shared_rows(
+        self, problem: Problem, output: int, values: Sequence[Tensor], pull: PullMany, step: int | None
+    ) -> tuple[Tensor, ...]:
+        event = problem.outputs[output]
+        count = seeds.size(event)
+        cotangents = seeds.shared(event, problem.batch, values[output])
+        final = output == len(values) - 1
+        pulled = [pull(output, cotangents[a:b], final and b == count) for a, b in seeds.spans(count, step)]
+        jacobians = []
+        for rows in zip(*pulled, strict=True):
+            whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+            blocks = whole.movedim(0, 1).reshape(problem.batch, *event, *whole.shape[2:])
+            jacobians.append(embed(blocks, len(event)) if problem.layout == "full" else blocks)
+        return tuple(jacobians)
+
+    def _identity_rows(
+        self, problem: Problem, output: int, values: Sequence[Tensor], pull: PullMany, step: int | None
+    ) -> tuple[Tensor, ...]:
+        shape = (problem.batch, *problem.outputs[output])
+        count = seeds.size(shape)
+        sample_of = torch.arange(count, device=values[output].device) // (count // problem.batch)
+        final = output == len(values) - 1
+
+        def parts() -> Iterator[list[Tensor]]:
+            for start, stop in seeds.spans(count, step):
+                cotangents = seeds.identity(shape, start, stop, values[output])
+                pulled = pull(output, cotangents, final and stop == count)
+                yield [
+                    self._own_sample(problem, position, gradient, sample_of[start:stop])
+                    for position, gradient in zip(problem.inputs, pulled, strict=True)
+                ]
+
+        return tuple(rows.unflatten(0, shape) for rows in collect(parts(), count, problem.differentiable))
+
+    @staticmethod
+    def _own_sample(problem: Problem, position: int, gradient: Tensor, samples: Tensor) -> Tensor:
+        if problem.layout == "full" or not problem.leaves[position].batched:
+            return gradient
+        return gradient[torch.arange(len(samples), device=samples.device), samples]

@@ -1,0 +1,143 @@
+"""Forward mode: one JVP a seed, many seeds at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from autojac import seeds
+from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
+from autojac.methods.base import (
+    Compute,
+    Method,
+    Problem,
+    Result,
+    bind,
+    chunk_sizes,
+    collect,
+    dispatch_cost,
+    embed,
+    traffic_cost,
+)
+from autojac.seeds import SeedKind
+
+Engine = Literal["loop", "vmap"]
+
+
+@dataclass(frozen=True)
+class Push(Method):
+    """Forward mode: one JVP a seed.
+
+    Attributes:
+        seeds: `shared` pushes one seed per input coordinate through all samples at once, which is exact for
+            independent samples; `identity` pushes one per input element and is exact whatever the coupling.
+        engine: `loop` over plain dual numbers, or `vmap` over torch.func.jvp.
+        chunk: seeds per pass; None for all.
+    """
+
+    seeds: SeedKind
+    engine: Engine = "loop"
+    chunk: int | None = None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if self.seeds == "shared" and not problem.structure.independent:
+            return "samples are coupled, so pushing one seed through all of them would add up their columns"
+        return super().unsupported(problem)
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        kind: SeedKind = "shared" if problem.structure.independent else "identity"
+        yield cls(kind, "loop")
+        count = max(seeds.size(cls._seeded(problem, position, kind)) for position in problem.inputs)
+        for chunk in chunk_sizes(count, depth):
+            yield cls(kind, "vmap", chunk)
+
+    def cost(self, problem: Problem) -> float:
+        count = self._seed_count(problem)
+        step = 1 if self.engine == "loop" else self.chunk or count
+        # every pass evaluates func again, and dual numbers double its operators
+        return 2 * dispatch_cost(-(-count // step), functional=self.engine == "vmap") + traffic_cost(
+            problem, count, step
+        )
+
+    def workspace(self, problem: Problem) -> int:
+        step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)
+        return problem.item_bytes * step * problem.batch * (problem.out_size + problem.in_size)
+
+    def _seed_count(self, problem: Problem) -> int:
+        return sum(seeds.size(self._seeded(problem, position, self.seeds)) for position in problem.inputs)
+
+    @staticmethod
+    def _seeded(problem: Problem, position: int, kind: SeedKind) -> tuple[int, ...]:
+        """The shape whose elements are numbered by the seeds of one input."""
+        leaf = problem.leaves[position]
+        return leaf.event_shape if kind == "shared" else leaf.shape
+
+    def prepare(self, problem: Problem) -> Compute:
+        load_forward_rules()
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            bound, inputs = bind(problem, leaves, kwargs)
+            values: tuple[Tensor, ...] = ()
+            columns = []
+            for order, position in enumerate(problem.inputs):
+                values, column = self._columns(problem, bound, inputs, order, position)
+                columns.append(column)
+            return Result(values, tuple(zip(*columns, strict=True)))
+
+        return compute
+
+    def _columns(
+        self, problem: Problem, bound: Bound, inputs: tuple[Tensor, ...], order: int, position: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All values, and the Jacobian of each output with respect to one input."""
+        leaf = problem.leaves[position]
+        shape = self._seeded(problem, position, self.seeds)
+        count = seeds.size(shape)
+        whole_batch = self.seeds == "identity" and leaf.batched
+        tangents = seeds.shared(shape, problem.batch, inputs[order]) if leaf.batched and not whole_batch else None
+        sample_of = torch.arange(count, device=inputs[order].device) // max(count // problem.batch, 1)
+        values: tuple[Tensor, ...] = ()
+
+        def alone(tensor: Tensor) -> tuple[Tensor, ...]:
+            return bound(*inputs[:order], tensor, *inputs[order + 1 :])
+
+        def parts() -> Iterator[Sequence[Tensor]]:
+            nonlocal values
+            for start, stop in seeds.spans(count, 1 if self.engine == "loop" else self.chunk):
+                chosen = tangents[start:stop] if tangents is not None else None
+                chosen = seeds.identity(shape, start, stop, inputs[order]) if chosen is None else chosen
+                values, pushed = self._push(alone, inputs[order], chosen)
+                if whole_batch and problem.layout == "blocks":
+                    samples = sample_of[start:stop]
+                    pushed = [rows[torch.arange(len(samples), device=samples.device), samples] for rows in pushed]
+                yield pushed
+
+        pushed_all = collect(parts(), count, problem.differentiable)
+        return values, tuple(
+            self._arrange(problem, rows, event, position)
+            for rows, event in zip(pushed_all, problem.outputs, strict=True)
+        )
+
+    def _push(self, alone: Bound, source: Tensor, tangents: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Values, and for each output its tangents (c, B, *out)."""
+        if self.engine == "loop":
+            values, pushed = push_dual(alone, (source,), (tangents[0],))
+            return tuple(values), [tangent.unsqueeze(0) for tangent in pushed]
+        outputs, pushed = vmap(lambda seed: functional_jvp(alone, (source,), (seed,)))(tangents)
+        return tuple(output[0] for output in outputs), list(pushed)
+
+    def _arrange(self, problem: Problem, rows: Tensor, event: tuple[int, ...], position: int) -> Tensor:
+        """Columns, in the order of the seeds, as a Jacobian of the problem's layout."""
+        leaf, batch = problem.leaves[position], problem.batch
+        if self.seeds == "identity" and leaf.batched and problem.layout == "blocks":
+            per_sample = rows.view(batch, -1, *event)
+            return per_sample.movedim(1, -1).reshape(batch, *event, *leaf.event_shape)
+        if self.seeds == "identity" and leaf.batched:
+            return rows.movedim(0, -1).reshape(batch, *event, *leaf.shape)
+        blocks = rows.movedim(0, -1).reshape(batch, *event, *leaf.event_shape)
+        return embed(blocks, len(event)) if problem.layout == "full" and leaf.batched else blocks

@@ -1,0 +1,118 @@
+"""Tile the batch once per seed and differentiate one plain pass: needs no vmap rule of any operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from autojac import seeds
+from autojac.autodiff import Mode, Pullback, load_forward_rules, push_dual
+from autojac.methods.base import Compute, Method, Problem, Result, bind, dispatch_cost, embed, traffic_cost
+
+
+@dataclass(frozen=True)
+class Replicate(Method):
+    """One pass over a batch of (seeds × B) samples, each replica of the batch with its own seed.
+
+    Attributes:
+        mode: `reverse` pulls one seed per output coordinate, `forward` pushes one per input coordinate.
+    """
+
+    mode: Mode
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not problem.structure.independent:
+            return "samples are coupled, so a tiled batch has other outputs than the batch"
+        if not problem.structure.sliceable:
+            return "func of a tiled batch is not the tiled output: it depends on the rest of the batch"
+        if problem.shared_input:
+            return "an input is shared by all samples, so it can't be tiled with the batch"
+        return super().unsupported(problem)
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        yield cls("reverse")
+        yield cls("forward")
+
+    def _seed_count(self, problem: Problem) -> int:
+        return problem.out_size if self.mode == "reverse" else problem.in_size
+
+    def cost(self, problem: Problem) -> float:
+        count = self._seed_count(problem)
+        return dispatch_cost(2, functional=False) + 2 * traffic_cost(problem, count, count)
+
+    def workspace(self, problem: Problem) -> int:
+        width = problem.out_size + problem.in_size
+        return 2 * problem.item_bytes * self._seed_count(problem) * problem.batch * width
+
+    def prepare(self, problem: Problem) -> Compute:
+        count = self._seed_count(problem)
+        if self.mode == "forward":
+            load_forward_rules()
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            tiled = [
+                x.expand(count, *x.shape).reshape(count * problem.batch, *leaf.event_shape) if leaf.batched else x
+                for x, leaf in zip(leaves, problem.leaves, strict=True)
+            ]
+            bound, inputs = bind(problem, tiled, kwargs)
+            sweep = self._reverse if self.mode == "reverse" else self._forward
+            values, jacobians = sweep(problem, bound, inputs)
+            own = tuple(value[: problem.batch] for value in values)
+            if problem.layout == "full":
+                jacobians = [
+                    [embed(blocks, len(event)) for blocks in row]
+                    for row, event in zip(jacobians, problem.outputs, strict=True)
+                ]
+            return Result(own, tuple(map(tuple, jacobians)))
+
+        return compute
+
+    def _reverse(self, problem: Problem, bound: Any, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        pullback = Pullback(bound, inputs, problem.differentiable)
+        values = pullback.outputs
+        cotangents = [
+            seed.reshape(-1, *event)
+            for seed, event in zip(self._diagonal(problem.outputs, problem.batch, values), problem.outputs, strict=True)
+        ]
+        gradients = pullback.pull(pullback.recorded, cotangents, last=True)
+        replicas = [gradient.view(-1, problem.batch, *gradient.shape[1:]) for gradient in gradients]
+        jacobians, start = [], 0
+        for event in problem.outputs:
+            stop = start + seeds.size(event)
+            rows = [replica[start:stop].movedim(0, 1) for replica in replicas]
+            jacobians.append([row.reshape(problem.batch, *event, *row.shape[2:]) for row in rows])
+            start = stop
+        return values, jacobians
+
+    def _forward(self, problem: Problem, bound: Any, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        events = [problem.leaves[position].event_shape for position in problem.inputs]
+        tangents = [
+            seed.reshape(-1, *event)
+            for seed, event in zip(self._diagonal(events, problem.batch, inputs), events, strict=True)
+        ]
+        values, pushed = push_dual(bound, inputs, tangents)
+        replicas = [tangent.view(-1, problem.batch, *tangent.shape[1:]) for tangent in pushed]
+        jacobians: list[list[Tensor]] = [[] for _ in values]
+        start = 0
+        for event in events:
+            stop = start + seeds.size(event)
+            for row, replica in zip(jacobians, replicas, strict=True):
+                columns = replica[start:stop].movedim(0, -1)
+                row.append(columns.reshape(*columns.shape[:-1], *event))
+            start = stop
+        return values, jacobians
+
+    def _diagonal(self, events: Sequence[tuple[int, ...]], batch: int, like: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each event its seeds (count, B, *event): one-hot in its own replicas, zero in those of the others."""
+        before, total = 0, sum(map(seeds.size, events))
+        for event, tensor in zip(events, like, strict=True):
+            own = seeds.shared(event, batch, tensor)
+            after = total - before - len(own)
+            zeros = [own.new_zeros(1, *own.shape[1:]).expand(length, *own.shape[1:]) for length in (before, after)]
+            yield torch.cat([zeros[0], own, zeros[1]]) if len(events) > 1 else own
+            before += len(own)

@@ -1,0 +1,80 @@
+"""Evaluation without a trace: random state and captured tensors are put back.
+
+Probing, tuning and checking call func many times. `Quiet` gives each of those calls the same random state and the
+same captured tensors, and puts both back afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of every generator that a function may draw from: torch, its GPUs, Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        random.getstate(),
+        numpy.random.get_state() if numpy is not None else None,
+    )
+
+
+def restore_random_state(state: tuple[Any, ...]) -> None:
+    cpu, cuda, python, numpy_state = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if numpy_state is not None:
+        sys.modules["numpy"].random.set_state(numpy_state)
+
+
+def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return (
+        torch.equal(one[0], other[0])
+        and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+        and one[2] == other[2]
+        and repr(one[3]) == repr(other[3])
+    )
+
+
+class Quiet:
+    """Evaluations of func that leave random state and captured tensors as they were.
+
+    Args:
+        captured: tensors that func reaches and might write into.
+        state: random state that every evaluation starts from; the current one by default.
+
+    Attributes:
+        written: the captured tensors that an evaluation wrote into.
+    """
+
+    def __init__(self, captured: Sequence[Tensor], state: tuple[Any, ...] | None = None) -> None:
+        self.captured = [tensor for tensor in captured if not tensor.is_inference()]
+        self.state = random_state() if state is None else state
+        self.written: list[Tensor] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        outside = random_state()
+        versions = [tensor._version for tensor in self.captured]
+        saved = [tensor.detach().clone() for tensor in self.captured]
+        restore_random_state(self.state)
+        try:
+            yield
+        finally:
+            restore_random_state(outside)
+            with torch.no_grad():
+                for tensor, version, copy in zip(self.captured, versions, saved, strict=True):
+                    if tensor._version != version:
+                        if not any(tensor is known for known in self.written):
+                            self.written.append(tensor)
+                        tensor.detach().copy_(copy)

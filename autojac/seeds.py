@@ -1,0 +1,43 @@
+"""Seeds: the tangents and cotangents that a method pushes or pulls.
+
+`shared` seeds are one per coordinate and the same for all samples (the sum trick): they suffice where samples
+are independent. `identity` seeds are one per element of the whole batch. Both are built without storing zeros
+where an expanded view does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SeedKind = Literal["shared", "identity"]
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """Number of elements of one event."""
+    return math.prod(shape)
+
+
+def shared(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
+    """All one-hot seeds of an event, each for every sample: (k, B, *event), a view of k × k numbers."""
+    count = size(event_shape)
+    eye = torch.eye(count, dtype=like.dtype, device=like.device)
+    return eye.view(count, 1, *event_shape).expand(count, batch, *event_shape)
+
+
+def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:
+    """One-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
+    seeds = torch.zeros(stop - start, size(shape), dtype=like.dtype, device=like.device)
+    seeds.diagonal(offset=start).fill_(1)
+    return seeds.view(stop - start, *shape)
+
+
+def spans(count: int, chunk: int | None) -> Iterator[tuple[int, int]]:
+    """Consecutive (start, stop) of at most `chunk` seeds."""
+    step = count if chunk is None else chunk
+    for start in range(0, count, step or 1):
+        yield start, min(start + (step or 1), count)

@@ -1,0 +1,59 @@
+"""How far two right answers may differ in a dtype: the one place for numerical comparison."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-3
+"""Share of the whole tensor's scale that every sample is granted, against cancellation in tiny entries."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference below which two ways of computing one number agree.
+
+    eps to the power 0.6: 4e-10 in float64, 7e-5 in float32, 1.6e-2 in float16, 5.4e-2 in bfloat16. Rounding grows with
+    depth and width, so eps itself is too strict, and a fixed multiple of it is useless in half precision.
+    """
+    return float(torch.finfo(dtype).eps ** 0.6)
+
+
+def rounding_floor(values: Tensor, inputs: Tensor) -> float:
+    """The derivative that rounding alone can fake: a few eps of max|y| / max|x|.
+
+    It matters where the true derivative vanishes by cancellation, as for sin² + cos².
+    """
+    if not values.numel() or not inputs.numel():
+        return 0.0
+    height, width = (float(t.detach().nan_to_num(0, 0, 0).abs().amax()) for t in (values, inputs))
+    return 16 * torch.finfo(values.dtype).eps * height / width if width else 0.0
+
+
+def disagreement(actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float = 0.0) -> float | None:
+    """The largest relative error of `actual` where it exceeds the tolerance of its dtype, else None.
+
+    Axis 0 runs over samples (or rows), each with a scale of its own.
+
+    Args:
+        actual: values to judge.
+        expected: the reference, same shape.
+        scale: magnitude of the terms behind each entry; the entries of `expected` by default.
+        floor: absolute difference that is always granted.
+
+    Returns:
+        None if they agree; `inf` if one is finite where the other is not.
+    """
+    if not expected.numel():
+        return None
+    actual, expected = actual.detach(), expected.detach()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    magnitude = torch.where(finite, expected if scale is None else scale.detach(), 0).abs().nan_to_num(0, 0)
+    rows = magnitude.reshape(len(magnitude), -1).amax(1)
+    allowed = (rows + FLOOR * rows.amax()) * tolerance(expected.dtype) + floor
+    error = torch.where(finite, actual - expected, 0).abs().reshape(len(rows), -1).amax(1)
+    if not bool((error > allowed).any()):
+        return None
+    worst = error / torch.where(allowed > 0, allowed, torch.finfo(expected.dtype).tiny)
+    return float(worst.amax()) * tolerance(expected.dtype)

@@ -1,0 +1,108 @@
+"""Find out what couples with what across the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.probe.manners import DRAWS, Manners, first_call, observe
+from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, value_layer
+from autojac.probe.roles import guess_batched, resolve_batched
+from autojac.quiet import Quiet
+from autojac.structure import Structure
+
+__all__ = ["DRAWS", "Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
+
+SEED = 0x0A070
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a probe found: the structure, and which leaves carry the batch."""
+
+    structure: Structure
+    batched: tuple[bool, ...]
+
+
+def examine(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    manners: Manners,
+    guess: tuple[bool, ...],
+    differentiated: Sequence[int],
+    quiet: Quiet,
+    *,
+    fixed_roles: bool = False,
+    declared: Structure | None = None,
+    budget_s: float = 1.0,
+) -> Examined:
+    """Probe a flat function at one point.
+
+    Args:
+        fn: maps (leaves, kwargs) to a tuple of tensors.
+        leaves, kwargs: the point.
+        manners: what `observe` saw.
+        guess: which leaves carry the batch.
+        differentiated: indices of the leaves to differentiate.
+        quiet: how to evaluate without a trace.
+        fixed_roles: the user declared which leaves carry the batch.
+        declared: coupling declared by the user; then nothing is probed for it.
+        budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
+    """
+    values = manners.values
+    with torch.no_grad():
+        held = tuple(leaf.detach() for leaf in leaves)
+    batched, refusal = resolve_batched(
+        fn, held, kwargs, values, guess, fixed_roles or declared is not None, differentiated, quiet
+    )
+    evidence = [manners.evidence]
+    inputs = tuple(position for position in differentiated if batched[position])
+    sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
+    if declared is not None:
+        line = f"coupling: declared {declared.coupling} by the user"
+        structure = Structure(
+            declared.coupling,
+            "declared",
+            declared.sliceable and refusal is None,
+            False,
+            manners.effects,
+            (*declared.evidence, *evidence, line),
+        )
+        return Examined(structure, batched)
+    batch = len(values[0])
+    if batch < 2 or not inputs:
+        line = "pairs: one sample has nothing to couple with" if inputs else "pairs: no input carries the batch"
+        return Examined(Structure("independent", "observed", True, False, manners.effects, (*evidence, line)), batched)
+
+    subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
+    generator = torch.Generator().manual_seed(SEED)
+    masks, called = masks_within(subject, generator, budget_s / 3)
+    verdicts = [
+        gradient_layer(subject, masks, called, generator),
+        value_layer(subject, masks, called, generator, inputs),
+        nan_layer(subject, masks, called),
+    ]
+    coupled = any(verdict.coupled for verdict in verdicts)
+    evidence += [verdict.evidence for verdict in verdicts]
+    if sides and not coupled and refusal is None:
+        side = value_layer(subject, masks, called, generator, sides)
+        evidence.append(side.evidence)
+        if side.coupled:
+            refusal = "an output depends on side inputs of other samples"
+    evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
+    said = {verdict.coupled for verdict in verdicts}
+    structure = Structure(
+        "dense" if coupled else "independent",
+        "observed",
+        refusal is None,
+        # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
+        suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
+        effects=manners.effects,
+        evidence=tuple(evidence),
+    )
+    return Examined(structure, batched)

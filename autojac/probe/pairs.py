@@ -1,0 +1,216 @@
+"""Layer 2 of the probe: does any sample's output depend on another sample's input?
+
+For every bit of the sample index, one mask holds the samples whose bit is set and one the others. Two samples i ≠ j
+differ in some bit, so with 2·⌈log2 B⌉ masks every ordered pair is separated by one of them: i inside, j outside.
+Three ways of using a mask, each blind to functions that the others see:
+
+* random cotangents on the samples inside: a gradient at a sample outside is coupling (blind where the derivative
+  vanishes at this point);
+* new values for the samples inside, at several scales: a changed output outside is coupling (finds what is dead
+  here and alive elsewhere);
+* NaN in the samples inside: NaN in an output outside is coupling (an upper bound, blind to nan_to_num and `where`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import Pullback
+from autojac.quiet import Quiet
+
+SCALES = (1e-2, 1.0, 1e3)
+FEWEST_SPLITS = 6
+GRADIENT_NOISE = 0.05
+"""Gradients below this many eps of the largest are rounding: a global FFT or LU leaves some."""
+VALUE_NOISE = 2.0
+"""The same for output values."""
+
+Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one layer says: `coupled` is None where the layer can't be applied."""
+
+    layer: str
+    coupled: bool | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The function under probe.
+
+    Attributes:
+        fn: flat function of (leaves, kwargs).
+        leaves: the call's tensors, detached.
+        kwargs: the call's keyword arguments.
+        inputs: indices of the differentiated leaves that carry the batch.
+        sides: indices of the other leaves that carry the batch.
+        batch: number of samples.
+        quiet: how to evaluate without a trace.
+    """
+
+    fn: Any
+    leaves: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[int, ...]
+    sides: tuple[int, ...]
+    batch: int
+    quiet: Quiet
+
+    def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Outputs with some leaves replaced; inputs still say that they require grad, as in the user's call."""
+        leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
+        leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
+        with self.quiet(), torch.no_grad():
+            return tuple(self.fn(leaves, self.kwargs))
+
+
+def index_masks(batch: int) -> list[Tensor]:
+    """Boolean masks (B,), two for each bit of the sample index."""
+    index = torch.arange(batch)
+    bits = max(batch - 1, 0).bit_length()
+    return [mask for bit in range(bits) for mask in ((index >> bit) & 1 == 1, (index >> bit) & 1 == 0)]
+
+
+def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    """`count` random half-splits of the batch: each ordered pair is separated by a quarter of them."""
+    return [torch.randperm(batch, generator=generator) < batch // 2 for _ in range(count)]
+
+
+def masks_within(subject: Subject, generator: torch.Generator, budget_s: float) -> tuple[list[Tensor], str]:
+    """Masks that a layer can afford at the price of one evaluation, and how to call them."""
+    device = subject.leaves[subject.inputs[0]].device
+    exact = index_masks(subject.batch)
+    start = time.perf_counter()
+    subject.values({})
+    cost = time.perf_counter() - start
+    affordable = int(budget_s / max(cost, 1e-7))
+    if affordable >= len(exact):
+        return [mask.to(device) for mask in exact], f"all pairs of {subject.batch} samples in {len(exact)} masks"
+    count = max(FEWEST_SPLITS, affordable)
+    chosen = split_masks(subject.batch, count, generator)
+    return [mask.to(device) for mask in chosen], f"{count} random half-splits of {subject.batch} samples"
+
+
+def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
+    """Random cotangents inside the mask; the gradient outside must vanish."""
+    layer = "random cotangents"
+
+    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+        merged = list(subject.leaves)
+        for position, tensor in zip(subject.inputs, inputs, strict=True):
+            merged[position] = tensor
+        return tuple(subject.fn(merged, subject.kwargs))
+
+    with subject.quiet():
+        pullback = Pullback(bound, [subject.leaves[position] for position in subject.inputs], differentiable=False)
+        values = pullback.recorded
+        # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
+        blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
+        silent = [torch.isfinite(gradient) for gradient in blank]
+        for passes, mask in enumerate(masks, 1):
+            cotangents = [_noise(value, generator) * _along(mask, value) for value in values]
+            for gradient, usable in zip(pullback.pull(values, cotangents), silent, strict=True):
+                size = torch.where(usable, gradient, 0).nan_to_num(0, 0, 0).abs()
+                largest = size.amax() if size.numel() else size.new_zeros(())
+                leak = (size * _along(~mask, size)).amax() if size.numel() else largest
+                if leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest:
+                    share = float(leak / largest)
+                    return Verdict(
+                        layer,
+                        True,
+                        f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
+                        f"other samples (pass {passes} of {called})",
+                    )
+    return Verdict(layer, False, f"{layer}: no sample reaches another ({called})")
+
+
+def value_layer(
+    subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
+) -> Verdict:
+    """New values inside the mask; outputs outside must stay."""
+    layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
+    base = subject.values({})
+    refused = 0
+    for scale in SCALES:
+        for mask in masks:
+            replaced = {
+                position: _other_values(subject.leaves[position], mask, scale, generator) for position in leaves
+            }
+            try:
+                changed = subject.values(replaced)
+            except Exception:  # func may refuse values that its user never passes
+                refused += 1
+                continue
+            if _moved(changed, base, ~mask):
+                return Verdict(layer, True, f"{layer}: coupled, outputs move when other samples change by {scale:g}")
+    if refused == len(SCALES) * len(masks):
+        return Verdict(layer, None, f"{layer}: not applicable, func refuses other values")
+    scales = ", ".join(f"{scale:g}" for scale in SCALES)
+    return Verdict(layer, False, f"{layer}: no output moves at scales {scales} ({called})")
+
+
+def nan_layer(subject: Subject, masks: Sequence[Tensor], called: str) -> Verdict:
+    """NaN inside the mask; outputs outside must gain none."""
+    layer = "NaN taint"
+    base = subject.values({})
+    for mask in masks:
+        replaced = {
+            position: torch.where(_along(mask, leaf) > 0, torch.full_like(leaf, float("nan")), leaf)
+            for position, leaf in enumerate(subject.leaves)
+            if position in subject.inputs
+        }
+        try:
+            changed = subject.values(replaced)
+        except Exception as error:  # factorizations and comparisons may refuse NaN
+            return Verdict(layer, None, f"{layer}: not applicable, func raises {type(error).__name__} on NaN")
+        for after, before in zip(changed, base, strict=True):
+            if after.shape != before.shape or bool((after.isnan() & ~before.isnan())[~mask].any()):
+                return Verdict(layer, True, f"{layer}: coupled, NaN spreads to other samples")
+    return Verdict(layer, False, f"{layer}: NaN stays in its sample ({called})")
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _along(mask: Tensor, like: Tensor) -> Tensor:
+    """A sample mask, shaped to broadcast over a tensor with the batch on axis 0."""
+    return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+
+
+def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """The leaf with other values in the masked samples: noise for floats, each other's rows for the rest."""
+    leaf = leaf.detach()
+    if leaf.is_floating_point():
+        return leaf + scale * _noise(leaf, generator) * _along(mask, leaf)
+    if leaf.dtype == torch.bool:
+        flips = torch.randint(2, leaf.shape, generator=generator).to(leaf.device, torch.bool)
+        return leaf ^ (flips & (_along(mask, flips) > 0))
+    rows = torch.arange(len(leaf), device=leaf.device)
+    inside = rows[mask]
+    rows[mask] = inside[torch.randperm(len(inside), generator=generator).to(inside.device)]
+    return leaf[rows]
+
+
+def _moved(changed: Sequence[Tensor], base: Sequence[Tensor], rows: Tensor) -> bool:
+    for after, before in zip(changed, base, strict=True):
+        if after.shape != before.shape:
+            return True
+        one, other = after[rows], before[rows]
+        finite = torch.isfinite(other)
+        if not torch.equal(finite, torch.isfinite(one)):
+            return True
+        size = torch.where(finite, other, 0).abs()
+        noise = VALUE_NOISE * torch.finfo(before.dtype).eps * (size.amax() if size.numel() else 0)
+        if bool((torch.where(finite, one - other, 0).abs() > noise).any()):
+            return True
+    return False

@@ -1,0 +1,123 @@
+"""Time and memory of one candidate, and fair comparisons between several."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.profiler import profile
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, and the interquartile range over the median."""
+
+    seconds: float
+    dispersion: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(run: Run, device: torch.device) -> float:
+    """Seconds of one call, host and device."""
+    return _block(run, device, 1)
+
+
+def _block(run: Run, device: torch.device, calls: int) -> float:
+    """Seconds a call, over several calls in a row."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def repeat(run: Run, device: torch.device, shortest_s: float, blocks: int) -> Timing:
+    """Median over blocks of calls, each block doubled until it lasts `shortest_s`."""
+    calls = 1
+    first = _block(run, device, calls)
+    while first * calls < shortest_s:
+        calls *= 2
+        first = _block(run, device, calls)
+    return summary([first, *(_block(run, device, calls) for _ in range(blocks - 1))])
+
+
+def summary(samples: Sequence[float]) -> Timing:
+    """Median and relative interquartile range of several timings."""
+    median = statistics.median(samples)
+    if len(samples) < 2:
+        return Timing(median, 0.0)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, (high - low) / median if median else 0.0)
+
+
+def interleaved(
+    runs: Sequence[Run], device: torch.device, shortest_s: float, rounds: int, until: float
+) -> list[list[float]]:
+    """Seconds a call of each run in each round, taken in turn so that drift hits all alike.
+
+    Every other round goes backwards. Stops early, after three rounds, once `time.monotonic()` passes `until`.
+    """
+    calls = []
+    for run in runs:
+        count = 1
+        while _block(run, device, count) * count < shortest_s:
+            count *= 2
+        calls.append(count)
+    table: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds):
+        order = list(enumerate(runs))
+        for index, run in order if turn % 2 == 0 else reversed(order):
+            table[index].append(_block(run, device, calls[index]))
+        if turn >= 2 and time.monotonic() > until:
+            break
+    return table
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Most bytes that one call holds at a time beyond what was held before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # the profiler's own library chats on standard error unless told not to before its first use
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(profile_memory=True) as recorded:
+        run()
+    results = recorded.kineto_results
+    if results is None:
+        return 0
+    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a computation may still take on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2**30

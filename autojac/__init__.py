@@ -1,0 +1,62 @@
+"""autojac: exact batched Jacobians in PyTorch, at the lowest cost measured on the device at hand."""
+
+from typing import TYPE_CHECKING, Any
+
+from autojac.autojacobian import AutoJacobian
+from autojac.checks import probe, verify
+from autojac.errors import (
+    AutojacError,
+    AutojacWarning,
+    InputError,
+    MutationError,
+    OptionError,
+    OutputError,
+    PlanMissError,
+    RandomnessError,
+    SearchError,
+    StoreError,
+    StoreWarning,
+    StructureChangedWarning,
+    TargetError,
+    UnsupportedError,
+    VerificationError,
+)
+from autojac.plan import Plan, Trial
+from autojac.structure import Structure
+
+if TYPE_CHECKING:
+    from autojac.store import PlanStore
+
+__all__ = [
+    "AutoJacobian",
+    "AutojacError",
+    "AutojacWarning",
+    "InputError",
+    "MutationError",
+    "OptionError",
+    "OutputError",
+    "Plan",
+    "PlanMissError",
+    "PlanStore",
+    "RandomnessError",
+    "SearchError",
+    "StoreError",
+    "StoreWarning",
+    "Structure",
+    "StructureChangedWarning",
+    "TargetError",
+    "Trial",
+    "UnsupportedError",
+    "VerificationError",
+    "probe",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the store brings SQLAlchemy, which costs more than the rest of autojac together
+    if name == "PlanStore":
+        from autojac.store import PlanStore
+
+        return PlanStore
+    raise AttributeError(f"module 'autojac' has no attribute {name!r}")

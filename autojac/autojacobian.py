@@ -1,0 +1,222 @@
+"""The one composer: wrap a function, and every call uses the plan that was tuned and is checked for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.captures import Captures, captures
+from autojac.errors import InputError, StructureChangedWarning
+from autojac.explain import explanation
+from autojac.frame import describe
+from autojac.methods.base import Result
+from autojac.options import Options, check_budget
+from autojac.plan import Effort, Plan, effort_rank
+from autojac.planner import Entry, Planner
+from autojac.quiet import Quiet
+from autojac.signature import current_flags
+from autojac.verify import Reference
+
+EARLY_CHECKS = 10
+"""Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
+CHECK_EVERY = 1000
+
+
+class AutoJacobian:
+    """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
+
+    `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
+    `func` gives the Jacobian; its first call for new shapes probes what couples with what across the batch, searches,
+    and remembers.
+
+    Args:
+        func: a function or `torch.nn.Module` of tensors.
+        argnums: int or tuple; positional arguments to differentiate, as in `torch.func.jacrev`.
+        in_dims: where each positional argument carries the batch: an int, None (shared by all samples), or a tuple of
+            these; `"auto"` infers it and checks the guess. All None: a function without a batch, J is (*out, *in).
+        layout: `"blocks"` (B, *out, *in), exact whatever the coupling, or `"full"` (B, *out, B, *in).
+        effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
+        on_miss: `"tune"`, `"estimate"` or `"error"`: what to do for a call that no plan is known for.
+        budget_s: seconds that a search may take.
+        memory_limit: bytes, or a size such as `"8GiB"`, that a method may take.
+        randomness: `"error"` refuses functions that draw random numbers; `"different"` differentiates what one plain
+            call from the current random state would draw.
+        coupling: `"auto"` probes; `"independent"`, `"dense"` or a `Structure` declares, and is still verified.
+        verify: `"auto"` checks at the first use, then ever more rarely; `"always"` or `"never"`.
+        store: a `PlanStore`, a path or a URL; by default `AUTOJAC_STORE` or the user's cache directory.
+        version: bump to forget what was stored for this function.
+
+    Raises:
+        OptionError: for an unknown option or a value that is not accepted.
+    """
+
+    def __init__(self, func: Callable[..., Any], **options: Any) -> None:
+        if not callable(func):
+            raise InputError(f"a function or module was expected, got {type(func).__name__}")
+        self.func = func
+        self.options = Options.checked(options)
+        self._planner = Planner(func, self.options)
+        self._entries: dict[Any, Entry] = {}
+        self._captured: Captures | None = None
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"AutoJacobian({self._planner.stored.function_name}, {len(self._entries)} plans in use)"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The Jacobian of func at these arguments.
+
+        Returns:
+            J of shape (B, *out, *in), or (B, *out, B, *in) for `layout="full"`; nested as `torch.func.jacrev` nests it
+            where there are several outputs or inputs.
+
+        Raises:
+            InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
+            SearchError: if no method is right within the limits.
+        """
+        entry, result = self._run(args, kwargs)
+        return entry.frame.jacobian(result.jacobians)
+
+    def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone."""
+        entry, result = self._run(args, kwargs)
+        return entry.frame.value(result.values), entry.frame.jacobian(result.jacobians)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for such a call; made now if there is none."""
+        with recording(args, kwargs) as call:
+            return self._entry(self._key(*call), *call).plan
+
+    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
+        """Search for the best plan for such a call, and remember it.
+
+        Args:
+            args, kwargs: the call.
+            effort: `"quick"`, `"measure"` or `"exhaustive"`; the wrapper's own by default.
+            budget_s: seconds the search may take, overshot by one candidate's run at most.
+        """
+        check_budget(budget_s)
+        effort = self.options.effort if effort is None else effort
+        effort_rank(effort)
+        with self._lock, recording(args, kwargs) as call:
+            key = self._key(*call)
+            request = self._planner.request(self._reach(), *call)
+            entry = self._planner.entry(request, self._reach(), effort, budget_s, force=True)
+            self._keep(key, entry)
+        return entry.plan
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """For people: the plan, what was probed, every candidate with its time and memory or why it was rejected."""
+        with recording(args, kwargs) as call:
+            entry = self._entry(self._key(*call), *call)
+        trials = entry.plan.trials or self._planner.stored.trials(entry.signature)
+        return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials)
+
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
+        if torch.is_inference_mode_enabled():
+            with recording(args, kwargs) as call:
+                return self._run(*call)
+        key = self._key(args, kwargs)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entry(key, args, kwargs)
+        leaves = entry.frame.leaves(args)
+        entry.calls += 1
+        if entry.calls >= entry.next_check:
+            return self._checked(key, entry, leaves, args, kwargs)
+        return entry, entry.compute(leaves, kwargs)
+
+    def _key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        captured = self._captured or self._reach()
+        grad = torch.is_grad_enabled()
+        kinds = tuple(
+            [(x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else describe(x) for x in args]
+        )
+        named = tuple([(name, describe(value)) for name, value in kwargs.items()]) if kwargs else ()
+        trains = grad and any([t.requires_grad for t in captured.tensors])
+        return kinds, named, grad, trains, current_flags(captured.modules)
+
+    def _reach(self) -> Captures:
+        if self._captured is None:
+            self._captured = captures(self.func)
+        return self._captured
+
+    def _entry(self, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
+        entry = self._entries.get(key)
+        if entry is not None:
+            return entry
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                request = self._planner.request(self._reach(), args, kwargs)
+                entry = self._planner.entry(request, self._reach())
+                self._keep(key, entry)
+        return entry
+
+    def _keep(self, key: Any, entry: Entry) -> None:
+        if self.options.verify == "never":
+            entry.next_check = math.inf
+        self._entries[key] = entry
+
+    def _checked(
+        self, key: Any, entry: Entry, leaves: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, Result]:
+        """Compute, and hold the result against a VJP of func itself; recompute by a safe method if it is wrong."""
+        problem = dataclasses.replace(entry.problem, differentiable=False)
+        before = Quiet(entry.mutable)
+        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
+        result = entry.compute(leaves, kwargs)
+        wrong = reference.check(result)
+        if wrong is None:
+            self._schedule(entry)
+            return entry, result
+        with self._lock:
+            request = self._planner.request(self._reach(), args, kwargs)
+            last = entry.last_check
+            entry = self._planner.recover(entry, request, self._reach(), wrong)
+            self._keep(key, entry)
+        since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
+        warnings.warn(
+            f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian was "
+            f"computed again and is right. Now in use: {entry.plan}",
+            StructureChangedWarning,
+            stacklevel=4,
+        )
+        with before():
+            return entry, entry.compute(leaves, kwargs)
+
+    def _schedule(self, entry: Entry) -> None:
+        """When to check next: a structure that was only observed is never trusted for good."""
+        structure = entry.problem.structure
+        calls = entry.last_check = entry.calls
+        if self.options.verify == "always" or structure.suspect:
+            entry.next_check = calls + 1
+        elif structure.assurance == "proved" or not structure.independent:
+            entry.next_check = math.inf
+        elif calls < 2**EARLY_CHECKS:
+            entry.next_check = 2 * calls
+        else:
+            entry.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
+
+
+@contextmanager
+def recording(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """Leave inference mode, in which autograd records nothing, with arguments that it can save."""
+    if not torch.is_inference_mode_enabled():
+        yield args, kwargs
+        return
+
+    def saved(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False), torch.no_grad():
+        yield pytree.tree_map(saved, args), pytree.tree_map(saved, kwargs)

@@ -1,0 +1,74 @@
+"""Checks on their own: the structure of a function, and whether a Jacobian is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from autojac.captures import captures
+from autojac.errors import VerificationError
+from autojac.methods.base import Result
+from autojac.options import Options
+from autojac.planner import Planner
+from autojac.structure import Structure
+from autojac.verify import Reference
+
+
+def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto",
+          **kwargs: Any) -> Structure:  # fmt: skip
+    """What couples with what across the batch of a function, found without leaving a trace.
+
+    Args:
+        func: a function or module of tensors with the batch on axis 0.
+        args, kwargs: one call; its values are one of the points at which func is probed.
+        argnums, in_dims: as in `AutoJacobian`.
+
+    Returns:
+        The structure, with a line of evidence for each layer of the probe.
+    """
+    planner = Planner(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
+    captured = captures(func)
+    request = planner.request(captured, args, kwargs)
+    seen = planner.look(request, captured)
+    return planner.examine(request, seen).structure
+
+
+def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4, layout: str = "blocks",
+           argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto", **kwargs: Any) -> None:  # fmt: skip
+    """Check a Jacobian, whoever computed it, against plain VJPs of the function.
+
+    Whole-batch projections are tried first. Where they differ the samples may be coupled, whose blocks are not the
+    whole Jacobian: then the samples that differ most are compared one at a time.
+
+    Args:
+        jacobian: what `AutoJacobian(func, ...)` returns for these arguments.
+        func, args, kwargs: the call.
+        probes: how many random projections, samples and rows to compare.
+        layout, argnums, in_dims: as in `AutoJacobian`.
+
+    Raises:
+        VerificationError: if the Jacobian is wrong, with what differs.
+    """
+    given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
+    planner = Planner(func, Options.checked(given))
+    captured = captures(func)
+    request = dataclasses.replace(planner.request(captured, args, kwargs), differentiable=False)
+    seen = planner.look(request, captured)
+    independent = planner.problem(request, seen.signature, Structure("independent", "declared"), seen.guess)
+    flat = pytree.tree_leaves(jacobian)
+    wanted = len(independent.inputs) * len(independent.outputs)
+    if len(flat) != wanted:
+        raise VerificationError(f"{wanted} Jacobians were expected, one an output and input; {len(flat)} came")
+    result = Result(seen.first.values, request.frame.unnested(jacobian))
+    reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2)
+    wrong = reference.check(result)
+    if wrong is not None and layout == "blocks":
+        dense = dataclasses.replace(independent, structure=Structure("dense", "declared"))
+        samples = reference.worst_samples(result, probes)
+        reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples)
+        wrong = reference.check(result)
+    if wrong is not None:
+        raise VerificationError(f"the Jacobian is wrong: {wrong}")

@@ -1,0 +1,312 @@
+"""The way from a call to a plan: observe, look up, probe, search, remember."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.captures import Captures
+from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
+from autojac.frame import Frame, describe
+from autojac.methods.base import Compute, Problem, Result, build
+from autojac.options import Options, parse_bytes
+from autojac.plan import Effort, Plan, effort_rank
+from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
+from autojac.probe.manners import FirstCall
+from autojac.quiet import Quiet
+from autojac.search.measure import available_bytes
+from autojac.signature import Signature, bucket, current_flags, named_flags
+from autojac.stored import Stored
+from autojac.structure import Structure
+
+PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
+
+
+@dataclass
+class Entry:
+    """A plan made ready for one signature in this process."""
+
+    frame: Frame
+    problem: Problem
+    plan: Plan
+    compute: Compute
+    signature: Signature
+    mutable: tuple[Tensor, ...]
+    calls: int = 0
+    last_check: int = 0
+    next_check: float = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call that needs a plan."""
+
+    frame: Frame
+    leaves: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any]
+    flags: tuple[Any, ...]
+    differentiable: bool
+    trained: tuple[Tensor, ...]
+    kinds: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the first call of func showed."""
+
+    first: FirstCall
+    quiet: Quiet
+    signature: Signature
+    guess: tuple[bool, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to differentiate."""
+        sizes = [*self.signature.outputs, *(leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated)]
+        return not self.signature.batch or 0 in map(math.prod, sizes)
+
+
+class Planner:
+    """Finds or makes the plan for a call of one function.
+
+    Args:
+        func: the user's function.
+        options: the options of its `AutoJacobian`.
+    """
+
+    def __init__(self, func: Callable[..., Any], options: Options) -> None:
+        self.func = func
+        self.options = options
+        self.stored = Stored(func, options)
+        self.neighbours: dict[Signature, tuple[int, Plan]] = {}
+
+    def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
+        """A call, described: its frame, its tensors and what else counts for the choice of a plan."""
+        frame = Frame(self.func, args, self.options.argnums, self.options.in_dims)
+        leaves = frame.leaves(args)
+        trained = tuple(t for t in captured.tensors if t.requires_grad)
+        differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
+        kinds = str([(name, describe(value)) for name, value in kwargs.items()])
+        return Request(frame, leaves, kwargs, current_flags(captured.modules), differentiable, trained, kinds)
+
+    def entry(self, request: Request, captured: Captures, effort: Effort | None = None, budget_s: float | None = None,
+              force: bool = False) -> Entry:  # fmt: skip
+        """The plan for a call, from the store, a neighbouring shape, or a search.
+
+        Args:
+            request: the call.
+            captured: what func reaches.
+            effort: of a search; the options' own by default.
+            budget_s: seconds for a search; the options' own by default.
+            force: search even if a plan is known.
+        """
+        seen = self.look(request, captured)
+        if seen.empty:
+            return self._empty(request, seen)
+        wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
+        if not force:
+            known = self._neighbour(seen.signature) or self._stored(seen.signature, wanted)
+            ready = known and self._ready(request, seen, known)
+            if ready:
+                return ready
+            if self.options.on_miss == "error":
+                shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in seen.signature.leaves)
+                raise PlanMissError(
+                    f"no plan is stored for arguments {shapes} in {self.stored.description}, and on_miss='error' "
+                    "forbids making one. Tune ahead with jac.tune(x) or the command `autojac tune`"
+                )
+        start = time.perf_counter()
+        found = self.examine(request, seen, wanted)
+        return self._search(request, seen, found, wanted, budget_s, start)
+
+    def look(self, request: Request, captured: Captures) -> Seen:
+        """Call func once, without a trace, and describe the call."""
+        quiet = Quiet(captured.tensors)
+        first = self._first_call(request, quiet)
+        signature, guess = self._signature(request, first)
+        # the tensors that func writes into are few: only these are saved around later evaluations
+        return Seen(first, Quiet(quiet.written, quiet.state), signature, guess)
+
+    def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
+        """Probe what couples with what."""
+        frame, options = request.frame, self.options
+        call = (frame.fn, request.leaves, request.kwargs)
+        manners = observe(seen.first, *call, frame.differentiated, seen.quiet)
+        return examine(
+            *call,
+            manners,
+            seen.guess,
+            frame.differentiated,
+            seen.quiet,
+            fixed_roles=frame.declared,
+            declared=options.declared,
+            budget_s=PROBE_BUDGET_S[effort],
+        )
+
+    def problem(self, request: Request, signature: Signature, structure: Structure, batched: Sequence[bool]) -> Problem:
+        """The problem that methods solve."""
+        limit = parse_bytes(self.options.memory_limit)
+        return Problem(
+            request.frame.fn,
+            request.frame.roles(request.leaves, batched),
+            signature.outputs,
+            signature.batch,
+            signature.layout,
+            structure,
+            signature.differentiable,
+            available_bytes(request.leaves[0].device) // 2 if limit is None else limit,
+        )
+
+    def recover(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
+        """A plan for a signature whose own was just caught being wrong.
+
+        The structure is probed again at this input. Where that still sees no coupling the guard is believed.
+        """
+        start = time.perf_counter()
+        self.stored.refute(entry.signature, reason)
+        self.neighbours.clear()
+        seen = self.look(request, captured)
+        found = self.examine(request, seen)
+        if found.structure.independent:
+            found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
+        return self._search(request, seen, found, "estimate", None, start)
+
+    def _first_call(self, request: Request, quiet: Quiet) -> FirstCall:
+        frame, leaves = request.frame, request.leaves
+        lengths = {leaves[position].shape[0] for position in frame.differentiated if leaves[position].dim()}
+        declared = frame.declared_batched()
+        if declared is not None:
+            lengths = {leaf.shape[0] for leaf, has in zip(leaves, declared, strict=True) if has}
+            if len(lengths) > 1:
+                raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
+        try:
+            first = first_call(frame.fn, leaves, request.kwargs, frame.differentiated, quiet)
+        except RuntimeError as error:
+            if len(lengths) > 1:
+                raise InputError(
+                    f"the differentiated arguments have {sorted(lengths)} samples on axis 0 and func raised "
+                    f"{type(error).__name__}: {error}. One batch size was expected"
+                ) from error
+            raise
+        if DRAWS in first.effects and self.options.randomness == "error":
+            raise RandomnessError(
+                "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
+                "the current random state would draw, or put the model into eval mode"
+            )
+        return first
+
+    def _signature(self, request: Request, first: FirstCall) -> tuple[Signature, tuple[bool, ...]]:
+        """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
+        frame, leaves = request.frame, request.leaves
+        batch = len(first.values[0])
+        guess = frame.declared_batched() or guess_batched(leaves, batch)
+        carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
+        inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
+        if any(length != batch for length in carriers) or not any(guess[position] for position in frame.differentiated):
+            shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
+            raise OutputError(
+                f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "
+                "expected on axis 0 of both. Return one row a sample; for a function without a batch pass in_dims=None"
+            )
+        signature = Signature(
+            frame.roles(leaves, guess),
+            tuple(tuple(value.shape[1:]) for value in first.values),
+            batch,
+            f"{frame.context} {request.kinds}",
+            "blocks" if frame.unbatched else self.options.layout,
+            request.differentiable,
+            named_flags(request.flags),
+        )
+        return signature, guess
+
+    def _neighbour(self, signature: Signature) -> Plan | None:
+        """The plan of a batch of the same bucket or of a larger one: the last partial batch never searches."""
+        known = self.neighbours.get(signature.without_batch())
+        if known is None or bucket(signature.batch) > bucket(known[0]):
+            return None
+        return dataclasses.replace(known[1], source="neighbour")
+
+    def _stored(self, signature: Signature, wanted: Effort) -> Plan | None:
+        plan = self.stored.find(signature)
+        if plan is None or (self.options.on_miss != "error" and effort_rank(plan.effort) < effort_rank(wanted)):
+            return None
+        return plan
+
+    def _ready(self, request: Request, seen: Seen, plan: Plan) -> Entry | None:
+        """A known plan, prepared for this call; None if its method does not apply here."""
+        if len(plan.batched) != len(seen.signature.leaves):
+            return None
+        problem = self.problem(request, seen.signature, plan.structure, plan.batched)
+        try:
+            method = build(plan.method)
+        except StoreError:
+            return None  # made by another version of autojac
+        if method.unsupported(problem) is not None:
+            return None
+        self._remember(seen.signature, plan)
+        mutable = tuple(seen.quiet.captured)
+        return Entry(request.frame, problem, plan, method.prepare(problem), seen.signature, mutable)
+
+    def _search(
+        self, request: Request, seen: Seen, found: Examined, effort: Effort, budget_s: float | None, start: float
+    ) -> Entry:
+        # rich and Optuna load only when something is tuned
+        from autojac.progress import reporter
+        from autojac.search.optimize import search
+
+        problem = self.problem(request, seen.signature, found.structure, found.batched)
+        hints = self.stored.hints(seen.signature)
+        budget = self.options.budget_s if budget_s is None else budget_s
+        with reporter(effort) as progress:
+            won = search(
+                problem, request.leaves, request.kwargs, request.trained, seen.quiet, effort, budget, hints, progress
+            )
+        plan = Plan(
+            won.method.spec(),
+            found.structure,
+            found.batched,
+            effort,
+            won.seconds,
+            won.default_seconds,
+            won.memory_bytes,
+            time.perf_counter() - start,
+            "estimate" if effort == "estimate" else "search",
+            won.trials,
+        )
+        self.stored.save(seen.signature, plan)
+        self._remember(seen.signature, plan)
+        mutable = tuple(seen.quiet.captured)
+        return Entry(request.frame, problem, plan, won.method.prepare(problem), seen.signature, mutable)
+
+    def _remember(self, signature: Signature, plan: Plan) -> None:
+        key = signature.without_batch()
+        if key not in self.neighbours or self.neighbours[key][0] <= signature.batch:
+            self.neighbours[key] = (signature.batch, plan)
+
+    def _empty(self, request: Request, seen: Seen) -> Entry:
+        """Nothing to differentiate: a Jacobian without elements."""
+        structure = Structure("independent", evidence=("empty: there is nothing to probe",))
+        problem = self.problem(request, seen.signature, structure, seen.guess)
+        plan = Plan({"method": "Pull", "seeds": "shared"}, structure, seen.guess, "estimate", source="estimate")
+        return Entry(request.frame, problem, plan, _empty_compute(problem), seen.signature, (), next_check=math.inf)
+
+
+def _empty_compute(problem: Problem) -> Compute:
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        values = problem.fn(leaves, kwargs)
+        full = problem.layout == "full"
+        across = [problem.leaves[i].shape if full else problem.leaves[i].event_shape for i in problem.inputs]
+        rows = tuple(
+            tuple(leaves[i].new_zeros(*value.shape, *tail) for i, tail in zip(problem.inputs, across, strict=True))
+            for value in values
+        )
+        return Result(values if problem.differentiable else tuple(value.detach() for value in values), rows)
+
+    return compute

@@ -1,0 +1,96 @@
+"""What one function's plans need of the store: its keys, made once, and the store itself, opened when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from autojac.errors import StoreError
+from autojac.fingerprint import fingerprint
+from autojac.methods.base import Method, build
+from autojac.options import Options
+from autojac.plan import Plan, Trial
+from autojac.signature import Signature
+
+if TYPE_CHECKING:
+    from autojac.store import PlanStore
+    from autojac.store.keys import Key
+
+_shared: dict[Any, PlanStore] = {}
+
+
+class Stored:
+    """The stored plans of one function.
+
+    Args:
+        func: the function; its fingerprint is part of every key.
+        options: `store` says where plans live; what changes a plan's choice is part of every key.
+    """
+
+    def __init__(self, func: Callable[..., Any], options: Options) -> None:
+        self.func = func
+        self.options = options
+        self.function_name = function_name(func)
+
+    @cached_property
+    def store(self) -> PlanStore:
+        """The store; one a location and process."""
+        from autojac.store import PlanStore
+
+        place = self.options.store
+        if isinstance(place, PlanStore):
+            return place
+        from autojac.store.location import default_location
+
+        key = str(place) if place is not None else default_location()
+        if key not in _shared:
+            _shared[key] = PlanStore(place)
+        return _shared[key]
+
+    @property
+    def description(self) -> str:
+        return self.store.description
+
+    def find(self, signature: Signature) -> Plan | None:
+        return self.store.find(*self._keys(signature))
+
+    def hints(self, signature: Signature) -> list[Method]:
+        """Methods that won on other devices, to be tried first."""
+        found = []
+        for plan in self.store.hints(self._keys(signature)[0]):
+            try:
+                found.append(build(plan.method))
+            except StoreError:
+                continue  # made by another version of autojac
+        return found
+
+    def trials(self, signature: Signature) -> tuple[Trial, ...]:
+        """Every candidate's fate in the search that made the stored plan."""
+        return self.store.trials(*self._keys(signature))
+
+    def save(self, signature: Signature, plan: Plan) -> None:
+        self.store.save(*self._keys(signature), plan, self.function_name)
+
+    def refute(self, signature: Signature, reason: str) -> None:
+        self.store.refute(*self._keys(signature), reason)
+
+    def _keys(self, signature: Signature) -> tuple[Key, Key]:
+        from autojac.store.keys import environment_key, operation_key
+
+        options = self.options
+        declared = options.declared
+        chosen = {
+            "memory_limit": options.memory_limit,
+            "randomness": options.randomness,
+            "coupling": None if declared is None else declared.to_json(),
+        }
+        digest = fingerprint(self.func, options.version)
+        operation = operation_key(self.function_name, digest, signature, chosen)
+        return operation, environment_key(signature.leaves[0].device)
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """A name for people: where the function is defined, or its class."""
+    named = func if hasattr(func, "__qualname__") else type(func)
+    return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', named)}"

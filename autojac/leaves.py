@@ -1,0 +1,48 @@
+"""Objects that reach nothing further, as tokens of a digest."""
+
+from __future__ import annotations
+
+import enum
+import types
+from typing import Any, Final
+
+import torch
+
+SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)})
+_TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
+# Objects of these modules do their work beside the computation (logging, locking, typing).
+_INERT: Final = frozenset(
+    {"logging", "threading", "_thread", "warnings", "typing", "abc", "_abc", "contextvars", "_contextvars", "os"}
+)
+
+
+def leaf_tokens(obj: Any) -> tuple[object, ...] | None:
+    """What to know of a constant, an enum member, a number of numpy's or a logger; None if obj may reach more."""
+    kind = type(obj)
+    if isinstance(obj, enum.Enum):
+        return "enum", kind.__qualname__, obj.name
+    if isinstance(obj, _TORCH_CONSTANTS) or kind.__module__ == "torch._ops":
+        return "torch", str(obj)
+    if isinstance(obj, types.ModuleType):
+        return "module", obj.__name__
+    if isinstance(obj, (range, bytearray)):
+        return kind.__name__, repr(obj)
+    if isinstance(obj, torch.jit.ScriptFunction):
+        return "source", obj.code
+    home = kind.__module__.partition(".")[0]
+    if home in _INERT:
+        return "inert", kind.__module__, kind.__qualname__
+    return _numpy_tokens(obj) if home == "numpy" else None
+
+
+def _numpy_tokens(obj: Any) -> tuple[object, ...] | None:
+    # By its attributes: numpy is imported only where the caller did.
+    dtype = getattr(obj, "dtype", None)
+    if dtype is not None and hasattr(obj, "tobytes"):
+        if dtype.hasobject:
+            return None
+        by_content = dtype.kind not in "fc" or obj.ndim == 0
+        return "numpy", obj.shape, str(dtype), obj.tobytes() if by_content else b""
+    if callable(obj) and hasattr(obj, "__name__") and not isinstance(obj, type):
+        return "numpy", obj.__name__
+    return ("numpy", str(obj)) if type(obj).__qualname__.endswith("DType") else None

@@ -1,0 +1,74 @@
+"""Whose code is it: the user's, which counts line by line, or a library's, which counts by name and version."""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+import types
+from itertools import chain
+from typing import Any, Final
+
+import torch
+
+_LIBRARY_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+# torch.jit numbers equally named types as the process meets them.
+_MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
+# Library objects that keep the user's code next to caches of their own: only the code counts.
+_FOLLOWED: Final = {
+    "torch._library.custom_ops.CustomOpDef": ("_init_fn", "_backward_fn", "_setup_context_fn"),
+    "triton.runtime.jit.JITFunction": ("fn",),
+    "triton.runtime.autotuner.Autotuner": ("fn",),
+}
+
+
+def is_library(module_name: str | None) -> bool:
+    """Whether a module belongs to Python, to an installed package or to autojac, rather than to the user."""
+    if not module_name or module_name == "__main__":
+        return False
+    top = module_name.partition(".")[0]
+    if top in ("torch", "numpy", "builtins") or (top == "autojac" and not module_name.startswith("autojac.bench")):
+        return True
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    if file is None:
+        return top in sys.stdlib_module_names
+    return file.startswith(_LIBRARY_FOLDERS) or "site-packages" in file or "dist-packages" in file
+
+
+def library_version(module_name: str | None) -> str:
+    """`__version__` of the package that a module belongs to; empty where it states none."""
+    package = sys.modules.get((module_name or "").partition(".")[0])
+    version = getattr(package, "__version__", "")
+    return str(version) if isinstance(version, str) else ""
+
+
+def followed_fields(kind: type) -> tuple[str, ...]:
+    """The attributes that hold the user's code in a library's wrapper that keeps caches beside it."""
+    return _FOLLOWED.get(f"{kind.__module__}.{kind.__qualname__}", ())
+
+
+def source_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """Code and constants of a ScriptModule or GraphModule, whose class says nothing; None for other modules."""
+    if any(base.__module__ == "torch.fx.graph_module" for base in type(module).__mro__):
+        return str(module.code), {}
+    if not isinstance(module, torch.jit.ScriptModule):
+        return None
+    graph = getattr(module, "inlined_graph", None)  # absent where there is no forward
+    source = "" if graph is None else _MANGLED.sub("", graph.str(False))
+    kept = getattr(module, "_concrete_type", None)
+    names = sorted(set(kept.get_attributes()) - {"training"}) if kept is not None else []
+    return source, {name: getattr(module, name) for name in names}
+
+
+def code_names(code: types.CodeType) -> set[str]:
+    """Names of globals and attributes that a code object and the functions nested in it use."""
+    nested = (code_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(chain(code.co_names, *nested))
+
+
+def slots(kind: type) -> tuple[str, ...]:
+    """Names of the values that instances of a class keep outside `__dict__`."""
+    names = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
+    flat = chain.from_iterable((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
+    return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))

@@ -1,0 +1,163 @@
+"""What is asked of the tables. Each function takes a connection inside a transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from autojac.plan import EFFORTS, Plan, Trial, effort_rank
+from autojac.store.keys import Key
+from autojac.store.models import Base, PlanRow, TrialRow
+from autojac.store.records import (
+    BadRowError,
+    StoredPlan,
+    plan_values,
+    read_plan,
+    read_stored,
+    read_trial,
+    timestamp,
+    trial_values,
+)
+
+T = TypeVar("T")
+_PLANS: Final = Base.metadata.tables[PlanRow.__tablename__]
+_TRIALS: Final = Base.metadata.tables[TrialRow.__tablename__]
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What a query found.
+
+    Attributes:
+        value: the answer.
+        final: later databases need not be asked, although the answer is None.
+        problem: why a row was passed over.
+    """
+
+    value: T
+    final: bool = False
+    problem: str | None = None
+
+
+def find(connection: Connection, op: Key, env: Key) -> Found[Plan | None]:
+    """The plan of a key pair; final and None where it is refuted."""
+    row = connection.execute(sa.select(_PLANS.c.plan, _PLANS.c.refuted_reason).where(_is(op, env))).first()
+    if row is None:
+        return Found(None)
+    if row.refuted_reason is not None:
+        return Found(None, final=True)
+    try:
+        return Found(read_plan(row.plan))
+    except BadRowError as error:
+        return Found(None, problem=str(error))
+
+
+def hints(connection: Connection, op: Key) -> Found[list[Plan]]:
+    """All plans of an operation that stand, latest first."""
+    query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
+    plans: list[Plan] = []
+    problem = None
+    for row in connection.execute(query.order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())):
+        try:
+            plans.append(read_plan(row.plan))
+        except BadRowError as error:
+            problem = str(error)
+    return Found(plans, problem=problem)
+
+
+def trials(connection: Connection, op: Key, env: Key) -> Found[tuple[Trial, ...] | None]:
+    """The trials of a key pair; None where it has no plan."""
+    plan_id = connection.execute(sa.select(_PLANS.c.id).where(_is(op, env))).scalar()
+    if plan_id is None:
+        return Found(None)
+    by_plan = _trials(connection, _TRIALS.c.plan_id == plan_id)
+    return Found(tuple(by_plan.value.get(plan_id, ())), problem=by_plan.problem)
+
+
+def stored(connection: Connection, op: Key, env: Key) -> Found[StoredPlan | None]:
+    """The whole row of a key pair."""
+    found = _stored(connection, _is(op, env))
+    return Found(found.value[0] if found.value else None, problem=found.problem)
+
+
+def get(connection: Connection, plan_id: int) -> Found[StoredPlan | None]:
+    """The row of a number."""
+    found = _stored(connection, _PLANS.c.id == plan_id)
+    return Found(found.value[0] if found.value else None, problem=found.problem)
+
+
+def listing(connection: Connection) -> Found[list[StoredPlan]]:
+    """Every row that can be read, latest first."""
+    return _stored(connection, sa.true())
+
+
+def save(connection: Connection, op: Key, env: Key, plan: Plan, function_name: str) -> None:
+    """Insert or update a plan and replace its trials, unless a higher effort's plan stands."""
+    values = plan_values(op, env, plan, function_name)
+    insert = postgresql.insert(_PLANS) if connection.dialect.name == "postgresql" else sqlite.insert(_PLANS)
+    stored_rank = sa.case({name: effort_rank(name) for name in EFFORTS}, value=_PLANS.c.effort, else_=-1)
+    plan_id = connection.execute(
+        insert.values(values)
+        .on_conflict_do_update(
+            index_elements=[_PLANS.c.op_key, _PLANS.c.env_key],
+            set_={name: value for name, value in values.items() if name not in ("op_key", "env_key", "created_at")},
+            where=sa.or_(_PLANS.c.refuted_reason.is_not(None), stored_rank <= effort_rank(plan.effort)),
+        )
+        .returning(_PLANS.c.id)
+    ).scalar()
+    if plan_id is not None:
+        connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
+        if plan.trials:
+            connection.execute(sa.insert(_TRIALS), trial_values(plan_id, plan.trials))
+
+
+def refute(connection: Connection, op: Key, env: Key, reason: str, standing: StoredPlan | None) -> None:
+    """Mark a plan as refuted; one that only another database has is copied here first."""
+    mark = sa.update(_PLANS).where(_is(op, env)).values(refuted_reason=reason, updated_at=timestamp())
+    if not connection.execute(mark).rowcount and standing is not None:
+        save(connection, op, env, standing.plan, standing.function_name)
+        connection.execute(mark)
+
+
+def remove(connection: Connection, plan_id: int) -> bool:
+    """Delete one plan with its trials; whether there was one."""
+    connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
+    return bool(connection.execute(sa.delete(_PLANS).where(_PLANS.c.id == plan_id)).rowcount)
+
+
+def clear(connection: Connection) -> None:
+    """Delete everything."""
+    connection.execute(sa.delete(_TRIALS))
+    connection.execute(sa.delete(_PLANS))
+
+
+def _is(op: Key, env: Key) -> sa.ColumnElement[bool]:
+    return sa.and_(_PLANS.c.op_key == op.digest, _PLANS.c.env_key == env.digest)
+
+
+def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[dict[int, list[Trial]]]:
+    by_plan: dict[int, list[Trial]] = {}
+    problem = None
+    for row in connection.execute(sa.select(_TRIALS).where(condition).order_by(_TRIALS.c.plan_id, _TRIALS.c.ordinal)):
+        try:
+            by_plan.setdefault(row.plan_id, []).append(read_trial(row._asdict()))
+        except BadRowError as error:
+            problem = str(error)
+    return Found(by_plan, problem=problem)
+
+
+def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[list[StoredPlan]]:
+    by_plan = _trials(connection, _TRIALS.c.plan_id.in_(sa.select(_PLANS.c.id).where(condition)))
+    plans: list[StoredPlan] = []
+    problem = by_plan.problem
+    query = sa.select(_PLANS).where(condition).order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())
+    for row in connection.execute(query):
+        try:
+            plans.append(read_stored(row._asdict(), tuple(by_plan.value.get(row.id, ()))))
+        except BadRowError as error:
+            problem = str(error)
+    return Found(plans, problem=problem)

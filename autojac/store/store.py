@@ -1,0 +1,253 @@
+"""The plan store: what a training loop may rely on, whatever happens to the file underneath."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autojac.errors import StoreError, StoreWarning
+from autojac.plan import Plan, Trial
+from autojac.store import queries
+from autojac.store.database import Database, NewerSchemaError, fault_of
+from autojac.store.keys import Key
+from autojac.store.location import database_url, default_location, shared_locations
+from autojac.store.records import StoredPlan
+
+T = TypeVar("T")
+_FAULTS: Final = (sa.exc.SQLAlchemyError, NewerSchemaError, OSError, ImportError, ValueError)
+
+
+class PlanStore:
+    """Plans by operation and environment, in a database that may fail without stopping anybody.
+
+    `find`, `hints`, `trials`, `save` and `refute` never raise for a fault of the database: it is told once as
+    a `StoreWarning`, and this process goes on in memory. What people call at a prompt (`listing`, `get`,
+    `remove`, `clear`) raises `StoreError` instead. Nothing is opened before it is needed.
+
+    Args:
+        location: path of a SQLite file, `:memory:`, or a database URL; by default what AUTOJAC_STORE says, else
+            a file in the platform's cache directory.
+        timeout_s: how long to wait for another process's lock.
+    """
+
+    def __init__(self, location: str | os.PathLike[str] | None = None, *, timeout_s: float = 30.0) -> None:
+        self._timeout_s = timeout_s
+        self._told: set[str] = set()
+        self._memory = Database(database_url(":memory:"), timeout_s)
+        self._overlaid = False
+        self._read_only = False
+        self._fault: str | None = None
+        self._main: Database | None = None
+        self._shared = [Database(database_url(path), timeout_s, writable=False) for path in shared_locations()]
+        text = default_location() if location is None else os.fspath(location)
+        self._name = text or "the user's cache directory"
+        try:
+            if text is None:
+                raise FileNotFoundError("this user has no home directory; set AUTOJAC_STORE to a path")
+            self._main = Database(database_url(text), timeout_s)
+        except _FAULTS as error:
+            self._fault = _sentence(error)
+        else:
+            self._name = str(self._main.path or self._main.url.render_as_string(hide_password=True))
+            if self._main.in_memory:
+                self._name = ":memory:"
+
+    def __repr__(self) -> str:
+        return f"PlanStore({self.description!r})"
+
+    @property
+    def description(self) -> str:
+        """Where the plans live, for messages; passwords are masked."""
+        if self._main is None:
+            return f"memory, because {self._name} can't be used ({self._fault})"
+        if self._read_only:
+            return f"{self._name}, read-only"
+        return self._name
+
+    def find(self, op: Key, env: Key) -> Plan | None:
+        """The plan for an operation in an environment, without its trials; None if there is none to trust."""
+        return self._first(lambda connection: queries.find(connection, op, env))
+
+    def hints(self, op: Key) -> list[Plan]:
+        """Plans for the same operation in any environment, latest first: worth trying, not worth trusting."""
+        kept: dict[str, Plan] = {}
+        nothing: queries.Found[list[Plan]] = queries.Found([])
+        for base in self._bases():
+            for plan in self._tell(self._safely(base, lambda connection: queries.hints(connection, op), nothing)):
+                kept.setdefault(str(plan.method), plan)
+        return list(kept.values())
+
+    def trials(self, op: Key, env: Key) -> tuple[Trial, ...]:
+        """The trials of the search that made a plan, in the order they were run."""
+        return self._first(lambda connection: queries.trials(connection, op, env)) or ()
+
+    def save(self, op: Key, env: Key, plan: Plan, function_name: str) -> None:
+        """Keep a plan and its trials, unless one of higher effort that still stands is kept already.
+
+        Args:
+            op, env: what it computes and where.
+            plan: the plan; its trials replace those kept before.
+            function_name: for people.
+        """
+        self._write(lambda connection: queries.save(connection, op, env, plan, function_name))
+
+    def refute(self, op: Key, env: Key, reason: str) -> None:
+        """Never find a plan again, unless it is saved anew.
+
+        Args:
+            op, env: what it computes and where.
+            reason: what was seen, as a sentence.
+        """
+        standing = self._first(lambda connection: queries.stored(connection, op, env))
+        self._write(lambda connection: queries.refute(connection, op, env, reason, standing))
+
+    def listing(self) -> list[StoredPlan]:
+        """Every plan kept, latest first, with its trials.
+
+        Raises:
+            StoreError: the store can't be read.
+        """
+        nothing: queries.Found[list[StoredPlan]] = queries.Found([])
+        base = self._require()
+        kept = self._tell(self._asked(lambda: base.read(queries.listing, nothing)))
+        own = self._memory.read(queries.listing, nothing).value if self._overlaid and base is not self._memory else []
+        return [replace(plan, id=-plan.id) for plan in own] + kept
+
+    def get(self, plan_id: int) -> StoredPlan:
+        """One plan with its trials.
+
+        Raises:
+            StoreError: there is no such plan, or the store can't be read.
+        """
+        base, number = self._row(plan_id)
+        nothing: queries.Found[StoredPlan | None] = queries.Found(None)
+        plan = self._tell(self._asked(lambda: base.read(lambda c: queries.get(c, number), nothing)))
+        if plan is None:
+            raise self._unknown(plan_id)
+        return replace(plan, id=plan_id)
+
+    def remove(self, plan_id: int) -> None:
+        """Forget one plan and its trials.
+
+        Raises:
+            StoreError: there is no such plan, or the store can't be written.
+        """
+        base, number = self._row(plan_id)
+        if not self._asked(lambda: base.write(lambda connection: queries.remove(connection, number))):
+            raise self._unknown(plan_id)
+
+    def clear(self) -> None:
+        """Forget every plan.
+
+        Raises:
+            StoreError: the store can't be written.
+        """
+        if self._overlaid:
+            self._memory.write(queries.clear)
+        self._asked(lambda: self._require().write(queries.clear))
+
+    def _bases(self) -> list[Database]:
+        # Memory first: it holds what this process could not write, refutations included.
+        own = [self._main] if self._main else []
+        return [*([self._memory] if self._overlaid or not own else []), *own, *self._shared]
+
+    def _first(self, query: Callable[[Connection], queries.Found[T | None]]) -> T | None:
+        if self._main is None:
+            self._warn("fault", f"{self._name} can't be used ({self._fault}); plans live in memory for this process")
+        nothing: queries.Found[T | None] = queries.Found(None)
+        for base in self._bases():
+            found = self._safely(base, query, nothing)
+            value = self._tell(found)
+            if value is not None or found.final:
+                return value
+        return None
+
+    def _safely(self, base: Database, query: Callable[[Connection], T], empty: T) -> T:
+        try:
+            result = base.read(query, empty)
+        except _FAULTS as error:
+            if base is self._main:
+                self._main_failed(base, error, reading=True)
+            else:
+                self._shared = [other for other in self._shared if other is not base]
+                self._warn("shared", f"the shared plans in {base.path} can't be read ({_sentence(error)})")
+            return empty
+        if base is self._main and base.newer and not self._read_only:
+            self._main_failed(base, NewerSchemaError(f"it has schema {base.newer!r}, made by a later autojac"))
+        return result
+
+    def _write(self, change: Callable[[Connection], Any]) -> None:
+        for _ in range(2):  # once more where a fresh file took the place of a corrupt one
+            if self._main is None or self._read_only:
+                break
+            try:
+                self._main.write(change)
+                return
+            except _FAULTS as error:
+                self._main_failed(self._main, error)
+        self._overlaid = True
+        self._memory.write(change)
+        if self._main is None:
+            self._warn("fault", f"{self._name} can't be used ({self._fault}); plans live in memory for this process")
+
+    def _main_failed(self, main: Database, error: Exception, reading: bool = False) -> None:
+        """Settle what becomes of the main database, then warn: a warning may be made an error by a filter."""
+        if main.path is not None and fault_of(error) == "corrupt":
+            try:
+                moved = main.quarantine()
+            except _FAULTS as problem:
+                error = problem
+            else:
+                if moved is not None:
+                    self._warn("corrupt", f"{main.path} was corrupt; it is now {moved.name} and a fresh store is begun")
+                    return
+                if "corrupt" not in self._told:  # another process put it right
+                    self._told.add("corrupt")
+                    return
+        self._fault = _sentence(error)
+        if reading:
+            self._main = None
+            self._warn("fault", f"{self._name} can't be read ({self._fault}); plans live in memory for this process")
+        else:
+            self._read_only = True
+            self._warn("fault", f"{self._name} can't be written ({self._fault}); new plans live in memory")
+
+    def _tell(self, found: queries.Found[T]) -> T:
+        if found.problem:
+            self._warn("row", f"{self._name} holds a row that can't be used: {found.problem}; it is passed over")
+        return found.value
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, StoreWarning, stacklevel=4)
+
+    def _require(self) -> Database:
+        if self._main is not None:
+            return self._main
+        if self._overlaid:
+            return self._memory
+        raise StoreError(f"{self._name} can't be used as a plan store: {self._fault}")
+
+    def _row(self, plan_id: int) -> tuple[Database, int]:
+        return (self._memory, -plan_id) if plan_id < 0 and self._overlaid else (self._require(), plan_id)
+
+    def _unknown(self, plan_id: int) -> StoreError:
+        return StoreError(f"{self._name} has no plan {plan_id}")
+
+    def _asked(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except _FAULTS as error:
+            raise StoreError(f"{self._name} can't be used as a plan store: {_sentence(error)}") from error
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(getattr(error, "orig", None) or error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

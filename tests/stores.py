@@ -1,0 +1,60 @@
+"""Keys, plans and processes for the tests of the store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autojac.plan import Plan, Trial
+from autojac.store import Key, PlanStore
+from autojac.structure import Structure
+
+OP = Key.of({"function": "f"})
+ENV = Key.of({"device": "cpu"})
+METHOD = {"method": "batch_chunk", "inner": {"method": "pull", "seeds": "shared", "chunk": 16}, "size": 8192}
+TRIALS = (
+    Trial(METHOD, "complete", seconds=1e-3, dispersion=0.05, memory_bytes=4096),
+    Trial({"method": "push"}, "rejected", reason="error 0.1 against the reference"),
+)
+PLAN = Plan(METHOD, Structure("independent"), (True, False), "quick", 1e-3, 2e-3, 4096, 0.5, trials=TRIALS)
+
+
+def as_found(plan: Plan) -> Plan:
+    return replace(plan, source="store", trials=())
+
+
+def filled(path: Path) -> Path:
+    """A database with one plan, closed."""
+    PlanStore(path).save(OP, ENV, PLAN, "f")
+    return path
+
+
+def execute(path: Path, statement: str, *values: Any) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement, values)
+
+
+def forked(*works: Callable[[], object]) -> list[int]:
+    """Run each work in a process of its own, all at once; exit codes, negative for a signal."""
+    children = []
+    for work in works:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the children only do SQL
+            child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

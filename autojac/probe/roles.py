@@ -54,7 +54,7 @@ def resolve_batched(
         return guess, None
     stop = batch // 2
     refusal: str | None = None
-    followed = False
+    astray = False
     inexact: tuple[bool, ...] | None = None
     for assignment in [guess] if fixed else _assignments(guess, differentiated):
         try:
@@ -64,15 +64,20 @@ def resolve_batched(
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"
             continue
-        followed = True
-        if all(part.shape == (stop, *whole.shape[1:]) for part, whole in zip(sliced, values, strict=True)):
-            if all(disagreement(part, whole[:stop]) is None for part, whole in zip(sliced, values, strict=True)):
-                return assignment, None
-            # right shapes may come of broadcasting: another assignment may give the right values too
-            inexact = inexact or assignment
+        if any(part.dim() == 0 or len(part) != stop for part in sliced):
+            astray = True
+            continue
+        # an event may span the batch, as in x @ x.T: then only the axis follows
+        if all(
+            part.shape[1:] == whole.shape[1:] and disagreement(part, whole[:stop]) is None
+            for part, whole in zip(sliced, values, strict=True)
+        ):
+            return assignment, None
+        # right lengths may come of broadcasting: another assignment may give the right values too
+        inexact = inexact or assignment
     if inexact is not None:
         return inexact, "func of some samples differs from those samples of func"
-    if followed and not fixed:
+    if astray and not fixed:
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "

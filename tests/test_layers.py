@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "captures",
         "fingerprint",
         "walk",
+        "leaves",
         "origin",
         "autodiff",
         "seeds",

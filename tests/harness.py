@@ -1,0 +1,62 @@
+"""What tests of several rooms share: scenarios through the planner, comparison with the oracle, counted calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scenarios import Scenario
+from torch.utils import _pytree as pytree
+
+from autojac import AutoJacobian
+from autojac.captures import captures
+from autojac.methods.base import Problem
+from autojac.options import Options
+from autojac.planner import Planner, Request, Seen
+
+
+def wrapped(scenario: Scenario, func: Any, **options: Any) -> AutoJacobian:
+    """A scenario's wrapper that times nothing, unless told otherwise."""
+    defaults = {"on_miss": "estimate", "randomness": "different", "argnums": scenario.argnums, "store": ":memory:"}
+    return AutoJacobian(func, **{**defaults, **options})
+
+
+def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[Request, Seen, Problem]:
+    """A call as its methods see it: probed, not searched."""
+    planner = Planner(func, Options.checked({"randomness": "different", "store": ":memory:", **options}))
+    reach = captures(func)
+    request = planner.request(reach, args, kwargs or {})
+    seen = planner.look(request, reach)
+    found = planner.examine(request, seen)
+    return request, seen, planner.problem(request, seen.signature, found.structure, found.batched)
+
+
+def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
+    """Equal shapes, dtypes and numbers, up to `rtol` of the largest; entries that are not finite in either are left."""
+    ours, right = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    assert len(ours) == len(right)
+    for one, other in zip(ours, right, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        both = torch.isfinite(one) & torch.isfinite(other)
+        scale = float(torch.where(both, other, 0).abs().amax()) if other.numel() else 0.0
+        torch.testing.assert_close(
+            torch.where(both, one, 0), torch.where(both, other, 0), rtol=rtol, atol=rtol * max(scale, 1e-12)
+        )
+
+
+class Counted:
+    """A function that counts its evaluations and the samples of each."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.batches: list[int] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.batches.append(len(args[0]))
+        return self.func(*args, **kwargs)
+
+    @property
+    def calls(self) -> int:
+        return len(self.batches)

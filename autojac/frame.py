@@ -43,12 +43,14 @@ class Frame:
         self.tensor_at = tuple(index for index, value in enumerate(flat) if isinstance(value, Tensor))
         self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}
         self.size = len(flat)
-        self.plain = len(flat) == len(args) == len(self.tensor_at)
+        self.plain = all(isinstance(arg, Tensor) for arg in args)
         self.axes, self.declared = self._axes(args, in_dims)
         self.unbatched = self.declared and all(axis is None for axis in self.axes)
         self.moved = any(axis for axis in self.axes) or self.unbatched
         self.groups = self._groups(args, chosen)
         self.differentiated = tuple(sorted(position for _, group in self.groups for position in group))
+        # one tensor in and one out, the usual case, costs no nesting
+        self.single = self.plain and not self.unbatched and isinstance(argnums, int)
         self._require_floats(flat)
         self.out_spec: pytree.TreeSpec | None = None
 
@@ -92,11 +94,15 @@ class Frame:
 
     def value(self, values: Sequence[Tensor]) -> Any:
         """The function's result from its flat outputs."""
+        if self.out_spec is None and not self.unbatched:
+            return values[0]
         own = [value.squeeze(0) for value in values] if self.unbatched else list(values)
         return own[0] if self.out_spec is None else pytree.tree_unflatten(own, self.out_spec)
 
     def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
         """The Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside."""
+        if self.single and self.out_spec is None:
+            return rows[0][0]
         nested = [self._nest_row(row) for row in rows]
         return nested[0] if self.out_spec is None else pytree.tree_unflatten(nested, self.out_spec)
 
@@ -199,11 +205,6 @@ class Frame:
                 raise InputError(
                     f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
                 )
-
-
-def is_plain(args: Sequence[Any]) -> bool:
-    """Whether every argument is a tensor itself."""
-    return all(isinstance(arg, Tensor) for arg in args)
 
 
 def describe(value: Any) -> Any:

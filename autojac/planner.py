@@ -209,7 +209,7 @@ class Planner:
         guess = frame.declared_batched() or guess_batched(leaves, batch)
         carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
         inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
-        if any(length != batch for length in carriers) or not any(guess[position] for position in frame.differentiated):
+        if not carriers or any(length != batch for length in carriers):
             shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
             raise OutputError(
                 f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "

@@ -118,7 +118,7 @@ class AutoJacobian:
         """For people: the plan, what was probed, every candidate with its time and memory or why it was rejected."""
         with recording(args, kwargs) as call:
             entry = self._entry(self._key(*call), *call)
-        trials = entry.plan.trials or self._planner.stored.trials(entry.signature)
+        trials = entry.plan.trials or (self._planner.stored.trials(entry.keys) if entry.keys else ())
         return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials)
 
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:

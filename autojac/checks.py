@@ -40,8 +40,9 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
            argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto", **kwargs: Any) -> None:  # fmt: skip
     """Check a Jacobian, whoever computed it, against plain VJPs of the function.
 
-    Whole-batch projections are tried first. Where they differ the samples may be coupled, whose blocks are not the
-    whole Jacobian: then the samples that differ most are compared one at a time.
+    Whole-batch projections are tried first: they see every block of independent samples. Where they differ the samples
+    may be coupled, whose blocks are not the whole Jacobian: then `probes` samples are compared one at a time, those
+    that differ most, and a wrong block among the others goes unseen.
 
     Args:
         jacobian: what `AutoJacobian(func, ...)` returns for these arguments.
@@ -65,7 +66,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     result = Result(seen.first.values, request.frame.unnested(jacobian))
     reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2)
     wrong = reference.check(result)
-    if wrong is not None and layout == "blocks":
+    if wrong is not None and layout == "blocks" and reference.check_shapes(result) is None:
         dense = dataclasses.replace(independent, structure=Structure("dense", "declared"))
         samples = reference.worst_samples(result, probes)
         reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples)

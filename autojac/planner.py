@@ -23,7 +23,7 @@ from autojac.probe.manners import FirstCall
 from autojac.quiet import Quiet
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags, named_flags
-from autojac.stored import Stored
+from autojac.stored import Keys, Stored
 from autojac.structure import Structure
 
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
@@ -39,6 +39,7 @@ class Entry:
     compute: Compute
     signature: Signature
     mutable: tuple[Tensor, ...]
+    keys: Keys | None = None
     calls: int = 0
     last_check: int = 0
     next_check: float = 1
@@ -65,6 +66,7 @@ class Seen:
     quiet: Quiet
     signature: Signature
     guess: tuple[bool, ...]
+    keys: Keys
 
     @property
     def empty(self) -> bool:
@@ -112,7 +114,7 @@ class Planner:
             return self._empty(request, seen)
         wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
         if not force:
-            known = self._neighbour(seen.signature) or self._stored(seen.signature, wanted)
+            known = self._neighbour(seen.signature) or self._stored(seen.keys, wanted)
             ready = known and self._ready(request, seen, known)
             if ready:
                 return ready
@@ -132,7 +134,7 @@ class Planner:
         first = self._first_call(request, quiet)
         signature, guess = self._signature(request, first)
         # the tensors that func writes into are few: only these are saved around later evaluations
-        return Seen(first, Quiet(quiet.written, quiet.state), signature, guess)
+        return Seen(first, Quiet(quiet.written, quiet.state), signature, guess, self.stored.keys(signature))
 
     def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
         """Probe what couples with what."""
@@ -170,7 +172,8 @@ class Planner:
         The structure is probed again at this input. Where that still sees no coupling the guard is believed.
         """
         start = time.perf_counter()
-        self.stored.refute(entry.signature, reason)
+        if entry.keys is not None:
+            self.stored.refute(entry.keys, reason)
         self.neighbours.clear()
         seen = self.look(request, captured)
         found = self.examine(request, seen)
@@ -233,8 +236,8 @@ class Planner:
             return None
         return dataclasses.replace(known[1], source="neighbour")
 
-    def _stored(self, signature: Signature, wanted: Effort) -> Plan | None:
-        plan = self.stored.find(signature)
+    def _stored(self, keys: Keys, wanted: Effort) -> Plan | None:
+        plan = self.stored.find(keys)
         if plan is None or (self.options.on_miss != "error" and effort_rank(plan.effort) < effort_rank(wanted)):
             return None
         return plan
@@ -252,7 +255,7 @@ class Planner:
             return None
         self._remember(seen.signature, plan)
         mutable = tuple(seen.quiet.captured)
-        return Entry(request.frame, problem, plan, method.prepare(problem), seen.signature, mutable)
+        return Entry(request.frame, problem, plan, method.prepare(problem), seen.signature, mutable, seen.keys)
 
     def _search(
         self, request: Request, seen: Seen, found: Examined, effort: Effort, budget_s: float | None, start: float
@@ -262,7 +265,7 @@ class Planner:
         from autojac.search.optimize import search
 
         problem = self.problem(request, seen.signature, found.structure, found.batched)
-        hints = self.stored.hints(seen.signature)
+        hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
             won = search(
@@ -280,10 +283,10 @@ class Planner:
             "estimate" if effort == "estimate" else "search",
             won.trials,
         )
-        self.stored.save(seen.signature, plan)
+        self.stored.save(seen.keys, plan)
         self._remember(seen.signature, plan)
         mutable = tuple(seen.quiet.captured)
-        return Entry(request.frame, problem, plan, won.method.prepare(problem), seen.signature, mutable)
+        return Entry(request.frame, problem, plan, won.method.prepare(problem), seen.signature, mutable, seen.keys)
 
     def _remember(self, signature: Signature, plan: Plan) -> None:
         key = signature.without_batch()

@@ -12,10 +12,13 @@ from autojac.methods.base import Method, build
 from autojac.options import Options
 from autojac.plan import Plan, Trial
 from autojac.signature import Signature
+from autojac.store.keys import Key, environment_key, operation_key
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
-    from autojac.store.keys import Key
+
+Keys = tuple[Key, Key]
+"""What a plan is filed under: the operation, and the environment that it was tuned in."""
 
 _shared: dict[Any, PlanStore] = {}
 
@@ -35,7 +38,7 @@ class Stored:
 
     @cached_property
     def store(self) -> PlanStore:
-        """The store; one a location and process."""
+        """The store; one a location and process, and one a wrapper in memory."""
         from autojac.store import PlanStore
 
         place = self.options.store
@@ -44,6 +47,8 @@ class Stored:
         from autojac.store.location import default_location
 
         key = str(place) if place is not None else default_location()
+        if key == ":memory:":
+            return PlanStore(place)
         if key not in _shared:
             _shared[key] = PlanStore(place)
         return _shared[key]
@@ -52,32 +57,31 @@ class Stored:
     def description(self) -> str:
         return self.store.description
 
-    def find(self, signature: Signature) -> Plan | None:
-        return self.store.find(*self._keys(signature))
+    def find(self, keys: Keys) -> Plan | None:
+        return self.store.find(*keys)
 
-    def hints(self, signature: Signature) -> list[Method]:
+    def hints(self, keys: Keys) -> list[Method]:
         """Methods that won on other devices, to be tried first."""
         found = []
-        for plan in self.store.hints(self._keys(signature)[0]):
+        for plan in self.store.hints(keys[0]):
             try:
                 found.append(build(plan.method))
             except StoreError:
                 continue  # made by another version of autojac
         return found
 
-    def trials(self, signature: Signature) -> tuple[Trial, ...]:
+    def trials(self, keys: Keys) -> tuple[Trial, ...]:
         """Every candidate's fate in the search that made the stored plan."""
-        return self.store.trials(*self._keys(signature))
+        return self.store.trials(*keys)
 
-    def save(self, signature: Signature, plan: Plan) -> None:
-        self.store.save(*self._keys(signature), plan, self.function_name)
+    def save(self, keys: Keys, plan: Plan) -> None:
+        self.store.save(*keys, plan, self.function_name)
 
-    def refute(self, signature: Signature, reason: str) -> None:
-        self.store.refute(*self._keys(signature), reason)
+    def refute(self, keys: Keys, reason: str) -> None:
+        self.store.refute(*keys, reason)
 
-    def _keys(self, signature: Signature) -> tuple[Key, Key]:
-        from autojac.store.keys import environment_key, operation_key
-
+    def keys(self, signature: Signature) -> Keys:
+        """What a plan is filed under: the function as it is now, the call, and the device."""
         options = self.options
         declared = options.declared
         chosen = {

@@ -61,7 +61,7 @@ class Reference:
 
     def check(self, result: Result) -> str | None:
         """Why a result is wrong, as a sentence; None if it agrees with everything checked."""
-        return self._check_shapes(result) or self._check_rows(result) or self._check_projections(result)
+        return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result)
 
     def check_gradient(self, result: Result, captured: Sequence[Tensor]) -> str | None:
         """Why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
@@ -103,7 +103,8 @@ class Reference:
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
         return errors.topk(min(count, len(errors))).indices.tolist()
 
-    def _check_shapes(self, result: Result) -> str | None:
+    def check_shapes(self, result: Result) -> str | None:
+        """Why a result can't be right whatever its numbers: shapes, dtypes and the values."""
         for event, value, row, expected in zip(
             self.problem.outputs, result.values, result.jacobians, self.values, strict=True
         ):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from scenarios import Scenario
 from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian
@@ -14,6 +13,7 @@ from autojac.captures import captures
 from autojac.methods.base import Problem
 from autojac.options import Options
 from autojac.planner import Planner, Request, Seen
+from scenarios import Scenario
 
 
 def wrapped(scenario: Scenario, func: Any, **options: Any) -> AutoJacobian:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare, planned
 from torch import Tensor, nn
 
 from autojac import AutoJacobian
 from autojac.methods.base import registry
 from autojac.quiet import Quiet
 from autojac.verify import Reference
+from harness import compare, planned
 
 
 def network() -> nn.Module:
@@ -100,7 +100,7 @@ def test_the_gradient_through_every_candidate_agrees(coupled: bool) -> None:
         return model(x - x.mean(0)) if coupled else model(x)
 
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    request, seen, problem = planned(func, (x,))
+    request, _, problem = planned(func, (x,))
     assert problem.differentiable
     reference = Reference(problem, request.leaves, {}, Quiet(()))
     right: list[Tensor] = []

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
-from oracle import jacobian_blocks
 from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian, PlanStore
+from harness import compare
+from oracle import jacobian_blocks
 
 
 def cube(x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def test_integer_output() -> None:
 
 
 def test_complex_output() -> None:
-    refused(autojac.OutputError, "view_as_real", lambda x: torch.fft.fft(x), torch.ones(5, 2))
+    refused(autojac.OutputError, "view_as_real", torch.fft.fft, torch.ones(5, 2))
 
 
 def test_output_that_is_no_tensor() -> None:

@@ -6,9 +6,6 @@ import warnings
 
 import pytest
 import torch
-from harness import compare, planned, wrapped
-from oracle import jacobian_blocks, jacobian_full
-from scenarios import SCENARIOS, Scenario
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,6 +13,9 @@ import autojac
 from autojac.methods.base import registry
 from autojac.quiet import Quiet
 from autojac.verify import Reference
+from harness import compare, planned, wrapped
+from oracle import jacobian_blocks, jacobian_full
+from scenarios import SCENARIOS, Scenario
 
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 

@@ -28,6 +28,8 @@ from autojac.structure import Structure
 
 CACHE_BYTES = 32 * 2**20
 BYTES_PER_SECOND = 1e9
+WORKSPACE_MARGIN = 4
+"""Intermediate values that a seed drags along, in multiples of its input and output."""
 
 Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
@@ -224,9 +226,11 @@ def embed(blocks: Tensor, event_dims: int) -> Tensor:
     return moved
 
 
-def chunk_sizes(count: int, depth: int) -> list[int | None]:
-    """Chunks worth trying for `count` seeds: all at once, and powers of four below."""
-    sizes = [size for size in (4, 16, 64, 256, 1024) if size < count]
+def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
+    """Chunks worth trying for `count` seeds: all at once, and powers of four below, as memory allows."""
+    each = problem.item_bytes * problem.batch * (problem.out_size + problem.in_size)
+    room = problem.memory_limit - problem.result_bytes
+    sizes = [size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * each * size < room]
     return [None, *sizes] if depth else [None, *sizes[-2:]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -56,4 +57,17 @@ class Compiled(Method):
         # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
         own = types.FunctionType(program.__code__.replace(), globals(), program.__name__, None, program.__closure__)
         compiled = compile_flat(own)
-        return lambda leaves, kwargs: Result(*compiled(leaves, kwargs))
+        warmed = False
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            nonlocal warmed
+            if warmed:
+                return Result(*compiled(leaves, kwargs))
+            with warnings.catch_warnings():
+                # the compiler's own imports warn, which must not reach a user who turns warnings into errors
+                warnings.simplefilter("ignore")
+                result = Result(*compiled(leaves, kwargs))
+            warmed = True
+            return result
+
+        return compute

@@ -60,7 +60,7 @@ class Pull(Method):
             kind = "shared"
         count = max(seeds.size(shape) for shape in problem.outputs) * (problem.batch if kind == "identity" else 1)
         yield cls(kind, "loop")
-        for chunk in chunk_sizes(count, depth):
+        for chunk in chunk_sizes(problem, count, depth):
             yield cls(kind, "vmap", chunk)
             yield cls(kind, "batched", chunk)
 

@@ -53,7 +53,7 @@ class Push(Method):
         kind: SeedKind = "shared" if problem.structure.independent else "identity"
         yield cls(kind, "loop")
         count = max(seeds.size(cls._seeded(problem, position, kind)) for position in problem.inputs)
-        for chunk in chunk_sizes(count, depth):
+        for chunk in chunk_sizes(problem, count, depth):
             yield cls(kind, "vmap", chunk)
 
     def cost(self, problem: Problem) -> float:

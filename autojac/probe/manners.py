@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.errors import MutationError, OutputError, RandomnessError
-from autojac.quiet import Quiet, random_state, same_random_state
+from autojac.quiet import Quiet, random_state, same_bits, same_random_state
 from autojac.tolerance import disagreement
 
 Flat = Any
@@ -45,7 +45,7 @@ def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any],
         versions = [copy._version for copy in copies]
         values = fn(copies, kwargs)
     for position, (copy, version, leaf) in enumerate(zip(copies, versions, leaves, strict=True)):
-        if copy._version != version or not _same_bits(copy, leaf):
+        if copy._version != version or not same_bits(copy, leaf):
             raise MutationError(
                 f"func writes into its tensor argument number {position}: {tuple(leaf.shape)} {leaf.dtype}. A Jacobian "
                 "needs the input as it was: let func clone it first"
@@ -121,11 +121,3 @@ def check_outputs(values: Sequence[Any]) -> int:
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         raise OutputError(f"the outputs of func must share the batch on axis 0, but have shapes {shapes}")
     return int(sizes.pop())
-
-
-def _same_bits(copy: Tensor, leaf: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, nan included."""
-    if not copy.numel() or copy.layout != torch.strided:
-        return True
-    one, other = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (copy, leaf))
-    return torch.equal(one, other)

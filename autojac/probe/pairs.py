@@ -138,19 +138,19 @@ def value_layer(
 ) -> Verdict:
     """New values inside the mask; outputs outside must stay."""
     layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
-    base = subject.values({})
     refused = 0
-    for scale in SCALES:
+    for turn, scale in enumerate(SCALES):
+        # the samples outside move too: what they read of others may depend on where they are themselves
+        start = {position: _start(subject.leaves[position], turn, scale, generator) for position in leaves}
+        base = _accepted(subject, start)
+        if base is None:
+            start = {position: subject.leaves[position].detach() for position in leaves}
+            base = subject.values({})
         for mask in masks:
-            replaced = {
-                position: _other_values(subject.leaves[position], mask, scale, generator) for position in leaves
-            }
-            try:
-                changed = subject.values(replaced)
-            except Exception:  # func may refuse values that its user never passes
+            changed = _accepted(subject, {p: _other_values(leaf, mask, scale, generator) for p, leaf in start.items()})
+            if changed is None:
                 refused += 1
-                continue
-            if _moved(changed, base, ~mask):
+            elif _moved(changed, base, ~mask):
                 return Verdict(layer, True, f"{layer}: coupled, outputs move when other samples change by {scale:g}")
     if refused == len(SCALES) * len(masks):
         return Verdict(layer, None, f"{layer}: not applicable, func refuses other values")
@@ -187,14 +187,30 @@ def _along(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 
-def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """The leaf with other values in the masked samples: noise for floats, each other's rows for the rest."""
+def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
+    """Outputs at other values; None where func refuses values that its user never passes."""
+    try:
+        return subject.values(replaced)
+    except Exception:
+        return None
+
+
+def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Another point to change samples at: noise for floats; for masks the given one, then none set, then all."""
     leaf = leaf.detach()
+    if leaf.is_floating_point():
+        return leaf + scale * _noise(leaf, generator)
+    if leaf.dtype == torch.bool and turn:
+        return torch.full_like(leaf, turn == 2)
+    return leaf
+
+
+def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """The leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
     if leaf.is_floating_point():
         return leaf + scale * _noise(leaf, generator) * _along(mask, leaf)
     if leaf.dtype == torch.bool:
-        flips = torch.randint(2, leaf.shape, generator=generator).to(leaf.device, torch.bool)
-        return leaf ^ (flips & (_along(mask, flips) > 0))
+        return leaf ^ mask.view(-1, *[1] * (leaf.dim() - 1))
     rows = torch.arange(len(leaf), device=leaf.device)
     inside = rows[mask]
     rows[mask] = inside[torch.randperm(len(inside), generator=generator).to(inside.device)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import statistics
@@ -106,7 +107,8 @@ def search(
         captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
         quiet: how to evaluate without a trace.
         effort: `estimate` takes the first right method of the cost model and times nothing.
-        budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most.
+        budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
+            torch loads once a process is not counted.
         hints: methods to try first, such as another device's winner.
         progress: called after each trial.
 
@@ -114,6 +116,9 @@ def search(
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
+    if effort != "estimate":
+        # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
+        importlib.import_module("torch._dynamo")
     start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
     subject = Subject(
         problem,
@@ -138,6 +143,9 @@ def search(
     wanted = [method for method in hints if method in space]
     _propose(subject, space, [*wanted, *space[:3], *defaults[:1]])
     _ensure_one(subject, [*space, LAST_RESORT])
+    for method in space:
+        if method not in subject.trials:
+            subject.record(method, "skipped", reason="no budget was left for it")
     return _shoot_out(subject, defaults)
 
 

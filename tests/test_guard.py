@@ -1,0 +1,138 @@
+"""The runtime guard: a structure that stops holding is caught, the answer of that call is right, and it is told."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autojac
+from autojac import AutoJacobian, PlanStore, StructureChangedWarning
+from harness import Counted, compare
+from oracle import jacobian_blocks
+
+
+class Switch:
+    """Independent until switched on: then each sample reads its neighbour."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sin() + (x.roll(1, 0) * x if self.on else 0)
+
+
+def estimated(func: Any, **options: Any) -> AutoJacobian:
+    return AutoJacobian(func, **{"on_miss": "estimate", "store": ":memory:", **options})
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(8, 3, dtype=torch.float64)
+
+
+def test_coupling_that_appears_later_is_caught_at_the_next_check(x: Tensor) -> None:
+    func, store = Switch(), PlanStore(":memory:")
+    jac = estimated(func, store=store)
+    for _ in range(3):
+        jac(x)
+    func.on = True
+    with pytest.warns(StructureChangedWarning, match="since call 2 went unchecked"):
+        J = jac(x)
+    compare(J, jacobian_blocks(func, (x,)))
+    compare(jac(x + 1), jacobian_blocks(func, (x + 1,)))
+    assert not jac.plan(x).structure.independent
+
+
+def test_always_checks_every_call(x: Tensor) -> None:
+    func = Switch()
+    jac = estimated(func, verify="always")
+    for _ in range(5):
+        jac(x)
+    func.on = True
+    with pytest.warns(StructureChangedWarning, match="call 5"):
+        compare(jac(x), jacobian_blocks(func, (x,)))
+
+
+def test_a_refuted_plan_is_not_found_again(x: Tensor) -> None:
+    func, store = Switch(), PlanStore(":memory:")
+    jac = estimated(func, store=store, verify="always")
+    jac(x)
+    func.on = True
+    with pytest.warns(StructureChangedWarning):
+        jac(x)
+    rows = store.listing()
+    assert any(row.plan.structure.coupling == "dense" for row in rows)
+    assert not any(row.plan.structure.independent and row.refuted_reason is None for row in rows)
+
+
+def test_a_wrong_declaration_is_caught_at_the_first_use(x: Tensor) -> None:
+    def func(x: Tensor) -> Tensor:
+        return x.roll(1, 0) * x
+
+    jac = estimated(func, coupling="independent")
+    with pytest.raises(autojac.SearchError, match="off by"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # no method that relies on the declaration passes verification, and the plain rows contradict it
+        jac(x)
+
+
+def test_checks_come_at_powers_of_two(x: Tensor) -> None:
+    func = Counted(torch.sin)
+    jac = estimated(func)
+    jac(x)
+    base = jac.plan(x)
+    checked = []
+    for _ in range(2, 40):
+        before = func.calls
+        jac(x)
+        checked.append(func.calls - before > 1)
+        assert jac.plan(x) is base
+    assert [call for call, yes in zip(range(2, 40), checked, strict=True) if yes] == [2, 4, 8, 16, 32]
+
+
+def test_never_checks_nothing(x: Tensor) -> None:
+    func = Counted(torch.sin)
+    jac = estimated(func, verify="never")
+    jac(x)
+    before = func.calls
+    for _ in range(9):
+        jac(x)
+    assert func.calls == before + 9
+
+
+def test_the_check_leaves_buffers_and_random_state_alone(x: Tensor) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+    jac = estimated(model, verify="always", randomness="different")
+    torch.manual_seed(1)
+    for _ in range(3):
+        jac(x)
+    state = torch.get_rng_state()
+    assert model[0].num_batches_tracked == 3
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+    for _ in range(3):
+        other(x)
+    assert torch.equal(state, torch.get_rng_state())
+    compare(dict(model[0].named_buffers())["running_mean"], dict(other[0].named_buffers())["running_mean"])
+
+
+@pytest.mark.parametrize("layout", ["blocks", "full"])
+def test_verify_accepts_right_jacobians_and_names_wrong_ones(x: Tensor, layout: str) -> None:
+    for func in (torch.tanh, lambda z: z - z.mean(0), lambda z: (z @ z.T).softmax(1) @ z):
+        J = estimated(func, layout=layout)(x)
+        autojac.verify(J, func, x, layout=layout)
+        wrong = J.clone()
+        wrong[5, 1] += 0.01
+        with pytest.raises(autojac.VerificationError, match="off by"):
+            autojac.verify(wrong, func, x, layout=layout, probes=len(x))
+
+
+def test_verify_counts_what_it_was_given(x: Tensor) -> None:
+    with pytest.raises(autojac.VerificationError, match="2 Jacobians were expected"):
+        autojac.verify(torch.ones(8, 3, 3), lambda z: (z, z), x)
+    with pytest.raises(autojac.VerificationError, match="shape"):
+        autojac.verify(torch.ones(8, 3, 2), torch.sin, x)

@@ -28,8 +28,8 @@ from autojac.structure import Structure
 
 CACHE_BYTES = 32 * 2**20
 BYTES_PER_SECOND = 1e9
-WORKSPACE_MARGIN = 4
-"""Intermediate values that a seed drags along, in multiples of its input and output."""
+WORKSPACE_MARGIN = 2
+"""How much more than a chunk's own seeds a chunk is allowed for when chunk sizes are proposed."""
 
 Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
@@ -57,6 +57,7 @@ class Problem:
         structure: what couples with what.
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.
+        pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
     """
 
     fn: Flat
@@ -67,6 +68,7 @@ class Problem:
     structure: Structure
     differentiable: bool
     memory_limit: int
+    pass_bytes: int = 0
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -99,12 +101,18 @@ class Problem:
         across = self.batch if self.layout == "full" else 1
         return self.item_bytes * self.batch * self.out_size * across * self.in_size
 
+    @property
+    def seed_bytes(self) -> int:
+        """What one seed through the whole batch drags along: its share of every intermediate value."""
+        return max(self.pass_bytes, self.item_bytes * self.batch * (self.out_size + self.in_size))
+
     def resized(self, batch: int) -> Problem:
         """The same problem for another number of samples."""
         leaves = tuple(
             dataclasses.replace(leaf, shape=(batch, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves
         )
-        return dataclasses.replace(self, leaves=leaves, batch=batch)
+        share = self.pass_bytes * batch // max(self.batch, 1)
+        return dataclasses.replace(self, leaves=leaves, batch=batch, pass_bytes=share)
 
 
 def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Bound, tuple[Tensor, ...]]:
@@ -228,9 +236,10 @@ def embed(blocks: Tensor, event_dims: int) -> Tensor:
 
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
     """Chunks worth trying for `count` seeds: all at once, and powers of four below, as memory allows."""
-    each = problem.item_bytes * problem.batch * (problem.out_size + problem.in_size)
     room = problem.memory_limit - problem.result_bytes
-    sizes = [size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * each * size < room]
+    sizes = [
+        size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * problem.seed_bytes * size < room
+    ]
     return [None, *sizes] if depth else [None, *sizes[-2:]]
 
 
@@ -241,6 +250,6 @@ def dispatch_cost(passes: int, functional: bool) -> float:
 
 def traffic_cost(problem: Problem, count: int, step: int) -> float:
     """Predicted seconds of moving `count` seeds through the batch, dearer where a step overflows the cache."""
-    moved = problem.item_bytes * problem.batch * (problem.out_size + problem.in_size)
+    moved = problem.seed_bytes
     overflow = 2.0 if moved * step > CACHE_BYTES else 1.0
     return overflow * moved * (count + 1) / BYTES_PER_SECOND

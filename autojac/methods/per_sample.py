@@ -51,7 +51,7 @@ class PerSample(Method):
     def workspace(self, problem: Problem) -> int:
         count = problem.out_size if self.mode == "reverse" else problem.in_size
         samples = self.chunk or problem.batch
-        return problem.item_bytes * samples * count * (problem.out_size + problem.in_size)
+        return count * problem.seed_bytes * samples // problem.batch
 
     def prepare(self, problem: Problem) -> Compute:
         if self.mode == "forward":

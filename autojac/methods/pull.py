@@ -71,7 +71,7 @@ class Pull(Method):
 
     def workspace(self, problem: Problem) -> int:
         step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)
-        return problem.item_bytes * step * problem.batch * (problem.out_size + problem.in_size)
+        return step * problem.seed_bytes
 
     def _seed_count(self, problem: Problem) -> int:
         return problem.out_size * (problem.batch if self.seeds == "identity" else 1)

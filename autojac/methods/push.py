@@ -66,7 +66,7 @@ class Push(Method):
 
     def workspace(self, problem: Problem) -> int:
         step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)
-        return problem.item_bytes * step * problem.batch * (problem.out_size + problem.in_size)
+        return step * problem.seed_bytes
 
     def _seed_count(self, problem: Problem) -> int:
         return sum(seeds.size(self._seeded(problem, position, self.seeds)) for position in problem.inputs)

@@ -46,8 +46,7 @@ class Replicate(Method):
         return dispatch_cost(2, functional=False) + 2 * traffic_cost(problem, count, count)
 
     def workspace(self, problem: Problem) -> int:
-        width = problem.out_size + problem.in_size
-        return 2 * problem.item_bytes * self._seed_count(problem) * problem.batch * width
+        return self._seed_count(problem) * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
         count = self._seed_count(problem)

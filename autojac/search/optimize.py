@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -17,9 +18,9 @@ import optuna
 import torch
 from torch import Tensor
 
-from autojac.autodiff import gradient
+from autojac.autodiff import Pullback, gradient
 from autojac.errors import SearchError
-from autojac.methods.base import Compute, Method, Problem, Result, build
+from autojac.methods.base import Compute, Method, Problem, Result, bind, build
 from autojac.plan import Effort, Trial, TrialState, effort_rank
 from autojac.quiet import Quiet
 from autojac.search import measure
@@ -115,6 +116,7 @@ def search(
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, quiet))
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
     if effort != "estimate":
         # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
@@ -147,6 +149,18 @@ def search(
         if method not in subject.trials:
             subject.record(method, "skipped", reason="no budget was left for it")
     return _shoot_out(subject, defaults)
+
+
+def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:
+    """Peak memory of one plain evaluation and one VJP of the first output: what a seed costs at the least."""
+
+    def one_pass() -> object:
+        bound, inputs = bind(problem, leaves, kwargs)
+        pullback = Pullback(bound, inputs, differentiable=False)
+        return pullback(0, torch.ones_like(pullback.outputs[0]), last=True)
+
+    with quiet():
+        return measure.peak_bytes(one_pass, leaves[problem.inputs[0]].device)
 
 
 def _estimate(subject: Subject, space: Sequence[Method]) -> Found:

@@ -108,9 +108,19 @@ def load_forward_rules() -> None:
 
 def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """One JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
+    try:
+        return _push_dual(fn, inputs, tangents)
+    except NotImplementedError:
+        # few operators need torch's decompositions, which take 0.2 s to load: only now is it known that one does
+        load_forward_rules()
+        return _push_dual(fn, inputs, tangents)
+
+
+def _push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     forward = torch.autograd.forward_ad
-    with forward.dual_level():
-        duals = [forward.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+    with forward.dual_level() as level:
+        # forward_ad.make_dual without its loading of decompositions
+        duals = [torch._VF._make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
         values = [primal for primal, _ in pairs]
         pushed = [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures, captures
+from autojac.entry import Entry
 from autojac.errors import InputError, StructureChangedWarning
 from autojac.explain import explanation
 from autojac.frame import describe
-from autojac.methods.base import Result
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
-from autojac.planner import Entry, Planner
+from autojac.planner import Planner
+from autojac.problem import Result
 from autojac.quiet import Quiet
 from autojac.signature import current_flags
 from autojac.verify import Reference

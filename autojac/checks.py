@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from autojac.captures import captures
 from autojac.errors import VerificationError
-from autojac.methods.base import Result
 from autojac.options import Options
 from autojac.planner import Planner
+from autojac.problem import Result
 from autojac.structure import Structure
 from autojac.verify import Reference
 

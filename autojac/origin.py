@@ -36,6 +36,11 @@ def is_library(module_name: str | None) -> bool:
     return file.startswith(_LIBRARY_FOLDERS) or "site-packages" in file or "dist-packages" in file
 
 
+def home_of(kind: type) -> str:
+    """The module of a library's class; empty for the user's, which a script names `__main__` and others its file."""
+    return kind.__module__ if is_library(kind.__module__) else ""
+
+
 def library_version(module_name: str | None) -> str:
     """`__version__` of the package that a module belongs to; empty where it states none."""
     package = sys.modules.get((module_name or "").partition(".")[0])

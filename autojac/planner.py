@@ -6,20 +6,20 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autojac.captures import Captures
+from autojac.entry import Entry, Request, Seen, empty_compute
 from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
-from autojac.methods.base import Compute, Problem, Result, build
+from autojac.methods.base import build
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
 from autojac.probe.manners import FirstCall
+from autojac.problem import Problem
 from autojac.quiet import Quiet
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags, named_flags
@@ -27,52 +27,6 @@ from autojac.stored import Keys, Stored
 from autojac.structure import Structure
 
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
-
-
-@dataclass
-class Entry:
-    """A plan made ready for one signature in this process."""
-
-    frame: Frame
-    problem: Problem
-    plan: Plan
-    compute: Compute
-    signature: Signature
-    mutable: tuple[Tensor, ...]
-    keys: Keys | None = None
-    calls: int = 0
-    last_check: int = 0
-    next_check: float = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call that needs a plan."""
-
-    frame: Frame
-    leaves: tuple[Tensor, ...]
-    kwargs: Mapping[str, Any]
-    flags: tuple[Any, ...]
-    differentiable: bool
-    trained: tuple[Tensor, ...]
-    kinds: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the first call of func showed."""
-
-    first: FirstCall
-    quiet: Quiet
-    signature: Signature
-    guess: tuple[bool, ...]
-    keys: Keys
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to differentiate."""
-        sizes = [*self.signature.outputs, *(leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated)]
-        return not self.signature.batch or 0 in map(math.prod, sizes)
 
 
 class Planner:
@@ -298,18 +252,4 @@ class Planner:
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
         problem = self.problem(request, seen.signature, structure, seen.guess)
         plan = Plan({"method": "Pull", "seeds": "shared"}, structure, seen.guess, "estimate", source="estimate")
-        return Entry(request.frame, problem, plan, _empty_compute(problem), seen.signature, (), next_check=math.inf)
-
-
-def _empty_compute(problem: Problem) -> Compute:
-    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        values = problem.fn(leaves, kwargs)
-        full = problem.layout == "full"
-        across = [problem.leaves[i].shape if full else problem.leaves[i].event_shape for i in problem.inputs]
-        rows = tuple(
-            tuple(leaves[i].new_zeros(*value.shape, *tail) for i, tail in zip(problem.inputs, across, strict=True))
-            for value in values
-        )
-        return Result(values if problem.differentiable else tuple(value.detach() for value in values), rows)
-
-    return compute
+        return Entry(request.frame, problem, plan, empty_compute(problem), seen.signature, (), next_check=math.inf)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 def random_state() -> tuple[Any, ...]:
     """The state of every generator that a function may draw from: torch, its GPUs, Python and NumPy."""
-    numpy = sys.modules.get("numpy")
+    numpy_random = sys.modules.get("numpy.random")
     return (
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         random.getstate(),
-        numpy.random.get_state() if numpy is not None else None,
+        numpy_random.get_state() if numpy_random is not None else None,
     )
 
 
@@ -34,7 +34,7 @@ def restore_random_state(state: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state_all(cuda)
     random.setstate(python)
     if numpy_state is not None:
-        sys.modules["numpy"].random.set_state(numpy_state)
+        sys.modules["numpy.random"].set_state(numpy_state)
 
 
 def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autojac.errors import StoreError
 from autojac.fingerprint import fingerprint
 from autojac.methods.base import Method, build
-from autojac.options import Options
+from autojac.options import Options, parse_bytes
 from autojac.plan import Plan, Trial
 from autojac.signature import Signature
 from autojac.store.keys import Key, environment_key, operation_key
@@ -85,16 +85,21 @@ class Stored:
         options = self.options
         declared = options.declared
         chosen = {
-            "memory_limit": options.memory_limit,
+            "memory_limit": parse_bytes(options.memory_limit),
             "randomness": options.randomness,
             "coupling": None if declared is None else declared.to_json(),
         }
         digest = fingerprint(self.func, options.version)
-        operation = operation_key(self.function_name, digest, signature, chosen)
+        # Without the module: what a script defines as `__main__`, others import by the name of its file.
+        operation = operation_key(_named(self.func).__qualname__, digest, signature, chosen)
         return operation, environment_key(signature.leaves[0].device)
 
 
 def function_name(func: Callable[..., Any]) -> str:
     """A name for people: where the function is defined, or its class."""
-    named = func if hasattr(func, "__qualname__") else type(func)
-    return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', named)}"
+    named = _named(func)
+    return f"{getattr(named, '__module__', '?')}.{named.__qualname__}"
+
+
+def _named(func: Callable[..., Any]) -> Any:
+    return func if hasattr(func, "__qualname__") else type(func)

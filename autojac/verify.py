@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Pullback, gradient
-from autojac.methods.base import Problem, Result, bind
+from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
 from autojac.tolerance import disagreement, rounding_floor
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from autojac.leaves import SCALARS, leaf_tokens
-from autojac.origin import code_names, followed_fields, is_library, library_version, slots, source_of
+from autojac.origin import code_names, followed_fields, home_of, is_library, library_version, slots, source_of
 
 _MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -121,7 +121,7 @@ class Walk:
 
     def _give_up(self, kind: type) -> None:
         self.opaque = True
-        self.emit("opaque", kind.__module__, kind.__qualname__)
+        self.emit("opaque", home_of(kind), kind.__qualname__)
 
     def _tensor(self, tensor: torch.Tensor, by_content: bool = True) -> None:
         self.tensors.append(tensor)
@@ -235,7 +235,7 @@ class Walk:
             self.visit(instance)
 
     def _container(self, obj: Any, kind: type) -> None:
-        self.emit("container", kind.__module__, kind.__qualname__, len(obj))
+        self.emit("container", home_of(kind), kind.__qualname__, len(obj))
         if kind.__module__ != "builtins":  # a subclass may do more than hold
             self._named("subclass", kind=kind, state=getattr(obj, "__dict__", None))
             self.visit(getattr(obj, "default_factory", None))

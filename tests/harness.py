@@ -10,9 +10,10 @@ from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian
 from autojac.captures import captures
-from autojac.methods.base import Problem
+from autojac.entry import Request, Seen
 from autojac.options import Options
-from autojac.planner import Planner, Request, Seen
+from autojac.planner import Planner
+from autojac.problem import Problem
 from scenarios import Scenario
 
 

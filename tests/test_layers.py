@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "seeds",
         "tolerance",
         "quiet",
+        "problem",
         "frame",
         "options",
         "coloring",
@@ -32,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("probe", "verify"),
     ("search", "store"),
     ("stored", "explain", "progress"),
+    ("entry",),
     ("planner",),
     ("autojacobian", "checks"),
     ("",),  # autojac/__init__.py

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian
-from autojac.methods.base import Problem, build, registry
+from autojac.methods.base import build, registry
+from autojac.problem import Problem
 from autojac.quiet import Quiet
-from autojac.search import measure, optimize
+from autojac.search import final, measure, optimize, propose
 from autojac.search.space import candidates, choose, default_methods, path_of
 from harness import Counted, compare, planned
 from oracle import jacobian_blocks
@@ -99,7 +100,7 @@ def test_the_default_takes_part_in_every_shoot_out(net: nn.Module, monkeypatch: 
         seen.append(len(runs))
         return true(runs, *rest)
 
-    monkeypatch.setattr(optimize, "FINALISTS", 1)
+    monkeypatch.setattr(final, "FINALISTS", 1)
     monkeypatch.setattr(measure, "interleaved", watched)
     plan = tuned(net).plan(torch.randn(64, 3, dtype=torch.float64))
     assert plan.default_seconds is not None
@@ -196,7 +197,7 @@ def test_every_path_of_the_space_is_a_candidate(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("limit", [128, 0], ids=["brute force", "TPE"])
 def test_both_samplers_find_a_plan(net: nn.Module, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimize, "BRUTE_FORCE_LIMIT", limit)
+    monkeypatch.setattr(propose, "BRUTE_FORCE_LIMIT", limit)
     x = torch.randn(8, 3, dtype=torch.float64)
     level = optuna.logging.get_verbosity()
     compare(tuned(net, budget_s=1)(x), jacobian_blocks(net, (x,)))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.methods.base import Compute, Method, Problem, Result, dispatch_cost, embed, registry
+from autojac.methods.base import Method, dispatch_cost, embed, registry
+from autojac.problem import Compute, Problem, Result
 
 LARGE_BATCH = 4096
 

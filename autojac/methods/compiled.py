@@ -11,7 +11,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.autodiff import compile_flat
-from autojac.methods.base import Compute, Method, Problem, Result, registry
+from autojac.methods.base import Method, registry
+from autojac.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

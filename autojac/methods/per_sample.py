@@ -9,7 +9,8 @@ from typing import Any, Self, get_args
 from torch import Tensor
 
 from autojac.autodiff import Mode, load_forward_rules, sample_jacobian, vmap
-from autojac.methods.base import Compute, Method, Problem, Result, dispatch_cost, embed, traffic_cost
+from autojac.methods.base import Method, dispatch_cost, embed, traffic_cost
+from autojac.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

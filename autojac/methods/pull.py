@@ -11,18 +11,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
-from autojac.methods.base import (
-    Compute,
-    Method,
-    Problem,
-    Result,
-    bind,
-    chunk_sizes,
-    collect,
-    dispatch_cost,
-    embed,
-    traffic_cost,
-)
+from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
+from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind
 
 Engine = Literal["loop", "vmap", "batched"]

@@ -11,18 +11,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
-from autojac.methods.base import (
-    Compute,
-    Method,
-    Problem,
-    Result,
-    bind,
-    chunk_sizes,
-    collect,
-    dispatch_cost,
-    embed,
-    traffic_cost,
-)
+from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
+from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind
 
 Engine = Literal["loop", "vmap"]
@@ -78,7 +68,8 @@ class Push(Method):
         return leaf.event_shape if kind == "shared" else leaf.shape
 
     def prepare(self, problem: Problem) -> Compute:
-        load_forward_rules()
+        if self.engine == "vmap":
+            load_forward_rules()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)

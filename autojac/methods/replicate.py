@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.autodiff import Mode, Pullback, load_forward_rules, push_dual
-from autojac.methods.base import Compute, Method, Problem, Result, bind, dispatch_cost, embed, traffic_cost
+from autojac.autodiff import Mode, Pullback, push_dual
+from autojac.methods.base import Method, dispatch_cost, embed, traffic_cost
+from autojac.problem import Compute, Problem, Result, bind
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ class Replicate(Method):
 
     def prepare(self, problem: Problem) -> Compute:
         count = self._seed_count(problem)
-        if self.mode == "forward":
-            load_forward_rules()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             tiled = [

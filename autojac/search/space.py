@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autojac.methods.base import Method, Problem, build, registry
+from autojac.methods.base import Method, build, registry
+from autojac.problem import Problem
 
 DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
 HOPELESS = 30.0

@@ -1,0 +1,80 @@
+"""A call on its way to a plan: described, seen once, and made ready."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from autojac.frame import Frame
+from autojac.plan import Plan
+from autojac.probe.manners import FirstCall
+from autojac.problem import Compute, Problem, Result
+from autojac.quiet import Quiet
+from autojac.signature import Signature
+from autojac.stored import Keys
+
+
+@dataclass
+class Entry:
+    """A plan made ready for one signature in this process."""
+
+    frame: Frame
+    problem: Problem
+    plan: Plan
+    compute: Compute
+    signature: Signature
+    mutable: tuple[Tensor, ...]
+    keys: Keys | None = None
+    calls: int = 0
+    last_check: int = 0
+    next_check: float = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call that needs a plan."""
+
+    frame: Frame
+    leaves: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any]
+    flags: tuple[Any, ...]
+    differentiable: bool
+    trained: tuple[Tensor, ...]
+    kinds: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the first call of func showed."""
+
+    first: FirstCall
+    quiet: Quiet
+    signature: Signature
+    guess: tuple[bool, ...]
+    keys: Keys
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to differentiate."""
+        sizes = [*self.signature.outputs, *(leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated)]
+        return not self.signature.batch or 0 in map(math.prod, sizes)
+
+
+def empty_compute(problem: Problem) -> Compute:
+    """The Jacobian of a problem without elements."""
+
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        values = problem.fn(leaves, kwargs)
+        full = problem.layout == "full"
+        across = [problem.leaves[i].shape if full else problem.leaves[i].event_shape for i in problem.inputs]
+        rows = tuple(
+            tuple(leaves[i].new_zeros(*value.shape, *tail) for i, tail in zip(problem.inputs, across, strict=True))
+            for value in values
+        )
+        return Result(values if problem.differentiable else tuple(value.detach() for value in values), rows)
+
+    return compute

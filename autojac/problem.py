@@ -1,0 +1,112 @@
+"""A Jacobian to compute: what methods get, and what they give back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autojac import seeds
+from autojac.autodiff import Bound
+from autojac.signature import Layout, Leaf
+from autojac.structure import Structure
+
+Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
+
+
+class Result(NamedTuple):
+    """Values of all outputs and, for output o and input i, `jacobians[o][i]`."""
+
+    values: tuple[Tensor, ...]
+    jacobians: tuple[tuple[Tensor, ...], ...]
+
+
+Compute = Callable[[Sequence[Tensor], Mapping[str, Any]], Result]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A Jacobian to compute: a flat function and all that is known of it.
+
+    Attributes:
+        fn: maps (leaves, keyword arguments) to a tuple of tensors, each with the batch on axis 0.
+        leaves: shape and role of each tensor that fn takes.
+        outputs: event shape of each output.
+        batch: number of samples B.
+        layout: `blocks` (B, *out, *in) or `full` (B, *out, B, *in).
+        structure: what couples with what.
+        differentiable: whether the Jacobian carries a graph.
+        memory_limit: bytes that a method may allocate.
+        pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
+    """
+
+    fn: Flat
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    batch: int
+    layout: Layout
+    structure: Structure
+    differentiable: bool
+    memory_limit: int
+    pass_bytes: int = 0
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of the leaves to differentiate."""
+        return tuple(index for index, leaf in enumerate(self.leaves) if leaf.differentiated)
+
+    @property
+    def out_size(self) -> int:
+        """Elements of one sample's outputs, m."""
+        return sum(seeds.size(shape) for shape in self.outputs)
+
+    @property
+    def in_size(self) -> int:
+        """Elements of one sample's differentiated inputs, n."""
+        return sum(seeds.size(self.leaves[index].event_shape) for index in self.inputs)
+
+    @property
+    def shared_input(self) -> bool:
+        """Whether some differentiated input belongs to all samples."""
+        return any(not self.leaves[index].batched for index in self.inputs)
+
+    @property
+    def item_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.leaves[self.inputs[0]].dtype)
+        return dtype.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        """Size of the Jacobian itself."""
+        across = self.batch if self.layout == "full" else 1
+        return self.item_bytes * self.batch * self.out_size * across * self.in_size
+
+    @property
+    def seed_bytes(self) -> int:
+        """What one seed through the whole batch drags along: its share of every intermediate value."""
+        return max(self.pass_bytes, self.item_bytes * self.batch * (self.out_size + self.in_size))
+
+    def resized(self, batch: int) -> Problem:
+        """The same problem for another number of samples."""
+        leaves = tuple(
+            dataclasses.replace(leaf, shape=(batch, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves
+        )
+        share = self.pass_bytes * batch // max(self.batch, 1)
+        return dataclasses.replace(self, leaves=leaves, batch=batch, pass_bytes=share)
+
+
+def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Bound, tuple[Tensor, ...]]:
+    """The function of the differentiated leaves alone, and those leaves."""
+    positions, held = problem.inputs, list(leaves)
+
+    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+        merged = list(held)
+        for position, tensor in zip(positions, inputs, strict=True):
+            merged[position] = tensor
+        return problem.fn(merged, kwargs)
+
+    return bound, tuple(leaves[position] for position in positions)

@@ -1,0 +1,136 @@
+"""One candidate: prepared, checked against the reference, then timed and weighed."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import gradient
+from autojac.methods.base import Method
+from autojac.plan import Effort, Trial, TrialState
+from autojac.problem import Compute, Problem, Result
+from autojac.quiet import Quiet
+from autojac.search import measure
+from autojac.verify import Reference
+
+SHORTEST_S = {"quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
+"""How long a block of calls must last to be timed."""
+PRUNE_RATIO = 2.0
+
+Progress = Callable[[Trial], None]
+
+
+@dataclass
+class Subject:
+    """One search: the problem at one point, and all that is known of its candidates so far."""
+
+    problem: Problem
+    leaves: Sequence[Tensor]
+    kwargs: Mapping[str, Any]
+    captured: Sequence[Tensor]
+    quiet: Quiet
+    effort: Effort
+    deadline: float
+    end: float
+    reference: Reference
+    progress: Progress | None = None
+    trials: dict[Method, Trial] = field(default_factory=dict)
+    runs: dict[Method, measure.Run] = field(default_factory=dict)
+    best: float = math.inf
+
+    @property
+    def device(self) -> torch.device:
+        return self.leaves[self.problem.inputs[0]].device
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def record(self, method: Method, state: TrialState, **facts: Any) -> Trial:
+        trial = Trial(method.spec(), state, **facts)
+        self.trials[method] = trial
+        if self.progress is not None:
+            self.progress(trial)
+        return trial
+
+
+def attempt(subject: Subject, method: Method) -> Compute | None:
+    """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails."""
+    problem = subject.problem
+    needed = problem.result_bytes + method.workspace(problem)
+    if needed > problem.memory_limit:
+        reason = f"needs at least {needed / 2**30:.2g} GiB of the {problem.memory_limit / 2**30:.2g} GiB allowed"
+        subject.record(method, "infeasible", reason=reason)
+        return None
+    try:
+        with subject.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compute = method.prepare(problem)
+            result = compute(subject.leaves, subject.kwargs)
+            wrong = subject.reference.check(result)
+            if wrong is None and problem.differentiable:
+                wrong = subject.reference.check_gradient(result, subject.captured)
+    except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
+        subject.record(method, "infeasible", reason=_first_line(error))
+        return None
+    if wrong is not None:
+        subject.record(method, "rejected", reason=wrong)
+        return None
+    return compute
+
+
+def try_out(subject: Subject, method: Method) -> Trial:
+    """Check a candidate, then time it unless its first run is already hopeless."""
+    compute = attempt(subject, method)
+    if compute is None:
+        return subject.trials[method]
+    run = _as_used(subject, compute)
+    try:
+        with subject.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first = measure.once(run, subject.device)
+            if first > PRUNE_RATIO * subject.best:
+                first = min(first, measure.once(run, subject.device))
+            if first > PRUNE_RATIO * subject.best:
+                return subject.record(
+                    method, "pruned", seconds=first, reason="already twice the best after its warm-up"
+                )
+            timing = measure.repeat(run, subject.device, SHORTEST_S[subject.effort], 1 if subject.out_of_time else 3)
+            memory = measure.peak_bytes(run, subject.device)
+    except Exception as error:
+        return subject.record(method, "infeasible", reason=_first_line(error))
+    if memory > subject.problem.memory_limit:
+        reason = f"took {memory / 2**30:.2g} GiB of the {subject.problem.memory_limit / 2**30:.2g} GiB allowed"
+        return subject.record(method, "infeasible", memory_bytes=memory, reason=reason)
+    subject.best = min(subject.best, timing.seconds)
+    subject.runs[method] = run
+    return subject.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion, memory_bytes=memory)
+
+
+def _as_used(subject: Subject, compute: Compute) -> measure.Run:
+    """What a training step does with the Jacobian: with a graph, the backward through it too."""
+    leaves, kwargs = subject.leaves, subject.kwargs
+    sources = [*subject.reference.connected, *(x for x in subject.captured if x.requires_grad)]
+    if not subject.problem.differentiable or not sources:
+        return lambda: compute(leaves, kwargs)
+
+    def step() -> Result:
+        result = compute(leaves, kwargs)
+        total = sum(jacobian.sum() for row in result.jacobians for jacobian in row)
+        assert isinstance(total, Tensor)
+        gradient(total, sources)
+        return result
+
+    return step
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]

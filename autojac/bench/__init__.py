@@ -1,0 +1,1 @@
+"""autojac against torch's own ways, interleaved in one run."""

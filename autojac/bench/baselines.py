@@ -1,0 +1,133 @@
+"""Torch's own ways to a batched Jacobian, written as their users write them, and the truth to hold them against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+from autojac.autodiff import load_forward_rules
+from autojac.bench.workloads import Func, Workload, placed
+
+ROWS_LIMIT = 4096
+"""Rows of the whole batch's Jacobian that a way may pull one by one: seconds a call."""
+BYTES_LIMIT = 2**30
+"""Bytes that a way may hold at a time, predicted."""
+REFERENCE_BYTES = 2**27
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of torch's ways.
+
+    Attributes:
+        name: as the table's columns call it.
+        what: what a user writes.
+        prepare: from the function to what computes (B, *out, *in) at a point.
+        too_large: why a workload is out of its reach, if it is.
+    """
+
+    name: str
+    what: str
+    prepare: Callable[[Func], Run]
+    too_large: Callable[[Workload], str | None] = lambda workload: None
+
+
+def blocks_of(whole: Tensor, x: Tensor) -> Tensor:
+    """The blocks (B, *out, *in) of a whole batch's Jacobian (B, *out, B, *in)."""
+    return whole.diagonal(dim1=0, dim2=whole.dim() - x.dim()).movedim(-1, 0)
+
+
+def whole_batch(vectorize: bool) -> Callable[[Func], Run]:
+    return lambda func: lambda x: blocks_of(differentiated(func, x, vectorize), x)
+
+
+def of_the_sum(vectorize: bool) -> Callable[[Func], Run]:
+    """The forum's trick: rows of the sum over samples are rows of every sample, if samples are independent."""
+    return lambda func: lambda x: differentiated(lambda z: func(z).sum(0), x, vectorize).movedim(-x.dim(), 0)
+
+
+def differentiated(func: Func, x: Tensor, vectorize: bool) -> Tensor:
+    J: Any = jacobian(func, x, vectorize=vectorize)
+    assert isinstance(J, Tensor)
+    return J
+
+
+def loop_on_the_sum(func: Func) -> Run:
+    def run(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = func(x)
+            sums = y.sum(0).flatten().unbind()
+            last = len(sums) - 1
+            rows = [torch.autograd.grad(s, x, retain_graph=i < last)[0] for i, s in enumerate(sums)]
+        return torch.stack(rows, 1).view(*y.shape, *x.shape[1:])
+
+    return run
+
+
+def sample_by_sample(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Run]:
+    def prepare(func: Func) -> Run:
+        load_forward_rules()
+        run: Run = torch.func.vmap(transform(lambda sample: func(sample.unsqueeze(0)).squeeze(0)))
+        return run
+
+    return prepare
+
+
+def many_rows(workload: Workload) -> str | None:
+    rows = workload.batch * workload.m
+    if rows > ROWS_LIMIT:
+        return f"{rows} passes for one Jacobian"
+    return too_many_bytes(4 * rows * workload.batch * workload.n)
+
+
+def many_rows_at_once(workload: Workload) -> str | None:
+    return too_many_bytes(4 * workload.batch * workload.m * workload.batch * (workload.n + 2 * workload.width))
+
+
+def too_many_bytes(needed: int) -> str | None:
+    return f"needs about {needed / 2**30:.3g} GiB" if needed > BYTES_LIMIT else None
+
+
+DEFAULT = "vmap(jacrev)"
+"""What torch's documentation recommends for a batch: the way that ratios refer to."""
+
+WAYS: tuple[Way, ...] = (
+    Way("jacobian", "torch.autograd.functional.jacobian(func, x), blocks taken out", whole_batch(False), many_rows),
+    Way("jacobian vec", "the same with vectorize=True", whole_batch(True), many_rows_at_once),
+    Way("Σ jacobian", "functional.jacobian of func(x).sum(0)", of_the_sum(False)),
+    Way("Σ jacobian vec", "the same with vectorize=True", of_the_sum(True)),
+    Way("Σ loop", "torch.autograd.grad of func(x).sum(0)[j] for each j", loop_on_the_sum),
+    Way(DEFAULT, "torch.func.vmap(jacrev(func of one sample))(x)", sample_by_sample(torch.func.jacrev)),
+    Way("vmap(jacfwd)", "torch.func.vmap(jacfwd(func of one sample))(x)", sample_by_sample(torch.func.jacfwd)),
+)
+
+
+def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
+    """The Jacobian in float64, by one plain VJP a row, rounded to x's dtype.
+
+    Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
+    """
+    exact, point = placed(func, x.device, torch.float64), x.double()
+    if workload.kind != "coupled":
+        return loop_on_the_sum(exact)(point).to(x.dtype)
+    row_bytes = 8 * workload.batch * (workload.n + 2 * workload.width)
+    chunk = max(1, REFERENCE_BYTES // row_bytes)
+    blocks = []
+    with torch.enable_grad():
+        point = point.detach().requires_grad_()
+        rows = exact(point).flatten()
+        for start in range(0, len(rows), chunk):
+            seeds = torch.zeros(min(chunk, len(rows) - start), len(rows), dtype=rows.dtype, device=rows.device)
+            seeds.diagonal(offset=start).fill_(1)
+            (pulled,) = torch.autograd.grad(rows, point, seeds, retain_graph=True, is_grads_batched=True)
+            index = torch.arange(len(seeds), device=x.device)
+            blocks.append(pulled[index, (start + index) // workload.m])
+    return torch.cat(blocks).view(workload.batch, workload.m, workload.n).to(x.dtype)

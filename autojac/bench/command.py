@@ -1,0 +1,87 @@
+"""`autojac bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+import torch
+
+from autojac.bench.overhead import overhead, startup
+from autojac.bench.run import Settings
+from autojac.bench.run import bench as run_bench
+from autojac.bench.table import show
+from autojac.bench.workloads import WORKLOADS
+from autojac.plan import EFFORTS
+
+
+@click.command()
+@click.option("--effort", type=click.Choice(EFFORTS), default=None, help="How hard to search.  [default: measure]")
+@click.option(
+    "--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only this one; may be repeated."
+)
+@click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
+@click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
+@click.option("--regret", is_flag=True, help="Race every fixed candidate too.")
+@click.option("--overhead", "with_overhead", is_flag=True, help="What a call adds to its bare method.")
+@click.option("--startup", "with_startup", is_flag=True, help="First Jacobian of a fresh process; import time.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--store", default=None, help="Path or URL of the plans to use; by default every run tunes afresh.")
+@click.option("--quick", is_flag=True, help="Effort quick, 5 rounds, short races.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+def bench(
+    effort: str | None,
+    names: tuple[str, ...],
+    rounds: int | None,
+    budget: float | None,
+    regret: bool,
+    with_overhead: bool,
+    with_startup: bool,
+    device: str,
+    store: str | None,
+    quick: bool,
+    as_json: bool,
+) -> None:
+    """Race autojac against torch's own ways, interleaved in one run.
+
+    Every way's Jacobian is checked before it is timed. Ratios refer to vmap(jacrev), which torch recommends.
+
+    \b
+    Examples:
+      autojac bench --quick --workload sin
+      autojac bench --regret --overhead --startup --json > bench.json
+    """
+    _require(device)
+    settings = Settings(
+        effort=next(e for e in EFFORTS if e == (effort or ("quick" if quick else "measure"))),
+        rounds=rounds or (5 if quick else 15),
+        budget_s=budget,
+        device=device,
+        store=store,
+        regret=regret,
+        race_s=10.0 if quick else 60.0,
+    )
+    report = run_bench([WORKLOADS[name] for name in names or WORKLOADS], settings, _announce)
+    if with_overhead:
+        _announce("overhead of a call")
+        report = dataclasses.replace(report, overhead_seconds=overhead(settings))
+    if with_startup:
+        _announce("fresh processes")
+        report = dataclasses.replace(report, startup=startup())
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        show(report)
+
+
+def _require(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise click.BadParameter(f"{device!r} can't be used here: {line}", param_hint="--device") from error
+
+
+def _announce(what: str) -> None:
+    click.echo(f"autojac bench: {what} ...", err=True)

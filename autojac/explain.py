@@ -58,9 +58,8 @@ def _rank(trial: Trial) -> tuple[bool, float]:
 
 def _row(trial: Trial) -> str:
     facts = f"{seconds(trial.seconds):>8} {size(trial.memory_bytes):>9}  {expression(trial.method)}"
-    if trial.state == "complete":
-        return f"  {facts}"
-    return f"  {facts}: {trial.state}, {trial.reason}"
+    fate = None if trial.state == "complete" else trial.state
+    return f"  {facts}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
 
 
 def _arguments(signature: Signature) -> str:

@@ -14,7 +14,7 @@ from autojac.captures import Captures
 from autojac.entry import Entry, Request, Seen, empty_compute
 from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
-from autojac.methods.base import build
+from autojac.methods.base import build, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
@@ -26,6 +26,7 @@ from autojac.signature import Signature, bucket, current_flags, named_flags
 from autojac.stored import Keys, Stored
 from autojac.structure import Structure
 
+registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
 
 

@@ -29,6 +29,23 @@ def shared(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
     return eye.view(count, 1, *event_shape).expand(count, batch, *event_shape)
 
 
+class SharedSeeds:
+    """Shared seeds that are made at the first call of a plan and kept."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, index: int, event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
+        """`shared(event_shape, batch, like)`, kept under `index`."""
+        made = self._made.get(index)
+        if made is None or made.dtype != like.dtype or made.device != like.device:
+            made = shared(event_shape, batch, like)
+            # what a compiler sees while it traces stands for tensors of its own
+            if not torch.compiler.is_compiling():
+                self._made[index] = made
+        return made
+
+
 def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:
     """One-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
     seeds = torch.zeros(stop - start, size(shape), dtype=like.dtype, device=like.device)

@@ -24,7 +24,7 @@ from autojac.errors import StoreError
 from autojac.problem import Compute, Problem
 
 CACHE_BYTES = 32 * 2**20
-BYTES_PER_SECOND = 1e9
+BYTES_PER_SECOND = 4e9
 WORKSPACE_MARGIN = 2
 """How much more than a chunk's own seeds a chunk is allowed for when chunk sizes are proposed."""
 
@@ -146,11 +146,11 @@ def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
 
 def dispatch_cost(passes: int, functional: bool) -> float:
     """Predicted seconds of host work: a plain pass is dozens of operators, functorch makes each dearer."""
-    return (1.5e-4 if functional else 0.5e-4) * (passes + 1)
+    return (3e-4 if functional else 1e-4) * (passes + 1)
 
 
 def traffic_cost(problem: Problem, count: int, step: int) -> float:
     """Predicted seconds of moving `count` seeds through the batch, dearer where a step overflows the cache."""
     moved = problem.seed_bytes
-    overflow = 2.0 if moved * step > CACHE_BYTES else 1.0
+    overflow = 1.3 if moved * step > CACHE_BYTES else 1.0
     return overflow * moved * (count + 1) / BYTES_PER_SECOND

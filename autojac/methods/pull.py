@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -13,7 +14,7 @@ from autojac import seeds
 from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
 from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
-from autojac.seeds import SeedKind
+from autojac.seeds import SeedKind, SharedSeeds
 
 Engine = Literal["loop", "vmap", "batched"]
 PullMany = Callable[[int, Tensor, bool], Sequence[Tensor]]
@@ -68,13 +69,13 @@ class Pull(Method):
 
     def prepare(self, problem: Problem) -> Compute:
         step = 1 if self.engine == "loop" else self.chunk
+        made = SharedSeeds()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)
             values, pull = self._record(bound, inputs, problem.differentiable)
-            rows = self._shared_rows if self.seeds == "shared" else self._identity_rows
-            jacobians = [rows(problem, index, values, pull, step) for index in range(len(values))]
-            return Result(values, tuple(jacobians))
+            rows = functools.partial(self._shared_rows, made) if self.seeds == "shared" else self._identity_rows
+            return Result(values, tuple(rows(problem, index, values, pull, step) for index in range(len(values))))
 
         return compute
 
@@ -104,11 +105,17 @@ class Pull(Method):
         ]
 
     def _shared_rows(
-        self, problem: Problem, output: int, values: Sequence[Tensor], pull: PullMany, step: int | None
+        self,
+        made: SharedSeeds,
+        problem: Problem,
+        output: int,
+        values: Sequence[Tensor],
+        pull: PullMany,
+        step: int | None,
     ) -> tuple[Tensor, ...]:
         event = problem.outputs[output]
         count = seeds.size(event)
-        cotangents = seeds.shared(event, problem.batch, values[output])
+        cotangents = made(output, event, problem.batch, values[output])
         final = output == len(values) - 1
         pulled = [pull(output, cotangents[a:b], final and b == count) for a, b in seeds.spans(count, step)]
         jacobians = []

@@ -13,7 +13,7 @@ from autojac import seeds
 from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
 from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
-from autojac.seeds import SeedKind
+from autojac.seeds import SeedKind, SharedSeeds
 
 Engine = Literal["loop", "vmap"]
 
@@ -71,26 +71,34 @@ class Push(Method):
         if self.engine == "vmap":
             load_forward_rules()
 
+        made = SharedSeeds()
+
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)
             values: tuple[Tensor, ...] = ()
             columns = []
             for order, position in enumerate(problem.inputs):
-                values, column = self._columns(problem, bound, inputs, order, position)
+                values, column = self._columns(problem, bound, inputs, order, position, made)
                 columns.append(column)
             return Result(values, tuple(zip(*columns, strict=True)))
 
         return compute
 
     def _columns(
-        self, problem: Problem, bound: Bound, inputs: tuple[Tensor, ...], order: int, position: int
+        self,
+        problem: Problem,
+        bound: Bound,
+        inputs: tuple[Tensor, ...],
+        order: int,
+        position: int,
+        made: SharedSeeds,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All values, and the Jacobian of each output with respect to one input."""
         leaf = problem.leaves[position]
         shape = self._seeded(problem, position, self.seeds)
         count = seeds.size(shape)
         whole_batch = self.seeds == "identity" and leaf.batched
-        tangents = seeds.shared(shape, problem.batch, inputs[order]) if leaf.batched and not whole_batch else None
+        tangents = made(order, shape, problem.batch, inputs[order]) if leaf.batched and not whole_batch else None
         sample_of = torch.arange(count, device=inputs[order].device) // max(count // problem.batch, 1)
         values: tuple[Tensor, ...] = ()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +12,14 @@ from dataclasses import dataclass
 from autojac.methods.base import Method
 from autojac.plan import Trial
 from autojac.search import measure
-from autojac.search.trial import SHORTEST_S, Subject, try_out
+from autojac.search.trial import SHORTEST_S, Subject, try_out, weigh
 
-ROUNDS = {"quick": 9, "measure": 15, "exhaustive": 31}
+ROUNDS = {"quick": 15, "measure": 15, "exhaustive": 31}
 FINALISTS = 4
 NOISE = 0.02
 """Paired differences below this share are noise: the incumbent stays."""
+ENOUGH_ROUNDS = 3
+FEW_ROUNDS_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,61 +33,65 @@ class Found:
     trials: tuple[Trial, ...]
 
 
-def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found:
-    """Interleave the fastest few and torch's default; inside the noise the default stays, then less memory wins."""
+def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found | None:
+    """Interleave the fastest few and torch's default; inside the noise the default stays, then less memory wins.
+
+    Returns:
+        What won; None if no timed candidate stays within the memory limit.
+    """
     for method in defaults:
-        if method not in subject.trials and not subject.out_of_time:
+        if method not in subject.trials or subject.trials[method].state == "skipped":
             try_out(subject, method)
-        if method in subject.trials and subject.trials[method].state in ("complete", "pruned"):
+        if method in subject.runs or method in subject.slow:
             break
-    incumbent = next((method for method in defaults if method in subject.runs), None)
     ranked = sorted(subject.runs, key=lambda method: (subject.trials[method].seconds, repr(method)))
-    finalists = ranked[:FINALISTS]
-    if incumbent is not None and incumbent not in finalists:
-        finalists.append(incumbent)
-    if len(finalists) == 1:
-        return _found(subject, finalists[0], subject.trials[finalists[0]].seconds, incumbent, None)
-    effort = subject.effort
+    finalists = list(itertools.islice(filter(lambda method: weigh(subject, method), ranked), FINALISTS))
+    if not finalists:
+        return None
+    runs = {method: subject.runs[method] for method in finalists}
+    incumbent = next((method for method in defaults if _fits(subject, method)), None)
+    if incumbent is not None and incumbent not in runs:
+        runs[incumbent] = subject.slow.get(incumbent) or subject.runs[incumbent]
+    if len(runs) == 1:
+        return _found(subject, finalists[0], subject.trials[finalists[0]].seconds, defaults, {})
     with subject.quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = measure.interleaved(
-            [subject.runs[method] for method in finalists],
-            subject.device,
-            SHORTEST_S[effort],
-            ROUNDS[effort],
-            subject.end,
+            list(runs.values()), subject.device, SHORTEST_S[subject.effort], ROUNDS[subject.effort], subject.end
         )
-    samples = dict(zip(finalists, table, strict=True))
+    samples = dict(zip(runs, table, strict=True))
     medians = {method: statistics.median(times) for method, times in samples.items()}
-    winner = min(finalists, key=lambda method: (medians[method], repr(method)))
-    close = [method for method in finalists if not _faster(samples[winner], samples[method])]
+    winner = min(runs, key=lambda method: (medians[method], repr(method)))
+    close = [method for method in runs if not _faster(samples[winner], samples[method])]
     if incumbent in close:
         winner = incumbent
     else:
         winner = min(
             close, key=lambda method: (subject.trials[method].memory_bytes or 0, medians[method], repr(method))
         )
-    default_seconds = medians.get(incumbent) if incumbent else _default_seconds(subject, defaults)
-    return _found(subject, winner, medians[winner], incumbent, default_seconds)
+    return _found(subject, winner, medians[winner], defaults, medians)
 
 
-def _default_seconds(subject: Subject, defaults: Sequence[Method]) -> float | None:
-    """What the default took in its only run, where it was too slow for the shoot-out."""
-    return next(
-        (subject.trials[m].seconds for m in defaults if m in subject.trials and subject.trials[m].seconds), None
-    )
+def _fits(subject: Subject, method: Method) -> bool:
+    """Whether a default can race: it ran, it is within the memory limit, and a round of it within the budget."""
+    if method in subject.runs:
+        return subject.trials[method].memory_bytes is not None or weigh(subject, method)
+    seconds = subject.trials[method].seconds if method in subject.slow else None
+    return seconds is not None and time.monotonic() + 3 * seconds < subject.end
+
+
+def _found(
+    subject: Subject, winner: Method, seconds: float | None, defaults: Sequence[Method], medians: dict[Method, float]
+) -> Found:
+    # a default too slow to race is known by its only run
+    known = {method: trial.seconds for method, trial in subject.trials.items()} | medians
+    default_seconds = next((known[method] for method in defaults if known.get(method)), None)
+    memory = subject.trials[winner].memory_bytes
+    return Found(winner, seconds, default_seconds, memory, tuple(subject.trials.values()))
 
 
 def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether `one` beats `other` in paired rounds by more than noise."""
     ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.median(ratios) < 1 - NOISE and sum(ratio < 1 for ratio in ratios) > 0.6 * len(ratios)
-
-
-def _found(
-    subject: Subject, winner: Method, seconds: float | None, incumbent: Method | None, default_seconds: float | None
-) -> Found:
-    memory = subject.trials[winner].memory_bytes
-    if default_seconds is None and winner == incumbent:
-        default_seconds = seconds
-    return Found(winner, seconds, default_seconds, memory, tuple(subject.trials.values()))
+    noise = NOISE if len(ratios) >= ENOUGH_ROUNDS else FEW_ROUNDS_NOISE
+    return statistics.median(ratios) < 1 - noise and sum(ratio < 1 for ratio in ratios) > 0.6 * len(ratios)

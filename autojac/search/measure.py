@@ -69,7 +69,7 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds a call of each run in each round, taken in turn so that drift hits all alike.
 
-    Every other round goes backwards. Stops early, after three rounds, once `time.monotonic()` passes `until`.
+    Every other round goes backwards. Stops early, after a whole round, once `time.monotonic()` passes `until`.
     """
     calls = []
     for run in runs:
@@ -82,7 +82,7 @@ def interleaved(
         order = list(enumerate(runs))
         for index, run in order if turn % 2 == 0 else reversed(order):
             table[index].append(_block(run, device, calls[index]))
-        if turn >= 2 and time.monotonic() > until:
+        if time.monotonic() > until:
             break
     return table
 

@@ -87,12 +87,16 @@ def search(
         subject.record(method, "skipped", reason="predicted to be far slower than the best")
     space = [method for method in space if method not in dropped]
     wanted = [method for method in hints if method in space]
-    propose(subject, space, [*wanted, *space[:3], *defaults[:1]])
+    propose(subject, space, [*wanted, *space[:1], *defaults[:1], *space[1:3]])
     _ensure_one(subject, [*space, LAST_RESORT])
     for method in space:
         if method not in subject.trials:
             subject.record(method, "skipped", reason="no budget was left for it")
-    return shoot_out(subject, defaults)
+    found = shoot_out(subject, defaults)
+    while found is None:
+        _ensure_one(subject, [*space, LAST_RESORT])
+        found = shoot_out(subject, defaults)
+    return found
 
 
 def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:
@@ -111,6 +115,7 @@ def _estimate(subject: Subject, space: Sequence[Method]) -> Found:
     """The cost model's first choice that is right."""
     for method in [*space, LAST_RESORT]:
         if attempt(subject, method) is not None:
+            subject.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
             return Found(method, None, None, None, tuple(subject.trials.values()))
     raise _nothing_found(subject)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -22,6 +23,9 @@ from autojac.verify import Reference
 
 SHORTEST_S = {"quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
 """How long a block of calls must last to be timed."""
+BLOCKS = 5
+LONG_S = 0.05
+"""A first run this long is timing enough: what is close is compared again in the shoot-out."""
 PRUNE_RATIO = 2.0
 
 Progress = Callable[[Trial], None]
@@ -43,6 +47,7 @@ class Subject:
     progress: Progress | None = None
     trials: dict[Method, Trial] = field(default_factory=dict)
     runs: dict[Method, measure.Run] = field(default_factory=dict)
+    slow: dict[Method, measure.Run] = field(default_factory=dict)
     best: float = math.inf
 
     @property
@@ -99,19 +104,32 @@ def try_out(subject: Subject, method: Method) -> Trial:
             if first > PRUNE_RATIO * subject.best:
                 first = min(first, measure.once(run, subject.device))
             if first > PRUNE_RATIO * subject.best:
-                return subject.record(
-                    method, "pruned", seconds=first, reason="already twice the best after its warm-up"
-                )
-            timing = measure.repeat(run, subject.device, SHORTEST_S[subject.effort], 1 if subject.out_of_time else 3)
-            memory = measure.peak_bytes(run, subject.device)
+                subject.slow[method] = run
+                return subject.record(method, "pruned", seconds=first, reason="already twice the best after warm-up")
+            timing = measure.summary([first])
+            if first < LONG_S and not subject.out_of_time:
+                timing = measure.repeat(run, subject.device, SHORTEST_S[subject.effort], BLOCKS)
     except Exception as error:
         return subject.record(method, "infeasible", reason=_first_line(error))
-    if memory > subject.problem.memory_limit:
-        reason = f"took {memory / 2**30:.2g} GiB of the {subject.problem.memory_limit / 2**30:.2g} GiB allowed"
-        return subject.record(method, "infeasible", memory_bytes=memory, reason=reason)
     subject.best = min(subject.best, timing.seconds)
     subject.runs[method] = run
-    return subject.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion, memory_bytes=memory)
+    return subject.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion)
+
+
+def weigh(subject: Subject, method: Method) -> bool:
+    """Measure a timed candidate's peak memory in a run of its own; whether it stays within the limit."""
+    trial = subject.trials[method]
+    with subject.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        memory = measure.peak_bytes(subject.runs[method], subject.device)
+    limit = subject.problem.memory_limit
+    if memory <= limit:
+        subject.trials[method] = dataclasses.replace(trial, memory_bytes=memory)
+        return True
+    reason = f"took {memory / 2**30:.2g} GiB of the {limit / 2**30:.2g} GiB allowed"
+    subject.trials[method] = dataclasses.replace(trial, state="infeasible", memory_bytes=memory, reason=reason)
+    del subject.runs[method]
+    return False
 
 
 def _as_used(subject: Subject, compute: Compute) -> measure.Run:

@@ -100,6 +100,13 @@ def test_side_inputs_of_other_samples_forbid_slicing() -> None:
     assert any("side inputs" in line for line in structure.evidence)
 
 
+def test_coupling_that_only_another_mask_lets_through_is_found() -> None:
+    def attention(x: Tensor, allowed: Tensor) -> Tensor:
+        return (x @ x.T).masked_fill(~allowed, -torch.inf).softmax(1) @ x
+
+    assert autojac.probe(attention, torch.randn(9, 3), torch.eye(9, dtype=torch.bool)).coupling == "dense"
+
+
 def test_probing_leaves_no_trace() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.2))
     before = {name: value.clone() for name, value in model.state_dict().items()}

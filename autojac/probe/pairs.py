@@ -140,14 +140,16 @@ def value_layer(
     layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
     refused = 0
     for turn, scale in enumerate(SCALES):
-        # the samples outside move too: what they read of others may depend on where they are themselves
-        start = {position: _start(subject.leaves[position], turn, scale, generator) for position in leaves}
+        # the samples outside move too, and the masks: what is read of others may depend on these
+        carriers = (*subject.inputs, *subject.sides)
+        start = {position: _start(subject.leaves[position], turn, scale, generator) for position in carriers}
         base = _accepted(subject, start)
         if base is None:
-            start = {position: subject.leaves[position].detach() for position in leaves}
+            start = {position: subject.leaves[position].detach() for position in carriers}
             base = subject.values({})
         for mask in masks:
-            changed = _accepted(subject, {p: _other_values(leaf, mask, scale, generator) for p, leaf in start.items()})
+            moved = {position: _other_values(start[position], mask, scale, generator) for position in leaves}
+            changed = _accepted(subject, start | moved)
             if changed is None:
                 refused += 1
             elif _moved(changed, base, ~mask):

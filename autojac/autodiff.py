@@ -21,6 +21,11 @@ Bound = Callable[..., tuple[Tensor, ...]]
 Mode = Literal["reverse", "forward"]
 
 
+def transforming() -> bool:
+    """Whether the caller is inside a torch.func transform or a level of dual numbers."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
     """Distinct autograd nodes for `inputs`, so that aliases and captured inputs are told apart.
 

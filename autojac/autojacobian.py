@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.autodiff import transforming
 from autojac.captures import Captures, captures
 from autojac.entry import Entry
-from autojac.errors import InputError, StructureChangedWarning
+from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
-from autojac.frame import describe
+from autojac.frame import Frame, describe
+from autojac.methods.base import composable
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner
@@ -73,6 +75,11 @@ class AutoJacobian:
     def __repr__(self) -> str:
         return f"AutoJacobian({self._planner.stored.function_name}, {len(self._entries)} plans in use)"
 
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """What another wrapper's fingerprint sees of this one: the plans found here change no result."""
+        options = self.options
+        return {"func": self.func, "argnums": options.argnums, "in_dims": options.in_dims, "layout": options.layout}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian of func at these arguments.
 
@@ -126,6 +133,8 @@ class AutoJacobian:
         if torch.is_inference_mode_enabled():
             with recording(args, kwargs) as call:
                 return self._run(*call)
+        if transforming():
+            return self._composed(args, kwargs)
         key = self._key(args, kwargs)
         entry = self._entries.get(key)
         if entry is None:
@@ -135,6 +144,27 @@ class AutoJacobian:
         if entry.calls >= entry.next_check:
             return self._checked(key, entry, leaves, args, kwargs)
         return entry, entry.compute(leaves, kwargs)
+
+    def _composed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
+        """Inside a caller's transform: torch.func's own VJP, since not every plan composes with every transform.
+
+        Nothing can be probed, timed or checked there, where tensors stand for many or carry tangents.
+        """
+        frame = Frame(self.func, args, self.options.argnums, self.options.in_dims)
+        leaves = frame.leaves(args)
+        for entry in self._entries.values():
+            problem = entry.problem
+            shapes = [leaf.event_shape for leaf in problem.leaves]
+            if entry.frame.context == frame.context and len(leaves) == len(shapes):
+                events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
+                if events == shapes:
+                    batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
+                    composed = dataclasses.replace(problem.resized(batch), differentiable=True)
+                    return entry, composable(composed).prepare(composed)(leaves, kwargs)
+        raise UnsupportedError(
+            "a torch.func transform or forward mode is under way, in which nothing can be probed. Call jac(x) or "
+            "jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
+        )
 
     def _key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         captured = self._captured or self._reach()

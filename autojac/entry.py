@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Request:
     differentiable: bool
     trained: tuple[Tensor, ...]
     kinds: str
+
+    def apart(self) -> Request:
+        """The call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
+        leaves = tuple(x.detach().requires_grad_() if x.requires_grad else x.detach() for x in self.leaves)
+        return dataclasses.replace(self, leaves=leaves)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
 from autojac.probe.manners import FirstCall
 from autojac.problem import Problem
-from autojac.quiet import Quiet
+from autojac.quiet import Quiet, without_hooks
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags, named_flags
 from autojac.stored import Keys, Stored
@@ -28,6 +30,18 @@ from autojac.structure import Structure
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
+
+_planning: ContextVar[bool] = ContextVar("planning", default=False)
+
+
+@contextmanager
+def nested() -> Iterator[bool]:
+    """Mark that a plan is being made; tells whether another one was already."""
+    token = _planning.set(True)
+    try:
+        yield bool(token.old_value is not Token.MISSING and token.old_value)
+    finally:
+        _planning.reset(token)
 
 
 class Planner:
@@ -64,9 +78,25 @@ class Planner:
             budget_s: seconds for a search; the options' own by default.
             force: search even if a plan is known.
         """
+        request = request.apart()
+        with without_hooks(request.trained), nested() as inside:
+            return self._entry(request, captured, effort, budget_s, force, inside)
+
+    def _entry(
+        self,
+        request: Request,
+        captured: Captures,
+        effort: Effort | None,
+        budget_s: float | None,
+        force: bool,
+        inside: bool,
+    ) -> Entry:
         seen = self.look(request, captured)
         if seen.empty:
             return self._empty(request, seen)
+        if inside:
+            # func calls another AutoJacobian, and this is its turn within the other's search: times would say nothing
+            effort = "estimate"
         wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
         if not force:
             known = self._neighbour(seen.signature) or self._stored(seen.keys, wanted)
@@ -127,6 +157,7 @@ class Planner:
         The structure is probed again at this input. Where that still sees no coupling the guard is believed.
         """
         start = time.perf_counter()
+        request = request.apart()
         if entry.keys is not None:
             self.stored.refute(entry.keys, reason)
         self.neighbours.clear()

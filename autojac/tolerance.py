@@ -29,7 +29,9 @@ def rounding_floor(values: Tensor, inputs: Tensor) -> float:
     return 16 * torch.finfo(values.dtype).eps * height / width if width else 0.0
 
 
-def disagreement(actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float = 0.0) -> float | None:
+def disagreement(
+    actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float = 0.0, slack: float = 1.0
+) -> float | None:
     """The largest relative error of `actual` where it exceeds the tolerance of its dtype, else None.
 
     Axis 0 runs over samples (or rows), each with a scale of its own.
@@ -39,6 +41,7 @@ def disagreement(actual: Tensor, expected: Tensor, scale: Tensor | None = None, 
         expected: the reference, same shape.
         scale: magnitude of the terms behind each entry; the entries of `expected` by default.
         floor: absolute difference that is always granted.
+        slack: factor on the tolerance, for functions that compute in a lower precision than their output's.
 
     Returns:
         None if they agree; `inf` if one is finite where the other is not.
@@ -51,7 +54,7 @@ def disagreement(actual: Tensor, expected: Tensor, scale: Tensor | None = None, 
         return float("inf")
     magnitude = torch.where(finite, expected if scale is None else scale.detach(), 0).abs().nan_to_num(0, 0)
     rows = magnitude.reshape(len(magnitude), -1).amax(1)
-    allowed = (rows + FLOOR * rows.amax()) * tolerance(expected.dtype) + floor
+    allowed = (rows + FLOOR * rows.amax()) * tolerance(expected.dtype) * slack + floor
     error = torch.where(finite, actual - expected, 0).abs().reshape(len(rows), -1).amax(1)
     if not bool((error > allowed).any()):
         return None

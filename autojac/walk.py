@@ -88,6 +88,8 @@ class Walk:
             self.emit(*tokens)
         elif isinstance(obj, torch.Tensor):
             self._tensor(obj)
+        elif hasattr(kind, "__autojac_reach__"):  # what a wrapper is made of, without what it learns as it runs
+            self._named("wrapper", name=kind.__qualname__, **obj.__autojac_reach__())
         elif isinstance(obj, torch.nn.Module):
             self._module(obj)
         elif isinstance(obj, types.FunctionType):

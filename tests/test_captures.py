@@ -26,6 +26,7 @@ import pytest
 import torch
 from torch import nn
 
+from autojac import AutoJacobian
 from autojac.captures import captures
 from autojac.fingerprint import fingerprint
 
@@ -445,3 +446,16 @@ def torch_sin(x: torch.Tensor) -> torch.Tensor:
 
 def torch_cos(x: torch.Tensor) -> torch.Tensor:
     return x.cos()
+
+
+def test_what_a_captured_wrapper_learns_is_no_part_of_the_fingerprint() -> None:
+    inner = AutoJacobian(torch.sin, on_miss="estimate", store=":memory:")
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x)[:, 0]
+
+    before = fingerprint(outer)
+    inner(torch.rand(4, 2))
+    assert fingerprint(outer) == before
+    inner = AutoJacobian(torch.cos, store=":memory:")
+    assert fingerprint(outer) != before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from typing import Any
 
@@ -136,3 +138,72 @@ def test_verify_counts_what_it_was_given(x: Tensor) -> None:
         autojac.verify(torch.ones(8, 3, 3), lambda z: (z, z), x)
     with pytest.raises(autojac.VerificationError, match="shape"):
         autojac.verify(torch.ones(8, 3, 2), torch.sin, x)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_jacobian_composes_with_the_callers_transforms(x: Tensor, coupled: bool) -> None:
+    def func(x: Tensor) -> Tensor:
+        return x.sin() * (x.sum(0) if coupled else x[:, :1])
+
+    jac = estimated(func, verify="always")
+    with torch.no_grad():
+        jac(x)
+    v = torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    weights = torch.randn(8, 3, 3, dtype=torch.float64)
+    (right,) = torch.autograd.grad((estimated(func)(leaf) * weights).sum(), leaf)
+    compare(torch.func.grad(lambda z: (jac(z) * weights).sum())(x), right)
+    compare(torch.func.vjp(jac, x)[1](weights)[0], right)
+    forward = torch.func.jvp(jac, (x,), (v,))[1]
+    compare((forward * weights).sum(), (right * v).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        compare(torch.autograd.forward_ad.unpack_dual(jac(dual)).tangent, forward)
+    compare(torch.vmap(jac)(torch.stack((x, x + 1))), torch.stack((jac(x), jac(x + 1))))
+
+
+def test_a_first_call_inside_a_transform_says_what_to_do(x: Tensor) -> None:
+    with pytest.raises(autojac.UnsupportedError, match="outside"):
+        torch.func.jvp(estimated(torch.sin), (x,), (x,))
+
+
+def test_wrappers_nest(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    inner = estimated(model)
+    inner(x)
+    outer = AutoJacobian(lambda z: inner(z)[:, 0], store=":memory:", budget_s=0.5)
+    hessian = torch.func.vmap(torch.func.hessian(lambda z: model(z)[0]))(x)
+    compare(outer(x).detach(), hessian.detach(), rtol=1e-9)
+    compare(
+        outer(x + 1).detach(), torch.func.vmap(torch.func.hessian(lambda z: model(z)[0]))(x + 1).detach(), rtol=1e-9
+    )
+
+
+def test_importing_a_generator_is_not_drawing_from_it(x: Tensor) -> None:
+    def func(x: Tensor) -> Tensor:
+        importlib.import_module("numpy.random")
+        return x.sin()
+
+    kept = sys.modules.pop("numpy.random")
+    try:
+        compare(AutoJacobian(func, on_miss="estimate", store=":memory:")(x), torch.diag_embed(x.cos()))
+    finally:
+        sys.modules["numpy.random"] = kept
+
+
+def test_a_function_that_computes_in_lower_precision_is_not_taken_for_wrong() -> None:
+    weight = torch.randn(3, 40, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        return (x.float() @ weight.float()).sin().double() @ weight.T
+
+    x = torch.randn(8, 3, dtype=torch.float64)
+    jac = estimated(func, verify="always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            compare(jac(x), jacobian_blocks(func, (x,)), rtol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = nn.Linear(3, 2)
+        compare(estimated(layer)(x.float()).detach(), layer.weight.detach().expand(8, 2, 3), rtol=1e-2)

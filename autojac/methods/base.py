@@ -110,6 +110,12 @@ def build(spec: Mapping[str, Any]) -> Method:
         raise StoreError(f"a plan has fields that {kind.__name__} does not: {error}") from error
 
 
+def composable(problem: Problem) -> Method:
+    """The method to use under a caller's transform: right for the structure, and torch.func all the way down."""
+    whole = not problem.structure.independent or problem.shared_input
+    return build({"method": "Pull", "seeds": "identity" if whole else "shared", "engine": "vmap"})
+
+
 def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:
     """Concatenate `count` rows that arrive in parts, for several tensors side by side.
 

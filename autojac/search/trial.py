@@ -66,7 +66,15 @@ class Subject:
         return trial
 
 
-def attempt(subject: Subject, method: Method) -> Compute | None:
+@dataclass(frozen=True)
+class Attempt:
+    """A candidate that ran once and was right, and the seconds of that run."""
+
+    compute: Compute
+    seconds: float
+
+
+def attempt(subject: Subject, method: Method) -> Attempt | None:
     """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails."""
     problem = subject.problem
     needed = problem.result_bytes + method.workspace(problem)
@@ -78,7 +86,10 @@ def attempt(subject: Subject, method: Method) -> Compute | None:
         with subject.quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compute = method.prepare(problem)
+            start = time.perf_counter()
             result = compute(subject.leaves, subject.kwargs)
+            measure.synchronize(subject.device)
+            seconds = time.perf_counter() - start
             wrong = subject.reference.check(result)
             if wrong is None and problem.differentiable:
                 wrong = subject.reference.check_gradient(result, subject.captured)
@@ -88,20 +99,22 @@ def attempt(subject: Subject, method: Method) -> Compute | None:
     if wrong is not None:
         subject.record(method, "rejected", reason=wrong)
         return None
-    return compute
+    return Attempt(compute, seconds)
 
 
 def try_out(subject: Subject, method: Method) -> Trial:
     """Check a candidate, then time it unless its first run is already hopeless."""
-    compute = attempt(subject, method)
-    if compute is None:
+    right = attempt(subject, method)
+    if right is None:
         return subject.trials[method]
-    run = _as_used(subject, compute)
+    run = _as_used(subject, right.compute)
     try:
         with subject.quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            first = measure.once(run, subject.device)
-            if first > PRUNE_RATIO * subject.best:
+            # a run that alone outlasts the budget is not repeated
+            dear = right.seconds > LONG_S and time.monotonic() + right.seconds > subject.deadline
+            first = right.seconds if dear else measure.once(run, subject.device)
+            if first > PRUNE_RATIO * subject.best and not dear:
                 first = min(first, measure.once(run, subject.device))
             if first > PRUNE_RATIO * subject.best:
                 subject.slow[method] = run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.methods.base import Method, dispatch_cost, embed, registry
+from autojac.methods.base import WORKSPACE_MARGIN, Method, dispatch_cost, embed, registry
 from autojac.problem import Compute, Problem, Result
 
 LARGE_BATCH = 4096
@@ -42,7 +42,11 @@ class BatchChunk(Method):
             sizes = [size for size in (1024, 4096, 16384) if size < problem.batch]
         else:
             sizes = [size for size in (problem.batch // 4,) if depth and size >= 16]
-        for size in sizes:
+        room = problem.memory_limit - 2 * problem.result_bytes
+        fitting = problem.batch * room // (WORKSPACE_MARGIN * problem.seed_bytes)
+        if 0 < fitting < problem.batch:
+            sizes.append(1 << (fitting.bit_length() - 1))
+        for size in dict.fromkeys(sizes):
             part = problem.resized(size)
             for kind in registry().values():
                 if kind is not cls:

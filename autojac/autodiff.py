@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,20 @@ Mode = Literal["reverse", "forward"]
 def transforming() -> bool:
     """Whether the caller is inside a torch.func transform or a level of dual numbers."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+@contextmanager
+def levels_restored() -> Iterator[None]:
+    """Close what a failure leaves open: a compilation that breaks off inside a JVP forgets its dual level."""
+    forward, functorch = torch.autograd.forward_ad, torch._C._functorch
+    level, stack = forward._current_level, functorch.get_interpreter_stack()
+    try:
+        yield
+    finally:
+        while forward._current_level > level:
+            forward.exit_dual_level()
+        if len(functorch.get_interpreter_stack() or ()) > len(stack or ()):
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(stack or ()))
 
 
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:

@@ -140,6 +140,7 @@ class AutoJacobian:
         if entry is None:
             entry = self._entry(key, args, kwargs)
         leaves = entry.frame.leaves(args)
+        kwargs = entry.frame.keywords(args, kwargs)
         entry.calls += 1
         if entry.calls >= entry.next_check:
             return self._checked(key, entry, leaves, args, kwargs)
@@ -160,6 +161,7 @@ class AutoJacobian:
                 if events == shapes:
                     batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
                     composed = dataclasses.replace(problem.resized(batch), differentiable=True)
+                    kwargs = entry.frame.keywords(args, kwargs)
                     return entry, composable(composed).prepare(composed)(leaves, kwargs)
         raise UnsupportedError(
             "a torch.func transform or forward mode is under way, in which nothing can be probed. Call jac(x) or "
@@ -188,6 +190,7 @@ class AutoJacobian:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
+                self._captured = captures(self.func)
                 request = self._planner.request(self._reach(), args, kwargs)
                 entry = self._planner.entry(request, self._reach())
                 self._keep(key, entry)
@@ -205,8 +208,11 @@ class AutoJacobian:
         problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
         reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
-        result = entry.compute(leaves, kwargs)
-        wrong = reference.check(result)
+        try:
+            result = entry.compute(leaves, kwargs)
+            wrong = reference.check(result)
+        except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
+            wrong = f"it raises {type(error).__name__}: {error}"
         if wrong is None:
             self._schedule(entry)
             return entry, result

@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from autojac.errors import InputError, OptionError
 from autojac.signature import Leaf
 
+CONSTANTS = "autojac constants"
+"""The keyword under which positional arguments that are no tensors reach `Frame.fn`; not a name a caller can use."""
+
 
 class Frame:
     """The layout of one kind of call, made once and used at every call.
@@ -57,7 +60,7 @@ class Frame:
     @property
     def context(self) -> str:
         """The nesting and the constants of the arguments, as text for a key."""
-        constants = [f"{index}={value!r}" for index, value in self.constants.items()]
+        constants = [f"{index}={describe(value)}" for index, value in self.constants.items()]
         return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={self.axes if self.declared else 'auto'}"
 
     def leaves(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -74,6 +77,13 @@ class Frame:
             return tuple(t.unsqueeze(0) if index in differentiated else t for index, t in enumerate(tensors))
         return tuple(t.movedim(axis, 0) if axis else t for t, axis in zip(tensors, self.axes, strict=True))
 
+    def keywords(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keyword arguments, with those positional arguments that are no tensors: a time, say, may change."""
+        if not self.constants:
+            return kwargs
+        flat = pytree.tree_leaves(tuple(args))
+        return {**kwargs, CONSTANTS: {index: flat[index] for index in self.constants}}
+
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The user's function on flat tensors, its outputs flat."""
         if self.moved:
@@ -82,8 +92,9 @@ class Frame:
             out = self.func(*leaves, **kwargs)
         else:
             flat: list[Any] = [None] * self.size
-            for index, value in self.constants.items():
+            for index, value in kwargs.get(CONSTANTS, {}).items():
                 flat[index] = value
+            kwargs = {name: value for name, value in kwargs.items() if name != CONSTANTS}
             for index, tensor in zip(self.tensor_at, leaves, strict=True):
                 flat[index] = tensor
             out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
@@ -208,10 +219,15 @@ class Frame:
 
 
 def describe(value: Any) -> Any:
-    """What of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest."""
+    """What of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest.
+
+    Of floats only the type counts: a time or a step size changes with every call.
+    """
     if isinstance(value, Tensor):
         return (value.shape, value.dtype, value.device, value.requires_grad)
-    if isinstance(value, (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)):
+    if isinstance(value, float):
+        return float
+    if isinstance(value, (int, str, bool, bytes, type(None), torch.dtype, torch.device)):
         return (type(value), value)
     flat, spec = pytree.tree_flatten(value)
     if len(flat) == 1 and flat[0] is value:

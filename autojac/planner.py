@@ -65,6 +65,7 @@ class Planner:
         trained = tuple(t for t in captured.tensors if t.requires_grad)
         differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
         kinds = str([(name, describe(value)) for name, value in kwargs.items()])
+        kwargs = frame.keywords(args, kwargs)
         return Request(frame, leaves, kwargs, current_flags(captured.modules), differentiable, trained, kinds)
 
     def entry(self, request: Request, captured: Captures, effort: Effort | None = None, budget_s: float | None = None,
@@ -117,6 +118,11 @@ class Planner:
         """Call func once, without a trace, and describe the call."""
         quiet = Quiet(captured.tensors)
         first = self._first_call(request, quiet)
+        if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
+            # what could not be followed may hold parameters: then J must carry their graph
+            with quiet():
+                values = request.frame.fn([leaf.detach() for leaf in request.leaves], request.kwargs)
+            request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
         signature, guess = self._signature(request, first)
         # the tensors that func writes into are few: only these are saved around later evaluations
         return Seen(first, Quiet(quiet.written, quiet.state), signature, guess, self.stored.keys(signature))

@@ -207,3 +207,17 @@ def test_a_function_that_computes_in_lower_precision_is_not_taken_for_wrong() ->
         warnings.simplefilter("error")
         layer = nn.Linear(3, 2)
         compare(estimated(layer)(x.float()).detach(), layer.weight.detach().expand(8, 2, 3), rtol=1e-2)
+
+
+def test_a_plan_that_fails_when_it_runs_is_replaced(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    jac = estimated(torch.sin)
+    jac.plan(x)
+    (entry,) = jac._entries.values()
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError("of the plan")
+
+    monkeypatch.setattr(entry, "compute", fails)
+    with pytest.warns(StructureChangedWarning, match="MemoryError: of the plan"):
+        compare(jac(x), torch.diag_embed(x.cos()))
+    compare(jac(x), torch.diag_embed(x.cos()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -320,3 +321,22 @@ def test_module_in_eval_and_train_mode() -> None:
     assert torch.equal(after, torch.get_rng_state())
     torch.set_rng_state(state)
     compare(J.detach(), jacobian_blocks(model, (x,)))
+
+
+def test_a_float_that_changes_with_every_call_is_no_new_signature() -> None:
+    jac = estimated(lambda x, t, *, scale: (x * t).sin() * scale)
+    x = doubles(4, 3)
+    for t in (0.1, 0.2, 0.3):
+        compare(jac(x, t, scale=1 + t), torch.diag_embed((x * t).cos() * t * (1 + t)))
+    assert "1 plans" in repr(jac)
+    assert jac(x, 2, scale=1.0).shape == (4, 3, 3)
+    assert "2 plans" in repr(jac)
+
+
+def test_parameters_that_cannot_be_listed_still_get_gradients() -> None:
+    hidden = {"box": itertools.cycle([torch.randn(3, dtype=torch.float64, requires_grad=True)])}
+
+    def func(x: Tensor) -> Tensor:
+        return x**2 * next(hidden["box"])
+
+    assert estimated(func)(doubles(4, 3)).requires_grad

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian
+from autojac.autodiff import levels_restored, transforming
 from autojac.methods.base import build, registry
 from autojac.problem import Problem
 from autojac.quiet import Quiet
@@ -283,3 +284,16 @@ def test_methods_say_in_a_sentence_why_they_do_not_apply() -> None:
     assert len(reasons) >= 4
     assert all(len(reason.split()) > 6 for reason in reasons)
     assert set(registry()) == {"BatchChunk", "Compiled", "PerSample", "Pull", "Push", "Replicate"}
+
+
+def test_levels_that_a_failed_compilation_leaves_open_are_closed() -> None:
+    def breaks_off() -> None:
+        torch.autograd.forward_ad.enter_dual_level()
+        raise RuntimeError("in the middle of a JVP")
+
+    with pytest.raises(RuntimeError, match="middle"), levels_restored():
+        breaks_off()
+    assert not transforming()
+    with torch.autograd.forward_ad.dual_level(), levels_restored():
+        assert transforming()
+    assert not transforming()

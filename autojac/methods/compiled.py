@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.autodiff import compile_flat
+from autojac.autodiff import compile_flat, levels_restored
 from autojac.methods.base import Method, registry
 from autojac.problem import Compute, Problem, Result
 
@@ -64,7 +64,7 @@ class Compiled(Method):
             nonlocal warmed
             if warmed:
                 return Result(*compiled(leaves, kwargs))
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), levels_restored():
                 # the compiler's own imports warn, which must not reach a user who turns warnings into errors
                 warnings.simplefilter("ignore")
                 result = Result(*compiled(leaves, kwargs))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff import gradient
+from autojac.autodiff import gradient, levels_restored
 from autojac.methods.base import Method
 from autojac.plan import Effort, Trial, TrialState
 from autojac.problem import Compute, Problem, Result
@@ -83,7 +83,7 @@ def attempt(subject: Subject, method: Method) -> Attempt | None:
         subject.record(method, "infeasible", reason=reason)
         return None
     try:
-        with subject.quiet(), warnings.catch_warnings():
+        with subject.quiet(), warnings.catch_warnings(), levels_restored():
             warnings.simplefilter("ignore")
             compute = method.prepare(problem)
             start = time.perf_counter()

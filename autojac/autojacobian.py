@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from autojac.verify import Reference
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
 CHECK_EVERY = 1000
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class AutoJacobian:
@@ -175,7 +177,7 @@ class AutoJacobian:
             [(x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else describe(x) for x in args]
         )
         named = tuple([(name, describe(value)) for name, value in kwargs.items()]) if kwargs else ()
-        trains = grad and any([t.requires_grad for t in captured.tensors])
+        trains = grad and any(map(_requires_grad, captured.tensors))
         return kinds, named, grad, trains, current_flags(captured.modules)
 
     def _reach(self) -> Captures:

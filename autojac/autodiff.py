@@ -29,16 +29,24 @@ def transforming() -> bool:
 
 @contextmanager
 def levels_restored() -> Iterator[None]:
-    """Close what a failure leaves open: a compilation that breaks off inside a JVP forgets its dual level."""
+    """Close what a failure leaves open: a compilation that breaks off inside a JVP forgets its dual level.
+
+    Left open, every later forward mode of the process would fail. torch allows one dual level and tells nobody
+    whether it is open, so it is found out by opening one.
+    """
     forward, functorch = torch.autograd.forward_ad, torch._C._functorch
     level, stack = forward._current_level, functorch.get_interpreter_stack()
     try:
         yield
     finally:
-        while forward._current_level > level:
-            forward.exit_dual_level()
         if len(functorch.get_interpreter_stack() or ()) > len(stack or ()):
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(stack or ()))
+        if level < 0 and not stack:
+            try:
+                torch._C._exit_dual_level(level=torch._C._enter_dual_level())
+            except RuntimeError:
+                torch._C._exit_dual_level(level=0)
+            forward._current_level = level
 
 
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:

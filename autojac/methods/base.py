@@ -56,6 +56,11 @@ class Method(ABC):
         """Whether the method goes through torch.func transforms alone, which a compiler can trace."""
         return getattr(self, "engine", None) == "vmap"
 
+    @property
+    def compiles(self) -> bool:
+        """Whether preparing the method takes seconds: such candidates are tried last."""
+        return False
+
     @classmethod
     @abstractmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:

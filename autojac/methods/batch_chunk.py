@@ -36,6 +36,10 @@ class BatchChunk(Method):
             return "func of a slice is not the slice of func: its output depends on the rest of the batch"
         return self.inner.unsupported(problem) or super().unsupported(problem)
 
+    @property
+    def compiles(self) -> bool:
+        return self.inner.compiles
+
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         if problem.batch >= LARGE_BATCH:

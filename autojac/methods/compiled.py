@@ -32,6 +32,10 @@ class Compiled(Method):
             return "the loop over rows of a coupled batch would be unrolled by the compiler"
         return self.inner.unsupported(problem) or super().unsupported(problem)
 
+    @property
+    def compiles(self) -> bool:
+        return True
+
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         if not depth:

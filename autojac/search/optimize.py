@@ -86,8 +86,11 @@ def search(
     for method in dropped:
         subject.record(method, "skipped", reason="predicted to be far slower than the best")
     space = [method for method in space if method not in dropped]
-    wanted = [method for method in hints if method in space]
-    propose(subject, space, [*wanted, *space[:1], *defaults[:1], *space[1:3]])
+    for compiles in (False, True):
+        part = [method for method in space if method.compiles == compiles]
+        first = [method for method in (*hints, *part[:1], *defaults[:1], *part[1:3]) if method in part]
+        if part:
+            propose(subject, part, first)
     _ensure_one(subject, [*space, LAST_RESORT])
     for method in space:
         if method not in subject.trials:

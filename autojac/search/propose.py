@@ -38,7 +38,7 @@ def propose(subject: Subject, space: Sequence[Method], first: Sequence[Method]) 
             raise optuna.TrialPruned
 
         def stop(current: optuna.Study, _: Any) -> None:
-            if subject.out_of_time or len(subject.trials) >= len(space) + len(first):
+            if subject.out_of_time or subject.trials.keys() >= set(space):
                 current.stop()
 
         if not subject.out_of_time:

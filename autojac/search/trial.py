@@ -163,5 +163,6 @@ def _as_used(subject: Subject, compute: Compute) -> measure.Run:
 
 
 def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]
+    # the compiler puts a heading on the first line and what happened on the second
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]

@@ -29,16 +29,19 @@ def transforming() -> bool:
 
 @contextmanager
 def levels_restored() -> Iterator[None]:
-    """Close what a failure leaves open: a compilation that breaks off inside a JVP forgets its dual level.
+    """Close what a failure leaves open: a compilation that breaks off forgets its dual level and its grad mode.
 
-    Left open, every later forward mode of the process would fail. torch allows one dual level and tells nobody
-    whether it is open, so it is found out by opening one.
+    Left open, every later forward mode of the process would fail, or nothing would be recorded any more. torch allows
+    one dual level and tells nobody whether it is open, so it is found out by opening one.
     """
     forward, functorch = torch.autograd.forward_ad, torch._C._functorch
     level, stack = forward._current_level, functorch.get_interpreter_stack()
+    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
     try:
         yield
     finally:
+        torch._C._set_grad_enabled(grad)
+        torch._C._set_fwd_grad_enabled(forward_grad)
         if len(functorch.get_interpreter_stack() or ()) > len(stack or ()):
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(stack or ()))
         if level < 0 and not stack:

@@ -289,10 +289,12 @@ def test_methods_say_in_a_sentence_why_they_do_not_apply() -> None:
 def test_levels_that_a_failed_compilation_leaves_open_are_closed() -> None:
     def breaks_off() -> None:
         torch._C._enter_dual_level()
+        torch._C._set_grad_enabled(False)
         raise RuntimeError("in the middle of a JVP")
 
     with pytest.raises(RuntimeError, match="middle"), levels_restored():
         breaks_off()
+    assert torch.is_grad_enabled()
     with torch.autograd.forward_ad.dual_level(), levels_restored():
         assert transforming()
     assert not transforming()

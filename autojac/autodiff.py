@@ -37,8 +37,11 @@ def levels_restored() -> Iterator[None]:
     forward, functorch = torch.autograd.forward_ad, torch._C._functorch
     level, stack = forward._current_level, functorch.get_interpreter_stack()
     grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     try:
-        yield
+        # on leaving, the guard puts back which dispatch keys this thread includes and excludes
+        with torch._C._ForceDispatchKeyGuard(*keys):
+            yield
     finally:
         torch._C._set_grad_enabled(grad)
         torch._C._set_fwd_grad_enabled(forward_grad)

@@ -298,3 +298,11 @@ def test_levels_that_a_failed_compilation_leaves_open_are_closed() -> None:
     with torch.autograd.forward_ad.dual_level(), levels_restored():
         assert transforming()
     assert not transforming()
+
+
+@pytest.mark.parametrize(("spec", "_evaluations"), CALLS, ids=[str(spec) for spec, _ in CALLS])
+def test_every_method_takes_one_sample_and_expanded_inputs(spec: dict[str, Any], _evaluations: int) -> None:
+    for x in (torch.randn(1, 3), torch.randn(1, 3).expand(8, 3), torch.randn(8, 1).expand(8, 3)):
+        problem = problem_of(torch.sin, x)
+        (row,) = build(spec).prepare(problem)((x,), {}).jacobians
+        compare(row[0], torch.diag_embed(x.cos()), rtol=1e-6)

@@ -66,6 +66,9 @@ class PerSample(Method):
                 return outputs, outputs
 
             transform = sample_jacobian(single, problem.inputs, self.mode)
+            if self.mode == "forward":
+                # dual numbers refuse expanded tensors, whose elements share memory
+                leaves = [x.contiguous() for x in leaves]
             jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk)(*leaves)
             return Result(tuple(values), tuple(tuple(self._lay_out(problem, row)) for row in jacobians))
 

@@ -75,6 +75,8 @@ class Push(Method):
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)
+            # dual numbers refuse expanded tensors, whose elements share memory
+            inputs = tuple(x.contiguous() for x in inputs)
             values: tuple[Tensor, ...] = ()
             columns = []
             for order, position in enumerate(problem.inputs):

@@ -54,7 +54,8 @@ class Replicate(Method):
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             tiled = [
-                x.expand(count, *x.shape).reshape(count * problem.batch, *leaf.event_shape) if leaf.batched else x
+                # a copy always: dual numbers refuse tensors whose samples share memory
+                x.repeat(count, *[1] * len(leaf.event_shape)) if leaf.batched else x
                 for x, leaf in zip(leaves, problem.leaves, strict=True)
             ]
             bound, inputs = bind(problem, tiled, kwargs)

@@ -155,10 +155,14 @@ class AutoJacobian:
         """
         frame = Frame(self.func, args, self.options.argnums, self.options.in_dims)
         leaves = frame.leaves(args)
-        for entry in self._entries.values():
+        # a structure holds for one kind of call: other flags or keywords may couple what these do not
+        named = tuple([(name, describe(value)) for name, value in kwargs.items()])
+        flags = current_flags(captures(self.func).modules)
+        for (_, known_named, _, _, known_flags), entry in self._entries.items():
             problem = entry.problem
             shapes = [leaf.event_shape for leaf in problem.leaves]
-            if entry.frame.context == frame.context and len(leaves) == len(shapes):
+            same = known_named == named and known_flags == flags and entry.frame.context == frame.context
+            if same and len(leaves) == len(shapes):
                 events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
                 if events == shapes:
                     batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)

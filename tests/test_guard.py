@@ -221,3 +221,23 @@ def test_a_plan_that_fails_when_it_runs_is_replaced(x: Tensor, monkeypatch: pyte
     with pytest.warns(StructureChangedWarning, match="MemoryError: of the plan"):
         compare(jac(x), torch.diag_embed(x.cos()))
     compare(jac(x), torch.diag_embed(x.cos()))
+
+
+class Switched(nn.Module):
+    """Coupled in train mode, or when asked; else independent."""
+
+    def forward(self, x: Tensor, *, coupled: bool = False) -> Tensor:
+        return x - x.mean(0) if self.training or coupled else x.sin()
+
+
+def test_a_structure_is_not_carried_into_a_transform_under_other_flags_or_keywords(x: Tensor) -> None:
+    model = Switched().eval()
+    jac = estimated(model)
+    jac(x)
+    with pytest.raises(autojac.UnsupportedError, match="outside"):
+        torch.func.vjp(lambda z: jac(z, coupled=True), x)
+    model.train()
+    with pytest.raises(autojac.UnsupportedError, match="outside"):
+        torch.func.vjp(jac, x)
+    jac(x)
+    compare(torch.func.vjp(jac, x)[0], jacobian_blocks(model, (x,)))

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.autodiff import transforming
 from autojac.captures import Captures, captures
-from autojac.entry import Entry
+from autojac.entry import Entry, with_aux
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
 from autojac.frame import Frame, describe
@@ -47,8 +47,10 @@ class AutoJacobian:
         func: a function or `torch.nn.Module` of tensors.
         argnums: int or tuple; positional arguments to differentiate, as in `torch.func.jacrev`.
         in_dims: where each positional argument carries the batch: an int, None (shared by all samples), or a tuple of
-            these; `"auto"` infers it and checks the guess. All None: a function without a batch, J is (*out, *in).
+            these or of nests of them, as in `torch.vmap`; `"auto"` infers it and checks the guess. All None: a function
+            without a batch, J is (*out, *in).
         layout: `"blocks"` (B, *out, *in), exact whatever the coupling, or `"full"` (B, *out, B, *in).
+        has_aux: func returns (y, aux); aux comes back untouched.
         effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
         on_miss: `"tune"`, `"estimate"` or `"error"`: what to do for a call that no plan is known for.
         budget_s: seconds that a search may take.
@@ -79,27 +81,33 @@ class AutoJacobian:
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """What another wrapper's fingerprint sees of this one: the plans found here change no result."""
-        options = self.options
-        return {"func": self.func, "argnums": options.argnums, "in_dims": options.in_dims, "layout": options.layout}
+        chosen = {name: getattr(self.options, name) for name in ("argnums", "in_dims", "layout", "has_aux")}
+        return {"func": self.func, **chosen}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian of func at these arguments.
 
         Returns:
             J of shape (B, *out, *in), or (B, *out, B, *in) for `layout="full"`; nested as `torch.func.jacrev` nests it
-            where there are several outputs or inputs.
+            where there are several outputs or inputs. With `has_aux=True` the pair (J, aux).
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
             SearchError: if no method is right within the limits.
         """
         entry, result = self._run(args, kwargs)
-        return entry.frame.jacobian(result.jacobians)
+        jacobian = entry.frame.jacobian(result.jacobians)
+        return (jacobian, result.aux) if self.options.has_aux else jacobian
 
-    def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone."""
+    def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone.
+
+        Returns:
+            (y, J), or (y, J, aux) for `has_aux=True`.
+        """
         entry, result = self._run(args, kwargs)
-        return entry.frame.value(result.values), entry.frame.jacobian(result.jacobians)
+        value, jacobian = entry.frame.value(result.values), entry.frame.jacobian(result.jacobians)
+        return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for such a call; made now if there is none."""
@@ -153,7 +161,7 @@ class AutoJacobian:
 
         Nothing can be probed, timed or checked there, where tensors stand for many or carry tangents.
         """
-        frame = Frame(self.func, args, self.options.argnums, self.options.in_dims)
+        frame = Frame(self.func, args, self.options)
         leaves = frame.leaves(args)
         # a structure holds for one kind of call: other flags or keywords may couple what these do not
         named = tuple([(name, describe(value)) for name, value in kwargs.items()])
@@ -168,7 +176,9 @@ class AutoJacobian:
                     batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
                     composed = dataclasses.replace(problem.resized(batch), differentiable=True)
                     kwargs = entry.frame.keywords(args, kwargs)
-                    return entry, composable(composed).prepare(composed)(leaves, kwargs)
+                    method = composable(composed)
+                    compute = with_aux(entry.frame, composed, method.prepare(composed), method.plain)
+                    return entry, compute(leaves, kwargs)
         raise UnsupportedError(
             "a torch.func transform or forward mode is under way, in which nothing can be probed. Call jac(x) or "
             "jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"

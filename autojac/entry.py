@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from autojac.frame import Frame
+from autojac.frame import AUX, Frame
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
 from autojac.problem import Compute, Problem, Result
@@ -68,6 +70,30 @@ class Seen:
         """Whether there is nothing to differentiate."""
         sizes = [*self.signature.outputs, *(leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated)]
         return not self.signature.batch or 0 in map(math.prod, sizes)
+
+
+def with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:
+    """A computation beside which comes what func returned as aux.
+
+    Args:
+        frame: knows how func returns it.
+        problem, compute: what is computed.
+        plain: whether func runs once and as it is. If not, it sees tensors that stand for others, and runs once more.
+    """
+    if not frame.has_aux:
+        return compute
+
+    def collecting(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        collected: list[Any] = []
+        watched = {**kwargs, AUX: collected}
+        result = compute(leaves, watched if plain else kwargs)
+        if not plain:
+            with torch.set_grad_enabled(problem.differentiable):
+                frame.fn(leaves, watched)
+        aux = collected[-1]
+        return result._replace(aux=aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux))
+
+    return collecting
 
 
 def empty_compute(problem: Problem) -> Compute:

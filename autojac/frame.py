@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autojac.errors import InputError, OptionError
+from autojac.axes import AUTO, batch_axes
+from autojac.errors import InputError, OptionError, OutputError
+from autojac.options import Options
 from autojac.signature import Leaf
 
 CONSTANTS = "autojac constants"
 """The keyword under which positional arguments that are no tensors reach `Frame.fn`; not a name a caller can use."""
+AUX = "autojac aux"
+"""The keyword under which a list reaches `Frame.fn` that collects what func returns beside its outputs."""
 
 
 class Frame:
@@ -22,19 +26,17 @@ class Frame:
     Args:
         func: the user's function.
         args: positional arguments of an example call.
-        argnums: which of them to differentiate, as in `torch.func.jacrev`.
-        in_dims: where each carries the batch, as in `AutoJacobian`.
+        options: `argnums`, `in_dims` and `has_aux` say how to read the call.
 
     Raises:
         InputError: if a differentiated argument holds no real floating-point tensor.
         OptionError: if `argnums` or `in_dims` do not fit the arguments.
     """
 
-    def __init__(
-        self, func: Callable[..., Any], args: Sequence[Any], argnums: int | tuple[int, ...], in_dims: Any
-    ) -> None:
+    def __init__(self, func: Callable[..., Any], args: Sequence[Any], options: Options) -> None:
         self.func = func
-        self.argnums = argnums
+        self.has_aux = options.has_aux
+        self.argnums = argnums = options.argnums
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
         for number in chosen:
             if not -len(args) <= number < len(args):
@@ -47,9 +49,12 @@ class Frame:
         self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}
         self.size = len(flat)
         self.plain = all(isinstance(arg, Tensor) for arg in args)
-        self.axes, self.declared = self._axes(args, in_dims)
-        self.unbatched = self.declared and all(axis is None for axis in self.axes)
-        self.moved = any(axis for axis in self.axes) or self.unbatched
+        self.axes = batch_axes(args, options.in_dims)
+        self.declared = tuple(axis != AUTO for axis in self.axes)
+        self.unbatched = all(axis is None for axis in self.axes)
+        # the axes to bring to the front; elsewhere the batch is there already
+        self.sources = tuple(axis if isinstance(axis, int) else 0 for axis in self.axes)
+        self.moved = any(self.sources) or self.unbatched
         self.groups = self._groups(args, chosen)
         self.differentiated = tuple(sorted(position for _, group in self.groups for position in group))
         # one tensor in and one out, the usual case, costs no nesting
@@ -61,7 +66,9 @@ class Frame:
     def context(self) -> str:
         """The nesting and the constants of the arguments, as text for a key."""
         constants = [f"{index}={describe(value)}" for index, value in self.constants.items()]
-        return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={self.axes if self.declared else 'auto'}"
+        axes = self.axes if any(self.declared) else AUTO
+        aux = " aux" if self.has_aux else ""
+        return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={axes}{aux}"
 
     def leaves(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """The tensors among the arguments, batch first."""
@@ -75,7 +82,7 @@ class Frame:
         if self.unbatched:
             differentiated = set(self.differentiated)
             return tuple(t.unsqueeze(0) if index in differentiated else t for index, t in enumerate(tensors))
-        return tuple(t.movedim(axis, 0) if axis else t for t, axis in zip(tensors, self.axes, strict=True))
+        return tuple(t.movedim(axis, 0) if axis else t for t, axis in zip(tensors, self.sources, strict=True))
 
     def keywords(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The keyword arguments, with those positional arguments that are no tensors: a time, say, may change."""
@@ -88,6 +95,10 @@ class Frame:
         """The user's function on flat tensors, its outputs flat."""
         if self.moved:
             leaves = self._back(leaves)
+        collected: list[Any] | None = None
+        if self.has_aux:
+            collected = kwargs.get(AUX)
+            kwargs = {name: value for name, value in kwargs.items() if name != AUX}
         if self.plain:
             out = self.func(*leaves, **kwargs)
         else:
@@ -98,6 +109,13 @@ class Frame:
             for index, tensor in zip(self.tensor_at, leaves, strict=True):
                 flat[index] = tensor
             out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
+        if self.has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                what = f"{len(out)} values" if isinstance(out, tuple) else type(out).__name__
+                raise OutputError(f"has_aux=True expects func to return a pair (output, aux), but it returned {what}")
+            out, aux = out
+            if collected is not None:
+                collected.append(aux)
         if isinstance(out, Tensor):
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
@@ -141,19 +159,17 @@ class Frame:
             for position, (leaf, has) in enumerate(zip(leaves, batched, strict=True))
         )
 
-    def declared_batched(self) -> tuple[bool, ...] | None:
-        """Which leaves carry the batch, where the user said so."""
-        if not self.declared:
-            return None
+    def batched(self, guess: Sequence[bool]) -> tuple[bool, ...]:
+        """Which leaves carry the batch: as the user said, else as guessed."""
         if self.unbatched:
             return tuple(position in self.differentiated for position in range(len(self.axes)))
-        return tuple(axis is not None for axis in self.axes)
+        return tuple(has if axis == AUTO else axis is not None for axis, has in zip(self.axes, guess, strict=True))
 
     def _back(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         if self.unbatched:
             differentiated = set(self.differentiated)
             return [t.squeeze(0) if index in differentiated else t for index, t in enumerate(leaves)]
-        return [t.movedim(0, axis) if axis else t for t, axis in zip(leaves, self.axes, strict=True)]
+        return [t.movedim(0, axis) if axis else t for t, axis in zip(leaves, self.sources, strict=True)]
 
     def _nest_row(self, row: Sequence[Tensor]) -> Any:
         at = dict(zip(self.differentiated, row, strict=True))
@@ -161,26 +177,6 @@ class Frame:
             at = {position: jacobian.squeeze(0) for position, jacobian in at.items()}
         nests = tuple(pytree.tree_unflatten([at[position] for position in group], spec) for spec, group in self.groups)
         return nests if isinstance(self.argnums, tuple) else nests[0]
-
-    def _axes(self, args: Sequence[Any], in_dims: Any) -> tuple[tuple[int | None, ...], bool]:
-        """The batch axis of every tensor, and whether the user declared it."""
-        if isinstance(in_dims, str):
-            if in_dims != "auto":
-                raise OptionError(f"in_dims must be 'auto', an int, None or a tuple of these, got {in_dims!r}")
-            return (0,) * len(self.tensor_at), False
-        per_arg = in_dims if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
-        if len(per_arg) != len(args):
-            raise OptionError(f"in_dims has {len(per_arg)} entries for {len(args)} positional arguments")
-        axes: list[int | None] = []
-        for number, (arg, axis) in enumerate(zip(args, per_arg, strict=True)):
-            tensors = [value for value in pytree.tree_leaves(arg) if isinstance(value, Tensor)]
-            for tensor in tensors:
-                if axis is not None and (not isinstance(axis, int) or not -tensor.dim() <= axis < tensor.dim()):
-                    raise OptionError(
-                        f"in_dims is {axis!r} for argument {number}, a tensor of shape {tuple(tensor.shape)}"
-                    )
-                axes.append(axis if axis is None else axis % tensor.dim())
-        return tuple(axes), True
 
     def _groups(self, args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, tuple[int, ...]]]:
         """For each differentiated argument its nesting and the positions of its tensors among the leaves."""
@@ -212,7 +208,7 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
-            if tensor.dim() == 0 and not self.unbatched and (not self.declared or self.axes[position] is not None):
+            if tensor.dim() == 0 and self.axes[position] is not None:
                 raise InputError(
                     f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
                 )

@@ -28,6 +28,7 @@ class Options:
     argnums: int | tuple[int, ...] = 0
     in_dims: Any = "auto"
     layout: Layout = "blocks"
+    has_aux: bool = False
     effort: Effort = "quick"
     on_miss: OnMiss = "tune"
     budget_s: float | None = None
@@ -62,6 +63,8 @@ class Options:
             require_choice("coupling", options.coupling, ("auto", *get_args(Coupling)))
         check_budget(options.budget_s)
         parse_bytes(options.memory_limit)
+        if not isinstance(options.has_aux, bool):
+            raise OptionError(f"has_aux must be True or False, got {options.has_aux!r}")
         if not isinstance(options.version, str):
             raise OptionError(f"version must be a string, got {options.version!r}")
         numbers = options.argnums if isinstance(options.argnums, tuple) else (options.argnums,)

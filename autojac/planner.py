@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from autojac.captures import Captures
-from autojac.entry import Entry, Request, Seen, empty_compute
+from autojac.entry import Entry, Request, Seen, empty_compute, with_aux
 from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
-from autojac.methods.base import build, registry
+from autojac.methods.base import Method, build, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
@@ -60,7 +60,7 @@ class Planner:
 
     def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
         """A call, described: its frame, its tensors and what else counts for the choice of a plan."""
-        frame = Frame(self.func, args, self.options.argnums, self.options.in_dims)
+        frame = Frame(self.func, args, self.options)
         leaves = frame.leaves(args)
         trained = tuple(t for t in captured.tensors if t.requires_grad)
         differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
@@ -138,7 +138,7 @@ class Planner:
             seen.guess,
             frame.differentiated,
             seen.quiet,
-            fixed_roles=frame.declared,
+            fixed=frame.declared,
             declared=options.declared,
             budget_s=PROBE_BUDGET_S[effort],
         )
@@ -155,6 +155,7 @@ class Planner:
             structure,
             signature.differentiable,
             available_bytes(request.leaves[0].device) // 2 if limit is None else limit,
+            has_aux=request.frame.has_aux,
         )
 
     def recover(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
@@ -175,12 +176,12 @@ class Planner:
 
     def _first_call(self, request: Request, quiet: Quiet) -> FirstCall:
         frame, leaves = request.frame, request.leaves
-        lengths = {leaves[position].shape[0] for position in frame.differentiated if leaves[position].dim()}
-        declared = frame.declared_batched()
-        if declared is not None:
-            lengths = {leaf.shape[0] for leaf, has in zip(leaves, declared, strict=True) if has}
-            if len(lengths) > 1:
-                raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
+        said = frame.batched([False] * len(leaves))
+        lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
+        if len(lengths) > 1:
+            raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
+        guessed = [p for p in frame.differentiated if not frame.declared[p] and leaves[p].dim()]
+        lengths |= {leaves[position].shape[0] for position in guessed}
         try:
             first = first_call(frame.fn, leaves, request.kwargs, frame.differentiated, quiet)
         except RuntimeError as error:
@@ -201,7 +202,7 @@ class Planner:
         """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
         frame, leaves = request.frame, request.leaves
         batch = len(first.values[0])
-        guess = frame.declared_batched() or guess_batched(leaves, batch)
+        guess = frame.batched(guess_batched(leaves, batch))
         carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
         inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
         if not carriers or any(length != batch for length in carriers):
@@ -246,8 +247,7 @@ class Planner:
         if method.unsupported(problem) is not None:
             return None
         self._remember(seen.signature, plan)
-        mutable = tuple(seen.quiet.captured)
-        return Entry(request.frame, problem, plan, method.prepare(problem), seen.signature, mutable, seen.keys)
+        return self._made(request, seen, problem, plan, method)
 
     def _search(
         self, request: Request, seen: Seen, found: Examined, effort: Effort, budget_s: float | None, start: float
@@ -277,8 +277,13 @@ class Planner:
         )
         self.stored.save(seen.keys, plan)
         self._remember(seen.signature, plan)
+        return self._made(request, seen, problem, plan, won.method)
+
+    @staticmethod
+    def _made(request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
+        compute = with_aux(request.frame, problem, method.prepare(problem), method.plain)
         mutable = tuple(seen.quiet.captured)
-        return Entry(request.frame, problem, plan, won.method.prepare(problem), seen.signature, mutable, seen.keys)
+        return Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
 
     def _remember(self, signature: Signature, plan: Plan) -> None:
         key = signature.without_batch()
@@ -290,4 +295,5 @@ class Planner:
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
         problem = self.problem(request, seen.signature, structure, seen.guess)
         plan = Plan({"method": "Pull", "seeds": "shared"}, structure, seen.guess, "estimate", source="estimate")
-        return Entry(request.frame, problem, plan, empty_compute(problem), seen.signature, (), next_check=math.inf)
+        compute = with_aux(request.frame, problem, empty_compute(problem), plain=True)
+        return Entry(request.frame, problem, plan, compute, seen.signature, (), next_check=math.inf)

@@ -19,10 +19,11 @@ Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
 class Result(NamedTuple):
-    """Values of all outputs and, for output o and input i, `jacobians[o][i]`."""
+    """Values of all outputs and, for output o and input i, `jacobians[o][i]`; beside them what func returned as aux."""
 
     values: tuple[Tensor, ...]
     jacobians: tuple[tuple[Tensor, ...], ...]
+    aux: Any = None
 
 
 Compute = Callable[[Sequence[Tensor], Mapping[str, Any]], Result]
@@ -42,6 +43,7 @@ class Problem:
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.
         pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
+        has_aux: whether func returns more than is differentiated, which must come from a plain call.
     """
 
     fn: Flat
@@ -53,6 +55,7 @@ class Problem:
     differentiable: bool
     memory_limit: int
     pass_bytes: int = 0
+    has_aux: bool = False
 
     @property
     def inputs(self) -> tuple[int, ...]:

@@ -44,6 +44,10 @@ class Method(ABC):
         effects = problem.structure.effects
         if self.repeats_func and effects:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
+        if problem.has_aux and effects and not self.plain:
+            return (
+                f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
+            )
         return None
 
     @property
@@ -55,6 +59,11 @@ class Method(ABC):
     def traceable(self) -> bool:
         """Whether the method goes through torch.func transforms alone, which a compiler can trace."""
         return getattr(self, "engine", None) == "vmap"
+
+    @property
+    def plain(self) -> bool:
+        """Whether func runs exactly once, on the whole batch and outside of every transform."""
+        return not self.repeats_func and not self.traceable
 
     @property
     def compiles(self) -> bool:

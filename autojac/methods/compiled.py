@@ -56,8 +56,8 @@ class Compiled(Method):
         inner = self.inner.prepare(problem)
 
         def program(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-            values, jacobians = inner(leaves, kwargs)
-            return values, jacobians
+            result = inner(leaves, kwargs)
+            return result.values, result.jacobians
 
         # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
         own = types.FunctionType(program.__code__.replace(), globals(), program.__name__, None, program.__closure__)

@@ -37,7 +37,7 @@ def examine(
     differentiated: Sequence[int],
     quiet: Quiet,
     *,
-    fixed_roles: bool = False,
+    fixed: Sequence[bool],
     declared: Structure | None = None,
     budget_s: float = 1.0,
 ) -> Examined:
@@ -50,16 +50,15 @@ def examine(
         guess: which leaves carry the batch.
         differentiated: indices of the leaves to differentiate.
         quiet: how to evaluate without a trace.
-        fixed_roles: the user declared which leaves carry the batch.
+        fixed: for each leaf, whether the user declared if it carries the batch.
         declared: coupling declared by the user; then nothing is probed for it.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
     """
     values = manners.values
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
-    batched, refusal = resolve_batched(
-        fn, held, kwargs, values, guess, fixed_roles or declared is not None, differentiated, quiet
-    )
+    settled = [True] * len(held) if declared is not None else fixed
+    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, settled, differentiated, quiet)
     evidence = [manners.evidence]
     inputs = tuple(position for position in differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)

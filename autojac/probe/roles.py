@@ -32,7 +32,7 @@ def resolve_batched(
     kwargs: Mapping[str, Any],
     values: Sequence[Tensor],
     guess: tuple[bool, ...],
-    fixed: bool,
+    fixed: Sequence[bool],
     differentiated: Sequence[int],
     quiet: Quiet,
 ) -> tuple[tuple[bool, ...], str | None]:
@@ -41,7 +41,7 @@ def resolve_batched(
     A tensor may have the batch's length by chance (B = n), so other assignments are tried, side inputs first.
 
     Args:
-        fixed: the user declared the roles; they are checked but not changed.
+        fixed: which leaves have their role from the user; it is checked but not changed.
 
     Returns:
         The roles, and why func can't be sliced; None if it can.
@@ -56,7 +56,7 @@ def resolve_batched(
     refusal: str | None = None
     astray = False
     inexact: tuple[bool, ...] | None = None
-    for assignment in [guess] if fixed else _assignments(guess, differentiated):
+    for assignment in _assignments(guess, fixed, differentiated):
         try:
             with quiet(), torch.no_grad():
                 sliced = fn(slice_samples(leaves, assignment, stop), kwargs)
@@ -77,7 +77,7 @@ def resolve_batched(
         inexact = inexact or assignment
     if inexact is not None:
         return inexact, "func of some samples differs from those samples of func"
-    if astray and not fixed:
+    if astray and not all(fixed):
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "
@@ -86,15 +86,17 @@ def resolve_batched(
     return guess, refusal or "the outputs do not follow when the arguments are sliced"
 
 
-def _assignments(guess: tuple[bool, ...], differentiated: Sequence[int]) -> list[tuple[bool, ...]]:
+def _assignments(
+    guess: tuple[bool, ...], fixed: Sequence[bool], differentiated: Sequence[int]
+) -> list[tuple[bool, ...]]:
     """The guess, then the guess with some tensors taken as shared, fewest and side inputs first."""
-    carriers = [position for position, has in enumerate(guess) if has]
+    carriers = [position for position, has in enumerate(guess) if has and not fixed[position]]
     # inputs come last: an input of the batch's length is rarely shared
     ambiguous = sorted(carriers, key=lambda position: (position in differentiated, -position))[:MOST_AMBIGUOUS]
     found = []
     for count in range(len(ambiguous) + 1):
         for shared in itertools.combinations(ambiguous, count):
             assignment = tuple(has and position not in shared for position, has in enumerate(guess))
-            if any(assignment[position] for position in differentiated) or not any(guess):
+            if any(assignment) or not any(guess):
                 found.append(assignment)
     return found

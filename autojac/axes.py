@@ -1,0 +1,58 @@
+"""Where each tensor of a call carries the batch, as `in_dims` says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.errors import OptionError
+
+AUTO: Final = "auto"
+"""In place of an axis: infer whether axis 0 of these tensors runs over samples."""
+Axis = int | None | str
+
+EXPECTED = "in_dims must be 'auto', an int, None, or a tuple with one of these or a nest of them for each argument"
+
+
+def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
+    """The batch axis of every tensor among the arguments, counted from the front; `AUTO` where it is to be inferred.
+
+    Args:
+        args: positional arguments of a call.
+        in_dims: one entry for all arguments, or a tuple of one for each, which is an entry or a nest of entries whose
+            outer levels are those of the argument, as in `torch.vmap`.
+
+    Raises:
+        OptionError: if `in_dims` does not fit the arguments.
+    """
+    per_argument = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
+    if len(per_argument) != len(args):
+        raise OptionError(f"in_dims has {len(per_argument)} entries for {len(args)} positional arguments")
+    axes: list[Axis] = []
+    for number, (arg, entry) in enumerate(zip(args, per_argument, strict=True)):
+        flat, spec = pytree.tree_flatten(arg)
+        try:
+            entries = pytree._broadcast_to_and_flatten(entry, spec)
+        except ValueError:
+            entries = None  # nests of different kinds, say a list for a dict
+        if entries is None:
+            raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest is another. {EXPECTED}")
+        axes += [_axis(value, axis, number) for value, axis in zip(flat, entries, strict=True) if _is_tensor(value)]
+    return tuple(axes)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _axis(tensor: Tensor, axis: Any, number: int) -> Axis:
+    if axis is None or axis == AUTO:
+        return AUTO if axis is not None else None
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise OptionError(f"in_dims is {axis!r} for argument {number}. {EXPECTED}")
+    if not -tensor.dim() <= axis < tensor.dim():
+        raise OptionError(f"in_dims is {axis!r} for argument {number}, a tensor of shape {tuple(tensor.shape)}")
+    return axis % tensor.dim()

@@ -21,6 +21,7 @@ from autojac.errors import (
     UnsupportedError,
     VerificationError,
 )
+from autojac.from_graph import jacobian_from
 from autojac.plan import Plan, Trial
 from autojac.structure import Structure
 
@@ -48,6 +49,7 @@ __all__ = [
     "Trial",
     "UnsupportedError",
     "VerificationError",
+    "jacobian_from",
     "probe",
     "verify",
 ]

@@ -11,7 +11,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Pullback:
     """
 
     def __init__(self, fn: Bound, inputs: Sequence[Tensor], differentiable: bool) -> None:
-        self.differentiable = differentiable
+        self.differentiable = self.keeps = differentiable
         with torch.enable_grad():
             self.inputs = fresh_inputs(inputs, differentiable)
             self.recorded = fn(*self.inputs)
@@ -84,6 +84,14 @@ class Pullback:
     def outputs(self) -> tuple[Tensor, ...]:
         """The function's values; with their graph only if `differentiable`."""
         return self.recorded if self.differentiable else tuple(y.detach() for y in self.recorded)
+
+    @classmethod
+    def of_graph(cls, outputs: Sequence[Tensor], inputs: Sequence[Tensor], differentiable: bool) -> Self:
+        """The pullback of a graph that exists already; it is kept, whatever is pulled."""
+        pullback = cls.__new__(cls)
+        pullback.differentiable, pullback.keeps = differentiable, True
+        pullback.inputs, pullback.recorded = tuple(inputs), tuple(outputs)
+        return pullback
 
     def __call__(self, output: int, cotangent: Tensor, *, batched: bool = False, last: bool = False) -> list[Tensor]:
         """VJP of one output for every input; zeros where it does not depend on the input.
@@ -105,7 +113,7 @@ class Pullback:
         if not pairs:
             return [x.new_zeros((*lead, *x.shape)) for x in self.inputs]
         recorded = tuple(y for y, _ in pairs)
-        keep = self.differentiable or not last
+        keep = self.keeps or not last
 
         def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
             # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
@@ -119,6 +127,13 @@ class Pullback:
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
             for x, gradient in zip(self.inputs, gradients, strict=True)
         ]
+
+    def free(self) -> None:
+        """Give back what the graph holds: pull zeros a last time."""
+        outputs = [y for y in self.recorded if y.requires_grad]
+        self.keeps = False
+        self.differentiable = False
+        self.pull(outputs, [torch.zeros_like(y) for y in outputs], last=True)
 
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
@@ -185,3 +200,8 @@ def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
     return list(
         torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
     )
+
+
+def call_with(module: torch.nn.Module, parameters: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """A module called with other parameters in the place of its own, those that are tied to them included."""
+    return torch.func.functional_call(module, parameters, args, kwargs)

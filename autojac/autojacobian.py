@@ -84,6 +84,21 @@ class AutoJacobian:
         chosen = {name: getattr(self.options, name) for name in ("argnums", "in_dims", "layout", "has_aux")}
         return {"func": self.func, **chosen}
 
+    @staticmethod
+    def of_parameters(module: torch.nn.Module, **options: Any) -> AutoJacobian:
+        """Each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
+
+        The wrapper is called as the module is, and returns a dict: name of the parameter → (B, *out, *param), inside
+        the nest of the outputs. Tied parameters appear once, those that don't require grad are left out.
+
+        Args:
+            module: called with the whole batch.
+            options: those of `AutoJacobian` but for `argnums`.
+        """
+        from autojac.parameters import ParameterJacobian
+
+        return ParameterJacobian(module, **options)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian of func at these arguments.
 
@@ -95,7 +110,7 @@ class AutoJacobian:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
             SearchError: if no method is right within the limits.
         """
-        entry, result = self._run(args, kwargs)
+        entry, result = self._run(self._given(args), kwargs)
         jacobian = entry.frame.jacobian(result.jacobians)
         return (jacobian, result.aux) if self.options.has_aux else jacobian
 
@@ -105,13 +120,13 @@ class AutoJacobian:
         Returns:
             (y, J), or (y, J, aux) for `has_aux=True`.
         """
-        entry, result = self._run(args, kwargs)
+        entry, result = self._run(self._given(args), kwargs)
         value, jacobian = entry.frame.value(result.values), entry.frame.jacobian(result.jacobians)
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for such a call; made now if there is none."""
-        with recording(args, kwargs) as call:
+        with recording(self._given(args), kwargs) as call:
             return self._entry(self._key(*call), *call).plan
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
@@ -125,7 +140,7 @@ class AutoJacobian:
         check_budget(budget_s)
         effort = self.options.effort if effort is None else effort
         effort_rank(effort)
-        with self._lock, recording(args, kwargs) as call:
+        with self._lock, recording(self._given(args), kwargs) as call:
             key = self._key(*call)
             request = self._planner.request(self._reach(), *call)
             entry = self._planner.entry(request, self._reach(), effort, budget_s, force=True)
@@ -134,10 +149,14 @@ class AutoJacobian:
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """For people: the plan, what was probed, every candidate with its time and memory or why it was rejected."""
-        with recording(args, kwargs) as call:
+        with recording(self._given(args), kwargs) as call:
             entry = self._entry(self._key(*call), *call)
         trials = entry.plan.trials or (self._planner.stored.trials(entry.keys) if entry.keys else ())
         return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials)
+
+    def _given(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of func, from those of a call."""
+        return args
 
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
         if torch.is_inference_mode_enabled():

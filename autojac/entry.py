@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from autojac.frame import AUX, Frame
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
-from autojac.problem import Compute, Problem, Result
+from autojac.problem import Compute, Problem, Result, empty_rows
 from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
@@ -101,12 +101,8 @@ def empty_compute(problem: Problem) -> Compute:
 
     def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         values = problem.fn(leaves, kwargs)
-        full = problem.layout == "full"
-        across = [problem.leaves[i].shape if full else problem.leaves[i].event_shape for i in problem.inputs]
-        rows = tuple(
-            tuple(leaves[i].new_zeros(*value.shape, *tail) for i, tail in zip(problem.inputs, across, strict=True))
-            for value in values
+        return Result(
+            values if problem.differentiable else tuple(value.detach() for value in values), empty_rows(problem, leaves)
         )
-        return Result(values if problem.differentiable else tuple(value.detach() for value in values), rows)
 
     return compute

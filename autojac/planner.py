@@ -16,6 +16,7 @@ from autojac.captures import Captures
 from autojac.entry import Entry, Request, Seen, empty_compute, with_aux
 from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
+from autojac.layouts import require_layout
 from autojac.methods.base import Method, build, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
@@ -216,10 +217,11 @@ class Planner:
             tuple(tuple(value.shape[1:]) for value in first.values),
             batch,
             f"{frame.context} {request.kinds}",
-            "blocks" if frame.unbatched else self.options.layout,
+            "blocks" if frame.unbatched and self.options.layout == "full" else self.options.layout,
             request.differentiable,
             named_flags(request.flags),
         )
+        require_layout(signature)
         return signature, guess
 
     def _neighbour(self, signature: Signature) -> Plan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound
+from autojac.layouts import jacobian_shape
 from autojac.signature import Layout, Leaf
 from autojac.structure import Structure
 
@@ -38,7 +40,7 @@ class Problem:
         leaves: shape and role of each tensor that fn takes.
         outputs: event shape of each output.
         batch: number of samples B.
-        layout: `blocks` (B, *out, *in) or `full` (B, *out, B, *in).
+        layout: `blocks` (B, *out, *in), `full` (B, *out, B, *in) or `diagonal` (B, n).
         structure: what couples with what.
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.
@@ -85,8 +87,9 @@ class Problem:
     @property
     def result_bytes(self) -> int:
         """Size of the Jacobian itself."""
-        across = self.batch if self.layout == "full" else 1
-        return self.item_bytes * self.batch * self.out_size * across * self.in_size
+        pairs = itertools.product(self.outputs, self.inputs)
+        shapes = (jacobian_shape(self.layout, self.batch, event, self.leaves[index]) for event, index in pairs)
+        return self.item_bytes * sum(map(seeds.size, shapes))
 
     @property
     def seed_bytes(self) -> int:
@@ -113,3 +116,14 @@ def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) 
         return problem.fn(merged, kwargs)
 
     return bound, tuple(leaves[position] for position in positions)
+
+
+def empty_rows(problem: Problem, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    """The Jacobians of a problem without elements."""
+    return tuple(
+        tuple(
+            leaves[i].new_zeros(jacobian_shape(problem.layout, problem.batch, event, problem.leaves[i]))
+            for i in problem.inputs
+        )
+        for event in problem.outputs
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Pullback, gradient
+from autojac.layouts import jacobian_shape
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
 from autojac.tolerance import disagreement, rounding_floor, tolerance
@@ -18,6 +20,23 @@ ROWS = 6
 SAMPLES = 3
 NOISE_MARGIN = 16.0
 """Tolerance in multiples of the rounding that func itself shows."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A random cotangent and its VJP for each input.
+
+    Attributes:
+        sample: the one sample that it lives on; None for all.
+        coordinate: the one coordinate that it lives on, where only the diagonal is asked for; None for all.
+        cotangent: shape of the output.
+        pulled: its VJP, for each input.
+    """
+
+    sample: int | None
+    coordinate: int | None
+    cotangent: Tensor
+    pulled: list[Tensor]
 
 
 class Reference:
@@ -33,6 +52,7 @@ class Reference:
         rows: how many single rows of the Jacobian are compared besides the projections.
         seed: of the random projections.
         samples: those that projections of a coupled function live on; a few at random by default.
+        pullback: of a graph that exists already, in the place of an evaluation.
     """
 
     def __init__(
@@ -44,6 +64,7 @@ class Reference:
         rows: int = ROWS,
         seed: int = 0,
         samples: Sequence[int] = (),
+        pullback: Pullback | None = None,
     ) -> None:
         self.problem = problem
         self.samples = samples
@@ -51,9 +72,8 @@ class Reference:
         self.calibrated = False
         self.generator = torch.Generator().manual_seed(seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
-        bound, inputs = bind(problem, leaves, kwargs)
         with quiet():
-            self.pullback = Pullback(bound, inputs, problem.differentiable)
+            self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable)
             self.values = self.pullback.outputs
             self.floors = [[rounding_floor(value, tensor) for tensor in self.pullback.inputs] for value in self.values]
             self.rows = [
@@ -61,7 +81,8 @@ class Reference:
                 for output in range(len(self.values))
                 for row in self._chosen(self.values[output], rows)
             ]
-            self.projections = [self._projection(output) for output in range(len(self.values))]
+            self.projections = [self._projections(output) for output in range(len(self.values))]
+            self.leak = self._leak()
 
     def check(self, result: Result) -> str | None:
         """Why a result is wrong, as a sentence; None if it agrees with everything checked."""
@@ -74,7 +95,7 @@ class Reference:
         return wrong
 
     def _compare(self, result: Result) -> str | None:
-        return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result)
+        return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result) or self.leak
 
     def _own_noise(self) -> float:
         """How far func's own VJPs are from being linear in the cotangent, as a factor on the tolerance."""
@@ -101,10 +122,10 @@ class Reference:
         actual, expected = [], []
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self._rows_of(whole, output, position)[row]
+                own = self._rows_of(whole, output)[row]
                 weight = _noise(own.shape, own, self.generator)
                 actual.append((own * weight).sum())
-                expected.append((self._own(one, output, row, position) * weight).sum())
+                expected.append((self._kept(one, output, row, position) * weight).sum())
         try:
             right = gradient(torch.stack(expected).sum(), sources)
         except RuntimeError:
@@ -122,9 +143,9 @@ class Reference:
         """The samples whose projections differ most: a coupled function's do, and a wrong block's."""
         errors = torch.zeros(self.problem.batch, dtype=torch.float64)
         for output, projections in enumerate(self.projections):
-            for sample, cotangent, pulled in projections:
-                for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                    found, scale = self._project(whole, output, position, sample, cotangent)
+            for projection in projections:
+                for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
+                    found, scale = self._project(whole, output, position, projection)
                     if len(found) == len(errors):
                         gap = (found - one.reshape(found.shape)).abs() / (scale + torch.finfo(scale.dtype).tiny)
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
@@ -139,8 +160,7 @@ class Reference:
                 return f"the value has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
             for position, jacobian, tensor in zip(self.problem.inputs, row, self.pullback.inputs, strict=True):
                 leaf = self.problem.leaves[position]
-                across = leaf.shape if self.problem.layout == "full" else leaf.event_shape
-                wanted = (self.problem.batch, *event, *across)
+                wanted = jacobian_shape(self.problem.layout, self.problem.batch, event, leaf)
                 if tuple(jacobian.shape) != wanted:
                     return f"J has shape {tuple(jacobian.shape)} instead of {wanted}"
                 if jacobian.dtype != tensor.dtype:
@@ -154,19 +174,26 @@ class Reference:
     def _check_rows(self, result: Result) -> str | None:
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self._rows_of(whole, output, position)[row]
-                expected = self._own(one, output, row, position)
-                error = disagreement(own[None], expected[None], floor=self.floors[output][position], slack=self.slack)
+                own = self._rows_of(whole, output)[row]
+                expected = self._kept(one, output, row, position)
+                # an entry of the diagonal is as exact as the row that it is part of
+                scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
+                floor = self.floors[output][position]
+                error = disagreement(own[None], expected[None], scale, floor, self.slack)
                 if error is not None:
                     return f"row {row} of output {output} is off by {error:.1g} relative to plain reverse mode"
         return None
 
     def _check_projections(self, result: Result) -> str | None:
         for output, projections in enumerate(self.projections):
-            for sample, cotangent, pulled in projections:
-                for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                    found, scale = self._project(whole, output, position, sample, cotangent)
+            for projection in projections:
+                sample = projection.sample
+                for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
+                    found, scale = self._project(whole, output, position, projection)
                     expected = one if sample is None or not self._blockwise(position) else one[sample][None]
+                    if projection.coordinate is not None:
+                        rows = expected.reshape(len(found), -1)
+                        expected, scale = rows[:, projection.coordinate], rows.abs().amax(1, keepdim=True)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
                     error = disagreement(found, expected.reshape(found.shape), scale, floor, self.slack)
                     if error is not None:
@@ -174,47 +201,72 @@ class Reference:
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
         return None
 
+    def _leak(self) -> str | None:
+        """What a diagonal can't show: that one sample reaches another at a coordinate that no projection looked at."""
+        problem = self.problem
+        if problem.layout != "diagonal" or not problem.structure.independent or problem.batch < 2:
+            return None
+        inside = torch.randperm(problem.batch, generator=self.generator) < (problem.batch + 1) // 2
+        for output, value in enumerate(self.values):
+            rows = inside.to(value.device).view(-1, *[1] * (value.dim() - 1))
+            pulled = self.pullback(output, _noise(value.shape, value, self.generator) * rows)
+            for position, one in zip(problem.inputs, pulled, strict=True):
+                if problem.leaves[position].batched:
+                    size = one.detach().nan_to_num(0, 0, 0).abs()
+                    outside = size[~inside.to(size.device)]
+                    if bool((outside > tolerance(size.dtype) * size.amax()).any()):
+                        return "a cotangent on some samples has a gradient at others"
+        return None
+
     def _blockwise(self, position: int) -> bool:
         """Whether the Jacobian of an input holds only each sample's own block."""
-        return self.problem.layout == "blocks" and self.problem.leaves[self.problem.inputs[position]].batched
+        return self.problem.layout != "full" and self.problem.leaves[self.problem.inputs[position]].batched
 
     def _per_row(self, position: int) -> bool:
         """Whether a pulled cotangent has one row for each sample."""
         return self.problem.leaves[self.problem.inputs[position]].batched
 
-    def _projection(self, output: int) -> list[tuple[int | None, Tensor, list[Tensor]]]:
-        """(sample or None for all, cotangent, its VJP for each input)."""
-        value = self.values[output]
-        everywhere = self.problem.layout == "full" or self.problem.structure.independent
-        if everywhere and not (self.problem.shared_input and self.problem.layout == "blocks"):
-            cotangent = _noise(value.shape, value, self.generator)
-            return [(None, cotangent, self.pullback(output, cotangent))]
-        found: list[tuple[int | None, Tensor, list[Tensor]]] = []
-        drawn = torch.randperm(len(value), generator=self.generator)[:SAMPLES].tolist()
-        for sample in self.samples or drawn:
-            cotangent = torch.zeros_like(value, requires_grad=False)
-            cotangent[sample] = _noise(value.shape[1:], value, self.generator)
-            found.append((sample, cotangent, self.pullback(output, cotangent)))
+    def _projections(self, output: int) -> list[Projection]:
+        value, layout = self.values[output], self.problem.layout
+        everywhere = layout == "full" or self.problem.structure.independent
+        samples: Sequence[int | None] = (None,)
+        if not everywhere or (self.problem.shared_input and layout != "full"):
+            drawn = torch.randperm(len(value), generator=self.generator)[:SAMPLES].tolist()
+            samples = self.samples or drawn
+        found = []
+        for sample in samples:
+            cotangent, coordinate = _noise(value.shape, value, self.generator), None
+            if sample is not None:
+                alone = torch.zeros_like(cotangent)
+                alone[sample] = cotangent[sample]
+                cotangent = alone
+            if layout == "diagonal":
+                coordinate = int(torch.randint(value[0].numel(), (), generator=self.generator))
+                one_hot = seeds.identity(tuple(value.shape[1:]), coordinate, coordinate + 1, value)
+                cotangent = cotangent * one_hot
+            found.append(Projection(sample, coordinate, cotangent, self.pullback(output, cotangent)))
         return found
 
-    def _project(
-        self, whole: Tensor, output: int, position: int, sample: int | None, cotangent: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _project(self, whole: Tensor, output: int, position: int, projection: Projection) -> tuple[Tensor, Tensor]:
         """Cotangent times Jacobian, one row a sample, and the size of the terms in it."""
         jacobian = whole.detach()
+        # an output may have another dtype than the input
+        cotangent = projection.cotangent.to(jacobian.dtype)
         event_dims = len(self.problem.outputs[output])
+        if projection.sample is not None:
+            only = slice(projection.sample, projection.sample + 1)
+            jacobian, cotangent = jacobian[only], cotangent[only]
+        lead = jacobian.shape[0]
+        left = cotangent.reshape(lead, 1, -1)
+        if projection.coordinate is not None:
+            own = left[:, 0, projection.coordinate] * jacobian[:, projection.coordinate]
+            return own[:, None], own[:, None]
         if not self._blockwise(position):
-            if sample is not None:
-                jacobian, cotangent = jacobian[sample : sample + 1], cotangent[sample : sample + 1]
             lead = self.problem.batch if self._per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
             found, scale = (torch.tensordot(u, j, 1 + event_dims).reshape(lead, -1) for u, j in pairs)
             return found, scale
-        if sample is not None:
-            jacobian, cotangent = jacobian[sample : sample + 1], cotangent[sample : sample + 1]
-        lead = jacobian.shape[0]
         rows = jacobian.reshape(lead, cotangent[0].numel(), -1)
-        left = cotangent.reshape(lead, 1, -1)
         return torch.bmm(left, rows)[:, 0], torch.bmm(left.abs(), rows.abs())[:, 0]
 
     def _chosen(self, value: Tensor, rows: int) -> list[int]:
@@ -229,16 +281,16 @@ class Reference:
         value = self.values[output]
         return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
 
-    def _rows_of(self, whole: Tensor, output: int, position: int) -> Tensor:
+    def _rows_of(self, whole: Tensor, output: int) -> Tensor:
         """The Jacobian with one row for each element of the output."""
-        count = self.values[output].numel()
-        return whole.reshape(count, *whole.shape[1 + len(self.problem.outputs[output]) :])
+        event_dims = 1 if self.problem.layout == "diagonal" else len(self.problem.outputs[output])
+        return whole.reshape(self.values[output].numel(), *whole.shape[1 + event_dims :])
 
-    def _own(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
+    def _kept(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
         """The part of a pulled row that the layout keeps."""
-        if not self._blockwise(position):
-            return pulled
-        return pulled[row // max(self.values[output].numel() // self.problem.batch, 1)]
+        size = max(self.values[output].numel() // self.problem.batch, 1)
+        kept = pulled[row // size] if self._blockwise(position) else pulled
+        return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 
 
 def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:

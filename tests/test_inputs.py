@@ -340,3 +340,14 @@ def test_parameters_that_cannot_be_listed_still_get_gradients() -> None:
         return x**2 * next(hidden["box"])
 
     assert estimated(func)(doubles(4, 3)).requires_grad
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_output_may_have_another_dtype_than_the_input(coupled: bool) -> None:
+    def func(x: Tensor) -> Tensor:
+        return (x + (x.mean(0) if coupled else 0)).float().sin()
+
+    x = doubles(4, 3)
+    J = estimated(func)(x)
+    assert J.dtype == torch.float64
+    compare(J, jacobian_blocks(func, (x,)), rtol=1e-6)

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "seeds",
         "tolerance",
         "quiet",
+        "layouts",
         "problem",
         "axes",
         "options",
@@ -36,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stored", "explain", "progress"),
     ("entry",),
     ("planner",),
-    ("autojacobian", "checks"),
+    ("autojacobian", "parameters", "checks", "from_graph"),
     ("",),  # autojac/__init__.py
     ("bench", "report", "cli", "__main__"),
 )

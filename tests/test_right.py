@@ -34,6 +34,19 @@ def test_full_equals_the_oracle(scenario: Scenario) -> None:
     compare(wrapped(scenario, func, layout="full")(*args, **kwargs), expected)
 
 
+@pytest.mark.parametrize("scenario", [s for s in SAFE if s.argnums == 0], ids=str)
+def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
+    func, args, kwargs = scenario.make(1, torch.float64)
+    expected = jacobian_blocks(func, args, 0, shared=scenario.shared, kwargs=kwargs)
+    jac = wrapped(scenario, func, layout="diagonal")
+    n = args[0][0].numel() if isinstance(args[0], Tensor) else -1
+    if not isinstance(expected, Tensor) or expected[0].numel() != n * n:
+        with pytest.raises((autojac.OutputError, autojac.InputError), match="as many outputs as inputs"):
+            jac(*args, **kwargs)
+    else:
+        compare(jac(*args, **kwargs), expected.reshape(len(expected), n, n).diagonal(dim1=1, dim2=2))
+
+
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s not in SAFE], ids=str)
 def test_a_function_that_writes_into_its_input_is_refused(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(0, torch.float64)

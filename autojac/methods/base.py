@@ -149,12 +149,6 @@ def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool)
     return wholes
 
 
-def embed(blocks: Tensor, event_dims: int) -> Tensor:
-    """Blocks (B, *out, *in) on the diagonal of a full Jacobian (B, *out, B, *in) that is zero elsewhere."""
-    moved = blocks.movedim(0, -1).diag_embed(dim1=0, dim2=1 + event_dims)
-    return moved
-
-
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
     """Chunks worth trying for `count` seeds: all at once, and powers of four below, as memory allows."""
     room = problem.memory_limit - problem.result_bytes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.methods.base import WORKSPACE_MARGIN, Method, dispatch_cost, embed, registry
+from autojac.layouts import from_blocks
+from autojac.methods.base import WORKSPACE_MARGIN, Method, dispatch_cost, registry
 from autojac.problem import Compute, Problem, Result
 
 LARGE_BATCH = 4096
@@ -64,8 +65,9 @@ class BatchChunk(Method):
         return self.inner.workspace(self._part(problem, self.size))
 
     def _part(self, problem: Problem, size: int) -> Problem:
-        """The problem of one slice, always in blocks: what couples slices with each other is zero."""
-        return dataclasses.replace(problem.resized(size), layout="blocks")
+        """The problem of one slice, in blocks where all was asked for: what couples slices with each other is zero."""
+        layout = "blocks" if problem.layout == "full" else problem.layout
+        return dataclasses.replace(problem.resized(size), layout=layout)
 
     def prepare(self, problem: Problem) -> Compute:
         spans = list(seeds.spans(problem.batch, self.size))
@@ -87,6 +89,7 @@ class BatchChunk(Method):
     @staticmethod
     def _join(problem: Problem, output: int, row: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
         for position, pieces in zip(problem.inputs, zip(*row, strict=True), strict=True):
-            blocks = torch.cat(pieces)
-            wanted = problem.layout == "full" and problem.leaves[position].batched
-            yield embed(blocks, len(problem.outputs[output])) if wanted else blocks
+            joined = torch.cat(pieces)
+            if problem.layout == "full":
+                joined = from_blocks("full", joined, problem.outputs[output], problem.leaves[position].batched)
+            yield joined

@@ -9,7 +9,8 @@ from typing import Any, Self, get_args
 from torch import Tensor
 
 from autojac.autodiff import Mode, load_forward_rules, sample_jacobian, vmap
-from autojac.methods.base import Method, dispatch_cost, embed, traffic_cost
+from autojac.layouts import from_blocks
+from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result
 
 
@@ -70,13 +71,12 @@ class PerSample(Method):
                 # dual numbers refuse expanded tensors, whose elements share memory
                 leaves = [x.contiguous() for x in leaves]
             jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk)(*leaves)
-            return Result(tuple(values), tuple(tuple(self._lay_out(problem, row)) for row in jacobians))
+            rows = zip(jacobians, problem.outputs, strict=True)
+            return Result(tuple(values), tuple(tuple(self._lay_out(problem, row, event)) for row, event in rows))
 
         return compute
 
     @staticmethod
-    def _lay_out(problem: Problem, row: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _lay_out(problem: Problem, row: Sequence[Tensor], event: tuple[int, ...]) -> Iterator[Tensor]:
         for position, blocks in zip(problem.inputs, row, strict=True):
-            leaf = problem.leaves[position]
-            wanted = problem.layout == "full" and leaf.batched
-            yield embed(blocks, blocks.dim() - 1 - len(leaf.event_shape)) if wanted else blocks
+            yield from_blocks(problem.layout, blocks, event, problem.leaves[position].batched)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
+from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind, SharedSeeds
 
@@ -68,16 +69,22 @@ class Pull(Method):
         return problem.out_size * (problem.batch if self.seeds == "identity" else 1)
 
     def prepare(self, problem: Problem) -> Compute:
-        step = 1 if self.engine == "loop" else self.chunk
         made = SharedSeeds()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)
-            values, pull = self._record(bound, inputs, problem.differentiable)
-            rows = functools.partial(self._shared_rows, made) if self.seeds == "shared" else self._identity_rows
-            return Result(values, tuple(rows(problem, index, values, pull, step) for index in range(len(values))))
+            return self._sweep(problem, *self._record(bound, inputs, problem.differentiable), made)
 
         return compute
+
+    def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
+        """The Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
+        return self._sweep(problem, pullback.outputs, self._pull_many(pullback), SharedSeeds())
+
+    def _sweep(self, problem: Problem, values: tuple[Tensor, ...], pull: PullMany, made: SharedSeeds) -> Result:
+        step = 1 if self.engine == "loop" else self.chunk
+        rows = functools.partial(self._shared_rows, made) if self.seeds == "shared" else self._identity_rows
+        return Result(values, tuple(rows(problem, index, values, pull, step) for index in range(len(values))))
 
     def _record(
         self, bound: Bound, inputs: Sequence[Tensor], differentiable: bool
@@ -96,11 +103,12 @@ class Pull(Method):
             return values, pull_vmapped
 
         pullback = Pullback(bound, inputs, differentiable)
+        return pullback.outputs, self._pull_many(pullback)
+
+    def _pull_many(self, pullback: Pullback) -> PullMany:
         if self.engine == "batched":
-            return pullback.outputs, lambda output, cotangents, last: pullback(
-                output, cotangents, batched=True, last=last
-            )
-        return pullback.outputs, lambda output, cotangents, last: [
+            return lambda output, cotangents, last: pullback(output, cotangents, batched=True, last=last)
+        return lambda output, cotangents, last: [
             gradient.unsqueeze(0) for gradient in pullback(output, cotangents[0], last=last)
         ]
 
@@ -117,12 +125,19 @@ class Pull(Method):
         count = seeds.size(event)
         cotangents = made(output, event, problem.batch, values[output])
         final = output == len(values) - 1
-        pulled = [pull(output, cotangents[a:b], final and b == count) for a, b in seeds.spans(count, step)]
+        diagonal = problem.layout == "diagonal"
+        pulled = []
+        for start, stop in seeds.spans(count, step):
+            rows = pull(output, cotangents[start:stop], final and stop == count)
+            pulled.append([own_coordinates(part, start) for part in rows] if diagonal else rows)
         jacobians = []
-        for rows in zip(*pulled, strict=True):
-            whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        for parts in zip(*pulled, strict=True):
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if diagonal:
+                jacobians.append(whole.T)
+                continue
             blocks = whole.movedim(0, 1).reshape(problem.batch, *event, *whole.shape[2:])
-            jacobians.append(embed(blocks, len(event)) if problem.layout == "full" else blocks)
+            jacobians.append(from_blocks(problem.layout, blocks, event, batched=True))
         return tuple(jacobians)
 
     def _identity_rows(
@@ -130,7 +145,7 @@ class Pull(Method):
     ) -> tuple[Tensor, ...]:
         shape = (problem.batch, *problem.outputs[output])
         count = seeds.size(shape)
-        sample_of = torch.arange(count, device=values[output].device) // (count // problem.batch)
+        numbers = torch.arange(count, device=values[output].device)
         final = output == len(values) - 1
 
         def parts() -> Iterator[list[Tensor]]:
@@ -138,14 +153,18 @@ class Pull(Method):
                 cotangents = seeds.identity(shape, start, stop, values[output])
                 pulled = pull(output, cotangents, final and stop == count)
                 yield [
-                    self._own_sample(problem, position, gradient, sample_of[start:stop])
+                    self._own_part(problem, position, gradient, numbers[start:stop], count // problem.batch)
                     for position, gradient in zip(problem.inputs, pulled, strict=True)
                 ]
 
+        if problem.layout == "diagonal":
+            shape = (problem.batch, count // problem.batch)
         return tuple(rows.unflatten(0, shape) for rows in collect(parts(), count, problem.differentiable))
 
     @staticmethod
-    def _own_sample(problem: Problem, position: int, gradient: Tensor, samples: Tensor) -> Tensor:
-        if problem.layout == "full" or not problem.leaves[position].batched:
+    def _own_part(problem: Problem, position: int, gradient: Tensor, numbers: Tensor, size: int) -> Tensor:
+        """Of pulled rows (c, *input), what the layout keeps."""
+        if problem.layout == "full":
             return gradient
-        return gradient[torch.arange(len(samples), device=samples.device), samples]
+        own = own_sample(gradient, numbers, size) if problem.leaves[position].batched else gradient
+        return own_coordinate(own, numbers, size) if problem.layout == "diagonal" else own

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, embed, traffic_cost
+from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind, SharedSeeds
 
@@ -101,7 +102,9 @@ class Push(Method):
         count = seeds.size(shape)
         whole_batch = self.seeds == "identity" and leaf.batched
         tangents = made(order, shape, problem.batch, inputs[order]) if leaf.batched and not whole_batch else None
-        sample_of = torch.arange(count, device=inputs[order].device) // max(count // problem.batch, 1)
+        numbers = torch.arange(count, device=inputs[order].device)
+        size = seeds.size(leaf.event_shape)
+        diagonal = problem.layout == "diagonal"
         values: tuple[Tensor, ...] = ()
 
         def alone(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -113,9 +116,12 @@ class Push(Method):
                 chosen = tangents[start:stop] if tangents is not None else None
                 chosen = seeds.identity(shape, start, stop, inputs[order]) if chosen is None else chosen
                 values, pushed = self._push(alone, inputs[order], chosen)
-                if whole_batch and problem.layout == "blocks":
-                    samples = sample_of[start:stop]
-                    pushed = [rows[torch.arange(len(samples), device=samples.device), samples] for rows in pushed]
+                if whole_batch and problem.layout != "full":
+                    pushed = [own_sample(rows, numbers[start:stop], size) for rows in pushed]
+                    if diagonal:
+                        pushed = [own_coordinate(rows, numbers[start:stop], size) for rows in pushed]
+                elif diagonal:
+                    pushed = [own_coordinates(rows, start) for rows in pushed]
                 yield pushed
 
         pushed_all = collect(parts(), count, problem.differentiable)
@@ -135,10 +141,12 @@ class Push(Method):
     def _arrange(self, problem: Problem, rows: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """Columns, in the order of the seeds, as a Jacobian of the problem's layout."""
         leaf, batch = problem.leaves[position], problem.batch
+        if problem.layout == "diagonal":
+            return rows.T if rows.dim() == 2 else rows.view(batch, -1)
         if self.seeds == "identity" and leaf.batched and problem.layout == "blocks":
             per_sample = rows.view(batch, -1, *event)
             return per_sample.movedim(1, -1).reshape(batch, *event, *leaf.event_shape)
         if self.seeds == "identity" and leaf.batched:
             return rows.movedim(0, -1).reshape(batch, *event, *leaf.shape)
         blocks = rows.movedim(0, -1).reshape(batch, *event, *leaf.event_shape)
-        return embed(blocks, len(event)) if problem.layout == "full" and leaf.batched else blocks
+        return from_blocks(problem.layout, blocks, event, leaf.batched)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Mode, Pullback, push_dual
-from autojac.methods.base import Method, dispatch_cost, embed, traffic_cost
+from autojac.layouts import from_blocks
+from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
 
 
@@ -62,12 +63,14 @@ class Replicate(Method):
             sweep = self._reverse if self.mode == "reverse" else self._forward
             values, jacobians = sweep(problem, bound, inputs)
             own = tuple(value[: problem.batch] for value in values)
-            if problem.layout == "full":
-                jacobians = [
-                    [embed(blocks, len(event)) for blocks in row]
-                    for row, event in zip(jacobians, problem.outputs, strict=True)
-                ]
-            return Result(own, tuple(map(tuple, jacobians)))
+            rows = zip(jacobians, problem.outputs, strict=True)
+            return Result(
+                own,
+                tuple(
+                    tuple(from_blocks(problem.layout, blocks, event, batched=True) for blocks in row)
+                    for row, event in rows
+                ),
+            )
 
         return compute
 

@@ -74,20 +74,24 @@ def examine(
         )
         return Examined(structure, batched)
     batch = len(values[0])
-    if batch < 2 or not inputs:
-        line = "pairs: one sample has nothing to couple with" if inputs else "pairs: no input carries the batch"
-        return Examined(Structure("independent", "observed", True, False, manners.effects, (*evidence, line)), batched)
+    if batch < 2:
+        evidence.append("pairs: one sample has nothing to couple with")
+        return Examined(Structure("independent", effects=manners.effects, evidence=tuple(evidence)), batched)
 
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
     generator = torch.Generator().manual_seed(SEED)
     masks, called = masks_within(subject, generator, budget_s / 3)
-    verdicts = [
-        gradient_layer(subject, masks, called, generator),
-        value_layer(subject, masks, called, generator, inputs),
-        nan_layer(subject, masks, called),
-    ]
+    verdicts = []
+    if inputs:
+        verdicts = [
+            gradient_layer(subject, masks, called, generator),
+            value_layer(subject, masks, called, generator, inputs),
+            nan_layer(subject, masks, called),
+        ]
+        evidence += [verdict.evidence for verdict in verdicts]
+    else:
+        evidence.append("pairs: no input carries the batch")
     coupled = any(verdict.coupled for verdict in verdicts)
-    evidence += [verdict.evidence for verdict in verdicts]
     if sides and not coupled and refusal is None:
         side = value_layer(subject, masks, called, generator, sides)
         evidence.append(side.evidence)

@@ -87,7 +87,7 @@ def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tens
 
 def masks_within(subject: Subject, generator: torch.Generator, budget_s: float) -> tuple[list[Tensor], str]:
     """Masks that a layer can afford at the price of one evaluation, and how to call them."""
-    device = subject.leaves[subject.inputs[0]].device
+    device = subject.leaves[0].device
     exact = index_masks(subject.batch)
     start = time.perf_counter()
     subject.values({})
@@ -102,7 +102,6 @@ def masks_within(subject: Subject, generator: torch.Generator, budget_s: float) 
 
 def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
     """Random cotangents inside the mask; the gradient outside must vanish."""
-    layer = "random cotangents"
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
         merged = list(subject.leaves)
@@ -112,24 +111,34 @@ def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, gener
 
     with subject.quiet():
         pullback = Pullback(bound, [subject.leaves[position] for position in subject.inputs], differentiable=False)
-        values = pullback.recorded
-        # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
-        blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
-        silent = [torch.isfinite(gradient) for gradient in blank]
-        for passes, mask in enumerate(masks, 1):
-            cotangents = [_noise(value, generator) * _along(mask, value) for value in values]
-            for gradient, usable in zip(pullback.pull(values, cotangents), silent, strict=True):
-                size = torch.where(usable, gradient, 0).nan_to_num(0, 0, 0).abs()
-                largest = size.amax() if size.numel() else size.new_zeros(())
-                leak = (size * _along(~mask, size)).amax() if size.numel() else largest
-                if leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest:
-                    share = float(leak / largest)
-                    return Verdict(
-                        layer,
-                        True,
-                        f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
-                        f"other samples (pass {passes} of {called})",
-                    )
+        return cotangent_verdict(pullback, [True] * len(subject.inputs), masks, called, generator)
+
+
+def cotangent_verdict(
+    pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], called: str, generator: torch.Generator
+) -> Verdict:
+    """The same for a graph that exists already, whose inputs carry the batch on axis 0 where `carriers` says so."""
+    layer = "random cotangents"
+    values = pullback.recorded
+    # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
+    blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
+    silent = [torch.isfinite(gradient) for gradient in blank]
+    for passes, mask in enumerate(masks, 1):
+        cotangents = [_noise(value, generator) * _along(mask, value) for value in values]
+        for gradient, usable, carries in zip(pullback.pull(values, cotangents), silent, carriers, strict=True):
+            if not carries:
+                continue
+            size = torch.where(usable, gradient, 0).nan_to_num(0, 0, 0).abs()
+            largest = size.amax() if size.numel() else size.new_zeros(())
+            leak = (size * _along(~mask, size)).amax() if size.numel() else largest
+            if leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest:
+                share = float(leak / largest)
+                return Verdict(
+                    layer,
+                    True,
+                    f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
+                    f"other samples (pass {passes} of {called})",
+                )
     return Verdict(layer, False, f"{layer}: no sample reaches another ({called})")
 
 

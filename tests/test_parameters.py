@@ -1,0 +1,147 @@
+"""`AutoJacobian.of_parameters`: each sample's Jacobian in a module's parameters."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autojac import AutoJacobian, InputError, OptionError
+from harness import compare
+
+
+def by_rows(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """One plain VJP a row of one output."""
+    y = module(*args, **kwargs)
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found = {}
+    for name, parameter in named.items():
+        rows = [
+            torch.autograd.grad(row, parameter, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+            for row in y.reshape(-1)
+        ]
+        found[name] = torch.stack(rows).reshape(*y.shape, *parameter.shape)
+    return found
+
+
+def estimated(module: nn.Module, **options: Any) -> Any:
+    return AutoJacobian.of_parameters(module, **{"on_miss": "estimate", "store": ":memory:", **options})
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.up.weight = self.down.weight
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.down(x).tanh()
+        return self.up(h if mask is None else h * mask)
+
+
+def network(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers).double()
+
+
+MODULES = {
+    "mlp": lambda: network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+    "tied": lambda: Tied().double(),
+    "layer norm": lambda: network(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU()),
+    "batch norm in training": lambda: network(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)),
+    "batch norm in eval": lambda: network(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()).eval(),
+    "square, batch as long": lambda: network(nn.Linear(3, 5, bias=False), nn.Linear(5, 5), nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_equals_one_vjp_a_row(name: str, grad: bool) -> None:
+    module, x = MODULES[name](), torch.randn(5, 3, dtype=torch.float64)
+    expected = by_rows(module, x)
+    with torch.set_grad_enabled(grad):
+        J = estimated(module)(x)
+    assert list(J) == [name for name, _ in module.named_parameters()]
+    assert any(part.requires_grad for part in J.values()) == grad
+    compare({name: part.detach() for name, part in J.items()}, expected)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module, x = MODULES["mlp"](), torch.randn(5, 3, dtype=torch.float64)
+    jac = estimated(module)
+    jac(x)
+    module[0].weight.requires_grad_(False)
+    J = jac(x)
+    assert list(J) == ["0.bias", "2.weight", "2.bias"]
+    compare({name: part.detach() for name, part in J.items()}, by_rows(module, x))
+    with pytest.raises(InputError, match="no parameter that requires grad"):
+        jac.func.module.requires_grad_(False)
+        jac(x)
+
+
+def test_reverse_forward_and_vmap_compete() -> None:
+    module, x = network(nn.Linear(2, 2)), torch.randn(5, 2, dtype=torch.float64)
+    with torch.no_grad():
+        plan = estimated(module, effort="measure", on_miss="tune", budget_s=3).plan(x)
+    kinds = {(trial.method["method"], trial.method.get("mode"), trial.method.get("engine")) for trial in plan.trials}
+    assert {("Pull", None, "vmap"), ("Push", None, "loop"), ("PerSample", "reverse", None)} <= kinds
+
+
+def test_statistics_move_once_a_call() -> None:
+    module, x = MODULES["batch norm in training"](), torch.randn(5, 3, dtype=torch.float64)
+    jac = estimated(module)
+    for calls in (1, 2):
+        jac(x)
+        assert module[1].num_batches_tracked == calls
+
+
+def test_side_arguments_keywords_and_values() -> None:
+    module, x = MODULES["tied"](), torch.randn(4, 3, dtype=torch.float64)
+    mask = torch.rand(4, 3, dtype=torch.float64)
+    jac = estimated(module)
+    compare({k: v.detach() for k, v in jac(x, mask).items()}, by_rows(module, x, mask))
+    compare({k: v.detach() for k, v in jac(x, mask=mask[0]).items()}, by_rows(module, x, mask=mask[0]))
+    y, _ = jac.value_and_jacobian(x, mask)
+    compare(y.detach(), module(x, mask).detach())
+    axes = estimated(lambda_module := network(nn.Linear(3, 2)), in_dims=(0,))
+    compare({k: v.detach() for k, v in axes(x).items()}, by_rows(lambda_module, x))
+
+
+def test_a_kernel_trains_the_parameters() -> None:
+    module, x = MODULES["mlp"](), torch.randn(4, 3, dtype=torch.float64)
+    features = torch.cat([part.reshape(4, 2, -1) for part in estimated(module)(x).values()], -1)
+    kernel = torch.einsum("bip,cjp->bicj", features, features)
+    kernel.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in module.named_parameters() if n != "2.bias")
+
+
+def test_two_threads_may_call_one_wrapper() -> None:
+    module, x = MODULES["mlp"](), torch.randn(4, 3, dtype=torch.float64)
+    expected, jac, wrong = by_rows(module, x), estimated(module), []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                compare({name: part.detach() for name, part in jac(x).items()}, expected)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_cannot_be_is_said() -> None:
+    with pytest.raises(InputError, match=r"torch.nn.Module was expected"):
+        AutoJacobian.of_parameters(torch.sin)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="differentiates in the parameters"):
+        AutoJacobian.of_parameters(nn.Linear(2, 2), argnums=1)
+    with pytest.raises(OptionError, match="did you mean 'layout'"):
+        AutoJacobian.of_parameters(nn.Linear(2, 2), layuot="full")

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "layouts",
         "problem",
         "axes",
+        "limits",
         "options",
         "frame",
         "coloring",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.probe.manners import DRAWS, Manners, first_call, observe
-from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, value_layer
+from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
 from autojac.structure import Structure
@@ -18,6 +19,9 @@ from autojac.structure import Structure
 __all__ = ["DRAWS", "Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
 
 SEED = 0x0A070
+HANG_S = 2.0
+HANG_RATIO = 50.0
+"""An evaluation at other values is given up after this many times the usual, and after `HANG_S` at the earliest."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ def examine(
 
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
     generator = torch.Generator().manual_seed(SEED)
-    masks, called = masks_within(subject, generator, budget_s / 3)
+    cost = price(subject)
+    subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
+    masks, called = masks_within(subject, generator, budget_s / 3, cost)
     verdicts = []
     if inputs:
         verdicts = [

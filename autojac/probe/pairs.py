@@ -13,6 +13,7 @@ Three ways of using a mask, each blind to functions that the others see:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import Pullback
+from autojac.limits import within
 from autojac.quiet import Quiet
 
 SCALES = (1e-2, 1.0, 1e3)
@@ -55,6 +57,7 @@ class Subject:
         sides: indices of the other leaves that carry the batch.
         batch: number of samples.
         quiet: how to evaluate without a trace.
+        limit_s: seconds after which an evaluation at other values is given up: a loop may never converge there.
     """
 
     fn: Any
@@ -64,13 +67,14 @@ class Subject:
     sides: tuple[int, ...]
     batch: int
     quiet: Quiet
+    limit_s: float = math.inf
 
     def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         """Outputs with some leaves replaced; inputs still say that they require grad, as in the user's call."""
         leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
         with self.quiet(), torch.no_grad():
-            return tuple(self.fn(leaves, self.kwargs))
+            return within(self.limit_s if replaced else math.inf, lambda: tuple(self.fn(leaves, self.kwargs)))
 
 
 def index_masks(batch: int) -> list[Tensor]:
@@ -85,14 +89,20 @@ def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tens
     return [torch.randperm(batch, generator=generator) < batch // 2 for _ in range(count)]
 
 
-def masks_within(subject: Subject, generator: torch.Generator, budget_s: float) -> tuple[list[Tensor], str]:
+def price(subject: Subject) -> float:
+    """Seconds of one evaluation."""
+    start = time.perf_counter()
+    subject.values({})
+    return max(time.perf_counter() - start, 1e-7)
+
+
+def masks_within(
+    subject: Subject, generator: torch.Generator, budget_s: float, cost: float
+) -> tuple[list[Tensor], str]:
     """Masks that a layer can afford at the price of one evaluation, and how to call them."""
     device = subject.leaves[0].device
     exact = index_masks(subject.batch)
-    start = time.perf_counter()
-    subject.values({})
-    cost = time.perf_counter() - start
-    affordable = int(budget_s / max(cost, 1e-7))
+    affordable = int(budget_s / cost)
     if affordable >= len(exact):
         return [mask.to(device) for mask in exact], f"all pairs of {subject.batch} samples in {len(exact)} masks"
     count = max(FEWEST_SPLITS, affordable)
@@ -152,13 +162,19 @@ def value_layer(
         # the samples outside move too, and the masks: what is read of others may depend on these
         carriers = (*subject.inputs, *subject.sides)
         start = {position: _start(subject.leaves[position], turn, scale, generator) for position in carriers}
-        base = _accepted(subject, start)
-        if base is None:
-            start = {position: subject.leaves[position].detach() for position in carriers}
-            base = subject.values({})
+        try:
+            base = _accepted(subject, start)
+            if base is None:
+                start = {position: subject.leaves[position].detach() for position in carriers}
+                base = subject.values({})
+        except TimeoutError as error:
+            return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
         for mask in masks:
             moved = {position: _other_values(start[position], mask, scale, generator) for position in leaves}
-            changed = _accepted(subject, start | moved)
+            try:
+                changed = _accepted(subject, start | moved)
+            except TimeoutError as error:
+                return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
             if changed is None:
                 refused += 1
             elif _moved(changed, base, ~mask):
@@ -202,6 +218,8 @@ def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor,
     """Outputs at other values; None where func refuses values that its user never passes."""
     try:
         return subject.values(replaced)
+    except TimeoutError:
+        raise
     except Exception:
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from autojac.errors import OutputError
+from autojac.limits import within
 from autojac.quiet import Quiet
 from autojac.tolerance import disagreement
 
 MOST_AMBIGUOUS = 4
+HANG_S = 60.0
+"""Some of the samples should take no longer than all; a loop that waits for the others never ends."""
 
 
 def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
@@ -58,8 +62,9 @@ def resolve_batched(
     inexact: tuple[bool, ...] | None = None
     for assignment in _assignments(guess, fixed, differentiated):
         try:
+            samples = slice_samples(leaves, assignment, stop)
             with quiet(), torch.no_grad():
-                sliced = fn(slice_samples(leaves, assignment, stop), kwargs)
+                sliced = within(HANG_S, functools.partial(fn, samples, kwargs))
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from autojac.quiet import Quiet
 from autojac.search import measure
 from autojac.search.final import Found, shoot_out
 from autojac.search.space import candidates, default_methods, hopeless
-from autojac.search.trial import Progress, Subject, attempt, try_out
+from autojac.search.trial import PATIENCE_S, Progress, Subject, attempt, try_out
 from autojac.verify import Reference
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
@@ -117,7 +118,7 @@ def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str,
 def _estimate(subject: Subject, space: Sequence[Method]) -> Found:
     """The cost model's first choice that is right."""
     for method in [*space, LAST_RESORT]:
-        if attempt(subject, method) is not None:
+        if attempt(subject, method, _allowed_s(method)) is not None:
             subject.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
             return Found(method, None, None, None, tuple(subject.trials.values()))
     raise _nothing_found(subject)
@@ -129,9 +130,14 @@ def _ensure_one(subject: Subject, methods: Sequence[Method]) -> None:
         if subject.runs:
             return
         if method not in subject.trials or subject.trials[method].state == "skipped":
-            try_out(subject, method)
+            try_out(subject, method, _allowed_s(method))
     if not subject.runs:
         raise _nothing_found(subject)
+
+
+def _allowed_s(method: Method) -> float:
+    """Where any right method will do: the last resort is what the user would write, and may take what that takes."""
+    return math.inf if method == LAST_RESORT else PATIENCE_S
 
 
 def _nothing_found(subject: Subject) -> SearchError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import gradient, levels_restored
+from autojac.limits import within
 from autojac.methods.base import Method
 from autojac.plan import Effort, Trial, TrialState
 from autojac.problem import Compute, Problem, Result
@@ -27,6 +28,10 @@ BLOCKS = 5
 LONG_S = 0.05
 """A first run this long is timing enough: what is close is compared again in the shoot-out."""
 PRUNE_RATIO = 2.0
+LEAST_S = 1.0
+"""What a candidate is allowed at the least, however little of the budget is left."""
+PATIENCE_S = 60.0
+"""What a candidate is allowed while nothing is known of any other: a hang can't be told from a hard problem."""
 
 Progress = Callable[[Trial], None]
 
@@ -58,6 +63,12 @@ class Subject:
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
 
+    @property
+    def allowed_s(self) -> float:
+        """Seconds after which a candidate is given up."""
+        left = max(self.end - time.monotonic(), LEAST_S)
+        return left if math.isfinite(self.best) else max(left, PATIENCE_S)
+
     def record(self, method: Method, state: TrialState, **facts: Any) -> Trial:
         trial = Trial(method.spec(), state, **facts)
         self.trials[method] = trial
@@ -74,25 +85,37 @@ class Attempt:
     seconds: float
 
 
-def attempt(subject: Subject, method: Method) -> Attempt | None:
-    """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails."""
+def attempt(subject: Subject, method: Method, allowed_s: float | None = None) -> Attempt | None:
+    """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails.
+
+    Args:
+        subject: the search.
+        method: the candidate.
+        allowed_s: seconds after which it is given up; what the budget leaves by default.
+    """
     problem = subject.problem
     needed = problem.result_bytes + method.workspace(problem)
     if needed > problem.memory_limit:
         reason = f"needs at least {needed / 2**30:.2g} GiB of the {problem.memory_limit / 2**30:.2g} GiB allowed"
         subject.record(method, "infeasible", reason=reason)
         return None
+
+    def first_run() -> tuple[Compute, float, str | None]:
+        compute = method.prepare(problem)
+        start = time.perf_counter()
+        result = compute(subject.leaves, subject.kwargs)
+        measure.synchronize(subject.device)
+        seconds = time.perf_counter() - start
+        wrong = subject.reference.check(result)
+        if wrong is None and problem.differentiable:
+            wrong = subject.reference.check_gradient(result, subject.captured)
+        return compute, seconds, wrong
+
     try:
         with subject.quiet(), warnings.catch_warnings(), levels_restored():
             warnings.simplefilter("ignore")
-            compute = method.prepare(problem)
-            start = time.perf_counter()
-            result = compute(subject.leaves, subject.kwargs)
-            measure.synchronize(subject.device)
-            seconds = time.perf_counter() - start
-            wrong = subject.reference.check(result)
-            if wrong is None and problem.differentiable:
-                wrong = subject.reference.check_gradient(result, subject.captured)
+            allowed_s = subject.allowed_s if allowed_s is None else allowed_s
+            compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
         subject.record(method, "infeasible", reason=_first_line(error))
         return None
@@ -102,28 +125,33 @@ def attempt(subject: Subject, method: Method) -> Attempt | None:
     return Attempt(compute, seconds)
 
 
-def try_out(subject: Subject, method: Method) -> Trial:
+def try_out(subject: Subject, method: Method, allowed_s: float | None = None) -> Trial:
     """Check a candidate, then time it unless its first run is already hopeless."""
-    right = attempt(subject, method)
+    right = attempt(subject, method, allowed_s)
     if right is None:
         return subject.trials[method]
     run = _as_used(subject, right.compute)
+
+    def timed() -> tuple[measure.Timing, bool]:
+        # a run that alone outlasts the budget is not repeated
+        dear = right.seconds > LONG_S and time.monotonic() + right.seconds > subject.deadline
+        first = right.seconds if dear else measure.once(run, subject.device)
+        if first > PRUNE_RATIO * subject.best and not dear:
+            first = min(first, measure.once(run, subject.device))
+        hopeless = first > PRUNE_RATIO * subject.best
+        if first < LONG_S and not hopeless and not subject.out_of_time:
+            return measure.repeat(run, subject.device, SHORTEST_S[subject.effort], BLOCKS), False
+        return measure.summary([first]), hopeless
+
     try:
-        with subject.quiet(), warnings.catch_warnings():
+        with subject.quiet(), warnings.catch_warnings(), levels_restored():
             warnings.simplefilter("ignore")
-            # a run that alone outlasts the budget is not repeated
-            dear = right.seconds > LONG_S and time.monotonic() + right.seconds > subject.deadline
-            first = right.seconds if dear else measure.once(run, subject.device)
-            if first > PRUNE_RATIO * subject.best and not dear:
-                first = min(first, measure.once(run, subject.device))
-            if first > PRUNE_RATIO * subject.best:
-                subject.slow[method] = run
-                return subject.record(method, "pruned", seconds=first, reason="already twice the best after warm-up")
-            timing = measure.summary([first])
-            if first < LONG_S and not subject.out_of_time:
-                timing = measure.repeat(run, subject.device, SHORTEST_S[subject.effort], BLOCKS)
+            timing, hopeless = within(max(subject.allowed_s, 4 * right.seconds), timed)
     except Exception as error:
         return subject.record(method, "infeasible", reason=_first_line(error))
+    if hopeless:
+        subject.slow[method] = run
+        return subject.record(method, "pruned", seconds=timing.seconds, reason="already twice the best after warm-up")
     subject.best = min(subject.best, timing.seconds)
     subject.runs[method] = run
     return subject.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion)

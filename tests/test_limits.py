@@ -1,0 +1,98 @@
+"""Nothing hangs: probes and candidates are interrupted, and what they had borrowed is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from autojac import AutoJacobian, probe
+from autojac.limits import within
+from autojac.methods.push import Push
+from autojac.search import trial
+from harness import compare
+
+
+def endless() -> None:
+    while True:
+        time.sleep(1e-3)
+
+
+def test_a_computation_is_interrupted_and_nothing_comes_after() -> None:
+    for _ in range(20):
+        with pytest.raises(TimeoutError, match="did not finish within"):
+            within(0.01, endless)
+    for _ in range(300):  # some end just as their time does
+        with contextlib.suppress(TimeoutError):
+            assert within(1e-3, lambda: time.sleep(1e-3) or 3) == 3
+    time.sleep(0.05)
+
+
+def test_code_that_swallows_exceptions_is_interrupted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.limits.AGAIN_S", 0.02)
+    swallowed = 0
+
+    def stubborn() -> None:
+        nonlocal swallowed
+        while swallowed < 3:
+            try:
+                endless()
+            except BaseException:
+                swallowed += 1
+
+    within(0.02, stubborn)
+    assert swallowed == 3
+
+
+def test_limits_within_limits_and_other_threads() -> None:
+    def work() -> None:
+        with pytest.raises(TimeoutError, match=r"0\.02"):
+            within(0.02, lambda: within(10, endless))
+        finished.append(True)
+
+    finished: list[bool] = []
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    within(30, lambda: [thread.join() for thread in threads])
+    assert len(finished) == 3
+
+
+def test_an_error_inside_is_the_one_that_comes_out() -> None:
+    with pytest.raises(KeyError):
+        within(10, {}.popitem)
+    assert within(float("inf"), threading.get_ident) == threading.get_ident()
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Newton's method, which never ends below zero or on NaN."""
+    y = x.detach().clone()
+    while not bool(((y * y - x.detach()).abs() < 1e-9).all()):
+        y = (y + x.detach() / y) / 2
+    return y + (x - y * y) / (2 * y)
+
+
+def test_a_function_that_never_ends_at_other_values_is_still_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["autojac.probe"], "HANG_S", 0.2)
+    x = torch.rand(6, 3, dtype=torch.float64) + 1
+    structure = probe(square_root, x)
+    assert structure.independent
+    assert "did not finish" in " ".join(structure.evidence)
+    J = AutoJacobian(square_root, store=":memory:", on_miss="estimate")(x)
+    compare(J, torch.diag_embed(0.5 / x.sqrt()))
+
+
+def test_a_hung_candidate_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(trial, "LEAST_S", 0.3)
+    monkeypatch.setattr(Push, "_columns", lambda *_: endless())
+    x = torch.randn(6, 3, dtype=torch.float64)
+    jac = AutoJacobian(torch.sin, store=":memory:", budget_s=2.0)
+    compare(jac(x), torch.diag_embed(x.cos()))
+    reasons = [trial.reason for trial in jac.plan(x).trials if trial.method["method"] == "Push"]
+    assert any("TimeoutError: did not finish" in str(reason) for reason in reasons)

@@ -69,9 +69,16 @@ class AutoJacobian:
     def __init__(self, func: Callable[..., Any], **options: Any) -> None:
         if not callable(func):
             raise InputError(f"a function or module was expected, got {type(func).__name__}")
-        self.func = func
-        self.options = Options.checked(options)
-        self._planner = Planner(func, self.options)
+        self.__setstate__({"func": func, "options": Options.checked(options)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the function and the options; plans are found again where they are stored."""
+        return {"func": self.func, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.func: Callable[..., Any] = state["func"]
+        self.options: Options = state["options"]
+        self._planner = Planner(self.func, self.options)
         self._entries: dict[Any, Entry] = {}
         self._captured: Captures | None = None
         self._lock = threading.RLock()

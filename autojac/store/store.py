@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class PlanStore:
     """
 
     def __init__(self, location: str | os.PathLike[str] | None = None, *, timeout_s: float = 30.0) -> None:
+        self._location = location
         self._timeout_s = timeout_s
         self._told: set[str] = set()
         self._memory = Database(database_url(":memory:"), timeout_s)
@@ -60,6 +62,14 @@ class PlanStore:
 
     def __repr__(self) -> str:
         return f"PlanStore({self.description!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same place; a connection does not travel."""
+        return functools.partial(PlanStore, timeout_s=self._timeout_s), (self._location,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlanStore:
+        """The store itself: it is a place, and its copies would be too."""
+        return self
 
     @property
     def description(self) -> str:

@@ -22,6 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autodiff",
         "seeds",
         "tolerance",
+        "inversion",
+        "linalg",
         "quiet",
         "problem",
         "frame",

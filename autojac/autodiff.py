@@ -223,7 +223,11 @@ class _ByRule(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        pushed: Tensor = ctx.rule.push(*ctx.saved_tensors, tangent)
+        forward = torch.autograd.forward_ad
+        # torch calls this with forward mode off, which would cut the tangents that outer levels follow
+        with forward._set_fwd_grad_enabled(True):
+            saved = (forward.unpack_dual(t).primal for t in ctx.saved_tensors)
+            pushed: Tensor = ctx.rule.push(*saved, tangent)
         return pushed
 
     @staticmethod

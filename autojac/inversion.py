@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import frexp
+from math import frexp, prod
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 
 def triangles(matrices: Tensor) -> tuple[bool, bool]:
     """Whether every matrix is upper triangular, and whether every one is lower triangular."""
-    pattern = matrices.ne(0).reshape(-1, *matrices.shape[-2:]).any(0)
+    # reshape infers no -1 beside an axis of length 0
+    pattern = matrices.ne(0).reshape(prod(matrices.shape[:-2]), *matrices.shape[-2:]).any(0)
     below, above = torch.stack([pattern.tril(-1).any(), pattern.triu(1).any()]).tolist()
     return not below, not above
 

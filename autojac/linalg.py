@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autojac.autodiff import MatrixRule, by_rule
 from autojac.errors import InputError, SingularJacobianError
-from autojac.inversion import solve, triangles
+from autojac.inversion import largest, solve, triangles
 
 HALVES = (torch.float16, torch.bfloat16)
 NAMED = 8
@@ -38,7 +38,7 @@ def inverse(matrices: Tensor) -> Tensor:
     else LU, or QR for rectangular ones. Half precision is computed in float32 and rounded back.
 
     A matrix is singular if it has a zero pivot, if its inverse overflows, or if its reciprocal condition number
-    1 / (|A|₁ |A⁻¹|₁) is below the eps of the dtype computed in, after a scaling of rows and columns: units don't count,
+    1 / (|A|₁ |A⁻¹|₁) is below 4 eps of the dtype computed in, after a scaling of rows and columns: units don't count,
     and diag(1, 1e-30) has an inverse. What is judged is the inversion, not the rounding in the entries themselves.
     Rectangular matrices need full rank, since the derivative of the Moore-Penrose inverse exists nowhere else.
 
@@ -61,8 +61,9 @@ def slogdet(matrices: Tensor) -> Slogdet:
     """Sign and logarithm of the absolute value of each determinant.
 
     Diagonal and triangular matrices (by the zeros that all of them share) need no LU. Half precision is computed in
-    float32 and rounded back. Singular matrices are no error: their sign is 0 and their logarithm -inf, and what flows
-    back to them is NaN, or 0 where nothing flows in. A matrix that isn't finite gives NaN.
+    float32 and rounded back. Singular matrices are no error: a zero pivot gives sign 0 and logarithm -inf as in torch,
+    and what flows back to what `inverse` would refuse is NaN, or 0 where nothing flows in, so that a caller may mask
+    it. A matrix that isn't finite gives NaN.
 
     Args:
         matrices: (*lead, n, n), real and floating.
@@ -135,10 +136,10 @@ def _full_precision(matrices: Tensor) -> AbstractContextManager[object]:
 
 def _inverse_value(matrices: Tensor, stored: torch.dtype) -> Tensor:
     with _full_precision(matrices):
-        finite = matrices.isfinite().all(-1).all(-1)
         inverses, singular = solve(matrices, stored)
-        if bool((finite & ~singular).all()):
+        if not bool(singular.any()):
             return inverses
+        finite = largest(matrices).isfinite()
         # one sample's NaN hides the zeros that the others share, and what a library makes of NaN is up to it
         stand_in = torch.eye(*matrices.shape[-2:], dtype=matrices.dtype, device=matrices.device)
         _, singular = solve(torch.where(finite[..., None, None], matrices, stand_in), stored)
@@ -182,7 +183,7 @@ def _slogdet_value(matrices: Tensor) -> Tensor:
             sign, logabsdet = diagonal.sign().prod(-1), diagonal.abs().log().sum(-1)
         else:
             sign, logabsdet = torch.linalg.slogdet(matrices)
-        finite = matrices.isfinite().all(-1).all(-1)
+        finite = largest(matrices).isfinite()
         return torch.stack([sign, logabsdet], -1).masked_fill(~finite[..., None], torch.nan)
 
 

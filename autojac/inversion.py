@@ -43,8 +43,8 @@ def solve(matrices: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     """The inverse of each matrix, or the Moore-Penrose inverse of a rectangular one; and which matrices have none.
 
     A matrix has none if it has a zero pivot, if its inverse overflows `stored`, or if 1 / (|A|₁ |A⁻¹|₁) is below 4 eps
-    (`MARGIN`) after a scaling of its rows and columns: units don't count, and diagonal matrices fail by a zero only. The
-    rows of a tall matrix and the columns of a wide one aren't scaled: least squares weighs them against each other.
+    (`MARGIN`) after a scaling of its rows and columns. So units don't count, and diagonal matrices fail by a zero only.
+    The rows of a tall matrix and the columns of a wide one aren't scaled: least squares weighs them against each other.
 
     Args:
         matrices: (*lead, m, n) in float32 or float64; what isn't finite has no inverse.

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.autodiff import transforming
 from autojac.captures import Captures, captures
+from autojac.derived import Derived
 from autojac.entry import Entry, with_aux
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
@@ -36,7 +37,7 @@ CHECK_EVERY = 1000
 _requires_grad = operator.attrgetter("requires_grad")
 
 
-class AutoJacobian:
+class AutoJacobian(Derived):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
@@ -80,6 +81,7 @@ class AutoJacobian:
         self.options: Options = state["options"]
         self._planner = Planner(self.func, self.options)
         self._entries: dict[Any, Entry] = {}
+        self._others = {}
         self._captured: Captures | None = None
         self._lock = threading.RLock()
 

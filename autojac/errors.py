@@ -41,6 +41,21 @@ class VerificationError(AutojacError, ArithmeticError):
     """A Jacobian disagrees with the function's own vector-Jacobian products."""
 
 
+class SingularJacobianError(AutojacError, ArithmeticError):
+    """Some Jacobians have no inverse.
+
+    Args:
+        message: the text.
+        singular: indices of the samples whose Jacobian is singular to working precision.
+        not_finite: indices of the samples whose Jacobian has infinite entries or NaN.
+    """
+
+    def __init__(self, message: str, singular: tuple[int, ...] = (), not_finite: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.singular = singular
+        self.not_finite = not_finite
+
+
 class StoreError(AutojacError, RuntimeError):
     """A plan store can't be used for what was asked."""
 

@@ -22,6 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "autodiff",
         "seeds",
         "tolerance",
+        "inversion",
+        "linalg",
         "quiet",
         "layouts",
         "problem",
@@ -38,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stored", "explain", "progress"),
     ("entry",),
     ("planner",),
-    ("autojacobian", "parameters", "checks", "from_graph"),
+    ("derived", "autojacobian", "parameters", "checks", "from_graph"),
     ("",),  # autojac/__init__.py
     ("bench", "report", "cli", "__main__"),
 )

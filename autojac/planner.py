@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -14,7 +15,7 @@ import torch
 
 from autojac.captures import Captures
 from autojac.entry import Entry, Request, Seen, empty_compute, with_aux
-from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
+from autojac.errors import InputError, ModesDisagreeWarning, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
 from autojac.layouts import require_layout
 from autojac.methods.base import Method, build, registry
@@ -133,7 +134,7 @@ class Planner:
         frame, options = request.frame, self.options
         call = (frame.fn, request.leaves, request.kwargs)
         manners = observe(seen.first, *call, frame.differentiated, seen.quiet)
-        return examine(
+        found = examine(
             *call,
             manners,
             seen.guess,
@@ -143,6 +144,9 @@ class Planner:
             declared=options.declared,
             budget_s=PROBE_BUDGET_S[effort],
         )
+        if found.notice is not None:
+            warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
+        return found
 
     def problem(self, request: Request, signature: Signature, structure: Structure, batched: Sequence[bool]) -> Problem:
         """The problem that methods solve."""

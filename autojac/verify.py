@@ -179,7 +179,8 @@ class Reference:
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
                 floor = self.floors[output][position]
-                error = disagreement(own[None], expected[None], scale, floor, self.slack)
+                slack = self._slack(output, expected)
+                error = disagreement(own[None], expected[None], scale, floor, slack)
                 if error is not None:
                     return f"row {row} of output {output} is off by {error:.1g} relative to plain reverse mode"
         return None
@@ -195,7 +196,8 @@ class Reference:
                         rows = expected.reshape(len(found), -1)
                         expected, scale = rows[:, projection.coordinate], rows.abs().amax(1, keepdim=True)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
-                    error = disagreement(found, expected.reshape(found.shape), scale, floor, self.slack)
+                    slack = self._slack(output, expected)
+                    error = disagreement(found, expected.reshape(found.shape), scale, floor, slack)
                     if error is not None:
                         where = "of the whole batch" if sample is None else f"of sample {sample}"
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
@@ -217,6 +219,10 @@ class Reference:
                     if bool((outside > tolerance(size.dtype) * size.amax()).any()):
                         return "a cotangent on some samples has a gradient at others"
         return None
+
+    def _slack(self, output: int, pulled: Tensor) -> float:
+        """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
+        return self.slack * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)
 
     def _blockwise(self, position: int) -> bool:
         """Whether the Jacobian of an input holds only each sample's own block."""
@@ -249,9 +255,9 @@ class Reference:
 
     def _project(self, whole: Tensor, output: int, position: int, projection: Projection) -> tuple[Tensor, Tensor]:
         """Cotangent times Jacobian, one row a sample, and the size of the terms in it."""
-        jacobian = whole.detach()
         # an output may have another dtype than the input
-        cotangent = projection.cotangent.to(jacobian.dtype)
+        dtype = torch.promote_types(whole.dtype, projection.cotangent.dtype)
+        jacobian, cotangent = whole.detach().to(dtype), projection.cotangent.to(dtype)
         event_dims = len(self.problem.outputs[output])
         if projection.sample is not None:
             only = slice(projection.sample, projection.sample + 1)

@@ -119,7 +119,10 @@ class Frame:
         if isinstance(out, Tensor):
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
-        return tuple(value.unsqueeze(0) for value in values) if self.unbatched else tuple(values)
+        if not self.unbatched:
+            return tuple(values)
+        # what is no tensor goes on as it is, to be refused by name
+        return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
 
     def value(self, values: Sequence[Tensor]) -> Any:
         """The function's result from its flat outputs."""

@@ -146,7 +146,7 @@ class Reference:
             for projection in projections:
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     found, scale = self._project(whole, output, position, projection)
-                    if len(found) == len(errors):
+                    if found.numel() and len(found) == len(errors):
                         gap = (found - one.reshape(found.shape)).abs() / (scale + torch.finfo(scale.dtype).tiny)
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
         return errors.topk(min(count, len(errors))).indices.tolist()
@@ -234,6 +234,8 @@ class Reference:
 
     def _projections(self, output: int) -> list[Projection]:
         value, layout = self.values[output], self.problem.layout
+        if not value.numel():
+            return []
         everywhere = layout == "full" or self.problem.structure.independent
         samples: Sequence[int | None] = (None,)
         if not everywhere or (self.problem.shared_input and layout != "full"):
@@ -270,9 +272,10 @@ class Reference:
         if not self._blockwise(position):
             lead = self.problem.batch if self._per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
-            found, scale = (torch.tensordot(u, j, 1 + event_dims).reshape(lead, -1) for u, j in pairs)
+            found, scale = (torch.tensordot(u, j, 1 + event_dims) for u, j in pairs)
+            found, scale = (t.reshape(lead, t.numel() // max(lead, 1)) for t in (found, scale))
             return found, scale
-        rows = jacobian.reshape(lead, cotangent[0].numel(), -1)
+        rows = jacobian.reshape(lead, cotangent[0].numel(), seeds.size(jacobian.shape[1 + event_dims :]))
         return torch.bmm(left, rows)[:, 0], torch.bmm(left.abs(), rows.abs())[:, 0]
 
     def _chosen(self, value: Tensor, rows: int) -> list[int]:

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "layouts",
         "problem",
+        "hollow",
         "axes",
         "limits",
         "options",

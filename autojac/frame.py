@@ -211,10 +211,11 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
-            if tensor.dim() == 0 and self.axes[position] is not None:
-                raise InputError(
-                    f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
-                )
+        if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
+            raise InputError(
+                "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
+                "without a batch pass in_dims=None"
+            )
 
 
 def describe(value: Any) -> Any:

@@ -119,7 +119,10 @@ class Frame:
         if isinstance(out, Tensor):
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
-        return tuple(value.unsqueeze(0) for value in values) if self.unbatched else tuple(values)
+        if not self.unbatched:
+            return tuple(values)
+        # what is no tensor goes on as it is, to be refused by name
+        return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
 
     def value(self, values: Sequence[Tensor]) -> Any:
         """The function's result from its flat outputs."""
@@ -208,10 +211,11 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
-            if tensor.dim() == 0 and self.axes[position] is not None:
-                raise InputError(
-                    f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
-                )
+        if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
+            raise InputError(
+                "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
+                "without a batch pass in_dims=None"
+            )
 
 
 def describe(value: Any) -> Any:

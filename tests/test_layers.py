@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "layouts",
         "problem",
+        "hollow",
         "axes",
         "limits",
         "options",

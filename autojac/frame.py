@@ -196,6 +196,8 @@ class Frame:
         return groups
 
     def _require_floats(self, flat: Sequence[Any]) -> None:
+        # beside a tensor that can carry the batch, a scalar is shared by all samples
+        shared = any(flat[index].dim() for index in self.tensor_at)
         for position in self.differentiated:
             tensor = flat[self.tensor_at[position]]
             if tensor.is_complex():
@@ -208,7 +210,7 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
-            if tensor.dim() == 0 and self.axes[position] is not None:
+            if tensor.dim() == 0 and self.axes[position] is not None and not shared:
                 raise InputError(
                     f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
                 )

@@ -67,7 +67,7 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         right = 0
         quiet = Quiet(seen.quiet.captured, seen.quiet.state)
-        reference = Reference(problem, request.leaves, kwargs, quiet)
+        reference = Reference(problem, request.leaves, request.kwargs, quiet)
         for kind in registry().values():
             for method in kind.candidates(problem, 1):
                 if "Compiled" in repr(method) or method.unsupported(problem) is not None:
@@ -75,7 +75,7 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
                 try:
                     with quiet(), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
-                        result = method.prepare(problem)(request.leaves, kwargs)
+                        result = method.prepare(problem)(request.leaves, request.kwargs)
                 except Exception:  # an infeasible candidate; the reason is the search's business
                     continue
                 if reference.check(result) is None:

@@ -5,10 +5,11 @@ Every method, the probe and the guard are tested against this one list.
 
 from __future__ import annotations
 
-from scenarios import awkward, coupled, maths, networks
+from scenarios import awkward, coupled, maths, nests, networks, rules, weights
 from scenarios.base import TRAITS, Draw, Scenario
 
-SCENARIOS: tuple[Scenario, ...] = (*maths.SCENARIOS, *networks.SCENARIOS, *awkward.SCENARIOS, *coupled.SCENARIOS)
+FILES = (maths, nests, weights, networks, awkward, rules, coupled)
+SCENARIOS: tuple[Scenario, ...] = tuple(scenario for file in FILES for scenario in file.SCENARIOS)
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

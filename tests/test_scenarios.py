@@ -106,6 +106,14 @@ def test_no_vmap_means_that_it_raises(scenario: Scenario, transform: Callable[..
 
 
 @says_so_of_torch
+@pytest.mark.parametrize("scenario", select(having="no_vmap_jacrev"), ids=str)
+def test_vmap_of_jacrev_raises_alone(scenario: Scenario) -> None:
+    assert agree(per_sample(scenario, torch.func.jacfwd), blocks(scenario))
+    with pytest.raises(RuntimeError):
+        per_sample(scenario, torch.func.jacrev)
+
+
+@says_so_of_torch
 @pytest.mark.parametrize("scenario", select(having="wrong_vmap_jacrev"), ids=str)
 def test_vmap_of_jacrev_is_silently_wrong(scenario: Scenario) -> None:
     assert not agree(per_sample(scenario, torch.func.jacrev), blocks(scenario))
@@ -117,7 +125,7 @@ def test_vmap_of_jacfwd_is_silently_wrong(scenario: Scenario) -> None:
     assert not agree(per_sample(scenario, torch.func.jacfwd), blocks(scenario))
 
 
-UNREMARKABLE = ("no_vmap", "no_functorch_vjp", "random", "nan", "wrong_vmap_jacrev")
+UNREMARKABLE = ("no_vmap", "no_vmap_jacrev", "no_functorch_vjp", "random", "nan", "wrong_vmap_jacrev")
 
 
 @says_so_of_torch

@@ -5,10 +5,10 @@ Every method, the probe and the guard are tested against this one list.
 
 from __future__ import annotations
 
-from scenarios import awkward, coupled, maths, nests, networks, rules, weights
+from scenarios import algebra, arrays, awkward, coupled, layers, maths, nests, networks, rules, weights, wrapped
 from scenarios.base import TRAITS, Draw, Scenario
 
-FILES = (maths, nests, weights, networks, awkward, rules, coupled)
+FILES = (maths, algebra, arrays, nests, weights, networks, layers, awkward, rules, wrapped, coupled)
 SCENARIOS: tuple[Scenario, ...] = tuple(scenario for file in FILES for scenario in file.SCENARIOS)
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

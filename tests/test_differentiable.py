@@ -126,3 +126,12 @@ def test_a_wrong_graph_is_caught() -> None:
     detached = result._replace(jacobians=((J.detach() + 0 * J,),))
     assert reference.check(detached) is None
     assert "gradient through J" in str(reference.check_gradient(detached, request.trained))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_keyword_argument_that_is_trained_is_reached(nested: bool) -> None:
+    w, x = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(6, 3, dtype=torch.float64)
+    jac = estimated(lambda x, *, w: (x * (w[0] if nested else w)).sin())
+    J = jac(x, w=[w] if nested else w)
+    (found,) = torch.autograd.grad(J.sum(), w)
+    compare(found, ((x * w).cos() - x * w * (x * w).sin()).sum(0).detach())

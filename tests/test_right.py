@@ -39,12 +39,16 @@ def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
     expected = jacobian_blocks(func, args, 0, shared=scenario.shared, kwargs=kwargs)
     jac = wrapped(scenario, func, layout="diagonal")
-    n = args[0][0].numel() if isinstance(args[0], Tensor) else -1
-    if not isinstance(expected, Tensor) or expected[0].numel() != n * n:
+    sizes = [x.numel() if 0 in scenario.shared else x[0].numel() for x in pytree.tree_leaves(args[0])]
+    blocks = pytree.tree_leaves(expected)
+    # the inputs vary fastest
+    sizes *= len(blocks) // len(sizes)
+    if any(block[0].numel() != n * n for block, n in zip(blocks, sizes, strict=True)):
         with pytest.raises((autojac.OutputError, autojac.InputError), match="as many outputs as inputs"):
             jac(*args, **kwargs)
     else:
-        compare(jac(*args, **kwargs), expected.reshape(len(expected), n, n).diagonal(dim1=1, dim2=2))
+        diagonals = [block.reshape(-1, n, n).diagonal(dim1=1, dim2=2) for block, n in zip(blocks, sizes, strict=True)]
+        compare(jac(*args, **kwargs), diagonals)
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s not in SAFE], ids=str)

@@ -13,6 +13,8 @@ from autojac.methods.base import registry
 from autojac.quiet import Quiet
 from autojac.verify import Reference
 from harness import compare, planned
+from oracle import jacobian_blocks
+from scenarios import BY_NAME
 
 
 def network() -> nn.Module:
@@ -135,3 +137,10 @@ def test_a_keyword_argument_that_is_trained_is_reached(nested: bool) -> None:
     J = jac(x, w=[w] if nested else w)
     (found,) = torch.autograd.grad(J.sum(), w)
     compare(found, ((x * w).cos() - x * w * (x * w).sin()).sum(0).detach())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_function_without_a_second_derivative_is_tuned_all_the_same() -> None:
+    func, (x,), _ = BY_NAME["TransformerEncoderLayer in eval mode"].make()
+    jac = AutoJacobian(func, budget_s=0.1, store=":memory:")
+    compare(jac(x).detach(), jacobian_blocks(func, (x,)))

@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 import autojac
 from autojac import AutoJacobian
+from autojac.methods.base import registry
 from autojac.tolerance import tolerance
-from harness import compare, wrapped
+from autojac.verify import Reference
+from harness import compare, planned, wrapped
 from oracle import jacobian_blocks
 from scenarios import BY_NAME, Draw, Scenario
 
@@ -130,6 +132,16 @@ def test_output_of_another_dtype_than_the_input(given: torch.dtype, returned: to
     assert jacobian.dtype == given
     coarse = max(given, returned, key=lambda dtype: torch.finfo(dtype).eps)
     near(jacobian, torch.diag_embed(x.double().cos()) * (1 - 1 / 5 if dense else 1), coarse)
+
+
+def test_every_method_gives_the_dtype_of_the_input() -> None:
+    x = torch.randn(5, 3)
+    request, seen, problem = planned(lambda x: x.double().sin(), (x,))
+    reference = Reference(problem, request.leaves, {}, seen.quiet)
+    methods = [method for kind in registry().values() for method in kind.candidates(problem, 1)]
+    for method in methods:
+        if not method.compiles and method.unsupported(problem) is None:
+            assert reference.check(method.prepare(problem)(request.leaves, {})) is None, method
 
 
 def test_inputs_of_different_dtypes_keep_their_own() -> None:

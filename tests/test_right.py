@@ -27,6 +27,16 @@ def test_blocks_equal_the_oracles(scenario: Scenario) -> None:
     compare(wrapped(scenario, func)(*args, **kwargs), expected)
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("scenario", SAFE, ids=str)
+def test_tuned_blocks_equal_the_oracles(scenario: Scenario) -> None:
+    func, args, kwargs = scenario.make(3, torch.float64)
+    expected = jacobian_blocks(func, args, scenario.argnums, shared=scenario.shared, kwargs=kwargs)
+    jacobian = wrapped(scenario, func, on_miss="tune", budget_s=0.2)(*args, **kwargs)
+    compare(pytree.tree_map(Tensor.detach, jacobian), expected)
+
+
 @pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
 def test_full_equals_the_oracle(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)

@@ -211,6 +211,7 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
+        # beside a tensor that can carry the batch, a scalar is shared by all samples
         if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
             raise InputError(
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "

@@ -12,6 +12,7 @@ from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
 from autojac.entry import Entry, Request, Seen, prepared
@@ -65,7 +66,8 @@ class Planner:
         """A call, described: its frame, its tensors and what else counts for the choice of a plan."""
         frame = Frame(self.func, args, self.options)
         leaves = frame.leaves(args)
-        trained = tuple(t for t in captured.tensors if t.requires_grad)
+        given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
+        trained = tuple(t for t in (*captured.tensors, *given) if t.requires_grad)
         differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
         kinds = str([(name, describe(value)) for name, value in kwargs.items()])
         kwargs = frame.keywords(args, kwargs)

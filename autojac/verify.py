@@ -53,6 +53,9 @@ class Reference:
         seed: of the random projections.
         samples: those that projections of a coupled function live on; a few at random by default.
         pullback: of a graph that exists already, in the place of an evaluation.
+
+    Attributes:
+        once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Reference:
         self.samples = samples
         self.slack = 1.0
         self.calibrated = False
+        self.once = False
         self.generator = torch.Generator().manual_seed(seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
         with quiet():
@@ -129,7 +133,8 @@ class Reference:
         try:
             right = gradient(torch.stack(expected).sum(), sources)
         except RuntimeError:
-            return None  # func has no second derivative by plain autograd either
+            self.once = True
+            return None
         found = gradient(torch.stack(actual).sum(), sources)
         for one, other in zip(found, right, strict=True):
             error = disagreement(

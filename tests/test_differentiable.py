@@ -13,6 +13,8 @@ from autojac.methods.base import registry
 from autojac.quiet import Quiet
 from autojac.verify import Reference
 from harness import compare, planned
+from oracle import jacobian_blocks
+from scenarios import BY_NAME
 
 
 def network() -> nn.Module:
@@ -126,3 +128,19 @@ def test_a_wrong_graph_is_caught() -> None:
     detached = result._replace(jacobians=((J.detach() + 0 * J,),))
     assert reference.check(detached) is None
     assert "gradient through J" in str(reference.check_gradient(detached, request.trained))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_keyword_argument_that_is_trained_is_reached(nested: bool) -> None:
+    w, x = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(6, 3, dtype=torch.float64)
+    jac = estimated(lambda x, *, w: (x * (w[0] if nested else w)).sin())
+    J = jac(x, w=[w] if nested else w)
+    (found,) = torch.autograd.grad(J.sum(), w)
+    compare(found, ((x * w).cos() - x * w * (x * w).sin()).sum(0).detach())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_function_without_a_second_derivative_is_tuned_all_the_same() -> None:
+    func, (x,), _ = BY_NAME["TransformerEncoderLayer in eval mode"].make()
+    jac = AutoJacobian(func, budget_s=0.1, store=":memory:")
+    compare(jac(x).detach(), jacobian_blocks(func, (x,)))

@@ -27,6 +27,16 @@ def test_blocks_equal_the_oracles(scenario: Scenario) -> None:
     compare(wrapped(scenario, func)(*args, **kwargs), expected)
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("scenario", SAFE, ids=str)
+def test_tuned_blocks_equal_the_oracles(scenario: Scenario) -> None:
+    func, args, kwargs = scenario.make(3, torch.float64)
+    expected = jacobian_blocks(func, args, scenario.argnums, shared=scenario.shared, kwargs=kwargs)
+    jacobian = wrapped(scenario, func, on_miss="tune", budget_s=0.2)(*args, **kwargs)
+    compare(pytree.tree_map(Tensor.detach, jacobian), expected)
+
+
 @pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
 def test_full_equals_the_oracle(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
@@ -39,12 +49,16 @@ def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
     expected = jacobian_blocks(func, args, 0, shared=scenario.shared, kwargs=kwargs)
     jac = wrapped(scenario, func, layout="diagonal")
-    n = args[0][0].numel() if isinstance(args[0], Tensor) else -1
-    if not isinstance(expected, Tensor) or expected[0].numel() != n * n:
+    sizes = [x.numel() if 0 in scenario.shared else x[0].numel() for x in pytree.tree_leaves(args[0])]
+    blocks = pytree.tree_leaves(expected)
+    # the inputs vary fastest
+    sizes *= len(blocks) // len(sizes)
+    if any(block[0].numel() != n * n for block, n in zip(blocks, sizes, strict=True)):
         with pytest.raises((autojac.OutputError, autojac.InputError), match="as many outputs as inputs"):
             jac(*args, **kwargs)
     else:
-        compare(jac(*args, **kwargs), expected.reshape(len(expected), n, n).diagonal(dim1=1, dim2=2))
+        diagonals = [block.reshape(-1, n, n).diagonal(dim1=1, dim2=2) for block, n in zip(blocks, sizes, strict=True)]
+        compare(jac(*args, **kwargs), diagonals)
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s not in SAFE], ids=str)
@@ -67,7 +81,7 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         right = 0
         quiet = Quiet(seen.quiet.captured, seen.quiet.state)
-        reference = Reference(problem, request.leaves, kwargs, quiet)
+        reference = Reference(problem, request.leaves, request.kwargs, quiet)
         for kind in registry().values():
             for method in kind.candidates(problem, 1):
                 if "Compiled" in repr(method) or method.unsupported(problem) is not None:
@@ -75,7 +89,7 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
                 try:
                     with quiet(), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
-                        result = method.prepare(problem)(request.leaves, kwargs)
+                        result = method.prepare(problem)(request.leaves, request.kwargs)
                 except Exception:  # an infeasible candidate; the reason is the search's business
                     continue
                 if reference.check(result) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -23,11 +24,16 @@ def per_sample(scenario: Scenario, transform: Callable[..., Any]) -> list[Tensor
     """vmap(jacrev) or vmap(jacfwd) of the scenario, as its users write it."""
     func, args, kwargs = scenario.make()
 
+    in_tensors = functools.partial(pytree.tree_map_only, Tensor)
+
     def single(*sample: Any) -> Any:
-        batch = [x if k in scenario.shared else pytree.tree_map(lambda t: t[None], x) for k, x in enumerate(sample)]
+        batch = [x if k in scenario.shared else in_tensors(lambda t: t[None], x) for k, x in enumerate(sample)]
         return pytree.tree_map(lambda y: y[0], func(*batch, **kwargs))
 
-    in_dims = tuple(None if k in scenario.shared else 0 for k in range(len(args)))
+    in_dims = tuple(
+        None if k in scenario.shared else pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, arg)
+        for k, arg in enumerate(args)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytree.tree_leaves(torch.vmap(transform(single, argnums=scenario.argnums), in_dims=in_dims)(*args))
@@ -100,6 +106,14 @@ def test_no_vmap_means_that_it_raises(scenario: Scenario, transform: Callable[..
 
 
 @says_so_of_torch
+@pytest.mark.parametrize("scenario", select(having="no_vmap_jacrev"), ids=str)
+def test_vmap_of_jacrev_raises_alone(scenario: Scenario) -> None:
+    assert agree(per_sample(scenario, torch.func.jacfwd), blocks(scenario))
+    with pytest.raises(RuntimeError):
+        per_sample(scenario, torch.func.jacrev)
+
+
+@says_so_of_torch
 @pytest.mark.parametrize("scenario", select(having="wrong_vmap_jacrev"), ids=str)
 def test_vmap_of_jacrev_is_silently_wrong(scenario: Scenario) -> None:
     assert not agree(per_sample(scenario, torch.func.jacrev), blocks(scenario))
@@ -111,7 +125,7 @@ def test_vmap_of_jacfwd_is_silently_wrong(scenario: Scenario) -> None:
     assert not agree(per_sample(scenario, torch.func.jacfwd), blocks(scenario))
 
 
-UNREMARKABLE = ("no_vmap", "no_functorch_vjp", "random", "nan", "wrong_vmap_jacrev")
+UNREMARKABLE = ("no_vmap", "no_vmap_jacrev", "no_functorch_vjp", "random", "nan", "wrong_vmap_jacrev")
 
 
 @says_so_of_torch
@@ -123,17 +137,17 @@ def test_vmap_of_jacrev_is_right_where_nothing_else_is_said(scenario: Scenario) 
 @says_so_of_torch
 @pytest.mark.parametrize("scenario", select(having="no_functorch_vjp"), ids=str)
 def test_no_functorch_vjp_means_that_it_raises(scenario: Scenario) -> None:
-    func, args, kwargs = scenario.make()
+    func, (x, *rest), kwargs = scenario.make()
     with pytest.raises(RuntimeError):
-        torch.func.vjp(lambda x: func(x, **kwargs), *args)
+        torch.func.vjp(lambda z: func(z, *rest, **kwargs), x)
 
 
 @says_so_of_torch
 @pytest.mark.parametrize("scenario", select(having="no_forward_ad"), ids=str)
 def test_no_forward_ad_means_that_it_raises(scenario: Scenario) -> None:
-    func, (x,), kwargs = scenario.make()
+    func, (x, *rest), kwargs = scenario.make()
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda z: func(z, **kwargs), (x,), (torch.ones_like(x),))
+        torch.func.jvp(lambda z: func(z, *rest, **kwargs), (x,), (torch.ones_like(x),))
 
 
 @says_so_of_torch

@@ -72,11 +72,17 @@ class PerSample(Method):
                 leaves = [x.contiguous() for x in leaves]
             jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk)(*leaves)
             rows = zip(jacobians, problem.outputs, strict=True)
-            return Result(tuple(values), tuple(tuple(self._lay_out(problem, row, event)) for row, event in rows))
+            return Result(
+                tuple(values), tuple(tuple(self._lay_out(problem, leaves, row, event)) for row, event in rows)
+            )
 
         return compute
 
     @staticmethod
-    def _lay_out(problem: Problem, row: Sequence[Tensor], event: tuple[int, ...]) -> Iterator[Tensor]:
+    def _lay_out(
+        problem: Problem, leaves: Sequence[Tensor], row: Sequence[Tensor], event: tuple[int, ...]
+    ) -> Iterator[Tensor]:
         for position, blocks in zip(problem.inputs, row, strict=True):
-            yield from_blocks(problem.layout, blocks, event, problem.leaves[position].batched)
+            # forward mode gives the output's dtype
+            own = blocks.to(leaves[position].dtype)
+            yield from_blocks(problem.layout, own, event, problem.leaves[position].batched)

@@ -157,9 +157,8 @@ class Pull(Method):
                     for position, gradient in zip(problem.inputs, pulled, strict=True)
                 ]
 
-        if problem.layout == "diagonal":
-            shape = (problem.batch, count // problem.batch)
-        return tuple(rows.unflatten(0, shape) for rows in collect(parts(), count, problem.differentiable))
+        arranged = (problem.batch, count // problem.batch) if problem.layout == "diagonal" else shape
+        return tuple(rows.unflatten(0, arranged) for rows in collect(parts(), count, problem.differentiable))
 
     @staticmethod
     def _own_part(problem: Problem, position: int, gradient: Tensor, numbers: Tensor, size: int) -> Tensor:

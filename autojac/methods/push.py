@@ -126,7 +126,8 @@ class Push(Method):
 
         pushed_all = [made.apart(rows) for rows in collect(parts(), count, problem.differentiable)]
         return values, tuple(
-            self._arrange(problem, rows, event, position)
+            # like reverse mode, whatever func's output is
+            self._arrange(problem, rows.to(inputs[order].dtype), event, position)
             for rows, event in zip(pushed_all, problem.outputs, strict=True)
         )
 

@@ -101,10 +101,10 @@ class Replicate(Method):
         replicas = [tangent.view(-1, problem.batch, *tangent.shape[1:]) for tangent in pushed]
         jacobians: list[list[Tensor]] = [[] for _ in values]
         start = 0
-        for event in events:
+        for event, tensor in zip(events, inputs, strict=True):
             stop = start + seeds.size(event)
             for row, replica in zip(jacobians, replicas, strict=True):
-                columns = replica[start:stop].movedim(0, -1)
+                columns = replica[start:stop].movedim(0, -1).to(tensor.dtype)
                 row.append(columns.reshape(*columns.shape[:-1], *event))
             start = stop
         return values, jacobians

@@ -177,7 +177,7 @@ def _as_used(subject: Subject, compute: Compute) -> measure.Run:
     """What a training step does with the Jacobian: with a graph, the backward through it too."""
     leaves, kwargs = subject.leaves, subject.kwargs
     sources = [*subject.reference.connected, *(x for x in subject.captured if x.requires_grad)]
-    if not subject.problem.differentiable or not sources:
+    if not subject.problem.differentiable or not sources or subject.reference.once:
         return lambda: compute(leaves, kwargs)
 
     def step() -> Result:

@@ -5,10 +5,25 @@ Every method, the probe and the guard are tested against this one list.
 
 from __future__ import annotations
 
-from scenarios import awkward, coupled, maths, networks
+from scenarios import (
+    algebra,
+    arrays,
+    awkward,
+    coupled,
+    dynamics,
+    effects,
+    layers,
+    maths,
+    nests,
+    networks,
+    rules,
+    weights,
+    wrapped,
+)
 from scenarios.base import TRAITS, Draw, Scenario
 
-SCENARIOS: tuple[Scenario, ...] = (*maths.SCENARIOS, *networks.SCENARIOS, *awkward.SCENARIOS, *coupled.SCENARIOS)
+FILES = (maths, algebra, arrays, dynamics, nests, weights, networks, layers, awkward, rules, wrapped, effects, coupled)
+SCENARIOS: tuple[Scenario, ...] = tuple(scenario for file in FILES for scenario in file.SCENARIOS)
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

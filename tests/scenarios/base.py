@@ -14,6 +14,7 @@ Made = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 TRAITS = {
     "no_vmap": "per-sample vmap(jacrev) and vmap(jacfwd) raise",
+    "no_vmap_jacrev": "per-sample vmap(jacrev) raises, while vmap(jacfwd) gives the right numbers",
     "no_functorch_vjp": "torch.func.vjp raises, though autograd manages",
     "no_forward_ad": "forward mode raises",
     "no_batched_grad": "is_grads_batched raises",

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "hollow",
         "axes",
         "limits",
+        "kernels",
         "options",
         "frame",
         "coloring",

@@ -83,13 +83,14 @@ def examine(
             declared.sliceable and refusal is None,
             False,
             manners.effects,
+            manners.kernels,
             (*declared.evidence, *evidence, line),
         )
         return Examined(structure, batched, notice)
     batch = len(values[0])
     if batch < 2:
         evidence.append("pairs: one sample has nothing to couple with")
-        structure = Structure("independent", effects=manners.effects, evidence=tuple(evidence))
+        structure = Structure("independent", effects=manners.effects, kernels=manners.kernels, evidence=tuple(evidence))
         return Examined(structure, batched, notice)
 
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
@@ -122,6 +123,7 @@ def examine(
         # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
         suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
         effects=manners.effects,
+        kernels=manners.kernels,
         evidence=tuple(evidence),
     )
     return Examined(structure, batched, notice)

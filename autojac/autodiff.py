@@ -143,9 +143,12 @@ def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, .
     return outputs, pullback
 
 
-def vmap(fn: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, chunk: int | None = None) -> Callable[..., Any]:
-    """torch.vmap, chunked, refusing random draws."""
-    return torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness="error")
+def vmap(
+    fn: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, chunk: int | None = None, draws: bool = False
+) -> Callable[..., Any]:
+    """torch.vmap, chunked; what is drawn inside is the same for all that is mapped over, or refused."""
+    randomness = "same" if draws else "error"
+    return torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness=randomness)
 
 
 @functools.cache
@@ -186,10 +189,13 @@ def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tenso
     return outputs, pushed
 
 
-def sample_jacobian(single: Callable[..., Any], argnums: tuple[int, ...], mode: Mode) -> Callable[..., Any]:
+def sample_jacobian(
+    single: Callable[..., Any], argnums: tuple[int, ...], mode: Mode, draws: bool = False
+) -> Callable[..., Any]:
     """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
-    transform = torch.func.jacrev if mode == "reverse" else torch.func.jacfwd
-    return transform(single, argnums=argnums, has_aux=True)
+    if mode == "reverse":
+        return torch.func.jacrev(single, argnums=argnums, has_aux=True)
+    return torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
 
 
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,7 +57,8 @@ class AutoJacobian(Derived):
         budget_s: seconds that a search may take.
         memory_limit: bytes, or a size such as `"8GiB"`, that a method may take.
         randomness: `"error"` refuses functions that draw random numbers; `"different"` differentiates what one plain
-            call from the current random state would draw.
+            call from the current random state would draw; with `"same"` every sample sees the draw that it would see
+            as a batch of one, as in `torch.vmap`.
         coupling: `"auto"` probes; `"independent"`, `"dense"` or a `Structure` declares, and is still verified.
         verify: `"auto"` checks at the first use, then ever more rarely; `"always"` or `"never"`.
         store: a `PlanStore`, a path or a URL; by default `AUTOJAC_STORE` or the user's cache directory.

@@ -58,7 +58,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     captured = captures(func)
     request = dataclasses.replace(planner.request(captured, args, kwargs), differentiable=False)
     seen = planner.look(request, captured)
-    independent = planner.problem(request, seen.signature, Structure("independent", "declared"), seen.guess)
+    independent = planner.problem(request, seen, Structure("independent", "declared"), seen.guess)
     flat = pytree.tree_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)
     if len(flat) != wanted:

@@ -17,7 +17,7 @@ from autojac.hollow import filled
 from autojac.methods.base import Method
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
-from autojac.problem import Compute, Problem, Result
+from autojac.problem import Compute, Flat, Problem, Result
 from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
@@ -59,8 +59,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the first call of func showed."""
+    """What the first call of func showed, and the flat function that draws as the user asked."""
 
+    fn: Flat
     first: FirstCall
     quiet: Quiet
     signature: Signature
@@ -78,7 +79,7 @@ class Seen:
 
 def prepared(frame: Frame, problem: Problem, method: Method) -> Compute:
     """A method made ready for all of a problem: for what has no elements, and for what func returned as aux."""
-    return _with_aux(frame, problem, filled(problem, method.prepare), method.plain)
+    return _with_aux(frame, problem, filled(problem, method.ready), method.plain)
 
 
 def _with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:

@@ -16,7 +16,7 @@ from autojac.structure import Coupling, Structure
 
 OnMiss = Literal["tune", "estimate", "error"]
 Verify = Literal["auto", "always", "never"]
-Randomness = Literal["error", "different"]
+Randomness = Literal["error", "different", "same"]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -65,6 +65,10 @@ class Options:
         parse_bytes(options.memory_limit)
         if not isinstance(options.has_aux, bool):
             raise OptionError(f"has_aux must be True or False, got {options.has_aux!r}")
+        if options.has_aux and options.randomness == "same":
+            raise OptionError(
+                "has_aux and randomness='same' exclude each other: each sample would have an aux of its own"
+            )
         if not isinstance(options.version, str):
             raise OptionError(f"version must be a string, got {options.version!r}")
         numbers = options.argnums if isinstance(options.argnums, tuple) else (options.argnums,)

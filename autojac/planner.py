@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
+from autojac.draws import drawn_alike, redrawn
 from autojac.entry import Entry, Request, Seen, prepared
 from autojac.errors import InputError, ModesDisagreeWarning, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
@@ -23,14 +24,14 @@ from autojac.layouts import require_layout
 from autojac.methods.base import Method, build, composable, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
-from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
+from autojac.probe import Examined, examine, first_call, guess_batched, observe
 from autojac.probe.manners import FirstCall
-from autojac.problem import Problem
+from autojac.problem import Flat, Problem
 from autojac.quiet import Quiet, without_hooks
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags, named_flags
 from autojac.stored import Keys, Stored
-from autojac.structure import Structure
+from autojac.structure import DRAWS, DRAWS_ALIKE, Structure
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
@@ -122,20 +123,23 @@ class Planner:
     def look(self, request: Request, captured: Captures) -> Seen:
         """Call func once, without a trace, and describe the call."""
         quiet = Quiet(captured.tensors)
-        first = self._first_call(request, quiet)
+        fn: Flat = request.frame.fn
+        first = self._first_call(fn, request, quiet)
+        if DRAWS in first.effects:
+            fn, first = self._drawing(request, first, quiet)
         if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
             # what could not be followed may hold parameters: then J must carry their graph
             with quiet():
-                values = request.frame.fn([leaf.detach() for leaf in request.leaves], request.kwargs)
+                values = fn([leaf.detach() for leaf in request.leaves], request.kwargs)
             request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
         signature, guess = self._signature(request, first)
         # the tensors that func writes into are few: only these are saved around later evaluations
-        return Seen(first, Quiet(quiet.written, quiet.state), signature, guess, self.stored.keys(signature))
+        return Seen(fn, first, Quiet(quiet.written, quiet.state), signature, guess, self.stored.keys(signature))
 
     def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
         """Probe what couples with what."""
         frame, options = request.frame, self.options
-        call = (frame.fn, request.leaves, request.kwargs)
+        call = (seen.fn, request.leaves, request.kwargs)
         manners = observe(seen.first, *call, frame.differentiated, seen.quiet)
         found = examine(
             *call,
@@ -151,11 +155,12 @@ class Planner:
             warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
         return found
 
-    def problem(self, request: Request, signature: Signature, structure: Structure, batched: Sequence[bool]) -> Problem:
+    def problem(self, request: Request, seen: Seen, structure: Structure, batched: Sequence[bool]) -> Problem:
         """The problem that methods solve."""
+        signature = seen.signature
         limit = parse_bytes(self.options.memory_limit)
         return Problem(
-            request.frame.fn,
+            seen.fn,
             request.frame.roles(request.leaves, batched),
             signature.outputs,
             signature.batch,
@@ -182,7 +187,18 @@ class Planner:
             found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
         return self._search(request, seen, found, "estimate", None, start)
 
-    def _first_call(self, request: Request, quiet: Quiet) -> FirstCall:
+    def _drawing(self, request: Request, first: FirstCall, quiet: Quiet) -> tuple[Flat, FirstCall]:
+        """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
+        frame, leaves = request.frame, request.leaves
+        if self.options.randomness == "different":
+            return redrawn(frame.fn), first
+        batched = frame.batched(guess_batched(leaves, len(first.values[0])))
+        fn = drawn_alike(frame.fn, batched)
+        alike = self._first_call(fn, request, quiet)
+        effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in alike.effects]
+        return fn, dataclasses.replace(alike, effects=tuple(effects))
+
+    def _first_call(self, fn: Flat, request: Request, quiet: Quiet) -> FirstCall:
         frame, leaves = request.frame, request.leaves
         said = frame.batched([False] * len(leaves))
         lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
@@ -191,7 +207,7 @@ class Planner:
         guessed = [p for p in frame.differentiated if not frame.declared[p] and leaves[p].dim()]
         lengths |= {leaves[position].shape[0] for position in guessed}
         try:
-            first = first_call(frame.fn, leaves, request.kwargs, frame.differentiated, quiet)
+            first = first_call(fn, leaves, request.kwargs, frame.differentiated, quiet)
         except RuntimeError as error:
             if len(lengths) > 1:
                 raise InputError(
@@ -202,7 +218,8 @@ class Planner:
         if DRAWS in first.effects and self.options.randomness == "error":
             raise RandomnessError(
                 "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
-                "the current random state would draw, or put the model into eval mode"
+                "the current random state would draw, 'same' for samples that all see the same draw, or put the model "
+                "into eval mode"
             )
         return first
 
@@ -248,7 +265,7 @@ class Planner:
         """A known plan, prepared for this call; None if its method does not apply here."""
         if len(plan.batched) != len(seen.signature.leaves):
             return None
-        problem = self.problem(request, seen.signature, plan.structure, plan.batched)
+        problem = self.problem(request, seen, plan.structure, plan.batched)
         try:
             method = build(plan.method)
         except StoreError:
@@ -265,7 +282,7 @@ class Planner:
         from autojac.progress import reporter
         from autojac.search.optimize import search
 
-        problem = self.problem(request, seen.signature, found.structure, found.batched)
+        problem = self.problem(request, seen, found.structure, found.batched)
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
@@ -301,7 +318,7 @@ class Planner:
     def _empty(self, request: Request, seen: Seen) -> Entry:
         """Nothing to differentiate: a Jacobian without elements."""
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
-        problem = self.problem(request, seen.signature, structure, seen.guess)
+        problem = self.problem(request, seen, structure, seen.guess)
         method = composable(problem)
         plan = Plan(method.spec(), structure, seen.guess, "estimate", source="estimate")
         compute = prepared(request.frame, problem, method)

@@ -55,6 +55,11 @@ class SharedSeeds:
         return rows.clone() if rows.untyped_storage().data_ptr() in kept else rows
 
 
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A random tangent or cotangent: the same numbers in every dtype and on every device."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
 def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:
     """One-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
     seeds = torch.zeros(stop - start, size(shape), dtype=like.dtype, device=like.device)

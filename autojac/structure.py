@@ -10,6 +10,11 @@ from autojac.errors import OptionError
 Coupling = Literal["independent", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
 
+UPDATES_BUFFERS = "updates buffers"
+DRAWS = "draws random numbers"
+DRAWS_ALIKE = "draws the same random numbers for every sample"
+"""What a call may do besides returning a value; the last one by the user's wish, and it binds no method."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -21,8 +26,8 @@ class Structure:
         sliceable: whether calling the function on some of the samples gives those samples' outputs;
             false where the output depends on the batch size or on side inputs of other samples.
         suspect: the layers of the probe disagree, so every call is checked.
-        effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`);
-            if not empty, func must run exactly once, on the whole batch.
+        effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`), so that
+            func must run once, or on the whole batch.
         kernels: fused operators in func that lack some derivatives, which their plain formula has.
         evidence: one line for each layer of the probe, for people.
     """
@@ -44,6 +49,11 @@ class Structure:
     @property
     def independent(self) -> bool:
         return self.coupling == "independent"
+
+    @property
+    def draws(self) -> bool:
+        """Whether func draws random numbers."""
+        return DRAWS in self.effects or DRAWS_ALIKE in self.effects
 
     def refuted(self, reason: str) -> Structure:
         """The structure that remains after a check failed: dense, with the reason added."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from autojac import seeds
+
 FLOOR = 1e-3
 """Share of the whole tensor's scale that every sample is granted, against cancellation in tiny entries."""
+NOISE_MARGIN = 16.0
+"""Tolerance in multiples of the rounding that a function itself shows."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -27,6 +33,28 @@ def rounding_floor(values: Tensor, inputs: Tensor) -> float:
         return 0.0
     height, width = (float(t.detach().nan_to_num(0, 0, 0).abs().amax()) for t in (values, inputs))
     return 16 * torch.finfo(values.dtype).eps * height / width if width else 0.0
+
+
+def rounding_slack(
+    pull: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
+    values: Sequence[Tensor],
+    generator: torch.Generator,
+) -> float:
+    """How far a function's own VJPs are from linear in the cotangent, as a factor of one or more on the tolerance.
+
+    Args:
+        pull: maps outputs and cotangents to gradients.
+        values: the outputs.
+        generator: of random cotangents.
+    """
+    one, other = ([seeds.noise(value.detach(), generator) for value in values] for _ in range(2))
+    both = [a + b for a, b in zip(one, other, strict=True)]
+    slack = 1.0
+    for a, b, together in zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True):
+        gap, size = (t.detach().nan_to_num(0, 0, 0).abs().amax() for t in (a + b - together, together))
+        if size > 0:
+            slack = max(slack, float(NOISE_MARGIN * gap / size) / tolerance(together.dtype))
+    return slack
 
 
 def disagreement(

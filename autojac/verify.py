@@ -15,12 +15,10 @@ from autojac.kernels import plain_formulas
 from autojac.layouts import jacobian_shape
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
-from autojac.tolerance import disagreement, rounding_floor, tolerance
+from autojac.tolerance import disagreement, rounding_floor, rounding_slack, tolerance
 
 ROWS = 6
 SAMPLES = 3
-NOISE_MARGIN = 16.0
-"""Tolerance in multiples of the rounding that func itself shows."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,12 @@ class Reference:
         if wrong is not None and not self.calibrated:
             # func may compute in a lower precision than its output's: only now is it worth finding out
             self.calibrated = True
-            self.slack = self._own_noise()
+            self.slack = rounding_slack(self.pullback.pull, self.pullback.recorded, self.generator)
             wrong = self._compare(result)
         return wrong
 
     def _compare(self, result: Result) -> str | None:
         return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result) or self.leak
-
-    def _own_noise(self) -> float:
-        """How far func's own VJPs are from being linear in the cotangent, as a factor on the tolerance."""
-        value = self.values[0]
-        one, other = (_noise(value.shape, value, self.generator) for _ in range(2))
-        slack = 1.0
-        pulled = (self.pullback(0, cotangent) for cotangent in (one, other, one + other))
-        for a, b, both in zip(*pulled, strict=True):
-            gap, size = ((t.detach().nan_to_num(0, 0, 0).abs().amax()) for t in (a + b - both, both))
-            if size > 0:
-                slack = max(slack, float(NOISE_MARGIN * gap / size) / tolerance(both.dtype))
-        return slack
 
     def check_gradient(self, result: Result, captured: Sequence[Tensor]) -> str | None:
         """Why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
@@ -129,7 +115,7 @@ class Reference:
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
                 own = self._rows_of(whole, output)[row]
-                weight = _noise(own.shape, own, self.generator)
+                weight = seeds.noise(own, self.generator)
                 actual.append((own * weight).sum())
                 expected.append((self._kept(one, output, row, position) * weight).sum())
         try:
@@ -218,7 +204,7 @@ class Reference:
         inside = torch.randperm(problem.batch, generator=self.generator) < (problem.batch + 1) // 2
         for output, value in enumerate(self.values):
             rows = inside.to(value.device).view(-1, *[1] * (value.dim() - 1))
-            pulled = self.pullback(output, _noise(value.shape, value, self.generator) * rows)
+            pulled = self.pullback(output, seeds.noise(value, self.generator) * rows)
             for position, one in zip(problem.inputs, pulled, strict=True):
                 if problem.leaves[position].batched:
                     size = one.detach().nan_to_num(0, 0, 0).abs()
@@ -250,7 +236,7 @@ class Reference:
             samples = self.samples or drawn
         found = []
         for sample in samples:
-            cotangent, coordinate = _noise(value.shape, value, self.generator), None
+            cotangent, coordinate = seeds.noise(value, self.generator), None
             if sample is not None:
                 alone = torch.zeros_like(cotangent)
                 alone[sample] = cotangent[sample]
@@ -307,10 +293,6 @@ class Reference:
         size = max(self.values[output].numel() // self.problem.batch, 1)
         kept = pulled[row // size] if self._blockwise(position) else pulled
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
-
-
-def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "kernels",
         "options",
         "frame",
+        "draws",
         "coloring",
         "graph",
     ),

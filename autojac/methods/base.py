@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 import autojac.methods
+from autojac.draws import from_one_state
 from autojac.errors import StoreError
 from autojac.problem import Compute, Problem
+from autojac.structure import DRAWS, DRAWS_ALIKE
 
 CACHE_BYTES = 32 * 2**20
 BYTES_PER_SECOND = 4e9
@@ -38,11 +40,14 @@ class Method(ABC):
 
     repeats_func: ClassVar[bool] = True
     """Whether func runs more than once, or on anything but the whole batch as it is."""
+    whole_batch: ClassVar[bool] = False
+    """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method can't serve the problem, as a sentence to act on; None if it can."""
         effects = problem.structure.effects
-        if self.repeats_func and effects:
+        harmless = {DRAWS_ALIKE, DRAWS} if self.whole_batch else {DRAWS_ALIKE}
+        if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
         if problem.has_aux and effects and not self.plain:
             return (
@@ -78,6 +83,11 @@ class Method(ABC):
     @abstractmethod
     def prepare(self, problem: Problem) -> Compute:
         """Make once what depends on shapes alone, and return the function that computes."""
+
+    def ready(self, problem: Problem) -> Compute:
+        """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
+        compute = self.prepare(problem)
+        return from_one_state(compute) if problem.structure.draws else compute
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:

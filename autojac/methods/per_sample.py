@@ -66,11 +66,12 @@ class PerSample(Method):
                 outputs = tuple(y.squeeze(0) for y in problem.fn(whole, kwargs))
                 return outputs, outputs
 
-            transform = sample_jacobian(single, problem.inputs, self.mode)
+            draws = problem.structure.draws
+            transform = sample_jacobian(single, problem.inputs, self.mode, draws)
             if self.mode == "forward":
                 # dual numbers refuse expanded tensors, whose elements share memory
                 leaves = [x.contiguous() for x in leaves]
-            jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk)(*leaves)
+            jacobians, values = vmap(transform, in_dims=in_dims, chunk=self.chunk, draws=draws)(*leaves)
             rows = zip(jacobians, problem.outputs, strict=True)
             return Result(
                 tuple(values), tuple(tuple(self._lay_out(problem, leaves, row, event)) for row, event in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Push(Method):
     seeds: SeedKind
     engine: Engine = "loop"
     chunk: int | None = None
+
+    whole_batch: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if self.seeds == "shared" and not problem.structure.independent:
@@ -115,7 +117,7 @@ class Push(Method):
             for start, stop in seeds.spans(count, 1 if self.engine == "loop" else self.chunk):
                 chosen = tangents[start:stop] if tangents is not None else None
                 chosen = seeds.identity(shape, start, stop, inputs[order]) if chosen is None else chosen
-                values, pushed = self._push(alone, inputs[order], chosen)
+                values, pushed = self._push(alone, inputs[order], chosen, problem.structure.draws)
                 if whole_batch and problem.layout != "full":
                     pushed = [own_sample(rows, numbers[start:stop], size) for rows in pushed]
                     if diagonal:
@@ -131,12 +133,16 @@ class Push(Method):
             for rows, event in zip(pushed_all, problem.outputs, strict=True)
         )
 
-    def _push(self, alone: Bound, source: Tensor, tangents: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    def _push(
+        self, alone: Bound, source: Tensor, tangents: Tensor, draws: bool
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Values, and for each output its tangents (c, B, *out)."""
         if self.engine == "loop":
             values, pushed = push_dual(alone, (source,), (tangents[0],))
             return tuple(values), [tangent.unsqueeze(0) for tangent in pushed]
-        outputs, pushed = vmap(lambda seed: functional_jvp(alone, (source,), (seed,)))(tangents)
+        # a draw belongs to the batch, not to a tangent
+        push = vmap(lambda seed: functional_jvp(alone, (source,), (seed,)), draws=draws)
+        outputs, pushed = push(tangents)
         return tuple(output[0] for output in outputs), list(pushed)
 
     def _arrange(self, problem: Problem, rows: Tensor, event: tuple[int, ...], position: int) -> Tensor:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.probe.manners import DRAWS, Manners, first_call, observe
+from autojac.probe.manners import Manners, first_call, observe
 from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
 from autojac.structure import Structure
 
-__all__ = ["DRAWS", "Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
+__all__ = ["Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
 
 SEED = 0x0A070
 HANG_S = 2.0

@@ -12,11 +12,10 @@ from torch import Tensor
 from autojac.errors import MutationError, OutputError, RandomnessError
 from autojac.kernels import fused_kernels
 from autojac.quiet import Quiet, random_state, same_bits, same_random_state
+from autojac.structure import DRAWS, UPDATES_BUFFERS
 from autojac.tolerance import disagreement
 
 Flat = Any
-UPDATES_BUFFERS = "updates buffers"
-DRAWS = "draws random numbers"
 
 
 @dataclass(frozen=True)

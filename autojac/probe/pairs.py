@@ -25,6 +25,7 @@ from torch import Tensor
 from autojac.autodiff import Pullback
 from autojac.limits import within
 from autojac.quiet import Quiet
+from autojac.seeds import noise
 
 SCALES = (1e-2, 1.0, 1e3)
 FEWEST_SPLITS = 6
@@ -136,7 +137,7 @@ def cotangent_verdict(
     blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
     silent = [torch.isfinite(gradient) for gradient in blank]
     for passes, mask in enumerate(masks, 1):
-        cotangents = [_noise(value, generator) * _along(mask, value) for value in values]
+        cotangents = [noise(value, generator) * _along(mask, value) for value in values]
         for gradient, usable, carries in zip(pullback.pull(values, cotangents), silent, carriers, strict=True):
             if not carries:
                 continue
@@ -207,10 +208,6 @@ def nan_layer(subject: Subject, masks: Sequence[Tensor], called: str) -> Verdict
     return Verdict(layer, False, f"{layer}: NaN stays in its sample ({called})")
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
 def _along(mask: Tensor, like: Tensor) -> Tensor:
     """A sample mask, shaped to broadcast over a tensor with the batch on axis 0."""
     return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
@@ -230,7 +227,7 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
     """Another point to change samples at: noise for floats; for masks the given one, then none set, then all."""
     leaf = leaf.detach()
     if leaf.is_floating_point():
-        return leaf + scale * _noise(leaf, generator)
+        return leaf + scale * noise(leaf, generator)
     if leaf.dtype == torch.bool and turn:
         return torch.full_like(leaf, turn == 2)
     return leaf
@@ -239,7 +236,7 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
 def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """The leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
     if leaf.is_floating_point():
-        return leaf + scale * _noise(leaf, generator) * _along(mask, leaf)
+        return leaf + scale * noise(leaf, generator) * _along(mask, leaf)
     if leaf.dtype == torch.bool:
         return leaf ^ mask.view(-1, *[1] * (leaf.dim() - 1))
     rows = torch.arange(len(leaf), device=leaf.device)

@@ -101,7 +101,7 @@ def attempt(subject: Subject, method: Method, allowed_s: float | None = None) ->
         return None
 
     def first_run() -> tuple[Compute, float, str | None]:
-        compute = method.prepare(problem)
+        compute = method.ready(problem)
         start = time.perf_counter()
         result = compute(subject.leaves, subject.kwargs)
         measure.synchronize(subject.device)

@@ -1,0 +1,71 @@
+"""Functions that draw random numbers: every evaluation of one computation draws the same.
+
+A computation may evaluate func several times: once a tangent, or once a sample. Each of these evaluations starts from
+the random state in which the computation was started, so that all see one mask; afterwards the state is where one
+evaluation leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.problem import Compute, Flat, Result
+from autojac.quiet import random_state, restore_random_state
+
+STATE = "autojac random state"
+"""The keyword under which the random state of a computation reaches func's evaluations."""
+
+
+def from_one_state(compute: Compute) -> Compute:
+    """A computation, all evaluations of which draw alike."""
+
+    def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        return compute(leaves, {STATE: random_state(), **kwargs})
+
+    return same
+
+
+def redrawn(fn: Flat) -> Flat:
+    """A flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
+
+    def again(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        state, kwargs = _taken(kwargs)
+        if state is not None:
+            restore_random_state(state)
+        return fn(leaves, kwargs)
+
+    return again
+
+
+def drawn_alike(fn: Flat, batched: Sequence[bool]) -> Flat:
+    """A flat function for `randomness="same"`: every sample is a batch of one that starts from the same random state.
+
+    Args:
+        fn: the flat function.
+        batched: which leaves carry the batch.
+    """
+
+    def one_by_one(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        state, kwargs = _taken(kwargs)
+        state = random_state() if state is None else state
+        samples = next(len(leaf) for leaf, has in zip(leaves, batched, strict=True) if has)
+        parts = []
+        for b in range(samples):
+            restore_random_state(state)
+            parts.append(
+                fn([leaf[b : b + 1] if has else leaf for leaf, has in zip(leaves, batched, strict=True)], kwargs)
+            )
+        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+
+    return one_by_one
+
+
+def _taken(kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The random state among the keyword arguments, and the others."""
+    if STATE not in kwargs:
+        return None, kwargs
+    return kwargs[STATE], {name: value for name, value in kwargs.items() if name != STATE}

@@ -10,7 +10,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -25,7 +25,15 @@ Mode = Literal["reverse", "forward"]
 
 def transforming() -> bool:
     """Whether the caller is inside a torch.func transform or a level of dual numbers."""
+    # while torch.compile traces, peek_interpreter_stack() is never None: what it traces may not probe either
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def saved_tensors_apart() -> AbstractContextManager[Any]:
+    """Keep a caller's hooks on saved tensors, such as checkpointing's, from seeing what an evaluation saves."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 @contextmanager
@@ -174,7 +182,8 @@ def push_dual_plainly(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
-    with forward.dual_level() as level:
+    # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
+    with forward._set_fwd_grad_enabled(True), forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions
         duals = [torch._VF._make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]

@@ -208,8 +208,8 @@ class AutoJacobian(Derived):
                     compute = prepared(entry.frame, composed, composable(composed))
                     return entry, compute(leaves, kwargs)
         raise UnsupportedError(
-            "a torch.func transform or forward mode is under way, in which nothing can be probed. Call jac(x) or "
-            "jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
+            "a torch.func transform, forward mode or torch.compile is under way, in which nothing can be probed. Call "
+            "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
         )
 
     def _key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -256,6 +256,8 @@ class AutoJacobian(Derived):
             result = entry.compute(leaves, kwargs)
             wrong = reference.check(result)
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
+            if type(error).__module__ == "torch.utils.checkpoint":
+                raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
         if wrong is None:
             self._schedule(entry)

@@ -40,7 +40,10 @@ class Frame:
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
         for number in chosen:
             if not -len(args) <= number < len(args):
-                raise OptionError(f"argnums names argument {number}, but the call has {len(args)} positional arguments")
+                raise OptionError(
+                    f"argnums names argument {number}, but the call has {len(args)} positional arguments. Keyword "
+                    "arguments are not differentiated: pass by position what is to be"
+                )
         chosen = tuple(number % len(args) for number in chosen)
         if len(set(chosen)) != len(chosen):
             raise OptionError(f"argnums names an argument twice: {argnums!r}")
@@ -210,6 +213,12 @@ class Frame:
                 raise InputError(
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
+                )
+            if tensor.layout != torch.strided or tensor.is_meta:
+                what = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+                raise InputError(
+                    f"tensor argument {position} is {what}; a dense tensor with values was expected. Pass x.to_dense() "
+                    "or leave it out of argnums"
                 )
         # beside a tensor that can carry the batch, a scalar is shared by all samples
         if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):

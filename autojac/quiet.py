@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.autodiff import saved_tensors_apart
+
 
 def random_state() -> tuple[Any, ...]:
     """The state of every generator that a function may draw from: torch, its GPUs, Python and NumPy."""
@@ -87,11 +89,13 @@ class Quiet:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         outside = random_state()
+        hooks = saved_tensors_apart()
         versions = [tensor._version for tensor in self.captured]
         saved = [tensor.detach().clone() for tensor in self.captured]
         restore_random_state(self.state)
         try:
-            yield
+            with hooks:
+                yield
         finally:
             restore_random_state(outside)
             with torch.no_grad():

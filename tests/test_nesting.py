@@ -151,3 +151,9 @@ def test_torch_transforms_inside_the_function() -> None:
 def test_a_first_call_inside_a_transform_says_what_to_do() -> None:
     with pytest.raises(autojac.UnsupportedError, match="once outside"):
         jacrev(unbatched(torch.sin))(doubles(3))
+
+
+def test_a_first_call_inside_a_compilation_says_what_to_do() -> None:
+    with pytest.raises(autojac.UnsupportedError, match=r"torch\.compile.*once outside"):
+        torch.compile(unbatched(torch.sin), backend="eager")(doubles(3))
+    torch._dynamo.reset()

@@ -66,11 +66,14 @@ class Subject:
     quiet: Quiet
 
     def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """Outputs with some leaves replaced; inputs still say that they require grad, as in the user's call."""
+        """Outputs with some leaves replaced; func sees grad mode and inputs as it does when it is differentiated.
+
+        It may take gradients itself, of views of its inputs.
+        """
         leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
-        with self.quiet(), torch.no_grad():
-            return tuple(self.fn(leaves, self.kwargs))
+        with self.quiet(), torch.enable_grad():
+            return tuple(value.detach() for value in self.fn(leaves, self.kwargs))
 
 
 def index_masks(batch: int) -> list[Tensor]:

@@ -58,8 +58,11 @@ def resolve_batched(
     inexact: tuple[bool, ...] | None = None
     for assignment in [guess] if fixed else _assignments(guess, differentiated):
         try:
-            with quiet(), torch.no_grad():
-                sliced = fn(slice_samples(leaves, assignment, stop), kwargs)
+            parts = slice_samples(leaves, assignment, stop)
+            # as in the call that is differentiated: func may take gradients itself
+            given = [x.detach().requires_grad_() if i in differentiated else x for i, x in enumerate(parts)]
+            with quiet(), torch.enable_grad():
+                sliced = [value.detach() for value in fn(given, kwargs)]
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"

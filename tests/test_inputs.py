@@ -340,3 +340,13 @@ def test_parameters_that_cannot_be_listed_still_get_gradients() -> None:
         return x**2 * next(hidden["box"])
 
     assert estimated(func)(doubles(4, 3)).requires_grad
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_mask_by_keyword_stretches_a_small_slice(batch: int) -> None:
+    def func(x: Tensor, *, mask: Tensor) -> Tensor:
+        return x.sin() * mask.unsqueeze(1)
+
+    x, mask = torch.randn(batch, 3).double(), torch.arange(batch) % 2 == 0
+    J = AutoJacobian(func, store=":memory:", on_miss="estimate")(x, mask=mask)
+    compare(J, jacobian_blocks(func, (x,), kwargs={"mask": mask}))

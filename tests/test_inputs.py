@@ -350,3 +350,8 @@ def test_a_mask_by_keyword_stretches_a_small_slice(batch: int) -> None:
     x, mask = torch.randn(batch, 3).double(), torch.arange(batch) % 2 == 0
     J = AutoJacobian(func, store=":memory:", on_miss="estimate")(x, mask=mask)
     compare(J, jacobian_blocks(func, (x,), kwargs={"mask": mask}))
+
+
+def test_a_single_element_may_have_any_stride() -> None:
+    x = torch.randn(1, 2).double()[:, ::2]
+    compare(AutoJacobian(torch.sin, store=":memory:", on_miss="estimate")(x), jacobian_blocks(torch.sin, (x,)))

@@ -18,6 +18,8 @@ ROWS = 6
 SAMPLES = 3
 NOISE_MARGIN = 16.0
 """Tolerance in multiples of the rounding that func itself shows."""
+MOST_NOISE = 0.1
+"""The largest relative tolerance that rounding excuses."""
 
 
 class Reference:
@@ -47,7 +49,7 @@ class Reference:
     ) -> None:
         self.problem = problem
         self.samples = samples
-        self.slack = 1.0
+        self.slack = [1.0] * len(problem.outputs)
         self.calibrated = False
         self.generator = torch.Generator().manual_seed(seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
@@ -69,24 +71,28 @@ class Reference:
         if wrong is not None and not self.calibrated:
             # func may compute in a lower precision than its output's: only now is it worth finding out
             self.calibrated = True
-            self.slack = self._own_noise()
+            self._calibrate()
             wrong = self._compare(result)
         return wrong
 
     def _compare(self, result: Result) -> str | None:
         return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result)
 
-    def _own_noise(self) -> float:
-        """How far func's own VJPs are from being linear in the cotangent, as a factor on the tolerance."""
-        value = self.values[0]
-        one, other = (_noise(value.shape, value, self.generator) for _ in range(2))
-        slack = 1.0
-        pulled = (self.pullback(0, cotangent) for cotangent in (one, other, one + other))
-        for a, b, both in zip(*pulled, strict=True):
-            gap, size = ((t.detach().nan_to_num(0, 0, 0).abs().amax()) for t in (a + b - both, both))
-            if size > 0:
-                slack = max(slack, float(NOISE_MARGIN * gap / size) / tolerance(both.dtype))
-        return slack
+    def _calibrate(self) -> None:
+        """Grant what func's own VJPs miss of being linear in the cotangent.
+
+        Relative to the derivative, and as an absolute floor: a derivative that vanishes by cancellation, as behind the
+        sum of a softmax, is nothing but rounding.
+        """
+        for output, value in enumerate(self.values):
+            one, other = (_noise(value.shape, value, self.generator) for _ in range(2))
+            pulled = (self.pullback(output, cotangent) for cotangent in (one, other, one + other))
+            for position, (a, b, both) in enumerate(zip(*pulled, strict=True)):
+                noise, size = (float(_largest(t)) for t in (a + b - both, both))
+                self.floors[output][position] = max(self.floors[output][position], NOISE_MARGIN * noise)
+                if size > 0:
+                    relative = min(NOISE_MARGIN * noise / size, MOST_NOISE)
+                    self.slack[output] = max(self.slack[output], relative / tolerance(both.dtype))
 
     def check_gradient(self, result: Result, captured: Sequence[Tensor]) -> str | None:
         """Why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
@@ -112,7 +118,7 @@ class Reference:
         found = gradient(torch.stack(actual).sum(), sources)
         for one, other in zip(found, right, strict=True):
             error = disagreement(
-                one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=self.slack
+                one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=max(self.slack)
             )
             if error is not None:
                 return f"the gradient through J is off by {error:.1g} relative"
@@ -145,8 +151,8 @@ class Reference:
                     return f"J has shape {tuple(jacobian.shape)} instead of {wanted}"
                 if jacobian.dtype != tensor.dtype:
                     return f"J is {jacobian.dtype} where reverse mode gives {tensor.dtype}"
-        for value, expected in zip(result.values, self.values, strict=True):
-            error = disagreement(value, expected, slack=self.slack)
+        for value, expected, slack in zip(result.values, self.values, self.slack, strict=True):
+            error = disagreement(value, expected, slack=slack)
             if error is not None:
                 return f"the value is off by {error:.1g} relative"
         return None
@@ -156,7 +162,9 @@ class Reference:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
                 own = self._rows_of(whole, output, position)[row]
                 expected = self._own(one, output, row, position)
-                error = disagreement(own[None], expected[None], floor=self.floors[output][position], slack=self.slack)
+                error = disagreement(
+                    own[None], expected[None], floor=self.floors[output][position], slack=self.slack[output]
+                )
                 if error is not None:
                     return f"row {row} of output {output} is off by {error:.1g} relative to plain reverse mode"
         return None
@@ -168,7 +176,7 @@ class Reference:
                     found, scale = self._project(whole, output, position, sample, cotangent)
                     expected = one if sample is None or not self._blockwise(position) else one[sample][None]
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
-                    error = disagreement(found, expected.reshape(found.shape), scale, floor, self.slack)
+                    error = disagreement(found, expected.reshape(found.shape), scale, floor, self.slack[output])
                     if error is not None:
                         where = "of the whole batch" if sample is None else f"of sample {sample}"
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
@@ -243,6 +251,10 @@ class Reference:
 
 def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.detach().nan_to_num(0, 0, 0).abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:

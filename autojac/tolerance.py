@@ -13,6 +13,8 @@ FLOOR = 1e-3
 """Share of the whole tensor's scale that every sample is granted, against cancellation in tiny entries."""
 NOISE_MARGIN = 16.0
 """Tolerance in multiples of the rounding that a function itself shows."""
+MOST_NOISE = 0.1
+"""The largest relative tolerance that rounding excuses."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -35,26 +37,33 @@ def rounding_floor(values: Tensor, inputs: Tensor) -> float:
     return 16 * torch.finfo(values.dtype).eps * height / width if width else 0.0
 
 
-def rounding_slack(
+def own_rounding(
     pull: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     values: Sequence[Tensor],
     generator: torch.Generator,
-) -> float:
-    """How far a function's own VJPs are from linear in the cotangent, as a factor of one or more on the tolerance.
+) -> list[tuple[float, float]]:
+    """What a function's own VJPs miss of being linear in the cotangent, for each input.
 
     Args:
         pull: maps outputs and cotangents to gradients.
         values: the outputs.
         generator: of random cotangents.
+
+    Returns:
+        The difference to grant, and a factor of one or more on the tolerance.
     """
     one, other = ([seeds.noise(value.detach(), generator) for value in values] for _ in range(2))
     both = [a + b for a, b in zip(one, other, strict=True)]
-    slack = 1.0
+    found = []
     for a, b, together in zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True):
-        gap, size = (t.detach().nan_to_num(0, 0, 0).abs().amax() for t in (a + b - together, together))
-        if size > 0:
-            slack = max(slack, float(NOISE_MARGIN * gap / size) / tolerance(together.dtype))
-    return slack
+        gap, size = (_largest(tensor) for tensor in (a + b - together, together))
+        relative = min(NOISE_MARGIN * gap / size, MOST_NOISE) if size > 0 else 0.0
+        found.append((NOISE_MARGIN * gap, max(relative / tolerance(together.dtype), 1.0)))
+    return found
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().nan_to_num(0, 0, 0).abs().amax()) if tensor.numel() else 0.0
 
 
 def disagreement(

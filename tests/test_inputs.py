@@ -351,3 +351,18 @@ def test_an_output_may_have_another_dtype_than_the_input(coupled: bool) -> None:
     J = estimated(func)(x)
     assert J.dtype == torch.float64
     compare(J, jacobian_blocks(func, (x,)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_mask_by_keyword_stretches_a_small_slice(batch: int) -> None:
+    def func(x: Tensor, *, mask: Tensor) -> Tensor:
+        return x.sin() * mask.unsqueeze(1)
+
+    x, mask = torch.randn(batch, 3).double(), torch.arange(batch) % 2 == 0
+    J = AutoJacobian(func, store=":memory:", on_miss="estimate")(x, mask=mask)
+    compare(J, jacobian_blocks(func, (x,), kwargs={"mask": mask}))
+
+
+def test_a_single_element_may_have_any_stride() -> None:
+    x = torch.randn(1, 2).double()[:, ::2]
+    compare(AutoJacobian(torch.sin, store=":memory:", on_miss="estimate")(x), jacobian_blocks(torch.sin, (x,)))

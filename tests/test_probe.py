@@ -127,3 +127,16 @@ def test_large_batches_are_split_at_random(monkeypatch: pytest.MonkeyPatch) -> N
     structure = autojac.probe(torch.sin, torch.randn(4096, 2))
     assert structure.independent
     assert any("6 random half-splits of 4096 samples" in line for line in structure.evidence)
+
+
+def test_a_function_may_take_gradients_of_views_of_its_input() -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def residual(xt: Tensor) -> Tensor:
+        xt = xt if xt.requires_grad else xt.detach().requires_grad_()
+        x, t = xt[:, :1], xt.view(-1, 2)[:, 1:]
+        slopes = torch.autograd.grad(net(torch.cat([x, t], 1)).sum(), (x, t), create_graph=True)
+        return torch.cat(slopes, 1)
+
+    for x in (torch.randn(5, 2).double(), torch.randn(5, 2).double().requires_grad_()):
+        assert autojac.probe(residual, x).independent

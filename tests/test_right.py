@@ -116,3 +116,15 @@ def test_every_method_serves_some_scenario() -> None:
             if any(method.unsupported(one) is None for method in kind.candidates(one, 1))
         }
     assert served == set(registry())
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_derivative_that_is_all_rounding_is_no_failure(coupled: bool) -> None:
+    def func(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.nn.functional.layer_norm(x.flip(0) if coupled else x, (4,))
+        return y.sin(), y.sum(1)
+
+    x = torch.randn(4, 4, dtype=torch.float64)
+    for layout in ("blocks", "full"):
+        _, J = autojac.AutoJacobian(func, on_miss="estimate", store=":memory:", layout=layout)(x)
+        assert float(J.abs().amax()) < 1e-14

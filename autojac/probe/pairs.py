@@ -71,7 +71,10 @@ class Subject:
     limit_s: float = math.inf
 
     def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """Outputs with some leaves replaced; inputs still say that they require grad, as in the user's call."""
+        """Outputs with some leaves replaced; func sees grad mode and inputs as it does when it is differentiated.
+
+        It may take gradients itself, of views of its inputs.
+        """
         leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
         # func may differentiate itself

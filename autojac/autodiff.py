@@ -159,14 +159,17 @@ def load_forward_rules() -> None:
 def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """One JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
     try:
-        return _push_dual(fn, inputs, tangents)
+        return push_dual_plainly(fn, inputs, tangents)
     except NotImplementedError:
         # few operators need torch's decompositions, which take 0.2 s to load: only now is it known that one does
         load_forward_rules()
-        return _push_dual(fn, inputs, tangents)
+        return push_dual_plainly(fn, inputs, tangents)
 
 
-def _push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def push_dual_plainly(
+    fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     with forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions

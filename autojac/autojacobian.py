@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from autojac.autodiff import transforming
 from autojac.captures import Captures, captures
 from autojac.derived import Derived
-from autojac.entry import Entry, with_aux
+from autojac.entry import Entry, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
 from autojac.frame import Frame, describe
@@ -204,8 +204,7 @@ class AutoJacobian(Derived):
                     batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
                     composed = dataclasses.replace(problem.resized(batch), differentiable=True)
                     kwargs = entry.frame.keywords(args, kwargs)
-                    method = composable(composed)
-                    compute = with_aux(entry.frame, composed, method.prepare(composed), method.plain)
+                    compute = prepared(entry.frame, composed, composable(composed))
                     return entry, compute(leaves, kwargs)
         raise UnsupportedError(
             "a torch.func transform or forward mode is under way, in which nothing can be probed. Call jac(x) or "

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.frame import AUX, Frame
+from autojac.hollow import filled
+from autojac.methods.base import Method
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
-from autojac.problem import Compute, Problem, Result, empty_rows
+from autojac.problem import Compute, Problem, Result
 from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
@@ -68,11 +70,18 @@ class Seen:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to differentiate."""
-        sizes = [*self.signature.outputs, *(leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated)]
-        return not self.signature.batch or 0 in map(math.prod, sizes)
+        inputs = [leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated]
+        return not (
+            self.signature.batch and any(map(math.prod, self.signature.outputs)) and any(map(math.prod, inputs))
+        )
 
 
-def with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:
+def prepared(frame: Frame, problem: Problem, method: Method) -> Compute:
+    """A method made ready for all of a problem: for what has no elements, and for what func returned as aux."""
+    return _with_aux(frame, problem, filled(problem, method.prepare), method.plain)
+
+
+def _with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:
     """A computation beside which comes what func returned as aux.
 
     Args:
@@ -94,15 +103,3 @@ def with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> C
         return result._replace(aux=aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux))
 
     return collecting
-
-
-def empty_compute(problem: Problem) -> Compute:
-    """The Jacobian of a problem without elements."""
-
-    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        values = problem.fn(leaves, kwargs)
-        return Result(
-            values if problem.differentiable else tuple(value.detach() for value in values), empty_rows(problem, leaves)
-        )
-
-    return compute

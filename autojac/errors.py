@@ -74,3 +74,7 @@ class StoreWarning(AutojacWarning):
 
 class StructureChangedWarning(AutojacWarning):
     """The runtime guard caught a plan whose structure no longer holds."""
+
+
+class ModesDisagreeWarning(AutojacWarning):
+    """Forward and reverse mode give different derivatives; reverse mode's are returned."""

@@ -119,7 +119,10 @@ class Frame:
         if isinstance(out, Tensor):
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
-        return tuple(value.unsqueeze(0) for value in values) if self.unbatched else tuple(values)
+        if not self.unbatched:
+            return tuple(values)
+        # what is no tensor goes on as it is, to be refused by name
+        return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
 
     def value(self, values: Sequence[Tensor]) -> Any:
         """The function's result from its flat outputs."""
@@ -196,8 +199,6 @@ class Frame:
         return groups
 
     def _require_floats(self, flat: Sequence[Any]) -> None:
-        # beside a tensor that can carry the batch, a scalar is shared by all samples
-        shared = any(flat[index].dim() for index in self.tensor_at)
         for position in self.differentiated:
             tensor = flat[self.tensor_at[position]]
             if tensor.is_complex():
@@ -210,10 +211,12 @@ class Frame:
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
                     "was expected. Convert it with x.float(), or leave it out of argnums"
                 )
-            if tensor.dim() == 0 and self.axes[position] is not None and not shared:
-                raise InputError(
-                    f"tensor argument {position} is a scalar; the batch was expected on axis 0: shape (B, ...)"
-                )
+        # beside a tensor that can carry the batch, a scalar is shared by all samples
+        if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
+            raise InputError(
+                "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
+                "without a batch pass in_dims=None"
+            )
 
 
 def describe(value: Any) -> Any:

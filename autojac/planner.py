@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -14,11 +15,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
-from autojac.entry import Entry, Request, Seen, empty_compute, with_aux
-from autojac.errors import InputError, OutputError, PlanMissError, RandomnessError, StoreError
+from autojac.entry import Entry, Request, Seen, prepared
+from autojac.errors import InputError, ModesDisagreeWarning, OutputError, PlanMissError, RandomnessError, StoreError
 from autojac.frame import Frame, describe
+from autojac.hollow import solid
 from autojac.layouts import require_layout
-from autojac.methods.base import Method, build, registry
+from autojac.methods.base import Method, build, composable, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import DRAWS, Examined, examine, first_call, guess_batched, observe
@@ -135,7 +137,7 @@ class Planner:
         frame, options = request.frame, self.options
         call = (frame.fn, request.leaves, request.kwargs)
         manners = observe(seen.first, *call, frame.differentiated, seen.quiet)
-        return examine(
+        found = examine(
             *call,
             manners,
             seen.guess,
@@ -145,6 +147,9 @@ class Planner:
             declared=options.declared,
             budget_s=PROBE_BUDGET_S[effort],
         )
+        if found.notice is not None:
+            warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
+        return found
 
     def problem(self, request: Request, signature: Signature, structure: Structure, batched: Sequence[bool]) -> Problem:
         """The problem that methods solve."""
@@ -248,7 +253,7 @@ class Planner:
             method = build(plan.method)
         except StoreError:
             return None  # made by another version of autojac
-        if method.unsupported(problem) is not None:
+        if method.unsupported(solid(problem)) is not None:
             return None
         self._remember(seen.signature, plan)
         return self._made(request, seen, problem, plan, method)
@@ -264,9 +269,8 @@ class Planner:
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
-            won = search(
-                problem, request.leaves, request.kwargs, request.trained, seen.quiet, effort, budget, hints, progress
-            )
+            call = (request.leaves, request.kwargs, request.trained, seen.quiet)
+            won = search(solid(problem), *call, effort, budget, hints, progress)
         plan = Plan(
             won.method.spec(),
             found.structure,
@@ -285,7 +289,7 @@ class Planner:
 
     @staticmethod
     def _made(request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
-        compute = with_aux(request.frame, problem, method.prepare(problem), method.plain)
+        compute = prepared(request.frame, problem, method)
         mutable = tuple(seen.quiet.captured)
         return Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
 
@@ -298,6 +302,7 @@ class Planner:
         """Nothing to differentiate: a Jacobian without elements."""
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
         problem = self.problem(request, seen.signature, structure, seen.guess)
-        plan = Plan({"method": "Pull", "seeds": "shared"}, structure, seen.guess, "estimate", source="estimate")
-        compute = with_aux(request.frame, problem, empty_compute(problem), plain=True)
+        method = composable(problem)
+        plan = Plan(method.spec(), structure, seen.guess, "estimate", source="estimate")
+        compute = prepared(request.frame, problem, method)
         return Entry(request.frame, problem, plan, compute, seen.signature, (), next_check=math.inf)

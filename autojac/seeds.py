@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from autojac.autodiff import transforming
+
 SeedKind = Literal["shared", "identity"]
 
 
@@ -44,6 +46,13 @@ class SharedSeeds:
             if not torch.compiler.is_compiling():
                 self._made[index] = made
         return made
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """`rows`, copied if they are kept seeds themselves: what a caller writes there must not come back as seeds."""
+        if not self._made or type(rows) is not Tensor or torch.compiler.is_compiling() or transforming():
+            return rows
+        kept = [made.untyped_storage().data_ptr() for made in self._made.values()]
+        return rows.clone() if rows.untyped_storage().data_ptr() in kept else rows
 
 
 def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class Structure:
         suspect: the layers of the probe disagree, so every call is checked.
         effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`);
             if not empty, func must run exactly once, on the whole batch.
+        kernels: fused operators in func that lack some derivatives, which their plain formula has.
         evidence: one line for each layer of the probe, for people.
     """
 
@@ -31,6 +32,7 @@ class Structure:
     sliceable: bool = True
     suspect: bool = False
     effects: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,9 +63,11 @@ class Structure:
             "sliceable": self.sliceable,
             "suspect": self.suspect,
             "effects": list(self.effects),
+            "kernels": list(self.kernels),
             "evidence": list(self.evidence),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Structure:
-        return cls(**{**data, "effects": tuple(data["effects"]), "evidence": tuple(data["evidence"])})
+        lists = {name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}
+        return cls(**{**data, **lists})

@@ -16,6 +16,12 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        drawn = getattr(item, "callspec", None)
+        scenario = drawn.params.get("scenario") if drawn is not None else None
+        if "modes_differ" in getattr(scenario, "traits", ()):
+            # autojac tells it, and is tested for that in test_modes.py
+            item.add_marker(pytest.mark.filterwarnings("ignore::autojac.ModesDisagreeWarning"))
     if torch.cuda.is_available():
         return
     for item in items:

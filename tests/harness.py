@@ -41,7 +41,7 @@ def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
         assert one.shape == other.shape
         assert one.dtype == other.dtype
         both = torch.isfinite(one) & torch.isfinite(other)
-        scale = float(torch.where(both, other, 0).abs().amax()) if other.numel() else 0.0
+        scale = float(torch.where(both, other, 0).detach().abs().amax()) if other.numel() else 0.0
         torch.testing.assert_close(
             torch.where(both, one, 0), torch.where(both, other, 0), rtol=rtol, atol=rtol * max(scale, 1e-12)
         )

@@ -65,7 +65,7 @@ def _jacobian(
     to_double: bool,
     own_sample: Callable[[int], bool],
 ) -> Any:
-    wanted = (argnums,) if isinstance(argnums, int) else argnums
+    wanted = [number % len(args) for number in ((argnums,) if isinstance(argnums, int) else argnums)]
     kwargs = dict(kwargs or {})
     if to_double:
         func, (args, kwargs) = _double_function(func), pytree.tree_map(_double, (args, kwargs))
@@ -91,7 +91,7 @@ def _rows(y: Tensor, x: Tensor, own_sample: bool) -> Tensor:
         per_sample = y[0].numel() if len(y) else 0
         rows = [row[i // per_sample] for i, row in enumerate(rows)]
     event = x.shape[1:] if own_sample else x.shape
-    return torch.stack(rows).reshape(*y.shape, *event) if rows else x.new_zeros(*y.shape, *event)
+    return torch.stack(rows).reshape((*y.shape, *event)) if rows else x.new_zeros((*y.shape, *event))
 
 
 def _row(scalar: Tensor, x: Tensor) -> Tensor:

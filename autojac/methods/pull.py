@@ -132,7 +132,7 @@ class Pull(Method):
             pulled.append([own_coordinates(part, start) for part in rows] if diagonal else rows)
         jacobians = []
         for parts in zip(*pulled, strict=True):
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = made.apart(parts[0]) if len(parts) == 1 else torch.cat(parts)
             if diagonal:
                 jacobians.append(whole.T)
                 continue

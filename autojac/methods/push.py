@@ -124,7 +124,7 @@ class Push(Method):
                     pushed = [own_coordinates(rows, start) for rows in pushed]
                 yield pushed
 
-        pushed_all = collect(parts(), count, problem.differentiable)
+        pushed_all = [made.apart(rows) for rows in collect(parts(), count, problem.differentiable)]
         return values, tuple(
             # like reverse mode, whatever func's output is
             self._arrange(problem, rows.to(inputs[order].dtype), event, position)

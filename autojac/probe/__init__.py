@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.probe.manners import DRAWS, Manners, first_call, observe
+from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
@@ -26,10 +27,17 @@ HANG_RATIO = 50.0
 
 @dataclass(frozen=True)
 class Examined:
-    """What a probe found: the structure, and which leaves carry the batch."""
+    """What a probe found.
+
+    Attributes:
+        structure: what couples with what.
+        batched: which leaves carry the batch.
+        notice: what the user must be told besides.
+    """
 
     structure: Structure
     batched: tuple[bool, ...]
+    notice: str | None = None
 
 
 def examine(
@@ -63,7 +71,8 @@ def examine(
         held = tuple(leaf.detach() for leaf in leaves)
     settled = [True] * len(held) if declared is not None else fixed
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, settled, differentiated, quiet)
-    evidence = [manners.evidence]
+    compared, notice = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
+    evidence = [manners.evidence, compared]
     inputs = tuple(position for position in differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
     if declared is not None:
@@ -74,13 +83,15 @@ def examine(
             declared.sliceable and refusal is None,
             False,
             manners.effects,
+            manners.kernels,
             (*declared.evidence, *evidence, line),
         )
-        return Examined(structure, batched)
+        return Examined(structure, batched, notice)
     batch = len(values[0])
     if batch < 2:
         evidence.append("pairs: one sample has nothing to couple with")
-        return Examined(Structure("independent", effects=manners.effects, evidence=tuple(evidence)), batched)
+        structure = Structure("independent", effects=manners.effects, kernels=manners.kernels, evidence=tuple(evidence))
+        return Examined(structure, batched, notice)
 
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
     generator = torch.Generator().manual_seed(SEED)
@@ -112,6 +123,7 @@ def examine(
         # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
         suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
         effects=manners.effects,
+        kernels=manners.kernels,
         evidence=tuple(evidence),
     )
-    return Examined(structure, batched)
+    return Examined(structure, batched, notice)

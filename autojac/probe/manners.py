@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.errors import MutationError, OutputError, RandomnessError
+from autojac.kernels import fused_kernels
 from autojac.quiet import Quiet, random_state, same_bits, same_random_state
 from autojac.tolerance import disagreement
 
@@ -28,10 +29,11 @@ class FirstCall:
 
 @dataclass(frozen=True)
 class Manners:
-    """What two plain calls of func showed: the first call, and the line for `explain`."""
+    """What two plain calls of func showed: the first call, fused operators, and the line for `explain`."""
 
     values: tuple[Tensor, ...]
     effects: tuple[str, ...]
+    kernels: tuple[str, ...]
     evidence: str
 
 
@@ -92,7 +94,9 @@ def observe(
                 "Does it keep a counter, read a clock, or draw from a generator of its own?"
             )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
-    return Manners(first.values, first.effects, f"manners: two calls agree, inputs unchanged, {does}")
+    kernels = fused_kernels(second)
+    uses = f", it uses a fused {' and '.join(kernels)}" if kernels else ""
+    return Manners(first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}")
 
 
 def check_outputs(values: Sequence[Any]) -> int:

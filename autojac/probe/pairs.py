@@ -73,8 +73,10 @@ class Subject:
         """Outputs with some leaves replaced; inputs still say that they require grad, as in the user's call."""
         leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
-        with self.quiet(), torch.no_grad():
-            return within(self.limit_s if replaced else math.inf, lambda: tuple(self.fn(leaves, self.kwargs)))
+        # func may differentiate itself
+        with self.quiet(), torch.enable_grad():
+            values = within(self.limit_s if replaced else math.inf, lambda: tuple(self.fn(leaves, self.kwargs)))
+        return tuple(value.detach() for value in values)
 
 
 def index_masks(batch: int) -> list[Tensor]:

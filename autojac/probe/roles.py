@@ -63,8 +63,10 @@ def resolve_batched(
     for assignment in _assignments(guess, fixed, differentiated):
         try:
             samples = slice_samples(leaves, assignment, stop)
-            with quiet(), torch.no_grad():
-                sliced = within(HANG_S, functools.partial(fn, samples, kwargs))
+            samples = [x.detach().requires_grad_(i in differentiated) for i, x in enumerate(samples)]
+            # func may differentiate itself
+            with quiet(), torch.enable_grad():
+                sliced = [part.detach() for part in within(HANG_S, functools.partial(fn, samples, kwargs))]
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"

@@ -1,0 +1,63 @@
+"""Wrapper: attention by its formula, for what a fused kernel has no derivative for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from torch import Tensor
+
+from autojac.kernels import ATTENTION, plain_formulas
+from autojac.methods.base import Method, registry
+from autojac.problem import Compute, Problem, Result
+
+
+@dataclass(frozen=True)
+class PlainAttention(Method):
+    """Another method, with `scaled_dot_product_attention` by its formula: it has forward mode and second derivatives.
+
+    Attributes:
+        inner: the method.
+    """
+
+    inner: Method
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if ATTENTION not in problem.structure.kernels:
+            return f"func was not seen to use a fused {ATTENTION}"
+        return self.inner.unsupported(problem)
+
+    @property
+    def chunked(self) -> bool:
+        return self.inner.chunked
+
+    @property
+    def traceable(self) -> bool:
+        return self.inner.traceable
+
+    @property
+    def plain(self) -> bool:
+        return self.inner.plain
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        if ATTENTION in problem.structure.kernels:
+            for kind in registry().values():
+                if not any(field.name == "inner" for field in fields(kind)):
+                    yield from map(cls, kind.candidates(problem, depth))
+
+    def cost(self, problem: Problem) -> float:
+        return 1.2 * self.inner.cost(problem)
+
+    def workspace(self, problem: Problem) -> int:
+        return self.inner.workspace(problem)
+
+    def prepare(self, problem: Problem) -> Compute:
+        inner, kernels = self.inner.prepare(problem), problem.structure.kernels
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            with plain_formulas(kernels):
+                return inner(leaves, kwargs)
+
+        return compute

@@ -1,0 +1,108 @@
+"""Do forward and reverse mode agree? Where they don't, a finite difference tells whom it sides with.
+
+Reverse mode's answer is the one that is returned: it is what autograd gives, and what a custom backward, `detach` or a
+`no_grad` region means. But a difference may as well be a wrong formula, so it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import Pullback, push_dual_plainly
+from autojac.quiet import Quiet
+from autojac.tolerance import tolerance
+
+MARGIN = 10.0
+"""A disagreement in multiples of the tolerance of the dtype: each mode rounds in its own order."""
+SIDES = 0.1
+"""A finite difference takes a side if it is this much nearer to one than to the other."""
+
+
+def compare_modes(
+    fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], quiet: Quiet, seed: int
+) -> tuple[str, str | None]:
+    """Compare uᵀJv by both modes, for a random u and v.
+
+    Args:
+        fn: maps (leaves, kwargs) to a tuple of tensors.
+        leaves, kwargs: the point.
+        inputs: indices of the leaves to differentiate.
+        quiet: how to evaluate without a trace.
+        seed: of u and v.
+
+    Returns:
+        A line of evidence, and what to tell the user; None if the modes agree or can't be compared.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = [leaves[position].detach() for position in inputs]
+    directions = [_noise(point, generator) for point in points]
+
+    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
+        merged = [leaf.detach() for leaf in leaves]
+        for position, tensor in zip(inputs, tensors, strict=True):
+            merged[position] = tensor
+        return tuple(fn(merged, kwargs))
+
+    try:
+        # func may ask whether its input requires grad: every evaluation says that it does
+        asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
+        with quiet(), torch.enable_grad():
+            values, pushed = push_dual_plainly(bound, asking, directions)
+    except Exception as error:  # an operator or a custom Function without a forward formula
+        return f"modes: not compared, forward mode raises {type(error).__name__}", None
+    cotangents = [_noise(value.detach(), generator) for value in values]
+    with quiet():
+        pullback = Pullback(bound, points, differentiable=False)
+        pulled = pullback.pull(pullback.recorded, cotangents, last=True)
+    forward, size = _product(cotangents, pushed)
+    reverse, other_size = _product(pulled, directions)
+    gap, scale = abs(forward - reverse), max(size, other_size)
+    if not gap > MARGIN * max(tolerance(tensor.dtype) for tensor in (*values, *points)) * scale:
+        return "modes: forward and reverse mode agree along a random direction", None
+    difference, kind = _finite_difference(bound, points, directions, cotangents, quiet)
+    sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
+    nearer, farther = sorted(sides, key=lambda mode: sides[mode])
+    clear = sides[nearer] < SIDES * sides[farther]
+    sided = f"agrees with {nearer} mode" if clear else f"agrees with neither ({difference:.3g})"
+    line = (
+        f"forward and reverse mode disagree: along a random direction {forward:.3g} and {reverse:.3g}. "
+        f"A finite difference in {kind} {sided}"
+    )
+    advice = (
+        "The Jacobian is reverse mode's, as autograd gives it. If func has a no_grad region or a Function with a "
+        "gradient of its own, that is what it asks for; else one of torch's formulas is wrong"
+    )
+    return f"modes: {line}", f"{line}. {advice}"
+
+
+def _finite_difference(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+) -> tuple[float, str]:
+    """uᵀJv by a central difference, in float64 where func takes that; and the dtype's name."""
+    for dtype in (torch.float64, points[0].dtype):
+        step = torch.finfo(dtype).eps ** (1 / 3) * max(1.0, *(float(p.abs().amax()) for p in points if p.numel()))
+        moved = []
+        try:
+            for sign in (1, -1):
+                shifted = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
+                with quiet(), torch.enable_grad():
+                    moved.append([y.detach() for y in bound(*(x.requires_grad_() for x in shifted))])
+        except Exception:  # weights of another dtype
+            continue
+        slopes = [(a.double() - b.double()) / (2 * step) for a, b in zip(*moved, strict=True)]
+        return _product(cotangents, slopes)[0], str(dtype).removeprefix("torch.")
+    return float("nan"), "any dtype"
+
+
+def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float]:
+    """Inner product, and the sum of the terms' sizes; not finite terms are left out."""
+    terms = [(a.detach().double() * b.detach().double()).nan_to_num(0, 0, 0) for a, b in zip(left, right, strict=True)]
+    return sum(float(term.sum()) for term in terms), sum(float(term.abs().sum()) for term in terms)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)

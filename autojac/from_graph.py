@@ -87,10 +87,13 @@ def jacobian_from(
     )
     events = tuple(tuple(value.shape[1:]) for value in values)
     require_layout(Signature(leaves, events, batch, "", options.layout, create_graph, ()))
-    pullback = Pullback.of_graph(values, sources, create_graph)
+    # methods see the outputs that have elements
+    solid = [index for index, value in enumerate(values) if value.numel()] or list(range(len(values)))
+    pullback = Pullback.of_graph([values[index] for index in solid], sources, create_graph)
     structure = options.declared or Structure("independent")
     room = available_bytes(sources[0].device) // 2 if limit is None else limit
-    problem = Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, room)
+    whole = Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, room)
+    problem = dataclasses.replace(whole, outputs=tuple(events[index] for index in solid))
     try:
         result = _compute(problem, pullback, probing=options.declared is None)
         if not (create_graph if retain_graph is None else retain_graph):
@@ -99,7 +102,10 @@ def jacobian_from(
         raise
     except RuntimeError as error:
         raise InputError(f"no gradient can be pulled through this graph: {_advice(error)}") from error
-    rows = [pytree.tree_unflatten([J[0] if unbatched else J for J in row], in_spec) for row in result.jacobians]
+    hollow = dataclasses.replace(whole, outputs=tuple(event for event in events if 0 in event))
+    found, zeros = iter(result.jacobians), iter(empty_rows(hollow, sources))
+    every = [next(found if index in solid else zeros) for index in range(len(values))]
+    rows = [pytree.tree_unflatten([J[0] if unbatched else J for J in row], in_spec) for row in every]
     return pytree.tree_unflatten(rows, out_spec)
 
 

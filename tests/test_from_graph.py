@@ -158,3 +158,12 @@ def test_what_cannot_be_is_said(make: Any, error: type[Exception], match: str) -
     with pytest.raises(autojac.OptionError, match="axis 1"):
         x = leaf(2, 3)
         jacobian_from(x.T.sin(), x, in_dims=1)
+
+
+@pytest.mark.parametrize("coupling", ["auto", "dense"])
+def test_outputs_and_inputs_without_elements(coupling: str) -> None:
+    def func(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :0] * 1, x.sin() + z.sum(1, keepdim=True)
+
+    args = (leaf(4, 3), leaf(4, 0))
+    compare(jacobian_from(func(*args), args, coupling=coupling), jacobian_blocks(func, args, (0, 1)))

@@ -89,8 +89,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "mutable default": mutable_default,
     "writes into zeros": writes_rows,
     "differentiates itself": forces,
-    "no_grad inside": norm_held_fixed,
-    "no_grad around": torch.no_grad()(lambda x: x * 2),
     "partial": functools.partial(torch.mul, torch.arange(3.0, dtype=torch.float64)),
     "method": Two().forward,
     "module": Two(),
@@ -115,6 +113,14 @@ def test_functions(func: Callable[[Tensor], Any], layout: str) -> None:
     assert pytree.tree_structure(J) == pytree.tree_structure(expected)
     compare(J, expected, rtol)
     compare(value, func(x))
+
+
+@pytest.mark.parametrize("func", [norm_held_fixed, torch.no_grad()(lambda x: x * 2)], ids=["inside", "around"])
+def test_functions_without_grad_are_told_of(func: Callable[[Tensor], Tensor]) -> None:
+    x = doubles(4, 3)
+    with pytest.warns(autojac.ModesDisagreeWarning, match="no_grad"):
+        J = estimated(func)(x)
+    compare(J, jacobian_blocks(func, (x,)))
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autojac.autodiff import transforming
+from autojac.autodiff import saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.derived import Derived
 from autojac.entry import Entry, prepared
@@ -254,7 +254,8 @@ class AutoJacobian(Derived):
         reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
         try:
             result = entry.compute(leaves, kwargs)
-            wrong = reference.check(result)
+            with saved_tensors_apart():
+                wrong = reference.check(result)
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from autojac.autodiff import saved_tensors_apart
 from autojac.captures import Captures
 from autojac.draws import drawn_alike, redrawn
 from autojac.entry import Entry, Request, Seen, prepared
@@ -86,7 +87,7 @@ class Planner:
             force: search even if a plan is known.
         """
         request = request.apart()
-        with without_hooks(request.trained), nested() as inside:
+        with without_hooks(request.trained), saved_tensors_apart(), nested() as inside:
             return self._entry(request, captured, effort, budget_s, force, inside)
 
     def _entry(

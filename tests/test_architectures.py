@@ -97,7 +97,7 @@ def test_very_many_architectures_are_right(drawn: Architecture) -> None:
 def check_probe(drawn: Architecture) -> None:
     """Where one sample's derivative reaches another, the probe must not call them independent."""
     made = drawn.make()
-    assume(drawn.roles != "none" and not drawn.packed)
+    assume(drawn.roles != "none" and not drawn.packed and "dropout" not in drawn.names)
     with calm(made), torch.inference_mode(False):
         in_dims = made.options.get("in_dims", "auto")
         structure = autojac.probe(made.func, *made.args, in_dims=in_dims, **made.kwargs)
@@ -167,8 +167,9 @@ def check_mistimed(drawn: Architecture, inverted: bool) -> None:
     with calm(made), pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_block", block)
         jac = jacobian_of(made, on_miss="tune", effort="quick", budget_s=0.2)
-        compare(jac(*made.args, **made.kwargs), expected)
-        compare(jac(*made.args, **made.kwargs), expected)
+        for _ in range(2):
+            with torch.random.fork_rng():  # one mask of a dropout for both
+                compare(jac(*made.args, **made.kwargs), expected)
 
 
 @given(architectures(), st.booleans())

@@ -130,7 +130,10 @@ class Pullback:
 
         with torch.enable_grad():
             cotangents = [c for _, c in pairs]
-            gradients = _vmap(run, 0, 0, allow_none_pass_through=True)(*cotangents) if batched else run(*cotangents)
+            if batched:
+                gradients = quietly(_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents)
+            else:
+                gradients = run(*cotangents)
         # torch's own materialize_grads would forget the leading axis of batched cotangents
         return [
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
@@ -156,7 +159,23 @@ def vmap(
 ) -> Callable[..., Any]:
     """torch.vmap, chunked; what is drawn inside is the same for all that is mapped over, or refused."""
     randomness = "same" if draws else "error"
-    return torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness=randomness)
+    return quietly(torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness=randomness))
+
+
+def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
+    """Without torch's warning that vmap runs some operator sample by sample: a plan that does was timed as it is."""
+
+    def silent(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return mapped(*args)
+        functorch: Any = torch._C._functorch
+        functorch._set_vmap_fallback_warning_enabled(False)
+        try:
+            return mapped(*args)
+        finally:
+            functorch._set_vmap_fallback_warning_enabled(True)
+
+    return silent
 
 
 @functools.cache

@@ -181,7 +181,7 @@ class AutoJacobian(Derived):
         leaves = entry.frame.leaves(args)
         kwargs = entry.frame.keywords(args, kwargs)
         entry.calls += 1
-        if entry.calls >= entry.next_check:
+        if entry.calls >= entry.next_check or (entry.numbers is not None and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs)
         return entry, entry.compute(leaves, kwargs)
 
@@ -242,7 +242,7 @@ class AutoJacobian(Derived):
 
     def _keep(self, key: Any, entry: Entry) -> None:
         if self.options.verify == "never":
-            entry.next_check = math.inf
+            entry.next_check, entry.numbers = math.inf, None
         self._entries[key] = entry
 
     def _checked(

@@ -22,6 +22,9 @@ from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
 
+MOST_NUMBERS = 32
+"""Calls with Python floats that no call before had are checked this many times."""
+
 
 @dataclass
 class Entry:
@@ -37,6 +40,19 @@ class Entry:
     calls: int = 0
     last_check: int = 0
     next_check: float = 1
+    numbers: set[tuple[float, ...]] | None = None
+
+    def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call's Python floats, which its signature leaves out, are others than those of any call checked.
+
+        A branch may hang on them. Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        """
+        assert self.numbers is not None
+        given = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
+        if given in self.numbers or len(self.numbers) >= MOST_NUMBERS:
+            return False
+        self.numbers.add(given)
+        return True
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ class Frame:
         else:
             flat = pytree.tree_leaves(tuple(args))
             tensors = tuple(flat[index] for index in self.tensor_at)
+        if any(map(Tensor.is_inference, tensors)) and not torch.is_inference_mode_enabled():
+            tensors = tuple(_recordable(t) for t in tensors)
         if not self.moved:
             return tensors
         if self.unbatched:
@@ -89,6 +91,8 @@ class Frame:
 
     def keywords(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The keyword arguments, with those positional arguments that are no tensors: a time, say, may change."""
+        if kwargs and any(isinstance(value, Tensor) and value.is_inference() for value in kwargs.values()):
+            kwargs = {name: _recordable(value) for name, value in kwargs.items()}
         if not self.constants:
             return kwargs
         flat = pytree.tree_leaves(tuple(args))
@@ -226,6 +230,11 @@ class Frame:
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
                 "without a batch pass in_dims=None"
             )
+
+
+def _recordable(value: Any) -> Any:
+    """A tensor that autograd can save: what inference mode made is copied."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def describe(value: Any) -> Any:

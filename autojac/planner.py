@@ -35,6 +35,8 @@ from autojac.stored import Keys, Stored
 from autojac.structure import DRAWS, DRAWS_ALIKE, Structure
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
+LOOKS = 4
+"""Calls of func beyond the first that must have drawn for it to be a random one."""
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
 
 _planning: ContextVar[bool] = ContextVar("planning", default=False)
@@ -191,6 +193,16 @@ class Planner:
     def _drawing(self, request: Request, first: FirstCall, quiet: Quiet) -> tuple[Flat, FirstCall]:
         """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
         frame, leaves = request.frame, request.leaves
+        # the generators are the process's, and another thread may have drawn: func draws at every look
+        if any(DRAWS not in self._first_call(frame.fn, request, quiet).effects for _ in range(LOOKS)):
+            kept = tuple(effect for effect in first.effects if effect != DRAWS)
+            return frame.fn, dataclasses.replace(first, effects=kept)
+        if self.options.randomness == "error":
+            raise RandomnessError(
+                "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
+                "the current random state would draw, 'same' for samples that all see the same draw, or put the model "
+                "into eval mode"
+            )
         if self.options.randomness == "different":
             return redrawn(frame.fn), first
         batched = frame.batched(guess_batched(leaves, len(first.values[0])))
@@ -216,12 +228,6 @@ class Planner:
                     f"{type(error).__name__}: {error}. One batch size was expected"
                 ) from error
             raise
-        if DRAWS in first.effects and self.options.randomness == "error":
-            raise RandomnessError(
-                "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
-                "the current random state would draw, 'same' for samples that all see the same draw, or put the model "
-                "into eval mode"
-            )
         return first
 
     def _signature(self, request: Request, first: FirstCall) -> tuple[Signature, tuple[bool, ...]]:
@@ -309,7 +315,11 @@ class Planner:
     def _made(request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
         compute = prepared(request.frame, problem, method)
         mutable = tuple(seen.quiet.captured)
-        return Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
+        entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
+        trusted = problem.structure.assurance == "proved" or not problem.structure.independent
+        if not trusted and any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs))):
+            entry.numbers = set()
+        return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:
         key = signature.without_batch()

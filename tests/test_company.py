@@ -157,3 +157,28 @@ def test_in_inference_mode_and_without_grad(x: Tensor) -> None:
     with torch.no_grad():
         assert not jac(x).requires_grad
     assert jac(x).requires_grad
+
+
+def test_tensors_made_in_inference_mode_are_taken_outside_of_it(x: Tensor) -> None:
+    with torch.inference_mode():
+        made, scale = x.clone(), torch.tensor(2.0).double()
+    jac = estimated(lambda x, *, scale: (x * scale).sin())
+    compare(jac(made, scale=scale), torch.diag_embed(2 * (2 * x).cos()))
+
+
+def test_another_threads_draws_are_not_blamed_on_the_function(x: Tensor) -> None:
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.randn(3)
+            stop.wait(2e-3)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for rows in range(1, 7):
+            compare(estimated(torch.sin)(x[:rows]), torch.diag_embed(x[:rows].cos()))
+    finally:
+        stop.set()
+        thread.join()

@@ -241,3 +241,56 @@ def test_a_structure_is_not_carried_into_a_transform_under_other_flags_or_keywor
         torch.func.vjp(jac, x)
     jac(x)
     compare(torch.func.vjp(jac, x)[0], jacobian_blocks(model, (x,)))
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_float_that_switches_coupling_on_is_checked_when_it_first_comes(keyword: bool, x: Tensor) -> None:
+    def func(x: Tensor, gate: float) -> Tensor:
+        return x.sin() + (x.roll(1, 0) * x if gate > 0.5 else 0)
+
+    def call(gate: float) -> Tensor:
+        J: Tensor = jac(x, gate=gate) if keyword else jac(x, gate)
+        return J
+
+    jac = estimated(func)
+    for _ in range(5):  # past the second check, before the fourth
+        compare(call(0.0), torch.diag_embed(x.cos()))
+    with pytest.warns(StructureChangedWarning):
+        compare(call(1.0), jacobian_blocks(func, (x, 1.0)))
+    compare(call(0.75), jacobian_blocks(func, (x, 0.75)))
+
+
+def test_a_time_that_changes_with_every_call_is_not_checked_for_ever(x: Tensor) -> None:
+    func = Counted(lambda x, t: (x * t).sin())
+    jac = estimated(func)
+    for step in range(100):
+        jac(x, 0.1 * step)
+    before = func.calls
+    jac(x, 77.0)
+    assert func.calls == before + 1
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "index"])
+def test_coupling_through_another_mask_than_the_first_is_foreseen(keyword: bool, kind: str, x: Tensor) -> None:
+    n = len(x)
+
+    def mix(x: Tensor, by: Tensor) -> Tensor:
+        if kind == "index":
+            return x.sin() + x[by]
+        scores = (x @ x.T).masked_fill(~by, float("-inf")) if kind == "boolean" else x @ x.T + by
+        return scores.softmax(1) @ x
+
+    eye = torch.eye(n, dtype=torch.bool)
+    masks = {
+        "boolean": (eye, torch.ones_like(eye)),
+        "additive": (torch.zeros(n, n).double().masked_fill(~eye, float("-inf")), torch.zeros(n, n).double()),
+        "index": (torch.arange(n), torch.arange(n).roll(1)),
+    }
+    jac = estimated(mix)
+    for by in masks[kind]:
+        if keyword and kind == "index":
+            return  # told by the guard's schedule only
+        for _ in range(2):
+            J = jac(x, by=by) if keyword else jac(x, by)
+        compare(J, jacobian_blocks(mix, (x, by)))

@@ -13,6 +13,7 @@ Three ways of using a mask, each blind to functions that the others see:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from autojac.autodiff import Pullback
 from autojac.limits import within
@@ -79,8 +81,22 @@ class Subject:
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
         # func may differentiate itself
         with self.quiet(), torch.enable_grad():
-            values = within(self.limit_s if replaced else math.inf, lambda: tuple(self.fn(leaves, self.kwargs)))
+            values = within(self.limit_s, lambda: tuple(self.fn(leaves, self.kwargs)))
         return tuple(value.detach() for value in values)
+
+    def elsewhere(self, turn: int, scale: float, generator: torch.Generator) -> Subject:
+        """The function at another point: what is read of other samples may depend on masks, indices and weights."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return _start(tensor, turn, scale, generator)
+
+        leaves = [moved(leaf) for leaf in self.leaves]
+        for position in self.sides:
+            if turn == len(SCALES) - 1 and not leaves[position].is_floating_point():
+                # other samples' indices, which are in range
+                leaves[position] = leaves[position].flip(0)
+        kwargs = pytree.tree_map_only(Tensor, moved, dict(self.kwargs))
+        return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
 
 def index_masks(batch: int) -> list[Tensor]:
@@ -165,20 +181,17 @@ def value_layer(
     layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
     refused = 0
     for turn, scale in enumerate(SCALES):
-        # the samples outside move too, and the masks: what is read of others may depend on these
-        carriers = (*subject.inputs, *subject.sides)
-        start = {position: _start(subject.leaves[position], turn, scale, generator) for position in carriers}
+        there = subject.elsewhere(turn, scale, generator)
         try:
-            base = _accepted(subject, start)
+            base = _accepted(there, {})
             if base is None:
-                start = {position: subject.leaves[position].detach() for position in carriers}
-                base = subject.values({})
+                there, base = subject, subject.values({})
         except TimeoutError as error:
             return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
         for mask in masks:
-            moved = {position: _other_values(start[position], mask, scale, generator) for position in leaves}
+            moved = {position: _other_values(there.leaves[position], mask, scale, generator) for position in leaves}
             try:
-                changed = _accepted(subject, start | moved)
+                changed = _accepted(there, moved)
             except TimeoutError as error:
                 return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
             if changed is None:
@@ -227,9 +240,16 @@ def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor,
 
 
 def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Another point to change samples at: noise for floats; for masks the given one, then none set, then all."""
+    """Another point to change samples at: noise for floats; for masks the given one, then none set, then all.
+
+    A float with infinities is a mask that is added.
+    """
     leaf = leaf.detach()
+    if leaf.layout != torch.strided:
+        return leaf
     if leaf.is_floating_point():
+        if turn and leaf.isinf().any():
+            return torch.zeros_like(leaf)
         return leaf + scale * noise(leaf, generator)
     if leaf.dtype == torch.bool and turn:
         return torch.full_like(leaf, turn == 2)

@@ -33,7 +33,7 @@ SCALES = (1e-2, 1.0, 1e3)
 FEWEST_SPLITS = 6
 GRADIENT_NOISE = 0.05
 """Gradients below this many eps of the largest are rounding: a global FFT or LU leaves some."""
-VALUE_NOISE = 2.0
+VALUE_NOISE = 8.0
 """The same for output values."""
 
 Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]

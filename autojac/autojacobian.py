@@ -7,13 +7,11 @@ import math
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff import saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
@@ -21,7 +19,7 @@ from autojac.derived import Derived
 from autojac.entry import Entry, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
-from autojac.frame import Frame, describe
+from autojac.frame import Frame, describe, recording
 from autojac.methods.base import composable
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
@@ -31,9 +29,6 @@ from autojac.quiet import Quiet
 from autojac.signature import current_flags
 from autojac.verify import Reference
 
-EARLY_CHECKS = 10
-"""Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
-CHECK_EVERY = 1000
 _requires_grad = operator.attrgetter("requires_grad")
 
 
@@ -261,7 +256,7 @@ class AutoJacobian(Derived):
                 raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
         if wrong is None:
-            self._schedule(entry)
+            entry.checked(self.options.verify)
             return entry, result
         with self._lock:
             request = self._planner.request(self._reach(), args, kwargs)
@@ -277,30 +272,3 @@ class AutoJacobian(Derived):
         )
         with before():
             return entry, entry.compute(leaves, kwargs)
-
-    def _schedule(self, entry: Entry) -> None:
-        """When to check next: a structure that was only observed is never trusted for good."""
-        structure = entry.problem.structure
-        calls = entry.last_check = entry.calls
-        if self.options.verify == "always" or structure.suspect:
-            entry.next_check = calls + 1
-        elif structure.assurance == "proved" or not structure.independent:
-            entry.next_check = math.inf
-        elif calls < 2**EARLY_CHECKS:
-            entry.next_check = 2 * calls
-        else:
-            entry.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
-
-
-@contextmanager
-def recording(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """Leave inference mode, in which autograd records nothing, with arguments that it can save."""
-    if not torch.is_inference_mode_enabled():
-        yield args, kwargs
-        return
-
-    def saved(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-    with torch.inference_mode(False), torch.no_grad():
-        yield pytree.tree_map(saved, args), pytree.tree_map(saved, kwargs)

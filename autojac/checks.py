@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.captures import captures
 from autojac.errors import VerificationError
+from autojac.look import look
 from autojac.options import Options
 from autojac.planner import Planner
 from autojac.problem import Result
@@ -32,7 +33,7 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
     planner = Planner(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
     captured = captures(func)
     request = planner.request(captured, args, kwargs)
-    seen = planner.look(request, captured)
+    seen = look(request, captured, planner.options, planner.stored.keys)
     return planner.examine(request, seen).structure
 
 
@@ -57,7 +58,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     planner = Planner(func, Options.checked(given))
     captured = captures(func)
     request = dataclasses.replace(planner.request(captured, args, kwargs), differentiable=False)
-    seen = planner.look(request, captured)
+    seen = look(request, captured, planner.options, planner.stored.keys)
     independent = planner.problem(request, seen, Structure("independent", "declared"), seen.guess)
     flat = pytree.tree_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
 from autojac.methods.base import Method
+from autojac.options import Verify
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
 from autojac.problem import Compute, Flat, Problem, Result
@@ -22,6 +23,9 @@ from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
 
+EARLY_CHECKS = 10
+"""Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
+CHECK_EVERY = 1000
 MOST_NUMBERS = 32
 """Calls with Python floats that no call before had are checked this many times."""
 
@@ -41,6 +45,19 @@ class Entry:
     last_check: int = 0
     next_check: float = 1
     numbers: set[tuple[float, ...]] | None = None
+
+    def checked(self, verify: Verify) -> None:
+        """Set when to check next: a structure that was only observed is never trusted for good."""
+        structure = self.problem.structure
+        calls = self.last_check = self.calls
+        if verify == "always" or structure.suspect:
+            self.next_check = calls + 1
+        elif structure.assurance == "proved" or not structure.independent:
+            self.next_check = math.inf
+        elif calls < 2**EARLY_CHECKS:
+            self.next_check = 2 * calls
+        else:
+            self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
     def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call's Python floats, which its signature leaves out, are others than those of any call checked.

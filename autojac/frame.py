@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -230,6 +231,17 @@ class Frame:
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
                 "without a batch pass in_dims=None"
             )
+
+
+@contextmanager
+def recording(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """Leave inference mode, in which autograd records nothing, with arguments that it can save."""
+    if not torch.is_inference_mode_enabled():
+        yield args, kwargs
+        return
+
+    with torch.inference_mode(False), torch.no_grad():
+        yield pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
 
 
 def _recordable(value: Any) -> Any:

@@ -16,27 +16,23 @@ from torch.utils import _pytree as pytree
 
 from autojac.autodiff import saved_tensors_apart
 from autojac.captures import Captures
-from autojac.draws import drawn_alike, redrawn
 from autojac.entry import Entry, Request, Seen, prepared
-from autojac.errors import InputError, ModesDisagreeWarning, OutputError, PlanMissError, RandomnessError, StoreError
+from autojac.errors import ModesDisagreeWarning, PlanMissError, StoreError
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
-from autojac.layouts import require_layout
+from autojac.look import look
 from autojac.methods.base import Method, build, composable, registry
 from autojac.options import Options, parse_bytes
 from autojac.plan import Effort, Plan, effort_rank
-from autojac.probe import Examined, examine, first_call, guess_batched, observe
-from autojac.probe.manners import FirstCall
-from autojac.problem import Flat, Problem
-from autojac.quiet import Quiet, without_hooks
+from autojac.probe import Examined, examine, observe
+from autojac.problem import Problem
+from autojac.quiet import without_hooks
 from autojac.search.measure import available_bytes
-from autojac.signature import Signature, bucket, current_flags, named_flags
+from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
-from autojac.structure import DRAWS, DRAWS_ALIKE, Structure
+from autojac.structure import Structure
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
-LOOKS = 4
-"""Calls of func beyond the first that must have drawn for it to be a random one."""
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
 
 _planning: ContextVar[bool] = ContextVar("planning", default=False)
@@ -101,7 +97,7 @@ class Planner:
         force: bool,
         inside: bool,
     ) -> Entry:
-        seen = self.look(request, captured)
+        seen = look(request, captured, self.options, self.stored.keys)
         if seen.empty:
             return self._empty(request, seen)
         if inside:
@@ -122,22 +118,6 @@ class Planner:
         start = time.perf_counter()
         found = self.examine(request, seen, wanted)
         return self._search(request, seen, found, wanted, budget_s, start)
-
-    def look(self, request: Request, captured: Captures) -> Seen:
-        """Call func once, without a trace, and describe the call."""
-        quiet = Quiet(captured.tensors)
-        fn: Flat = request.frame.fn
-        first = self._first_call(fn, request, quiet)
-        if DRAWS in first.effects:
-            fn, first = self._drawing(request, first, quiet)
-        if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
-            # what could not be followed may hold parameters: then J must carry their graph
-            with quiet():
-                values = fn([leaf.detach() for leaf in request.leaves], request.kwargs)
-            request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
-        signature, guess = self._signature(request, first)
-        # the tensors that func writes into are few: only these are saved around later evaluations
-        return Seen(fn, first, Quiet(quiet.written, quiet.state), signature, guess, self.stored.keys(signature))
 
     def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
         """Probe what couples with what."""
@@ -184,76 +164,11 @@ class Planner:
         if entry.keys is not None:
             self.stored.refute(entry.keys, reason)
         self.neighbours.clear()
-        seen = self.look(request, captured)
+        seen = look(request, captured, self.options, self.stored.keys)
         found = self.examine(request, seen)
         if found.structure.independent:
             found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
         return self._search(request, seen, found, "estimate", None, start)
-
-    def _drawing(self, request: Request, first: FirstCall, quiet: Quiet) -> tuple[Flat, FirstCall]:
-        """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
-        frame, leaves = request.frame, request.leaves
-        # the generators are the process's, and another thread may have drawn: func draws at every look
-        if any(DRAWS not in self._first_call(frame.fn, request, quiet).effects for _ in range(LOOKS)):
-            kept = tuple(effect for effect in first.effects if effect != DRAWS)
-            return frame.fn, dataclasses.replace(first, effects=kept)
-        if self.options.randomness == "error":
-            raise RandomnessError(
-                "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
-                "the current random state would draw, 'same' for samples that all see the same draw, or put the model "
-                "into eval mode"
-            )
-        if self.options.randomness == "different":
-            return redrawn(frame.fn), first
-        batched = frame.batched(guess_batched(leaves, len(first.values[0])))
-        fn = drawn_alike(frame.fn, batched)
-        alike = self._first_call(fn, request, quiet)
-        effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in alike.effects]
-        return fn, dataclasses.replace(alike, effects=tuple(effects))
-
-    def _first_call(self, fn: Flat, request: Request, quiet: Quiet) -> FirstCall:
-        frame, leaves = request.frame, request.leaves
-        said = frame.batched([False] * len(leaves))
-        lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
-        if len(lengths) > 1:
-            raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
-        guessed = [p for p in frame.differentiated if not frame.declared[p] and leaves[p].dim()]
-        lengths |= {leaves[position].shape[0] for position in guessed}
-        try:
-            first = first_call(fn, leaves, request.kwargs, frame.differentiated, quiet)
-        except RuntimeError as error:
-            if len(lengths) > 1:
-                raise InputError(
-                    f"the differentiated arguments have {sorted(lengths)} samples on axis 0 and func raised "
-                    f"{type(error).__name__}: {error}. One batch size was expected"
-                ) from error
-            raise
-        return first
-
-    def _signature(self, request: Request, first: FirstCall) -> tuple[Signature, tuple[bool, ...]]:
-        """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
-        frame, leaves = request.frame, request.leaves
-        batch = len(first.values[0])
-        guess = frame.batched(guess_batched(leaves, batch))
-        carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
-        inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
-        if not carriers or any(length != batch for length in carriers):
-            shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
-            raise OutputError(
-                f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "
-                "expected on axis 0 of both. Return one row a sample; for a function without a batch pass in_dims=None"
-            )
-        signature = Signature(
-            frame.roles(leaves, guess),
-            tuple(tuple(value.shape[1:]) for value in first.values),
-            batch,
-            f"{frame.context} {request.kinds}",
-            "blocks" if frame.unbatched and self.options.layout == "full" else self.options.layout,
-            request.differentiable,
-            named_flags(request.flags),
-        )
-        require_layout(signature)
-        return signature, guess
 
     def _neighbour(self, signature: Signature) -> Plan | None:
         """The plan of a batch of the same bucket or of a larger one: the last partial batch never searches."""

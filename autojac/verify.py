@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,29 +12,13 @@ from autojac import seeds
 from autojac.autodiff import Pullback, gradient
 from autojac.kernels import plain_formulas
 from autojac.layouts import jacobian_shape
+from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
 from autojac.tolerance import disagreement, own_rounding, rounding_floor, tolerance
 
 ROWS = 6
 SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A random cotangent and its VJP for each input.
-
-    Attributes:
-        sample: the one sample that it lives on; None for all.
-        coordinate: the one coordinate that it lives on, where only the diagonal is asked for; None for all.
-        cotangent: shape of the output.
-        pulled: its VJP, for each input.
-    """
-
-    sample: int | None
-    coordinate: int | None
-    cotangent: Tensor
-    pulled: list[Tensor]
 
 
 class Reference:
@@ -69,6 +52,7 @@ class Reference:
         pullback: Pullback | None = None,
     ) -> None:
         self.problem = problem
+        self.places = Places(problem)
         self.samples = samples
         self.slack = [1.0] * len(problem.outputs)
         self.calibrated = False
@@ -126,10 +110,10 @@ class Reference:
         actual, expected = [], []
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self._rows_of(whole, output)[row]
+                own = self.places.rows_of(whole, output)[row]
                 weight = seeds.noise(own, self.generator)
                 actual.append((own * weight).sum())
-                expected.append((self._kept(one, output, row, position) * weight).sum())
+                expected.append((self.places.kept(one, output, row, position) * weight).sum())
         try:
             right = gradient(torch.stack(expected).sum(), sources)
         except RuntimeError:
@@ -150,7 +134,7 @@ class Reference:
         for output, projections in enumerate(self.projections):
             for projection in projections:
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
-                    found, scale = self._project(whole, output, position, projection)
+                    found, scale = self.places.project(whole, output, position, projection)
                     if found.numel() and len(found) == len(errors):
                         gap = (found - one.reshape(found.shape)).abs() / (scale + torch.finfo(scale.dtype).tiny)
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
@@ -179,8 +163,8 @@ class Reference:
     def _check_rows(self, result: Result) -> str | None:
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self._rows_of(whole, output)[row]
-                expected = self._kept(one, output, row, position)
+                own = self.places.rows_of(whole, output)[row]
+                expected = self.places.kept(one, output, row, position)
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
                 floor = self.floors[output][position]
@@ -195,8 +179,8 @@ class Reference:
             for projection in projections:
                 sample = projection.sample
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
-                    found, scale = self._project(whole, output, position, projection)
-                    expected = one if sample is None or not self._blockwise(position) else one[sample][None]
+                    found, scale = self.places.project(whole, output, position, projection)
+                    expected = one if sample is None or not self.places.blockwise(position) else one[sample][None]
                     if projection.coordinate is not None:
                         rows = expected.reshape(len(found), -1)
                         expected, scale = rows[:, projection.coordinate], rows.abs().amax(1, keepdim=True)
@@ -229,14 +213,6 @@ class Reference:
         """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
         return self.slack[output] * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)
 
-    def _blockwise(self, position: int) -> bool:
-        """Whether the Jacobian of an input holds only each sample's own block."""
-        return self.problem.layout != "full" and self.problem.leaves[self.problem.inputs[position]].batched
-
-    def _per_row(self, position: int) -> bool:
-        """Whether a pulled cotangent has one row for each sample."""
-        return self.problem.leaves[self.problem.inputs[position]].batched
-
     def _projections(self, output: int) -> list[Projection]:
         value, layout = self.values[output], self.problem.layout
         if not value.numel():
@@ -260,29 +236,6 @@ class Reference:
             found.append(Projection(sample, coordinate, cotangent, self.pullback(output, cotangent)))
         return found
 
-    def _project(self, whole: Tensor, output: int, position: int, projection: Projection) -> tuple[Tensor, Tensor]:
-        """Cotangent times Jacobian, one row a sample, and the size of the terms in it."""
-        # an output may have another dtype than the input
-        dtype = torch.promote_types(whole.dtype, projection.cotangent.dtype)
-        jacobian, cotangent = whole.detach().to(dtype), projection.cotangent.to(dtype)
-        event_dims = len(self.problem.outputs[output])
-        if projection.sample is not None:
-            only = slice(projection.sample, projection.sample + 1)
-            jacobian, cotangent = jacobian[only], cotangent[only]
-        lead = jacobian.shape[0]
-        left = cotangent.reshape(lead, 1, -1)
-        if projection.coordinate is not None:
-            own = left[:, 0, projection.coordinate] * jacobian[:, projection.coordinate]
-            return own[:, None], own[:, None]
-        if not self._blockwise(position):
-            lead = self.problem.batch if self._per_row(position) else 1
-            pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
-            found, scale = (torch.tensordot(u, j, 1 + event_dims) for u, j in pairs)
-            found, scale = (t.reshape(lead, t.numel() // max(lead, 1)) for t in (found, scale))
-            return found, scale
-        rows = jacobian.reshape(lead, cotangent[0].numel(), seeds.size(jacobian.shape[1 + event_dims :]))
-        return torch.bmm(left, rows)[:, 0], torch.bmm(left.abs(), rows.abs())[:, 0]
-
     def _chosen(self, value: Tensor, rows: int) -> list[int]:
         """Row numbers to compare: the first, the last, and others at random."""
         count = value.numel()
@@ -294,17 +247,6 @@ class Reference:
     def _single(self, output: int, row: int) -> list[Tensor]:
         value = self.values[output]
         return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
-
-    def _rows_of(self, whole: Tensor, output: int) -> Tensor:
-        """The Jacobian with one row for each element of the output."""
-        event_dims = 1 if self.problem.layout == "diagonal" else len(self.problem.outputs[output])
-        return whole.reshape(self.values[output].numel(), *whole.shape[1 + event_dims :])
-
-    def _kept(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
-        """The part of a pulled row that the layout keeps."""
-        size = max(self.values[output].numel() // self.problem.batch, 1)
-        kept = pulled[row // size] if self._blockwise(position) else pulled
-        return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from autojac import AutoJacobian
 from autojac.captures import captures
 from autojac.entry import Request, Seen
+from autojac.look import look
 from autojac.options import Options
 from autojac.planner import Planner
 from autojac.problem import Problem
@@ -28,7 +29,7 @@ def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[R
     planner = Planner(func, Options.checked({"randomness": "different", "store": ":memory:", **options}))
     reach = captures(func)
     request = planner.request(reach, args, kwargs or {})
-    seen = planner.look(request, reach)
+    seen = look(request, reach, planner.options, planner.stored.keys)
     found = planner.examine(request, seen)
     return request, seen, planner.problem(request, seen, found.structure, found.batched)
 

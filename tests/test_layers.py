@@ -38,11 +38,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "graph",
     ),
     ("methods",),
-    ("probe", "verify"),
+    ("probe", "places", "verify"),
     ("search", "store"),
     ("stored", "explain", "progress"),
     ("entry",),
-    ("planner",),
+    ("look", "planner"),
     ("derived", "autojacobian", "parameters", "checks", "from_graph"),
     ("",),  # autojac/__init__.py
     ("bench", "report", "cli", "__main__"),

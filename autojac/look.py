@@ -1,0 +1,120 @@
+"""The first look at a call: func is evaluated, without a trace, and what it shows describes the call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from autojac.captures import Captures
+from autojac.draws import drawn_alike, redrawn
+from autojac.entry import Request, Seen
+from autojac.errors import InputError, OutputError, RandomnessError
+from autojac.layouts import require_layout
+from autojac.options import Options, Randomness
+from autojac.probe import first_call, guess_batched
+from autojac.probe.manners import FirstCall
+from autojac.problem import Flat
+from autojac.quiet import Quiet
+from autojac.signature import Layout, Signature, named_flags
+from autojac.stored import Keys
+from autojac.structure import DRAWS, DRAWS_ALIKE
+
+LOOKS = 4
+"""Calls of func beyond the first that must have drawn for it to be a random one."""
+
+
+def look(request: Request, captured: Captures, options: Options, keys: Callable[[Signature], Keys]) -> Seen:
+    """Call func once, without a trace, and describe the call.
+
+    Args:
+        request: the call.
+        captured: what func reaches.
+        options: what of randomness and layouts is asked for.
+        keys: gives the keys that plans for a signature are filed under.
+
+    Raises:
+        InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
+    """
+    quiet = Quiet(captured.tensors)
+    fn: Flat = request.frame.fn
+    first = _first_call(fn, request, quiet)
+    if DRAWS in first.effects:
+        fn, first = _drawing(request, first, quiet, options.randomness)
+    if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
+        # what could not be followed may hold parameters: then J must carry their graph
+        with quiet():
+            values = fn([leaf.detach() for leaf in request.leaves], request.kwargs)
+        request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
+    signature, guess = _signature(request, first, options.layout)
+    # the tensors that func writes into are few: only these are saved around later evaluations
+    return Seen(fn, first, Quiet(quiet.written, quiet.state), signature, guess, keys(signature))
+
+
+def _drawing(request: Request, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
+    """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
+    frame, leaves = request.frame, request.leaves
+    # the generators are the process's, and another thread may have drawn: func draws at every look
+    if any(DRAWS not in _first_call(frame.fn, request, quiet).effects for _ in range(LOOKS)):
+        kept = tuple(effect for effect in first.effects if effect != DRAWS)
+        return frame.fn, dataclasses.replace(first, effects=kept)
+    if randomness == "error":
+        raise RandomnessError(
+            "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
+            "the current random state would draw, 'same' for samples that all see the same draw, or put the model "
+            "into eval mode"
+        )
+    if randomness == "different":
+        return redrawn(frame.fn), first
+    batched = frame.batched(guess_batched(leaves, len(first.values[0])))
+    fn = drawn_alike(frame.fn, batched)
+    alike = _first_call(fn, request, quiet)
+    effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in alike.effects]
+    return fn, dataclasses.replace(alike, effects=tuple(effects))
+
+
+def _first_call(fn: Flat, request: Request, quiet: Quiet) -> FirstCall:
+    frame, leaves = request.frame, request.leaves
+    said = frame.batched([False] * len(leaves))
+    lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
+    if len(lengths) > 1:
+        raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
+    guessed = [p for p in frame.differentiated if not frame.declared[p] and leaves[p].dim()]
+    lengths |= {leaves[position].shape[0] for position in guessed}
+    try:
+        first = first_call(fn, leaves, request.kwargs, frame.differentiated, quiet)
+    except RuntimeError as error:
+        if len(lengths) > 1:
+            raise InputError(
+                f"the differentiated arguments have {sorted(lengths)} samples on axis 0 and func raised "
+                f"{type(error).__name__}: {error}. One batch size was expected"
+            ) from error
+        raise
+    return first
+
+
+def _signature(request: Request, first: FirstCall, layout: Layout) -> tuple[Signature, tuple[bool, ...]]:
+    """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
+    frame, leaves = request.frame, request.leaves
+    batch = len(first.values[0])
+    guess = frame.batched(guess_batched(leaves, batch))
+    carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
+    inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
+    if not carriers or any(length != batch for length in carriers):
+        shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
+        raise OutputError(
+            f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "
+            "expected on axis 0 of both. Return one row a sample; for a function without a batch pass in_dims=None"
+        )
+    signature = Signature(
+        frame.roles(leaves, guess),
+        tuple(tuple(value.shape[1:]) for value in first.values),
+        batch,
+        f"{frame.context} {request.kinds}",
+        "blocks" if frame.unbatched and layout == "full" else layout,
+        request.differentiable,
+        named_flags(request.flags),
+    )
+    require_layout(signature)
+    return signature, guess

@@ -45,7 +45,8 @@ class AutoJacobian(Derived):
         in_dims: where each positional argument carries the batch: an int, None (shared by all samples), or a tuple of
             these or of nests of them, as in `torch.vmap`; `"auto"` infers it and checks the guess. All None: a function
             without a batch, J is (*out, *in).
-        layout: `"blocks"` (B, *out, *in), exact whatever the coupling, or `"full"` (B, *out, B, *in).
+        layout: `"blocks"` (B, *out, *in), exact whatever the coupling, `"full"` (B, *out, B, *in), or `"diagonal"`
+            (B, n), for as many outputs as inputs in a sample.
         has_aux: func returns (y, aux); aux comes back untouched.
         effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
         on_miss: `"tune"`, `"estimate"` or `"error"`: what to do for a call that no plan is known for.

@@ -28,8 +28,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" $(BIN)/autojac demo
 
+# one process a core, each with one thread
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 coverage: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term

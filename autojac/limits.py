@@ -48,9 +48,10 @@ def within(seconds: float, run: Callable[[], T]) -> T:
         # what has not been raised by now never will be
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
 
-    threading.Thread(target=watch, name="autojac time limit", daemon=True).start()
     try:
         try:
+            # in here, since the limit that this one is within may end while the thread starts
+            threading.Thread(target=watch, name="autojac time limit", daemon=True).start()
             return run()
         finally:
             stop()

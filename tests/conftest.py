@@ -1,4 +1,4 @@
-"""What every test can count on: two threads, the same random numbers each time, a plan store of its own."""
+"""What every test can count on: a known number of threads, the same random numbers each time, a plan store of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 # threads that spin while they wait slow each other down a hundredfold on a busy machine; read when torch loads
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def known_threads() -> None:
+    # plans are keyed by it; subprocesses read the same variable
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

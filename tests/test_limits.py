@@ -63,6 +63,23 @@ def test_limits_within_limits_and_other_threads() -> None:
     assert len(finished) == 3
 
 
+def test_a_limit_that_ends_while_another_begins_leaves_no_watch_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    begun = []
+
+    def slow_start(thread: threading.Thread) -> None:
+        start(thread)
+        begun.append(thread)
+        while len(begun) == 2:  # the inner one
+            time.sleep(1e-3)
+
+    monkeypatch.setattr(threading.Thread, "start", slow_start)
+    with pytest.raises(TimeoutError):
+        within(0.05, lambda: within(0.2, endless))
+    begun[1].join(5)
+    assert not begun[1].is_alive()
+
+
 def test_an_error_inside_is_the_one_that_comes_out() -> None:
     with pytest.raises(KeyError):
         within(10, {}.popitem)

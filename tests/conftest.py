@@ -1,4 +1,4 @@
-"""What every test can count on: a known number of threads, the same random numbers each time, a plan store of its own."""
+"""What every test can count on: known threads, the same random numbers each time, a plan store of its own."""
 
 from __future__ import annotations
 

@@ -108,10 +108,9 @@ def test_what_both_modes_say_is_no_news(func: Any) -> None:
         assert any("modes" in line for line in autojac.probe(func, x).evidence)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scenario", select(lacking=("mutates_input", "modes_differ")), ids=str)
-def test_no_false_alarm(scenario: Scenario, dtype: torch.dtype) -> None:
-    func, args, kwargs = scenario.make(3, dtype)
+def test_no_false_alarm(scenario: Scenario) -> None:
+    func, args, kwargs = scenario.make(3, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ModesDisagreeWarning)
         autojac.probe(func, *args, argnums=scenario.argnums, **kwargs)

@@ -31,7 +31,7 @@ PRUNE_RATIO = 2.0
 LEAST_S = 1.0
 """What a candidate is allowed at the least, however little of the budget is left."""
 PATIENCE_S = 60.0
-"""What a candidate is allowed while nothing is known of any other: a hang can't be told from a hard problem."""
+"""What a candidate is allowed while nothing is known of any other, when a hang can't be told from a hard problem."""
 
 Progress = Callable[[Trial], None]
 
@@ -63,11 +63,12 @@ class Subject:
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
 
-    @property
-    def allowed_s(self) -> float:
+    def allowed_s(self, method: Method) -> float:
         """Seconds after which a candidate is given up."""
         left = max(self.end - time.monotonic(), LEAST_S)
-        return left if math.isfinite(self.best) else max(left, PATIENCE_S)
+        # a compiler that is interrupted may leave more behind than can be put back
+        patient = method.compiles or not math.isfinite(self.best)
+        return max(left, PATIENCE_S) if patient else left
 
     def record(self, method: Method, state: TrialState, **facts: Any) -> Trial:
         trial = Trial(method.spec(), state, **facts)
@@ -114,7 +115,7 @@ def attempt(subject: Subject, method: Method, allowed_s: float | None = None) ->
     try:
         with subject.quiet(), warnings.catch_warnings(), levels_restored():
             warnings.simplefilter("ignore")
-            allowed_s = subject.allowed_s if allowed_s is None else allowed_s
+            allowed_s = subject.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
         subject.record(method, "infeasible", reason=_first_line(error))
@@ -146,7 +147,7 @@ def try_out(subject: Subject, method: Method, allowed_s: float | None = None) ->
     try:
         with subject.quiet(), warnings.catch_warnings(), levels_restored():
             warnings.simplefilter("ignore")
-            timing, hopeless = within(max(subject.allowed_s, 4 * right.seconds), timed)
+            timing, hopeless = within(max(subject.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
         return subject.record(method, "infeasible", reason=_first_line(error))
     if hopeless:

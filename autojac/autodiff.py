@@ -29,9 +29,14 @@ def transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def hooked() -> bool:
+    """Whether a caller's hooks, such as checkpointing's, see what autograd saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def saved_tensors_apart() -> AbstractContextManager[Any]:
     """Keep a caller's hooks on saved tensors, such as checkpointing's, from seeing what an evaluation saves."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not hooked():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 

@@ -179,7 +179,7 @@ class AutoJacobian(Derived):
         entry.calls += 1
         if entry.calls >= entry.next_check or (entry.numbers is not None and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs)
-        return entry, entry.compute(leaves, kwargs)
+        return entry, entry.usable(leaves, kwargs)
 
     def _composed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
         """Inside a caller's transform: torch.func's own VJP, since not every plan composes with every transform.
@@ -249,7 +249,7 @@ class AutoJacobian(Derived):
         before = Quiet(entry.mutable)
         reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
         try:
-            result = entry.compute(leaves, kwargs)
+            result = entry.usable(leaves, kwargs)
             with saved_tensors_apart():
                 wrong = reference.check(result)
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
@@ -272,4 +272,4 @@ class AutoJacobian(Derived):
             stacklevel=4,
         )
         with before():
-            return entry, entry.compute(leaves, kwargs)
+            return entry, entry.usable(leaves, kwargs)

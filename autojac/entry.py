@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.autodiff import hooked
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
-from autojac.methods.base import Method
+from autojac.methods.base import Method, reverse
 from autojac.options import Verify
 from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
@@ -45,6 +46,19 @@ class Entry:
     last_check: int = 0
     next_check: float = 1
     numbers: set[tuple[float, ...]] | None = None
+    loop: Compute | None = None
+
+    @property
+    def usable(self) -> Compute:
+        """The plan's computation; under a caller's hooks on saved tensors a loop of plain VJPs.
+
+        torch.func refuses such hooks, and checkpointing's compute func again at every backward, even under vmap.
+        """
+        if not hooked():
+            return self.compute
+        if self.loop is None:
+            self.loop = prepared(self.frame, self.problem, reverse(self.problem, "loop"))
+        return self.loop
 
     def checked(self, verify: Verify) -> None:
         """Set when to check next: a structure that was only observed is never trusted for good."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autojac import AutoJacobian
 from autojac.methods.base import build
+from autojac.search import optimize
 from harness import compare, planned
 
 
@@ -49,6 +50,24 @@ def test_checkpoints(x: Tensor, expected: Tensor, reentrant: bool, verify: str, 
     for _ in range(5):
         value = checkpoint(lambda x: (jac(x) ** 2).sum(), x, use_reentrant=reentrant)
         compare(gradient(value, x), expected)
+
+
+@pytest.mark.parametrize("method", ["Pull vmap", "Pull batched", "PerSample reverse", "Push vmap"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_no_plan_fails_under_checkpoints(
+    x: Tensor, expected: Tensor, method: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, setting = method.split()
+    spec = {"method": name, "mode": setting}
+    if name != "PerSample":
+        spec = {"method": name, "seeds": "shared", "engine": setting}
+    monkeypatch.setattr(optimize, "candidates", lambda problem, depth: [build(spec)])
+    jac = unbatched(verify="always")
+    compare(jac(x).detach(), jacrev(scalar)(x.detach()))
+    assert jac.plan(x).method["method"] == name
+    for _ in range(3):
+        compare(gradient(checkpoint(lambda x: (jac(x) ** 2).sum(), x, use_reentrant=reentrant), x), expected)
+    assert jac.plan(x).method["method"] == name
 
 
 def test_a_recomputation_may_plan_anew(x: Tensor, expected: Tensor) -> None:

@@ -136,8 +136,13 @@ def build(spec: Mapping[str, Any]) -> Method:
 
 def composable(problem: Problem) -> Method:
     """The method to use under a caller's transform: right for the structure, and torch.func all the way down."""
+    return reverse(problem, "vmap")
+
+
+def reverse(problem: Problem, engine: str) -> Method:
+    """Reverse mode by the fewest seeds that are right for the structure."""
     whole = not problem.structure.independent or problem.shared_input
-    return build({"method": "Pull", "seeds": "identity" if whole else "shared", "engine": "vmap"})
+    return build({"method": "Pull", "seeds": "identity" if whole else "shared", "engine": engine})
 
 
 def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:

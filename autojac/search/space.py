@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autojac.methods.base import Method, build, registry
+from autojac.methods.base import Method, build, registry, reverse
 from autojac.problem import Problem
 
 DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
@@ -27,12 +27,7 @@ def candidates(problem: Problem, depth: int) -> list[Method]:
 
 def default_methods(problem: Problem) -> list[Method]:
     """What a torch user would write: `vmap(jacrev)`, and the plain loop of VJPs where that is wrong or fails."""
-    seeds = "shared" if problem.structure.independent and not problem.shared_input else "identity"
-    specs: list[dict[str, Any]] = [
-        {"method": "PerSample", "mode": "reverse"},
-        {"method": "Pull", "seeds": seeds, "engine": "loop"},
-    ]
-    methods = [build(spec) for spec in specs]
+    methods = [build({"method": "PerSample", "mode": "reverse"}), reverse(problem, "loop")]
     return [method for method in methods if method.unsupported(problem) is None]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.captures import Captures
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
 from autojac.methods.base import Method
@@ -45,6 +46,7 @@ class Entry:
     last_check: int = 0
     next_check: float = 1
     numbers: set[tuple[float, ...]] | None = None
+    factored: Any = None
 
     def checked(self, verify: Verify) -> None:
         """Set when to check next: a structure that was only observed is never trusted for good."""
@@ -83,6 +85,7 @@ class Request:
     differentiable: bool
     trained: tuple[Tensor, ...]
     kinds: str
+    captured: Captures
 
     def apart(self) -> Request:
         """The call with tensors of its own, so that probing and tuning fire no hook of the caller's."""

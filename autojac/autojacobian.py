@@ -19,6 +19,7 @@ from autojac.derived import Derived
 from autojac.entry import Entry, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
 from autojac.explain import explanation
+from autojac.factors import Factors, factored, require_one, without_sharing
 from autojac.frame import Frame, describe, recording
 from autojac.methods.base import composable
 from autojac.options import Options, check_budget
@@ -55,7 +56,8 @@ class AutoJacobian(Derived):
         randomness: `"error"` refuses functions that draw random numbers; `"different"` differentiates what one plain
             call from the current random state would draw; with `"same"` every sample sees the draw that it would see
             as a batch of one, as in `torch.vmap`.
-        coupling: `"auto"` probes; `"independent"`, `"dense"` or a `Structure` declares, and is still verified.
+        coupling: `"auto"` probes; `"independent"`, `"statistics"`, `"dense"` or a `Structure` declares, and is still
+            verified.
         verify: `"auto"` checks at the first use, then ever more rarely; `"always"` or `"never"`.
         store: a `PlanStore`, a path or a URL; by default `AUTOJAC_STORE` or the user's cache directory.
         version: bump to forget what was stored for this function.
@@ -158,7 +160,9 @@ class AutoJacobian(Derived):
         with recording(self._given(args), kwargs) as call:
             entry = self._entry(self._key(*call), *call)
         trials = entry.plan.trials or (self._planner.stored.trials(entry.keys) if entry.keys else ())
-        return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials)
+        problem = entry.problem
+        cuts = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else ()
+        return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials, cuts)
 
     def _given(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments of func, from those of a call."""
@@ -180,6 +184,18 @@ class AutoJacobian(Derived):
         if entry.calls >= entry.next_check or (entry.numbers is not None and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs)
         return entry, entry.usable(leaves, kwargs)
+
+    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
+        with recording(args, kwargs) as call:
+            entry = self._entry(self._key(*call), *call)
+            if entry.problem.structure.independent:
+                entry, result = self._run(*call)
+                require_one(entry.problem)
+                return without_sharing(entry.problem, result.jacobians[0][0])
+            if entry.factored is None:
+                entry.factored = factored(entry.problem)
+            factors: Factors = entry.factored(entry.frame.leaves(call[0]), entry.frame.keywords(*call))
+            return factors
 
     def _composed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
         """Inside a caller's transform: torch.func's own VJP, since not every plan composes with every transform.

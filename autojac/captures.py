@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from autojac.walk import Walk
+from autojac.origin import code_names, is_library
+from autojac.walk import MODULE_FIELDS, Walk
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Captures:
         modules: distinct modules, submodules included.
         tensors: distinct parameters, buffers and captured tensors.
         opaque: something could not be followed, so there may be more.
+        state: a value that Python may change between calls, and with it what runs; empty if there is none.
     """
 
     modules: tuple[torch.nn.Module, ...]
     tensors: tuple[torch.Tensor, ...]
     opaque: bool
+    state: str = ""
 
 
 def captures(func: Callable[..., Any]) -> Captures:
@@ -35,6 +39,41 @@ def captures(func: Callable[..., Any]) -> Captures:
     Returns:
         The modules and tensors in the order in which they were met.
     """
-    walk = Walk()
+    walk = _Reach()
     walk.visit(func)
-    return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque)
+    return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque, walk.state)
+
+
+class _Reach(Walk):
+    """A walk that notices state besides modules and tensors: attributes and variables that hold numbers or objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ""
+
+    def _module(self, module: torch.nn.Module) -> None:
+        if not is_library(type(module).__module__):
+            for name, value in vars(module).items():
+                if name not in MODULE_FIELDS:
+                    self._notice(value, f"attribute {name} of {type(module).__name__}")
+        super()._module(module)
+
+    def _function(self, function: types.FunctionType) -> None:
+        if not is_library(function.__globals__.get("__name__")):
+            for name in code_names(function.__code__):
+                self._notice(function.__globals__.get(name, len), f"global variable {name}")
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            try:
+                self._notice(cell.cell_contents, f"variable {name}")
+            except ValueError:  # not assigned yet
+                self.state = self.state or f"variable {name}"
+        super()._function(function)
+
+    def _instance(self, obj: Any, kind: type) -> None:
+        if not is_library(kind.__module__):
+            self.state = self.state or f"object {kind.__name__}"
+        super()._instance(obj, kind)
+
+    def _notice(self, value: Any, name: str) -> None:
+        if not isinstance(value, (torch.nn.Module, torch.Tensor, types.ModuleType, type)) and not callable(value):
+            self.state = self.state or name

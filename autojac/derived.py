@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autojac.entry import Entry
 from autojac.errors import InputError
+from autojac.factors import Factors
 from autojac.linalg import Slogdet, as_matrices, inverse, slogdet
 from autojac.options import Options
 from autojac.problem import Result
@@ -91,6 +92,28 @@ class Derived(ABC):
         entry, result = self._other("diagonal")._run(self._given(args), kwargs)
         total = _only(entry, result).sum(-1)
         return self._beside_aux(total.squeeze(0) if entry.frame.unbatched else total, result)
+
+    def factors(self, *args: Any, **kwargs: Any) -> Factors:
+        """The whole batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
+
+        A million samples under BatchNorm have a Jacobian that no memory holds, but its factors fit: `factors @ v` is
+        J·v.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (D, U, V) of shapes (B, *out, *in), (B, *out, k) and (k, B, *in), for k shared numbers; k is 0 for
+            independent samples. Differentiable where J is.
+
+        Raises:
+            InputError: if there are several outputs or inputs.
+            UnsupportedError: if samples meet elsewhere; `layout="full"` then has all.
+        """
+        return self._other("blocks")._factors(self._given(args), kwargs)
+
+    @abstractmethod
+    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors: ...
 
     def _of_matrices(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.autodiff import hooked
+from autojac.captures import Captures
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
 from autojac.methods.base import Method, reverse
@@ -47,6 +48,7 @@ class Entry:
     next_check: float = 1
     numbers: set[tuple[float, ...]] | None = None
     loop: Compute | None = None
+    factored: Any = None
 
     @property
     def usable(self) -> Compute:
@@ -97,6 +99,7 @@ class Request:
     differentiable: bool
     trained: tuple[Tensor, ...]
     kinds: str
+    captured: Captures
 
     def apart(self) -> Request:
         """The call with tensors of its own, so that probing and tuning fire no hook of the caller's."""

@@ -28,8 +28,14 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
-def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Trial]) -> str:
-    """What was probed, what was tried, what won, and what it pays."""
+def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Trial], cuts: Sequence[str] = ()) -> str:
+    """What was probed, what was tried, what won, and what it pays.
+
+    Args:
+        name: of the function.
+        signature, plan, trials: of the call, and of the search that made its plan.
+        cuts: a line for each narrow place that is known.
+    """
     lines = [f"{name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"]
     if signature.differentiable:
         lines[0] += ", differentiable"
@@ -45,7 +51,7 @@ def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Tr
             lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
     structure = plan.structure
     lines.append(f"structure: {structure.coupling}, {structure.assurance}")
-    lines += [f"  {line}" for line in structure.evidence]
+    lines += [f"  {line}" for line in (*structure.evidence, *cuts)]
     if trials:
         lines.append(f"candidates: {len(trials)}")
         lines += [_row(trial) for trial in sorted(trials, key=_rank)]

@@ -38,7 +38,7 @@ def solid(problem: Problem) -> Problem:
     if len(outputs) == len(problem.outputs) and leaves == problem.leaves:
         return problem
     events = tuple(problem.outputs[index] for index in outputs)
-    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events)
+    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events, outline=None)
 
 
 def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:

@@ -23,6 +23,7 @@ from autojac.hollow import solid
 from autojac.look import look
 from autojac.methods.base import Method, build, composable, registry
 from autojac.options import Options, parse_bytes
+from autojac.outline import Outline
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import Examined, examine, observe
 from autojac.problem import Problem
@@ -71,7 +72,7 @@ class Planner:
         differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
         kinds = str([(name, describe(value)) for name, value in kwargs.items()])
         kwargs = frame.keywords(args, kwargs)
-        return Request(frame, leaves, kwargs, current_flags(captured.modules), differentiable, trained, kinds)
+        return Request(frame, leaves, kwargs, current_flags(captured.modules), differentiable, trained, kinds, captured)
 
     def entry(self, request: Request, captured: Captures, effort: Effort | None = None, budget_s: float | None = None,
               force: bool = False) -> Entry:  # fmt: skip
@@ -132,14 +133,22 @@ class Planner:
             seen.quiet,
             fixed=frame.declared,
             declared=options.declared,
+            outlined=lambda batched: self.outline(request, seen, batched),
             budget_s=PROBE_BUDGET_S[effort],
         )
         if found.notice is not None:
             warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
         return found
 
-    def problem(self, request: Request, seen: Seen, structure: Structure, batched: Sequence[bool]) -> Problem:
-        """The problem that methods solve."""
+    def problem(
+        self,
+        request: Request,
+        seen: Seen,
+        structure: Structure,
+        batched: Sequence[bool],
+        outline: Outline | None = None,
+    ) -> Problem:
+        """The problem that methods solve; those that cut a graph need to know what it looks like."""
         signature = seen.signature
         limit = parse_bytes(self.options.memory_limit)
         return Problem(
@@ -152,6 +161,20 @@ class Planner:
             signature.differentiable,
             available_bytes(request.leaves[0].device) // 2 if limit is None else limit,
             has_aux=request.frame.has_aux,
+            outline=outline,
+        )
+
+    @staticmethod
+    def outline(request: Request, seen: Seen, batched: Sequence[bool]) -> Outline:
+        """The graph of a call, to be recorded when it is first asked for."""
+        frame = request.frame
+        return Outline(
+            (seen.fn, request.leaves, request.kwargs),
+            frame.differentiated,
+            batched,
+            seen.signature.batch,
+            seen.quiet,
+            request.captured,
         )
 
     def recover(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
@@ -187,7 +210,8 @@ class Planner:
         """A known plan, prepared for this call; None if its method does not apply here."""
         if len(plan.batched) != len(seen.signature.leaves):
             return None
-        problem = self.problem(request, seen, plan.structure, plan.batched)
+        outline = self.outline(request, seen, plan.batched)
+        problem = self.problem(request, seen, plan.structure, plan.batched, outline)
         try:
             method = build(plan.method)
         except StoreError:
@@ -204,7 +228,7 @@ class Planner:
         from autojac.progress import reporter
         from autojac.search.optimize import search
 
-        problem = self.problem(request, seen, found.structure, found.batched)
+        problem = self.problem(request, seen, found.structure, found.batched, found.outline)
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
@@ -229,6 +253,8 @@ class Planner:
     @staticmethod
     def _made(request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
         compute = prepared(request.frame, problem, method)
+        if problem.outline is not None:
+            problem.outline.close()
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         trusted = problem.structure.assurance == "proved" or not problem.structure.independent

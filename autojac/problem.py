@@ -14,6 +14,7 @@ from torch import Tensor
 from autojac import seeds
 from autojac.autodiff import Bound
 from autojac.layouts import jacobian_shape
+from autojac.outline import Outline
 from autojac.signature import Layout, Leaf
 from autojac.structure import Structure
 
@@ -46,6 +47,7 @@ class Problem:
         memory_limit: bytes that a method may allocate.
         pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
+        outline: what the graph of a call shows, to be asked by methods that cut it.
     """
 
     fn: Flat
@@ -58,6 +60,7 @@ class Problem:
     memory_limit: int
     pass_bytes: int = 0
     has_aux: bool = False
+    outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def inputs(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from autojac.errors import OptionError
 
-Coupling = Literal["independent", "dense"]
+Coupling = Literal["independent", "statistics", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
@@ -21,7 +21,8 @@ class Structure:
     """The dependence of a function's outputs on its inputs across the batch.
 
     Attributes:
-        coupling: `independent` if output b depends on input b alone, else `dense`.
+        coupling: `independent` if output b depends on input b alone; `statistics` if, given some tensors that all
+            samples share, such as a batch's mean and variance, it does; else `dense`.
         assurance: `proved` for all inputs, `observed` on samples, or `declared` by the user.
         sliceable: whether calling the function on some of the samples gives those samples' outputs;
             false where the output depends on the batch size or on side inputs of other samples.

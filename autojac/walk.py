@@ -15,7 +15,7 @@ import torch
 from autojac.leaves import SCALARS, leaf_tokens
 from autojac.origin import code_names, followed_fields, home_of, is_library, library_version, slots, source_of
 
-_MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
+MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _C_CALLABLES: Final = (
     types.BuiltinFunctionType,
@@ -164,7 +164,7 @@ class Walk:
             for hook in getattr(module, hooks, {}).values():
                 self.visit(hook)
         for name, value in sorted(vars(module).items()):
-            if name not in _MODULE_FIELDS and (source is None or isinstance(value, torch.Tensor)):
+            if name not in MODULE_FIELDS and (source is None or isinstance(value, torch.Tensor)):
                 self.emit(name)
                 self.visit(value)
 

@@ -31,7 +31,7 @@ def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[R
     request = planner.request(reach, args, kwargs or {})
     seen = look(request, reach, planner.options, planner.stored.keys)
     found = planner.examine(request, seen)
-    return request, seen, planner.problem(request, seen, found.structure, found.batched)
+    return request, seen, planner.problem(request, seen, found.structure, found.batched, found.outline)
 
 
 def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:

@@ -65,7 +65,7 @@ def test_coupled_samples_fail_what_treats_them_one_by_one(report: Report) -> Non
         "vmap(jacfwd)": "error",
     }
     assert all(way.reason for way in race.ways if way.state != "right")
-    assert race.coupling == "dense"
+    assert race.coupling == "statistics"
     assert race.substituted
     assert race.default in ("jacobian", "jacobian vec")
 

@@ -105,7 +105,8 @@ def _trained(x: Tensor) -> Tensor:
 
 def test_every_method_serves_some_scenario() -> None:
     served = set()
-    for scenario in (*SAFE[:12], BY_NAME["scaled_dot_product_attention in a sample"]):
+    extra = ("scaled_dot_product_attention in a sample", "autoencoder", "BatchNorm in train mode")
+    for scenario in (*SAFE[:12], *map(BY_NAME.__getitem__, extra)):
         func, args, kwargs = scenario.make(0, torch.float64)
         _, _, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         large = problem.resized(8192)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autojac.outline import Outline
 from autojac.probe.manners import Manners, first_call, observe
 from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
+from autojac.probe.proof import meeting, prove
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
-from autojac.structure import Structure
+from autojac.structure import Assurance, Coupling, Structure
 
 __all__ = ["Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
 
@@ -33,11 +35,13 @@ class Examined:
         structure: what couples with what.
         batched: which leaves carry the batch.
         notice: what the user must be told besides.
+        outline: what the graph of the call shows.
     """
 
     structure: Structure
     batched: tuple[bool, ...]
     notice: str | None = None
+    outline: Outline | None = None
 
 
 def examine(
@@ -52,6 +56,7 @@ def examine(
     fixed: Sequence[bool],
     declared: Structure | None = None,
     budget_s: float = 1.0,
+    outlined: Callable[[Sequence[bool]], Outline] | None = None,
 ) -> Examined:
     """Probe a flat function at one point.
 
@@ -64,15 +69,19 @@ def examine(
         quiet: how to evaluate without a trace.
         fixed: for each leaf, whether the user declared if it carries the batch.
         declared: coupling declared by the user; then nothing is probed for it.
+        outlined: makes the outline of the call, once it is known which leaves carry the batch.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
     """
     values = manners.values
+    outline: Outline | None = None
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
     settled = [True] * len(held) if declared is not None else fixed
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, settled, differentiated, quiet)
     compared, notice = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
     evidence = [manners.evidence, compared]
+    if outlined is not None:
+        outline = outlined(batched)
     inputs = tuple(position for position in differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
     if declared is not None:
@@ -86,12 +95,12 @@ def examine(
             manners.kernels,
             (*declared.evidence, *evidence, line),
         )
-        return Examined(structure, batched, notice)
+        return Examined(structure, batched, notice, outline)
     batch = len(values[0])
     if batch < 2:
         evidence.append("pairs: one sample has nothing to couple with")
         structure = Structure("independent", effects=manners.effects, kernels=manners.kernels, evidence=tuple(evidence))
-        return Examined(structure, batched, notice)
+        return Examined(structure, batched, notice, outline)
 
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
     generator = torch.Generator().manual_seed(SEED)
@@ -115,10 +124,22 @@ def examine(
         if side.coupled:
             refusal = "an output depends on side inputs of other samples"
     evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
+    coupling: Coupling = "dense" if coupled else "independent"
+    assurance: Assurance = "observed"
+    if outline is not None and coupled:
+        alone, line = meeting(outline, subject, masks, called, generator)
+        coupling = "statistics" if alone else "dense"
+        evidence.append(line)
+    elif outline is not None and inputs:
+        proved, line = prove(outline, subject)
+        assurance = "proved" if proved else "observed"
+        evidence.append(line)
+    elif outline is not None:
+        outline.close()
     said = {verdict.coupled for verdict in verdicts}
     structure = Structure(
-        "dense" if coupled else "independent",
-        "observed",
+        coupling,
+        assurance,
         refusal is None,
         # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
         suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
@@ -126,4 +147,4 @@ def examine(
         kernels=manners.kernels,
         evidence=tuple(evidence),
     )
-    return Examined(structure, batched, notice)
+    return Examined(structure, batched, notice, outline)

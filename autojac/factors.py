@@ -1,0 +1,122 @@
+"""A Jacobian under batch statistics as factors: block diagonal plus low rank, never formed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import Pullback
+from autojac.errors import InputError, UnsupportedError, VerificationError
+from autojac.flow import Flow
+from autojac.graph import Graph
+from autojac.methods.statistics import Shared, Statistics
+from autojac.outline import Cutter
+from autojac.problem import Problem
+from autojac.recorder import without_autocast
+from autojac.seeds import noise
+from autojac.tolerance import disagreement
+
+
+class Factors(NamedTuple):
+    """The whole batch's Jacobian: J[b, :, c, :] = D[b] if b = c else 0, plus the sum over k of U[b, ..., k] V[k, c].
+
+    Attributes:
+        D: (B, *out, *in), each sample's own part.
+        U: (B, *out, k), how each sample feels the k shared numbers.
+        V: (k, B, *in), how each sample moves them.
+    """
+
+    D: Tensor
+    U: Tensor
+    V: Tensor
+
+    def __matmul__(self, tangent: Tensor) -> Tensor:
+        """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries."""
+        flat = tangent.reshape(len(tangent), -1)
+        out = self.U.shape[:-1]
+        local = (self.D.reshape(len(flat), -1, flat.shape[1]) @ flat[..., None]).reshape(out)
+        moved = self.V.reshape(len(self.V), -1) @ flat.reshape(-1)
+        return local + self.U @ moved
+
+
+def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], Factors]:
+    """What computes the factors for one kind of call, whose samples meet in shared statistics.
+
+    Raises:
+        InputError: if there are several outputs or inputs, or an input without a batch.
+    """
+    require_one(problem)
+
+    def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Shared] | None:
+        for way in (Statistics("copies", "batched"), Statistics("push", "batched")):
+            shared = way.shared(flow, inputs)
+            if shared is not None:
+                return way, shared
+        return None
+
+    batched = [leaf.batched for leaf in problem.leaves]
+    cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
+
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Factors:
+        recording, found = cutter(leaves, kwargs)
+        if found is None or recording.graph is None:
+            why = recording.reason or "samples meet elsewhere than in tensors that all of them share"
+            raise UnsupportedError(f"this Jacobian has no factors: {why}. Ask for the blocks or for layout='full'")
+        way, shared = found
+        with without_autocast(leaves[0]):
+            try:
+                factors = _multiplied_out(way, problem, recording.graph, shared, leaves)
+            except RuntimeError:  # an operator without a vmap rule
+                slow = dataclasses.replace(way, engine="loop")
+                factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
+        _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
+        return factors if problem.differentiable else Factors(*(part.detach() for part in factors))
+
+    return compute
+
+
+def require_one(problem: Problem) -> None:
+    """Raise `InputError` unless there is one output and one input, with a batch."""
+    if len(problem.outputs) != 1 or len(problem.inputs) != 1 or problem.shared_input:
+        raise InputError("factors are made of one output and one input, which carry the batch; wrap such a function")
+
+
+def without_sharing(problem: Problem, blocks: Tensor) -> Factors:
+    """The factors of independent samples: nothing is shared."""
+    require_one(problem)
+    leaf = problem.leaves[problem.inputs[0]]
+    return Factors(blocks, blocks.new_zeros(problem.batch, *problem.outputs[0], 0), blocks.new_zeros(0, *leaf.shape))
+
+
+def _multiplied_out(
+    way: Statistics, problem: Problem, graph: Graph, shared: Shared, leaves: Sequence[Tensor]
+) -> Factors:
+    blocks, through = way.pieces(problem, graph, shared, leaves)
+    pieces = list(through)
+    own = blocks[0][0]
+    if not pieces:
+        return without_sharing(problem, own)
+    felt = torch.cat([left[0] for left, _ in pieces]).permute(1, 2, 0)
+    reached = torch.cat([right[0] for _, right in pieces])
+    felt = felt.reshape(problem.batch, *problem.outputs[0], felt.shape[-1])
+    return Factors(own, felt.to(own.dtype), reached)
+
+
+def _check(factors: Factors, pullback: Pullback) -> None:
+    """Hold uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
+    value = pullback.recorded[0]
+    u = noise(value.detach(), torch.Generator().manual_seed(0))
+    expected = pullback(0, u)[0].detach()
+    rows = u.reshape(len(u), -1)
+    D, U, V = (part.detach() for part in factors)
+    local = torch.einsum("bm,bmn->bn", rows, D.reshape(*rows.shape, -1))
+    through = torch.einsum("bm,bmk->k", rows, U.reshape(*rows.shape, -1)) @ V.reshape(len(V), -1)
+    found = local + through.view_as(local)
+    scale = expected.detach().abs().amax().expand(len(found), 1) + local.abs()
+    error = disagreement(found.to(expected.dtype), expected.reshape(found.shape), scale)
+    if error is not None:
+        raise VerificationError(f"the factors are off by {error:.1g} relative to a plain VJP")

@@ -1,0 +1,156 @@
+"""A function's aten operators as data: run in part, from some of its tensors to others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Value(NamedTuple):
+    """A tensor of the graph, by number, where it stands among an operator's arguments."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator.
+
+    Attributes:
+        target: the aten overload.
+        args, kwargs: as it was called, tensors as `Value`.
+        outputs: numbers of the tensors that it made; None in the place of anything else.
+        many: whether it returns a tuple.
+        held: no gradient flows through it: it ran under `no_grad`.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int | None, ...]
+    many: bool = False
+    held: bool = False
+
+    @property
+    def name(self) -> str:
+        name: str = self.target._schema.name.removeprefix("aten::")
+        return name
+
+    @functools.cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Numbers of the tensors that it reads."""
+        return tuple(_references((self.args, tuple(self.kwargs.values()))))
+
+    def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
+        """What it returns, one entry for each of `outputs`."""
+        kwargs = {name: _filled(value, env) for name, value in self.kwargs.items()}
+        made = self.target(*_filled(self.args, env), **kwargs)
+        parts = made if self.many else (made,)
+        return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.held else parts
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operators of one call that its outputs depend on.
+
+    Attributes:
+        operations: in the order in which they ran, free of in-place writes.
+        inputs: for each leaf of the call its number.
+        outputs: numbers of the outputs.
+        constants: what was captured: parameters, buffers, random draws. Tensors of this call, not copies.
+        shapes, dtypes: of every tensor, by number.
+        marks: what some tensors are, and the id of a tensor of the module that they belong to.
+        reads_data: an operator read values of the data, so another input may take another branch.
+    """
+
+    operations: tuple[Operation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constants: Mapping[int, Tensor]
+    shapes: Mapping[int, tuple[int, ...]]
+    dtypes: Mapping[int, torch.dtype]
+    reads_data: bool
+    marks: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def key(self) -> int:
+        """What graphs have in common that differ in numbers alone."""
+        parts = [(op.target, _shape_of((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
+        constants = tuple((index, self.shapes[index]) for index in self.constants)
+        return hash((tuple(parts), self.inputs, self.outputs, constants, tuple(self.shapes[i] for i in self.inputs)))
+
+    @functools.cached_property
+    def producers(self) -> dict[int, int]:
+        """For each tensor that was computed the position of its operator."""
+        return {
+            index: place
+            for place, operation in enumerate(self.operations)
+            for index in operation.outputs
+            if index is not None
+        }
+
+    def needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
+        """Positions of the operators that lead from the given tensors to those wanted."""
+        todo, found = [index for index in wanted if index not in given], set()
+        while todo:
+            place = self.producers.get(todo.pop())
+            if place is not None and place not in found:
+                found.add(place)
+                todo += [index for index in self.operations[place].sources if index not in given]
+        return sorted(found)
+
+    def run(
+        self,
+        wanted: Sequence[int],
+        given: Mapping[int, Tensor],
+        special: Mapping[int, Callable[[Mapping[int, Tensor]], Tensor]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Compute some tensors of the graph from others.
+
+        Args:
+            wanted: numbers of the tensors to compute.
+            given: tensors in the place of those recorded; operators that lead to these alone do not run.
+            special: what to run in the place of some operators, by position.
+        """
+        env = {**self.constants, **given}
+        for place in self.needed(wanted, frozenset(given)):
+            operation = self.operations[place]
+            if special is not None and place in special:
+                made: Sequence[Any] = (special[place](env),)
+            else:
+                made = operation(env)
+            for index, part in zip(operation.outputs, made, strict=False):
+                if index is not None and index not in given:
+                    env[index] = part
+        return tuple(env[index] for index in wanted)
+
+
+def _references(value: Any) -> Iterator[int]:
+    if type(value) is Value:
+        yield value.number
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _references(part)
+
+
+def _filled(value: Any, env: Mapping[int, Tensor]) -> Any:
+    kind = type(value)
+    if kind is Value:
+        return env[value.number]
+    if kind is tuple or kind is list:
+        return kind([_filled(part, env) for part in value])
+    return value
+
+
+def _shape_of(value: Any) -> Any:
+    """An argument without its floating-point numbers, hashable."""
+    if type(value) is Value:
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple([_shape_of(part) for part in value])
+    return float if isinstance(value, (float, complex)) else value

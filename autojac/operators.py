@@ -1,0 +1,92 @@
+"""What is known of single aten operators: what they write, draw and read, and their forms that write nothing."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.graph import Operation
+
+aten = torch.ops.aten
+READS_DATA = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+"""Operators after which Python, or a shape, may depend on the data."""
+BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
+PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
+"""Operators whose results share a storage and no element of it."""
+VIEWS_IN_PLACE = {
+    "transpose_": aten.transpose.int,
+    "t_": aten.t.default,
+    "unsqueeze_": aten.unsqueeze.default,
+    "squeeze_": aten.squeeze,
+}
+"""What changes a tensor's shape and no element of it."""
+
+
+@functools.cache
+def traits(func: Any) -> tuple[str, tuple[int | str, ...], bool]:
+    """Name of an operator, the arguments that it writes into, and whether it draws random numbers."""
+    schema = func._schema
+    written = tuple(
+        argument.name if argument.kwarg_only else place
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return schema.name.removeprefix("aten::"), written, torch.Tag.nondeterministic_seeded in func.tags
+
+
+def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator that may draw, attention with dropout, was told not to."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and not given.get("dropout_p")
+
+
+def functional(
+    func: Any, name: str, seen: tuple[Any, Any], after: int, shape: Sequence[int], dtype: torch.dtype, held: bool
+) -> Operation | None:
+    """An in-place operator as one that makes a tensor; None if there is none."""
+    args, kwargs = seen
+    if name == "copy_":
+        return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, held)
+    packet = getattr(aten, name.removesuffix("_"), None)
+    overload = func._overloadname
+    if packet is None or not name.endswith("_") or overload not in packet.overloads():
+        return None
+    return Operation(getattr(packet, overload), args, kwargs, (after,), False, held)
+
+
+class _Copied:
+    """The value of `copy_`: the source in the shape and dtype of the target."""
+
+    _schema = aten.expand.default._schema
+    tags: tuple[Any, ...] = ()
+
+    def __call__(self, source: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return source.to(dtype).expand(shape)
+
+
+_copied = _Copied()
+
+
+def autograd_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
+    todo = [value.grad_fn for value in values if value.grad_fn is not None]
+    found = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for following in map(operator.itemgetter(0), node.next_functions):
+            if following is not None and following not in found:
+                found.add(following)
+                todo.append(following)
+
+
+def reaches(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor's graph of autograd leads back to one of the inputs."""
+    leaves = {id(x) for x in inputs}
+    functions = {x.grad_fn for x in inputs if x.grad_fn is not None}
+    return any(node in functions or id(getattr(node, "variable", None)) in leaves for node in autograd_nodes([tensor]))

@@ -1,0 +1,90 @@
+"""Layer 1 of the probe: what the graph of one call proves of all inputs, or shows of where samples meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autojac.autodiff import Pullback
+from autojac.outline import Outline
+from autojac.probe.pairs import Subject, cotangent_verdict
+from autojac.recorder import record, without_autocast
+
+ESCAPES = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "data", "cpu_data"}
+"""What hands a tensor's memory to code that no operator tells of."""
+
+
+class _Watch(TorchFunctionMode):
+    """Notices what a graph can't show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.escaped = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in ESCAPES:
+            self.escaped = name
+        return func(*args, **(kwargs or {}))
+
+
+def prove(outline: Outline, subject: Subject) -> tuple[bool, str]:
+    """Whether the graph proves that samples are independent, and the line for `explain`."""
+    flow = outline.flow
+    if flow is None:
+        return False, f"proof: none, {outline.reason}"
+    if flow.graph.reads_data:
+        return False, "proof: none, func looks at its data, so another input may take another branch"
+    if not flow.independent:
+        return False, f"proof: none, {outline.obstacle}"
+    with _Watch() as watch:
+        subject.values({})
+    if watch.escaped:
+        return False, f"proof: none, func hands its data to other code by {watch.escaped}"
+    line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
+    if outline.state:
+        return False, f"{line}; but {outline.state} may change what runs, so it is checked on like an observation"
+    return True, line
+
+
+def meeting(
+    outline: Outline, subject: Subject, masks: Sequence[Tensor], called: str, generator: Any
+) -> tuple[bool, str]:
+    """Whether samples meet in shared tensors alone, by the graph and by cotangents; and the line for `explain`."""
+    flow, pool = outline.flow, outline.read_pool
+    if flow is None:
+        return False, f"statistics: none found, {outline.reason}"
+    if pool is None:
+        return False, f"statistics: not alone, {outline.obstacle}"
+    least = outline.least_pool or pool
+    rows = sum(math.prod(flow.graph.shapes[y]) for y in flow.graph.outputs)
+    names = ", ".join(outline.name(number) for number in pool.tensors) or "none that a derivative runs through"
+    if min(pool.size, least.size) >= rows:
+        return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
+    with subject.quiet():
+        recording = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs)
+        graph = recording.graph
+        if graph is None or graph.key != flow.graph.key:
+            return False, "statistics: not alone, func runs other operators from call to call"
+        with without_autocast(subject.leaves[0]):
+            base = dict(zip(graph.inputs, subject.leaves, strict=True))
+            shared = (*pool.tensors, *pool.still)
+            values = graph.run(shared, base)
+            held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
+            inputs = [graph.inputs[position] for position in subject.inputs]
+
+            def given(*xs: Tensor) -> tuple[Tensor, ...]:
+                return graph.run(graph.outputs, held | dict(zip(inputs, xs, strict=True)))
+
+            pullback = Pullback(given, [subject.leaves[position] for position in subject.inputs], differentiable=False)
+            verdict = cotangent_verdict(pullback, [True] * len(inputs), masks, called, generator)
+    if verdict.coupled:
+        return False, "statistics: not alone, samples reach each other beside the shared tensors"
+    line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"
+    return True, f"{line} ({called})"

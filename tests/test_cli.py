@@ -240,7 +240,7 @@ def test_a_file_named_as_a_module_hides_nothing(folder: Path) -> None:
 
 def test_probe_says_what_couples() -> None:
     text = output("probe", "model.py:mixed", "--shape", "16x3")
-    assert "dense, observed" in text
+    assert "statistics, observed" in text and "shared numbers" in text
     assert "random cotangents" in text
     (found,) = data("probe", "model:residual", "--shape", "16x3,16x1", "--argnums", "0,1")
     assert (found["coupling"], found["shapes"]) == ("independent", [[16, 3], [16, 1]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,25 @@ from torch import Tensor
 
 from autojac.autodiff import call_with
 from autojac.autojacobian import AutoJacobian
+from autojac.captures import Captures
+from autojac.entry import Entry
 from autojac.errors import InputError, OptionError
+from autojac.problem import Result
 
 
 class ModuleFunction:
     """A module as a function of its parameters: `f(parameters, args, **kwargs)`.
 
     Args:
-        module: its parameters are put aside for the length of a call, so one thread calls at a time.
+        module: its parameters are put aside for the length of a call.
+
+    Attributes:
+        lock: held while they are put aside, so that no other thread calls the module or looks at it then.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module}
@@ -33,7 +39,8 @@ class ModuleFunction:
 
     def parameters(self) -> dict[str, Tensor]:
         """Those to differentiate in, by the names of `named_parameters()`: tied ones once, frozen ones left out."""
-        found: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        with self.lock:
+            found: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not found:
             raise InputError(f"{type(self.module).__name__} has no parameter that requires grad, so it has no Jacobian")
         return found
@@ -41,7 +48,7 @@ class ModuleFunction:
     def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # nothing runs yet, and a lock can't be traced
             return call_with(self.module, parameters, args, kwargs)
-        with self._lock:
+        with self.lock:
             return call_with(self.module, parameters, args, kwargs)
 
 
@@ -67,6 +74,18 @@ class ParameterJacobian(AutoJacobian):
         in_dims = options.pop("in_dims", "auto")
         own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
         super().__init__(ModuleFunction(module), in_dims=(None, own), **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = self.func.lock
+
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
+        with self._lock:
+            return super()._run(args, kwargs)
+
+    def _reach(self) -> Captures:
+        with self._lock:
+            return super()._reach()
 
     def _given(self, args: Sequence[Any]) -> tuple[Any, ...]:
         return self.func.parameters(), tuple(args)

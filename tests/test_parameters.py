@@ -138,6 +138,20 @@ def test_two_threads_may_call_one_wrapper() -> None:
     assert not wrong
 
 
+def test_no_thread_looks_at_parameters_that_another_has_put_aside() -> None:
+    module, x = MODULES["mlp"](), torch.randn(4, 3, dtype=torch.float64)
+    jac = estimated(module)
+    jac(x)
+    for look in (jac.func.parameters, lambda: jac(x), lambda: jac.plan(x), jac._reach):
+        thread = threading.Thread(target=look)
+        with jac.func.lock:  # as during a call
+            thread.start()
+            thread.join(0.05)
+            assert thread.is_alive()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match=r"torch.nn.Module was expected"):
         AutoJacobian.of_parameters(torch.sin)  # type: ignore[arg-type]

@@ -257,8 +257,9 @@ class Planner:
             problem.outline.close()
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
-        trusted = problem.structure.assurance == "proved" or not problem.structure.independent
-        if not trusted and any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs))):
+        if problem.structure.independent and any(
+            isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs))
+        ):
             entry.numbers = set()
         return entry
 

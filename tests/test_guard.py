@@ -294,3 +294,36 @@ def test_coupling_through_another_mask_than_the_first_is_foreseen(keyword: bool,
         for _ in range(2):
             J = jac(x, by=by) if keyword else jac(x, by)
         compare(J, jacobian_blocks(mix, (x, by)))
+
+
+class Flags:
+    """What a script keeps its settings in."""
+
+    coupled = False
+
+
+def by_flag(x: Tensor) -> Tensor:
+    return x.sin() + (x.roll(1, 0) * x if Flags.coupled else 0)
+
+
+class Neighbours(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, 0) * x
+
+
+@pytest.mark.parametrize("change", ["flag", "layer", "hook"])
+def test_a_proof_does_not_outlive_what_python_changes(change: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Tanh())
+    func: Any = by_flag if change == "flag" else net
+    jac = estimated(func)
+    for _ in range(3):
+        jac(x)
+    if change == "flag":
+        monkeypatch.setattr(Flags, "coupled", True)
+    elif change == "layer":
+        net.append(Neighbours())
+    else:
+        net.register_forward_hook(lambda module, args, y: y + y.roll(1, 0) * y)
+    with pytest.warns(StructureChangedWarning, match="since call 2 went unchecked"):
+        compare(jac(x), jacobian_blocks(func, (x,)))
+    compare(jac(2 * x), jacobian_blocks(func, (2 * x,)))

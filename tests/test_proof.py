@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import autojac
 from autojac import AutoJacobian
+from harness import Counted
 from scenarios import SCENARIOS, Scenario
 
 Build = Callable[[], tuple[Any, Tensor]]
@@ -254,12 +255,18 @@ def test_no_coupled_scenario_is_proved(scenario: Scenario) -> None:
     assert autojac.probe(func, *args, argnums=scenario.argnums, **kwargs).assurance == "observed"
 
 
-def test_a_proof_is_checked_once() -> None:
-    jac = AutoJacobian(nn.Linear(3, 2), on_miss="estimate", store=":memory:")
+def test_a_proof_is_checked_as_often_as_an_observation() -> None:
+    net = nn.Linear(3, 2)
+    func = Counted(net)  # state of its own: no proof
     x = torch.randn(5, 3)
-    jac(x)
-    assert jac.plan(x).structure.assurance == "proved"
-    assert jac._entries[jac._key((x,), {})].next_check == float("inf")
+    checks = {}
+    for name, one in (("proved", net), ("observed", func)):
+        jac = AutoJacobian(one, on_miss="estimate", store=":memory:")
+        for _ in range(5):
+            jac(x)
+        assert jac.plan(x).structure.assurance == name
+        checks[name] = jac._entries[jac._key((x,), {})].next_check
+    assert checks["proved"] == checks["observed"] == 8
 
 
 def test_state_that_python_may_change_takes_the_proof_back() -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from autojac.errors import OptionError
+from autojac.sparsity import Sparsity
 
-Coupling = Literal["independent", "statistics", "dense"]
+Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
@@ -21,8 +22,9 @@ class Structure:
     """The dependence of a function's outputs on its inputs across the batch.
 
     Attributes:
-        coupling: `independent` if output b depends on input b alone; `statistics` if, given some tensors that all
-            samples share, such as a batch's mean and variance, it does; else `dense`.
+        coupling: `independent` if output b depends on input b alone; `grouped` if it depends on the samples of its own
+            group, `sparse` if on some others; `statistics` if, given some tensors that all samples share, such as a
+            batch's mean and variance, it depends on b alone; else `dense`.
         assurance: `proved` for all inputs, `observed` on samples, or `declared` by the user.
         sliceable: whether calling the function on some of the samples gives those samples' outputs;
             false where the output depends on the batch size or on side inputs of other samples.
@@ -31,6 +33,8 @@ class Structure:
             func must run once, or on the whole batch.
         kernels: fused operators in func that lack some derivatives, which their plain formula has.
         evidence: one line for each layer of the probe, for people.
+        sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
+            coupling allows.
     """
 
     coupling: Coupling
@@ -40,6 +44,7 @@ class Structure:
     effects: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
         if self.coupling not in get_args(Coupling):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "autojac"
 
 # a module imports from its own rank and those before it
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "signature", "structure", "plan"),
+    ("errors", "signature", "sparsity", "structure", "plan"),
     (
         "captures",
         "fingerprint",

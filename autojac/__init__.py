@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from autojac.autojacobian import AutoJacobian
 from autojac.checks import probe, verify
+from autojac.entries import to_scipy
 from autojac.errors import (
     AutojacError,
     AutojacWarning,
@@ -25,6 +26,7 @@ from autojac.errors import (
 )
 from autojac.from_graph import jacobian_from
 from autojac.plan import Plan, Trial
+from autojac.sparsity import Pattern, Sparsity
 from autojac.structure import Structure
 
 if TYPE_CHECKING:
@@ -39,12 +41,14 @@ __all__ = [
     "MutationError",
     "OptionError",
     "OutputError",
+    "Pattern",
     "Plan",
     "PlanMissError",
     "PlanStore",
     "RandomnessError",
     "SearchError",
     "SingularJacobianError",
+    "Sparsity",
     "StoreError",
     "StoreWarning",
     "Structure",
@@ -55,6 +59,7 @@ __all__ = [
     "VerificationError",
     "jacobian_from",
     "probe",
+    "to_scipy",
     "verify",
 ]
 

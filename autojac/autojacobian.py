@@ -46,8 +46,9 @@ class AutoJacobian(Derived):
         in_dims: where each positional argument carries the batch: an int, None (shared by all samples), or a tuple of
             these or of nests of them, as in `torch.vmap`; `"auto"` infers it and checks the guess. All None: a function
             without a batch, J is (*out, *in).
-        layout: `"blocks"` (B, *out, *in), exact whatever the coupling, `"full"` (B, *out, B, *in), or `"diagonal"`
-            (B, n), for as many outputs as inputs in a sample.
+        layout: `"blocks"` (B, *out, *in), exact whatever the coupling, `"full"` (B, *out, B, *in), `"sparse"`, one
+            2-D sparse CSR tensor (B·m, B·n) that is never dense on the way, or `"diagonal"` (B, n), for as many
+            outputs as inputs in a sample.
         has_aux: func returns (y, aux); aux comes back untouched.
         effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
         on_miss: `"tune"`, `"estimate"` or `"error"`: what to do for a call that no plan is known for.
@@ -111,15 +112,15 @@ class AutoJacobian(Derived):
         """The Jacobian of func at these arguments.
 
         Returns:
-            J of shape (B, *out, *in), or (B, *out, B, *in) for `layout="full"`; nested as `torch.func.jacrev` nests it
-            where there are several outputs or inputs. With `has_aux=True` the pair (J, aux).
+            J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
+            nested as `torch.func.jacrev` nests it where there are several outputs or inputs. With `has_aux=True` the pair (J, aux).
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
             SearchError: if no method is right within the limits.
         """
         entry, result = self._run(self._given(args), kwargs)
-        jacobian = entry.frame.jacobian(result.jacobians)
+        jacobian = entry.frame.jacobian(entry.finished(result))
         return (jacobian, result.aux) if self.options.has_aux else jacobian
 
     def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -129,7 +130,7 @@ class AutoJacobian(Derived):
             (y, J), or (y, J, aux) for `has_aux=True`.
         """
         entry, result = self._run(self._given(args), kwargs)
-        value, jacobian = entry.frame.value(result.values), entry.frame.jacobian(result.jacobians)
+        value, jacobian = entry.frame.value(result.values), entry.frame.jacobian(entry.finished(result))
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:

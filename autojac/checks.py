@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from autojac.captures import captures
+from autojac.entries import Entries
 from autojac.errors import VerificationError
 from autojac.look import look
 from autojac.options import Options
 from autojac.planner import Planner
-from autojac.problem import Result
+from autojac.problem import Problem, Result
+from autojac.sparsity import Pattern
 from autojac.structure import Structure
 from autojac.verify import Reference
 
@@ -65,6 +68,11 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     if len(flat) != wanted:
         raise VerificationError(f"{wanted} Jacobians were expected, one an output and input; {len(flat)} came")
     result = Result(seen.first.values, request.frame.unnested(jacobian))
+    if layout == "sparse":
+        held = _held(independent, result)
+        independent = dataclasses.replace(independent, held=held)
+        values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
+        result = result._replace(jacobians=values)
     reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2)
     wrong = reference.check(result)
     if wrong is not None and layout == "blocks" and reference.check_shapes(result) is None:
@@ -74,3 +82,18 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         wrong = reference.check(result)
     if wrong is not None:
         raise VerificationError(f"the Jacobian is wrong: {wrong}")
+
+
+def _held(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
+    """The entries that sparse Jacobians hold, whatever is known of the function."""
+    held = {}
+    for output, row in enumerate(result.jacobians):
+        for position, matrix in zip(problem.inputs, row, strict=True):
+            samples, features = (pattern.shape for pattern in problem.patterns(output, position))
+            wanted = (samples[0] * features[0], samples[1] * features[1])
+            if matrix.layout != torch.sparse_csr or tuple(matrix.shape) != wanted:
+                came = f"one stored as {matrix.layout} of shape {tuple(matrix.shape)}"
+                raise VerificationError(f"a sparse CSR Jacobian of shape {wanted} was expected, got {came}")
+            starts, columns = (part.cpu().numpy() for part in (matrix.crow_indices(), matrix.col_indices()))
+            held[output, position] = Entries(Pattern(wanted, starts, columns))
+    return held

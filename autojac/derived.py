@@ -121,7 +121,7 @@ class Derived(ABC):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        source = self._other("blocks") if self.options.layout == "diagonal" else self
+        source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
         entry, result = source._run(self._given(args), kwargs)
         problem, jacobian = entry.problem, _only(entry, result)
         if entry.frame.unbatched:

@@ -50,6 +50,16 @@ class Entry:
     loop: Compute | None = None
     factored: Any = None
 
+    def finished(self, result: Result) -> Sequence[Sequence[Tensor]]:
+        """The Jacobians as the user gets them: entries become matrices."""
+        problem = self.problem
+        if problem.layout != "sparse":
+            return result.jacobians
+        return [
+            [problem.entries(output, p).matrix(values) for p, values in zip(problem.inputs, row, strict=True)]
+            for output, row in enumerate(result.jacobians)
+        ]
+
     @property
     def usable(self) -> Compute:
         """The plan's computation; under a caller's hooks on saved tensors a loop of plain VJPs.
@@ -71,7 +81,7 @@ class Entry:
         calls = self.last_check = self.calls
         if verify == "always" or structure.suspect:
             self.next_check = calls + 1
-        elif not structure.independent:
+        elif not structure.assumes:
             self.next_check = math.inf
         elif calls < 2**EARLY_CHECKS:
             self.next_check = 2 * calls

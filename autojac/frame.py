@@ -154,7 +154,7 @@ class Frame:
         for start in range(0, len(flat), len(order)):
             at = dict(zip(order, flat[start : start + len(order)], strict=True))
             row = [at[position] for position in self.differentiated]
-            rows.append(tuple(tensor.unsqueeze(0) for tensor in row) if self.unbatched else tuple(row))
+            rows.append(tuple(t.unsqueeze(0) if self.unbatched and t.layout == torch.strided else t for t in row))
         return tuple(rows)
 
     def roles(self, leaves: Sequence[Tensor], batched: Sequence[bool]) -> tuple[Leaf, ...]:
@@ -185,7 +185,8 @@ class Frame:
     def _nest_row(self, row: Sequence[Tensor]) -> Any:
         at = dict(zip(self.differentiated, row, strict=True))
         if self.unbatched:
-            at = {position: jacobian.squeeze(0) for position, jacobian in at.items()}
+            # a sparse matrix has no axis for the batch
+            at = {p: one.squeeze(0) if one.layout == torch.strided else one for p, one in at.items()}
         nests = tuple(pytree.tree_unflatten([at[position] for position in group], spec) for spec, group in self.groups)
         return nests if isinstance(self.argnums, tuple) else nests[0]
 

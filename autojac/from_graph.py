@@ -70,6 +70,11 @@ def jacobian_from(
         StructureChangedWarning: the samples were declared independent and are not; the result is right.
     """
     options = Options.checked({"layout": layout, "in_dims": in_dims, "coupling": coupling})
+    if layout == "sparse":
+        raise OptionError(
+            "a graph alone does not show which entries are zero everywhere: layout='sparse' needs the function. Use "
+            "AutoJacobian(func, layout='sparse')"
+        )
     limit = parse_bytes(memory_limit)
     values, out_spec = pytree.tree_flatten(outputs)
     sources, in_spec = pytree.tree_flatten(inputs)

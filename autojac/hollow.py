@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.layouts import jacobian_shape
 from autojac.problem import Compute, Flat, Problem, Result, empty_rows
 
 
@@ -66,8 +65,7 @@ def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
                 values[index] = like.new_empty((problem.batch, *event), dtype=dtype)
             for position in problem.inputs:
                 if (index, position) not in jacobians:
-                    shape = jacobian_shape(problem.layout, problem.batch, event, problem.leaves[position])
-                    jacobians[index, position] = leaves[position].new_zeros(shape)
+                    jacobians[index, position] = leaves[position].new_zeros(problem.jacobian_shape(index, position))
         order = range(len(problem.outputs))
         return found._replace(
             values=tuple(values[index] for index in order),

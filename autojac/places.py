@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,13 @@ class Projection:
     """A random cotangent and its VJP for each input.
 
     Attributes:
-        sample: the one sample that it lives on; None for all.
+        samples: those that it lives on; None for all.
         coordinate: the one coordinate that it lives on, where only the diagonal is asked for; None for all.
         cotangent: shape of the output.
         pulled: its VJP, for each input.
     """
 
-    sample: int | None
+    samples: Sequence[int] | None
     coordinate: int | None
     cotangent: Tensor
     pulled: list[Tensor]
@@ -36,21 +37,27 @@ class Places:
 
     def blockwise(self, position: int) -> bool:
         """Whether the Jacobian of an input holds only each sample's own block."""
-        return self.problem.layout != "full" and self.problem.leaves[self.problem.inputs[position]].batched
+        return (
+            self.problem.layout not in ("full", "sparse") and self.problem.leaves[self.problem.inputs[position]].batched
+        )
 
     def _per_row(self, position: int) -> bool:
         """Whether a pulled cotangent has one row for each sample."""
         return self.problem.leaves[self.problem.inputs[position]].batched
 
-    def rows_of(self, whole: Tensor, output: int) -> Tensor:
-        """The Jacobian with one row for each element of the output."""
+    def row(self, whole: Tensor, output: int, row: int, position: int) -> Tensor:
+        """The Jacobian's row of one element of the output."""
+        if self.problem.layout == "sparse":
+            return self.problem.entries(output, self.problem.inputs[position]).row(whole, row)
         event_dims = 1 if self.problem.layout == "diagonal" else len(self.problem.outputs[output])
         count = self.problem.batch * seeds.size(self.problem.outputs[output])
-        return whole.reshape(count, *whole.shape[1 + event_dims :])
+        return whole.reshape(count, *whole.shape[1 + event_dims :])[row]
 
     def kept(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
         """The part of a pulled row that the layout keeps."""
         size = seeds.size(self.problem.outputs[output])
+        if self.problem.layout == "sparse":
+            return pulled.reshape(-1)
         kept = pulled[row // size] if self.blockwise(position) else pulled
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 
@@ -59,9 +66,15 @@ class Places:
         # an output may have another dtype than the input
         dtype = torch.promote_types(whole.dtype, projection.cotangent.dtype)
         jacobian, cotangent = whole.detach().to(dtype), projection.cotangent.to(dtype)
+        if self.problem.layout == "sparse":
+            entries = self.problem.entries(output, self.problem.inputs[position])
+            lead = self.problem.batch if self._per_row(position) else 1
+            pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
+            found, scale = (entries.pull(j, u.reshape(-1)).reshape(lead, -1) for u, j in pairs)
+            return found, scale
         event_dims = len(self.problem.outputs[output])
-        if projection.sample is not None:
-            only = slice(projection.sample, projection.sample + 1)
+        if projection.samples is not None:
+            only = list(projection.samples)
             jacobian, cotangent = jacobian[only], cotangent[only]
         lead = jacobian.shape[0]
         left = cotangent.reshape(lead, 1, -1)

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound
+from autojac.entries import Entries, entries, feature_pattern, sample_graph
 from autojac.layouts import jacobian_shape
 from autojac.outline import Outline
 from autojac.signature import Layout, Leaf
+from autojac.sparsity import Pattern
 from autojac.structure import Structure
 
+INDEX_BYTES = 8
+"""What a sparse matrix takes for each entry beside its value."""
 Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
@@ -41,13 +45,15 @@ class Problem:
         leaves: shape and role of each tensor that fn takes.
         outputs: event shape of each output.
         batch: number of samples B.
-        layout: `blocks` (B, *out, *in), `full` (B, *out, B, *in) or `diagonal` (B, n).
+        layout: `blocks` (B, *out, *in), `full` (B, *out, B, *in), `diagonal` (B, n), or `sparse`: then a Jacobian is the
+            values (entries,) that its compressed rows hold.
         structure: what couples with what.
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.
         pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
         outline: what the graph of a call shows, to be asked by methods that cut it.
+        held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
     """
 
     fn: Flat
@@ -61,6 +67,7 @@ class Problem:
     pass_bytes: int = 0
     has_aux: bool = False
     outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
+    held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -90,9 +97,38 @@ class Problem:
     @property
     def result_bytes(self) -> int:
         """Size of the Jacobian itself."""
-        pairs = itertools.product(self.outputs, self.inputs)
-        shapes = (jacobian_shape(self.layout, self.batch, event, self.leaves[index]) for event, index in pairs)
-        return self.item_bytes * sum(map(seeds.size, shapes))
+        pairs = itertools.product(range(len(self.outputs)), self.inputs)
+        if self.layout == "sparse":
+            counts = (samples.count * features.count for samples, features in itertools.starmap(self.patterns, pairs))
+            return (self.item_bytes + INDEX_BYTES) * sum(counts)
+        return self.item_bytes * sum(seeds.size(self.jacobian_shape(*pair)) for pair in pairs)
+
+    def jacobian_shape(self, output: int, position: int) -> tuple[int, ...]:
+        """Shape of the Jacobian of an output with respect to a leaf."""
+        if self.layout == "sparse":
+            return (self.entries(output, position).pattern.count,)
+        return jacobian_shape(self.layout, self.batch, self.outputs[output], self.leaves[position])
+
+    def rows(self, output: int) -> tuple[int, int]:
+        """Where an output's features lie among all of a sample's, as (start, stop)."""
+        start = sum(map(seeds.size, self.outputs[:output]))
+        return start, start + seeds.size(self.outputs[output])
+
+    def columns(self, position: int) -> tuple[int, int]:
+        """Where a differentiated leaf's features lie among all of a sample's, as (start, stop)."""
+        before = (seeds.size(self.leaves[other].event_shape) for other in self.inputs if other < position)
+        start = sum(before)
+        return start, start + seeds.size(self.leaves[position].event_shape)
+
+    def patterns(self, output: int, position: int) -> tuple[Pattern, Pattern]:
+        """The sample graph, and the pattern inside a sample, of one Jacobian."""
+        samples = sample_graph(self.structure, self.batch, shared=not self.leaves[position].batched)
+        return samples, feature_pattern(self.structure.sparsity, self.rows(output), self.columns(position))
+
+    def entries(self, output: int, position: int) -> Entries:
+        """The entries of one Jacobian in layout `sparse`."""
+        held = self.held and self.held.get((output, position))
+        return held or entries(*self.patterns(output, position))
 
     @property
     def seed_bytes(self) -> int:
@@ -124,9 +160,6 @@ def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) 
 def empty_rows(problem: Problem, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
     """The Jacobians of a problem without elements."""
     return tuple(
-        tuple(
-            leaves[i].new_zeros(jacobian_shape(problem.layout, problem.batch, event, problem.leaves[i]))
-            for i in problem.inputs
-        )
-        for event in problem.outputs
+        tuple(leaves[position].new_zeros(problem.jacobian_shape(output, position)) for position in problem.inputs)
+        for output in range(len(problem.outputs))
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Layout = Literal["blocks", "full", "diagonal"]
+Layout = Literal["blocks", "full", "sparse", "diagonal"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 

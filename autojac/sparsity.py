@@ -61,7 +61,13 @@ class Pattern:
         csr = scipy.sparse.csr_array(matrix).astype(bool)
         csr.sum_duplicates()
         csr.eliminate_zeros()
-        return cls((csr.shape[0], csr.shape[1]), csr.indptr.astype(np.int64), csr.indices.astype(np.int32))
+        return cls.sorted(csr)
+
+    @classmethod
+    def sorted(cls, csr: Any) -> Self:
+        """Every stored entry of a SciPy CSR matrix whose rows are sorted and free of duplicates."""
+        rows, columns = (int(size) for size in csr.shape)
+        return cls((rows, columns), csr.indptr.astype(np.int64), csr.indices.astype(np.int32))
 
     @classmethod
     def full(cls, rows: int, columns: int) -> Self:
@@ -89,6 +95,11 @@ class Pattern:
     def rows(self) -> Indices:
         """The row of each entry: (entries,), int32."""
         return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.starts))
+
+    @property
+    def places(self) -> Indices:
+        """The place of each entry in the matrix with its rows one behind the other: (entries,), int64."""
+        return self.rows.astype(np.int64) * self.shape[1] + self.columns
 
     def scipy(self) -> scipy.sparse.csr_array:
         """The pattern as a SciPy matrix of ones (int8), which shares its indices."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from autojac.errors import OptionError
-from autojac.sparsity import Sparsity
+from autojac.sparsity import Pattern, Sparsity
 
 Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
@@ -57,6 +57,16 @@ class Structure:
         return self.coupling == "independent"
 
     @property
+    def assumes(self) -> bool:
+        """Whether some entries are taken for zero, so that a method may be wrong where that does not hold."""
+        return self.independent or self.sparsity is not None
+
+    @property
+    def samples(self) -> Pattern | None:
+        """The sample graph, where samples are coupled along one."""
+        return self.sparsity.samples if self.coupling in ("grouped", "sparse") and self.sparsity else None
+
+    @property
     def draws(self) -> bool:
         """Whether func draws random numbers."""
         return DRAWS in self.effects or DRAWS_ALIKE in self.effects
@@ -69,6 +79,7 @@ class Structure:
             assurance="observed",
             sliceable=False,
             suspect=False,
+            sparsity=None,
             evidence=(*self.evidence, reason),
         )
 

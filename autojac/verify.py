@@ -10,8 +10,8 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Pullback, gradient
+from autojac.coloring import apart
 from autojac.kernels import plain_formulas
-from autojac.layouts import jacobian_shape
 from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
@@ -19,6 +19,8 @@ from autojac.tolerance import disagreement, own_rounding, rounding_floor, tolera
 
 ROWS = 6
 SAMPLES = 3
+CLASSES = 8
+"""Classes of samples of a graph that one check looks at."""
 
 
 class Reference:
@@ -110,7 +112,7 @@ class Reference:
         actual, expected = [], []
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self.places.rows_of(whole, output)[row]
+                own = self.places.row(whole, output, row, position)
                 weight = seeds.noise(own, self.generator)
                 actual.append((own * weight).sum())
                 expected.append((self.places.kept(one, output, row, position) * weight).sum())
@@ -142,14 +144,12 @@ class Reference:
 
     def check_shapes(self, result: Result) -> str | None:
         """Why a result can't be right whatever its numbers: shapes, dtypes and the values."""
-        for event, value, row, expected in zip(
-            self.problem.outputs, result.values, result.jacobians, self.values, strict=True
-        ):
+        pairs = zip(result.values, result.jacobians, self.values, strict=True)
+        for output, (value, row, expected) in enumerate(pairs):
             if value.shape != expected.shape:
                 return f"the value has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
             for position, jacobian, tensor in zip(self.problem.inputs, row, self.pullback.inputs, strict=True):
-                leaf = self.problem.leaves[position]
-                wanted = jacobian_shape(self.problem.layout, self.problem.batch, event, leaf)
+                wanted = self.problem.jacobian_shape(output, position)
                 if tuple(jacobian.shape) != wanted:
                     return f"J has shape {tuple(jacobian.shape)} instead of {wanted}"
                 if jacobian.dtype != tensor.dtype:
@@ -163,7 +163,7 @@ class Reference:
     def _check_rows(self, result: Result) -> str | None:
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self.places.rows_of(whole, output)[row]
+                own = self.places.row(whole, output, row, position)
                 expected = self.places.kept(one, output, row, position)
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
@@ -177,10 +177,10 @@ class Reference:
     def _check_projections(self, result: Result) -> str | None:
         for output, projections in enumerate(self.projections):
             for projection in projections:
-                sample = projection.sample
+                samples = projection.samples
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     found, scale = self.places.project(whole, output, position, projection)
-                    expected = one if sample is None or not self.places.blockwise(position) else one[sample][None]
+                    expected = one if samples is None or not self.places.blockwise(position) else one[samples]
                     if projection.coordinate is not None:
                         rows = expected.reshape(len(found), -1)
                         expected, scale = rows[:, projection.coordinate], rows.abs().amax(1, keepdim=True)
@@ -188,7 +188,7 @@ class Reference:
                     slack = self._slack(output, expected)
                     error = disagreement(found, expected.reshape(found.shape), scale, floor, slack)
                     if error is not None:
-                        where = "of the whole batch" if sample is None else f"of sample {sample}"
+                        where = "of the whole batch" if samples is None else f"of {named(samples)}"
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
         return None
 
@@ -217,24 +217,34 @@ class Reference:
         value, layout = self.values[output], self.problem.layout
         if not value.numel():
             return []
-        everywhere = layout == "full" or self.problem.structure.independent
-        samples: Sequence[int | None] = (None,)
-        if not everywhere or (self.problem.shared_input and layout != "full"):
-            drawn = torch.randperm(len(value), generator=self.generator)[:SAMPLES].tolist()
-            samples = self.samples or drawn
+        whole = layout in ("full", "sparse")
+        some: Sequence[Sequence[int] | None] = (None,)
+        if not whole and (self.problem.shared_input or not self.problem.structure.independent):
+            some = [[sample] for sample in self.samples] or self._apart(len(value))
         found = []
-        for sample in samples:
+        for samples in some:
             cotangent, coordinate = seeds.noise(value, self.generator), None
-            if sample is not None:
+            if samples is not None:
                 alone = torch.zeros_like(cotangent)
-                alone[sample] = cotangent[sample]
+                alone[samples] = cotangent[samples]
                 cotangent = alone
             if layout == "diagonal":
                 coordinate = int(torch.randint(value[0].numel(), (), generator=self.generator))
                 one_hot = seeds.identity(tuple(value.shape[1:]), coordinate, coordinate + 1, value)
                 cotangent = cotangent * one_hot
-            found.append(Projection(sample, coordinate, cotangent, self.pullback(output, cotangent)))
+            found.append(Projection(samples, coordinate, cotangent, self.pullback(output, cotangent)))
         return found
+
+    def _apart(self, batch: int) -> list[list[int]]:
+        """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
+        drawn = torch.randperm(batch, generator=self.generator)
+        graph = self.problem.structure.samples
+        if graph is None:
+            return [[sample] for sample in drawn[:SAMPLES].tolist()]
+        colors = torch.from_numpy(apart(graph))
+        # an edge that is missing joins samples of one color, or does no harm
+        shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[:CLASSES].tolist()
+        return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
 
     def _chosen(self, value: Tensor, rows: int) -> list[int]:
         """Row numbers to compare: the first, the last, and others at random."""
@@ -247,6 +257,11 @@ class Reference:
     def _single(self, output: int, row: int) -> list[Tensor]:
         value = self.values[output]
         return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
+
+
+def named(samples: Sequence[int]) -> str:
+    """Some samples, for people."""
+    return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:

@@ -79,7 +79,7 @@ search_options = _decorated(
         type=click.Choice(get_args(Layout)),
         default="blocks",
         show_default=True,
-        help="Layout of the Jacobian: (B, *out, *in), (B, *out, B, *in) or (B, n).",
+        help="Layout of the Jacobian: (B, *out, *in), (B, *out, B, *in), sparse CSR or (B, n).",
     ),
     click.option(
         "--grad/--no-grad",

@@ -11,7 +11,7 @@ import importlib
 import itertools
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -22,7 +22,7 @@ from torch import Tensor
 import autojac.methods
 from autojac.draws import from_one_state
 from autojac.errors import StoreError
-from autojac.problem import Compute, Problem
+from autojac.problem import Compute, Problem, Result
 from autojac.structure import DRAWS, DRAWS_ALIKE
 
 CACHE_BYTES = 32 * 2**20
@@ -53,7 +53,14 @@ class Method(ABC):
             return (
                 f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
             )
+        if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:
+            return "it makes blocks, which are not all of the Jacobian where samples are coupled"
         return None
+
+    @property
+    def makes_sparse(self) -> bool:
+        """Whether `prepare` knows the layout `sparse`; what else is asked for it makes blocks."""
+        return False
 
     @property
     def chunked(self) -> bool:
@@ -86,7 +93,8 @@ class Method(ABC):
 
     def ready(self, problem: Problem) -> Compute:
         """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
-        compute = self.prepare(problem)
+        apart = problem.layout == "sparse" and not self.makes_sparse
+        compute = _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
         return from_one_state(compute) if problem.structure.draws else compute
 
     @abstractmethod
@@ -132,6 +140,26 @@ def build(spec: Mapping[str, Any]) -> Method:
         return kind(**nested)
     except TypeError as error:
         raise StoreError(f"a plan has fields that {kind.__name__} does not: {error}") from error
+
+
+def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
+    """The entries of a sparse Jacobian, taken out of blocks."""
+    compute = prepare(dataclasses.replace(problem, layout="blocks"))
+    places = [
+        [torch.from_numpy(problem.patterns(output, position)[1].places) for position in problem.inputs]
+        for output in range(len(problem.outputs))
+    ]
+
+    def taken(blocks: Tensor, kept: Tensor) -> Tensor:
+        rows = blocks.reshape(problem.batch, -1)
+        return rows.reshape(-1) if len(kept) == rows.shape[1] else rows[:, kept.to(rows.device)].reshape(-1)
+
+    def sparse(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        result = compute(leaves, kwargs)
+        pairs = zip(result.jacobians, places, strict=True)
+        return result._replace(jacobians=tuple(tuple(map(taken, row, kept)) for row, kept in pairs))
+
+    return sparse
 
 
 def composable(problem: Problem) -> Method:

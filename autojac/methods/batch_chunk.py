@@ -38,6 +38,10 @@ class BatchChunk(Method):
         return self.inner.unsupported(problem) or super().unsupported(problem)
 
     @property
+    def makes_sparse(self) -> bool:
+        return self.inner.makes_sparse
+
+    @property
     def compiles(self) -> bool:
         return self.inner.compiles
 

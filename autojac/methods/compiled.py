@@ -33,6 +33,10 @@ class Compiled(Method):
         return self.inner.unsupported(problem) or super().unsupported(problem)
 
     @property
+    def makes_sparse(self) -> bool:
+        return self.inner.makes_sparse
+
+    @property
     def compiles(self) -> bool:
         return True
 

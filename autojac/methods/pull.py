@@ -38,6 +38,10 @@ class Pull(Method):
 
     repeats_func: ClassVar[bool] = False
 
+    @property
+    def makes_sparse(self) -> bool:
+        return self.seeds == "identity"
+
     def unsupported(self, problem: Problem) -> str | None:
         if self.seeds == "shared" and not problem.structure.independent:
             return "samples are coupled, so pulling one seed through all of them would add up their rows"
@@ -148,10 +152,21 @@ class Pull(Method):
         numbers = torch.arange(count, device=values[output].device)
         final = output == len(values) - 1
 
-        def parts() -> Iterator[list[Tensor]]:
+        def pulled_rows() -> Iterator[tuple[int, int, Sequence[Tensor]]]:
             for start, stop in seeds.spans(count, step):
                 cotangents = seeds.identity(shape, start, stop, values[output])
-                pulled = pull(output, cotangents, final and stop == count)
+                yield start, stop, pull(output, cotangents, final and stop == count)
+
+        if problem.layout == "sparse":
+            kept = [problem.entries(output, position) for position in problem.inputs]
+            pieces = [
+                [entries.of_rows(rows.flatten(1), start) for entries, rows in zip(kept, pulled, strict=True)]
+                for start, _, pulled in pulled_rows()
+            ]
+            return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+        def parts() -> Iterator[list[Tensor]]:
+            for start, stop, pulled in pulled_rows():
                 yield [
                     self._own_part(problem, position, gradient, numbers[start:stop], count // problem.batch)
                     for position, gradient in zip(problem.inputs, pulled, strict=True)

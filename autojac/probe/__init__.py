@@ -94,6 +94,7 @@ def examine(
             manners.effects,
             manners.kernels,
             (*declared.evidence, *evidence, line),
+            declared.sparsity,
         )
         return Examined(structure, batched, notice, outline)
     batch = len(values[0])

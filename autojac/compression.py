@@ -1,0 +1,144 @@
+"""Compressed Jacobians: one seed for all rows (or columns) of a color, and where each entry is read from the result.
+
+Curtis, Powell & Reid (1974): rows that share no column may be pulled together, since each entry of their sum belongs to
+one of them. Samples and features are colored apart, and a seed is a color of samples with a color of features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autojac import coloring
+from autojac.problem import Problem
+from autojac.sparsity import Indices, Pattern
+
+Side = Literal["rows", "columns"]
+MOST_COUPLED = 4096
+"""Samples coupled all with all, beyond which no pattern of every pair is made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Colors:
+    """The colors of one side of a problem: rows to pull, or columns to push.
+
+    Attributes:
+        side: `rows` (outputs) or `columns` (inputs).
+        samples: of each sample, (B,); None where one color serves all.
+        features: of each feature of a sample, counted through all outputs or inputs; -1 where it needs no seed.
+    """
+
+    side: Side
+    samples: Indices | None
+    features: Indices
+
+    @functools.cached_property
+    def groups(self) -> int:
+        """Colors of samples."""
+        return 1 if self.samples is None else int(self.samples.max(initial=0)) + 1
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Colors of features."""
+        return int(self.features.max(initial=-1)) + 1
+
+    @property
+    def count(self) -> int:
+        """Seeds in all: number s has samples of color s // width and features of color s % width."""
+        return self.groups * self.width
+
+    @functools.cached_property
+    def _masks(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]]:
+        return {}
+
+    def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
+        """Seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
+
+        Args:
+            start, stop: which seeds.
+            spans: where each tensor's features lie among all, as (start, stop).
+            like: the tensors.
+        """
+        numbers = torch.arange(start, stop)
+        made = []
+        for (first, last), tensor in zip(spans, like, strict=True):
+            samples, features = self._of(tensor)
+            chosen = features[(numbers % self.width).to(tensor.device), first:last]
+            seed = chosen.view(stop - start, 1, *tensor.shape[1:])
+            if samples is None:
+                made.append(seed.expand(stop - start, *tensor.shape))
+                continue
+            own = samples[(numbers // self.width).to(tensor.device)]
+            made.append(own.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
+        return made
+
+    def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+        """One-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
+        kind = (tensor.device, tensor.dtype)
+        if kind not in self._masks:
+            self._masks[kind] = (
+                None if self.samples is None else _one_hot(self.samples, self.groups, tensor),
+                _one_hot(self.features, self.width, tensor),
+            )
+        return self._masks[kind]
+
+
+def _one_hot(colors: Indices, count: int, like: Tensor) -> Tensor:
+    return torch.from_numpy(colors[None] == np.arange(count)[:, None]).to(like)
+
+
+def colors_of(problem: Problem, side: Side) -> Colors:
+    """Colors for one side of a problem: as few seeds as its layout needs."""
+    samples = problem.structure.samples
+    if samples is None and not problem.structure.independent:
+        samples = Pattern.full(problem.batch, problem.batch)
+    sparsity = problem.structure.sparsity
+    features = None if sparsity is None else sparsity.features
+    own = problem.layout in ("blocks", "diagonal")
+    square = problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1
+    count = problem.out_size if side == "rows" else problem.in_size
+    return _colors(side, samples, features, own, square, count)
+
+
+@functools.lru_cache(maxsize=32)
+def _colors(
+    side: Side, samples: Pattern | None, features: Pattern | None, own: bool, square: bool, count: int
+) -> Colors:
+    """Colors that keep apart what reads the same entries.
+
+    Args:
+        side: rows or columns.
+        samples, features: the patterns; all for None of the features.
+        own: only the blocks of each sample are asked for, so samples of one color must not reach each other, but may
+            reach the same.
+        square: only the diagonals of blocks are asked for: the same for features.
+        count: number of features.
+    """
+    grouped = None
+    if samples is not None and samples.shape != (1, 1):
+        grouped = coloring.apart(samples) if own else coloring.orthogonal(samples, side)
+    if features is None:
+        return Colors(side, grouped, np.arange(count, dtype=np.int32))
+    return Colors(side, grouped, coloring.apart(features) if square else coloring.orthogonal(features, side))
+
+
+def nothing_gained(problem: Problem, side: Side) -> str | None:
+    """Why colors of one side are of no use to a problem, as a sentence; None if they are."""
+    structure = problem.structure
+    if problem.shared_input:
+        return "an input is shared by all samples, so what its columns bring would be added up over the batch"
+    if structure.sparsity is None and not (problem.layout == "sparse" and not structure.independent):
+        return "no zeros are known that colors could save"
+    if (structure.samples is None and not structure.independent) and problem.batch > MOST_COUPLED:
+        return f"samples are coupled without a graph, and {problem.batch} of them are too many to color one by one"
+    kind = "VJPs of rows" if side == "rows" else "JVPs of columns"
+    plain = (problem.out_size if side == "rows" else problem.in_size) * (1 if structure.independent else problem.batch)
+    if colors_of(problem, side).count >= plain and problem.layout != "sparse":
+        return f"colors save none of the {plain} {kind}"
+    return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autojac.autodiff import saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
+from autojac.compression import colored
 from autojac.derived import Derived
 from autojac.entry import Entry, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
@@ -113,7 +114,8 @@ class AutoJacobian(Derived):
 
         Returns:
             J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
-            nested as `torch.func.jacrev` nests it where there are several outputs or inputs. With `has_aux=True` the pair (J, aux).
+            nested as `torch.func.jacrev` nests it where there are several outputs or inputs. With `has_aux=True` the
+            pair (J, aux).
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
@@ -162,8 +164,9 @@ class AutoJacobian(Derived):
             entry = self._entry(self._key(*call), *call)
         trials = entry.plan.trials or (self._planner.stored.trials(entry.keys) if entry.keys else ())
         problem = entry.problem
-        cuts = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else ()
-        return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials, cuts)
+        lines = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else []
+        lines += colored(problem)
+        return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials, lines)
 
     def _given(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments of func, from those of a call."""
@@ -182,7 +185,7 @@ class AutoJacobian(Derived):
         leaves = entry.frame.leaves(args)
         kwargs = entry.frame.keywords(args, kwargs)
         entry.calls += 1
-        if entry.calls >= entry.next_check or (entry.numbers is not None and entry.unfamiliar(kwargs)):
+        if entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(leaves, kwargs)):
             return self._checked(key, entry, leaves, args, kwargs)
         return entry, entry.usable(leaves, kwargs)
 
@@ -255,7 +258,7 @@ class AutoJacobian(Derived):
 
     def _keep(self, key: Any, entry: Entry) -> None:
         if self.options.verify == "never":
-            entry.next_check, entry.numbers = math.inf, None
+            entry.next_check, entry.wary = math.inf, False
         self._entries[key] = entry
 
     def _checked(

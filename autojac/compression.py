@@ -142,3 +142,14 @@ def nothing_gained(problem: Problem, side: Side) -> str | None:
     if colors_of(problem, side).count >= plain and problem.layout != "sparse":
         return f"colors save none of the {plain} {kind}"
     return None
+
+
+def colored(problem: Problem) -> list[str]:
+    """What colors save, for people."""
+    if problem.structure.sparsity is None or problem.shared_input:
+        return []
+    samples = 1 if problem.structure.independent else problem.batch
+    plain = {"rows": problem.out_size * samples, "columns": problem.in_size * samples}
+    sides: tuple[Side, Side] = ("rows", "columns")
+    found = [f"{colors_of(problem, side).count} of {plain[side]} {side}" for side in sides]
+    return [f"colors: passes for {' or '.join(found)}"]

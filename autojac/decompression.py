@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -83,7 +84,7 @@ class _OwnBlocks:
     def _read(self, compressed: Tensor, side: Colors, mine: Indices, seeds: Tensor, read: Tensor) -> Tensor:
         """The entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
-        rows = compressed.reshape(count, batch, -1)
+        rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
         seeds, read = seeds.to(rows.device), read.to(rows.device)
         if side.samples is None:
             return rows[seeds, :, read].T
@@ -115,7 +116,7 @@ class _WholeBatch:
         if self.places is None:
             return values
         shape = (self.problem.batch, *self.event, *self.leaf.shape)
-        blank = values.new_zeros(int(np.prod(shape)))
+        blank = values.new_zeros(math.prod(shape))
         return blank.index_copy(0, self.places.to(values.device), values).reshape(shape)
 
 

@@ -24,6 +24,7 @@ from autojac.problem import Compute, Flat, Problem, Result
 from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
+from autojac.watch import Watch
 
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
@@ -46,7 +47,9 @@ class Entry:
     calls: int = 0
     last_check: int = 0
     next_check: float = 1
-    numbers: set[tuple[float, ...]] | None = None
+    wary: bool = False
+    numbers: set[tuple[float, ...]] = dataclasses.field(default_factory=set)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
     factored: Any = None
 
@@ -88,12 +91,15 @@ class Entry:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call's Python floats, which its signature leaves out, are others than those of any call checked.
+    def unfamiliar(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
+        """Whether what a call's signature leaves out is other than that of any call checked.
 
-        A branch may hang on them. Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        A branch may hang on Python floats: past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        Patterns may hang on index tensors and masks.
         """
-        assert self.numbers is not None
+        tensors = (*leaves, *pytree.tree_leaves(dict(kwargs)))
+        if self.problem.structure.watched and self.watch.changed(tensors):
+            return True
         given = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
         if given in self.numbers or len(self.numbers) >= MOST_NUMBERS:
             return False

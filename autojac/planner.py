@@ -198,6 +198,8 @@ class Planner:
         known = self.neighbours.get(signature.without_batch())
         if known is None or bucket(signature.batch) > bucket(known[0]):
             return None
+        if known[1].structure.samples is not None and signature.batch != known[0]:
+            return None  # a graph of samples belongs to its batch
         return dataclasses.replace(known[1], source="neighbour")
 
     def _stored(self, keys: Keys, wanted: Effort) -> Plan | None:
@@ -212,6 +214,8 @@ class Planner:
             return None
         outline = self.outline(request, seen, plan.batched)
         problem = self.problem(request, seen, plan.structure, plan.batched, outline)
+        if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
+            return None
         try:
             method = build(plan.method)
         except StoreError:
@@ -257,10 +261,9 @@ class Planner:
             problem.outline.close()
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
-        if problem.structure.independent and any(
-            isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs))
-        ):
-            entry.numbers = set()
+        structure = problem.structure
+        numbers = any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs)))
+        entry.wary = structure.watched or (structure.assumes and numbers)
         return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:

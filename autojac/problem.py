@@ -45,8 +45,8 @@ class Problem:
         leaves: shape and role of each tensor that fn takes.
         outputs: event shape of each output.
         batch: number of samples B.
-        layout: `blocks` (B, *out, *in), `full` (B, *out, B, *in), `diagonal` (B, n), or `sparse`: then a Jacobian is the
-            values (entries,) that its compressed rows hold.
+        layout: `blocks` (B, *out, *in), `full` (B, *out, B, *in), `diagonal` (B, n), or `sparse`: then a Jacobian is
+            the values (entries,) that its compressed rows hold.
         structure: what couples with what.
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.

@@ -35,6 +35,7 @@ class Structure:
         evidence: one line for each layer of the probe, for people.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.
+        watched: the sparsity was found for some index tensors or masks among the arguments; others may have another.
     """
 
     coupling: Coupling
@@ -45,6 +46,7 @@ class Structure:
     kernels: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     sparsity: Sparsity | None = None
+    watched: bool = False
 
     def __post_init__(self) -> None:
         if self.coupling not in get_args(Coupling):
@@ -55,6 +57,14 @@ class Structure:
     @property
     def independent(self) -> bool:
         return self.coupling == "independent"
+
+    def fits(self, batch: int, rows: int, columns: int) -> bool:
+        """Whether its patterns are those of a batch of samples with as many outputs and inputs."""
+        features = self.sparsity.features if self.sparsity else None
+        samples = self.samples
+        return (samples is None or samples.shape == (batch, batch)) and (
+            features is None or features.shape == (rows, columns)
+        )
 
     @property
     def assumes(self) -> bool:
@@ -80,6 +90,7 @@ class Structure:
             sliceable=False,
             suspect=False,
             sparsity=None,
+            watched=False,
             evidence=(*self.evidence, reason),
         )
 
@@ -92,6 +103,7 @@ class Structure:
             "effects": list(self.effects),
             "kernels": list(self.kernels),
             "evidence": list(self.evidence),
+            "watched": self.watched,
         }
 
     @classmethod

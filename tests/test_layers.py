@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "linalg",
         "quiet",
         "layouts",
+        "watch",
         "entries",
         "compression",
         "decompression",

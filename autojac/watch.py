@@ -1,0 +1,51 @@
+"""Notice that the contents of index tensors and masks among the arguments have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Watch:
+    """The contents of a call's index tensors and masks, to be compared with the next call's."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, int, Tensor]] | None = None
+
+    def changed(self, values: Sequence[Any]) -> bool:
+        """Whether some content is other than at the last look, or there was none.
+
+        The same tensor, unwritten since, costs no comparison.
+        """
+        tensors = [value for value in values if isinstance(value, Tensor) and _selects(value)]
+        known, self._seen = self._seen, []
+        differs = known is None or len(known) != len(tensors)
+        for index, tensor in enumerate(tensors):
+            # a tensor of inference mode counts no versions: its content is looked at
+            version = -1 if tensor.is_inference() else tensor._version
+            kept = None
+            if not differs and known is not None:
+                before, at, copy = known[index]
+                if (before is tensor and at == version >= 0) or _same(copy, tensor):
+                    kept = copy
+                else:
+                    differs = True
+            self._seen.append((tensor, version, tensor.detach().clone() if kept is None else kept))
+        return differs
+
+
+def _selects(tensor: Tensor) -> bool:
+    """Whether a tensor's content says what is read: numbers of rows, masks, or the places in a sparse matrix."""
+    return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.layout != other.layout or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.layout == torch.strided:
+        return torch.equal(one, other)
+    first, second = one.to_sparse_coo().coalesce(), other.to_sparse_coo().coalesce()
+    return torch.equal(first.indices(), second.indices())

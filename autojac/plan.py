@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autojac.errors import OptionError
+from autojac.sparsity import Pattern
 from autojac.structure import Structure
 
 Effort = Literal["estimate", "quick", "measure", "exhaustive"]
@@ -114,8 +116,15 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], source: str = "store", trials: tuple[Trial, ...] = ()) -> Plan:
-        structure = Structure.from_json(data["structure"])
+    def from_json(
+        cls,
+        data: dict[str, Any],
+        source: str = "store",
+        trials: tuple[Trial, ...] = (),
+        patterns: Callable[[str], Pattern] | None = None,
+    ) -> Plan:
+        """The plan that gave this JSON; `patterns` gives the patterns that its structure names."""
+        structure = Structure.from_json(data["structure"], patterns)
         fields = {**data, "structure": structure, "batched": tuple(data["batched"])}
         effort_rank(fields["effort"])
         return cls(**fields, source=source, trials=trials)

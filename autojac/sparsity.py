@@ -137,9 +137,12 @@ class Pattern:
             ValueError: if it does not hold one.
         """
         arrays = unpack(data, "shape", "starts", "columns")
-        rows, columns = (int(size) for size in arrays["shape"])
+        kinds = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
+        if kinds != {"shape": (np.int64, 1), "starts": (np.int64, 1), "columns": (np.int32, 1)}:
+            raise ValueError("its arrays are not of the types of a pattern's")
         starts, indices = arrays["starts"], arrays["columns"]
-        consistent = starts.shape == (rows + 1,) and starts[0] == 0 and starts[-1] == len(indices)
+        rows, columns = (int(size) for size in arrays["shape"])
+        consistent = len(starts) == rows + 1 > 0 and starts[0] == 0 and starts[-1] == len(indices)
         if (
             not consistent
             or (np.diff(starts) < 0).any()
@@ -184,13 +187,13 @@ def pack(**arrays: Any) -> bytes:
 
 
 def unpack(data: bytes, *names: str) -> dict[str, Any]:
-    """The arrays of an archive, by name.
+    """The arrays of an archive, by name; all of them if none is named.
 
     Raises:
         ValueError: if it is none, or lacks one of them.
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
+            return {name: archive[name] for name in names or archive.files}
     except Exception as error:  # whatever a broken archive makes zipfile, zlib or numpy raise
         raise ValueError(f"its arrays can't be read: {error}") from error

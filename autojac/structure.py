@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -95,7 +96,8 @@ class Structure:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """As plain JSON types; patterns by their keys."""
+        data = {
             "coupling": self.coupling,
             "assurance": self.assurance,
             "sliceable": self.sliceable,
@@ -105,8 +107,25 @@ class Structure:
             "evidence": list(self.evidence),
             "watched": self.watched,
         }
+        return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Structure:
-        lists = {name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}
-        return cls(**{**data, **lists})
+    def from_json(cls, data: dict[str, Any], patterns: Callable[[str], Pattern] | None = None) -> Structure:
+        """The structure that gave this JSON.
+
+        Args:
+            data: plain JSON types.
+            patterns: gives the pattern of a key.
+
+        Raises:
+            OptionError: it names patterns and there is nothing to give them, or names them wrongly.
+        """
+        fields = {**data, **{name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}}
+        named = fields.pop("sparsity", None)
+        if named is None:
+            return cls(**fields)
+        if patterns is None:
+            raise OptionError("the structure names patterns that are not at hand; only a store that holds them has it")
+        if not isinstance(named, dict) or not named.keys() <= {"samples", "features"}:
+            raise OptionError("`sparsity` does not name the patterns of samples and features")
+        return cls(**fields, sparsity=Sparsity.from_parts({name: patterns(key) for name, key in named.items()}))

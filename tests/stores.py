@@ -12,7 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from autojac.plan import Plan, Trial
+from autojac.sparsity import Pattern, Sparsity
 from autojac.store import Key, PlanStore
 from autojac.structure import Structure
 
@@ -24,6 +27,8 @@ TRIALS = (
     Trial({"method": "push"}, "rejected", reason="error 0.1 against the reference"),
 )
 PLAN = Plan(METHOD, Structure("independent"), (True, False), "quick", 1e-3, 2e-3, 4096, 0.5, trials=TRIALS)
+SAMPLES, FEATURES = Pattern.of(np.eye(64, k=1) + np.eye(64)), Pattern.of(np.tri(5, 3))
+SPARSE_PLAN = replace(PLAN, structure=Structure("sparse", sparsity=Sparsity(SAMPLES, FEATURES)))
 
 
 def as_found(plan: Plan) -> Plan:
@@ -36,9 +41,10 @@ def filled(path: Path) -> Path:
     return path
 
 
-def execute(path: Path, statement: str, *values: Any) -> None:
+def execute(path: Path, statement: str, *values: Any) -> list[Any]:
+    """What a statement returns from a database that is opened without the store."""
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(statement, values)
+        return connection.execute(statement, values).fetchall()
 
 
 def forked(*works: Callable[[], object]) -> list[int]:

@@ -38,6 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "options",
         "frame",
         "draws",
+        "greedy",
+        "bicoloring",
         "coloring",
         "graph",
         "recorder",
@@ -64,7 +66,7 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 STRANGERS = {
     "probe": {"methods", "search", "store"},
     "search": {"probe", "store"},
-    "store": {"methods", "probe", "verify", "search", "autodiff", "seeds", "coloring", "graph"},
+    "store": {"methods", "probe", "verify", "search", "autodiff", "seeds", "coloring", "greedy", "bicoloring", "graph"},
 }
 
 # what only some rooms may use; bench times torch's own ways, as their users write them

@@ -80,6 +80,9 @@ def show_plan(number: int, location: str | None, as_json: bool) -> None:
     if row.refuted_reason:
         click.echo(f"  refuted, not used any more: {row.refuted_reason}")
     click.echo(f"structure: {plan.structure.coupling}, {plan.structure.assurance}")
+    for name, pattern in (plan.structure.sparsity.parts() if plan.structure.sparsity else {}).items():
+        rows, columns = pattern.shape
+        click.echo(f"  {name}: {pattern.count} entries in {rows} x {columns} ({pattern.density:.2g} of all)")
     for line in plan.structure.evidence:
         click.echo(f"  {line}")
     if plan.trials:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -10,6 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autojac.plan import EFFORTS, Plan, Trial, effort_rank
+from autojac.sparsity import Indices
+from autojac.store import arrays
 from autojac.store.keys import Key
 from autojac.store.models import Base, PlanRow, TrialRow
 from autojac.store.records import (
@@ -51,7 +54,7 @@ def find(connection: Connection, op: Key, env: Key) -> Found[Plan | None]:
     if row.refuted_reason is not None:
         return Found(None, final=True)
     try:
-        return Found(read_plan(row.plan))
+        return Found(read_plan(row.plan, arrays.Patterns(connection)))
     except BadRowError as error:
         return Found(None, problem=str(error))
 
@@ -60,10 +63,11 @@ def hints(connection: Connection, op: Key) -> Found[list[Plan]]:
     """All plans of an operation that stand, latest first."""
     query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
     plans: list[Plan] = []
+    patterns = arrays.Patterns(connection)
     problem = None
     for row in connection.execute(query.order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())):
         try:
-            plans.append(read_plan(row.plan))
+            plans.append(read_plan(row.plan, patterns))
         except BadRowError as error:
             problem = str(error)
     return Found(plans, problem=problem)
@@ -95,8 +99,10 @@ def listing(connection: Connection) -> Found[list[StoredPlan]]:
     return _stored(connection, sa.true())
 
 
-def save(connection: Connection, op: Key, env: Key, plan: Plan, function_name: str) -> None:
-    """Insert or update a plan and replace its trials, unless a higher effort's plan stands."""
+def save(
+    connection: Connection, op: Key, env: Key, plan: Plan, function_name: str, patterns: Mapping[str, bytes]
+) -> None:
+    """Insert or update a plan and replace its trials and patterns, unless a higher effort's plan stands."""
     values = plan_values(op, env, plan, function_name)
     # PostgreSQL's dialect takes 60 ms to import, which a process that uses SQLite should not pay
     insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_PLANS)
@@ -114,26 +120,39 @@ def save(connection: Connection, op: Key, env: Key, plan: Plan, function_name: s
         connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
         if plan.trials:
             connection.execute(sa.insert(_TRIALS), trial_values(plan_id, plan.trials))
+        arrays.save_patterns(connection, plan_id, patterns)
 
 
 def refute(connection: Connection, op: Key, env: Key, reason: str, standing: StoredPlan | None) -> None:
     """Mark a plan as refuted; one that only another database has is copied here first."""
     mark = sa.update(_PLANS).where(_is(op, env)).values(refuted_reason=reason, updated_at=timestamp())
     if not connection.execute(mark).rowcount and standing is not None:
-        save(connection, op, env, standing.plan, standing.function_name)
+        save(connection, op, env, standing.plan, standing.function_name, arrays.packed(standing.plan))
         connection.execute(mark)
 
 
 def remove(connection: Connection, plan_id: int) -> bool:
     """Delete one plan with its trials; whether there was one."""
     connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
-    return bool(connection.execute(sa.delete(_PLANS).where(_PLANS.c.id == plan_id)).rowcount)
+    named = arrays.forget(connection, plan_id)
+    found = bool(connection.execute(sa.delete(_PLANS).where(_PLANS.c.id == plan_id)).rowcount)
+    arrays.remove_unnamed(connection, named)
+    return found
 
 
 def clear(connection: Connection) -> None:
     """Delete everything."""
+    arrays.clear(connection)
     connection.execute(sa.delete(_TRIALS))
     connection.execute(sa.delete(_PLANS))
+
+
+def coloring(connection: Connection, key: str) -> Found[dict[str, Indices] | None]:
+    """The arrays of a coloring."""
+    try:
+        return Found(arrays.coloring(connection, key))
+    except BadRowError as error:
+        return Found(None, problem=str(error))
 
 
 def _is(op: Key, env: Key) -> sa.ColumnElement[bool]:
@@ -154,11 +173,12 @@ def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[
 def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[list[StoredPlan]]:
     by_plan = _trials(connection, _TRIALS.c.plan_id.in_(sa.select(_PLANS.c.id).where(condition)))
     plans: list[StoredPlan] = []
+    patterns = arrays.Patterns(connection)
     problem = by_plan.problem
     query = sa.select(_PLANS).where(condition).order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())
     for row in connection.execute(query):
         try:
-            plans.append(read_stored(row._asdict(), tuple(by_plan.value.get(row.id, ()))))
+            plans.append(read_stored(row._asdict(), patterns, tuple(by_plan.value.get(row.id, ()))))
         except BadRowError as error:
             problem = str(error)
     return Found(plans, problem=problem)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from autojac.errors import AutojacError
 from autojac.plan import Plan, Trial
+from autojac.sparsity import Pattern
 from autojac.store.keys import Key
 
 
@@ -79,8 +80,8 @@ def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
     ]
 
 
-def read_plan(text: Any, trials: tuple[Trial, ...] = ()) -> Plan:
-    """The plan in a row's JSON.
+def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial, ...] = ()) -> Plan:
+    """The plan in a row's JSON; `patterns` gives those that it names.
 
     Raises:
         BadRowError: it is not one.
@@ -96,7 +97,7 @@ def read_plan(text: Any, trials: tuple[Trial, ...] = ()) -> Plan:
     if not all(_is_texts(structure.get(name)) for name in ("effects", "evidence")):
         raise BadRowError("`structure` lists something other than text")
     try:
-        return Plan.from_json(data, source="store", trials=trials)
+        return Plan.from_json(data, source="store", trials=trials, patterns=patterns)
     except (AutojacError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadRowError(f"it does not describe a plan: {error}") from error
 
@@ -116,7 +117,7 @@ def read_trial(row: Mapping[str, Any]) -> Trial:
     return Trial(method=method, **fields)
 
 
-def read_stored(row: Mapping[str, Any], trials: tuple[Trial, ...]) -> StoredPlan:
+def read_stored(row: Mapping[str, Any], patterns: Callable[[str], Pattern], trials: tuple[Trial, ...]) -> StoredPlan:
     """The stored plan in a row.
 
     Raises:
@@ -133,7 +134,7 @@ def read_stored(row: Mapping[str, Any], trials: tuple[Trial, ...]) -> StoredPlan
         function_name=row["function_name"],
         op=Key(row["op_key"], _decode(row["op"])),
         env=Key(row["env_key"], _decode(row["env"])),
-        plan=replace(read_plan(row["plan"]), trials=trials),
+        plan=read_plan(row["plan"], patterns, trials),
         created_at=created,
         updated_at=updated,
         refuted_reason=row["refuted_reason"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -14,7 +14,8 @@ from sqlalchemy.engine import Connection
 
 from autojac.errors import StoreError, StoreWarning
 from autojac.plan import Plan, Trial
-from autojac.store import queries
+from autojac.sparsity import Indices, pack
+from autojac.store import arrays, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
 from autojac.store.keys import Key
 from autojac.store.location import database_url, default_location, shared_locations
@@ -27,9 +28,9 @@ _FAULTS: Final = (sa.exc.SQLAlchemyError, NewerSchemaError, OSError, ImportError
 class PlanStore:
     """Plans by operation and environment, in a database that may fail without stopping anybody.
 
-    `find`, `hints`, `trials`, `save` and `refute` never raise for a fault of the database: it is told once as
-    a `StoreWarning`, and this process goes on in memory. What people call at a prompt (`listing`, `get`,
-    `remove`, `clear`) raises `StoreError` instead. Nothing is opened before it is needed.
+    `find`, `hints`, `trials`, `save`, `refute`, `coloring` and `save_coloring` never raise for a fault of the
+    database: it is told once as a `StoreWarning`, and this process goes on in memory. What people call at a prompt
+    (`listing`, `get`, `remove`, `clear`) raises `StoreError` instead. Nothing is opened before it is needed.
 
     Args:
         location: path of a SQLite file, `:memory:`, or a database URL; by default what AUTOJAC_STORE says, else
@@ -98,14 +99,15 @@ class PlanStore:
         return self._first(lambda connection: queries.trials(connection, op, env)) or ()
 
     def save(self, op: Key, env: Key, plan: Plan, function_name: str) -> None:
-        """Keep a plan and its trials, unless one of higher effort that still stands is kept already.
+        """Keep a plan with its trials and patterns, unless one of higher effort that still stands is kept already.
 
         Args:
             op, env: what it computes and where.
-            plan: the plan; its trials replace those kept before.
+            plan: the plan; its trials and patterns replace those kept before.
             function_name: for people.
         """
-        self._write(lambda connection: queries.save(connection, op, env, plan, function_name))
+        patterns = arrays.packed(plan)  # which takes a second for a million samples, and others would wait
+        self._write(lambda connection: queries.save(connection, op, env, plan, function_name, patterns))
 
     def refute(self, op: Key, env: Key, reason: str) -> None:
         """Never find a plan again, unless it is saved anew.
@@ -116,6 +118,24 @@ class PlanStore:
         """
         standing = self._first(lambda connection: queries.stored(connection, op, env))
         self._write(lambda connection: queries.refute(connection, op, env, reason, standing))
+
+    def coloring(self, key: str) -> dict[str, Indices] | None:
+        """The arrays of a coloring; None if there is none that can be read.
+
+        Args:
+            key: the pattern's key, a colon, and the kind of coloring.
+        """
+        return self._first(lambda connection: queries.coloring(connection, key))
+
+    def save_coloring(self, key: str, colors: Mapping[str, Indices]) -> None:
+        """Keep a coloring until the last plan that names its pattern is removed.
+
+        Args:
+            key: the pattern's key, a colon, and the kind of coloring, of 16 characters at most.
+            colors: arrays by name.
+        """
+        data = pack(**colors)
+        self._write(lambda connection: arrays.save_coloring(connection, key, data))
 
     def listing(self) -> list[StoredPlan]:
         """Every plan kept, latest first, with its trials.
@@ -143,7 +163,7 @@ class PlanStore:
         return replace(plan, id=plan_id)
 
     def remove(self, plan_id: int) -> None:
-        """Forget one plan and its trials.
+        """Forget one plan with its trials, and the patterns and colorings that no other plan needs.
 
         Raises:
             StoreError: there is no such plan, or the store can't be written.
@@ -153,7 +173,7 @@ class PlanStore:
             raise self._unknown(plan_id)
 
     def clear(self) -> None:
-        """Forget every plan.
+        """Forget every plan, pattern and coloring.
 
         Raises:
             StoreError: the store can't be written.

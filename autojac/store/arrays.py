@@ -1,0 +1,126 @@
+"""Patterns and colorings in the tables. Each function takes a connection inside a transaction."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autojac.plan import Plan
+from autojac.sparsity import Indices, Pattern, unpack
+from autojac.store.models import ArraysRow, Base, PlanPatternRow
+from autojac.store.records import BadRowError, timestamp
+
+_ARRAYS: Final = Base.metadata.tables[ArraysRow.__tablename__]
+_NAMED: Final = Base.metadata.tables[PlanPatternRow.__tablename__]
+_PATTERN: Final = "pattern"
+"""The kind of the row that holds a pattern itself."""
+
+
+class Patterns:
+    """The stored patterns by their keys, each read once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._read: dict[str, Pattern] = {}
+
+    def __call__(self, key: str) -> Pattern:
+        """The pattern of a key.
+
+        Raises:
+            BadRowError: it is not stored, or not what the key says.
+        """
+        if key not in self._read:
+            data = _load(self._connection, key, _PATTERN)
+            if data is None:
+                raise BadRowError(f"its pattern {str(key)[:12]} is not stored")
+            try:
+                pattern = Pattern.from_bytes(data)
+            except ValueError as error:
+                raise BadRowError(f"its pattern {key[:12]} can't be used: {error}") from error
+            if pattern.key != key:
+                raise BadRowError(f"its pattern {key[:12]} is another one")
+            self._read[key] = pattern
+        return self._read[key]
+
+
+def packed(plan: Plan) -> dict[str, bytes]:
+    """The patterns of a plan by their keys, as they are stored."""
+    sparsity = plan.structure.sparsity
+    return {pattern.key: pattern.to_bytes() for pattern in (sparsity.parts() if sparsity else {}).values()}
+
+
+def save_patterns(connection: Connection, plan_id: int, patterns: Mapping[str, bytes]) -> None:
+    """Keep the patterns of a plan instead of those that it had."""
+    before = forget(connection, plan_id)
+    for key, data in patterns.items():
+        _save(connection, key, _PATTERN, data)
+        connection.execute(sa.insert(_NAMED).values(plan_id=plan_id, pattern=key))
+    remove_unnamed(connection, before)
+
+
+def forget(connection: Connection, plan_id: int) -> list[str]:
+    """Let a plan name no patterns; the keys of those that it did."""
+    keys = list(connection.execute(sa.select(_NAMED.c.pattern).where(_NAMED.c.plan_id == plan_id)).scalars())
+    connection.execute(sa.delete(_NAMED).where(_NAMED.c.plan_id == plan_id))
+    return keys
+
+
+def remove_unnamed(connection: Connection, keys: Iterable[str]) -> None:
+    """Delete those of some patterns, with their colorings, that no plan names."""
+    unnamed = _ARRAYS.c.pattern.not_in(sa.select(_NAMED.c.pattern))
+    connection.execute(sa.delete(_ARRAYS).where(_ARRAYS.c.pattern.in_(list(keys)), unnamed))
+
+
+def clear(connection: Connection) -> None:
+    """Delete everything."""
+    connection.execute(sa.delete(_NAMED))
+    connection.execute(sa.delete(_ARRAYS))
+
+
+def coloring(connection: Connection, key: str) -> dict[str, Indices] | None:
+    """The arrays of a coloring; None if there is none.
+
+    Args:
+        connection: to the database.
+        key: the pattern's key, a colon, and the kind of coloring.
+
+    Raises:
+        BadRowError: it can't be read.
+    """
+    pattern, _, kind = key.partition(":")
+    data = _load(connection, pattern, kind)
+    try:
+        return None if data is None else unpack(data)
+    except ValueError as error:
+        raise BadRowError(f"a coloring can't be used: {error}") from error
+
+
+def save_coloring(connection: Connection, key: str, data: bytes) -> None:
+    """Keep a packed coloring."""
+    pattern, _, kind = key.partition(":")
+    _save(connection, pattern, kind, data)
+
+
+def _load(connection: Connection, pattern: str, kind: str) -> bytes | None:
+    # Untyped, since SQLAlchemy would turn a number in the place of bytes into as many zeros.
+    column: sa.ColumnElement[Any] = sa.type_coerce(_ARRAYS.c.data, sa.types.NullType())
+    data = connection.execute(sa.select(column).where(_ARRAYS.c.pattern == pattern, _ARRAYS.c.kind == kind)).scalar()
+    if data is not None and not isinstance(data, bytes):
+        raise BadRowError(f"its arrays are stored as {type(data).__name__}")
+    return data
+
+
+def _save(connection: Connection, pattern: str, kind: str, data: bytes) -> None:
+    # What was there may be damaged, so it is replaced although the key says what is in it.
+    insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_ARRAYS)
+    values = {"pattern": pattern, "kind": kind, "data": data, "created_at": timestamp()}
+    connection.execute(
+        insert.values(values).on_conflict_do_update(
+            index_elements=[_ARRAYS.c.pattern, _ARRAYS.c.kind],
+            set_={name: values[name] for name in ("data", "created_at")},
+        )
+    )

@@ -9,17 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autojac import coloring
+from autojac.coloring import Colorings, Side
 from autojac.problem import Problem
-from autojac.sparsity import Indices, Pattern
+from autojac.sparsity import Indices, Marks, Pattern
 
-Side = Literal["rows", "columns"]
 MOST_COUPLED = 4096
 """Samples coupled all with all, beyond which no pattern of every pair is made."""
 
@@ -95,41 +94,66 @@ def _one_hot(colors: Indices, count: int, like: Tensor) -> Tensor:
 
 def colors_of(problem: Problem, side: Side) -> Colors:
     """Colors for one side of a problem: as few seeds as its layout needs."""
-    samples = problem.structure.samples
-    if samples is None and not problem.structure.independent:
-        samples = Pattern.full(problem.batch, problem.batch)
-    sparsity = problem.structure.sparsity
-    features = None if sparsity is None else sparsity.features
+    structure = problem.structure
+    samples = structure.samples if problem.batch > 1 else None
+    alike = samples is None and not structure.independent
+    features = None if structure.sparsity is None else structure.sparsity.features
     own = problem.layout in ("blocks", "diagonal")
     square = problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1
     count = problem.out_size if side == "rows" else problem.in_size
-    return _colors(side, samples, features, own, square, count)
+    return _colors(problem.colorings, side, samples, features, own, square, count, problem.batch if alike else 1)
 
 
 @functools.lru_cache(maxsize=32)
 def _colors(
-    side: Side, samples: Pattern | None, features: Pattern | None, own: bool, square: bool, count: int
+    colorings: Colorings,
+    side: Side,
+    samples: Pattern | None,
+    features: Pattern | None,
+    own: bool,
+    square: bool,
+    count: int,
+    batch: int,
 ) -> Colors:
     """Colors that keep apart what reads the same entries.
 
     Args:
+        colorings: makes and keeps them.
         side: rows or columns.
         samples, features: the patterns; all for None of the features.
         own: only the blocks of each sample are asked for, so samples of one color must not reach each other, but may
             reach the same.
         square: only the diagonals of blocks are asked for: the same for features.
         count: number of features.
+        batch: number of samples that are coupled all with all, without a graph.
     """
-    grouped = None
-    if samples is not None and samples.shape != (1, 1):
-        grouped = coloring.apart(samples) if own else coloring.orthogonal(samples, side)
+    grouped: Indices | None = np.arange(batch, dtype=np.int32) if batch > 1 else None
+    if samples is not None:
+        grouped = colorings.apart(samples) if own else colorings.orthogonal(samples, side)
     if features is None:
         return Colors(side, grouped, np.arange(count, dtype=np.int32))
-    return Colors(side, grouped, coloring.apart(features) if square else coloring.orthogonal(features, side))
+    return Colors(side, grouped, colorings.apart(features) if square else colorings.orthogonal(features, side))
 
 
-def nothing_gained(problem: Problem, side: Side) -> str | None:
-    """Why colors of one side are of no use to a problem, as a sentence; None if they are."""
+def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
+    """Colors of rows and columns that read every entry of independent samples together, and which read which.
+
+    Returns:
+        Rows, columns, and for each entry of the pattern inside a sample whether it is read from the rows, (entries,).
+    """
+    sparsity = problem.structure.sparsity
+    assert sparsity is not None and sparsity.features is not None
+    return _both(problem.colorings, sparsity.features)
+
+
+@functools.lru_cache(maxsize=16)
+def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
+    rows, columns = colorings.both(features)
+    return Colors("rows", None, rows), Colors("columns", None, columns), coloring.decoded(features, rows, columns)
+
+
+def inapplicable(problem: Problem) -> str | None:
+    """Why a problem can't be colored, as a sentence; None if it can."""
     structure = problem.structure
     if problem.shared_input:
         return "an input is shared by all samples, so what its columns bring would be added up over the batch"
@@ -137,6 +161,15 @@ def nothing_gained(problem: Problem, side: Side) -> str | None:
         return "no zeros are known that colors could save"
     if (structure.samples is None and not structure.independent) and problem.batch > MOST_COUPLED:
         return f"samples are coupled without a graph, and {problem.batch} of them are too many to color one by one"
+    return None
+
+
+def nothing_gained(problem: Problem, side: Side) -> str | None:
+    """Why colors of one side are of no use to a problem, as a sentence; None if they are."""
+    reason = inapplicable(problem)
+    if reason is not None:
+        return reason
+    structure = problem.structure
     kind = "VJPs of rows" if side == "rows" else "JVPs of columns"
     plain = (problem.out_size if side == "rows" else problem.in_size) * (1 if structure.independent else problem.batch)
     if colors_of(problem, side).count >= plain and problem.layout != "sparse":

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.compression import Colors
 from autojac.layouts import embed
 from autojac.problem import Problem
-from autojac.sparsity import Indices
+from autojac.sparsity import Indices, Marks
 
 
 class Decompress(Protocol):
@@ -23,7 +23,7 @@ class Decompress(Protocol):
 
 
 def decompressor(
-    problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Indices | None = None
+    problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Marks | None = None
 ) -> Decompress:
     """Prepare the reading of one Jacobian.
 
@@ -44,7 +44,7 @@ class _OwnBlocks:
     """Every sample has the same entries, all in its own block."""
 
     def __init__(
-        self, problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Indices | None
+        self, problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Marks | None
     ) -> None:
         self.problem, self.sides = problem, sides
         self.event, self.leaf = problem.outputs[output], problem.leaves[position]
@@ -120,7 +120,7 @@ class _WholeBatch:
         return blank.index_copy(0, self.places.to(values.device), values).reshape(shape)
 
 
-def _part(problem: Problem, output: int, position: int, from_rows: Indices) -> Indices:
+def _part(problem: Problem, output: int, position: int, from_rows: Marks) -> Marks:
     """Of marks on all entries inside a sample those of one output and input."""
     sparsity = problem.structure.sparsity
     assert sparsity is not None and sparsity.features is not None
@@ -129,5 +129,5 @@ def _part(problem: Problem, output: int, position: int, from_rows: Indices) -> I
     (first, last), (start, stop) = problem.rows(output), problem.columns(position)
     part = marks[first:last, start:stop].tocsr()
     part.sort_indices()
-    taken: Indices = part.data == 2
+    taken: Marks = part.data == 2
     return taken

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from autojac.autodiff import saved_tensors_apart
 from autojac.captures import Captures
+from autojac.coloring import Colorings
 from autojac.entry import Entry, Request, Seen, prepared
-from autojac.errors import ModesDisagreeWarning, PlanMissError, StoreError
+from autojac.errors import ModesDisagreeWarning, PlanMissError, SearchError, StoreError, StructureChangedWarning
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
 from autojac.look import look
@@ -61,6 +62,7 @@ class Planner:
         self.func = func
         self.options = options
         self.stored = Stored(func, options)
+        self.colorings = Colorings(self.stored)
         self.neighbours: dict[Signature, tuple[int, Plan]] = {}
 
     def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
@@ -162,6 +164,7 @@ class Planner:
             available_bytes(request.leaves[0].device) // 2 if limit is None else limit,
             has_aux=request.frame.has_aux,
             outline=outline,
+            colorings=self.colorings,
         )
 
     @staticmethod
@@ -232,15 +235,27 @@ class Planner:
         from autojac.progress import reporter
         from autojac.search.optimize import search
 
-        problem = self.problem(request, seen, found.structure, found.batched, found.outline)
+        structure = found.structure
+        problem = self.problem(request, seen, structure, found.batched, found.outline)
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
             call = (request.leaves, request.kwargs, request.trained, seen.quiet)
-            won = search(solid(problem), *call, effort, budget, hints, progress)
+            try:
+                won = search(solid(problem), *call, effort, budget, hints, progress)
+            except SearchError as error:
+                if structure.sparsity is None:
+                    raise
+                # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
+                structure = structure.without_patterns(f"patterns: they miss entries ({error})")
+                problem = self.problem(request, seen, structure, found.batched, found.outline)
+                won = search(solid(problem), *call, effort, budget, hints, progress)
+                if structure.assurance == "declared":
+                    message = "the declared pattern misses entries, and was left aside. This Jacobian is right"
+                    warnings.warn(f"{self.stored.function_name}: {message}", StructureChangedWarning, stacklevel=2)
         plan = Plan(
             won.method.spec(),
-            found.structure,
+            structure,
             found.batched,
             effort,
             won.seconds,

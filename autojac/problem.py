@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Bound
+from autojac.coloring import Colorings
 from autojac.entries import Entries, entries, feature_pattern, sample_graph
 from autojac.layouts import jacobian_shape
 from autojac.outline import Outline
@@ -53,6 +54,7 @@ class Problem:
         pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
         outline: what the graph of a call shows, to be asked by methods that cut it.
+        colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
     """
 
@@ -67,6 +69,7 @@ class Problem:
     pass_bytes: int = 0
     has_aux: bool = False
     outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
+    colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 Indices = np.ndarray[Any, np.dtype[np.integer[Any]]]
+Marks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from autojac.methods.base import Method, build
 from autojac.options import Options, parse_bytes
 from autojac.plan import Plan, Trial
 from autojac.signature import Signature
+from autojac.sparsity import Indices
 from autojac.store.keys import Key, environment_key, operation_key
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ class Stored:
 
     def save(self, keys: Keys, plan: Plan) -> None:
         self.store.save(*keys, plan, self.function_name)
+
+    def coloring(self, key: str) -> dict[str, Indices] | None:
+        return self.store.coloring(key)
+
+    def save_coloring(self, key: str, arrays: Mapping[str, Indices]) -> None:
+        self.store.save_coloring(key, arrays)
 
     def refute(self, keys: Keys, reason: str) -> None:
         self.store.refute(*keys, reason)

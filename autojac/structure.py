@@ -95,6 +95,12 @@ class Structure:
             evidence=(*self.evidence, reason),
         )
 
+    def without_patterns(self, reason: str) -> Structure:
+        """The structure without its patterns, with the reason added."""
+        coupling: Coupling = "dense" if self.coupling in ("grouped", "sparse") else self.coupling
+        evidence = (*self.evidence, reason)
+        return replace(self, coupling=coupling, sparsity=None, watched=False, evidence=evidence)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; patterns by their keys."""
         data = {

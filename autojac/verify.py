@@ -10,7 +10,6 @@ from torch import Tensor
 
 from autojac import seeds
 from autojac.autodiff import Pullback, gradient
-from autojac.coloring import apart
 from autojac.kernels import plain_formulas
 from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
@@ -241,7 +240,7 @@ class Reference:
         graph = self.problem.structure.samples
         if graph is None:
             return [[sample] for sample in drawn[:SAMPLES].tolist()]
-        colors = torch.from_numpy(apart(graph))
+        colors = torch.from_numpy(self.problem.colorings.apart(graph))
         # an edge that is missing joins samples of one color, or does no harm
         shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[:CLASSES].tolist()
         return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]

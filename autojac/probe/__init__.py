@@ -95,6 +95,7 @@ def examine(
             manners.kernels,
             (*declared.evidence, *evidence, line),
             declared.sparsity,
+            declared.watched,
         )
         return Examined(structure, batched, notice, outline)
     batch = len(values[0])

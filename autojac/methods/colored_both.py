@@ -1,0 +1,93 @@
+"""Colored rows and columns together: each entry is read from the side that has it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from autojac.compression import both_sides, colors_of, inapplicable
+from autojac.decompression import decompressor
+from autojac.methods.base import Method
+from autojac.methods.colored_pull import ColoredPull
+from autojac.methods.colored_push import ColoredPush
+from autojac.methods.push import Engine
+from autojac.problem import Compute, Problem, Result
+
+
+@dataclass(frozen=True)
+class ColoredBoth(Method):
+    """Some rows pulled and some columns pushed, where one side alone would need more colors, as for an arrowhead.
+
+    Star bicoloring, after Coleman & Verma (1998) and Hossain & Steihaug (1998).
+
+    Attributes:
+        engine: as in `Push`, for both sides.
+        chunk: seeds per pass; None for all.
+    """
+
+    engine: Engine = "loop"
+    chunk: int | None = None
+
+    whole_batch: ClassVar[bool] = True
+
+    @property
+    def makes_sparse(self) -> bool:
+        return True
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not problem.structure.independent:
+            return "samples are coupled: their graph is colored from one side"
+        if problem.layout == "diagonal":
+            return "a diagonal is read from one side"
+        if problem.structure.sparsity is None or problem.structure.sparsity.features is None:
+            return "no zeros inside a sample are known that colors could save"
+        reason = inapplicable(problem)
+        if reason is None and _count(problem) >= min(colors_of(problem, side).count for side in ("rows", "columns")):
+            reason = "one side alone needs no more colors"
+        return reason or super().unsupported(problem)
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        if cls().unsupported(problem) is None:
+            yield cls("loop")
+            yield cls("vmap")
+
+    def cost(self, problem: Problem) -> float:
+        pull, push = self._sides()
+        share = _count(problem) / max(sum(colors_of(problem, side).count for side in ("rows", "columns")), 1)
+        return share * (pull.cost(problem) + push.cost(problem))
+
+    def workspace(self, problem: Problem) -> int:
+        return max(side.workspace(problem) for side in self._sides())
+
+    def _sides(self) -> tuple[ColoredPull, ColoredPush]:
+        return ColoredPull(self.engine, self.chunk), ColoredPush(self.engine, self.chunk)
+
+    def prepare(self, problem: Problem) -> Compute:
+        pull, push = self._sides()
+        rows, columns, from_rows = both_sides(problem)
+        readers = [
+            [decompressor(problem, (rows, columns), output, position, from_rows) for position in problem.inputs]
+            for output in range(len(problem.outputs))
+        ]
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            values, pulled = pull.compress(problem, rows, leaves, kwargs)
+            _, pushed = push.compress(problem, columns, leaves, kwargs)
+            return Result(
+                values,
+                tuple(
+                    tuple(read([p, q.to(p.dtype)]) for read, p in zip(row, pulled, strict=True))
+                    for row, q in zip(readers, pushed, strict=True)
+                ),
+            )
+
+        return compute
+
+
+def _count(problem: Problem) -> int:
+    rows, columns, _ = both_sides(problem)
+    return rows.count + columns.count

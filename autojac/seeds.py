@@ -7,8 +7,9 @@ where an expanded view does.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -72,3 +73,22 @@ def spans(count: int, chunk: int | None) -> Iterator[tuple[int, int]]:
     step = count if chunk is None else chunk
     for start in range(0, count, step or 1):
         yield start, min(start + (step or 1), count)
+
+
+def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:
+    """Concatenate `count` rows that arrive in parts, for several tensors side by side.
+
+    Each part is written into its place and freed, except where a graph must be kept.
+    """
+    first = next(parts)
+    if len(first[0]) == count:
+        return list(first)
+    if differentiable:
+        return [torch.cat(rows) for rows in zip(first, *parts, strict=True)]
+    wholes = [rows.new_empty(count, *rows.shape[1:]) for rows in first]
+    start = 0
+    for part in itertools.chain((first,), parts):
+        for whole, rows in zip(wholes, part, strict=True):
+            whole[start : start + len(rows)] = rows
+        start += len(part[0])
+    return wholes

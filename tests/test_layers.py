@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "entries",
         "compression",
         "decompression",
+        "sweeps",
         "problem",
         "hollow",
         "axes",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,25 +170,6 @@ def reverse(problem: Problem, engine: str) -> Method:
     """Reverse mode by the fewest seeds that are right for the structure."""
     whole = not problem.structure.independent or problem.shared_input
     return build({"method": "Pull", "seeds": "identity" if whole else "shared", "engine": engine})
-
-
-def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:
-    """Concatenate `count` rows that arrive in parts, for several tensors side by side.
-
-    Each part is written into its place and freed, except where a graph must be kept.
-    """
-    first = next(parts)
-    if len(first[0]) == count:
-        return list(first)
-    if differentiable:
-        return [torch.cat(rows) for rows in zip(first, *parts, strict=True)]
-    wholes = [rows.new_empty(count, *rows.shape[1:]) for rows in first]
-    start = 0
-    for part in itertools.chain((first,), parts):
-        for whole, rows in zip(wholes, part, strict=True):
-            whole[start : start + len(rows)] = rows
-        start += len(part[0])
-    return wholes
 
 
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from autojac.autodiff import load_forward_rules
 from autojac.compression import both_sides, colors_of, inapplicable
 from autojac.decompression import decompressor
-from autojac.methods.base import Method
-from autojac.methods.colored_pull import ColoredPull
-from autojac.methods.colored_push import ColoredPush
-from autojac.methods.push import Engine
+from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result
+from autojac.sweeps import Sweep, pull_colors, push_colors
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class ColoredBoth(Method):
         chunk: seeds per pass; None for all.
     """
 
-    engine: Engine = "loop"
+    engine: Literal["loop", "vmap"] = "loop"
     chunk: int | None = None
 
     whole_batch: ClassVar[bool] = True
@@ -56,18 +55,21 @@ class ColoredBoth(Method):
             yield cls("vmap")
 
     def cost(self, problem: Problem) -> float:
-        pull, push = self._sides()
-        share = _count(problem) / max(sum(colors_of(problem, side).count for side in ("rows", "columns")), 1)
-        return share * (pull.cost(problem) + push.cost(problem))
+        count = _count(problem)
+        step = 1 if self.engine == "loop" else self.chunk or count
+        # the columns' passes evaluate func again
+        return 1.5 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 
     def workspace(self, problem: Problem) -> int:
-        return max(side.workspace(problem) for side in self._sides())
-
-    def _sides(self) -> tuple[ColoredPull, ColoredPush]:
-        return ColoredPull(self.engine, self.chunk), ColoredPush(self.engine, self.chunk)
+        rows, columns, _ = both_sides(problem)
+        compressed = rows.count * problem.in_size + columns.count * problem.out_size
+        step = 1 if self.engine == "loop" else self.chunk or max(rows.count, columns.count)
+        return compressed * problem.item_bytes * problem.batch + step * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        pull, push = self._sides()
+        if self.engine == "vmap":
+            load_forward_rules()
+        sweep = Sweep(self.engine, self.chunk)
         rows, columns, from_rows = both_sides(problem)
         readers = [
             [decompressor(problem, (rows, columns), output, position, from_rows) for position in problem.inputs]
@@ -75,8 +77,8 @@ class ColoredBoth(Method):
         ]
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, pulled = pull.compress(problem, rows, leaves, kwargs)
-            _, pushed = push.compress(problem, columns, leaves, kwargs)
+            values, pulled = pull_colors(problem, rows, sweep, leaves, kwargs)
+            _, pushed = push_colors(problem, columns, sweep, leaves, kwargs)
             return Result(
                 values,
                 tuple(

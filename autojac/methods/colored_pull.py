@@ -8,13 +8,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from autojac import seeds
-from autojac.autodiff import Pullback, functional_vjp, vmap
-from autojac.compression import Colors, colors_of, nothing_gained
+from autojac.compression import colors_of, nothing_gained
 from autojac.decompression import decompressor
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
-from autojac.methods.pull import Engine
-from autojac.problem import Compute, Problem, Result, bind
+from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.problem import Compute, Problem, Result
+from autojac.sweeps import Engine, Sweep, pull_colors
 
 
 @dataclass(frozen=True)
@@ -65,39 +63,10 @@ class ColoredPull(Method):
         ]
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, compressed = self.compress(problem, colors, leaves, kwargs)
+            values, compressed = pull_colors(problem, colors, Sweep(self.engine, self.chunk), leaves, kwargs)
             return Result(
                 values,
                 tuple(tuple(read([c]) for read, c in zip(row, compressed, strict=True)) for row in readers),
             )
 
         return compute
-
-    def compress(
-        self, problem: Problem, colors: Colors, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The values, and for each input what all seeds brought: (seeds, B, *event)."""
-        bound, inputs = bind(problem, leaves, kwargs)
-        spans = [problem.rows(output) for output in range(len(problem.outputs))]
-        if self.engine == "vmap":
-            values, vjp = functional_vjp(bound, inputs)
-
-            def pull(cotangents: list[Tensor], last: bool) -> Sequence[Tensor]:
-                pulled: Sequence[Tensor] = vmap(lambda *own: vjp(own))(*cotangents)
-                return pulled
-        else:
-            pullback = Pullback(bound, inputs, problem.differentiable)
-            values = pullback.outputs
-
-            def pull(cotangents: list[Tensor], last: bool) -> Sequence[Tensor]:
-                if self.engine == "batched":
-                    return pullback.pull(pullback.recorded, cotangents, batched=True, last=last)
-                return [one[None] for one in pullback.pull(pullback.recorded, [c[0] for c in cotangents], last=last)]
-
-        def parts() -> Iterator[Sequence[Tensor]]:
-            for start, stop in seeds.spans(colors.count, 1 if self.engine == "loop" else self.chunk):
-                yield pull(colors.seeds(start, stop, spans, values), stop == colors.count)
-
-        if not colors.count:
-            return values, [x.new_zeros(0, *x.shape) for x in inputs]
-        return values, collect(parts(), colors.count, problem.differentiable)

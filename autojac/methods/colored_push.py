@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from autojac import seeds
-from autojac.autodiff import functional_jvp, load_forward_rules, push_dual, vmap
-from autojac.compression import Colors, colors_of, nothing_gained
+from autojac.autodiff import load_forward_rules
+from autojac.compression import colors_of, nothing_gained
 from autojac.decompression import decompressor
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
-from autojac.methods.push import Engine
-from autojac.problem import Compute, Problem, Result, bind
+from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.problem import Compute, Problem, Result
+from autojac.sweeps import Sweep, push_colors
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class ColoredPush(Method):
         chunk: seeds per pass; None for all.
     """
 
-    engine: Engine = "loop"
+    engine: Literal["loop", "vmap"] = "loop"
     chunk: int | None = None
 
     whole_batch: ClassVar[bool] = True
@@ -67,7 +66,7 @@ class ColoredPush(Method):
         ]
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, compressed = self.compress(problem, colors, leaves, kwargs)
+            values, compressed = push_colors(problem, colors, Sweep(self.engine, self.chunk), leaves, kwargs)
             # like reverse mode, whatever func's output is
             dtypes = [leaves[position].dtype for position in problem.inputs]
             return Result(
@@ -79,34 +78,3 @@ class ColoredPush(Method):
             )
 
         return compute
-
-    def compress(
-        self, problem: Problem, colors: Colors, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The values, and for each output what all seeds brought: (seeds, B, *event)."""
-        bound, inputs = bind(problem, leaves, kwargs)
-        # dual numbers refuse expanded tensors, whose elements share memory
-        inputs = tuple(x.contiguous() for x in inputs)
-        spans = [problem.columns(position) for position in problem.inputs]
-        values: tuple[Tensor, ...] = ()
-
-        def parts() -> Iterator[Sequence[Tensor]]:
-            nonlocal values
-            for start, stop in seeds.spans(colors.count, 1 if self.engine == "loop" else self.chunk):
-                tangents = colors.seeds(start, stop, spans, inputs)
-                if self.engine == "loop":
-                    found, pushed = push_dual(bound, inputs, [t[0] for t in tangents])
-                    values = tuple(found)
-                    yield [one[None] for one in pushed]
-                    continue
-                # a draw belongs to the batch, not to a tangent
-                push = vmap(lambda *own: functional_jvp(bound, inputs, own), draws=problem.structure.draws)
-                found, pushed = push(*tangents)
-                values = tuple(value[0] for value in found)
-                yield list(pushed)
-
-        if not colors.count:
-            values = problem.fn(leaves, kwargs)
-            return values, [y.new_zeros(0, *y.shape) for y in values]
-        compressed = collect(parts(), colors.count, problem.differentiable)
-        return values, compressed

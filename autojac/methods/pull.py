@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac import seeds
 from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
 from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind, SharedSeeds
 
@@ -173,7 +173,7 @@ class Pull(Method):
                 ]
 
         arranged = (problem.batch, count // problem.batch) if problem.layout == "diagonal" else shape
-        return tuple(rows.unflatten(0, arranged) for rows in collect(parts(), count, problem.differentiable))
+        return tuple(rows.unflatten(0, arranged) for rows in seeds.collect(parts(), count, problem.differentiable))
 
     @staticmethod
     def _own_part(problem: Problem, position: int, gradient: Tensor, numbers: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from autojac import seeds
 from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
 from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
-from autojac.methods.base import Method, chunk_sizes, collect, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.problem import Compute, Problem, Result, bind
 from autojac.seeds import SeedKind, SharedSeeds
 
@@ -126,7 +126,7 @@ class Push(Method):
                     pushed = [own_coordinates(rows, start) for rows in pushed]
                 yield pushed
 
-        pushed_all = [made.apart(rows) for rows in collect(parts(), count, problem.differentiable)]
+        pushed_all = [made.apart(rows) for rows in seeds.collect(parts(), count, problem.differentiable)]
         return values, tuple(
             # like reverse mode, whatever func's output is
             self._arrange(problem, rows.to(inputs[order].dtype), event, position)

@@ -16,7 +16,9 @@ from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.proof import meeting, prove
 from autojac.probe.roles import guess_batched, resolve_batched
+from autojac.probe.samples import sample_graph
 from autojac.quiet import Quiet
+from autojac.sparsity import Sparsity
 from autojac.structure import Assurance, Coupling, Structure
 
 __all__ = ["Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
@@ -126,10 +128,20 @@ def examine(
     evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
     coupling: Coupling = "dense" if coupled else "independent"
     assurance: Assurance = "observed"
+    sparsity: Sparsity | None = None
+    split = len({verdict.coupled for verdict in verdicts}) > 1
     if outline is not None and coupled:
         alone, line = meeting(outline, subject, masks, called, generator)
         coupling = "statistics" if alone else "dense"
         evidence.append(line)
+        if not alone:
+            graph = sample_graph(outline, subject, generator, budget_s)
+            evidence.append(graph.evidence)
+            if graph.pattern is not None and graph.kind is not None:
+                coupling, sparsity = graph.kind, Sparsity(samples=graph.pattern)
+                refusal = refusal or "samples are coupled"
+                # what each operator does holds whatever the layers did not see
+                split = graph.suspect or (split and not graph.followed)
     elif outline is not None and inputs:
         proved, line = prove(outline, subject)
         assurance = "proved" if proved else "observed"
@@ -142,9 +154,10 @@ def examine(
         assurance,
         refusal is None,
         # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
-        suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
+        suspect=split if coupled else None in said and verdicts[1].coupled is None,
         effects=manners.effects,
         kernels=manners.kernels,
         evidence=tuple(evidence),
+        sparsity=sparsity,
     )
     return Examined(structure, batched, notice, outline)

@@ -1,10 +1,10 @@
 """The sample graph of an opaque function, by index-coded cotangents.
 
-Two VJPs with cotangents r_b and code_b · r_b on a class of samples: where exactly one of them reaches sample c, the
-gradients there are in the ratio code_b, whose two digits name it; coordinates that disagree betray several. What is
-known is colored so that no two samples of a class are known to reach the same one, and the classes are drawn anew each
-round. A round without anything that is unknown or mixed up shows that nothing is missing at this point. Passes grow
-with the number of neighbours and with the logarithm of the batch.
+VJPs with cotangents r_b and code_b · r_b on a class of samples: where exactly one of them depends on sample c, the
+gradients there are in the ratio code_b, which names it (by two digits in float32); coordinates that disagree betray
+several. Classes are drawn at random such that no two of their samples are known to depend on the same one. Of a class
+in which nothing is mixed up all is known at this point; the samples of the others are put into other classes. Passes
+grow with the number of neighbours and with the logarithm of the batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ FIRST_CLASSES = 4
 MOST_ROUNDS = 60
 DIGIT_NOISE = 128.0
 """A digit is read if it is off by less than this many eps of the largest."""
+SLIGHT = 1e-5
 READABLE = 0.1
+"""Digits off by more than this can't be read."""
+MOST_PAIRS = 2e7
 SAMPLED = 3
 
 
@@ -56,7 +59,6 @@ class Coded:
         batch = self.subject.batch
         self.known = scipy.sparse.identity(batch, dtype=bool, format="csr")
         self.random = np.random.default_rng(int(torch.randint(2**31, (), generator=self.generator)))
-        self.base = max(math.isqrt(max(batch - 1, 0)) + 1, 2)
         self.wide = FIRST_CLASSES
 
     def complete_at(self, leaves: Sequence[Tensor]) -> int | None:
@@ -71,37 +73,38 @@ class Coded:
 
         with subject.quiet():
             pullback = Pullback(bound, [leaves[position] for position in subject.inputs], differentiable=False)
-            values = [value.detach() for value in pullback.recorded]
-            weights = [noise(value, self.generator) for value in values]
+            weights = [noise(value.detach(), self.generator) for value in pullback.recorded]
             before = self.known.nnz
-            if not self._sparse(pullback, values, weights):
+            if not self.passes and not self._sparse(pullback, weights):
                 return None
+            rows: Ints = np.arange(subject.batch)
+            wide = self.wide
             for _ in range(MOST_ROUNDS):
-                settled = self._round(pullback, values, weights)
+                rows, wide = self._round(pullback, weights, rows, wide)
                 if self.refusal:
                     return None
-                if settled:
+                if not len(rows):
                     return int(self.known.nnz - before)
         self.refusal = f"{self.passes} index-coded probes did not separate the neighbours"
         return None
 
-    def _pull(self, pullback: Pullback, values: Sequence[Tensor], weights: Sequence[Tensor], rows: Tensor) -> Tensor:
+    def _pull(self, pullback: Pullback, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
         """The gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
         self.passes += 1
         scaled = [
             weight * rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights
         ]
-        pulled = pullback.pull(values and pullback.recorded, scaled)
+        pulled = pullback.pull(pullback.recorded, scaled)
         return torch.cat([gradient.reshape(self.subject.batch, -1) for gradient in pulled], 1).cpu()
 
-    def _sparse(self, pullback: Pullback, values: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    def _sparse(self, pullback: Pullback, weights: Sequence[Tensor]) -> bool:
         """Whether some samples at random depend on few others."""
         batch = self.subject.batch
         few = []
         for row in self.random.choice(batch, min(SAMPLED, batch), replace=False):
             only = torch.zeros(batch)
             only[int(row)] = 1
-            reached = self._pull(pullback, values, weights, only)
+            reached = self._pull(pullback, weights, only)
             if not torch.isfinite(reached).all():
                 self.refusal = "derivatives are not finite"
                 return False
@@ -111,64 +114,72 @@ class Coded:
             return False
         return True
 
-    def _round(self, pullback: Pullback, values: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-        """One probe of every class; whether nothing was found that was not known."""
+    def _round(self, pullback: Pullback, weights: Sequence[Tensor], rows: Ints, wide: int) -> tuple[Ints, int]:
+        """Probe some samples in classes; those of classes in which some are mixed up, and how many classes to try."""
         import scipy.sparse
 
         batch = self.subject.batch
-        colors = spread_colors(self.known, self.wide, self.random)
-        owners: list[Ints] = []
-        reached: list[Ints] = []
+        among = self.known[rows]
+        columns = np.bincount(among.indices, minlength=batch).astype(float)
+        if self.known.nnz > batch * max(batch // 2, 1) + batch or (columns**2).sum() > MOST_PAIRS:
+            self.refusal = "too many depend on one sample"
+            return rows, wide
+        colors = spread_colors(among, wide, self.random)
+        owners: list[Ints] = [np.zeros(0, int)]
+        reached: list[Ints] = [np.zeros(0, int)]
+        open_classes = []
         mixed = clear = 0
-        for color in range(int(colors.max()) + 1):
+        for color in np.unique(colors):
             if time.perf_counter() > self.deadline:
                 self.refusal = f"out of time after {self.passes} index-coded probes"
-                return False
-            members = torch.from_numpy(colors == color)
-            if not members.any():
-                continue
-            owner, alive, single = self._decoded(pullback, values, weights, members)
+                return rows, wide
+            members = torch.zeros(batch, dtype=torch.bool)
+            members[torch.from_numpy(rows[colors == color])] = True
+            owner, alive, single = self._decoded(pullback, weights, members)
             if self.refusal:
-                return False
+                return rows, wide
             own = np.flatnonzero(single)
-            mixed += int((alive & ~single).sum())
-            clear += len(own)
+            several = int((alive & ~single).sum())
+            mixed, clear = mixed + several, clear + len(own)
+            if several:
+                open_classes.append(color)
             owners.append(owner[own])
             reached.append(own)
-        rows, columns = np.concatenate(owners or [np.zeros(0, int)]), np.concatenate(reached or [np.zeros(0, int)])
-        found = scipy.sparse.coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(batch, batch)).tocsr()
-        before = self.known.nnz
+        pair = np.concatenate(owners), np.concatenate(reached)
+        found = scipy.sparse.coo_array((np.ones(len(pair[0]), bool), pair), shape=(batch, batch)).tocsr()
         self.known = (self.known + found).tocsr()
         if mixed > clear:
-            self.wide = min(2 * self.wide, batch)
-        return mixed == 0 and self.known.nnz == before
+            self.wide = wide = min(2 * wide, batch)
+        else:
+            wide = min(wide, 2 * len(open_classes) + 1)
+        return rows[np.isin(colors, open_classes)], wide
 
-    def _decoded(
-        self, pullback: Pullback, values: Sequence[Tensor], weights: Sequence[Tensor], members: Tensor
-    ) -> tuple[Any, Any, Any]:
+    def _decoded(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
         """For each sample the one of the class that reaches it; whether any does; whether it is one alone."""
-        index = torch.arange(self.subject.batch)
-        codes = (index // self.base + 1, index % self.base + 1)
-        plain = self._pull(pullback, values, weights, members)
+        batch = self.subject.batch
+        plain = self._pull(pullback, weights, members)
         if not torch.isfinite(plain).all():
             self.refusal = "derivatives are not finite"
             return None, None, None
-        allowed = DIGIT_NOISE * torch.finfo(plain.dtype).eps * self.base
+        noisy = DIGIT_NOISE * torch.finfo(plain.dtype).eps
+        digits = 1 if noisy * batch < READABLE / 100 else 2
+        base = batch if digits == 1 else math.isqrt(batch - 1) + 1
+        allowed = max(noisy * base, SLIGHT)
         if allowed > READABLE:
-            self.refusal = f"{plain.dtype} is too coarse for index-coded probes of {self.subject.batch} samples"
+            self.refusal = f"{plain.dtype} is too coarse for index-coded probes of {batch} samples"
             return None, None, None
         alive = _alive(plain)
         size, top = plain.abs().max(1)
         divisor = torch.where(alive, plain.gather(1, top[:, None])[:, 0], 1)
+        index = torch.arange(batch)
         single, owner = alive.clone(), torch.zeros_like(index)
-        for code, place in zip(codes, (self.base, 1), strict=True):
-            coded = self._pull(pullback, values, weights, members * code)
-            ratio = coded.gather(1, top[:, None])[:, 0] / divisor
-            digit = ratio.round()
+        for place in [base**k for k in range(digits)]:
+            coded = self._pull(pullback, weights, members * (index // place % base + 1))
+            digit = (coded.gather(1, top[:, None])[:, 0] / divisor).round()
             apart = (coded - digit[:, None] * plain).abs().amax(1)
-            single &= (apart <= allowed * size) & (digit >= 1) & (digit <= self.base)
+            single &= (apart <= allowed * size) & (digit >= 1) & (digit <= base)
             owner += (digit.nan_to_num(1).long() - 1) * place
-        owner = owner.clamp(0, self.subject.batch - 1)
+        owner = owner.clamp(0, batch - 1)
         single &= members[owner]
         return owner.numpy(), alive.numpy(), single.numpy()
 

@@ -134,14 +134,16 @@ def examine(
         alone, line = meeting(outline, subject, masks, called, generator)
         coupling = "statistics" if alone else "dense"
         evidence.append(line)
-        if not alone:
-            graph = sample_graph(outline, subject, generator, budget_s)
-            evidence.append(graph.evidence)
+        classes = _fewer_than(outline, subject, values) if alone else None
+        if not alone or classes is not None:
+            graph = sample_graph(outline, subject, generator, budget_s, classes)
             if graph.pattern is not None and graph.kind is not None:
                 coupling, sparsity = graph.kind, Sparsity(samples=graph.pattern)
                 refusal = refusal or "samples are coupled"
                 # what each operator does holds whatever the layers did not see
                 split = graph.suspect or (split and not graph.followed)
+            if sparsity is not None or not alone:
+                evidence.append(graph.evidence)
     elif outline is not None and inputs:
         proved, line = prove(outline, subject)
         assurance = "proved" if proved else "observed"
@@ -161,3 +163,14 @@ def examine(
         sparsity=sparsity,
     )
     return Examined(structure, batched, notice, outline)
+
+
+def _fewer_than(outline: Outline, subject: Subject, values: Sequence[Tensor]) -> float | None:
+    """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
+    pools = [pool.size for pool in (outline.read_pool, outline.least_pool) if pool is not None]
+    shared = min(pools, default=0)
+    rows = sum(value[0].numel() for value in values)
+    columns = sum(subject.leaves[position][0].numel() for position in subject.inputs)
+    classes = (rows + shared) / max(min(rows, columns), 1)
+    # what all samples share does not grow with their number; what neighbours or groups share does
+    return classes if shared > subject.batch // 8 and classes > 2 else None

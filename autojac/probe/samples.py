@@ -66,7 +66,13 @@ class _Found:
     final: bool = True
 
 
-def sample_graph(outline: Outline, subject: Subject, generator: torch.Generator, budget_s: float) -> SampleGraph:
+def sample_graph(
+    outline: Outline,
+    subject: Subject,
+    generator: torch.Generator,
+    budget_s: float,
+    classes: float | None = None,
+) -> SampleGraph:
     """The sample graph of a function whose samples are coupled.
 
     Args:
@@ -74,9 +80,13 @@ def sample_graph(outline: Outline, subject: Subject, generator: torch.Generator,
         subject: the function at its point.
         generator: of random numbers.
         budget_s: seconds that probes of an opaque function may take, and checks by other values.
+        classes: a coloring of the graph must have fewer, and nothing is probed for it; by default fewer than there
+            are samples.
     """
     found = _followed(outline, subject, generator)
-    probed = found.samples is None and not found.final
+    if classes is not None and found.samples is not None and most_classes(found.samples) >= classes:
+        found = _Found(None, "more passes than another way")
+    probed = classes is None and found.samples is None and not found.final
     if probed:
         found = _probed(subject, generator, budget_s, found.line)
     if found.samples is None:
@@ -249,16 +259,17 @@ def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
     return moved
 
 
-def _worth(samples: Any) -> bool:
-    """Whether coloring the graph, largest degree first, is sure to leave fewer classes than there are samples."""
-    batch = samples.shape[0]
-    if samples.nnz > batch * max(batch // 2, 1) + batch:
-        return False
-    both = samples + samples.T
-    degrees = np.sort(np.diff(both.tocsr().indptr))[::-1]
+def most_classes(samples: Any) -> int:
+    """A bound on the classes of samples that do not reach each other, colored by largest degree first."""
+    degrees = np.sort(np.diff((samples + samples.T).tocsr().indptr))[::-1]
     # Welsh and Powell, 1967; the diagonal counts for the class itself
-    classes = int(np.minimum(degrees, np.arange(1, batch + 1)).max())
-    return bool(classes <= WORTH * batch)
+    return int(np.minimum(degrees, np.arange(1, len(degrees) + 1)).max(initial=0))
+
+
+def _worth(samples: Any) -> bool:
+    """Whether coloring the graph is sure to save passes."""
+    batch = samples.shape[0]
+    return bool(samples.nnz <= batch * max(batch // 2, 1) + batch) and most_classes(samples) <= WORTH * batch
 
 
 def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:

@@ -192,7 +192,7 @@ class Planner:
         self.neighbours.clear()
         seen = look(request, captured, self.options, self.stored.keys)
         found = self.examine(request, seen)
-        if found.structure.independent:
+        if found.structure.independent or (found.structure.sparsity == entry.problem.structure.sparsity is not None):
             found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
         return self._search(request, seen, found, "estimate", None, start)
 
@@ -278,6 +278,8 @@ class Planner:
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         structure = problem.structure
         numbers = any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs)))
+        if structure.watched:
+            entry.constants = tuple(t for t in request.captured.tensors if not t.requires_grad)
         entry.wary = structure.watched or (structure.assumes and numbers)
         return entry
 

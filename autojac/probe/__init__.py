@@ -131,6 +131,7 @@ def examine(
     coupling: Coupling = "dense" if coupled else "independent"
     assurance: Assurance = "observed"
     sparsity: Sparsity | None = None
+    watched = False
     split = len({verdict.coupled for verdict in verdicts}) > 1
     if outline is not None and coupled:
         alone, line = meeting(outline, subject, masks, called, generator)
@@ -140,7 +141,7 @@ def examine(
         if not alone or classes is not None:
             graph = sample_graph(outline, subject, generator, budget_s, classes)
             if graph.pattern is not None and graph.kind is not None:
-                coupling, sparsity = graph.kind, Sparsity(samples=graph.pattern)
+                coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
                 refusal = refusal or "samples are coupled"
                 # what each operator does holds whatever the layers did not see
                 split = graph.suspect or (split and not graph.followed)
@@ -163,6 +164,7 @@ def examine(
         kernels=manners.kernels,
         evidence=tuple(evidence),
         sparsity=sparsity,
+        watched=watched,
     )
     return Examined(structure, batched, notice, outline)
 

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recorder",
         "operators",
         "flow",
+        "dependence",
         "outline",
         "rules",
         "cuts",

@@ -98,21 +98,22 @@ def completed(
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):
         there = subject.elsewhere(turn, scale, generator) if scale else subject
         inputs = [there.leaves[position] for position in where.differentiated]
-        changed = None
+        columns = _some(found.nnz / where.m, where.n, generator)
         try:
             with subject.quiet():
                 pullback = within(subject.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
+                more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
-                columns = _some(found.nnz / where.m, where.n, generator)
                 changed = there.values(_moved(there, where, columns, scale, generator))
-        except Exception:  # other values than its user passes may be refused, or take for ever
+                steps = [_steps(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
+                outside = torch.from_numpy(~(more @ columns.numpy()))
+                more = _with_block(more, where.of_outputs(steps) & outside, columns)
+        except Exception:
+            if not scale:
+                raise
+            # values that its user never passes may be refused, or take for ever
             continue
-        points += 1
-        found = _with_gradients(pullback, where, found, generator)
-        if changed is not None:
-            steps = [_steps(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
-            outside = torch.from_numpy(~(found @ columns.numpy()))
-            found = _with_block(found, where.of_outputs(steps) & outside, columns)
+        found, points = more, points + 1
     return found, found.nnz - before, f"{ROUNDS * points} gradients at {points} points"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autojac.flow import SHARED, Along, Flow
@@ -13,25 +13,6 @@ from autojac.graph import Graph, Operation, Value
 MOST_NODES = 2000
 """A minimum cut through more tensors takes longer than it is worth."""
 DETACHING = {"detach", "argmax", "argmin", "floor", "ceil", "round", "sign", "zeros_like", "ones_like"}
-
-
-@dataclass(frozen=True)
-class Bottleneck:
-    """Tensors that separate the inputs from the outputs.
-
-    Attributes:
-        tensors: their numbers.
-        axes: where each carries the batch.
-        widths: elements of one sample in each.
-    """
-
-    tensors: tuple[int, ...]
-    axes: tuple[int, ...]
-    widths: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        return sum(self.widths)
 
 
 @dataclass(frozen=True)
@@ -51,37 +32,28 @@ class Pool:
     expandable: bool
 
 
+def passes_derivatives(operation: Operation) -> bool:
+    """Whether a derivative runs through an operator."""
+    return not operation.held and operation.name not in DETACHING
+
+
 def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
     """The tensors that a derivative in the inputs can reach."""
     found = set(inputs)
     for operation in graph.operations:
-        if not operation.held and operation.name not in DETACHING and not found.isdisjoint(operation.sources):
-            found.update(
-                number for number in operation.outputs if number is not None and graph.dtypes[number].is_floating_point
-            )
+        if passes_derivatives(operation) and not found.isdisjoint(operation.sources):
+            made = (number for number in operation.outputs if number is not None)
+            found.update(n for n in made if graph.dtypes[n].is_floating_point or graph.dtypes[n].is_complex)
     return found
 
 
-def bottleneck(flow: Flow, inputs: Sequence[int]) -> Bottleneck | None:
-    """The narrowest tensors between inputs and outputs by elements a sample; None if these are inputs or outputs."""
-    graph, batch = flow.graph, flow.batch
-    alive = differentiable_paths(graph, inputs)
-    if len(alive) > MOST_NODES or alive.isdisjoint(graph.outputs):
-        return None
-    sizes = {number: math.prod(graph.shapes[number]) / batch for number in alive}
-    ends = set(inputs) | set(graph.outputs)
-
-    def eligible(number: int) -> bool:
-        state = flow.states[number]
-        plain = isinstance(state, Along) and (state.outer, state.inner) == (1, 1)
-        return number in ends or (plain and number in flow.pure)
-
-    capacities = {number: sizes[number] if eligible(number) else math.inf for number in alive}
-    cut = minimum_cut(_edges(graph, alive), capacities, inputs, [y for y in dict.fromkeys(graph.outputs) if y in alive])
-    if cut is None or not ends.isdisjoint(cut):
-        return None
-    axes = [state.axis for state in (flow.states[number] for number in cut) if isinstance(state, Along)]
-    return Bottleneck(tuple(cut), tuple(axes), tuple(round(sizes[number]) for number in cut))
+def edges(graph: Graph, alive: Collection[int]) -> Iterator[tuple[int, int]]:
+    """From each tensor to those that operators make of it, as far as derivatives run."""
+    for operation in graph.operations:
+        if passes_derivatives(operation):
+            for output in operation.outputs:
+                if output is not None and output in alive:
+                    yield from ((source, output) for source in operation.sources if source in alive)
 
 
 def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
@@ -103,7 +75,9 @@ def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
         if len(shared) <= MOST_NODES:
             sources = [number for number in shared if _meets(graph, flow, alive, number)]
             sizes = {number: float(math.prod(graph.shapes[number])) for number in shared}
-            chosen = minimum_cut(_edges(graph, shared), sizes, sources, chosen) or chosen
+            chosen = minimum_cut(edges(graph, shared), sizes, sources, chosen) or chosen
+    if any(graph.dtypes[number].is_complex for number in chosen):
+        return None
     size = sum(math.prod(graph.shapes[number]) for number in chosen)
     expandable = all(_expandable(flow, operation, set(chosen)) for operation in graph.operations)
     return Pool(tuple(chosen), still, size, expandable and set(chosen) | set(still) == set(flow.frontier))
@@ -117,7 +91,7 @@ def readers(flow: Flow, tensors: Collection[int]) -> Iterable[int]:
 
 
 def minimum_cut(
-    edges: Iterable[tuple[int, int]],
+    links: Iterable[tuple[int, int]],
     sizes: Mapping[int, float],
     sources: Iterable[int],
     sinks: Iterable[int],
@@ -129,7 +103,7 @@ def minimum_cut(
     network = networkx.DiGraph()
     for number, size in sizes.items():
         network.add_edge((number, 0), (number, 1), **({} if math.isinf(size) else {"capacity": size}))
-    network.add_edges_from(((one, 1), (other, 0)) for one, other in edges)
+    network.add_edges_from(((one, 1), (other, 0)) for one, other in links)
     network.add_edges_from(("source", (number, 0)) for number in sources)
     network.add_edges_from(((number, 1), "sink") for number in sinks)
     if "source" not in network or "sink" not in network:
@@ -139,14 +113,6 @@ def minimum_cut(
     except networkx.NetworkXUnbounded:
         return None
     return sorted(number for number in sizes if (number, 0) in near and (number, 1) not in near)
-
-
-def _edges(graph: Graph, alive: Collection[int]) -> Iterable[tuple[int, int]]:
-    for operation in graph.operations:
-        for output in operation.outputs:
-            if output in alive and not operation.held:
-                assert output is not None
-                yield from ((source, output) for source in operation.sources if source in alive)
 
 
 def _meets(graph: Graph, flow: Flow, alive: Collection[int], number: int) -> bool:

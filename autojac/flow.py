@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -128,6 +128,10 @@ class Flow:
         return frozenset(
             number for number, state in self.states.items() if isinstance(state, Along) and number not in tainted
         )
+
+    def width(self, tensors: Iterable[int]) -> int:
+        """Elements of one sample in tensors that carry the batch."""
+        return sum(math.prod(self.graph.shapes[number]) for number in tensors) // self.batch
 
     @property
     def lost_output(self) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
-from autojac.cuts import Bottleneck, Pool, bottleneck, pool
+from autojac.chain import Accumulation, Product, accumulate, products
+from autojac.cuts import Pool, pool
 from autojac.flow import Flow, follow
 from autojac.graph import Graph
 from autojac.quiet import Quiet
@@ -51,6 +52,7 @@ class Outline:
             # not part of a plan's key
             self.state = "a Python float among the arguments"
         self._names: dict[int, str] = {}
+        self._chains: dict[tuple[bool, bool], Accumulation | None] = {}
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
         self.batch = batch
@@ -95,15 +97,23 @@ class Outline:
             rows, columns: elements of one sample's outputs and inputs.
         """
         lines = []
-        if "bottleneck" in vars(self) and self.bottleneck is not None:
-            cut = self.bottleneck
-            names = " and ".join(map(self.name, cut.tensors))
-            passes = f"{cut.width} + {cut.width} passes instead of {min(rows, columns)}"
-            lines.append(f"cut: every path runs through {names}: {passes}")
+        if self._chains and (found := self.chain(again=True) or self.chain()) is not None:
+            lines += [self._line(product, product is found.way) for product in products(found.way)]
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
             lines.append(f"cut: samples meet in {', '.join(map(self.name, self.read_pool.tensors))}: {passes}")
         return lines
+
+    def _line(self, product: Product, whole: bool) -> str:
+        flow = self.flow
+        assert flow is not None
+        cut, sources, targets = (
+            " and ".join(map(self.name, ends)) for ends in (product.cut, product.sources, product.targets)
+        )
+        between = "" if whole else f" from {sources} to {targets}"
+        instead = min(flow.width(product.sources), flow.width(product.targets))
+        passes = f"{product.late.passes} + {product.early.passes} passes instead of {instead}"
+        return f"cut: every path{between} runs through {cut}: {passes}"
 
     @property
     def obstacle(self) -> str:
@@ -126,10 +136,17 @@ class Outline:
         """Why there is no graph."""
         return self.found if isinstance(self.found, str) else None
 
-    @functools.cached_property
-    def bottleneck(self) -> Bottleneck | None:
-        flow = self.flow
-        return bottleneck(flow, inputs_of(flow.graph, self.differentiated)) if flow is not None else None
+    def chain(self, again: bool = False, forward: bool = True) -> Accumulation | None:
+        """The chain rule through cuts, as `accumulate` plans it; None if it has no cut, or none that one had not."""
+        key = again, forward
+        if key not in self._chains:
+            flow = self.flow
+            self._chains[key] = None
+            if flow is not None:
+                ends = inputs_of(flow.graph, self.differentiated)
+                found = accumulate(flow, ends, again=again, forward=forward)
+                self._chains[key] = None if again and found == self.chain(False, forward) else found
+        return self._chains[key]
 
     @functools.cached_property
     def read_pool(self) -> Pool | None:

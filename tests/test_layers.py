@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "outline",
         "rules",
         "cuts",
+        "chain",
         "linearize",
     ),
     ("methods",),

@@ -264,7 +264,7 @@ def test_passes_are_as_few_as_the_cuts_are_wide(
         monkeypatch.setattr(bottleneck, name, counting(getattr(bottleneck, name)))
     request, _, problem = planned(Counted(func), (x,))
     with torch.no_grad():
-        compute = Bottleneck(again=again).prepare(problem)
+        compute = Bottleneck(cuts="several" if again else "one").prepare(problem)
         evaluations = Counted(problem.fn)
         compute(request.leaves, {})
     assert sorted(counted) == passes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -35,14 +36,15 @@ class Bottleneck(Method):
     Attributes:
         engine: as in `Pull`; what is pushed takes `vmap` over JVPs for `vmap` and `batched`.
         chunk: seeds per pass; None for all.
-        again: cut sides again where that pays, which takes several outputs or inputs (see `autojac.chain`).
-        forward: whether sides may be pushed; without it every side is pulled, as operators without forward mode need.
+        cuts: `one`, or `several` where cutting sides again pays, which takes several outputs or inputs (see
+            `autojac.chain`).
+        sides: pushed or pulled, `either` as it takes fewer seeds; or `pull` all, for operators without forward mode.
     """
 
     engine: Engine = "vmap"
     chunk: int | None = None
-    again: bool = False
-    forward: bool = True
+    cuts: Literal["one", "several"] = "one"
+    sides: Literal["either", "pull"] = "either"
 
     repeats_func: ClassVar[bool] = False
 
@@ -67,23 +69,22 @@ class Bottleneck(Method):
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        for again, forward in ((False, True), (True, True), (False, False), (True, False)):
-            first = cls(again=again, forward=forward)
+        for first in (cls(cuts=cuts, sides=sides) for sides in ("either", "pull") for cuts in ("one", "several")):
             found = first._found(problem)
             if found is None or first.unsupported(problem) is not None:
                 continue
-            if not forward:
+            if first.sides == "pull":
                 if depth:
-                    yield first
-                    yield cls("loop", None, again, forward)
+                    yield from (dataclasses.replace(first, engine=engine) for engine in ("vmap", "loop"))
                 continue
             for engine in ("vmap", "batched", "loop") if depth else ("vmap", "batched"):
-                yield cls(engine, None, again)
+                yield dataclasses.replace(first, engine=engine)
                 if found.width > 16:
-                    yield cls(engine, 16, again)
+                    yield dataclasses.replace(first, engine=engine, chunk=16)
 
     def _found(self, problem: Problem) -> Accumulation | None:
-        return problem.outline.chain(self.again, self.forward) if problem.outline is not None else None
+        outline = problem.outline
+        return outline.chain(self.cuts == "several", self.sides == "either") if outline is not None else None
 
     def cost(self, problem: Problem) -> float:
         found = self._found(problem)
@@ -108,7 +109,7 @@ class Bottleneck(Method):
 
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
-        find = functools.partial(accumulate, again=self.again, forward=self.forward)
+        find = functools.partial(accumulate, again=self.cuts == "several", forward=self.sides == "either")
         cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
 
@@ -173,8 +174,8 @@ class _Accumulator:
 
     def _product(self, way: Product, late: Factor, early: Factor) -> Factor:
         # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
-        left = {t: torch.cat([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
-        right = {s: torch.cat([early[h, s] for h in way.cut], 1) for s in way.sources}
+        left = {t: _joined([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
+        right = {s: _joined([early[h, s] for h in way.cut], 1) for s in way.sources}
         made = {(t, s): left[t] @ right[s].to(left[t].dtype) for t in left for s in right}
         return made | {(t, s): early[t, s] for t in way.targets if t in way.cut for s in right}
 
@@ -234,3 +235,8 @@ class _Accumulator:
 
     def _each(self, run: Callable[[Tensor], Sequence[Tensor]], tensor: Tensor, number: int) -> list[Tensor]:
         return each(run, coordinates(tensor, self.states[number], self.batch), self.method.chunk)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    # torch copies a single one too
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -85,6 +85,12 @@ class Graph:
         return hash((tuple(parts), self.inputs, self.outputs, constants, tuple(self.shapes[i] for i in self.inputs)))
 
     @functools.cached_property
+    def exact(self) -> object:
+        """What graphs have in common that differ in tensors alone, to be compared."""
+        parts = [(op.target, _frozen((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
+        return parts, [op.outputs for op in self.operations], self.inputs, self.outputs, tuple(self.constants)
+
+    @functools.cached_property
     def producers(self) -> dict[int, int]:
         """For each tensor that was computed the position of its operator."""
         return {
@@ -154,3 +160,12 @@ def _shape_of(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple([_shape_of(part) for part in value])
     return float if isinstance(value, (float, complex)) else value
+
+
+def _frozen(value: Any) -> Any:
+    """An argument such that equal ones do the same: 1 is not True, and 0.0 is not -0.0."""
+    if type(value) is Value:
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple([_frozen(part) for part in value])
+    return (type(value), repr(value)) if isinstance(value, (bool, int, float, complex)) else value

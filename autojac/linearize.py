@@ -43,7 +43,7 @@ def puller(
 
 def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
     """A function from (input, tangents (c, *input)) to one (c, *output) an output."""
-    if engine == "vmap":
+    if engine == "vmap" and not torch.compiler.is_compiling():
         load_forward_rules()
 
     def push(position: int, tangents: Tensor) -> Sequence[Tensor]:

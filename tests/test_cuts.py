@@ -43,6 +43,8 @@ def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[
     quiet = Quiet(seen.quiet.captured, seen.quiet.state)
     results = []
     for method in kind.candidates(problem, 1):
+        if method.compiles:
+            continue
         assert method.unsupported(problem) is None
         with quiet():
             result = method.prepare(problem)(request.leaves, {})
@@ -269,6 +271,70 @@ def test_passes_are_as_few_as_the_cuts_are_wide(
         compute(request.leaves, {})
     assert sorted(counted) == passes
     assert evaluations.calls == 0
+
+
+class Scaled(nn.Module):
+    """A Python number, which a graph holds, and dropout, whose draws are constants of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Dropout(0.5), nn.Linear(2, 8)).double()
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+def test_a_compiled_cut_is_never_stale() -> None:
+    func, x = Scaled(), normal(5, 8)
+    with torch.no_grad():
+        _, _, problem = planned(func, (x,))
+        method = next(method for method in Bottleneck.candidates(problem, 1) if method.compiles)
+        assert not any(method.compiles for method in Bottleneck.candidates(problem, 0))
+        compute = method.prepare(problem)
+
+        def check(leaf: Tensor, seed: int) -> None:
+            torch.manual_seed(seed)
+            expected = jacobian_blocks(func, (leaf,))
+            torch.manual_seed(seed)
+            compare(compute((leaf,), {}).jacobians[0][0], expected, EXACT)
+
+        check(x, 0)
+        check(x + 1, 1)
+        func.net[0].weight.mul_(1.5)
+        func.net[3].weight = nn.Parameter(func.net[3].weight.flip(0))
+        check(x, 2)
+        func.scale = 3.0
+        check(x, 3)
+        func.net.insert(1, nn.Sigmoid())
+        check(x, 4)
+        func.scale = -0.0
+        check(x, 5)
+    assert problem.differentiable is False
+    with torch.enable_grad():
+        _, _, problem = planned(func, (x,))
+    assert "backward" in str(method.unsupported(problem))
+
+
+def test_only_the_graph_that_was_compiled_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def plain(program: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return program(*args)
+
+        return run
+
+    monkeypatch.setattr(bottleneck, "compiled", plain)
+    func, x = Scaled(), normal(5, 8)
+    with torch.no_grad():
+        _, _, problem = planned(func, (x,))
+        compute = Bottleneck(compiled=True).prepare(problem)
+        for scale, expected in ((2.0, 1), (2.0, 2), (1.0, 2), (1, 2), (2.0, 3), (-0.0, 3), (0.0, 3)):
+            func.scale = scale
+            compute((x,), {})
+            assert len(runs) == expected
 
 
 class Between(nn.Module):

@@ -11,18 +11,21 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Bound, Pullback
+from autojac.autodiff import Bound, Pullback, load_forward_rules
 from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
 from autojac.graph import Graph
 from autojac.layouts import from_blocks
 from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
+from autojac.methods.compiled import compiled
 from autojac.outline import Cutter
 from autojac.problem import Compute, Problem, Result
 from autojac.recorder import without_autocast
 
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
+Jacobians = tuple[tuple[Tensor, ...], ...]
+Multiplied = Callable[..., Jacobians]
 Factor = dict[tuple[int, int], Tensor]
 """For each target and source of a way (B, elements of the target, elements of the source)."""
 
@@ -39,18 +42,25 @@ class Bottleneck(Method):
         cuts: `one`, or `several` where cutting sides again pays, which takes several outputs or inputs (see
             `autojac.chain`).
         sides: pushed or pulled, `either` as it takes fewer seeds; or `pull` all, for operators without forward mode.
+        compiled: whether `torch.compile` makes one program of the sides and their product. Calls that record another
+            graph, down to its numbers, run eagerly.
     """
 
     engine: Engine = "vmap"
     chunk: int | None = None
     cuts: Literal["one", "several"] = "one"
     sides: Literal["either", "pull"] = "either"
+    compiled: bool = False
 
     repeats_func: ClassVar[bool] = False
 
     @property
     def traceable(self) -> bool:
         return False
+
+    @property
+    def compiles(self) -> bool:
+        return self.compiled
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
@@ -59,6 +69,8 @@ class Bottleneck(Method):
             return "an input is shared by all samples, so its rows would be added up over the batch"
         if min(problem.in_size, problem.out_size) < LEAST_WIDTH:
             return f"inputs or outputs have fewer than {LEAST_WIDTH} elements, so nothing narrower is worth a cut"
+        if self.compiled and problem.differentiable:
+            return "torch.compile gives what it pushes no backward: it stops at a ZeroTensor"
         if problem.outline is None:
             return "there is no function that could be recorded"
         if problem.outline.reason:
@@ -81,6 +93,8 @@ class Bottleneck(Method):
                 yield dataclasses.replace(first, engine=engine)
                 if found.width > 16:
                     yield dataclasses.replace(first, engine=engine, chunk=16)
+            if depth and not problem.differentiable:
+                yield dataclasses.replace(first, compiled=True)
 
     def _found(self, problem: Problem) -> Accumulation | None:
         outline = problem.outline
@@ -95,7 +109,8 @@ class Bottleneck(Method):
         made = problem.result_bytes / BYTES_PER_SECOND
         # the call itself is watched, then both sides run it again
         dispatched = 3 * dispatch_cost(passes, self.engine == "vmap")
-        return dispatched + traffic_cost(problem, count, self._step(count)) + made
+        swept = dispatched + traffic_cost(problem, count, self._step(count))
+        return (0.8 if self.compiled else 1) * swept + made
 
     def workspace(self, problem: Problem) -> int:
         found = self._found(problem)
@@ -112,6 +127,8 @@ class Bottleneck(Method):
         find = functools.partial(accumulate, again=self.cuts == "several", forward=self.sides == "either")
         cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
+        eager = functools.partial(self._jacobians, problem)
+        multiplied = _CompiledOnce(eager) if self.compiled else eager
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             recording, found = cutter(leaves, kwargs)
@@ -125,14 +142,20 @@ class Bottleneck(Method):
             # its graph of autograd is not needed any more
             del recording
             with without_autocast(leaves[0]):
-                return Result(values, self._jacobians(problem, graph, found, leaves))
+                return Result(values, multiplied(graph, found, leaves))
 
         return compute
 
     def _jacobians(
-        self, problem: Problem, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        factor = _Accumulator(self, problem, graph, found, leaves).factor(found.way)
+        self,
+        problem: Problem,
+        graph: Graph,
+        found: Accumulation,
+        leaves: Sequence[Tensor],
+        constants: Mapping[int, Tensor] | None = None,
+    ) -> Jacobians:
+        base = dict(zip(graph.inputs, leaves, strict=True)) | dict(constants or {})
+        factor = _Accumulator(self, problem, graph, found, base).factor(found.way)
         jacobians = []
         for output, event in zip(graph.outputs, problem.outputs, strict=True):
             row = []
@@ -149,19 +172,47 @@ class Bottleneck(Method):
         return tuple(jacobians)
 
 
+class _CompiledOnce:
+    """The product of one graph's factors as a compiled program, for whatever call records that graph again."""
+
+    def __init__(self, eager: Multiplied) -> None:
+        self.eager = eager
+        self.numbers: tuple[int, ...] = ()
+        self.exact: Any = None
+        self.program: Callable[..., Jacobians] | None = None
+
+    def __call__(self, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]) -> Jacobians:
+        if self.program is None:
+            self.numbers, self.exact = tuple(graph.constants), graph.exact
+            self.program = self._compiled(dataclasses.replace(graph, constants={}), found)
+        if graph.exact != self.exact:
+            return self.eager(graph, found, leaves)
+        # parameters and draws are arguments: the program holds none of this call's
+        return self.program(tuple(leaves), tuple(graph.constants[number] for number in self.numbers))
+
+    def _compiled(self, blank: Graph, found: Accumulation) -> Callable[..., Jacobians]:
+        def program(leaves: Sequence[Tensor], constants: Sequence[Tensor]) -> Jacobians:
+            return self.eager(blank, found, leaves, dict(zip(self.numbers, constants, strict=True)))
+
+        # the compiler can't look into what is loaded or found when first asked
+        load_forward_rules()
+        blank.needed(blank.outputs, frozenset())
+        return compiled(program)
+
+
 class _Accumulator:
     """Multiplies out the chain rule over one recorded call."""
 
     def __init__(
-        self, method: Bottleneck, problem: Problem, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]
+        self, method: Bottleneck, problem: Problem, graph: Graph, found: Accumulation, base: Mapping[int, Tensor]
     ) -> None:
         self.method = method
         self.batch = problem.batch
         self.differentiable = problem.differentiable
         self.graph = graph
         self.states = found.states
-        self.base = dict(zip(graph.inputs, leaves, strict=True))
-        self.values = {graph.inputs[position]: leaves[position] for position in problem.inputs}
+        self.base = dict(base)
+        self.values = {number: self.base[number] for number in (graph.inputs[position] for position in problem.inputs)}
 
     def factor(self, way: Way) -> Factor:
         if isinstance(way, Sweep):

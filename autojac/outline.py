@@ -107,8 +107,10 @@ class Outline:
     def _line(self, product: Product, whole: bool) -> str:
         flow = self.flow
         assert flow is not None
+        outputs = {y: f"output {place} {flow.graph.shapes[y]}" for place, y in enumerate(flow.graph.outputs)}
         cut, sources, targets = (
-            " and ".join(map(self.name, ends)) for ends in (product.cut, product.sources, product.targets)
+            " and ".join(outputs.get(number) or self.name(number) for number in ends)
+            for ends in (product.cut, product.sources, product.targets)
         )
         between = "" if whole else f" from {sources} to {targets}"
         instead = min(flow.width(product.sources), flow.width(product.targets))

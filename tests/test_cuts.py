@@ -273,6 +273,14 @@ def test_passes_are_as_few_as_the_cuts_are_wide(
     assert evaluations.calls == 0
 
 
+def test_errors_in_float32_are_as_small_as_plain_rows_make_them() -> None:
+    net, x = layers(64, 32, 4, 32, 64).float(), torch.randn(16, 64)
+    expected = jacobian_blocks(net, (x,), to_double=True)
+    for method, J in supported(Bottleneck, net, (x,)):
+        assert J.dtype == torch.float32, method
+        assert (J.detach().double() - expected).abs().max() <= 1e-5 * expected.abs().max(), method
+
+
 class Scaled(nn.Module):
     """A Python number, which a graph holds, and dropout, whose draws are constants of a call."""
 
@@ -630,5 +638,8 @@ def test_explain_draws_the_cut() -> None:
         shared = AutoJacobian(net, on_miss="estimate", store=":memory:").explain(normal(32, 3))
     assert "cut: " in code and "(6, 2)" in code
     assert "2 + 2 passes instead of 20" in code
+    with torch.no_grad():
+        several = AutoJacobian(TwoDecoders(), on_miss="estimate", store=":memory:").explain(normal(6, 64))
+    assert "every path from input (6, 64) to output 1 (6, 64) runs through tanh (6, 1): 1 + 1 passes" in several
     assert "BatchNorm1d at 1: mean (1, 4)" in shared
     assert "4 + 8 passes instead of 128" in shared

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -135,14 +135,15 @@ class Flow:
         return any(self.states.get(y) not in (Along(0), None) for y in self.graph.outputs)
 
 
-def follow(graph: Graph, batch: int, batched: Sequence[bool]) -> Flow:
-    """Follow the batch from the leaves that carry it on axis 0."""
+def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> Flow:
+    """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
     # the rules are loaded where they are needed
     from autojac.rules import rule_of
 
     states: dict[int, State] = {
         number: Along(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
     }
+    states |= dict.fromkeys(shared, SHARED)
     losses: dict[int, str] = {}
     for place, operation in enumerate(graph.operations):
         step = Step(graph, operation, states, batch)

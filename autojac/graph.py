@@ -108,7 +108,7 @@ class Graph:
         self,
         wanted: Sequence[int],
         given: Mapping[int, Tensor],
-        special: Mapping[int, Callable[[Mapping[int, Tensor]], Tensor]] | None = None,
+        special: Mapping[int, Callable[[Mapping[int, Tensor]], Sequence[Any]]] | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute some tensors of the graph from others.
 
@@ -121,7 +121,7 @@ class Graph:
         for place in self.needed(wanted, frozenset(given)):
             operation = self.operations[place]
             if special is not None and place in special:
-                made: Sequence[Any] = (special[place](env),)
+                made: Sequence[Any] = special[place](env)
             else:
                 made = operation(env)
             for index, part in zip(operation.outputs, made, strict=False):

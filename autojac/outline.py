@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
-from autojac.cuts import Bottleneck, Pool, bottleneck, pool
+from autojac.cuts import Bottleneck, bottleneck
 from autojac.flow import Flow, follow
 from autojac.graph import Graph
+from autojac.pools import Pool, pool
 from autojac.quiet import Quiet
 from autojac.recorder import Recording, record
 

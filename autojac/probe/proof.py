@@ -68,7 +68,7 @@ def meeting(
     if min(pool.size, least.size) >= rows:
         return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
     with subject.quiet():
-        recording = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs)
+        recording = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated)
         graph = recording.graph
         if graph is None or graph.key != flow.graph.key:
             return False, "statistics: not alone, func runs other operators from call to call"
@@ -77,13 +77,15 @@ def meeting(
             shared = (*pool.tensors, *pool.still)
             values = graph.run(shared, base)
             held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
-            inputs = [graph.inputs[position] for position in subject.inputs]
-
-            def given(*xs: Tensor) -> tuple[Tensor, ...]:
-                return graph.run(graph.outputs, held | dict(zip(inputs, xs, strict=True)))
-
-            pullback = Pullback(given, [subject.leaves[position] for position in subject.inputs], differentiable=False)
-            verdict = cotangent_verdict(pullback, [True] * len(inputs), masks, called, generator)
+            # differentiated or not: copies of weights must be apart whatever comes with the samples
+            carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
+            local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+            lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
+            copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
+            copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
+            xs = [*(subject.leaves[p] for p in carriers), *copies]
+            pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
+            verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:
         return False, "statistics: not alone, samples reach each other beside the shared tensors"
     line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"

@@ -27,6 +27,7 @@ class Along(NamedTuple):
 SHARED: Literal["shared"] = "shared"
 SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 """Operators that read no entry of their argument."""
+UNFORESEEN = "its rule fails"
 State = Along | Literal["shared"] | None
 
 
@@ -158,6 +159,9 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
                 made = rule_of(operation)(step)
             except Lost as lost:
                 losses[place] = f"{operation.name}: {lost}"
+                made = SHARED
+            except Exception as error:  # a call that a rule did not think of proves nothing, and stops nobody
+                losses[place] = f"{operation.name}: {UNFORESEEN}, {type(error).__name__}"
                 made = SHARED
         for index, number in enumerate(operation.outputs):
             if number is not None:

@@ -169,7 +169,9 @@ def diagonal(step: Step) -> State:
 
 
 def diag_embed(step: Step) -> State:
-    _, state = step.only()
+    shape, state = step.only()
+    if state.axis == len(shape) - 1:
+        raise Lost(MEET)
     fresh = {step["dim1"] % len(step.out), step["dim2"] % len(step.out)}
     return state._replace(axis=[axis for axis in range(len(step.out)) if axis not in fresh][state.axis])
 

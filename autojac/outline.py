@@ -51,7 +51,8 @@ class Outline:
         if any(isinstance(value, float) for value in pytree.tree_leaves(dict(kwargs))):
             # not part of a plan's key
             self.state = "a Python float among the arguments"
-        self._names: dict[int, str] = {}
+        self._owners: dict[int, str] = {}
+        self.captured: tuple[Tensor, ...] = ()
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
         self.batch = batch
@@ -64,7 +65,7 @@ class Outline:
         fn, leaves, kwargs, quiet, modules = self._call
         try:
             with quiet():
-                recording = record(fn, leaves, kwargs, self.differentiated)
+                recording = record(fn, leaves, kwargs, self.differentiated, named=True)
         except Exception as error:  # whatever func raises when it is watched
             return (
                 f"func can't be recorded, it raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -73,21 +74,26 @@ class Outline:
             self._call = None
         if recording.graph is None:
             return recording.reason
-        self._names = _named(recording.graph, modules)
+        self._owners = _paths(recording, modules)
+        self.captured = recording.captured
         return flow_of(recording.graph, self.batched, self.batch)
 
     def close(self) -> None:
         """Let go of the call: what was not asked by now stays unknown."""
-        self._call = None
+        self._call, self.captured = None, ()
 
-    def name(self, number: int) -> str:
-        """A tensor, for people: the operator or module that it comes from, and its shape."""
+    def names(self, numbers: Sequence[int]) -> str:
+        """Tensors, for people: by module the operators that they come from, with their shapes."""
         flow = self.flow
         assert flow is not None
-        shape = flow.graph.shapes[number]
-        place = flow.graph.producers.get(number)
-        made = "input" if place is None else flow.graph.operations[place].name
-        return f"{self._names.get(number, made)} {shape}"
+        graph, grouped = flow.graph, dict[str, list[str]]()
+        for number in numbers:
+            place = graph.producers.get(number)
+            made = "input" if place is None else graph.operations[place].name
+            what = f"{graph.marks.get(number, made)} {graph.shapes[number]}"
+            grouped.setdefault(self._owners.get(number, ""), []).append(what)
+        lists = ((owner, ", ".join(parts)) for owner, parts in grouped.items())
+        return "; ".join(f"{owner}: {parts}" if owner else parts for owner, parts in lists)
 
     def lines(self, rows: int, columns: int) -> list[str]:
         """The cuts, for people.
@@ -98,12 +104,11 @@ class Outline:
         lines = []
         if "bottleneck" in vars(self) and self.bottleneck is not None:
             cut = self.bottleneck
-            names = " and ".join(map(self.name, cut.tensors))
             passes = f"{cut.width} + {cut.width} passes instead of {min(rows, columns)}"
-            lines.append(f"cut: every path runs through {names}: {passes}")
+            lines.append(f"cut: every path runs through {self.names(cut.tensors)}: {passes}")
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
-            lines.append(f"cut: samples meet in {', '.join(map(self.name, self.read_pool.tensors))}: {passes}")
+            lines.append(f"cut: samples meet in {self.names(self.read_pool.tensors)}: {passes}")
         return lines
 
     @property
@@ -195,17 +200,13 @@ def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:
     return tuple(graph.inputs[position] for position in differentiated)
 
 
-def _named(graph: Graph, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """What some tensors are called, by the module whose parameters or buffers they were computed with."""
-    if not graph.marks:
-        return {}
+def _paths(recording: Recording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
+    """For tensors that were made in the code of a module: its kind, and its path from the first module that has it."""
     paths: dict[int, str] = {}
     for root in modules:
         for path, module in root.named_modules():
-            where = f"{type(module).__name__} at {path}" if path else type(module).__name__
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                paths.setdefault(id(tensor), where)
-    return {number: f"{paths.get(owner, 'batch norm')}: {what}" for number, (what, owner) in graph.marks.items()}
+            paths.setdefault(id(module), f"{type(module).__name__} at {path}" if path else type(module).__name__)
+    return {number: paths[owner] for number, owner in recording.owners.items() if owner in paths}
 
 
 _NOTHING = torch.empty(0)

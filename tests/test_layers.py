@@ -37,6 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "coloring",
         "graph",
         "recorder",
+        "decompose",
+        "connect",
         "operators",
         "flow",
         "outline",

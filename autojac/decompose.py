@@ -70,6 +70,7 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
         centered = emit(aten.sub.Tensor, source, mean)
         square = emit(aten.mul.Tensor, centered, centered)
         variance = emit(aten.mean.dim, square, axes, True, shape=narrow)
+        writer.marks[variance.number] = "var"
     else:
         mean, variance = (emit(aten.view.default, part, list(narrow), shape=narrow) for part in running)
         centered = emit(aten.sub.Tensor, source, mean)

@@ -108,8 +108,16 @@ class Outline:
             lines.append(f"cut: every path runs through {self.names(cut.tensors)}: {passes}")
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
-            lines.append(f"cut: samples meet in {self.names(self.read_pool.tensors)}: {passes}")
+            lines.append(f"cut: samples meet in {self.meeting_place}: {passes}")
         return lines
+
+    @property
+    def meeting_place(self) -> str:
+        """The tensors of a pool, for people: nearest to where samples meet, unless those are more numbers."""
+        read, least = self.read_pool, self.least_pool
+        assert read is not None
+        nearest = least if least is not None and least.size <= read.size else read
+        return self.names(nearest.tensors) or "none that a derivative runs through"
 
     @property
     def obstacle(self) -> str:

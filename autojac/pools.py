@@ -75,7 +75,8 @@ def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
         return None
     weights = tuple(number for number in flow.frontier if number in alive and number not in met)
     if least and chosen and len(met) <= MOST_NODES:
-        sizes = {number: float(math.prod(graph.shapes[number])) for number in met}
+        # of cuts alike the one nearest to where samples meet: a mean and a variance rather than what is made of them
+        sizes = {n: math.prod(graph.shapes[n]) + 1e-7 * place for place, n in enumerate(sorted(met))}
         entries = [n for n in met if not met.issuperset(s for s in _makers(graph, n) if s in alive)]
         chosen = minimum_cut(edges_among(graph, met), sizes, entries, chosen) or chosen
     at_frontier = set(chosen) <= set(flow.frontier)

@@ -72,7 +72,7 @@ def meeting(
         return False, f"statistics: not alone, {outline.obstacle}"
     least = outline.least_pool or pool
     rows = sum(math.prod(flow.graph.shapes[y]) for y in flow.graph.outputs)
-    names = outline.names(pool.tensors) or "none that a derivative runs through"
+    names = outline.meeting_place
     if min(pool.size, least.size) >= rows:
         return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
     with subject.quiet():

@@ -64,7 +64,7 @@ class Graph:
         outputs: numbers of the outputs.
         constants: what was captured: parameters, buffers, random draws. Tensors of this call, not copies.
         shapes, dtypes: of every tensor, by number.
-        marks: what some tensors are, and the id of a tensor of the module that they belong to.
+        marks: what some tensors are that no operator of the call has made alone.
         reads_data: an operator read values of the data, so another input may take another branch.
     """
 
@@ -75,7 +75,7 @@ class Graph:
     shapes: Mapping[int, tuple[int, ...]]
     dtypes: Mapping[int, torch.dtype]
     reads_data: bool
-    marks: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    marks: Mapping[int, str] = field(default_factory=dict)
 
     @functools.cached_property
     def key(self) -> int:
@@ -114,7 +114,7 @@ class Graph:
         self,
         wanted: Sequence[int],
         given: Mapping[int, Tensor],
-        special: Mapping[int, Callable[[Mapping[int, Tensor]], Tensor]] | None = None,
+        special: Mapping[int, Callable[[Mapping[int, Tensor]], Sequence[Any]]] | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute some tensors of the graph from others.
 
@@ -127,7 +127,7 @@ class Graph:
         for place in self.needed(wanted, frozenset(given)):
             operation = self.operations[place]
             if special is not None and place in special:
-                made: Sequence[Any] = (special[place](env),)
+                made: Sequence[Any] = special[place](env)
             else:
                 made = operation(env)
             for index, part in zip(operation.outputs, made, strict=False):

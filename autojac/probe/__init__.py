@@ -126,10 +126,14 @@ def examine(
     evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
     coupling: Coupling = "dense" if coupled else "independent"
     assurance: Assurance = "observed"
-    if outline is not None and coupled:
+    alone = False
+    # what is read of a weight by one sample depends on the others too where side inputs are coupled
+    if outline is not None and (coupled or (refusal is not None and len(inputs) < len(differentiated))):
         alone, line = meeting(outline, subject, masks, called, generator)
-        coupling = "statistics" if alone else "dense"
+        coupling = "statistics" if alone else coupling
         evidence.append(line)
+    if coupled or alone:
+        pass
     elif outline is not None and inputs:
         proved, line = prove(outline, subject)
         assurance = "proved" if proved else "observed"

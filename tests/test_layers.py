@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rules",
         "cuts",
         "chain",
+        "compilation",
         "linearize",
     ),
     ("methods",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -640,6 +641,8 @@ def test_explain_draws_the_cut() -> None:
     assert "2 + 2 passes instead of 20" in code
     with torch.no_grad():
         several = AutoJacobian(TwoDecoders(), on_miss="estimate", store=":memory:").explain(normal(6, 64))
-    assert "every path from input (6, 64) to output 1 (6, 64) runs through tanh (6, 1): 1 + 1 passes" in several
+    assert re.search(
+        r"every path from input \(6, 64\) to output 1 \(6, 64\) runs through .*tanh \(6, 1\): 1 \+ 1 passes", several
+    )
     assert "BatchNorm1d at 1: mean (1, 4)" in shared
     assert "4 + 8 passes instead of 128" in shared

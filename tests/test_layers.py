@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "copies",
         "pools",
         "sharing",
+        "compilation",
         "linearize",
     ),
     ("methods",),

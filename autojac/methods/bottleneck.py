@@ -13,11 +13,11 @@ from torch import Tensor
 
 from autojac.autodiff import Bound, Pullback, load_forward_rules
 from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
+from autojac.compilation import compiled
 from autojac.graph import Graph
 from autojac.layouts import from_blocks
 from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
-from autojac.methods.compiled import compiled
 from autojac.outline import Cutter
 from autojac.problem import Compute, Problem, Result
 from autojac.recorder import without_autocast

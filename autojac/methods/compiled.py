@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.autodiff import compile_flat, levels_restored
+from autojac.compilation import compiled
 from autojac.methods.base import Method, registry
 from autojac.problem import Compute, Problem, Result
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,25 +59,3 @@ class Compiled(Method):
 
         run = compiled(program)
         return lambda leaves, kwargs: Result(*run(leaves, kwargs))
-
-
-def compiled(program: Callable[P, T]) -> Callable[P, T]:
-    """A program as one compiled graph, whose first call compiles it and leaves no trace."""
-    # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
-    code, names = program.__code__.replace(), program.__globals__
-    flat = compile_flat(types.FunctionType(code, names, program.__name__, None, program.__closure__))
-    warmed = False
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        nonlocal warmed
-        if warmed:
-            made: T = flat(*args, **kwargs)
-            return made
-        with warnings.catch_warnings(), levels_restored():
-            # the compiler's own imports warn, which must not reach a user who turns warnings into errors
-            warnings.simplefilter("ignore")
-            made = flat(*args, **kwargs)
-        warmed = True
-        return made
-
-    return run

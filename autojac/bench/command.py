@@ -12,14 +12,18 @@ from autojac.bench.overhead import overhead, startup
 from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
 from autojac.bench.table import show
-from autojac.bench.workloads import WORKLOADS
+from autojac.bench.workloads import ALL, WORKLOADS
 from autojac.plan import EFFORTS
 
 
 @click.command()
 @click.option("--effort", type=click.Choice(EFFORTS), default=None, help="How hard to search.  [default: measure]")
 @click.option(
-    "--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only this one; may be repeated."
+    "--workload",
+    "names",
+    multiple=True,
+    type=click.Choice(list(WORKLOADS)),
+    help="Only this one; may be repeated.  [default: those of the README's table]",
 )
 @click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
 @click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
@@ -62,7 +66,7 @@ def bench(
         regret=regret,
         race_s=10.0 if quick else 60.0,
     )
-    report = run_bench([WORKLOADS[name] for name in names or WORKLOADS], settings, _announce)
+    report = run_bench([WORKLOADS[name] for name in names] or ALL, settings, _announce)
     if with_overhead:
         _announce("overhead of a call")
         report = dataclasses.replace(report, overhead_seconds=overhead(settings))

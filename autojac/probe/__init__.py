@@ -108,7 +108,7 @@ def examine(
     generator = torch.Generator().manual_seed(SEED)
     cost = price(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
-    found = coupled(subject, outline, values, refusal, cost, budget_s, generator)
+    found = coupled(subject, outline, values, refusal, len(inputs) < len(differentiated), cost, budget_s, generator)
     structure = dataclasses.replace(
         found, effects=manners.effects, kernels=manners.kernels, evidence=(*evidence, *found.evidence)
     )

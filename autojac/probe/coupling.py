@@ -20,6 +20,7 @@ def coupled(
     outline: Outline | None,
     values: Sequence[Tensor],
     refusal: str | None,
+    weights: bool,
     cost: float,
     budget_s: float,
     generator: torch.Generator,
@@ -31,6 +32,7 @@ def coupled(
         outline: what the graph of the call shows, if there is one.
         values: func's outputs there.
         refusal: why func can't be called on some of the samples, as far as is known.
+        weights: whether inputs without a batch are differentiated too.
         cost: seconds of one evaluation.
         budget_s: seconds that each of the three pair layers may cost.
         generator: of masks and other points.
@@ -64,6 +66,12 @@ def coupled(
     said = {verdict.coupled for verdict in verdicts}
     if meet:
         return _shape(subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1)
+    # what is read of a weight by one sample depends on the others too where side inputs are coupled
+    if outline is not None and weights and refusal is not None:
+        alone, line = meeting(outline, subject, masks, called, generator)
+        evidence.append(line)
+        if alone:
+            return Structure("statistics", "observed", False, None in said, evidence=tuple(evidence))
     proved = False
     if outline is not None and subject.inputs:
         proved, line = prove(outline, subject)

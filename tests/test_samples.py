@@ -264,7 +264,7 @@ def test_opaque_functions_are_probed(name: str, dtype: torch.dtype) -> None:
 def test_no_graph_is_claimed_where_there_is_none(name: str) -> None:
     structure = autojac.probe(DENSE[name], points())
     assert structure.coupling in ("dense", "statistics"), structure.evidence
-    assert structure.sparsity is None
+    assert structure.samples is None
 
 
 def test_statistics_are_preferred_where_they_take_fewer_passes() -> None:

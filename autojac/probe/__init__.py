@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ def _featured(
     budget_s: float,
 ) -> Structure:
     """The structure with the pattern inside a sample, where it saves something."""
+    start = time.perf_counter()
     found = feature_pattern(
         subject,
         differentiated,
@@ -133,7 +135,8 @@ def _featured(
     )
     # what is known of pairs stays last
     *first, last = structure.evidence
-    evidence = (*first, found.evidence, last) if found.evidence else structure.evidence
+    line = f"{found.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)"
+    evidence = (*first, line, last) if found.evidence else structure.evidence
     if found.pattern is None:
         return dataclasses.replace(structure, evidence=evidence)
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -109,6 +110,7 @@ def _shape(
         evidence.append(line)
         classes = _fewer_than(outline, subject, values) if alone else None
         if not alone or classes is not None:
+            start = time.perf_counter()
             graph = sample_graph(outline, subject, generator, budget_s, classes)
             if graph.pattern is not None and graph.kind is not None:
                 coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
@@ -116,7 +118,7 @@ def _shape(
                 # what each operator does holds whatever the layers did not see
                 split = graph.suspect or (split and not graph.followed)
             if sparsity is not None or not alone:
-                evidence.append(graph.evidence)
+                evidence.append(f"{graph.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)")
     return Structure(
         coupling, "observed", refusal is None, split, evidence=tuple(evidence), sparsity=sparsity, watched=watched
     )

@@ -25,9 +25,7 @@ from autojac.operators import traits
 __all__ = ["TooLarge", "dependence"]
 
 
-def dependence(
-    graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()
-) -> list[scipy.sparse.csr_array]:
+def dependence(graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()) -> list[Sets]:
     """For each output of a graph the inputs that its elements may have a derivative for.
 
     Args:
@@ -38,8 +36,8 @@ def dependence(
         varying: numbers of constants that another call may have other values of.
 
     Returns:
-        Boolean matrices (elements of the output, count): a superset at every point that has this graph and where the
-        captured tensors that are no parameters have their zeros, and their integers, where they have them here.
+        The sets of each output's elements: a superset at every point that has this graph and where the captured tensors
+        that are no parameters have their zeros, and their integers, where they have them here.
 
     Raises:
         TooLarge: if there is too much to go through.
@@ -64,15 +62,8 @@ def dependence(
                 if made is not None:
                     states[made] = state
             work = reading.work
-    found = []
-    for number in graph.outputs:
-        state = states[number]
-        shape = (math.prod(graph.shapes[number]), count)
-        if isinstance(state, Sets):
-            found.append(state.matrix[state.index.reshape(-1).numpy()])
-        else:
-            found.append(scipy.sparse.csr_array(shape, dtype=bool))
-    return found
+    ends = ((graph.shapes[number], states[number]) for number in graph.outputs)
+    return [s if isinstance(s, Sets) else Sets(none, torch.zeros(shape, dtype=torch.int64)) for shape, s in ends]
 
 
 def _made(reading: Reading, read: Sequence[State]) -> list[State]:

@@ -52,6 +52,19 @@ class Sets:
     matrix: scipy.sparse.csr_array
     index: Tensor
 
+    def counts(self) -> Tensor:
+        """How many inputs each set has: (sets,)."""
+        return torch.from_numpy(np.diff(self.matrix.indptr))
+
+    def over_samples(self) -> scipy.sparse.csr_array:
+        """The sets of a sample's elements, each united over all samples along axis 0."""
+        lines = self.index.reshape(len(self.index), -1)
+        width = self.matrix.shape[0]
+        codes = torch.unique(torch.arange(lines.shape[1]) * width + lines)
+        where = (codes // width).numpy(), (codes % width).numpy()
+        chosen = scipy.sparse.csr_array((np.ones(len(codes), dtype=bool), where), shape=(lines.shape[1], width))
+        return scipy.sparse.csr_array(chosen @ self.matrix)
+
 
 State = Fixed | Varying | Sets
 Rule = Callable[["Reading"], "State | Sequence[State]"]

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "coloring",
         "graph",
         "recorder",
+        "running",
         "decompose",
         "connect",
         "operators",

@@ -8,7 +8,6 @@ by the structure of the graph (`Graph.key`), not by the function.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from autojac.decompose import decomposed
 from autojac.errors import UnsupportedError
 from autojac.graph import Graph, Operation, Value
 from autojac.operators import PARTITIONS, VIEWS_IN_PLACE, certain, functional, reads_data, traits
+from autojac.running import running
 
 LITERALS = {"lift_fresh", "lift_fresh_copy"}
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
@@ -100,7 +100,6 @@ class Recorder(TorchDispatchMode):
         self.named = named
         self.owners: dict[int, int] = {}
         self.made: list[tuple[int, Tensor]] = []
-        self.alive: list[Tensor] = []
         self.numbers: dict[int, int] = {}
         self.homes: dict[int, tuple[int, int]] = {}
         self.passing: set[int] = set()
@@ -131,7 +130,7 @@ class Recorder(TorchDispatchMode):
         if not several:
             made = self._one(func, name, written, draws, args, kwargs)
         if self.named:
-            owner = _running()
+            owner = running(record.__code__)
             self.owners |= dict.fromkeys(range(count, len(self.shapes)), owner)
         return made
 
@@ -161,7 +160,6 @@ class Recorder(TorchDispatchMode):
         """A number for the tensor's value as it is now."""
         index = len(self.shapes)
         self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
-        self.alive.append(tensor)
         self.numbers[id(tensor)] = index
         if tensor.layout == torch.strided:
             home = self.homes[id(tensor)] = _home(tensor)
@@ -242,22 +240,3 @@ class Recorder(TorchDispatchMode):
 def _home(tensor: Tensor) -> tuple[int, int]:
     """What a tensor's object stands for: Python may give it other contents, and no operator tells."""
     return tensor._cdata, tensor.untyped_storage()._cdata
-
-
-def _running() -> int:
-    """Id of the module whose method runs, the innermost one; 0 if there is none.
-
-    Found by looking at the callers of this thread: hooks would be seen by others.
-    """
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not record.__code__:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.nn.Module):
-                return id(owner)
-        following = frame.f_back
-        if following is None:
-            break
-        frame = following
-    return 0

@@ -396,6 +396,14 @@ STATISTICS: dict[str, Callable[[int], tuple[Any, tuple[Tensor, ...]]]] = {
         nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh()).double(),
         (normal(B, 1, 3, 3),),
     ),
+    "in-place operators": lambda B: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ELU(inplace=True), nn.Linear(4, 3)).double(),
+        (normal(B, 3),),
+    ),
+    "shared tensor used twice": lambda B: (
+        lambda x: (s := x.mean(0)) * x + (x * s).sin() @ s[:, None],
+        (normal(B, 3),),
+    ),
     "two inputs, two outputs": lambda B: (
         lambda x, z: (x - z.mean(0), (x.mean(0) * z).sum(-1)),
         (normal(B, 3), normal(B, 3)),
@@ -433,6 +441,18 @@ def test_batch_norm_networks_of_any_shape_are_exact(batch: int, n: int, hidden: 
     expected = jacobian_blocks(copy.deepcopy(net), (x,))
     # where the batch is tiny or a variance nearly vanishes, rounding grows with the entries of the whole Jacobian
     compare(AutoJacobian(net, on_miss="estimate", store=":memory:")(x).detach(), expected, 1e-8)
+
+
+def test_dropout_under_batch_norm_is_that_of_the_call() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    x = normal(12, 3)
+    state = torch.get_rng_state()
+    expected = jacobian_blocks(net, (x,))
+    torch.set_rng_state(state)
+    results = supported(Statistics, net, (x,))
+    assert results
+    for _, J in results:
+        compare(J.detach(), expected, EXACT)
 
 
 def test_two_samples_under_batch_norm() -> None:

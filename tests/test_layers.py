@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "coloring",
         "graph",
         "recorder",
+        "running",
         "decompose",
         "connect",
         "operators",

@@ -186,7 +186,7 @@ class AutoJacobian(Derived):
         leaves = entry.frame.leaves(args)
         kwargs = entry.frame.keywords(args, kwargs)
         entry.calls += 1
-        changed = entry.wary and entry.changed(leaves, kwargs)
+        changed = entry.changed(leaves, kwargs) if entry.wary else ""
         if changed or entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
         return entry, entry.usable(leaves, kwargs)
@@ -275,12 +275,11 @@ class AutoJacobian(Derived):
         leaves: Sequence[Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        noticed: bool,
+        noticed: str = "",
     ) -> tuple[Entry, Result]:
         """Compute, and hold the result against a VJP of func itself; recompute by a safe method if it is wrong.
 
-        `noticed` if that is because something was seen to have changed: then no call went unchecked, and nobody is
-        warned.
+        `noticed` is what was seen to have changed. Arguments are free to, and nobody is warned.
         """
         problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
@@ -306,10 +305,11 @@ class AutoJacobian(Derived):
             self._keep(key, entry)
             # the next call is held against what this one was planned for
             entry.changed(leaves, kwargs)
-        if noticed:
+        if noticed == "arguments":
             with before():
                 return entry, entry.usable(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
+        since = "func has changed, which was noticed at once" if noticed else since
         warnings.warn(
             f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian was "
             f"computed again and is right. Now in use: {entry.plan}",

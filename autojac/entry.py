@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from autojac.quiet import Quiet
 from autojac.reads import Reads
 from autojac.signature import Signature
 from autojac.stored import Keys
-from autojac.watch import Watch, selects
+from autojac.watch import Watch
 
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
@@ -95,17 +95,21 @@ class Entry:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
-        """Whether what patterns were read from is other than at the last call: then they are checked again.
+    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Literal["", "function", "arguments"]:
+        """What patterns were read from and is other than at the last call: then they are checked again.
 
-        Patterns hang on index tensors and masks, on what func has captured, and on all that its code reads.
+        Patterns hang on what func has captured and on all that its code reads, some on other arguments too.
         """
         if self.reads is None:
-            return False
-        given = (*leaves, *pytree.tree_leaves(dict(kwargs)))
-        chosen = [value for value in given if isinstance(value, Tensor) and selects(value)]
+            return ""
+        chosen: list[Tensor] = []
+        if self.problem.structure.watched:
+            chosen += [leaf for position, leaf in enumerate(leaves) if position not in self.problem.inputs]
+            chosen += [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, Tensor)]
         read, seen = self.reads.changed(), self.watch.changed([*chosen, *self.constants])
-        return read or seen
+        if read:
+            return "function"
+        return "arguments" if seen else ""
 
     def renew(self, func: Callable[..., Any], captured: Captures) -> None:
         """Look from now on at what func reaches as it is after a change."""

@@ -12,7 +12,7 @@ import torch
 from autojac.origin import code_names, is_library
 from autojac.walk import HOOKS, Walk
 
-MOST_CHANGES = 8
+MOST_CHANGES = 4
 """A place that changes more often than this, such as a counter of calls, is not looked at any more."""
 
 

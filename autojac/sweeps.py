@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from autojac import seeds
@@ -89,7 +90,8 @@ def push_colors(
             yield list(pushed)
 
     if not colors.count:
-        values = problem.fn(leaves, kwargs)
+        with torch.set_grad_enabled(problem.differentiable):
+            values = problem.fn(leaves, kwargs)
         return values, [y.new_zeros(0, *y.shape) for y in values]
     compressed = seeds.collect(parts(), colors.count, problem.differentiable)
     return values, compressed

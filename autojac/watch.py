@@ -38,11 +38,6 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor._version, tensor.data_ptr()
 
 
-def selects(tensor: Tensor) -> bool:
-    """Whether a tensor's content says what is read: numbers of rows, masks, or the places in a sparse matrix."""
-    return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
-
-
 def _same(one: Tensor, other: Tensor) -> bool:
     if one.layout != other.layout or one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -75,6 +75,7 @@ def right(func: Callable[..., Any], x: Tensor, found: Tensor, **kwargs: Any) -> 
         torch.testing.assert_close(found, whole.diagonal(dim1=0, dim2=2).movedim(-1, 0))
 
 
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_module_holds_is_looked_at_in_every_call(
@@ -100,6 +101,7 @@ def helper(x: Tensor) -> Tensor:
     return torch.roll(x, FACTOR[0], 1)
 
 
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 def test_variables_and_globals_are_looked_at(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shift = 1

@@ -56,7 +56,7 @@ class ColoredBoth(Method):
 
     def cost(self, problem: Problem) -> float:
         count = _count(problem)
-        step = 1 if self.engine == "loop" else self.chunk or count
+        step = 1 if self.engine == "loop" else self.chunk or count or 1
         # the columns' passes evaluate func again
         return 1.5 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 

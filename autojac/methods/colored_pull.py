@@ -47,7 +47,7 @@ class ColoredPull(Method):
 
     def cost(self, problem: Problem) -> float:
         count = colors_of(problem, "rows").count
-        step = 1 if self.engine == "loop" else self.chunk or count
+        step = 1 if self.engine == "loop" else self.chunk or count or 1
         return dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 
     def workspace(self, problem: Problem) -> int:

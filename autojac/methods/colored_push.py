@@ -47,7 +47,7 @@ class ColoredPush(Method):
 
     def cost(self, problem: Problem) -> float:
         count = colors_of(problem, "columns").count
-        step = 1 if self.engine == "loop" else self.chunk or count
+        step = 1 if self.engine == "loop" else self.chunk or count or 1
         # every pass evaluates func again, and dual numbers double its operators
         return 2 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 

@@ -144,5 +144,4 @@ def _featured(
         evidence=evidence,
         sparsity=Sparsity(structure.samples, found.pattern),
         suspect=structure.suspect or not found.agreed,
-        watched=structure.watched or found.watched,
     )

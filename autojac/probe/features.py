@@ -42,13 +42,11 @@ class Features:
             flattened in their order; None where it is dense, too expensive to find, or can't be found.
         evidence: the line for `explain`; empty where there is nothing to look for.
         agreed: nothing was seen outside of the pattern before it was completed.
-        watched: zeros and integers of captured tensors that are no parameters were taken for lasting.
     """
 
     pattern: Pattern | None
     evidence: str
     agreed: bool = True
-    watched: bool = False
 
 
 class Dense(Exception):
@@ -102,7 +100,7 @@ def feature_pattern(
     pattern = Pattern.of(found)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
     line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
-    return Features(pattern if pattern.density <= DENSEST else None, line, not added, watched=recorded)
+    return Features(pattern if pattern.density <= DENSEST else None, line, not added)
 
 
 def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:

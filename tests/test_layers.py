@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recorder",
         "operators",
         "flow",
+        "dependence",
         "outline",
         "rules",
         "cuts",

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from autojac.outline import Outline
+from autojac.probe.features import check_declared, feature_pattern
 from autojac.probe.manners import Manners, first_call, observe
 from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.proof import meeting, prove
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
+from autojac.sparsity import Sparsity
 from autojac.structure import Assurance, Coupling, Structure
 
-__all__ = ["Examined", "Manners", "examine", "first_call", "guess_batched", "observe"]
+__all__ = ["Examined", "Manners", "check_declared", "examine", "first_call", "guess_batched", "observe"]
 
 SEED = 0x0A070
 HANG_S = 2.0
@@ -99,15 +101,15 @@ def examine(
         )
         return Examined(structure, batched, notice, outline)
     batch = len(values[0])
-    if batch < 2:
-        evidence.append("pairs: one sample has nothing to couple with")
-        structure = Structure("independent", effects=manners.effects, kernels=manners.kernels, evidence=tuple(evidence))
-        return Examined(structure, batched, notice, outline)
-
     subject = Subject(fn, held, kwargs, inputs, sides, batch, quiet)
     generator = torch.Generator().manual_seed(SEED)
     cost = price(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
+    if batch < 2:
+        evidence.append("pairs: one sample has nothing to couple with")
+        structure = Structure("independent", effects=manners.effects, kernels=manners.kernels, evidence=tuple(evidence))
+        return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline)
+
     masks, called = masks_within(subject, generator, budget_s / 3, cost)
     verdicts = []
     if inputs:
@@ -149,4 +151,33 @@ def examine(
         kernels=manners.kernels,
         evidence=tuple(evidence),
     )
-    return Examined(structure, batched, notice, outline)
+    return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline)
+
+
+def _featured(
+    structure: Structure,
+    subject: Subject,
+    differentiated: Sequence[int],
+    generator: torch.Generator,
+    budget_s: float,
+) -> Structure:
+    """The structure with the pattern inside a sample, where it saves something."""
+    found = feature_pattern(
+        subject,
+        differentiated,
+        generator,
+        sliceable=structure.sliceable and structure.independent and subject.batch > 1,
+        draws=structure.draws,
+        budget_s=budget_s,
+    )
+    # what is known of pairs stays last
+    *first, last = structure.evidence
+    evidence = (*first, found.evidence, last) if found.evidence else structure.evidence
+    if found.pattern is None:
+        return dataclasses.replace(structure, evidence=evidence)
+    return dataclasses.replace(
+        structure,
+        evidence=evidence,
+        sparsity=Sparsity(features=found.pattern),
+        suspect=structure.suspect or not found.agreed,
+    )

@@ -18,7 +18,7 @@ ESCAPES = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", 
 """What hands a tensor's memory to code that no operator tells of."""
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Notices what a graph can't show."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def prove(outline: Outline, subject: Subject) -> tuple[bool, str]:
         return False, "proof: none, func looks at its data, so another input may take another branch"
     if not flow.independent:
         return False, f"proof: none, {outline.obstacle}"
-    with _Watch() as watch:
+    with Watch() as watch:
         subject.values({})
     if watch.escaped:
         return False, f"proof: none, func hands its data to other code by {watch.escaped}"

@@ -1,0 +1,108 @@
+"""What each aten operator does to the sets of inputs behind the elements of tensors.
+
+Most classes of operators are those of `autojac.rules`, which follow the batch. An operator without a class mixes all
+that it reads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from autojac import rules
+from autojac.dependence.mixtures import behind, distances, group_norm, mixing, parts, product
+from autojac.dependence.moves import (
+    SAME,
+    choosing,
+    constant,
+    index,
+    indexed,
+    masked,
+    moving,
+    placing,
+    pointwise,
+    times,
+    unknown,
+)
+from autojac.dependence.sets import Reading, Rule, Sets
+from autojac.dependence.windows import adaptive, convolution, pooling
+
+
+def rule_of(reading: Reading) -> Rule:
+    """The rule of an operator; the one that mixes everything where it is not known."""
+    name, target = reading.operation.name, reading.operation.target
+    if not any(isinstance(state, Sets) for state in map(reading.states.__getitem__, reading.operation.sources)):
+        return masked if name in MASKED else constant
+    if target._schema.name == "aten::view" and target._overloadname == "dtype":
+        return unknown
+    if name in NAMED:
+        return NAMED[name]
+    if name in rules.RULES:
+        return CLASSES.get(rules.RULES[name], unknown)
+    return pointwise if torch.Tag.pointwise in target.tags else unknown
+
+
+CLASSES: dict[rules.Rule, Rule] = {
+    rules.pointwise: pointwise,
+    rules.same: pointwise,
+    rules.reduction: mixing,
+    rules.inside: mixing,
+    **dict.fromkeys(
+        (
+            *(rules.view, rules.permute, rules.transpose, rules.turned, rules.unsqueeze, rules.squeeze),
+            *(rules.expand, rules.repeat, rules.select, rules.slicing, rules.splitting, rules.unbind, rules.cat),
+            *(rules.stack, rules.diagonal, rules.diag_embed, rules.pad, rules.unfold),
+        ),
+        moving,
+    ),
+    **dict.fromkeys((rules.matrices, rules.solving), behind(lambda reading, dims: max(dims - 2, 0))),
+    rules.layer_norm: behind(lambda reading, dims: dims - len(reading["normalized_shape"])),
+    rules.group_norm: group_norm,
+    rules.convolution: convolution,
+    rules.distances: distances,
+    rules.index_select: indexed("self", "index", "dim"),
+    rules.embedding: indexed("weight", "indices", 0),
+    rules.indexing: index,
+}
+_MOVING = (
+    "roll flip tril triu reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+    "replication_pad3d pixel_shuffle pixel_unshuffle native_channel_shuffle upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d im2col slice_backward select_backward slice_scatter select_scatter diagonal_scatter "
+    "diagonal_backward"
+)
+_PLACING = (
+    "scatter scatter_add scatter_reduce index_add index_copy index_reduce index_put _unsafe_index_put _index_put_impl"
+)
+_PRODUCTS = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "_sparse_addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "mv": ("self", "vec"),
+    "addmv": ("mat", "vec"),
+    "dot": ("self", "tensor"),
+}
+_CHANNELS = (
+    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+    "_scaled_dot_product_flash_attention"
+)
+_POOLS = "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d max_pool2d"
+_ADAPTIVE = "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"
+NAMED: dict[str, Rule] = {
+    **dict.fromkeys(_MOVING.split(), moving),
+    **dict.fromkeys(_PLACING.split(), placing),
+    **dict.fromkeys(_CHANNELS.split(), behind(2)),
+    **dict.fromkeys(_POOLS.split(), pooling),
+    **dict.fromkeys(_ADAPTIVE.split(), adaptive),
+    **{name: product(*factors) for name, factors in _PRODUCTS.items()},
+    **dict.fromkeys(("view_as_real", "view_as_complex"), parts),
+    **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data", "linalg_cross"), mixing),
+    "mul": times,
+    "where": choosing("condition"),
+    "masked_fill": choosing("mask"),
+    "gather": indexed("self", "index", "dim"),
+    "take": indexed("self", "index", None),
+}
+MASKED = {"mul", *SAME, *_MOVING.split()}
+MASKED |= {name for name, rule in rules.RULES.items() if CLASSES.get(rule) is moving}

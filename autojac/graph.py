@@ -66,6 +66,7 @@ class Graph:
         shapes, dtypes: of every tensor, by number.
         marks: what some tensors are, and the id of a tensor of the module that they belong to.
         reads_data: an operator read values of the data, so another input may take another branch.
+        drawn: the constants that are random draws.
     """
 
     operations: tuple[Operation, ...]
@@ -76,6 +77,7 @@ class Graph:
     dtypes: Mapping[int, torch.dtype]
     reads_data: bool
     marks: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    drawn: frozenset[int] = frozenset()
 
     @functools.cached_property
     def key(self) -> int:

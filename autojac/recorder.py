@@ -306,7 +306,8 @@ class Recorder(TorchDispatchMode):
                 raise UnsupportedError("func writes into a captured tensor that it also reads")
             if tensor.grad_fn is not None and reaches(tensor, inputs):
                 raise UnsupportedError(f"a tensor {self.shapes[index]} comes from where no operator was seen")
-        return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=self.marks)
+        drawn = frozenset(self.written)
+        return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=self.marks, drawn=drawn)
 
     def _current(self) -> Iterator[tuple[int, Tensor]]:
         """The tensors whose value is still the one that has the number."""

@@ -17,6 +17,7 @@ from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, gradient_layer, masks_within, nan_layer, price, value_layer
 from autojac.probe.proof import meeting, prove
 from autojac.probe.roles import guess_batched, resolve_batched
+from autojac.probe.samples import sample_graph
 from autojac.quiet import Quiet
 from autojac.sparsity import Sparsity
 from autojac.structure import Assurance, Coupling, Structure
@@ -130,10 +131,24 @@ def examine(
     evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
     coupling: Coupling = "dense" if coupled else "independent"
     assurance: Assurance = "observed"
+    sparsity: Sparsity | None = None
+    watched = False
+    split = len({verdict.coupled for verdict in verdicts}) > 1
     if outline is not None and coupled:
         alone, line = meeting(outline, subject, masks, called, generator)
         coupling = "statistics" if alone else "dense"
         evidence.append(line)
+        classes = _fewer_than(outline, subject, values) if alone else None
+        if not alone or classes is not None:
+            graph = sample_graph(outline, subject, generator, budget_s, classes)
+            if graph.pattern is not None and graph.kind is not None:
+                coupling, sparsity = graph.kind, Sparsity(samples=graph.pattern)
+                watched = graph.follows_arguments
+                refusal = refusal or "samples are coupled"
+                # what each operator does holds whatever the layers did not see
+                split = graph.suspect or (split and not graph.followed)
+            if sparsity is not None or not alone:
+                evidence.append(graph.evidence)
     elif outline is not None and inputs:
         proved, line = prove(outline, subject)
         assurance = "proved" if proved else "observed"
@@ -146,10 +161,12 @@ def examine(
         assurance,
         refusal is None,
         # values alone tell what is dead here: without them, or with layers at odds, trust nothing for long
-        suspect=len(said) > 1 if coupled else None in said and verdicts[1].coupled is None,
+        suspect=split if coupled else None in said and verdicts[1].coupled is None,
         effects=manners.effects,
         kernels=manners.kernels,
         evidence=tuple(evidence),
+        sparsity=sparsity,
+        watched=watched,
     )
     return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline)
 
@@ -178,6 +195,17 @@ def _featured(
     return dataclasses.replace(
         structure,
         evidence=evidence,
-        sparsity=Sparsity(features=found.pattern),
+        sparsity=Sparsity(structure.samples, found.pattern),
         suspect=structure.suspect or not found.agreed,
     )
+
+
+def _fewer_than(outline: Outline, subject: Subject, values: Sequence[Tensor]) -> float | None:
+    """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
+    pools = [pool.size for pool in (outline.read_pool, outline.least_pool) if pool is not None]
+    shared = min(pools, default=0)
+    rows = sum(value[0].numel() for value in values)
+    columns = sum(subject.leaves[position][0].numel() for position in subject.inputs)
+    classes = (rows + shared) / max(min(rows, columns), 1)
+    # what all samples share does not grow with their number; what neighbours or groups share does
+    return classes if shared > subject.batch // 8 and classes > 2 else None

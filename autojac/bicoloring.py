@@ -53,9 +53,8 @@ def both(pattern: Pattern) -> tuple[Indices, Indices]:
     if chosen is None:
         return best
     side, peeled, flipped = chosen
-    ours, theirs = min(
-        (_colored(side, peeled, thorough) for thorough in (False, True)), key=_total
-    )  # on a tie what was counted on
+    # the quick coloring is what was counted on, and more effort can end with more
+    ours, theirs = min((_colored(side, peeled, thorough) for thorough in (False, True)), key=_total)
     return (theirs, ours) if flipped else (ours, theirs)
 
 
@@ -128,7 +127,7 @@ def _divisions(
 def _orders(matrix: scipy.sparse.csr_array) -> Iterator[Indices]:
     degrees = np.diff(matrix.indptr)
     yield np.argsort(-degrees, kind="stable")
-    if (degrees.astype(np.int64) ** 2).sum() <= PAIRS // 4:
+    if max((degrees.astype(np.int64) ** 2).sum(), matrix.shape[0] * matrix.shape[1]) <= PAIRS // 4:
         # a pair of columns that several rows keep apart counts for each of them by its share
         shared = (matrix.T.astype(np.float64) @ matrix.astype(np.float64)).tocsr()
         shared.data = 1 / shared.data

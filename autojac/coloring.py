@@ -58,9 +58,9 @@ def apart(graph: Pattern) -> Indices:
     if graph.shape[1] != count:
         raise OptionError(f"a graph of samples must be square, got {graph.shape[0]}x{graph.shape[1]}")
     low, high = _edges(graph)
-    # a node holds its edges: two share one if they are neighbours
     ends, edges = np.concatenate([low, high]), np.tile(np.arange(len(low), dtype=np.int32), 2)
     ones = np.ones(len(ends), dtype=np.int8)
+    # a sample holds its edges, and neighbours share one
     held = scipy.sparse.csr_array((ones, (ends, edges)), shape=(count, max(1, len(low))))
     return np.maximum(fewest(held), 0)
 
@@ -153,11 +153,11 @@ class Colorings:
 
 def _edges(graph: Pattern) -> tuple[Indices, Indices]:
     """The pairs of different samples that are joined in either direction, each once, the lower first."""
-    rows, columns = graph.rows, graph.columns
-    low, high = np.minimum(rows, columns).astype(np.int64), np.maximum(rows, columns)
-    keys = np.unique((low * graph.shape[0] + high)[low != high])
-    size = max(1, graph.shape[0])
-    return (keys // size).astype(np.int32), (keys % size).astype(np.int32)
+    import scipy.sparse
+
+    matrix = graph.scipy().astype(bool)
+    edges = scipy.sparse.triu(matrix + matrix.T, k=1, format="coo")
+    return edges.row, edges.col
 
 
 def _are_colors(arrays: Arrays, sizes: Mapping[str, int]) -> bool:

@@ -59,6 +59,14 @@ class Entries:
         blank = values.new_zeros(self.pattern.shape[1])
         return blank.index_put((columns[start:stop],), values[start:stop])
 
+    def stored(self, row: int, device: torch.device) -> Tensor:
+        """Which columns of a row are stored: (columns,) bool."""
+        start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
+        _, _, columns = self.indices(device)
+        blank = torch.zeros(self.pattern.shape[1], dtype=torch.bool, device=device)
+        blank[columns[start:stop]] = True
+        return blank
+
     def pull(self, values: Tensor, cotangent: Tensor) -> Tensor:
         """A cotangent (rows,) times the matrix."""
         _, rows, columns = self.indices(values.device)

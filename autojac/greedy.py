@@ -69,7 +69,8 @@ def _passes(nodes: scipy.sparse.csr_array) -> int:
 
 def _starts(nodes: scipy.sparse.csr_array, sharers: Indices) -> Iterator[Indices]:
     yield from _largest_first(nodes, sharers)
-    yield greedy(nodes, np.arange(nodes.shape[0]))
+    if nodes.nnz <= ENTRIES // 10:
+        yield greedy(nodes, np.arange(nodes.shape[0]))
     if (sharers * (sharers - 1)).sum() <= 2 * PAIRS:
         yield from _by_conflicts(nodes)
 

@@ -57,7 +57,10 @@ class Places:
         """The part of a pulled row that the layout keeps."""
         size = seeds.size(self.problem.outputs[output])
         if self.problem.layout == "sparse":
-            return pulled.reshape(-1)
+            whole = pulled.reshape(-1)
+            stored = self.problem.entries(output, self.problem.inputs[position]).stored(row, whole.device)
+            # zero times an infinite derivative is NaN: that is no entry that the pattern misses
+            return torch.where(stored | torch.isfinite(whole), whole, 0)
         kept = pulled[row // size] if self.blockwise(position) else pulled
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 

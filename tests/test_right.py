@@ -44,6 +44,15 @@ def test_full_equals_the_oracle(scenario: Scenario) -> None:
     compare(wrapped(scenario, func, layout="full")(*args, **kwargs), expected)
 
 
+@pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
+def test_sparse_is_the_full_jacobian_as_a_matrix(scenario: Scenario) -> None:
+    func, args, kwargs = scenario.make(1, torch.float64)
+    expected = pytree.tree_leaves(jacobian_full(func, args, scenario.argnums, kwargs=kwargs))
+    found = pytree.tree_leaves(wrapped(scenario, func, layout="sparse")(*args, **kwargs))
+    assert all(one.layout == torch.sparse_csr for one in found)
+    compare([one.to_dense() for one in found], [y.reshape(x.shape) for y, x in zip(expected, found, strict=True)])
+
+
 @pytest.mark.parametrize("scenario", [s for s in SAFE if s.argnums == 0], ids=str)
 def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)

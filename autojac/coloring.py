@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, Protocol
@@ -80,11 +81,15 @@ class Colorings:
 
     Args:
         backing: where to look before making one, and to keep it then.
+
+    Attributes:
+        seconds: what making them has cost.
     """
 
     def __init__(self, backing: Backing | None = None) -> None:
         self._backing = backing
         self._known: OrderedDict[str, Arrays] = OrderedDict()
+        self.seconds = 0.0
 
     def orthogonal(self, pattern: Pattern, side: Side) -> Indices:
         """As the function of this name."""
@@ -142,7 +147,9 @@ class Colorings:
             if kept is not None and _are_colors(kept, sizes) and is_right(kept):
                 known = kept
             else:
+                start = time.perf_counter()
                 known = make()
+                self.seconds += time.perf_counter() - start
                 if self._backing is not None:
                     self._backing.save_coloring(key, known)
             self._known[key] = known

@@ -185,4 +185,5 @@ def colored(problem: Problem) -> list[str]:
     plain = {"rows": problem.out_size * samples, "columns": problem.in_size * samples}
     sides: tuple[Side, Side] = ("rows", "columns")
     found = [f"{colors_of(problem, side).count} of {plain[side]} {side}" for side in sides]
-    return [f"colors: passes for {' or '.join(found)}"]
+    cost = f", found in {1e3 * problem.colorings.seconds:.3g} ms" if problem.colorings.seconds else ""
+    return [f"colors: passes for {' or '.join(found)}{cost}"]

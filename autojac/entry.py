@@ -24,7 +24,7 @@ from autojac.problem import Compute, Flat, Problem, Result
 from autojac.quiet import Quiet
 from autojac.signature import Signature
 from autojac.stored import Keys
-from autojac.watch import Watch
+from autojac.watch import Watch, selects
 
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
@@ -48,6 +48,7 @@ class Entry:
     last_check: int = 0
     next_check: float = 1
     wary: bool = False
+    constants: tuple[Tensor, ...] = ()
     numbers: set[tuple[float, ...]] = dataclasses.field(default_factory=set)
     watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
@@ -95,15 +96,17 @@ class Entry:
         """Whether what a call's signature leaves out is other than that of any call checked.
 
         A branch may hang on Python floats: past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
-        Patterns may hang on index tensors and masks.
+        Patterns may hang on index tensors and masks, and on what func has captured.
         """
-        tensors = (*leaves, *pytree.tree_leaves(dict(kwargs)))
-        if self.problem.structure.watched and self.watch.changed(tensors):
-            return True
-        given = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
-        if given in self.numbers or len(self.numbers) >= MOST_NUMBERS:
+        if self.problem.structure.watched:
+            given = (*leaves, *pytree.tree_leaves(dict(kwargs)))
+            chosen = [value for value in given if isinstance(value, Tensor) and selects(value)]
+            if self.watch.changed([*chosen, *self.constants]):
+                return True
+        numbers = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
+        if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
             return False
-        self.numbers.add(given)
+        self.numbers.add(numbers)
         return True
 
 

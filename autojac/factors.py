@@ -13,8 +13,9 @@ from autojac.autodiff import Pullback
 from autojac.errors import InputError, UnsupportedError, VerificationError
 from autojac.flow import Flow
 from autojac.graph import Graph
-from autojac.methods.statistics import Shared, Statistics
+from autojac.methods.statistics import Statistics
 from autojac.outline import Cutter
+from autojac.pools import Pool
 from autojac.problem import Problem
 from autojac.recorder import without_autocast
 from autojac.seeds import noise
@@ -51,8 +52,8 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
     """
     require_one(problem)
 
-    def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Shared] | None:
-        for way in (Statistics("copies", "batched"), Statistics("push", "batched")):
+    def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Pool] | None:
+        for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
             shared = way.shared(flow, inputs)
             if shared is not None:
                 return way, shared
@@ -92,10 +93,8 @@ def without_sharing(problem: Problem, blocks: Tensor) -> Factors:
     return Factors(blocks, blocks.new_zeros(problem.batch, *problem.outputs[0], 0), blocks.new_zeros(0, *leaf.shape))
 
 
-def _multiplied_out(
-    way: Statistics, problem: Problem, graph: Graph, shared: Shared, leaves: Sequence[Tensor]
-) -> Factors:
-    blocks, through = way.pieces(problem, graph, shared, leaves)
+def _multiplied_out(way: Statistics, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]) -> Factors:
+    blocks, through = way.sharing(problem, graph, shared, leaves).pieces()
     pieces = list(through)
     own = blocks[0][0]
     if not pieces:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ class Along(NamedTuple):
 SHARED: Literal["shared"] = "shared"
 SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 """Operators that read no entry of their argument."""
+UNFORESEEN = "its rule fails"
 State = Along | Literal["shared"] | None
 
 
@@ -129,20 +130,25 @@ class Flow:
             number for number, state in self.states.items() if isinstance(state, Along) and number not in tainted
         )
 
+    def width(self, tensors: Iterable[int]) -> int:
+        """Elements of one sample in tensors that carry the batch."""
+        return sum(math.prod(self.graph.shapes[number]) for number in tensors) // self.batch
+
     @property
     def lost_output(self) -> bool:
         """Whether an output itself is shared, or has the batch elsewhere than in front."""
         return any(self.states.get(y) not in (Along(0), None) for y in self.graph.outputs)
 
 
-def follow(graph: Graph, batch: int, batched: Sequence[bool]) -> Flow:
-    """Follow the batch from the leaves that carry it on axis 0."""
+def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> Flow:
+    """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
     # the rules are loaded where they are needed
     from autojac.rules import rule_of
 
     states: dict[int, State] = {
         number: Along(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
     }
+    states |= dict.fromkeys(shared, SHARED)
     losses: dict[int, str] = {}
     for place, operation in enumerate(graph.operations):
         step = Step(graph, operation, states, batch)
@@ -157,6 +163,9 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool]) -> Flow:
                 made = rule_of(operation)(step)
             except Lost as lost:
                 losses[place] = f"{operation.name}: {lost}"
+                made = SHARED
+            except Exception as error:  # a call that a rule did not think of proves nothing, and stops nobody
+                losses[place] = f"{operation.name}: {UNFORESEEN}, {type(error).__name__}"
                 made = SHARED
         for index, number in enumerate(operation.outputs):
             if number is not None:

@@ -64,7 +64,7 @@ class Graph:
         outputs: numbers of the outputs.
         constants: what was captured: parameters, buffers, random draws. Tensors of this call, not copies.
         shapes, dtypes: of every tensor, by number.
-        marks: what some tensors are, and the id of a tensor of the module that they belong to.
+        marks: what some tensors are that no operator of the call has made alone.
         reads_data: an operator read values of the data, so another input may take another branch.
         drawn: the constants that are random draws.
     """
@@ -76,7 +76,7 @@ class Graph:
     shapes: Mapping[int, tuple[int, ...]]
     dtypes: Mapping[int, torch.dtype]
     reads_data: bool
-    marks: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    marks: Mapping[int, str] = field(default_factory=dict)
     drawn: frozenset[int] = frozenset()
 
     @functools.cached_property
@@ -85,6 +85,12 @@ class Graph:
         parts = [(op.target, _shape_of((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
         constants = tuple((index, self.shapes[index]) for index in self.constants)
         return hash((tuple(parts), self.inputs, self.outputs, constants, tuple(self.shapes[i] for i in self.inputs)))
+
+    @functools.cached_property
+    def exact(self) -> object:
+        """What graphs have in common that differ in tensors alone, to be compared."""
+        parts = [(op.target, _frozen((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
+        return parts, [op.outputs for op in self.operations], self.inputs, self.outputs, tuple(self.constants)
 
     @functools.cached_property
     def producers(self) -> dict[int, int]:
@@ -110,7 +116,7 @@ class Graph:
         self,
         wanted: Sequence[int],
         given: Mapping[int, Tensor],
-        special: Mapping[int, Callable[[Mapping[int, Tensor]], Tensor]] | None = None,
+        special: Mapping[int, Callable[[Mapping[int, Tensor]], Sequence[Any]]] | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute some tensors of the graph from others.
 
@@ -123,7 +129,7 @@ class Graph:
         for place in self.needed(wanted, frozenset(given)):
             operation = self.operations[place]
             if special is not None and place in special:
-                made: Sequence[Any] = (special[place](env),)
+                made: Sequence[Any] = special[place](env)
             else:
                 made = operation(env)
             for index, part in zip(operation.outputs, made, strict=False):
@@ -156,3 +162,12 @@ def _shape_of(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple([_shape_of(part) for part in value])
     return float if isinstance(value, (float, complex)) else value
+
+
+def _frozen(value: Any) -> Any:
+    """An argument such that equal ones do the same: 1 is not True, and 0.0 is not -0.0."""
+    if type(value) is Value:
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple([_frozen(part) for part in value])
+    return (type(value), repr(value)) if isinstance(value, (bool, int, float, complex)) else value

@@ -33,20 +33,34 @@ def within(seconds: float, run: Callable[[], T]) -> T:
 
     thread = ctypes.c_ulong(threading.get_ident())
     done, lock = threading.Event(), threading.Lock()
+    raised = False
+
+    class Cleared(BaseException):
+        pass
 
     def watch() -> None:
+        nonlocal raised
         patience = seconds
         while not done.wait(patience):
             patience = AGAIN_S
             with lock:
                 if not done.is_set():
+                    raised = True
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Expired))
 
     def stop() -> None:
         with lock:
             done.set()
-        # what has not been raised by now never will be
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+        if not raised:
+            return
+        # What has not arrived by now never will: another takes its place and is caught here. Were it only taken back,
+        # CPython 3.11 would look for it at every call from then on, and for ever under a profiler or a debugger.
+        try:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Cleared))
+            while True:
+                pass
+        except Cleared:
+            pass
 
     try:
         try:

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from autojac import seeds
 from autojac.autodiff import Bound, Pullback, functional_jvp, functional_vjp, load_forward_rules, push_dual, vmap
+from autojac.flow import Along
 
 Engine = Literal["loop", "vmap", "batched"]
 PullMany = Callable[[int, Tensor], Sequence[Tensor]]
@@ -41,7 +43,7 @@ def puller(
 
 def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
     """A function from (input, tangents (c, *input)) to one (c, *output) an output."""
-    if engine == "vmap":
+    if engine == "vmap" and not torch.compiler.is_compiling():
         load_forward_rules()
 
     def push(position: int, tangents: Tensor) -> Sequence[Tensor]:
@@ -57,3 +59,23 @@ def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     return push
+
+
+def each(run: Callable[[Tensor], Sequence[Tensor]], rows: Tensor, step: int | None) -> list[Tensor]:
+    """What `run` makes of all seeds (k, *shape), `step` of them at a time."""
+    parts = [run(rows[start:stop]) for start, stop in seeds.spans(len(rows), step)]
+    return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+
+
+def coordinates(tensor: Tensor, state: Along, batch: int) -> Tensor:
+    """One-hot seeds (k, *shape) of a tensor that carries the batch along an axis, each for every sample."""
+    axis, outer, inner = state
+    event = (*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
+    return seeds.shared(event, batch, tensor).movedim(1, axis + 2).reshape(-1, *tensor.shape)
+
+
+def by_sample(rows: Tensor, state: Along, batch: int) -> Tensor:
+    """Rows (c, *shape) of such a tensor as (c, B, k), elements in the order of `coordinates`."""
+    axis, outer, inner = state
+    apart = rows.reshape(*rows.shape[: axis + 1], outer, batch, inner, *rows.shape[axis + 2 :])
+    return apart.movedim(axis + 2, 1).reshape(len(rows), batch, -1)

@@ -161,7 +161,7 @@ def moved(passage: Passage) -> list[Reach | None] | None:
             return torch.zeros(shape, dtype=torch.float64)
         # 0 is what pads and fills, and reads nothing; doubles are exact and every operator takes them
         rows = passage.reached[number].numbers(len(shape)) + (offsets[number] + 1)
-        return torch.from_numpy(rows.astype(np.float64)).expand(shape)
+        return torch.from_numpy(np.asarray(rows, dtype=np.float64)).expand(shape)
 
     given = {
         argument: _replaced(value, numbered, argument in MOVES[name]) for argument, value in step.arguments.items()
@@ -178,6 +178,8 @@ def moved(passage: Passage) -> list[Reach | None] | None:
 
 def _read(part: Tensor, whole: Reach) -> Reach:
     """The slices of a tensor of numbers, told apart along the axes on which they differ."""
+    if not part.numel():
+        return Reach.nothing(whole.samples.shape[1])
     rows = part.long().numpy() - 1
     axes = []
     for axis, size in enumerate(rows.shape):

@@ -13,8 +13,8 @@ from torch import Tensor
 from autojac.graph import Operation
 
 aten = torch.ops.aten
-READS_DATA = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
-"""Operators after which Python, or a shape, may depend on the data."""
+BLIND = {"is_same_size", "_fused_sdp_choice"}
+"""Operators that return no tensor and read no entry of one."""
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
 PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
 """Operators whose results share a storage and no element of it."""
@@ -37,6 +37,23 @@ def traits(func: Any) -> tuple[str, tuple[int | str, ...], bool]:
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     return schema.name.removeprefix("aten::"), written, torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _looks(func: Any) -> bool:
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+    returns = [str(value.type) for value in func._schema.returns]
+    tells = bool(returns) and not any("Tensor" in kind for kind in returns)
+    return (bool(tags) and "index" not in func._schema.name) or (tells and traits(func)[0] not in BLIND)
+
+
+def reads_data(func: Any, args: Sequence[Any]) -> bool:
+    """Whether Python, or a shape, may depend on the data after an operator."""
+    if _looks(func):
+        return True
+    # a mask takes as many entries as are set
+    indices = args[1] if traits(func)[0] in ("index", "_unsafe_index") and len(args) > 1 else ()
+    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.captures import Captures
-from autojac.cuts import Bottleneck, Pool, bottleneck, pool
+from autojac.chain import Accumulation, Product, accumulate, products
 from autojac.flow import Flow, follow
 from autojac.graph import Graph
+from autojac.pools import Pool, pool
 from autojac.quiet import Quiet
 from autojac.recorder import Recording, record
 
@@ -50,7 +51,9 @@ class Outline:
         if any(isinstance(value, float) for value in pytree.tree_leaves(dict(kwargs))):
             # not part of a plan's key
             self.state = "a Python float among the arguments"
-        self._names: dict[int, str] = {}
+        self._chains: dict[tuple[bool, bool], Accumulation | None] = {}
+        self._owners: dict[int, str] = {}
+        self.captured: tuple[Tensor, ...] = ()
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
         self.batch = batch
@@ -63,7 +66,7 @@ class Outline:
         fn, leaves, kwargs, quiet, modules = self._call
         try:
             with quiet():
-                recording = record(fn, leaves, kwargs, self.differentiated)
+                recording = record(fn, leaves, kwargs, self.differentiated, named=True)
         except Exception as error:  # whatever func raises when it is watched
             return (
                 f"func can't be recorded, it raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -72,21 +75,26 @@ class Outline:
             self._call = None
         if recording.graph is None:
             return recording.reason
-        self._names = _named(recording.graph, modules)
+        self._owners = _paths(recording, modules)
+        self.captured = recording.captured
         return flow_of(recording.graph, self.batched, self.batch)
 
     def close(self) -> None:
         """Let go of the call: what was not asked by now stays unknown."""
-        self._call = None
+        self._call, self.captured = None, ()
 
-    def name(self, number: int) -> str:
-        """A tensor, for people: the operator or module that it comes from, and its shape."""
+    def names(self, numbers: Sequence[int]) -> str:
+        """Tensors, for people: by module the operators that they come from, with their shapes."""
         flow = self.flow
         assert flow is not None
-        shape = flow.graph.shapes[number]
-        place = flow.graph.producers.get(number)
-        made = "input" if place is None else flow.graph.operations[place].name
-        return f"{self._names.get(number, made)} {shape}"
+        graph, grouped = flow.graph, dict[str, list[str]]()
+        for number in numbers:
+            place = graph.producers.get(number)
+            made = "input" if place is None else graph.operations[place].name
+            what = f"{graph.marks.get(number, made)} {graph.shapes[number]}"
+            grouped.setdefault(self._owners.get(number, ""), []).append(what)
+        lists = ((owner, ", ".join(parts)) for owner, parts in grouped.items())
+        return "; ".join(f"{owner}: {parts}" if owner else parts for owner, parts in lists)
 
     def lines(self, rows: int, columns: int) -> list[str]:
         """The cuts, for people.
@@ -95,15 +103,33 @@ class Outline:
             rows, columns: elements of one sample's outputs and inputs.
         """
         lines = []
-        if "bottleneck" in vars(self) and self.bottleneck is not None:
-            cut = self.bottleneck
-            names = " and ".join(map(self.name, cut.tensors))
-            passes = f"{cut.width} + {cut.width} passes instead of {min(rows, columns)}"
-            lines.append(f"cut: every path runs through {names}: {passes}")
+        if self._chains and (found := self.chain(again=True) or self.chain()) is not None:
+            lines += [self._line(product, product is found.way) for product in products(found.way)]
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
-            lines.append(f"cut: samples meet in {', '.join(map(self.name, self.read_pool.tensors))}: {passes}")
+            lines.append(f"cut: samples meet in {self.meeting_place}: {passes}")
         return lines
+
+    def _line(self, product: Product, whole: bool) -> str:
+        flow = self.flow
+        assert flow is not None
+        outputs = {y: f"output {place} {flow.graph.shapes[y]}" for place, y in enumerate(flow.graph.outputs)}
+        cut, sources, targets = (
+            " and ".join(outputs.get(number) or self.names([number]) for number in ends)
+            for ends in (product.cut, product.sources, product.targets)
+        )
+        between = "" if whole else f" from {sources} to {targets}"
+        instead = min(flow.width(product.sources), flow.width(product.targets))
+        passes = f"{product.late.passes} + {product.early.passes} passes instead of {instead}"
+        return f"cut: every path{between} runs through {cut}: {passes}"
+
+    @property
+    def meeting_place(self) -> str:
+        """The tensors of a pool, for people: nearest to where samples meet, unless those are more numbers."""
+        read, least = self.read_pool, self.least_pool
+        assert read is not None
+        nearest = least if least is not None and least.size <= read.size else read
+        return self.names(nearest.tensors) or "none that a derivative runs through"
 
     @property
     def obstacle(self) -> str:
@@ -126,10 +152,17 @@ class Outline:
         """Why there is no graph."""
         return self.found if isinstance(self.found, str) else None
 
-    @functools.cached_property
-    def bottleneck(self) -> Bottleneck | None:
-        flow = self.flow
-        return bottleneck(flow, inputs_of(flow.graph, self.differentiated)) if flow is not None else None
+    def chain(self, again: bool = False, forward: bool = True) -> Accumulation | None:
+        """The chain rule through cuts, as `accumulate` plans it; None if it has no cut, or none that one had not."""
+        key = again, forward
+        if key not in self._chains:
+            flow = self.flow
+            self._chains[key] = None
+            if flow is not None:
+                ends = inputs_of(flow.graph, self.differentiated)
+                found = accumulate(flow, ends, again=again, forward=forward)
+                self._chains[key] = None if again and found == self.chain(False, forward) else found
+        return self._chains[key]
 
     @functools.cached_property
     def read_pool(self) -> Pool | None:
@@ -194,17 +227,13 @@ def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:
     return tuple(graph.inputs[position] for position in differentiated)
 
 
-def _named(graph: Graph, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """What some tensors are called, by the module whose parameters or buffers they were computed with."""
-    if not graph.marks:
-        return {}
+def _paths(recording: Recording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
+    """For tensors that were made in the code of a module: its kind, and its path from the first module that has it."""
     paths: dict[int, str] = {}
     for root in modules:
         for path, module in root.named_modules():
-            where = f"{type(module).__name__} at {path}" if path else type(module).__name__
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                paths.setdefault(id(tensor), where)
-    return {number: f"{paths.get(owner, 'batch norm')}: {what}" for number, (what, owner) in graph.marks.items()}
+            paths.setdefault(id(module), f"{type(module).__name__} at {path}" if path else type(module).__name__)
+    return {number: paths[owner] for number, owner in recording.owners.items() if owner in paths}
 
 
 _NOTHING = torch.empty(0)

@@ -33,6 +33,7 @@ from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
 from autojac.structure import Structure
+from autojac.watch import selects
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
@@ -192,7 +193,7 @@ class Planner:
         self.neighbours.clear()
         seen = look(request, captured, self.options, self.stored.keys)
         found = self.examine(request, seen)
-        if found.structure.independent:
+        if found.structure.independent or (found.structure.sparsity == entry.problem.structure.sparsity is not None):
             found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
         return self._search(request, seen, found, "estimate", None, start)
 
@@ -278,7 +279,11 @@ class Planner:
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         structure = problem.structure
         numbers = any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs)))
-        entry.wary = structure.watched or (structure.assumes and numbers)
+        if structure.watched:
+            entry.constants = tuple(t for t in request.captured.tensors if not t.requires_grad)
+        given = (*request.leaves, *pytree.tree_leaves(dict(request.kwargs)))
+        read = bool(entry.constants) or any(isinstance(t, torch.Tensor) and selects(t) for t in given)
+        entry.wary = (structure.watched and read) or (structure.assumes and numbers)
         return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:

@@ -156,5 +156,7 @@ def _take(matrix: scipy.sparse.csr_array, rows: Ints) -> scipy.sparse.csr_array:
     if starts[-1] > MOST_WORK:
         raise Everything
     first = matrix.indptr[safe] if matrix.shape[0] else safe
+    if len(counts) and counts.min() == counts.max() == 1:
+        return csr(starts, matrix.indices[first], matrix.shape[1])
     places = np.repeat(first - starts[:-1], counts) + np.arange(starts[-1])
     return csr(starts, matrix.indices[places], matrix.shape[1])

@@ -87,7 +87,7 @@ def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch:
             passage = Passage(graph, operation, reached, fixed)
             try:
                 made, lost = _through(passage)
-            except Everything:
+            except Exception:  # too much to write down, or an operator that refuses numbers in the place of its values
                 made, lost = [EVERYTHING] * len(passage.outputs), True
             if lost:
                 losses[place] = operation.name

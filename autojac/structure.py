@@ -36,7 +36,7 @@ class Structure:
         evidence: one line for each layer of the probe, for people.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.
-        watched: the sparsity was found for some index tensors or masks among the arguments; others may have another.
+        watched: the sparsity was read from index tensors, masks or captured constants; others may have another.
     """
 
     coupling: Coupling

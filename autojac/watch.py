@@ -1,26 +1,24 @@
-"""Notice that the contents of index tensors and masks among the arguments have changed."""
+"""Notice that tensors that a pattern was read from have other contents: index tensors, masks, constant matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Watch:
-    """The contents of a call's index tensors and masks, to be compared with the next call's."""
+    """The contents of some tensors, to be compared with those at the next call."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[Tensor, int, Tensor]] | None = None
 
-    def changed(self, values: Sequence[Any]) -> bool:
+    def changed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether some content is other than at the last look, or there was none.
 
         The same tensor, unwritten since, costs no comparison.
         """
-        tensors = [value for value in values if isinstance(value, Tensor) and _selects(value)]
         known, self._seen = self._seen, []
         differs = known is None or len(known) != len(tensors)
         for index, tensor in enumerate(tensors):
@@ -37,7 +35,7 @@ class Watch:
         return differs
 
 
-def _selects(tensor: Tensor) -> bool:
+def selects(tensor: Tensor) -> bool:
     """Whether a tensor's content says what is read: numbers of rows, masks, or the places in a sparse matrix."""
     return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
 

@@ -18,7 +18,7 @@ from autojac.bench.overhead import UNWANTED, overhead, startup
 from autojac.bench.results import Outcome, Race, Regret, Report, ratio
 from autojac.bench.run import Settings, admitted, bench
 from autojac.bench.table import show
-from autojac.bench.workloads import ALL, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
+from autojac.bench.workloads import ALL, CODES, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
 from oracle import jacobian_blocks
 
 SMALL = (
@@ -112,7 +112,7 @@ def test_reference_agrees_with_rows_one_by_one(workload: Workload) -> None:
     torch.testing.assert_close(reference(workload, func, x), expected.to(x.dtype))
 
 
-@pytest.mark.parametrize("workload", ALL, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", (*ALL, *CODES), ids=lambda workload: workload.name)
 def test_workloads_have_the_shapes_they_state(workload: Workload) -> None:
     func, x = workload.make()
     assert x.shape == (workload.batch, workload.n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, UnsupportedError
+from autojac.chain import products
+from autojac.methods import bottleneck
 from autojac.methods.base import Method
 from autojac.methods.bottleneck import Bottleneck
 from autojac.methods.statistics import Statistics
 from autojac.quiet import Quiet
-from harness import compare, planned
+from harness import Counted, compare, planned
 from oracle import jacobian_blocks, jacobian_full
 
 EXACT = 1e-12
@@ -41,6 +44,8 @@ def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[
     quiet = Quiet(seen.quiet.captured, seen.quiet.state)
     results = []
     for method in kind.candidates(problem, 1):
+        if method.compiles:
+            continue
         assert method.unsupported(problem) is None
         with quiet():
             result = method.prepare(problem)(request.leaves, {})
@@ -54,6 +59,9 @@ def refusal(kind: type[Method], func: Any, *args: Any) -> str:
     reason = kind().unsupported(problem)
     assert reason is not None
     return reason
+
+
+NARROW = layers(8, 2, 8)
 
 
 class Skip(nn.Module):
@@ -80,6 +88,70 @@ class TwoHeads(nn.Module):
         return {"one": self.one(code), "other": (self.other(code) * code[:, :1]).view(-1, 2, 2)}
 
 
+class Variational(nn.Module):
+    """An encoder whose code is returned beside what it decodes to, and a time that joins on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.spread = layers(9, 5, 2), nn.Linear(9, 2).double()
+        self.decoder = layers(3, 6, 9)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        code = self.encoder(x)
+        return code, self.spread(x).exp(), self.decoder(torch.cat([code, t], 1))
+
+
+class TwoDecoders(nn.Module):
+    """One code, and of two outputs one has a narrower place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.wide, self.narrow = layers(64, 32, 8), layers(8, 32, 64), layers(8, 64, 64, 1, 32, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.encoder(x).tanh()
+        return self.wide(code), self.narrow(code)
+
+
+class WideBeside(nn.Module):
+    """No cut of both outputs is narrow, but one of the second output alone is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = layers(24, 48, 2, 48, 24)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sin(), self.code(x)
+
+
+class Tokens(nn.Module):
+    """Samples of several tokens, which a narrow layer takes as one long batch, in rows by sample or by token."""
+
+    def __init__(self, tokens_first: bool) -> None:
+        super().__init__()
+        self.tokens_first = tokens_first
+        self.down, self.up = nn.Linear(6, 1).double(), nn.Linear(1, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.transpose(0, 1) if self.tokens_first else x
+        code = self.down(tokens.reshape(-1, 6)).tanh()
+        made = self.up(code).sin().view(tokens.shape)
+        return made.transpose(0, 1) if self.tokens_first else made
+
+
+def partly_constant(x: Tensor) -> Tensor:
+    code = (x @ U).sin()
+    with torch.no_grad():
+        scale = (code * x.mean(1, keepdim=True)).cos()
+    return (code * scale) @ U.T + x.detach()
+
+
+def by_frequencies(x: Tensor) -> Tensor:
+    """A path of complex numbers around the code."""
+    return (x @ U).sin() @ U.T + torch.fft.irfft(torch.fft.rfft(x)[:, :1], 8)
+
+
+U = torch.linspace(-1, 1, 16, dtype=torch.float64).view(8, 2)
 BOTTLENECKS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
     "autoencoder": lambda: (layers(10, 6, 2, 6, 10), (normal(4, 10),)),
     "skip that joins the cut": lambda: (Skip(), (normal(5, 12),)),
@@ -98,6 +170,13 @@ BOTTLENECKS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
         (normal(6, 8),),
     ),
     "dropout": lambda: (nn.Sequential(nn.Linear(8, 2), nn.Dropout(0.5), nn.Linear(2, 8)).double(), (normal(6, 8),)),
+    "outputs and an input in the cut": lambda: (Variational(), (normal(4, 9), normal(4, 1))),
+    "a second cut": lambda: (TwoDecoders(), (normal(3, 64),)),
+    "a cut of one output": lambda: (WideBeside(), (normal(4, 24),)),
+    "one output twice": lambda: (lambda x: (y := NARROW(x), y), (normal(4, 8),)),
+    "tokens in rows by sample": lambda: (Tokens(tokens_first=False), (normal(4, 3, 6),)),
+    "tokens in rows by token": lambda: (Tokens(tokens_first=True), (normal(4, 3, 6),)),
+    "no_grad parts": lambda: (partly_constant, (normal(4, 8),)),
     "eval BatchNorm": lambda: (
         nn.Sequential(nn.Linear(8, 2), nn.BatchNorm1d(2), nn.Linear(2, 8)).double().eval(),
         (normal(6, 8),),
@@ -106,6 +185,7 @@ BOTTLENECKS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
 W = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*no_grad:autojac.ModesDisagreeWarning")
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_the_chain_rule_through_a_bottleneck_is_exact(name: str, grad: bool) -> None:
@@ -124,6 +204,146 @@ def test_the_chain_rule_through_a_bottleneck_is_exact(name: str, grad: bool) -> 
             compare(J, expected, EXACT)
         except AssertionError as error:
             raise AssertionError(f"{method}: {error}") from error
+
+
+def widths(func: Any, *args: Any) -> dict[bool, list[int]]:
+    """Elements of one sample in each cut of the chain rule with one cut, and with further ones."""
+    _, _, problem = planned(func, args, argnums=tuple(range(len(args))))
+    outline = problem.outline
+    assert outline is not None and outline.flow is not None
+    found = {again: outline.chain(again=again) for again in (False, True)}
+    return {
+        again: [outline.flow.width(product.cut) for product in products(chain.way)]
+        for again, chain in found.items()
+        if chain is not None
+    }
+
+
+def test_ends_may_be_part_of_a_cut() -> None:
+    # code 2, spread 2, t 1
+    assert widths(Variational(), normal(4, 9), normal(4, 1))[False] == [5]
+
+
+@pytest.mark.parametrize("sizes", [(20, 9, 2, 9, 20), (20, 3, 12, 2, 12, 4, 20), (20, 2, 12, 2, 12, 2, 20)], ids=str)
+def test_a_chain_of_layers_is_cut_once_at_its_narrowest(sizes: tuple[int, ...]) -> None:
+    assert widths(layers(*sizes), normal(3, 20)) == {False: [2]}
+
+
+def test_a_second_cut_where_it_pays() -> None:
+    assert widths(TwoDecoders(), normal(3, 64)) == {False: [8], True: [8, 1]}
+    assert widths(WideBeside(), normal(4, 24)) == {True: [2]}
+
+
+@pytest.mark.parametrize(
+    ("func", "x", "again", "passes"),
+    [
+        (layers(10, 6, 2, 6, 10), normal(4, 10), False, [2, 2]),
+        (TwoDecoders(), normal(3, 64), False, [8, 8]),
+        # one pull and one push through the narrower decoder, eight pushes through the other one
+        (TwoDecoders(), normal(3, 64), True, [1, 1, 8, 8]),
+        (WideBeside(), normal(4, 24), True, [2, 2, 24]),
+    ],
+    ids=["one", "one of two", "two of two", "one output's"],
+)
+def test_passes_are_as_few_as_the_cuts_are_wide(
+    func: Any, x: Tensor, again: bool, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def counting(make: Any) -> Any:
+        def made(*args: Any) -> Any:
+            made_of = make(*args)
+            run = made_of[1] if isinstance(made_of, tuple) else made_of
+
+            def count(place: int, rows: Tensor) -> Any:
+                counted.append(len(rows))
+                return run(place, rows)
+
+            return (made_of[0], count) if isinstance(made_of, tuple) else count
+
+        return made
+
+    for name in ("puller", "pusher"):
+        monkeypatch.setattr(bottleneck, name, counting(getattr(bottleneck, name)))
+    request, _, problem = planned(Counted(func), (x,))
+    with torch.no_grad():
+        compute = Bottleneck(cuts="several" if again else "one").prepare(problem)
+        evaluations = Counted(problem.fn)
+        compute(request.leaves, {})
+    assert sorted(counted) == passes
+    assert evaluations.calls == 0
+
+
+def test_errors_in_float32_are_as_small_as_plain_rows_make_them() -> None:
+    net, x = layers(64, 32, 4, 32, 64).float(), torch.randn(16, 64)
+    expected = jacobian_blocks(net, (x,), to_double=True)
+    for method, J in supported(Bottleneck, net, (x,)):
+        assert J.dtype == torch.float32, method
+        assert (J.detach().double() - expected).abs().max() <= 1e-5 * expected.abs().max(), method
+
+
+class Scaled(nn.Module):
+    """A Python number, which a graph holds, and dropout, whose draws are constants of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Dropout(0.5), nn.Linear(2, 8)).double()
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+def test_a_compiled_cut_is_never_stale() -> None:
+    func, x = Scaled(), normal(5, 8)
+    with torch.no_grad():
+        _, _, problem = planned(func, (x,))
+        method = next(method for method in Bottleneck.candidates(problem, 1) if method.compiles)
+        assert not any(method.compiles for method in Bottleneck.candidates(problem, 0))
+        compute = method.prepare(problem)
+
+        def check(leaf: Tensor, seed: int) -> None:
+            torch.manual_seed(seed)
+            expected = jacobian_blocks(func, (leaf,))
+            torch.manual_seed(seed)
+            compare(compute((leaf,), {}).jacobians[0][0], expected, EXACT)
+
+        check(x, 0)
+        check(x + 1, 1)
+        func.net[0].weight.mul_(1.5)
+        func.net[3].weight = nn.Parameter(func.net[3].weight.flip(0))
+        check(x, 2)
+        func.scale = 3.0
+        check(x, 3)
+        func.net.insert(1, nn.Sigmoid())
+        check(x, 4)
+        func.scale = -0.0
+        check(x, 5)
+    assert problem.differentiable is False
+    with torch.enable_grad():
+        _, _, problem = planned(func, (x,))
+    assert "backward" in str(method.unsupported(problem))
+
+
+def test_only_the_graph_that_was_compiled_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def plain(program: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return program(*args)
+
+        return run
+
+    monkeypatch.setattr(bottleneck, "compiled", plain)
+    func, x = Scaled(), normal(5, 8)
+    with torch.no_grad():
+        _, _, problem = planned(func, (x,))
+        compute = Bottleneck(compiled=True).prepare(problem)
+        for scale, expected in ((2.0, 1), (2.0, 2), (1.0, 2), (1, 2), (2.0, 3), (-0.0, 3), (0.0, 3)):
+            func.scale = scale
+            compute((x,), {})
+            assert len(runs) == expected
 
 
 class Between(nn.Module):
@@ -176,6 +396,14 @@ STATISTICS: dict[str, Callable[[int], tuple[Any, tuple[Tensor, ...]]]] = {
         nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh()).double(),
         (normal(B, 1, 3, 3),),
     ),
+    "in-place operators": lambda B: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ELU(inplace=True), nn.Linear(4, 3)).double(),
+        (normal(B, 3),),
+    ),
+    "shared tensor used twice": lambda B: (
+        lambda x: (s := x.mean(0)) * x + (x * s).sin() @ s[:, None],
+        (normal(B, 3),),
+    ),
     "two inputs, two outputs": lambda B: (
         lambda x, z: (x - z.mean(0), (x.mean(0) * z).sum(-1)),
         (normal(B, 3), normal(B, 3)),
@@ -213,6 +441,18 @@ def test_batch_norm_networks_of_any_shape_are_exact(batch: int, n: int, hidden: 
     expected = jacobian_blocks(copy.deepcopy(net), (x,))
     # where the batch is tiny or a variance nearly vanishes, rounding grows with the entries of the whole Jacobian
     compare(AutoJacobian(net, on_miss="estimate", store=":memory:")(x).detach(), expected, 1e-8)
+
+
+def test_dropout_under_batch_norm_is_that_of_the_call() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    x = normal(12, 3)
+    state = torch.get_rng_state()
+    expected = jacobian_blocks(net, (x,))
+    torch.set_rng_state(state)
+    results = supported(Statistics, net, (x,))
+    assert results
+    for _, J in results:
+        compare(J.detach(), expected, EXACT)
 
 
 def test_two_samples_under_batch_norm() -> None:
@@ -273,19 +513,17 @@ def test_a_loss_on_the_jacobian_trains_the_weights(kind: Any) -> None:
             torch.testing.assert_close(one if one is not None else blank, other if other is not None else blank)
 
 
-NARROW = layers(8, 2, 8)
-
-
 @pytest.mark.parametrize(
     ("func", "shape", "reason"),
     [
         (torch.sin, (5, 8), "nothing between"),
         (lambda x: x @ torch.ones(8, 20, dtype=x.dtype), (5, 8), "nothing between"),
         (lambda x: NARROW(x) + x, (5, 8), "nothing between"),
+        (by_frequencies, (5, 8), "nothing between"),
         (lambda x: x - x.mean(0), (5, 8), "coupled"),
         (lambda x: x[:, :3].sin(), (5, 3), "fewer than"),
     ],
-    ids=["elementwise", "cut is the input", "skip of the input itself", "coupled", "small"],
+    ids=["elementwise", "cut is the input", "skip of the input itself", "complex numbers", "coupled", "small"],
 )
 def test_a_cut_without_gain_is_not_offered(func: Any, shape: tuple[int, ...], reason: str) -> None:
     assert reason in refusal(Bottleneck, func, normal(*shape))
@@ -421,5 +659,10 @@ def test_explain_draws_the_cut() -> None:
         shared = AutoJacobian(net, on_miss="estimate", store=":memory:").explain(normal(32, 3))
     assert "cut: " in code and "(6, 2)" in code
     assert "2 + 2 passes instead of 20" in code
+    with torch.no_grad():
+        several = AutoJacobian(TwoDecoders(), on_miss="estimate", store=":memory:").explain(normal(6, 64))
+    assert re.search(
+        r"every path from input \(6, 64\) to output 1 \(6, 64\) runs through .*tanh \(6, 1\): 1 \+ 1 passes", several
+    )
     assert "BatchNorm1d at 1: mean (1, 4)" in shared
     assert "4 + 8 passes instead of 128" in shared

@@ -67,7 +67,7 @@ def test_a_refuted_plan_is_not_found_again(x: Tensor) -> None:
     with pytest.warns(StructureChangedWarning):
         jac(x)
     rows = store.listing()
-    assert any(row.plan.structure.coupling == "dense" for row in rows)
+    assert any(row.plan.structure.coupling == "sparse" for row in rows)
     assert not any(row.plan.structure.independent and row.refuted_reason is None for row in rows)
 
 

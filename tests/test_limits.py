@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import threading
 import time
@@ -47,6 +48,29 @@ def test_code_that_swallows_exceptions_is_interrupted_again(monkeypatch: pytest.
 
     within(0.02, stubborn)
     assert swallowed == 3
+
+
+PROFILED = """
+import cProfile, contextlib
+from autojac.limits import within
+
+def called():
+    return 3
+
+def endless():
+    while True:
+        called()
+
+assert within(60, called) == 3
+with contextlib.suppress(TimeoutError):
+    within(0.05, endless)
+with cProfile.Profile():
+    assert called() == 3
+"""
+
+
+def test_a_profiler_runs_afterwards() -> None:
+    subprocess.run([sys.executable, "-c", PROFILED], check=True, timeout=120)
 
 
 def test_limits_within_limits_and_other_threads() -> None:

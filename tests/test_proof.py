@@ -2,228 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import autojac
 from autojac import AutoJacobian
 from harness import Counted
+from provable import COUPLED, INDEPENDENT
 from scenarios import SCENARIOS, Scenario
-
-Build = Callable[[], tuple[Any, Tensor]]
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
-
-
-class Attention(nn.Module):
-    """Inside a sample: (B, T, d)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return self.out((q @ k.mT).softmax(-1) @ v)
-
-
-class Cells(nn.Module):
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.cell(x[:, 0], torch.zeros(len(x), 5))
-        return self.cell(x[:, 1], h)
-
-
-class LastState(nn.Module):
-    def __init__(self, recurrent: nn.Module) -> None:
-        super().__init__()
-        self.recurrent = recurrent
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.recurrent(x)[0][:, -1]
-
-
-class Embedded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.table((x.abs().sum(-1, keepdim=True) * 0).long()).squeeze(1)
-
-
-def mlp(activation: nn.Module) -> Build:
-    return lambda: (nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 3)), torch.randn(5, 4))
-
-
-def of(func: Any, *shape: int) -> Build:
-    return lambda: (func() if isinstance(func, type) else func, torch.randn(*shape))
-
-
-def einsum(x: Tensor) -> Tensor:
-    return torch.einsum("bi,bj,bk->bijk", x, x.sin(), x.exp()).flatten(1)
-
-
-def image(*layers: nn.Module) -> Build:
-    return lambda: (nn.Sequential(*layers).eval(), torch.randn(5, 2, 8, 8))
-
-
-def signal(*layers: nn.Module) -> Build:
-    return lambda: (nn.Sequential(*layers).eval(), torch.randn(5, 2, 8))
-
-
-def quietly(func: Any, *args: Any) -> Tensor:
-    with torch.no_grad():
-        return func(*args)
-
-
-def written(x: Tensor) -> Tensor:
-    y = x.clone()
-    y[0] = x[1]
-    return y
-
-
-ACTIVATIONS = (
-    *("ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "ELU", "SELU"),
-    *("Softplus", "Mish", "LeakyReLU", "Hardswish", "PReLU", "LogSigmoid"),
-)
-
-INDEPENDENT: dict[str, Build] = {
-    **{f"MLP {name}": mlp(getattr(nn, name)()) for name in ACTIVATIONS},
-    "linear": lambda: (nn.Linear(4, 3), torch.randn(5, 4)),
-    "in-place ReLU": mlp(nn.ReLU(inplace=True)),
-    "LayerNorm": lambda: (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), torch.randn(5, 4)),
-    "RMSNorm": lambda: (nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8)), torch.randn(5, 4)),
-    "GroupNorm": signal(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4)),
-    "InstanceNorm": image(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4)),
-    "eval BatchNorm": lambda: (nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval(), torch.randn(5, 4)),
-    "eval BatchNorm2d": image(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)),
-    "Conv1d": signal(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv1d(3, 1, 3)),
-    "Conv2d": image(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten()),
-    "Conv3d": lambda: (nn.Conv3d(1, 2, 2), torch.randn(5, 1, 3, 3, 3)),
-    "transposed convolution": signal(nn.ConvTranspose1d(2, 3, 3, stride=2)),
-    "grouped convolution": signal(nn.Conv1d(2, 4, 3, groups=2)),
-    "max pooling": image(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Flatten()),
-    "average pooling": image(nn.AvgPool2d(2), nn.Flatten()),
-    "adaptive pooling": image(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
-    "upsampling": image(nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 3)),
-    "pixel shuffle": lambda: (nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2)), torch.randn(5, 2, 6, 6)),
-    "attention inside a sample": of(Attention, 5, 3, 4),
-    "scaled dot product": lambda: (lambda x: F.scaled_dot_product_attention(x, x, x), torch.randn(5, 2, 3, 4)),
-    "multi-head attention": lambda: (
-        LastState(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)).recurrent,
-        torch.randn(5, 3, 4),
-    ),
-    "RNN cell": lambda: (Cells(nn.RNNCell(3, 5)), torch.randn(4, 2, 3)),
-    "GRU cell": lambda: (Cells(nn.GRUCell(3, 5)), torch.randn(4, 2, 3)),
-    "RNN": lambda: (LastState(nn.RNN(3, 5, batch_first=True)), torch.randn(4, 6, 3)),
-    "GRU": lambda: (LastState(nn.GRU(3, 5, batch_first=True)), torch.randn(4, 6, 3)),
-    "LSTM": lambda: (LastState(nn.LSTM(3, 5, batch_first=True)), torch.randn(4, 6, 3)),
-    "residual": of(Residual, 5, 4),
-    "einsum": of(einsum, 5, 3),
-    "bilinear": lambda: (lambda x: F.bilinear(x, x.sin(), torch.ones(2, 3, 3)), torch.randn(5, 3)),
-    "embedding": of(Embedded, 5, 4),
-    "gather": of(lambda x: x.gather(1, x.argsort(-1)), 5, 4),
-    "sort and topk": of(lambda x: x.sort(-1).values[:, :2] * x.topk(2, -1).values, 5, 4),
-    "padding": of(lambda x: F.pad(x, (1, 2)) ** 2, 5, 4),
-    "FFT inside a sample": of(lambda x: torch.fft.rfft(x).abs(), 5, 6),
-    "inverse FFT": of(lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), 5, 6),
-    "cumsum and flip": of(lambda x: x.cumsum(-1).flip(-1), 5, 4),
-    "where and clamp": of(lambda x: torch.where(x > 0, x.clamp(max=1), 0.1 * x), 5, 4),
-    "reshape and transpose": of(lambda x: x.view(5, 2, 3).transpose(1, 2).reshape(5, 6).tanh(), 5, 6),
-    "stack and cat": of(lambda x: torch.cat([torch.stack([x, x.sin()], -1).flatten(1), x], -1), 5, 3),
-    "determinant": of(lambda x: torch.linalg.det(x @ x.mT + torch.eye(3)), 5, 3, 3),
-    "inverse": of(lambda x: torch.linalg.inv(x @ x.mT + torch.eye(3)), 5, 3, 3),
-    "norm": of(lambda x: x / x.norm(dim=-1, keepdim=True), 5, 4),
-    "logsumexp": of(lambda x: x.logsumexp(-1), 5, 4),
-    "roll inside a sample": of(lambda x: x.roll(1, -1) - x, 5, 4),
-    "distances to anchors": of(lambda x: torch.cdist(x, torch.zeros(5, 4, 3)), 5, 2, 3),
-    "GLU": of(F.glu, 5, 4),
-    "channel mixing": of(lambda x: (torch.ones(3, 3) @ x.mT).mT.flatten(1), 5, 4, 3),
-}
-
-COUPLED: dict[str, Build] = {
-    "mean": of(lambda x: x - x.mean(0), 5, 4),
-    "weak mean": of(lambda x: x + 1e-9 * x.mean(0), 5, 4),
-    "dead mean": of(lambda x: x + (x.mean(0) - 1e3).relu(), 5, 4),
-    "mean times zero": of(lambda x: x + 0 * x.mean(0), 5, 4),
-    "sum": of(lambda x: x * x.sum(), 5, 4),
-    "amax": of(lambda x: x - x.amax(0), 5, 4),
-    "argmax": of(lambda x: x * x.argmax(0), 5, 4),
-    "var": of(lambda x: x / x.std(0), 5, 4),
-    "norm": of(lambda x: x / x.norm(), 5, 4),
-    "softmax": of(lambda x: x.softmax(0), 5, 4),
-    "log-softmax": of(lambda x: x.log_softmax(0), 5, 4),
-    "softmax of the transposed": of(lambda x: x.T.softmax(-1).T, 5, 4),
-    "logsumexp": of(lambda x: x - x.logsumexp(0), 5, 4),
-    "BatchNorm": lambda: (nn.BatchNorm1d(4), torch.randn(5, 4)),
-    "BatchNorm2d": lambda: (nn.BatchNorm2d(2), torch.randn(5, 2, 3, 3)),
-    "BatchNorm without statistics": lambda: (nn.BatchNorm1d(4, track_running_stats=False).eval(), torch.randn(5, 4)),
-    "LayerNorm over all": of(lambda x: F.layer_norm(x, (5, 4)), 5, 4),
-    "LayerNorm of the transposed": of(lambda x: F.layer_norm(x.T, (5,)).T, 5, 4),
-    "roll": of(lambda x: x + x.roll(1, 0), 5, 4),
-    "roll of all": of(lambda x: x + x.roll(1), 5, 4),
-    "roll in a dead branch": of(lambda x: torch.where(x > 1e6, x.roll(1, 0), x), 5, 4),
-    "flip": of(lambda x: x * x.flip(0), 5, 4),
-    "sort": of(lambda x: x.sort(0).values, 5, 4),
-    "topk": of(lambda x: x - x.topk(2, 0).values[0], 5, 4),
-    "median": of(lambda x: x - x.median(0).values, 5, 4),
-    "cumsum": of(lambda x: x.cumsum(0), 5, 4),
-    "cumprod": of(lambda x: x.cumprod(0), 5, 4),
-    "Gram matrix": of(lambda x: x @ x.T, 5, 4),
-    "square Gram matrix": of(lambda x: (x @ x.T) @ x, 4, 4),
-    "attention": of(lambda x: (x @ x.T).softmax(-1) @ x, 5, 4),
-    "attention through einsum": of(lambda x: torch.einsum("id,jd,jk->ik", x, x, x), 5, 4),
-    "scaled dot product": of(lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0], 5, 4),
-    "covariance": of(lambda x: x @ (x.T @ x), 5, 4),
-    "bmm over samples": of(lambda x: torch.bmm(x[None], (x.T @ x)[None])[0], 5, 4),
-    "convolution along the batch": of(lambda x: F.conv1d(x.T[:, None], torch.ones(1, 1, 3), padding=1)[:, 0].T, 5, 4),
-    "convolution over channels": of(lambda x: F.conv1d(x[None], torch.ones(5, 5, 1))[0], 5, 4),
-    "pooling of the transposed": of(lambda x: F.avg_pool1d(x.T[None], 3, 1, 1)[0].T, 5, 4),
-    "group norm over samples": of(lambda x: F.group_norm(x[None], 1)[0], 5, 4),
-    "first sample": of(lambda x: x * x[0], 5, 4),
-    "last sample": of(lambda x: x - x[-1:], 5, 4),
-    "neighbours": of(lambda x: x + torch.cat([x[1:], x[:1]]), 5, 4),
-    "index": of(lambda x: x * x[torch.tensor([1, 0, 3, 2, 4])], 5, 4),
-    "index_select": of(lambda x: x * x.index_select(0, torch.tensor([1, 0, 3, 2, 4])), 5, 4),
-    "gather along the batch": of(lambda x: x * x.gather(0, torch.zeros(5, 4, dtype=torch.long)), 5, 4),
-    "groups": of(lambda x: (x.view(3, 2, 4) * x.view(3, 2, 4).sum(1, keepdim=True)).view(6, 4), 6, 4),
-    "uneven reshape": of(lambda x: x.T.reshape(5, 4), 5, 4),
-    "square reshape": of(lambda x: x.T.reshape(4, 4), 4, 4),
-    "transposed back wrongly": of(lambda x: x.view(2, 2, 4).transpose(0, 1).reshape(4, 4), 4, 4),
-    "transposed": of(lambda x: x + x.T, 4, 4),
-    "broadcast against itself": of(lambda x: (x[:, None] - x[None]).square().sum(-1), 5, 4),
-    "cdist": of(lambda x: torch.cdist(x, x), 5, 4),
-    "FFT along the batch": of(lambda x: torch.fft.fft(x, dim=0).real, 5, 4),
-    "FFT of both axes": of(lambda x: torch.fft.fft2(x).abs(), 5, 4),
-    "solve across samples": of(lambda x: torch.linalg.solve(torch.eye(5) + 0.1 * torch.ones(5, 5), x), 5, 4),
-    "inverse of all": of(lambda x: torch.linalg.inv(x + 5 * torch.eye(4)), 4, 4),
-    "detached mean": of(lambda x: x * x.mean(0).detach(), 5, 4),
-    "mean under no_grad": of(lambda x: x * quietly(x.mean, 0), 5, 4),
-    "branch on data": of(lambda x: x.roll(1, 0) if x.max() > 1e6 else x, 5, 4),
-    "branch through NumPy": of(lambda x: x.roll(1, 0) if x.detach().numpy().max() > 1e6 else x, 5, 4),
-    "branch through a list": of(lambda x: x.roll(1, 0) if max(x.detach()[:, 0].tolist()) > 1e6 else x, 5, 4),
-    "written into a copy": of(written, 5, 4),
-    "unfolded batch": of(lambda x: F.pad(x, (0, 0, 1, 1)).unfold(0, 3, 1).sum(-1), 5, 4),
-    "padded and cut": of(lambda x: F.pad(x, (0, 0, 1, 0))[:-1] + x, 5, 4),
-    "triangular": of(lambda x: torch.ones(5, 5).tril() @ x, 5, 4),
-    "repeated": of(lambda x: x.repeat(2, 1)[1::2], 5, 4),
-}
 
 
 def test_there_are_enough_of_both() -> None:
@@ -244,7 +33,7 @@ def test_most_common_models_are_proved() -> None:
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
 @pytest.mark.parametrize("name", COUPLED)
 def test_nothing_coupled_is_proved(name: str) -> None:
-    structure = autojac.probe(*COUPLED[name]())
+    structure = autojac.probe(*COUPLED[name](), in_dims=0)
     assert structure.assurance == "observed"
     assert any(line.startswith(("proof: none", "statistics:")) for line in structure.evidence)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import autojac
 from autojac.probe.coded import spread_colors
+from autojac.probe.samples import SampleGraph, sample_graph
 from autojac.reach import Reach
 from autojac.recorder import record
 from autojac.sparsity import Pattern
@@ -263,7 +264,7 @@ def test_opaque_functions_are_probed(name: str, dtype: torch.dtype) -> None:
 def test_no_graph_is_claimed_where_there_is_none(name: str) -> None:
     structure = autojac.probe(DENSE[name], points())
     assert structure.coupling in ("dense", "statistics"), structure.evidence
-    assert structure.sparsity is None
+    assert structure.samples is None
 
 
 def test_statistics_are_preferred_where_they_take_fewer_passes() -> None:
@@ -315,6 +316,33 @@ def test_indices_may_be_arguments(side: str) -> None:
     assert np.array_equal(graph_of(structure), truth(lambda x: func(x, NEIGHBOURS), x))
 
 
+def graphs_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> SampleGraph:
+    """What a probe found of the sample graph."""
+    found = []
+
+    def kept(*given: Any) -> SampleGraph:
+        found.append(sample_graph(*given))
+        return found[0]
+
+    monkeypatch.setattr(sys.modules["autojac.probe"], "sample_graph", kept)
+    autojac.probe(*args, **kwargs)
+    return found[0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_graph_read_from_arguments_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = points()
+    rows = ADJACENCY.double().to_sparse_csr()
+    product = graphs_of(monkeypatch, lambda x, a: a @ x.sin() + x, x, a=rows)
+    assert product.pattern == Pattern.of(np.eye(B) + ADJACENCY.to_dense().numpy())
+    assert product.watched
+    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, NEIGHBOURS).watched
+    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, near=NEIGHBOURS).watched
+    assert graphs_of(monkeypatch, lambda x, near: x + opaque(x)[near].sin().sum(1), x, NEIGHBOURS).watched
+    assert not graphs_of(monkeypatch, EXACT["embedding"][0], x).watched
+    assert not graphs_of(monkeypatch, lambda x, weight: x * x.roll(1, 0) * weight, x, torch.rand(B, 1)).watched
+
+
 def test_a_batch_as_long_as_a_sample_is_wide() -> None:
     x = points((6, 6))
     for func, right in ((lambda x: x * x.roll(1, 0), True), (lambda x: x + x.T, False)):
@@ -327,6 +355,11 @@ def test_a_batch_as_long_as_a_sample_is_wide() -> None:
 
 def test_a_batch_of_one_couples_nothing() -> None:
     assert autojac.probe(lambda x: x * x.roll(1, 0), points((1, 2))).independent
+
+
+def test_a_diagonal_of_samples_is_followed() -> None:
+    structure = autojac.probe(lambda x: torch.diag_embed(x[:, 0]).roll(1, 0).sum(1, keepdim=True) * x, points())
+    assert np.array_equal(graph_of(structure), np.eye(B, dtype=bool) | np.roll(np.eye(B, dtype=bool), 1, 0))
 
 
 def test_random_neighbours_are_no_graph() -> None:
@@ -350,8 +383,6 @@ def test_several_inputs_and_outputs_share_a_graph() -> None:
 
 @pytest.mark.parametrize("func", [EXACT["roll by 1"][0], OPAQUE["roll"]], ids=["followed", "probed"])
 def test_evaluations_do_not_grow_with_the_batch(func: Func, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as many masks, whatever they cost
-    monkeypatch.setattr(sys.modules["autojac.probe.samples"], "price", lambda subject: 1e-6)
     monkeypatch.setattr("autojac.planner.PROBE_BUDGET_S", {"quick": 60.0})
     counts = []
     for batch in (64, 1024):

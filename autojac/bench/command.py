@@ -12,7 +12,7 @@ from autojac.bench.overhead import overhead, startup
 from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
 from autojac.bench.table import show
-from autojac.bench.workloads import WORKLOADS
+from autojac.bench.workloads import ALL, WORKLOADS
 from autojac.bench.zeros import RACES
 from autojac.bench.zeros import zeros as put_to_use
 from autojac.plan import EFFORTS
@@ -21,7 +21,11 @@ from autojac.plan import EFFORTS
 @click.command()
 @click.option("--effort", type=click.Choice(EFFORTS), default=None, help="How hard to search.  [default: measure]")
 @click.option(
-    "--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Only this one; may be repeated."
+    "--workload",
+    "names",
+    multiple=True,
+    type=click.Choice(list(WORKLOADS)),
+    help="Only this one; may be repeated.  [default: those of the README's table]",
 )
 @click.option(
     "--zeros",
@@ -73,8 +77,8 @@ def bench(
         regret=regret,
         race_s=10.0 if quick else 60.0,
     )
-    chosen = names or ([] if spared else list(WORKLOADS))
-    report = run_bench([WORKLOADS[name] for name in chosen], settings, _announce)
+    chosen = [WORKLOADS[name] for name in names] or ([] if spared else ALL)
+    report = run_bench(chosen, settings, _announce)
     report = dataclasses.replace(report, zeros=tuple(put_to_use(spared, settings, _announce)))
     if with_overhead:
         _announce("overhead of a call")

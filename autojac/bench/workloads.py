@@ -111,4 +111,9 @@ ALL: tuple[Workload, ...] = (
 )
 """The workloads of the project's table of measured facts, by the order in which it lists them."""
 
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in ALL}
+CODES: tuple[Workload, ...] = tuple(
+    mlp(f"autoencoder-{width}", 128, 256, 128, width, 128, 256) for width in (2, 8, 16, 32, 64)
+)
+"""The autoencoder with other widths of its code, raced when asked for: where a cut stops paying must be found."""
+
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*ALL, *CODES)}

@@ -25,9 +25,7 @@ from autojac.operators import traits
 __all__ = ["TooLarge", "dependence"]
 
 
-def dependence(
-    graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()
-) -> list[scipy.sparse.csr_array]:
+def dependence(graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()) -> list[Sets]:
     """For each output of a graph the inputs that its elements may have a derivative for.
 
     Args:
@@ -38,8 +36,8 @@ def dependence(
         varying: numbers of constants that another call may have other values of.
 
     Returns:
-        Boolean matrices (elements of the output, count): a superset at every point that has this graph and where the
-        captured tensors that are no parameters have their zeros, and their integers, where they have them here.
+        The sets of each output's elements: a superset at every point that has this graph and where the captured tensors
+        that are no parameters have their zeros, and their integers, where they have them here.
 
     Raises:
         TooLarge: if there is too much to go through.
@@ -55,51 +53,53 @@ def dependence(
         learned = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or number in varying
         states[number] = Varying() if learned else Fixed(tensor.detach())
     work = 0
-    made: State | Sequence[State]
     with torch.no_grad():
         for operation in graph.operations:
             read = [states[number] for number in operation.sources]
             reading = Reading(graph, operation, states, count)
             reading.spend(work + sum(math.prod(shape) for shape in reading.shapes))
-            made = _made(reading, read)
-            for place, result in enumerate(operation.outputs):
-                if result is not None:
-                    state = made if isinstance(made, (Fixed, Varying, Sets)) else made[place]
-                    states[result] = _checked(state, graph, result)
+            for made, state in zip(operation.outputs, _made(reading, read), strict=True):
+                if made is not None:
+                    states[made] = state
             work = reading.work
-    found = []
-    for number in graph.outputs:
-        state = states[number]
-        shape = (math.prod(graph.shapes[number]), count)
-        if isinstance(state, Sets):
-            found.append(state.matrix[state.index.reshape(-1).numpy()])
-        else:
-            found.append(scipy.sparse.csr_array(shape, dtype=bool))
-    return found
+    ends = ((graph.shapes[number], states[number]) for number in graph.outputs)
+    return [s if isinstance(s, Sets) else Sets(none, torch.zeros(shape, dtype=torch.int64)) for shape, s in ends]
 
 
-def _made(reading: Reading, read: Sequence[State]) -> State | Sequence[State]:
-    operation = reading.operation
+def _made(reading: Reading, read: Sequence[State]) -> list[State]:
+    """What is known of the results of an operator."""
+    operation, graph = reading.operation, reading.graph
+    count = len(operation.outputs)
     if all(isinstance(state, Fixed) for state in read) and not traits(operation.target)[2]:
-        made = operation({n: s.value for n in operation.sources if isinstance(s := reading.states[n], Fixed)})
-        return [Fixed(part) if isinstance(part, Tensor) else Varying() for part in made]
+        parts = operation({n: s.value for n in operation.sources if isinstance(s := reading.states[n], Fixed)})
+        return [Fixed(part) if isinstance(part, Tensor) else Varying() for part in parts]
     if operation.name in SHAPE_ONLY:
-        like = {n: torch.zeros(reading.graph.shapes[n], dtype=reading.graph.dtypes[n]) for n in operation.sources}
-        return Fixed(operation(like)[0])
-    if any(isinstance(state, Sets) for state in read) and (operation.held or operation.name == "detach"):
-        return Varying()
-    result: State | Sequence[State] = rule_of(reading)(reading)
-    return result
+        like = {n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in operation.sources}
+        return [Fixed(operation(like)[0])]
+    if operation.held or operation.name == "detach":
+        return [Varying()] * count
+    try:
+        made = rule_of(reading)(reading)
+        states = [made] * count if isinstance(made, (Fixed, Varying, Sets)) else list(made)
+        return [
+            state if number is None else _fitting(state, graph, number)
+            for number, state in zip(operation.outputs, states, strict=True)
+        ]
+    except TooLarge:
+        raise
+    except Exception:  # an operator in a form that its rule does not foresee
+        whole = reading.everything()
+        return [Varying() if number is None else _fitting(whole, graph, number) for number in operation.outputs]
 
 
-def _checked(state: State, graph: Graph, number: int) -> State:
-    """The state of a result: one without a derivative has no inputs behind it, and a lone set stands for all."""
+def _fitting(state: State, graph: Graph, number: int) -> State:
+    """The state of a result: integers have no derivative, and a lone set stands for that of all elements."""
     dtype, shape = graph.dtypes[number], graph.shapes[number]
     if not isinstance(state, Sets):
         return state
     if not (dtype.is_floating_point or dtype.is_complex):
         return Varying()
-    if state.index.numel() == 1:
-        state = Sets(state.matrix, state.index.reshape(()).expand(shape))
-    assert tuple(state.index.shape) == shape, (graph.operations[graph.producers[number]].name, state.index.shape, shape)
-    return Sets(state.matrix, state.index.contiguous())
+    index = state.index.reshape(()).expand(shape) if state.index.numel() == 1 else state.index
+    if tuple(index.shape) != shape:
+        raise ValueError(f"sets of shape {tuple(index.shape)} for a tensor {shape}")
+    return Sets(state.matrix, index.contiguous())

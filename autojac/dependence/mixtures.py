@@ -52,7 +52,7 @@ def behind(lead: int | Callable[[Reading, int], int]) -> Rule:
         for shape in reading.shapes:
             if shape[: len(kept)] != kept:
                 return unknown(reading)
-            wide = total.index.reshape(*kept, *[1] * (len(shape) - len(kept))).expand(shape)
+            wide = total.index.reshape((*kept, *[1] * (len(shape) - len(kept)))).expand(shape)
             made.append(Sets(total.matrix, wide))
         return made
 

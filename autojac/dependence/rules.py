@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from autojac import rules
 from autojac.dependence.mixtures import behind, distances, group_norm, mixing, parts, product
 from autojac.dependence.moves import (
     SAME,
@@ -25,6 +24,10 @@ from autojac.dependence.moves import (
 )
 from autojac.dependence.sets import Reading, Rule, Sets
 from autojac.dependence.windows import adaptive, convolution, pooling
+from autojac.rules import RULES, base, images, linalg, pieces, products, reductions, shapes
+from autojac.rules import indexing as selections
+from autojac.rules.pointwise import pointwise as elementwise
+from autojac.rules.pointwise import same
 
 
 def rule_of(reading: Reading) -> Rule:
@@ -36,32 +39,32 @@ def rule_of(reading: Reading) -> Rule:
         return unknown
     if name in NAMED:
         return NAMED[name]
-    if name in rules.RULES:
-        return CLASSES.get(rules.RULES[name], unknown)
+    if name in RULES:
+        return CLASSES.get(RULES[name], unknown)
     return pointwise if torch.Tag.pointwise in target.tags else unknown
 
 
-CLASSES: dict[rules.Rule, Rule] = {
-    rules.pointwise: pointwise,
-    rules.same: pointwise,
-    rules.reduction: mixing,
-    rules.inside: mixing,
+CLASSES: dict[base.Rule, Rule] = {
+    elementwise: pointwise,
+    same: pointwise,
+    reductions.reduction: mixing,
+    reductions.inside: mixing,
     **dict.fromkeys(
         (
-            *(rules.view, rules.permute, rules.transpose, rules.turned, rules.unsqueeze, rules.squeeze),
-            *(rules.expand, rules.repeat, rules.select, rules.slicing, rules.splitting, rules.unbind, rules.cat),
-            *(rules.stack, rules.diagonal, rules.diag_embed, rules.pad, rules.unfold),
+            *(shapes.view, shapes.permute, shapes.transpose, shapes.turned, shapes.unsqueeze, shapes.squeeze),
+            *(shapes.expand, shapes.repeat, pieces.select, pieces.slicing, pieces.splitting, pieces.unbind, pieces.cat),
+            *(pieces.stack, shapes.diagonal, shapes.diag_embed, pieces.pad, shapes.unfold),
         ),
         moving,
     ),
-    **dict.fromkeys((rules.matrices, rules.solving), behind(lambda reading, dims: max(dims - 2, 0))),
-    rules.layer_norm: behind(lambda reading, dims: dims - len(reading["normalized_shape"])),
-    rules.group_norm: group_norm,
-    rules.convolution: convolution,
-    rules.distances: distances,
-    rules.index_select: indexed("self", "index", "dim"),
-    rules.embedding: indexed("weight", "indices", 0),
-    rules.indexing: index,
+    **dict.fromkeys((linalg.matrices, linalg.solving), behind(lambda reading, dims: max(dims - 2, 0))),
+    reductions.layer_norm: behind(lambda reading, dims: dims - len(reading["normalized_shape"])),
+    reductions.group_norm: group_norm,
+    images.convolution: convolution,
+    products.distances: distances,
+    selections.index_select: indexed("self", "index", "dim"),
+    selections.embedding: indexed("weight", "indices", 0),
+    selections.indexing: index,
 }
 _MOVING = (
     "roll flip tril triu reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
@@ -105,4 +108,4 @@ NAMED: dict[str, Rule] = {
     "take": indexed("self", "index", None),
 }
 MASKED = {"mul", *SAME, *_MOVING.split()}
-MASKED |= {name for name, rule in rules.RULES.items() if CLASSES.get(rule) is moving}
+MASKED |= {name for name, rule in RULES.items() if CLASSES.get(rule) is moving}

@@ -52,6 +52,19 @@ class Sets:
     matrix: scipy.sparse.csr_array
     index: Tensor
 
+    def counts(self) -> Tensor:
+        """How many inputs each set has: (sets,)."""
+        return torch.from_numpy(np.diff(self.matrix.indptr))
+
+    def over_samples(self) -> scipy.sparse.csr_array:
+        """The sets of a sample's elements, each united over all samples along axis 0."""
+        lines = self.index.reshape(len(self.index), -1)
+        width = self.matrix.shape[0]
+        codes = torch.unique(torch.arange(lines.shape[1]) * width + lines)
+        where = (codes // width).numpy(), (codes % width).numpy()
+        chosen = scipy.sparse.csr_array((np.ones(len(codes), dtype=bool), where), shape=(lines.shape[1], width))
+        return scipy.sparse.csr_array(chosen @ self.matrix)
+
 
 State = Fixed | Varying | Sets
 Rule = Callable[["Reading"], "State | Sequence[State]"]
@@ -124,7 +137,7 @@ class Reading:
         pairs, index = torch.unique(one.index * width + other.index, return_inverse=True)
         left, right = (pairs // width).numpy(), (pairs % width).numpy()
         # the pair of two empty sets may be missing, or not the first: it is put in front in any case
-        matrix = self.stacked([self.empty(), one.matrix[left] + other.matrix[right]])
+        matrix = self.after_empty(one.matrix[left] + other.matrix[right])
         return Sets(matrix, index + 1)
 
     def gathered(self, groups: Tensor, source: Sets, shape: Sequence[int], members: Tensor | None = None) -> Sets:
@@ -144,7 +157,7 @@ class Reading:
         ones = np.ones(len(codes), dtype=bool)
         choice = scipy.sparse.csr_array((ones, (chosen, rows)), shape=(count, width))
         self.spend(int(np.diff(source.matrix.indptr)[rows].sum()))
-        matrix = self.stacked([self.empty(), choice @ source.matrix])
+        matrix = self.after_empty(choice @ source.matrix)
         return Sets(matrix, torch.arange(1, count + 1).reshape(tuple(shape)))
 
     def mixed(self, source: Sets, axes: Collection[int]) -> Sets:
@@ -165,8 +178,12 @@ class Reading:
             total = whole if total is None else self.union(total, whole)
         return Varying() if total is None else total
 
-    def empty(self) -> scipy.sparse.csr_array:
-        return scipy.sparse.csr_array((1, self.columns), dtype=bool)
+    def after_empty(self, matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+        """The rows of a matrix behind an empty one."""
+        self.spend(int(matrix.nnz))
+        starts = np.concatenate([np.zeros(1, matrix.indptr.dtype), matrix.indptr])
+        shape = (matrix.shape[0] + 1, matrix.shape[1])
+        return scipy.sparse.csr_array((matrix.data, matrix.indices, starts), shape=shape)
 
     def stacked(self, matrices: Sequence[scipy.sparse.csr_array]) -> scipy.sparse.csr_array:
         made = scipy.sparse.csr_array(scipy.sparse.vstack(matrices, format="csr"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ def convolution(reading: Reading) -> State:
     numbers = mixed.index.reshape(shape[0] * groups, 1, *shape[2:])
     kernel = reading.shape(reading["weight"])[2:]
     alive = alive_of(weight)
+    # a kernel that is not zero throughout has a tap
     taps = torch.ones(kernel, dtype=torch.bool) if alive is None else alive.flatten(0, 1).any(0)
     options = [reading[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding")]
     total = _tapped(reading, Sets(mixed.matrix, numbers), taps, options)
@@ -73,21 +73,18 @@ def adaptive(reading: Reading) -> State | Sequence[State]:
 
 
 def _tapped(reading: Reading, source: Sets, taps: Tensor, options: Sequence[Any]) -> Sets:
-    """The union over the taps of a kernel, of a tensor of (lines, 1, *space)."""
-    numbers, total = source.index.double(), None
-    for place in itertools.product(*map(range, taps.shape)):
-        if not taps[place]:
-            continue
+    """The union over the taps of a kernel that are set, of a tensor of (lines, 1, *space)."""
+    numbers, moved = source.index.double(), []
+    for place in taps.nonzero().tolist():
         kernel = torch.zeros(1, 1, *taps.shape, dtype=torch.float64)
         kernel[(0, 0, *place)] = 1
         reading.spend(numbers.numel() * taps.numel())
-        moved = aten.convolution(numbers, kernel, None, *options, 1).round().long()
-        part = Sets(source.matrix, moved)
-        total = part if total is None else reading.union(total, part)
-    if total is None:
-        kernel = torch.zeros(1, 1, *taps.shape, dtype=torch.float64)
-        return Sets(source.matrix, aten.convolution(numbers, kernel, None, *options, 1).long())
-    return total
+        moved.append(aten.convolution(numbers, kernel, None, *options, 1).round().long())
+    if len(moved) == 1:
+        return Sets(source.matrix, moved[0])
+    shape = tuple(moved[0].shape)
+    groups = torch.arange(moved[0].numel()).expand(len(moved), -1)
+    return reading.gathered(groups, Sets(source.matrix, torch.stack(moved)), shape)
 
 
 def _each(given: Any, default: Sequence[int], dims: int) -> list[int]:

@@ -1,18 +1,22 @@
-"""Cut: the chain rule through the narrowest tensors between inputs and outputs, one side pulled and one pushed."""
+"""Cuts: the chain rule through the narrowest tensors between inputs and outputs, each side pushed or pulled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from autojac import cuts, seeds
-from autojac.autodiff import Pullback
+from autojac.autodiff import Bound, Pullback, load_forward_rules
+from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
+from autojac.compilation import compiled
+from autojac.graph import Graph
 from autojac.layouts import from_blocks
-from autojac.linearize import Engine, puller, pusher
+from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
 from autojac.outline import Cutter
 from autojac.problem import Compute, Problem, Result
@@ -20,29 +24,43 @@ from autojac.recorder import without_autocast
 
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
+Jacobians = tuple[tuple[Tensor, ...], ...]
+Multiplied = Callable[..., Jacobians]
+Factor = dict[tuple[int, int], Tensor]
+"""For each target and source of a way (B, elements of the target, elements of the source)."""
 
 
 @dataclass(frozen=True)
 class Bottleneck(Method):
     """J = J_{y←h} · J_{h←x} for the narrowest h that all paths run through.
 
-    func runs once and is recorded; both sides run on its graph.
+    func runs once and is recorded; each side runs on its graph, in the direction that takes fewer seeds.
 
     Attributes:
-        head: how J_{y←h} is computed: `push` the coordinates of h, or `pull` those of y.
-        engine: as in `Pull`; a pushing head takes `vmap` over JVPs for `vmap` and `batched`.
+        engine: as in `Pull`; what is pushed takes `vmap` over JVPs for `vmap` and `batched`.
         chunk: seeds per pass; None for all.
+        cuts: `one`, or `several` where cutting sides again pays, which takes several outputs or inputs (see
+            `autojac.chain`).
+        sides: pushed or pulled, `either` as it takes fewer seeds; or `pull` all, for operators without forward mode.
+        compiled: whether `torch.compile` makes one program of the sides and their product. Calls that record another
+            graph, down to its numbers, run eagerly.
     """
 
-    head: Literal["push", "pull"] = "push"
     engine: Engine = "vmap"
     chunk: int | None = None
+    cuts: Literal["one", "several"] = "one"
+    sides: Literal["either", "pull"] = "either"
+    compiled: bool = False
 
     repeats_func: ClassVar[bool] = False
 
     @property
     def traceable(self) -> bool:
         return False
+
+    @property
+    def compiles(self) -> bool:
+        return self.compiled
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
@@ -51,49 +69,70 @@ class Bottleneck(Method):
             return "an input is shared by all samples, so its rows would be added up over the batch"
         if min(problem.in_size, problem.out_size) < LEAST_WIDTH:
             return f"inputs or outputs have fewer than {LEAST_WIDTH} elements, so nothing narrower is worth a cut"
+        if self.compiled and problem.differentiable:
+            return "torch.compile gives what it pushes no backward: it stops at a ZeroTensor"
         if problem.outline is None:
             return "there is no function that could be recorded"
         if problem.outline.reason:
             return problem.outline.reason
-        width = _width(problem)
-        if width is None or width >= min(problem.in_size, problem.out_size):
+        if self._found(problem) is None:
             return "nothing between inputs and outputs is narrower than they are"
         return super().unsupported(problem)
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        if cls().unsupported(problem) is not None:
-            return
-        width = _width(problem) or 1
-        for engine in ("vmap", "batched", "loop") if depth else ("vmap", "batched"):
-            yield cls("push", engine)
-            if width > 16:
-                yield cls("push", engine, 16)
-        if depth:
-            yield cls("pull", "vmap")
-            yield cls("pull", "loop")
+        for first in (cls(cuts=cuts, sides=sides) for sides in ("either", "pull") for cuts in ("one", "several")):
+            found = first._found(problem)
+            if found is None or first.unsupported(problem) is not None:
+                continue
+            if first.sides == "pull":
+                if depth:
+                    yield from (dataclasses.replace(first, engine=engine) for engine in ("vmap", "loop"))
+                continue
+            for engine in ("vmap", "batched", "loop") if depth else ("vmap", "batched"):
+                yield dataclasses.replace(first, engine=engine)
+                if found.width > 16:
+                    yield dataclasses.replace(first, engine=engine, chunk=16)
+            if depth and not problem.differentiable:
+                yield dataclasses.replace(first, compiled=True)
+
+    def _found(self, problem: Problem) -> Accumulation | None:
+        outline = problem.outline
+        return outline.chain(self.cuts == "several", self.sides == "either") if outline is not None else None
 
     def cost(self, problem: Problem) -> float:
-        count = (_width(problem) or 1) + ((_width(problem) or 1) if self.head == "push" else problem.out_size)
-        step = 1 if self.engine == "loop" else self.chunk or count
-        # the call itself is watched, then both sides run it again
+        found = self._found(problem)
+        if found is None:
+            return float("inf")
+        passes = sum(-(-sweep.passes // self._step(sweep.passes)) for sweep in sweeps(found.way))
+        count = round(found.seeds)
         made = problem.result_bytes / BYTES_PER_SECOND
-        return 3 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step) + made
+        # the call itself is watched, then both sides run it again
+        dispatched = 3 * dispatch_cost(passes, self.engine == "vmap")
+        swept = dispatched + traffic_cost(problem, count, self._step(count))
+        return (0.8 if self.compiled else 1) * swept + made
 
     def workspace(self, problem: Problem) -> int:
-        width = _width(problem) or 1
-        step = 1 if self.engine == "loop" else self.chunk or max(width, problem.out_size if self.head == "pull" else 0)
-        factors = problem.item_bytes * problem.batch * width * (problem.in_size + problem.out_size)
-        return factors + step * problem.seed_bytes
+        found = self._found(problem)
+        if found is None:
+            return 0
+        factors = problem.item_bytes * problem.batch * found.width * (problem.in_size + problem.out_size)
+        return factors + max(self._step(sweep.passes) for sweep in sweeps(found.way)) * problem.seed_bytes
+
+    def _step(self, count: int) -> int:
+        return 1 if self.engine == "loop" else min(self.chunk or count, count) or 1
 
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
-        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, cuts.bottleneck, problem.differentiable)
+        find = functools.partial(accumulate, again=self.cuts == "several", forward=self.sides == "either")
+        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
+        eager = functools.partial(self._jacobians, problem)
+        multiplied = _CompiledOnce(eager) if self.compiled else eager
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            recording, cut = cutter(leaves, kwargs)
-            if cut is None:
+            recording, found = cutter(leaves, kwargs)
+            if found is None or recording.graph is None:
                 # another branch than the one that was planned for: what was recorded is still a graph of autograd's
                 pullback = Pullback.of_graph(recording.values, recording.inputs, problem.differentiable)
                 result: Result = fallback.of_graph(problem, pullback)
@@ -103,81 +142,152 @@ class Bottleneck(Method):
             # its graph of autograd is not needed any more
             del recording
             with without_autocast(leaves[0]):
-                return Result(values, self._blocks(problem, graph, cut, leaves))
+                return Result(values, multiplied(graph, found, leaves))
 
         return compute
 
-    def _blocks(
-        self, problem: Problem, graph: Any, cut: cuts.Bottleneck, leaves: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        base = dict(zip(graph.inputs, leaves, strict=True))
-        inputs = [graph.inputs[position] for position in problem.inputs]
-
-        def tail(*given: Tensor) -> tuple[Tensor, ...]:
-            made: tuple[Tensor, ...] = graph.run(cut.tensors, base | dict(zip(inputs, given, strict=True)))
-            return made
-
-        def head(*given: Tensor) -> tuple[Tensor, ...]:
-            made: tuple[Tensor, ...] = graph.run(graph.outputs, base | dict(zip(cut.tensors, given, strict=True)))
-            return made
-
-        narrow, pull = puller(tail, [leaves[p] for p in problem.inputs], self.engine, problem.differentiable)
-        columns = [
-            self._each(lambda part, order=order: pull(order, part), _coordinates(h, axis))
-            for order, (h, axis) in enumerate(zip(narrow, cut.axes, strict=True))
-        ]
-        rows = self._head(problem, head, narrow, cut)
+    def _jacobians(
+        self,
+        problem: Problem,
+        graph: Graph,
+        found: Accumulation,
+        leaves: Sequence[Tensor],
+        constants: Mapping[int, Tensor] | None = None,
+    ) -> Jacobians:
+        base = dict(zip(graph.inputs, leaves, strict=True)) | dict(constants or {})
+        factor = _Accumulator(self, problem, graph, found, base).factor(found.way)
         jacobians = []
-        for output, event in enumerate(problem.outputs):
+        for output, event in zip(graph.outputs, problem.outputs, strict=True):
             row = []
-            for order, position in enumerate(problem.inputs):
+            for position in problem.inputs:
                 leaf = problem.leaves[position]
-                # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
-                left = torch.cat([part[output] for part in rows])
-                right = torch.cat([part[order].reshape(len(part[order]), problem.batch, -1) for part in columns])
-                blocks = torch.einsum("kbm,kbn->bmn", left, right.to(left.dtype))
-                blocks = blocks.to(leaves[position].dtype).reshape(problem.batch, *event, *leaf.event_shape)
+                shape = (problem.batch, *event, *leaf.event_shape)
+                blocks = factor.get((output, graph.inputs[position]))
+                if blocks is None:
+                    blocks = leaves[position].new_zeros(shape)
+                # what is pushed has the dtype of the output
+                blocks = blocks.to(leaves[position].dtype).reshape(shape)
                 row.append(from_blocks(problem.layout, blocks, event, batched=True))
             jacobians.append(tuple(row))
         return tuple(jacobians)
 
-    def _head(self, problem: Problem, head: Any, narrow: Sequence[Tensor], cut: cuts.Bottleneck) -> list[list[Tensor]]:
-        """For each tensor of the cut and each output (k, B, m)."""
-        if self.head == "push":
-            push = pusher(head, narrow, "loop" if self.engine == "loop" else "vmap")
-            return [
-                [part.flatten(2) if part.dim() > 2 else part[..., None] for part in pushed]
-                for pushed in (
-                    self._each(lambda part, order=order: push(order, part), _coordinates(h, axis))
-                    for order, (h, axis) in enumerate(zip(narrow, cut.axes, strict=True))
-                )
-            ]
-        values, pull = puller(head, narrow, self.engine, problem.differentiable)
-        pulled = [
-            self._each(lambda part, output=output: pull(output, part), _coordinates(value, 0))
-            for output, value in enumerate(values)
-        ]
-        return [
-            [
-                rows[order].movedim(axis + 1, 1).reshape(len(rows[order]), problem.batch, -1).permute(2, 1, 0)
-                for rows in pulled
-            ]
-            for order, axis in enumerate(cut.axes)
-        ]
 
-    def _each(self, run: Any, coordinates: Tensor) -> list[Tensor]:
-        """What `run` makes of all seeds, a chunk at a time."""
-        step = self.chunk or len(coordinates)
-        parts = [run(coordinates[start:stop]) for start, stop in seeds.spans(len(coordinates), step)]
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+class _CompiledOnce:
+    """The product of one graph's factors as a compiled program, for whatever call records that graph again."""
+
+    def __init__(self, eager: Multiplied) -> None:
+        self.eager = eager
+        self.numbers: tuple[int, ...] = ()
+        self.exact: Any = None
+        self.program: Callable[..., Jacobians] | None = None
+
+    def __call__(self, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]) -> Jacobians:
+        if self.program is None:
+            self.numbers, self.exact = tuple(graph.constants), graph.exact
+            self.program = self._compiled(dataclasses.replace(graph, constants={}), found)
+        if graph.exact != self.exact:
+            return self.eager(graph, found, leaves)
+        # parameters and draws are arguments: the program holds none of this call's
+        return self.program(tuple(leaves), tuple(graph.constants[number] for number in self.numbers))
+
+    def _compiled(self, blank: Graph, found: Accumulation) -> Callable[..., Jacobians]:
+        def program(leaves: Sequence[Tensor], constants: Sequence[Tensor]) -> Jacobians:
+            return self.eager(blank, found, leaves, dict(zip(self.numbers, constants, strict=True)))
+
+        # the compiler can't look into what is loaded or found when first asked
+        load_forward_rules()
+        blank.needed(blank.outputs, frozenset())
+        return compiled(program)
 
 
-def _coordinates(tensor: Tensor, axis: int) -> Tensor:
-    """One-hot seeds (k, *shape) of a tensor that carries the batch on an axis, each for every sample."""
-    event = (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
-    return seeds.shared(event, tensor.shape[axis], tensor).movedim(1, axis + 1)
+class _Accumulator:
+    """Multiplies out the chain rule over one recorded call."""
+
+    def __init__(
+        self, method: Bottleneck, problem: Problem, graph: Graph, found: Accumulation, base: Mapping[int, Tensor]
+    ) -> None:
+        self.method = method
+        self.batch = problem.batch
+        self.differentiable = problem.differentiable
+        self.graph = graph
+        self.states = found.states
+        self.base = dict(base)
+        self.values = {number: self.base[number] for number in (graph.inputs[position] for position in problem.inputs)}
+
+    def factor(self, way: Way) -> Factor:
+        if isinstance(way, Sweep):
+            return self._pull(way) if way.mode == "pull" else self._push(way)
+        if isinstance(way, Product):
+            # first, because it leaves the values at which the later one starts
+            early = self.factor(way.early)
+            return self._product(way, self.factor(way.late), early)
+        return {pair: blocks for part in way.parts for pair, blocks in self.factor(part).items()}
+
+    def _product(self, way: Product, late: Factor, early: Factor) -> Factor:
+        # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
+        left = {t: _joined([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
+        right = {s: _joined([early[h, s] for h in way.cut], 1) for s in way.sources}
+        made = {(t, s): left[t] @ right[s].to(left[t].dtype) for t in left for s in right}
+        return made | {(t, s): early[t, s] for t in way.targets if t in way.cut for s in right}
+
+    def _pull(self, sweep: Sweep) -> Factor:
+        sources, wanted = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
+        found = self._trivial(sweep)
+        if not wanted:
+            return found
+        # functorch pulls through all targets of one function, even with nothing but zeros
+        for group in [[t] for t in wanted] if self.method.engine == "vmap" else [wanted]:
+            values, pull = puller(
+                self._between(sources, group), self._at(sources), self.method.engine, self.differentiable
+            )
+            self.values.update(zip(group, values, strict=True))
+            for order, target in enumerate(group):
+                rows = self._each(functools.partial(pull, order), values[order], target)
+                for source, part in zip(sources, rows, strict=True):
+                    found[target, source] = by_sample(part, self.states[source], self.batch).transpose(0, 1)
+        return found
+
+    def _push(self, sweep: Sweep) -> Factor:
+        sources, targets = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
+        found = self._trivial(sweep)
+        if not targets:
+            return found
+        engine: Engine = "loop" if self.method.engine == "loop" else "vmap"
+        given = self._at(sources)
+        push = pusher(self._between(sources, targets), given, engine)
+        for order, source in enumerate(sources):
+            columns = self._each(functools.partial(push, order), given[order], source)
+            for target, part in zip(targets, columns, strict=True):
+                found[target, source] = by_sample(part, self.states[target], self.batch).permute(1, 2, 0)
+        return found
+
+    def _trivial(self, sweep: Sweep) -> Factor:
+        """The derivatives of sources that are targets as well."""
+        found: Factor = {}
+        for target in set(sweep.targets) & set(sweep.sources):
+            size = self.values[target].numel() // self.batch
+            for source in sweep.sources:
+                like = self.values[source]
+                if source == target:
+                    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+                    found[target, source] = eye.expand(self.batch, size, size)
+                else:
+                    found[target, source] = like.new_zeros(1).expand(self.batch, size, like.numel() // self.batch)
+        return found
+
+    def _at(self, tensors: Sequence[int]) -> list[Tensor]:
+        """Their values, computed where no sweep has left them."""
+        missing = [number for number in tensors if number not in self.values]
+        self.values.update(zip(missing, self.graph.run(missing, self.base), strict=True))
+        return [self.values[number] for number in tensors]
+
+    def _between(self, sources: Sequence[int], targets: Sequence[int]) -> Bound:
+        return lambda *given: self.graph.run(targets, self.base | dict(zip(sources, given, strict=True)))
+
+    def _each(self, run: Callable[[Tensor], Sequence[Tensor]], tensor: Tensor, number: int) -> list[Tensor]:
+        return each(run, coordinates(tensor, self.states[number], self.batch), self.method.chunk)
 
 
-def _width(problem: Problem) -> int | None:
-    cut = problem.outline.bottleneck if problem.outline is not None else None
-    return None if cut is None else cut.width
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    # torch copies a single one too
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.autodiff import compile_flat, levels_restored
+from autojac.compilation import compiled
 from autojac.methods.base import Method, registry
 from autojac.problem import Compute, Problem, Result
 
@@ -63,20 +61,5 @@ class Compiled(Method):
             result = inner(leaves, kwargs)
             return result.values, result.jacobians
 
-        # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
-        own = types.FunctionType(program.__code__.replace(), globals(), program.__name__, None, program.__closure__)
-        compiled = compile_flat(own)
-        warmed = False
-
-        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            nonlocal warmed
-            if warmed:
-                return Result(*compiled(leaves, kwargs))
-            with warnings.catch_warnings(), levels_restored():
-                # the compiler's own imports warn, which must not reach a user who turns warnings into errors
-                warnings.simplefilter("ignore")
-                result = Result(*compiled(leaves, kwargs))
-            warmed = True
-            return result
-
-        return compute
+        run = compiled(program)
+        return lambda leaves, kwargs: Result(*run(leaves, kwargs))

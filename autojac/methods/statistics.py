@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
 
-from autojac import seeds
 from autojac.autodiff import Pullback
-from autojac.cuts import Pool, aligned, pool, readers
 from autojac.flow import Flow
 from autojac.graph import Graph
-from autojac.layouts import embed, from_blocks
-from autojac.linearize import Engine, puller, pusher
+from autojac.layouts import from_blocks
+from autojac.linearize import Engine
 from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
 from autojac.outline import Cutter
+from autojac.pools import Pool, pool
 from autojac.problem import Compute, Problem, Result
 from autojac.recorder import without_autocast
+from autojac.sharing import Local, Sharing
 
 CHUNK = 256
-Special = Callable[[Mapping[int, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A pool in one graph, with the operators that read it and how copies of its tensors stand in there."""
-
-    pool: Pool
-    stand_ins: tuple[tuple[int, tuple[tuple[int, str, tuple[int, ...], int], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -39,15 +29,16 @@ class Statistics(Method):
     """Exact Jacobians of y_b = g(x_b, s) with shared s = S(x): ∂y_b/∂x_c = [b = c] ∂g/∂x_b + ∂g/∂s · ∂s/∂x_c.
 
     Given s the samples are independent, so one seed serves them all; s has no batch, so one pull an element does.
+    Weights in the place of x, which have no batch either, are pulled as copies that each sample has.
 
     Attributes:
-        local: how ∂g/∂s is computed for each sample: `copies` gives each sample its own s and pulls the coordinates of
-            y; `push` pushes the elements of s, as few as a minimum cut finds.
+        local: how g is differentiated: `copies` gives each sample its own s and pulls the coordinates of y; `mixed`
+            pulls them for ∂g/∂x and pushes the elements of s, as few as a minimum cut finds; `push` pushes both.
         engine: as in `Pull`.
-        chunk: elements of s per pass.
+        chunk: seeds per pass.
     """
 
-    local: Literal["copies", "push"] = "copies"
+    local: Local = "copies"
     engine: Engine = "vmap"
     chunk: int = CHUNK
 
@@ -60,8 +51,6 @@ class Statistics(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.structure.coupling != "statistics":
             return "samples do not meet in shared statistics alone"
-        if problem.shared_input:
-            return "an input is shared by all samples, so its rows would be added up over the batch"
         if problem.outline is None:
             return "there is no function that could be recorded"
         if problem.outline.reason:
@@ -69,14 +58,22 @@ class Statistics(Method):
         found = self._found(problem)
         if found is None:
             return "samples meet elsewhere than in tensors that all of them share"
-        if self.local == "copies" and not found.expandable:
+        return self._obstacle(found) or super().unsupported(problem)
+
+    def _obstacle(self, found: Pool) -> str | None:
+        if self.local == "copies" and found.copied is None:
             return "a shared tensor is used by an operator that takes no copy of it for each sample"
-        return super().unsupported(problem)
+        if self.local == "push" and found.weights:
+            return "an input is shared by all samples, and pushing its elements would take as many passes"
+        if found.lone is None:
+            return "an input that is shared is used by an operator that takes no copy of it for each sample"
+        return None
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        found = [method for method in (cls("copies"), cls("push")) if method.unsupported(problem) is None]
-        for method in found:
+        for method in (cls(local) for local in get_args(Local)):
+            if method.unsupported(problem) is not None:
+                continue
             yield method
             yield cls(method.local, "batched")
             if depth or problem.batch >= 4096:
@@ -89,18 +86,21 @@ class Statistics(Method):
             return None
         return outline.read_pool if self.local == "copies" else outline.least_pool
 
-    def _passes(self, problem: Problem) -> int:
+    def passes(self, problem: Problem) -> int:
+        """How many seeds are pulled and pushed."""
         found = self._found(problem)
         size = found.size if found is not None else problem.out_size * problem.batch
-        return problem.out_size + size * (1 if self.local == "copies" else 2)
+        if self.local == "copies":
+            return problem.out_size + size
+        return (problem.in_size if self.local == "push" else problem.out_size) + 2 * size
 
     def cost(self, problem: Problem) -> float:
-        count = self._passes(problem)
+        count = self.passes(problem)
         step = 1 if self.engine == "loop" else min(self.chunk, count)
         return 3 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 
     def workspace(self, problem: Problem) -> int:
-        count = self._passes(problem)
+        count = self.passes(problem)
         step = 1 if self.engine == "loop" else min(self.chunk, count)
         local = problem.item_bytes * problem.batch * problem.out_size * count if self.local == "copies" else 0
         return local + step * problem.seed_bytes
@@ -126,26 +126,21 @@ class Statistics(Method):
 
         return compute
 
-    def shared(self, flow: Flow, inputs: Sequence[int]) -> Shared | None:
+    def shared(self, flow: Flow, inputs: Sequence[int]) -> Pool | None:
         """The pool of a graph, if this method's way applies to it."""
-        found = pool(flow, inputs, least=self.local == "push")
-        if found is None or (self.local == "copies" and not found.expandable):
-            return None
-        stand_ins = []
-        if self.local == "copies":
-            for place in readers(flow, found.tensors):
-                operation = flow.graph.operations[place]
-                ways = ((number, aligned(flow, operation, number)) for number in set(operation.sources))
-                chosen = [(n, *way) for n, way in ways if n in found.tensors and way is not None]
-                stand_ins.append((place, tuple(chosen)))
-        return Shared(found, tuple(stand_ins))
+        found = pool(flow, inputs, least=self.local != "copies")
+        return found if found is not None and self._obstacle(found) is None else None
+
+    def sharing(self, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]) -> Sharing:
+        """One recorded call, to be differentiated this method's way."""
+        return Sharing(problem, graph, shared, leaves, self.local, self.engine, self.chunk)
 
     def _jacobians(
-        self, problem: Problem, graph: Graph, shared: Shared, leaves: Sequence[Tensor]
+        self, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], ...]:
-        blocks, pieces = self.pieces(problem, graph, shared, leaves)
+        blocks, pieces = self.sharing(problem, graph, shared, leaves).pieces()
         jacobians = [
-            [self._laid_out(problem, part, event) for part in row]
+            [self._laid_out(problem, part, event, position) for part, position in zip(row, problem.inputs, strict=True)]
             for event, row in zip(problem.outputs, blocks, strict=True)
         ]
         for felt, reached in pieces:
@@ -155,99 +150,22 @@ class Statistics(Method):
                     jacobians[output][order] = jacobians[output][order] + through
         return tuple(tuple(row) for row in jacobians)
 
-    def pieces(
-        self, problem: Problem, graph: Graph, shared: Shared, leaves: Sequence[Tensor]
-    ) -> tuple[list[list[Tensor]], Iterator[tuple[list[Tensor], Sequence[Tensor]]]]:
-        """∂g/∂x as blocks; and for some elements of s at a time ∂g/∂s (k, B, m) and ∂s/∂x (k, B, *in)."""
-        tensors, still = shared.pool.tensors, shared.pool.still
-        base = dict(zip(graph.inputs, leaves, strict=True))
-        inputs = [graph.inputs[position] for position in problem.inputs]
-        xs = [leaves[position] for position in problem.inputs]
-
-        def gather(*given: Tensor) -> tuple[Tensor, ...]:
-            return graph.run(tensors, base | dict(zip(inputs, given, strict=True)))
-
-        s, pull_s = puller(gather, xs, self.engine, problem.differentiable) if tensors else ((), None)
-        held = base | dict(zip(still, graph.run(still, base), strict=True))
-        special = {place: _with_copies(graph, place, ways) for place, ways in shared.stand_ins}
-
-        def local(*given: Tensor) -> tuple[Tensor, ...]:
-            own = zip((*inputs, *tensors), given, strict=True)
-            return graph.run(graph.outputs, held | dict(own), special)
-
-        copies = [t.expand(problem.batch, *t.shape) for t in s] if self.local == "copies" else list(s)
-        values, pull = puller(local, (*xs, *copies), self.engine, problem.differentiable)
-        parts = [self._each(pull, output, _coordinates(value)) for output, value in enumerate(values)]
-        blocks = [
-            [
-                rows[order].movedim(0, 1).reshape(problem.batch, *event, *problem.leaves[position].event_shape)
-                for order, position in enumerate(problem.inputs)
-            ]
-            for event, rows in zip(problem.outputs, parts, strict=True)
-        ]
-        push = pusher(lambda *given: local(*xs, *given), list(s), "loop" if self.engine == "loop" else "vmap")
-
-        def through() -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
-            for number, tensor in enumerate(s):
-                for start, stop in seeds.spans(tensor.numel(), 1 if self.engine == "loop" else self.chunk):
-                    elements = seeds.identity(tuple(tensor.shape), start, stop, tensor)
-                    assert pull_s is not None
-                    reached = pull_s(number, elements)
-                    if self.local == "copies":
-                        own = [rows[len(xs) + number] for rows in parts]
-                        felt = [part.reshape(*part.shape[:2], -1)[..., start:stop].permute(2, 1, 0) for part in own]
-                    else:
-                        felt = [part.reshape(*part.shape[:2], -1) for part in push(number, elements)]
-                    yield felt, reached
-
-        return blocks, through()
-
-    def _each(self, pull: Any, output: int, cotangents: Tensor) -> list[Tensor]:
-        step = 1 if self.engine == "loop" else self.chunk
-        parts = [pull(output, cotangents[a:b]) for a, b in seeds.spans(len(cotangents), step)]
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
-
     @staticmethod
-    def _laid_out(problem: Problem, blocks: Tensor, event: tuple[int, ...]) -> Tensor:
+    def _laid_out(problem: Problem, blocks: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """∂g/∂x, given s, in the layout asked for."""
-        if problem.layout == "full":
-            return embed(blocks, len(event))
-        return from_blocks(problem.layout, blocks, event, batched=True)
+        return from_blocks(problem.layout, blocks, event, problem.leaves[position].batched)
 
     @staticmethod
     def _through(problem: Problem, felt: Tensor, reached: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """What comes by way of some elements of s: ∂g/∂s (k, B, m) times ∂s/∂x (k, B, *in)."""
         leaf = problem.leaves[position]
-        reached = reached.flatten(2) if reached.dim() > 2 else reached[..., None]
+        reached = reached.reshape(*reached.shape[: 1 + leaf.batched], -1)
         felt = felt.to(reached.dtype)
+        if problem.layout == "diagonal":
+            each = torch.einsum("kbm,kbm->bm" if leaf.batched else "kbm,km->bm", felt, reached)
+            return each
+        if not leaf.batched:
+            return torch.einsum("kbm,kn->bmn", felt, reached).reshape(problem.batch, *event, *leaf.shape)
         if problem.layout == "full":
             return torch.einsum("kbm,kcn->bmcn", felt, reached).reshape(problem.batch, *event, *leaf.shape)
-        if problem.layout == "diagonal":
-            return torch.einsum("kbm,kbm->bm", felt, reached)
         return torch.einsum("kbm,kbn->bmn", felt, reached).reshape(problem.batch, *event, *leaf.event_shape)
-
-
-def _coordinates(value: Tensor) -> Tensor:
-    return seeds.shared(tuple(value.shape[1:]), len(value), value)
-
-
-def _with_copies(graph: Graph, place: int, ways: Sequence[tuple[int, str, tuple[int, ...], int]]) -> Special:
-    """An operator that reads, for some shared tensors, the copy (B, *shape) that each sample has."""
-    operation = graph.operations[place]
-
-    def run(env: Mapping[int, Tensor]) -> Tensor:
-        given: dict[int, Tensor] = {}
-        for number, way, shape, axis in ways:
-            copies = env[number]
-            if way == "broadcast":
-                # the batch changes places with an axis of length one
-                given[number] = copies.reshape(len(copies), *shape).transpose(0, axis + 1).squeeze(0)
-                continue
-            left = env[operation.sources[0]]
-            made = left.unsqueeze(1) @ copies if way == "mm" else (left * copies).sum(-1, keepdim=True)
-            return made.squeeze(1)
-        made = operation(ChainMap(given, dict(env)))[0]
-        assert isinstance(made, Tensor)
-        return made
-
-    return run

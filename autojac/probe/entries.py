@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -99,33 +98,32 @@ def completed(
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):
         there = subject.elsewhere(turn, scale, generator) if scale else subject
         inputs = [there.leaves[position] for position in where.differentiated]
-        changed = None
+        columns = _some(found.nnz / where.m, where.n, generator)
         try:
             with subject.quiet():
                 pullback = within(subject.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
+                more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
-                columns = _some(found.sum(1), where.n, generator)
                 changed = there.values(_moved(there, where, columns, scale, generator))
-        except Exception:  # other values than its user passes may be refused, or take for ever
+                steps = [_steps(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
+                outside = torch.from_numpy(~(more @ columns.numpy()))
+                more = _with_block(more, where.of_outputs(steps) & outside, columns)
+        except Exception:
+            if not scale:
+                raise
+            # values that its user never passes may be refused, or take for ever
             continue
-        points += 1
-        with subject.quiet():
-            found = found + _gradients_outside(pullback, where, found, generator)
-        if changed is not None:
-            steps = [_steps(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
-            outside = torch.from_numpy(~(found @ columns.numpy()))
-            found = found + _block(where.of_outputs(steps) & outside, columns)
+        found, points = more, points + 1
     return found, found.nnz - before, f"{ROUNDS * points} gradients at {points} points"
 
 
-def _gradients_outside(
+def _with_gradients(
     pullback: Pullback, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator
 ) -> scipy.sparse.csr_array:
-    """Random rows by the columns that their gradient is nonzero at although none of them reaches these."""
+    """A pattern with random rows by the columns where their gradient is nonzero although none of them reaches these."""
     values = pullback.recorded
-    more = scipy.sparse.csr_array(found.shape, dtype=bool)
     for _ in range(ROUNDS):
-        rows = _some(found.sum(0), where.m, generator)
+        rows = _some(found.nnz / where.n, where.m, generator)
         outside = torch.from_numpy(~(found.T @ rows.numpy()))
         masks = where.as_outputs(rows, values)
         cotangents = [noise(value, generator) * mask for value, mask in zip(values, masks, strict=True)]
@@ -135,8 +133,8 @@ def _gradients_outside(
             size = gradient.nan_to_num(0, 0, 0).abs()
             largest = float(size.amax()) if size.numel() else 0.0
             hit.append(size > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest)
-        more = more + _block(rows, where.of_inputs(hit) & outside)
-    return more
+        found = _with_block(found, rows, where.of_inputs(hit) & outside)
+    return found
 
 
 def _moved(
@@ -157,19 +155,20 @@ def _steps(after: Tensor, before: Tensor) -> Tensor:
     size = torch.where(finite, before, 0).abs()
     largest = float(size.amax()) if size.numel() else 0.0
     step = torch.where(finite, after - before, 0).nan_to_num(math.inf)
-    moved = step.abs() > VALUE_NOISE * torch.finfo(before.dtype).eps * largest
-    assert isinstance(moved, Tensor)
+    moved: Tensor = step.abs() > VALUE_NOISE * torch.finfo(before.dtype).eps * largest
     return moved
 
 
-def _some(counts: Any, size: int, generator: torch.Generator) -> Tensor:
-    """A random mask of which the other side is reached by about half, given by how many entries each of it has."""
-    mean = float(counts.mean()) if len(counts) else 0.0
-    share = 1 - 0.5 ** (1 / max(mean, 1.0))
-    return torch.rand(size, generator=generator) < max(share, 1 / max(size, 1))
+def _some(reached: float, size: int, generator: torch.Generator) -> Tensor:
+    """A random mask that reaches about half of the other side, each of which `reached` entries of this one reach."""
+    share = 1 - 0.5 ** (1 / max(reached, 1.0))
+    mask: Tensor = torch.rand(size, generator=generator) < max(share, 1 / size)
+    return mask
 
 
-def _block(rows: Tensor, columns: Tensor) -> scipy.sparse.csr_array:
-    """All pairs of some rows and some columns."""
+def _with_block(found: scipy.sparse.csr_array, rows: Tensor, columns: Tensor) -> scipy.sparse.csr_array:
+    """A pattern with all pairs of some rows and some columns."""
+    if not bool(rows.any()) or not bool(columns.any()):
+        return found
     one, other = (scipy.sparse.csr_array(mask.numpy()[None]) for mask in (rows, columns))
-    return scipy.sparse.csr_array(one.T @ other)
+    return scipy.sparse.csr_array(found + one.T @ other)

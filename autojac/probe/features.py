@@ -42,11 +42,17 @@ class Features:
             flattened in their order; None where it is dense, too expensive to find, or can't be found.
         evidence: the line for `explain`; empty where there is nothing to look for.
         agreed: nothing was seen outside of the pattern before it was completed.
+        watched: zeros and integers of captured tensors that are no parameters were taken for lasting.
     """
 
     pattern: Pattern | None
     evidence: str
     agreed: bool = True
+    watched: bool = False
+
+
+class Dense(Exception):
+    """A pattern would save nothing; says how many entries there are."""
 
 
 def feature_pattern(
@@ -78,7 +84,10 @@ def feature_pattern(
     where = Coordinates(small, differentiated, values)
     if subject.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")
-    found, how = _by_operators(small, where, draws, bool(watch.escaped), generator)
+    try:
+        found, how = _by_operators(small, where, draws, bool(watch.escaped), generator)
+    except Dense as dense:
+        return Features(None, f"features: dense, {dense}")
     recorded = found is not None
     if found is None and not how.startswith("too much"):
         reason = how
@@ -93,7 +102,7 @@ def feature_pattern(
     pattern = Pattern.of(found)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
     line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
-    return Features(pattern if pattern.density <= DENSEST else None, line, not added)
+    return Features(pattern if pattern.density <= DENSEST else None, line, not added, watched=recorded)
 
 
 def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
@@ -160,12 +169,11 @@ def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.
             parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)
     except TooLarge as error:
         return None, False, f"too much to go through: {error}"
-    folded = []
-    for shape, size, part in zip((graph.shapes[y] for y in graph.outputs), where.rows, parts, strict=True):
-        if math.prod(shape[1:]) != size:
-            return None, False, "func's outputs have another shape at another point"
-        coo = part.tocoo()
-        of_sample = (coo.data, (coo.row % max(size, 1), coo.col))
-        folded.append(scipy.sparse.csr_array(scipy.sparse.coo_array(of_sample, shape=(size, where.n))))
-    found = scipy.sparse.csr_array(scipy.sparse.vstack(folded, format="csr")).astype(bool)
-    return found, graph.reads_data, f"by what each of {len(graph.operations)} operators reads"
+    if tuple(math.prod(part.index.shape[1:]) for part in parts) != where.rows:
+        return None, False, "func's outputs have another shape at another point"
+    how = f"by what each of {len(graph.operations)} operators reads"
+    count = sum(part.counts()[part.index[0].reshape(-1)].sum().item() for part in parts)
+    if count > DENSEST * where.m * where.n:
+        raise Dense(f"{count} of {where.m * where.n} entries may be nonzero {how}")
+    found = scipy.sparse.vstack([part.over_samples() for part in parts], format="csr")
+    return scipy.sparse.csr_array(found), graph.reads_data, how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,10 @@ from autojac.outline import Outline
 from autojac.probe.pairs import Subject, cotangent_verdict
 from autojac.recorder import record, without_autocast
 
-ESCAPES = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "data", "cpu_data"}
+ESCAPES = {
+    *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "data", "cpu_data"),
+    *("__repr__", "__str__", "__format__", "apply_", "map_", "map2_"),
+}
 """What hands a tensor's memory to code that no operator tells of."""
 
 
@@ -27,7 +31,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "__get__":
+        if name in ("__get__", "__set__"):
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         if name in ESCAPES:
             self.escaped = name
@@ -43,6 +47,10 @@ def prove(outline: Outline, subject: Subject) -> tuple[bool, str]:
         return False, "proof: none, func looks at its data, so another input may take another branch"
     if not flow.independent:
         return False, f"proof: none, {outline.obstacle}"
+    with subject.quiet():
+        again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
+    if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
+        return False, "proof: none, func makes a tensor anew in each call where no operator is seen"
     with Watch() as watch:
         subject.values({})
     if watch.escaped:
@@ -64,11 +72,11 @@ def meeting(
         return False, f"statistics: not alone, {outline.obstacle}"
     least = outline.least_pool or pool
     rows = sum(math.prod(flow.graph.shapes[y]) for y in flow.graph.outputs)
-    names = ", ".join(outline.name(number) for number in pool.tensors) or "none that a derivative runs through"
+    names = outline.meeting_place
     if min(pool.size, least.size) >= rows:
         return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
     with subject.quiet():
-        recording = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs)
+        recording = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated)
         graph = recording.graph
         if graph is None or graph.key != flow.graph.key:
             return False, "statistics: not alone, func runs other operators from call to call"
@@ -77,13 +85,15 @@ def meeting(
             shared = (*pool.tensors, *pool.still)
             values = graph.run(shared, base)
             held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
-            inputs = [graph.inputs[position] for position in subject.inputs]
-
-            def given(*xs: Tensor) -> tuple[Tensor, ...]:
-                return graph.run(graph.outputs, held | dict(zip(inputs, xs, strict=True)))
-
-            pullback = Pullback(given, [subject.leaves[position] for position in subject.inputs], differentiable=False)
-            verdict = cotangent_verdict(pullback, [True] * len(inputs), masks, called, generator)
+            # differentiated or not: copies of weights must be apart whatever comes with the samples
+            carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
+            local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+            lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
+            copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
+            copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
+            xs = [*(subject.leaves[p] for p in carriers), *copies]
+            pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
+            verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:
         return False, "statistics: not alone, samples reach each other beside the shared tensors"
     line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"

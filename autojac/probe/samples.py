@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autojac.graph import Graph
 from autojac.outline import Outline
 from autojac.probe.coded import Coded
-from autojac.probe.pairs import SCALES, VALUE_NOISE, Subject, price
+from autojac.probe.pairs import SCALES, VALUE_NOISE, Subject
 from autojac.probe.proof import Watch
 from autojac.recorder import record, without_autocast
 from autojac.seeds import noise
@@ -42,8 +42,8 @@ class SampleGraph:
             is not known, or is so much that nothing is gained.
         kind: `grouped` if samples depend on each other in groups, else `sparse`.
         evidence: a line for people.
-        follows_arguments: the pattern was read from arguments that are not differentiated, or from captured
-            floating-point tensors: other contents may make another pattern.
+        watched: the pattern was read from arguments that are not differentiated, or from captured floating-point
+            tensors: other contents may make another pattern.
         suspect: NaN spreads further than the pattern allows.
         followed: the pattern comes from what each operator does, whatever the values.
     """
@@ -51,7 +51,7 @@ class SampleGraph:
     pattern: Pattern | None
     kind: Literal["grouped", "sparse"] | None
     evidence: str
-    follows_arguments: bool = False
+    watched: bool = False
     suspect: bool = False
     followed: bool = False
 
@@ -62,7 +62,7 @@ class _Found:
 
     samples: Any
     line: str
-    follows_arguments: bool = False
+    watched: bool = False
     final: bool = True
 
 
@@ -100,7 +100,7 @@ def sample_graph(
     suspect = probed and _nan_escapes(subject, pattern, generator)
     if suspect:
         line += "; but NaN spreads further"
-    return SampleGraph(pattern, _kind(pattern), line, found.follows_arguments, suspect, not probed)
+    return SampleGraph(pattern, _kind(pattern), line, found.watched, suspect, not probed)
 
 
 def _followed(outline: Outline, subject: Subject, generator: torch.Generator) -> _Found:
@@ -125,7 +125,9 @@ def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool, bool]:
     # scipy takes 0.2 s to import
     from autojac.spread import spread
 
-    with subject.quiet(), Watch() as watch:
+    with Watch() as watch:
+        subject.values({})
+    with subject.quiet():
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False, False
@@ -192,21 +194,25 @@ def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line:
 
 def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
     """Change some samples and look which outputs move; None if all of them may, by the pattern."""
-    affordable = int(budget_s / price(subject) / len(SCALES)) - 1
-    count = min(max(affordable, 1), MOST_MASKS)
+    deadline = time.perf_counter() + budget_s
     matrix = pattern.scipy()
-    for scale in SCALES:
-        there = _moved_to(subject, scale, generator)
-        for _ in range(count):
+    # the largest change first: it wakes what is dead here
+    elsewhere = [(scale, _moved_to(subject, scale, generator)) for scale in reversed(SCALES)]
+    bases: dict[float, tuple[Tensor, ...]] = {}
+    for _ in range(MOST_MASKS):
+        for scale, there in elsewhere:
             mask, allowed = _mask(pattern, matrix, generator)
             try:
-                base = there.values({})
+                if scale not in bases:
+                    bases[scale] = there.values({})
                 changed = there.values({p: _touched(there.leaves[p], mask, scale, generator) for p in subject.inputs})
             except (Exception, TimeoutError):  # func may refuse values that its user never passes
-                break
-            moved = _rows(changed, base)
+                continue
+            moved = _rows(changed, bases[scale])
             if moved is None or bool((moved & ~allowed).any()):
                 return f"outputs move beyond it when some samples change by {scale:g}"
+            if time.perf_counter() > deadline:
+                return None
     return None
 
 
@@ -273,9 +279,9 @@ def _worth(samples: Any) -> bool:
 
 
 def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:
-    """Grouped if every sample depends on all samples of its component."""
-    import scipy.sparse.csgraph
-
-    count, labels = scipy.sparse.csgraph.connected_components(pattern.scipy(), directed=False)
-    sizes = np.bincount(labels, minlength=count)
-    return "grouped" if np.array_equal(np.diff(pattern.starts), sizes[labels]) else "sparse"
+    """Grouped if samples fall into classes, each of which depends on all of its class and on no other."""
+    # who is named by the first of their neighbours
+    named = pattern.columns[pattern.starts[:-1]]
+    inside = np.array_equal(named[pattern.rows], named[pattern.columns])
+    sizes = np.bincount(named, minlength=len(named))
+    return "grouped" if inside and np.array_equal(np.diff(pattern.starts), sizes[named]) else "sparse"

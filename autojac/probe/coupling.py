@@ -1,0 +1,135 @@
+"""Which samples reach each other: by the pair layers first, then by what the graph of the call shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from autojac.outline import Outline
+from autojac.probe.pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
+from autojac.probe.proof import meeting, prove
+from autojac.probe.samples import sample_graph
+from autojac.sparsity import Sparsity
+from autojac.structure import Coupling, Structure
+
+
+def coupled(
+    subject: Subject,
+    outline: Outline | None,
+    values: Sequence[Tensor],
+    refusal: str | None,
+    weights: bool,
+    cost: float,
+    budget_s: float,
+    generator: torch.Generator,
+) -> Structure:
+    """The coupling of a function's samples, with its evidence.
+
+    Args:
+        subject: the function and a point.
+        outline: what the graph of the call shows, if there is one.
+        values: func's outputs there.
+        refusal: why func can't be called on some of the samples, as far as is known.
+        weights: whether inputs without a batch are differentiated too.
+        cost: seconds of one evaluation.
+        budget_s: seconds that each of the three pair layers may cost.
+        generator: of masks and other points.
+    """
+    if subject.batch < 2:
+        return Structure("independent", evidence=("pairs: one sample has nothing to couple with",))
+    masks, called = masks_within(subject, generator, budget_s / 3, cost)
+    evidence = []
+    verdicts: list[Verdict] = []
+    if subject.inputs:
+        layers: list[Callable[[], Verdict]] = [
+            lambda: gradient_layer(subject, masks, called, generator),
+            lambda: value_layer(subject, masks, called, generator, subject.inputs),
+            lambda: nan_layer(subject, masks, called),
+        ]
+        for layer in layers:
+            verdicts.append(layer())
+            # what is sure need not be seen again where looking is dear
+            if verdicts[-1].coupled and cost * len(masks) > budget_s / 3:
+                break
+        evidence += [verdict.evidence for verdict in verdicts]
+    else:
+        evidence.append("pairs: no input carries the batch")
+    meet = any(verdict.coupled for verdict in verdicts)
+    if subject.sides and not meet and refusal is None:
+        side = value_layer(subject, masks, called, generator, subject.sides)
+        evidence.append(side.evidence)
+        if side.coupled:
+            refusal = "an output depends on side inputs of other samples"
+    evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
+    said = {verdict.coupled for verdict in verdicts}
+    if meet:
+        return _shape(subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1)
+    # what is read of a weight by one sample depends on the others too where side inputs are coupled
+    if outline is not None and weights and refusal is not None:
+        alone, line = meeting(outline, subject, masks, called, generator)
+        evidence.append(line)
+        if alone:
+            return Structure("statistics", "observed", False, None in said, evidence=tuple(evidence))
+    proved = False
+    if outline is not None and subject.inputs:
+        proved, line = prove(outline, subject)
+        evidence.append(line)
+    elif outline is not None:
+        outline.close()
+    return Structure(
+        "independent",
+        "proved" if proved else "observed",
+        refusal is None,
+        # values alone tell what is dead here: without them trust nothing for long
+        suspect=bool(verdicts) and verdicts[1].coupled is None,
+        evidence=tuple(evidence),
+    )
+
+
+def _shape(
+    subject: Subject,
+    outline: Outline | None,
+    values: Sequence[Tensor],
+    refusal: str | None,
+    masked: tuple[Sequence[Tensor], str],
+    budget_s: float,
+    generator: torch.Generator,
+    evidence: list[str],
+    split: bool,
+) -> Structure:
+    """How coupled samples are coupled; `split` if the layers are at odds."""
+    coupling: Coupling = "dense"
+    sparsity: Sparsity | None = None
+    watched = False
+    if outline is not None:
+        alone, line = meeting(outline, subject, *masked, generator)
+        coupling = "statistics" if alone else "dense"
+        evidence.append(line)
+        classes = _fewer_than(outline, subject, values) if alone else None
+        if not alone or classes is not None:
+            start = time.perf_counter()
+            graph = sample_graph(outline, subject, generator, budget_s, classes)
+            if graph.pattern is not None and graph.kind is not None:
+                coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
+                refusal = refusal or "samples are coupled"
+                # what each operator does holds whatever the layers did not see
+                split = graph.suspect or (split and not graph.followed)
+            if sparsity is not None or not alone:
+                evidence.append(f"{graph.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)")
+    return Structure(
+        coupling, "observed", refusal is None, split, evidence=tuple(evidence), sparsity=sparsity, watched=watched
+    )
+
+
+def _fewer_than(outline: Outline, subject: Subject, values: Sequence[Tensor]) -> float | None:
+    """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
+    pools = [pool.size for pool in (outline.read_pool, outline.least_pool) if pool is not None]
+    shared = min(pools, default=0)
+    rows = sum(value[0].numel() for value in values)
+    columns = sum(subject.leaves[position][0].numel() for position in subject.inputs)
+    classes = (rows + shared) / max(min(rows, columns), 1)
+    # what all samples share does not grow with their number; what neighbours or groups share does
+    return classes if shared > subject.batch // 8 and classes > 2 else None

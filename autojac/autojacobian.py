@@ -28,6 +28,7 @@ from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner
 from autojac.problem import Result
 from autojac.quiet import Quiet
+from autojac.reads import MOST_CHANGES
 from autojac.signature import current_flags
 from autojac.verify import Reference
 
@@ -185,8 +186,9 @@ class AutoJacobian(Derived):
         leaves = entry.frame.leaves(args)
         kwargs = entry.frame.keywords(args, kwargs)
         entry.calls += 1
-        if entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(leaves, kwargs)):
-            return self._checked(key, entry, leaves, args, kwargs)
+        changed = entry.wary and entry.changed(leaves, kwargs)
+        if changed or entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(kwargs)):
+            return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
         return entry, entry.usable(leaves, kwargs)
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
@@ -262,9 +264,19 @@ class AutoJacobian(Derived):
         self._entries[key] = entry
 
     def _checked(
-        self, key: Any, entry: Entry, leaves: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        key: Any,
+        entry: Entry,
+        leaves: Sequence[Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        noticed: bool,
     ) -> tuple[Entry, Result]:
-        """Compute, and hold the result against a VJP of func itself; recompute by a safe method if it is wrong."""
+        """Compute, and hold the result against a VJP of func itself; recompute by a safe method if it is wrong.
+
+        `noticed` if that is because something was seen to have changed: then no call went unchecked, and nobody is
+        warned.
+        """
         problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
         reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
@@ -277,6 +289,9 @@ class AutoJacobian(Derived):
                 raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
         if wrong is None:
+            if noticed and entry.renewals < MOST_CHANGES:
+                self._captured = captures(self.func)
+                entry.renew(self.func, self._captured)
             entry.checked(self.options.verify)
             return entry, result
         with self._lock:
@@ -284,6 +299,11 @@ class AutoJacobian(Derived):
             last = entry.last_check
             entry = self._planner.recover(entry, request, self._reach(), wrong)
             self._keep(key, entry)
+            # the next call is held against what this one was planned for
+            entry.changed(leaves, kwargs)
+        if noticed:
+            with before():
+                return entry, entry.usable(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
         warnings.warn(
             f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian was "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from autojac.plan import Plan
 from autojac.probe.manners import FirstCall
 from autojac.problem import Compute, Flat, Problem, Result
 from autojac.quiet import Quiet
+from autojac.reads import Reads
 from autojac.signature import Signature
 from autojac.stored import Keys
 from autojac.watch import Watch, selects
@@ -49,7 +50,9 @@ class Entry:
     next_check: float = 1
     wary: bool = False
     constants: tuple[Tensor, ...] = ()
-    numbers: set[tuple[float, ...]] = dataclasses.field(default_factory=set)
+    reads: Reads | None = None
+    renewals: int = 0
+    numbers: set[tuple[float, ...]] | None = None
     watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
     factored: Any = None
@@ -92,17 +95,31 @@ class Entry:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def unfamiliar(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
-        """Whether what a call's signature leaves out is other than that of any call checked.
+    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
+        """Whether what patterns were read from is other than at the last call: then they are checked again.
 
-        A branch may hang on Python floats: past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
-        Patterns may hang on index tensors and masks, and on what func has captured.
+        Patterns hang on index tensors and masks, on what func has captured, and on all that its code reads.
         """
-        if self.problem.structure.watched:
-            given = (*leaves, *pytree.tree_leaves(dict(kwargs)))
-            chosen = [value for value in given if isinstance(value, Tensor) and selects(value)]
-            if self.watch.changed([*chosen, *self.constants]):
-                return True
+        if self.reads is None:
+            return False
+        given = (*leaves, *pytree.tree_leaves(dict(kwargs)))
+        chosen = [value for value in given if isinstance(value, Tensor) and selects(value)]
+        read, seen = self.reads.changed(), self.watch.changed([*chosen, *self.constants])
+        return read or seen
+
+    def renew(self, func: Callable[..., Any], captured: Captures) -> None:
+        """Look from now on at what func reaches as it is after a change."""
+        self.renewals += 1
+        self.reads = Reads(func)
+        self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
+
+    def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call's Python floats, which its signature leaves out, are others than those of any call checked.
+
+        A branch may hang on them. Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        """
+        if self.numbers is None:
+            return False
         numbers = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
         if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
             return False

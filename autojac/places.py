@@ -18,13 +18,13 @@ class Projection:
 
     Attributes:
         samples: those that it lives on; None for all.
-        coordinate: the one coordinate that it lives on, where only the diagonal is asked for; None for all.
+        coordinates: those that it lives on, where only the diagonal is asked for; None for all.
         cotangent: shape of the output.
         pulled: its VJP, for each input.
     """
 
     samples: Sequence[int] | None
-    coordinate: int | None
+    coordinates: Sequence[int] | None
     cotangent: Tensor
     pulled: list[Tensor]
 
@@ -81,9 +81,10 @@ class Places:
             jacobian, cotangent = jacobian[only], cotangent[only]
         lead = jacobian.shape[0]
         left = cotangent.reshape(lead, 1, -1)
-        if projection.coordinate is not None:
-            own = left[:, 0, projection.coordinate] * jacobian[:, projection.coordinate]
-            return own[:, None], own[:, None]
+        if projection.coordinates is not None:
+            chosen = list(projection.coordinates)
+            own = left[:, 0, chosen] * jacobian[:, chosen]
+            return own, own
         if not self.blockwise(position):
             lead = self.problem.batch if self._per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))

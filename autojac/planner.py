@@ -33,7 +33,6 @@ from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
 from autojac.structure import Structure
-from autojac.watch import selects
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
@@ -270,20 +269,18 @@ class Planner:
         self._remember(seen.signature, plan)
         return self._made(request, seen, problem, plan, won.method)
 
-    @staticmethod
-    def _made(request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
+    def _made(self, request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
         compute = prepared(request.frame, problem, method)
         if problem.outline is not None:
             problem.outline.close()
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         structure = problem.structure
-        numbers = any(isinstance(value, float) for value in pytree.tree_leaves(dict(request.kwargs)))
-        if structure.watched:
-            entry.constants = tuple(t for t in request.captured.tensors if not t.requires_grad)
-        given = (*request.leaves, *pytree.tree_leaves(dict(request.kwargs)))
-        read = bool(entry.constants) or any(isinstance(t, torch.Tensor) and selects(t) for t in given)
-        entry.wary = (structure.watched and read) or (structure.assumes and numbers)
+        if structure.sparsity is not None:
+            entry.renew(self.func, request.captured)
+        if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
+            entry.numbers = set()
+        entry.wary = entry.reads is not None or entry.numbers is not None
         return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ from autojac.kernels import plain_formulas
 from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
+from autojac.sparsity import Pattern
 from autojac.tolerance import disagreement, own_rounding, rounding_floor, tolerance
 
 ROWS = 6
 SAMPLES = 3
 CLASSES = 8
-"""Classes of samples of a graph that one check looks at."""
+"""Classes of a coloring of samples, or of coordinates, that one check looks at."""
 
 
 class Reference:
@@ -180,9 +182,9 @@ class Reference:
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     found, scale = self.places.project(whole, output, position, projection)
                     expected = one if samples is None or not self.places.blockwise(position) else one[samples]
-                    if projection.coordinate is not None:
+                    if projection.coordinates is not None:
                         rows = expected.reshape(len(found), -1)
-                        expected, scale = rows[:, projection.coordinate], rows.abs().amax(1, keepdim=True)
+                        expected, scale = rows[:, list(projection.coordinates)], rows.abs().amax(1, keepdim=True)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
                     slack = self._slack(output, expected)
                     error = disagreement(found, expected.reshape(found.shape), scale, floor, slack)
@@ -221,18 +223,27 @@ class Reference:
         if not whole and (self.problem.shared_input or not self.problem.structure.independent):
             some = [[sample] for sample in self.samples] or self._apart(len(value))
         found = []
-        for samples in some:
-            cotangent, coordinate = seeds.noise(value, self.generator), None
+        places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
+        for samples, coordinates in itertools.product(some, places):
+            cotangent = seeds.noise(value, self.generator)
             if samples is not None:
                 alone = torch.zeros_like(cotangent)
                 alone[samples] = cotangent[samples]
                 cotangent = alone
-            if layout == "diagonal":
-                coordinate = int(torch.randint(value[0].numel(), (), generator=self.generator))
-                one_hot = seeds.identity(tuple(value.shape[1:]), coordinate, coordinate + 1, value)
-                cotangent = cotangent * one_hot
-            found.append(Projection(samples, coordinate, cotangent, self.pullback(output, cotangent)))
+            if coordinates is not None:
+                kept = torch.zeros_like(value[0]).flatten()
+                kept[list(coordinates)] = 1
+                cotangent = cotangent * kept.view_as(value[0])
+            found.append(Projection(samples, coordinates, cotangent, self.pullback(output, cotangent)))
         return found
+
+    def _coordinates(self, value: Tensor) -> list[list[int]]:
+        """Sets of coordinates that don't reach each other, as far as is known, so that each shows its own diagonal."""
+        count, sparsity = value[0].numel(), self.problem.structure.sparsity
+        alone = len(self.problem.outputs) == len(self.problem.inputs) == 1
+        if sparsity is None or sparsity.features is None or not alone:
+            return [[int(torch.randint(count, (), generator=self.generator))]]
+        return self._classes(sparsity.features)
 
     def _apart(self, batch: int) -> list[list[int]]:
         """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
@@ -240,6 +251,10 @@ class Reference:
         graph = self.problem.structure.samples
         if graph is None:
             return [[sample] for sample in drawn[:SAMPLES].tolist()]
+        return self._classes(graph)
+
+    def _classes(self, graph: Pattern) -> list[list[int]]:
+        """Some classes of a coloring that keeps apart what reaches each other."""
         colors = torch.from_numpy(self.problem.colorings.apart(graph))
         # an edge that is missing joins samples of one color, or does no harm
         shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[:CLASSES].tolist()

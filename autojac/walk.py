@@ -16,7 +16,7 @@ from autojac.leaves import SCALARS, leaf_tokens
 from autojac.origin import code_names, followed_fields, home_of, is_library, library_version, slots, source_of
 
 MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
-_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _C_CALLABLES: Final = (
     types.BuiltinFunctionType,
     types.MethodDescriptorType,
@@ -159,7 +159,7 @@ class Walk:
             self.visit(child)
         if kind.__module__ == "torch._dynamo.eval_frame":  # torch.compile's wrapper: the original is its child
             return
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             self.emit(hooks)
             for hook in getattr(module, hooks, {}).values():
                 self.visit(hook)

@@ -12,27 +12,30 @@ class Watch:
     """The contents of some tensors, to be compared with those at the next call."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, int, Tensor]] | None = None
+        self._seen: list[tuple[Tensor, tuple[int, int], Tensor]] | None = None
 
     def changed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether some content is other than at the last look, or there was none.
-
-        The same tensor, unwritten since, costs no comparison.
-        """
+        """Whether some content is other than at the last look; a tensor unwritten since then costs no comparison."""
         known, self._seen = self._seen, []
         differs = known is None or len(known) != len(tensors)
         for index, tensor in enumerate(tensors):
-            # a tensor of inference mode counts no versions: its content is looked at
-            version = -1 if tensor.is_inference() else tensor._version
+            state = _state(tensor)
             kept = None
             if not differs and known is not None:
                 before, at, copy = known[index]
-                if (before is tensor and at == version >= 0) or _same(copy, tensor):
+                if (before is tensor and at == state and state[0] >= 0) or _same(copy, tensor):
                     kept = copy
                 else:
                     differs = True
-            self._seen.append((tensor, version, tensor.detach().clone() if kept is None else kept))
-        return differs
+            self._seen.append((tensor, state, tensor.detach().clone() if kept is None else kept))
+        return differs and known is not None
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written into, or `.data` gives it other memory; negative if that can't be told."""
+    if tensor.is_inference() or tensor.layout != torch.strided:
+        return -1, 0
+    return tensor._version, tensor.data_ptr()
 
 
 def selects(tensor: Tensor) -> bool:

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "layouts",
         "watch",
+        "reads",
         "entries",
         "compression",
         "decompression",

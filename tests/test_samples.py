@@ -271,7 +271,7 @@ def test_statistics_are_preferred_where_they_take_fewer_passes() -> None:
     x = points()
     for func in (lambda x: x * x[0], by_index(6), lambda x: x - x.mean(0)):
         assert autojac.probe(func, x).coupling == "statistics"
-        assert autojac.probe(func, x).sparsity is None
+        assert autojac.probe(func, x).samples is None
     assert autojac.probe(by_index(2), x).coupling == "grouped"
 
 
@@ -324,7 +324,7 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> Sam
         found.append(sample_graph(*given))
         return found[0]
 
-    monkeypatch.setattr(sys.modules["autojac.probe"], "sample_graph", kept)
+    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "sample_graph", kept)
     autojac.probe(*args, **kwargs)
     return found[0]
 

@@ -208,6 +208,11 @@ class AutoJacobian(Derived):
 
         Nothing can be probed, timed or checked there, where tensors stand for many or carry tangents.
         """
+        if self.options.layout == "sparse":
+            raise UnsupportedError(
+                "a torch.func transform, forward mode or torch.compile is under way, in which torch makes no sparse "
+                "matrices. Wrap the function with layout='blocks' or 'full' for use there"
+            )
         frame = Frame(self.func, args, self.options)
         leaves = frame.leaves(args)
         # a structure holds for one kind of call: other flags or keywords may couple what these do not

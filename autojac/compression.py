@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,38 +22,46 @@ MOST_COUPLED = 4096
 """Samples coupled all with all, beyond which no pattern of every pair is made."""
 
 
-@dataclass(frozen=True, eq=False)
+class Held:
+    """An array of indices as a tensor (int64), brought once to each device that asks for it."""
+
+    def __init__(self, array: Indices) -> None:
+        self.tensor = torch.from_numpy(array.astype(np.int64))
+        self._made: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device == self.tensor.device:
+            return self.tensor
+        if torch.compiler.is_compiling():
+            return self.tensor.to(device)
+        if device not in self._made:
+            self._made[device] = self.tensor.to(device)
+        return self._made[device]
+
+
 class Colors:
     """The colors of one side of a problem: rows to pull, or columns to push.
 
-    Attributes:
+    Args:
         side: `rows` (outputs) or `columns` (inputs).
-        samples: of each sample, (B,); None where one color serves all.
-        features: of each feature of a sample, counted through all outputs or inputs; -1 where it needs no seed.
+        samples: color of each sample, (B,); None where one serves all.
+        features: color of each feature of a sample, counted through all outputs or inputs; -1 where it needs no seed.
+
+    Attributes:
+        groups, width: colors of samples, and of features.
+        count: seeds in all: number s has samples of color s // width and features of color s % width.
     """
 
-    side: Side
-    samples: Indices | None
-    features: Indices
-
-    @functools.cached_property
-    def groups(self) -> int:
-        """Colors of samples."""
-        return 1 if self.samples is None else int(self.samples.max(initial=0)) + 1
-
-    @functools.cached_property
-    def width(self) -> int:
-        """Colors of features."""
-        return int(self.features.max(initial=-1)) + 1
-
-    @property
-    def count(self) -> int:
-        """Seeds in all: number s has samples of color s // width and features of color s % width."""
-        return self.groups * self.width
-
-    @functools.cached_property
-    def _masks(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]]:
-        return {}
+    def __init__(self, side: Side, samples: Indices | None, features: Indices) -> None:
+        self.side = side
+        self.samples = samples
+        self.features = features
+        self.groups = 1 if samples is None else int(samples.max(initial=0)) + 1
+        self.width = int(features.max(initial=-1)) + 1
+        self.count = self.groups * self.width
+        self.sample_colors = None if samples is None else Held(samples)
+        self.feature_colors = Held(features)
+        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
 
     def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
         """Seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
@@ -64,32 +71,34 @@ class Colors:
             spans: where each tensor's features lie among all, as (start, stop).
             like: the tensors.
         """
-        numbers = torch.arange(start, stop)
         made = []
         for (first, last), tensor in zip(spans, like, strict=True):
+            numbers = torch.arange(start, stop, device=tensor.device)
             samples, features = self._of(tensor)
-            chosen = features[(numbers % self.width).to(tensor.device), first:last]
-            seed = chosen.view(stop - start, 1, *tensor.shape[1:])
+            seed = features[numbers % self.width, first:last].view(stop - start, 1, *tensor.shape[1:])
             if samples is None:
                 made.append(seed.expand(stop - start, *tensor.shape))
                 continue
-            own = samples[(numbers // self.width).to(tensor.device)]
+            own = samples[numbers // self.width]
             made.append(own.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
         return made
 
     def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
         """One-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
         kind = (tensor.device, tensor.dtype)
-        if kind not in self._masks:
-            self._masks[kind] = (
-                None if self.samples is None else _one_hot(self.samples, self.groups, tensor),
-                _one_hot(self.features, self.width, tensor),
-            )
-        return self._masks[kind]
+        if kind in self._masks and not torch.compiler.is_compiling():
+            return self._masks[kind]
+        samples = None if self.sample_colors is None else _one_hot(self.sample_colors, self.groups, tensor)
+        made = samples, _one_hot(self.feature_colors, self.width, tensor)
+        # what a compiler sees while it traces stands for tensors of its own
+        if not torch.compiler.is_compiling():
+            self._masks[kind] = made
+        return made
 
 
-def _one_hot(colors: Indices, count: int, like: Tensor) -> Tensor:
-    return torch.from_numpy(colors[None] == np.arange(count)[:, None]).to(like)
+def _one_hot(colors: Held, count: int, like: Tensor) -> Tensor:
+    numbers = torch.arange(count, device=like.device)
+    return (colors.on(like.device)[None] == numbers[:, None]).to(like.dtype)
 
 
 def colors_of(problem: Problem, side: Side) -> Colors:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.compression import Colors
+from autojac.compression import Colors, Held
 from autojac.layouts import embed
 from autojac.problem import Problem
 from autojac.sparsity import Indices, Marks
@@ -56,7 +56,7 @@ class _OwnBlocks:
         if problem.layout == "diagonal":
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
-        self.places = torch.from_numpy(places)
+        self.places = Held(places)
         self.sources = []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
@@ -64,31 +64,31 @@ class _OwnBlocks:
             if side.side == "columns":
                 colored, read, at = columns[mine], rows[mine], problem.columns(position)[0]
             seeds = side.features[at + colored].astype(np.int64)
-            self.sources.append((side, mine, torch.from_numpy(seeds), torch.from_numpy(read)))
-        self.order = torch.from_numpy(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
+            self.sources.append((side, mine, Held(seeds), Held(read)))
+        self.order = Held(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
         parts = [self._read(source, *rest) for source, rest in zip(compressed, self.sources, strict=True)]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self.order.to(parts[0].device)]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self.order.on(parts[0].device)]
         problem = self.problem
         if problem.layout == "sparse":
             return values.reshape(-1)
         if values.shape[1] < self.width:
             blank = values.new_zeros(problem.batch, self.width)
-            values = blank.index_copy(1, self.places.to(values.device), values)
+            values = blank.index_copy(1, self.places.on(values.device), values)
         if problem.layout == "diagonal":
             return values
         blocks = values.reshape(problem.batch, *self.event, *self.leaf.event_shape)
         return embed(blocks, len(self.event)) if problem.layout == "full" else blocks
 
-    def _read(self, compressed: Tensor, side: Colors, mine: Indices, seeds: Tensor, read: Tensor) -> Tensor:
+    def _read(self, compressed: Tensor, side: Colors, mine: Indices, colored: Held, reading: Held) -> Tensor:
         """The entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
         rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
-        seeds, read = seeds.to(rows.device), read.to(rows.device)
-        if side.samples is None:
+        seeds, read = colored.on(rows.device), reading.on(rows.device)
+        if side.sample_colors is None:
             return rows[seeds, :, read].T
-        first = torch.from_numpy(side.samples.astype(np.int64) * side.width).to(rows.device)
+        first = side.sample_colors.on(rows.device) * side.width
         return rows[first[:, None] + seeds, torch.arange(batch, device=rows.device)[:, None], read]
 
 
@@ -108,16 +108,16 @@ class _WholeBatch:
         if side.samples is not None:
             seeds += side.samples[samples].astype(np.int64) * side.width
         across = pattern.shape[1] if side.side == "rows" else pattern.shape[0]
-        self.index = torch.from_numpy(seeds * across + read)
-        self.places = torch.from_numpy(pattern.places) if problem.layout == "full" else None
+        self.index = Held(seeds * across + read)
+        self.places = Held(pattern.places) if problem.layout == "full" else None
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
-        values = compressed[0].reshape(-1)[self.index.to(compressed[0].device)]
+        values = compressed[0].reshape(-1)[self.index.on(compressed[0].device)]
         if self.places is None:
             return values
         shape = (self.problem.batch, *self.event, *self.leaf.shape)
         blank = values.new_zeros(math.prod(shape))
-        return blank.index_copy(0, self.places.to(values.device), values).reshape(shape)
+        return blank.index_copy(0, self.places.on(values.device), values).reshape(shape)
 
 
 def _part(problem: Problem, output: int, position: int, from_rows: Marks) -> Marks:

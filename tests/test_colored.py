@@ -283,6 +283,63 @@ def test_rows_and_columns_together_need_few_colors(layout: str, engine: str) -> 
     torch.testing.assert_close(found.reshape(right.shape), right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 5)])
+def test_a_sparse_jacobian_of_next_to_nothing(shape: tuple[int, int]) -> None:
+    found = AutoJacobian(stencil, layout="sparse", store=":memory:", effort="estimate")(torch.randn(shape))
+    assert found.layout == torch.sparse_csr
+    assert found.shape == (shape[0] * shape[1],) * 2
+
+
+def test_sparse_jacobians_nest_and_a_shared_input_has_columns_once() -> None:
+    def func(x: Tensor, w: Tensor) -> dict[str, Tensor]:
+        return {"a": (x * w).sin(), "b": x[:, :0]}
+
+    jac = AutoJacobian(func, argnums=(0, 1), in_dims=(0, None), layout="sparse", store=":memory:", effort="estimate")
+    x, w = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    found = jac(x, w)
+    assert [one.shape for one in found["b"]] == [(0, 12), (0, 3)]
+    right = jacobian_full(lambda x, w: func(x, w)["a"], (x, w), (0, 1))
+    for one, other in zip(found["a"], right, strict=True):
+        torch.testing.assert_close(one.to_dense(), other.reshape(one.shape))
+
+
+def test_without_a_batch_a_sparse_jacobian_is_that_of_all_coordinates() -> None:
+    jac = AutoJacobian(lambda x: x.roll(1) * x, in_dims=None, layout="sparse", store=":memory:", effort="estimate")
+    x = torch.randn(6, dtype=torch.float64)
+    assert jac(x)._nnz() == 12
+    torch.testing.assert_close(jac(x).to_dense(), jacobian_full(lambda x: x.roll(1) * x, (x,)))
+
+
+def test_inside_a_transform_a_sparse_matrix_is_refused_by_name() -> None:
+    jac = AutoJacobian(stencil, layout="sparse", store=":memory:", effort="estimate")
+    jac(torch.randn(2, 5))
+    with pytest.raises(autojac.UnsupportedError, match="no sparse matrices"):
+        torch.func.vmap(jac)(torch.randn(3, 2, 5))
+
+
+def test_a_declared_pattern_of_another_shape_is_refused() -> None:
+    declared = Structure("independent", sparsity=Sparsity(None, Pattern.diagonal(4)))
+    with pytest.raises(autojac.OptionError, match=r"shape \(4, 4\).*needs \(9, 9\)"):
+        AutoJacobian(stencil, coupling=declared, store=":memory:")(torch.randn(3, 9))
+
+
+def test_a_graph_of_samples_belongs_to_its_batch() -> None:
+    jac = AutoJacobian(neighbours, layout="full", store=":memory:", effort="estimate")
+    for batch in (8, 7, 8, 5):
+        x = torch.randn(batch, 3, dtype=torch.float64)
+        torch.testing.assert_close(jac(x), jacobian_full(neighbours, (x,)))
+
+
+@pytest.mark.parametrize("layout", ["blocks", "sparse"])
+def test_colors_compile_and_go_through_slices_of_the_batch(layout: str) -> None:
+    problem, x, expected = posed("stencil", layout)
+    for outer in ({"method": "Compiled"}, {"method": "BatchChunk", "size": 2}):
+        method = build({**outer, "inner": {"method": "ColoredPull", "engine": "vmap"}})
+        assert method.unsupported(problem) is None
+        found = dense(problem, method.ready(problem)([x], {}).jacobians[0][0], 0)
+        torch.testing.assert_close(found.reshape(expected[0].shape), expected[0], rtol=1e-12, atol=1e-12)
+
+
 def test_the_colors_are_explained() -> None:
     x = torch.randn(3, 9)
     structure = structure_of(truth(stencil, x))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 import autojac.methods
+from autojac.compression import Held
 from autojac.draws import from_one_state
 from autojac.errors import StoreError
 from autojac.problem import Compute, Problem, Result
@@ -145,13 +145,13 @@ def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Com
     """The entries of a sparse Jacobian, taken out of blocks."""
     compute = prepare(dataclasses.replace(problem, layout="blocks"))
     places = [
-        [torch.from_numpy(problem.patterns(output, position)[1].places) for position in problem.inputs]
+        [Held(problem.patterns(output, position)[1].places) for position in problem.inputs]
         for output in range(len(problem.outputs))
     ]
 
-    def taken(blocks: Tensor, kept: Tensor) -> Tensor:
+    def taken(blocks: Tensor, kept: Held) -> Tensor:
         rows = blocks.reshape(problem.batch, -1)
-        return rows.reshape(-1) if len(kept) == rows.shape[1] else rows[:, kept.to(rows.device)].reshape(-1)
+        return rows.reshape(-1) if len(kept.tensor) == rows.shape[1] else rows[:, kept.on(rows.device)].reshape(-1)
 
     def sparse(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         result = compute(leaves, kwargs)

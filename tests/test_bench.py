@@ -284,6 +284,7 @@ def test_points_are_measured_in_processes_of_their_own() -> None:
     assert found.facts["colors, 600 points"] >= 4
     assert "Colored" in str(found.facts["plan, 600 points"])
     assert found.figures[-1].bound == pytest.approx(2.4)
+    assert all(figure.value > 0 for figure in found.figures)
 
 
 def test_command_races_zeros_alone(monkeypatch: pytest.MonkeyPatch) -> None:

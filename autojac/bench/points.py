@@ -57,13 +57,14 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Zeros:
         blocks.append(Outcome(f"blocks, {count} points", state, reason=run["wrong"]).raced(run["blocks"]))
         facts |= {f"{fact}, {count} points": run[fact] for fact in FACTS}
     last, share = runs[counts[-1]], counts[-1] / counts[0]
-    ratios = ratio(blocks[-1], pulls[-1]), ratio(blocks[-1], blocks[0])
-    over, grown = (math.inf if value is None or last["wrong"] else value for value in ratios)
+    over = ratio(blocks[-1], pulls[-1])
+    # of two processes, so no round of the one has a partner in the other
+    few, many = (each.seconds or math.nan for each in (blocks[0], blocks[-1]))
     figures = (
-        Figure("blocks over a VJP", over, 30.0),
+        Figure("blocks over a VJP", math.inf if over is None or last["wrong"] else over, 30.0),
         Figure("peak of the process, GB", last["peak GB"], 3.5),
         Figure("detection and coloring, s", last["detection s"] + last["coloring s"], 60.0),
-        Figure(f"blocks of {share:.3g} times as many points, over those of the fewest", grown, 1.2 * share),
+        Figure(f"blocks of {share:.3g} times as many points, over those of the fewest", many / few, 1.2 * share),
     )
     return Zeros("points", (*pulls, *blocks), figures, facts)
 

@@ -12,13 +12,17 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from autojac.bench import asdex
 from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, WAYS, reference
 from autojac.bench.command import bench as command
+from autojac.bench.coupled import brusselator
 from autojac.bench.overhead import UNWANTED, overhead, startup
-from autojac.bench.results import Outcome, Race, Regret, Report, ratio
+from autojac.bench.points import points
+from autojac.bench.results import Figure, Outcome, Race, Regret, Report, Zeros, ratio
 from autojac.bench.run import Settings, admitted, bench
 from autojac.bench.table import show
 from autojac.bench.workloads import ALL, CODES, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
+from autojac.bench.zeros import RACES, as_blocks, layouts, reaction
 from oracle import jacobian_blocks
 
 SMALL = (
@@ -216,3 +220,79 @@ def test_command_refuses_what_it_does_not_know(arguments: list[str]) -> None:
 
 def test_help_has_an_example() -> None:
     assert "autojac bench --quick --workload sin" in CliRunner().invoke(command, ["--help"]).output
+
+
+@pytest.mark.parametrize("name", ["sparse over", "blocks over"])
+def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: Zeros, name: str) -> None:
+    (figure,) = (figure for figure in layouts_raced.figures if figure.what.startswith(name))
+    base = figure.what.removeprefix(f"{name} ")
+    outcomes = {outcome.name: outcome for outcome in layouts_raced.outcomes}
+    assert base in (*(way.name for way in WAYS), "autojac without zeros")
+    raced = [outcomes[each] for each in ("blocks", "sparse", base)]
+    assert {outcome.state for outcome in raced} == {"right"}
+    assert figure.value == pytest.approx(ratio(outcomes[name.split(maxsplit=1)[0]], outcomes[base]))
+    assert "Colored" in str(layouts_raced.facts["plan, sparse"])
+    assert "Colored" not in str(layouts_raced.facts["plan, without zeros"])
+    assert layouts_raced.facts["colors of rows"] == 5
+
+
+@pytest.fixture(scope="module")
+def layouts_raced() -> Zeros:
+    with torch.no_grad():
+        return layouts(convolution("conv", 3, 16, channels=2), replace(SETTINGS, effort="estimate"), 1.0, 1.0)
+
+
+def test_a_wrong_sparse_jacobian_is_not_taken_for_blocks() -> None:
+    like = torch.zeros(2, 2, 2)
+    own = torch.block_diag(torch.ones(2, 2), 2 * torch.eye(2)).to_sparse_csr()
+    right = torch.stack([torch.ones(2, 2), 2 * torch.eye(2)])
+    assert torch.equal(as_blocks(own, like), right)
+    with pytest.raises(ValueError, match="between samples"):
+        as_blocks(torch.ones(4, 4).to_sparse_csr(), like)
+
+
+def test_brusselator_is_held_against_passes_of_its_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.bench.asdex.prepared", lambda size, x: "left out")
+    with torch.no_grad():
+        found = reaction(SETTINGS, size=6, rounds=3)
+    assert found.facts["entries"] == 6 * 2 * 36
+    assert 6 <= float(found.facts["colors of columns"]) <= 10
+    assert found.facts["asdex"] == "left out"
+    assert {"func", "detection", "coloring", "JVPs", "VJPs", "sparse"} == {outcome.name for outcome in found.outcomes}
+    assert [figure.bound for figure in found.figures[1:]] == [3.0, 3.0]
+    report = Report({}, {"effort": "quick"}, (), zeros=(found,))
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    console = Console(record=True, file=io.StringIO())
+    show(report, console)
+    assert "sparse over JVPs" in console.export_text()
+
+
+def test_asdex_says_why_it_is_left_out_or_agrees() -> None:
+    x = torch.rand(72)
+    rival = asdex.prepared(6, x)
+    if isinstance(rival, str):
+        assert "autojac[bench]" in rival
+        return
+    expected = torch.autograd.functional.jacobian(brusselator(6), x)
+    torch.testing.assert_close(rival.dense(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_points_are_measured_in_processes_of_their_own() -> None:
+    found = points(SETTINGS, counts=(300, 600))
+    assert [outcome.state for outcome in found.outcomes] == ["right"] * 4
+    assert found.figures[0].what == "blocks over a VJP"
+    assert found.facts["colors, 600 points"] >= 4
+    assert "Colored" in str(found.facts["plan, 600 points"])
+    assert found.figures[-1].bound == pytest.approx(2.4)
+    assert all(figure.value > 0 for figure in found.figures)
+
+
+def test_command_races_zeros_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Zeros("it", (), (Figure("a over b", 2.0, 1.0),), {"entries": 3})
+    monkeypatch.setitem(RACES, "burgers", lambda settings: made)
+    done = CliRunner().invoke(command, ["--quick", "--zeros", "burgers", "--json"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert data["races"] == []
+    assert data["zeros"][0]["figures"] == [{"what": "a over b", "value": 2.0, "bound": 1.0}]
+    assert "missed" in CliRunner().invoke(command, ["--quick", "--zeros", "burgers"]).output

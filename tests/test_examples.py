@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from autojac import Pattern
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -100,3 +103,40 @@ def test_plan_is_reused_without_a_trial() -> None:
     assert found["last_batch_source"] == "neighbour"
     assert "autojac tune" in found["refused"]
     assert found["losses"][-1] < found["losses"][0]
+
+
+def test_implicit_steps_agree_with_dense_ones_and_are_of_second_order(tmp_path: Path) -> None:
+    module = example("stiff_brusselator")
+    arguments = ["--size=8", "--steps=4", "--until=0.1", "--budget=0.5", f"--picture={tmp_path / 'pattern'}"]
+    found = module.main(arguments)
+    assert found["pattern"].count == 12 * 64
+    assert found["difference"] < 1e-9
+    assert "colors: passes for" in found["explanation"]
+    rate = module.Brusselator(8)
+    jacrev = torch.func.jacrev(rate)
+    ends = [module.integrate(rate, jacrev, module.factor_dense, 0.1, steps)[0] for steps in (40, 80, 160, 640)]
+    errors = [float((end - ends[-1]).norm()) for end in ends[:3]]
+    assert 3 < errors[0] / errors[1] < 5.5
+    assert 3 < errors[1] / errors[2] < 5.5
+
+
+def test_points_get_exact_blocks_and_their_graph_is_kept(tmp_path: Path) -> None:
+    found = example("million_points").main(
+        ["--points=400", "--neighbours=4", f"--store={tmp_path / 'plans.db'}", f"--picture={tmp_path / 'points.html'}"]
+    )
+    assert found["graph"].count == 5 * 400
+    assert found["block_error"] < 1e-5
+    assert found["sum_error"] > 1e-2
+    assert found["source"] == "store"
+    assert "index" in found["explanation"]
+    assert found["blocks"].shape == (400, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["stiff_brusselator", "million_points"])
+def test_pictures_are_left_out_where_plotly_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    target = tmp_path / "picture.html"
+    assert "autojac[report]" in example(name).draw(Pattern.diagonal(3), str(target))
+    assert not target.exists()

@@ -13,6 +13,8 @@ from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
 from autojac.bench.table import show
 from autojac.bench.workloads import ALL, WORKLOADS
+from autojac.bench.zeros import RACES
+from autojac.bench.zeros import zeros as put_to_use
 from autojac.plan import EFFORTS
 
 
@@ -24,6 +26,13 @@ from autojac.plan import EFFORTS
     multiple=True,
     type=click.Choice(list(WORKLOADS)),
     help="Only this one; may be repeated.  [default: those of the README's table]",
+)
+@click.option(
+    "--zeros",
+    "spared",
+    multiple=True,
+    type=click.Choice(list(RACES)),
+    help="Put the zeros of this one to use; may be repeated. Then no workload is raced that is not named.",
 )
 @click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
 @click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
@@ -37,6 +46,7 @@ from autojac.plan import EFFORTS
 def bench(
     effort: str | None,
     names: tuple[str, ...],
+    spared: tuple[str, ...],
     rounds: int | None,
     budget: float | None,
     regret: bool,
@@ -54,6 +64,7 @@ def bench(
     \b
     Examples:
       autojac bench --quick --workload sin
+      autojac bench --zeros burgers --zeros brusselator
       autojac bench --regret --overhead --startup --json > bench.json
     """
     _require(device)
@@ -66,7 +77,9 @@ def bench(
         regret=regret,
         race_s=10.0 if quick else 60.0,
     )
-    report = run_bench([WORKLOADS[name] for name in names] or ALL, settings, _announce)
+    chosen = [WORKLOADS[name] for name in names] or ([] if spared else ALL)
+    report = run_bench(chosen, settings, _announce)
+    report = dataclasses.replace(report, zeros=tuple(put_to_use(spared, settings, _announce)))
     if with_overhead:
         _announce("overhead of a call")
         report = dataclasses.replace(report, overhead_seconds=overhead(settings))

@@ -126,6 +126,43 @@ class Race:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A number that was promised.
+
+    Attributes:
+        what: for people.
+        value: as it was measured.
+        bound: what it is to stay below.
+    """
+
+    what: str
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """What zeros save on one function.
+
+    Attributes:
+        name: the function.
+        outcomes: how each way fared, interleaved in one run.
+        figures: what was promised of it.
+        facts: plans, colors, entries, and what was timed apart.
+    """
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+    figures: tuple[Figure, ...]
+    facts: dict[str, str | float]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        outcomes = tuple(map(Outcome.from_json, data["outcomes"]))
+        return cls(data["name"], outcomes, tuple(Figure(**figure) for figure in data["figures"]), data["facts"])
+
+
+@dataclass(frozen=True)
 class Startup:
     """Fresh processes.
 
@@ -163,6 +200,7 @@ class Report:
         races: one a workload.
         overhead_seconds: what `jac(x)` adds to its bare method, for the sin workload.
         startup: fresh processes.
+        zeros: one for each function whose zeros were put to use.
     """
 
     environment: dict[str, Any]
@@ -170,6 +208,7 @@ class Report:
     races: tuple[Race, ...]
     overhead_seconds: float | None = None
     startup: Startup | None = None
+    zeros: tuple[Zeros, ...] = ()
 
     @property
     def mean_speedup(self) -> float | None:
@@ -204,4 +243,5 @@ class Report:
     def from_json(cls, data: dict[str, Any]) -> Self:
         startup = None if data["startup"] is None else Startup.from_json(data["startup"])
         races = tuple(map(Race.from_json, data["races"]))
-        return cls(data["environment"], data["settings"], races, data["overhead_seconds"], startup)
+        zeros = tuple(map(Zeros.from_json, data["zeros"]))
+        return cls(data["environment"], data["settings"], races, data["overhead_seconds"], startup, zeros)

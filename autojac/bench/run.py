@@ -100,18 +100,23 @@ def bench(
 def tune(workload: Workload, settings: Settings) -> Tuned:
     """Search for a plan, in a store that knows nothing yet unless one is named."""
     func, x = workload.make(settings.device)
-    store = settings.store or autojac.PlanStore(":memory:")
-    jac = autojac.AutoJacobian(func, effort=settings.effort, budget_s=settings.budget_s, store=store)
+    jac = wrapped(func, settings)
     entry, _ = jac._run((x,), {})
     return Tuned(workload, func, x, reference(workload, func, x), jac, entry)
+
+
+def wrapped(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
+    """The wrapper that a benchmark tunes."""
+    store = settings.store or autojac.PlanStore(":memory:")
+    return autojac.AutoJacobian(func, effort=settings.effort, budget_s=settings.budget_s, store=store, **options)
 
 
 def race(tuned: Tuned, settings: Settings) -> Race:
     """Check and time all ways and autojac on one workload."""
     workload, x, plan = tuned.workload, tuned.x, tuned.entry.plan
     own = admitted("autojac", lambda: tuned.jac(x), tuned.truth)
-    ways = [_torch_way(way, tuned) for way in WAYS]
-    own, *ways = _raced([own, *ways], x.device, settings, FAR, always=("autojac", DEFAULT))
+    ways = [torch_way(way, tuned) for way in WAYS]
+    own, *ways = raced([own, *ways], x.device, settings, FAR, always=("autojac", DEFAULT))
     outcomes = tuple(entrant.outcome for entrant in ways)
     right = {way.name: way.seconds or math.inf for way in outcomes if way.state == "right"}
     default = DEFAULT if DEFAULT in right else min(right, key=right.__getitem__, default=None)
@@ -139,7 +144,7 @@ def regret(tuned: Tuned, settings: Settings) -> Regret:
     plan = str(entry.plan)
     entrants = [admitted(plan, lambda: entry.compute((tuned.x,), {}).jacobians[0][0], tuned.truth)]
     entrants += [_candidate(name, method, tuned) for name, method in methods.items() if name != plan]
-    entrants = _raced(entrants, tuned.x.device, settings, CANDIDATES_FAR, always=(plan,), left_out="slow")
+    entrants = raced(entrants, tuned.x.device, settings, CANDIDATES_FAR, always=(plan,), left_out="slow")
     return Regret(plan, tuple(entrant.outcome for entrant in entrants))
 
 
@@ -160,7 +165,7 @@ def admitted(name: str, run: Run, truth: Tensor) -> Entrant:
     return Entrant(Outcome(name, "right", seconds), run)
 
 
-def _torch_way(way: Way, tuned: Tuned) -> Entrant:
+def torch_way(way: Way, tuned: Tuned) -> Entrant:
     reason = way.too_large(tuned.workload)
     if reason is not None:
         return Entrant(Outcome(way.name, "skipped", reason=reason))
@@ -179,7 +184,7 @@ def _candidate(name: str, method: Method, tuned: Tuned) -> Entrant:
     return admitted(name, lambda: compute((tuned.x,), {}).jacobians[0][0], tuned.truth)
 
 
-def _raced(
+def raced(
     entrants: Sequence[Entrant],
     device: torch.device,
     settings: Settings,

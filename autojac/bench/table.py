@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autojac.bench.baselines import WAYS
-from autojac.bench.results import Outcome, Race, Report, ratio
+from autojac.bench.results import Outcome, Race, Report, Zeros, ratio
 
 PLAIN_WIDTH = 170
 """Columns where the output is no terminal."""
@@ -31,6 +31,8 @@ def show(report: Report, console: Console | None = None) -> None:
             style="dim",
         )
         console.print(plans(report))
+    for one in report.zeros:
+        console.print(spared(one))
     for line in figures(report):
         console.print(line, highlight=False)
 
@@ -71,6 +73,21 @@ def plans(report: Report) -> Table:
             race.plan,
             other,
         )
+    return table
+
+
+def spared(zeros: Zeros) -> Table:
+    """One function whose zeros were put to use: its ways, what was promised, what else is known."""
+    table = Table(zeros.name, "", box=box.SIMPLE_HEAD)
+    for outcome in zeros.outcomes:
+        table.add_row(outcome.name, cell(outcome) + (" ms" if outcome.seconds is not None else ""))
+    table.add_section()
+    for figure in zeros.figures:
+        held = "" if figure.value <= figure.bound else ", [red]missed[/red]"
+        table.add_row(figure.what, f"{figure.value:.3g}, at most {figure.bound:.3g}{held}")
+    table.add_section()
+    for what, fact in zeros.facts.items():
+        table.add_row(what, fact if isinstance(fact, str) else f"{fact:.4g}")
     return table
 
 

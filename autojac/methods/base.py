@@ -187,7 +187,10 @@ def dispatch_cost(passes: int, functional: bool) -> float:
 
 
 def traffic_cost(problem: Problem, count: int, step: int) -> float:
-    """Predicted seconds of moving `count` seeds through the batch, dearer where a step overflows the cache."""
+    """Predicted seconds of moving `count` seeds through the batch, dearer where many at a time overflow the cache.
+
+    A single seed that is too large for it is so in every way.
+    """
     moved = problem.seed_bytes
-    overflow = 1.3 if moved * step > CACHE_BYTES else 1.0
+    overflow = 1.3 if step > 1 and moved * step > CACHE_BYTES else 1.0
     return overflow * moved * (count + 1) / BYTES_PER_SECOND

@@ -1,0 +1,208 @@
+"""What zeros save: sparse layouts and blocks against the best that knows of no zeros, all in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from autojac.bench import asdex
+from autojac.bench.baselines import WAYS
+from autojac.bench.coupled import brusselator
+from autojac.bench.points import points
+from autojac.bench.results import Figure, Outcome, Zeros, ratio
+from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way, tune, wrapped
+from autojac.bench.workloads import WORKLOADS, Workload
+from autojac.coloring import Colorings, Side
+from autojac.compression import colors_of
+from autojac.entry import Entry
+from autojac.probe.features import Features, feature_pattern
+from autojac.probe.pairs import Subject
+from autojac.quiet import Quiet
+from autojac.search import measure
+from autojac.structure import Structure
+
+FEW_ROUNDS = 3
+"""Enough to tell which two dense ways to race in earnest."""
+SIDES: tuple[Side, ...] = ("rows", "columns")
+
+
+def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_bound: float) -> Zeros:
+    """Race a function's entries and its blocks against the best of torch's ways and of autojac without a pattern.
+
+    Args:
+        workload: of independent samples.
+        settings: how to measure.
+        sparse_bound, blocks_bound: what each is to take at most, in times of the best.
+    """
+    tuned = tune(workload, settings)
+    func, x, truth = tuned.func, tuned.x, tuned.truth
+    colored = wrapped(func, settings, layout="sparse")
+    dense = wrapped(func, settings, coupling=Structure("independent", "declared"))
+    ways = [torch_way(way, tuned) for way in WAYS]
+    ways.append(admitted("autojac without zeros", lambda: dense(x), truth))
+    ways = raced(ways, x.device, dataclasses.replace(settings, rounds=FEW_ROUNDS), FAR, always=())
+    # a busy machine may have favoured one
+    finalists = sorted((way for way in ways if way.outcome.samples), key=_seconds)[:2]
+    entries = admitted("sparse", lambda: as_blocks(colored(x), truth), truth)
+    entries = dataclasses.replace(entries, run=entries.run and (lambda: colored(x)))
+    rivals = [admitted("blocks", lambda: tuned.jac(x), truth), entries, *finalists]
+    names = [rival.outcome.name for rival in rivals]
+    timed = [entrant.outcome for entrant in raced(rivals, x.device, settings, math.inf, always=names)]
+    blocks, sparse, *last = timed
+    best = min(last, key=lambda outcome: outcome.seconds or math.inf)
+    left = tuple(way.outcome for way in ways if way.outcome.name not in names)
+    entry, _ = colored._run((x,), {})
+    facts = _facts({"blocks": tuned.entry, "sparse": entry, "without zeros": dense._run((x,), {})[0]})
+    figures = _figures(best, ("sparse", sparse, sparse_bound), ("blocks", blocks, blocks_bound))
+    return Zeros(workload.name, (*timed, *left), figures, {**facts, **_colors(entry)})
+
+
+def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Zeros:
+    """The Brusselator on a grid: detection in times of a plain call, its Jacobian in those of JVPs, asdex beside it.
+
+    Args:
+        settings: how to measure.
+        size: cells along a side; 2·size² unknowns.
+        rounds: of the race, which takes milliseconds.
+    """
+    func, x = brusselator(size), torch.rand(2 * size * size, generator=torch.Generator().manual_seed(0)) + 1
+    jac = wrapped(func, settings, layout="sparse", in_dims=None)
+    entry, _ = jac._run((x,), {})
+    colors = _colors(entry)
+    pattern = detect(func, x).pattern
+    assert pattern is not None
+    seeds = torch.randn(int(min(colors.values())), len(x), generator=torch.Generator().manual_seed(1))
+    runs: dict[str, Callable[[], object]] = {
+        "func": lambda: func(x),
+        "detection": lambda: detect(func, x),
+        "coloring": lambda: Colorings().orthogonal(pattern, "columns"),
+        "JVPs": lambda: jvps(func, x, seeds),
+        "VJPs": lambda: vjps(func, x, seeds),
+        "sparse": lambda: jac(x),
+    }
+    facts = {**_facts({"sparse": entry}), **colors, "entries": pattern.count}
+    rival = asdex.prepared(size, x)
+    if isinstance(rival, str):
+        facts["asdex"] = rival
+    else:
+        wrong = (as_dense(jac(x)) - rival.dense()).abs().max() > 1e-3 * rival.dense().abs().max()
+        facts |= {"asdex colors": rival.colors, **({"asdex": "another Jacobian"} if wrong else {})}
+        runs |= rival.runs
+    until = time.monotonic() + settings.race_s
+    table = measure.interleaved(list(runs.values()), x.device, settings.shortest_s, rounds, until)
+    timed = {
+        name: Outcome(name, "right", statistics.median(samples), tuple(samples))
+        for name, samples in zip(runs, table, strict=True)
+    }
+    # whoever else is on the machine
+    found, plain = (cpu_seconds(runs[name], rounds) for name in ("detection", "func"))
+    figures = (
+        Figure("detection, CPU ms", 1e3 * found, max(50.0, 30e3 * plain)),
+        *_figures(timed["JVPs"], ("sparse", timed["sparse"], 3.0)),
+        *_figures(timed["VJPs"], ("sparse", timed["sparse"], 3.0)),
+    )
+    return Zeros(f"brusselator-{size}", tuple(timed.values()), figures, facts)
+
+
+def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
+    """The pattern of a function without a batch, from nothing."""
+    subject = Subject(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Quiet(()))
+    return feature_pattern(subject, (0,), torch.Generator().manual_seed(0), sliceable=False)
+
+
+def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:
+    """One JVP a seed, as a user of dual numbers writes it."""
+    pushed = []
+    for seed in seeds:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(func(forward_ad.make_dual(x, seed))).tangent
+        pushed.append(tangent)
+    return pushed
+
+
+def vjps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:
+    """One VJP a seed, all through one graph."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = func(x)
+        return [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
+
+
+def cpu_seconds(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of this process's own threads that a call takes, the median."""
+    spent = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run()
+        spent.append(time.process_time() - start)
+    return statistics.median(spent)
+
+
+def as_dense(jacobian: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's sparse tensors are in beta
+        return jacobian.to_dense()
+
+
+def as_blocks(jacobian: Tensor, like: Tensor) -> Tensor:
+    """The blocks (B, m, n) of independent samples in a sparse matrix (B·m, B·n)."""
+    batch, m, n = like.shape
+    counts = jacobian.crow_indices().diff()
+    rows = torch.arange(batch * m, device=like.device).repeat_interleave(counts)
+    samples, columns = rows // m, jacobian.col_indices()
+    if jacobian.shape != (batch * m, batch * n) or not torch.equal(samples, columns // n):
+        raise ValueError("it holds entries between samples")
+    return torch.zeros_like(like).index_put((samples, rows % m, columns % n), jacobian.values())
+
+
+def _seconds(entrant: Entrant) -> float:
+    return entrant.outcome.seconds or math.inf
+
+
+def _facts(entries: Mapping[str, Entry]) -> dict[str, str | float]:
+    plans: dict[str, str | float] = {f"plan, {name}": str(entry.plan) for name, entry in entries.items()}
+    return plans | {f"tuning s, {name}": entry.plan.tuning_seconds for name, entry in entries.items()}
+
+
+def _colors(entry: Entry) -> dict[str, float]:
+    return {f"colors of {side}": colors_of(entry.problem, side).count for side in SIDES}
+
+
+def _figures(base: Outcome, *held: tuple[str, Outcome, float]) -> tuple[Figure, ...]:
+    """Each outcome in times of another, with what it is to stay below."""
+    found = ((f"{name} over {base.name}", ratio(outcome, base), bound) for name, outcome, bound in held)
+    return tuple(Figure(what, math.inf if value is None else value, bound) for what, value, bound in found)
+
+
+RACES: dict[str, Callable[[Settings], Zeros]] = {
+    "burgers": lambda settings: layouts(WORKLOADS["burgers"], settings, 1 / 15, 1 / 2),
+    "conv1d": lambda settings: layouts(WORKLOADS["conv1d"], settings, 1 / 6, 1 / 6),
+    "brusselator": reaction,
+    "points": points,
+}
+
+
+def zeros(names: Iterable[str], settings: Settings, announce: Callable[[str], None] = lambda name: None) -> list[Zeros]:
+    """Put the zeros of each function to use.
+
+    Args:
+        names: of the functions.
+        settings: how to measure.
+        announce: called with each name before its turn.
+    """
+    found = []
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch tells of slow paths, which the times show
+        warnings.simplefilter("ignore")
+        for name in names:
+            announce(name)
+            found.append(RACES[name](settings))
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import autojac
+import autojac.coloring
 from autojac import AutoJacobian, Pattern, Sparsity, Structure
 from autojac.hollow import solid
 from autojac.methods.base import build, registry
@@ -337,6 +340,23 @@ def test_colors_compile_and_go_through_slices_of_the_batch(layout: str) -> None:
         assert method.unsupported(problem) is None
         found = dense(problem, method.ready(problem)([x], {}).jacobians[0][0], 0)
         torch.testing.assert_close(found.reshape(expected[0].shape), expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_patterns_and_colors_are_taken_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 3, dtype=torch.float64)
+    first = AutoJacobian(neighbours, layout="sparse", store=tmp_path / "plans.db", effort="estimate")(x)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("this was done before")
+
+    for name in ("orthogonal", "apart", "both"):
+        monkeypatch.setattr(autojac.coloring, name, never)
+    monkeypatch.setattr(sys.modules["autojac.probe"], "feature_pattern", never)
+    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "sample_graph", never)
+    again = AutoJacobian(neighbours, layout="sparse", store=tmp_path / "plans.db", effort="estimate")
+    torch.testing.assert_close(again(x).to_dense(), first.to_dense())
+    assert again.plan(x).source == "store"
+    assert again.plan(x).structure.samples is not None
 
 
 def test_the_colors_are_explained() -> None:

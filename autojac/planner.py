@@ -276,7 +276,7 @@ class Planner:
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         structure = problem.structure
-        if structure.sparsity is not None:
+        if structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse"):
             entry.renew(self.func, request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
             entry.numbers = set()

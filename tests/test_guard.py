@@ -24,7 +24,8 @@ class Switch:
         self.on = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.sin() + (x.roll(1, 0) * x if self.on else 0)
+        # without zeros inside a sample: else it would be looked at in each call, see test_reads.py
+        return x.softmax(-1) + (x.roll(1, 0) * x if self.on else 0)
 
 
 def estimated(func: Any, **options: Any) -> AutoJacobian:

@@ -57,6 +57,11 @@ class Method(ABC):
         return None
 
     @property
+    def trusts_zeros(self) -> bool:
+        """Whether the method is wrong where a pattern misses an entry."""
+        return False
+
+    @property
     def makes_sparse(self) -> bool:
         """Whether `prepare` knows the layout `sparse`; what else is asked for it makes blocks."""
         return False

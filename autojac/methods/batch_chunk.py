@@ -42,6 +42,10 @@ class BatchChunk(Method):
         return self.inner.makes_sparse
 
     @property
+    def trusts_zeros(self) -> bool:
+        return self.inner.trusts_zeros
+
+    @property
     def compiles(self) -> bool:
         return self.inner.compiles
 

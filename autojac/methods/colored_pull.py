@@ -33,6 +33,10 @@ class ColoredPull(Method):
     def makes_sparse(self) -> bool:
         return True
 
+    @property
+    def trusts_zeros(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem) -> str | None:
         return nothing_gained(problem, "rows") or super().unsupported(problem)
 

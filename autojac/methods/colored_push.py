@@ -34,6 +34,10 @@ class ColoredPush(Method):
     def makes_sparse(self) -> bool:
         return True
 
+    @property
+    def trusts_zeros(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem) -> str | None:
         return nothing_gained(problem, "columns") or super().unsupported(problem)
 

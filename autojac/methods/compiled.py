@@ -35,6 +35,10 @@ class Compiled(Method):
         return self.inner.makes_sparse
 
     @property
+    def trusts_zeros(self) -> bool:
+        return self.inner.trusts_zeros
+
+    @property
     def compiles(self) -> bool:
         return True
 

@@ -59,10 +59,6 @@ class Counted:
         self.batches.append(len(args[0]))
         return self.func(*args, **kwargs)
 
-    def __autojac_reach__(self) -> dict[str, Any]:
-        """The counter is no part of the function."""
-        return {"func": self.func}
-
     @property
     def calls(self) -> int:
         return len(self.batches)

@@ -22,6 +22,7 @@ from autojac.methods.base import build, registry
 from autojac.problem import Problem
 from harness import Counted, planned
 from oracle import jacobian_full
+from scenarios.arrays import arrowhead
 
 COLORED = [
     {"method": name, "engine": engine, "chunk": chunk}
@@ -261,11 +262,6 @@ def test_index_tensors_of_other_content_are_checked() -> None:
     index.copy_(torch.roll(index, 1))
     found = jac(x, index)
     torch.testing.assert_close(found.reshape(16, 16), arranged(truth(lambda z: func(z, index), x), "full")[0])
-
-
-def arrowhead(x: Tensor) -> Tensor:
-    """Each feature with itself and the first, and the first with all."""
-    return torch.cat(((x**2).sum(-1, keepdim=True), x[:, 1:] * x[:, :1]), -1)
 
 
 @pytest.mark.parametrize("layout", ["blocks", "full", "sparse"])

@@ -102,7 +102,20 @@ def without_own(x: Tensor) -> Tensor:
     return (others + torch.eye(x.shape[-1], dtype=x.dtype)).prod(-1)
 
 
+def arrowhead(x: Tensor) -> Tensor:
+    """The first coordinate with all, each other one with the first and itself."""
+    return torch.cat(((x**2).sum(-1, keepdim=True), x[:, 1:] * x[:, :1]), -1)
+
+
+def arrowhead_jacobian(_: Any, x: Tensor) -> Tensor:
+    own = torch.diag_embed(torch.cat((2 * x[:, :1], x[:, :1].expand(-1, x.shape[1] - 1)), -1))
+    first_row = torch.nn.functional.pad(2 * x[:, None, 1:], (1, 0, 0, x.shape[1] - 1))
+    first_column = torch.nn.functional.pad(x[:, 1:, None], (0, x.shape[1] - 1, 1, 0))
+    return own + first_row + first_column
+
+
 SCENARIOS = [
+    Scenario("arrowhead", lambda d: (arrowhead, (d.normal(ROWS, 12),)), jacobian=arrowhead_jacobian),
     Scenario("low-pass filter by rfft and irfft", low_pass),
     Scenario(
         "Fourier coefficients, seen as reals",

@@ -283,7 +283,7 @@ class AutoJacobian(Derived):
         """
         problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
-        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls)
+        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed))
         try:
             result = entry.usable(leaves, kwargs)
             with saved_tensors_apart():

@@ -38,6 +38,7 @@ class Reference:
         seed: of the random projections.
         samples: those that projections of a coupled function live on; a few at random by default.
         pullback: of a graph that exists already, in the place of an evaluation.
+        thorough: look at every class of a coloring, since one edge of a graph may have moved.
 
     Attributes:
         once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
@@ -53,10 +54,12 @@ class Reference:
         seed: int = 0,
         samples: Sequence[int] = (),
         pullback: Pullback | None = None,
+        thorough: bool = False,
     ) -> None:
         self.problem = problem
         self.places = Places(problem)
         self.samples = samples
+        self.classes = None if thorough else CLASSES
         self.slack = [1.0] * len(problem.outputs)
         self.calibrated = False
         self.once = False
@@ -257,7 +260,7 @@ class Reference:
         """Some classes of a coloring that keeps apart what reaches each other."""
         colors = torch.from_numpy(self.problem.colorings.apart(graph))
         # an edge that is missing joins samples of one color, or does no harm
-        shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[:CLASSES].tolist()
+        shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[: self.classes].tolist()
         return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
 
     def _chosen(self, value: Tensor, rows: int) -> list[int]:

@@ -137,6 +137,23 @@ def test_neighbours_may_change_with_every_call(layout: str, keyword: bool) -> No
         right(func, x, found, near=near)
 
 
+def test_one_edge_among_many_classes_is_noticed() -> None:
+    def func(x: Tensor, near: Tensor) -> Tensor:
+        return x * x[near].sum(1)
+
+    count = 60
+    ring = (torch.arange(count)[:, None] + torch.arange(1, 14)) % count
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        near, x = ring.clone(), torch.randn(count, 2, dtype=torch.float64, generator=generator)
+        jac = AutoJacobian(func, in_dims=(0, None), store=":memory:", effort="estimate")
+        for _ in range(3):
+            jac(x, near)
+        row, step = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, count), (14, 46)))
+        near[row, 0] = (row + step) % count
+        right(func, x, jac(x, near), near=near)
+
+
 def test_what_changes_all_the_time_is_checked_a_few_times_only() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

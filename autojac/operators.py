@@ -18,6 +18,10 @@ BLIND = {"is_same_size", "_fused_sdp_choice"}
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
 PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
 """Operators whose results share a storage and no element of it."""
+LITERALS = {"lift_fresh", "lift_fresh_copy"}
+"""What is written out in the code passes through these."""
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+"""The classes of tensors that run every operator as it is."""
 VIEWS_IN_PLACE = {
     "transpose_": aten.transpose.int,
     "t_": aten.t.default,

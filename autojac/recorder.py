@@ -21,11 +21,9 @@ from autojac.connect import graph_of
 from autojac.decompose import decomposed
 from autojac.errors import UnsupportedError
 from autojac.graph import Graph, Operation, Value
-from autojac.operators import PARTITIONS, VIEWS_IN_PLACE, certain, functional, reads_data, traits
+from autojac.operators import LITERALS, PARTITIONS, PLAIN, VIEWS_IN_PLACE, certain, functional, reads_data, traits
 from autojac.running import running
 
-LITERALS = {"lift_fresh", "lift_fresh_copy"}
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 MOST_OPERATIONS = 4000
 
 

@@ -1,0 +1,205 @@
+"""What one run does, operator by operator, below autograd and every transform: a flat graph that can run again.
+
+A tape takes down any computation, torch.func's transforms and autograd's own backward passes included, because it sits
+beneath them, where only plain tensors and aten operators are left. It writes verbatim: in the order in which operators
+ran, in-place ones as they are. What may be changed about that is for others to find out (`autojac.simplify`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autojac.errors import UnsupportedError
+from autojac.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, certain, reads_data, traits
+
+MOST_OPERATORS = 5000
+"""Loops are unrolled up to here."""
+TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_type", "sym_size", "sym_numel"}
+"""Operators that return no tensor and tell of shapes alone."""
+
+Role = Literal["given", "unknown", "literal", "operator"]
+
+
+class Tape(TorchDispatchMode):
+    """Takes down what runs under it as an `fx.Graph` of aten operators.
+
+    Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
+    `storage`, the same for all that share memory; `order`, when it ran; `phase`, counted up by whoever runs several
+    things; `writes`, the storages that an operator writes into; and `draws`, whether it moves a random generator.
+
+    Args:
+        given: the tensors that stand for the arguments of the run, no two of them the same object.
+        most_bytes: what may be held; nothing is freed while the tape runs.
+
+    Attributes:
+        graph: without an output node.
+        reason: why what ran can't run again from the graph alone; empty if it can.
+    """
+
+    def __init__(self, given: Sequence[Tensor], most_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.reason = ""
+        self.phase = 0
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._nodes: dict[int, fx.Node] = {}
+        self._storages: dict[int, list[Tensor]] = {}
+        # a freed tensor's identity would be given to another
+        self._alive: list[Any] = []
+        for tensor in given:
+            self._enter(tensor, "given")
+        # what is there before anything runs costs nothing more
+        self._bytes = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would load its compiler (1 s) to keep it away from this mode
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.reason:
+            return func(*args, **kwargs)
+        if not PLAIN.issuperset(types):
+            self._refuse("func uses a subclass of torch.Tensor that runs operators its own way")
+            return func(*args, **kwargs)
+        name, _, draws = traits(func)
+        nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
+        self._look(func, name, args, nodes)
+        made = func(*args, **kwargs)
+        if self.reason:
+            return made
+        parts = made if isinstance(made, (tuple, list)) else (made,)
+        if not any(isinstance(part, Tensor) for part in parts):
+            return made
+        node = self.graph.call_function(func, *nodes)
+        self._describe(node, "operator", None)
+        node.meta["writes"] = frozenset(_written(func, name, args, kwargs))
+        node.meta["draws"] = draws and not certain(func, args, kwargs)
+        if isinstance(made, Tensor):
+            self._outcome(node, made)
+        else:
+            for place, part in enumerate(parts):
+                if isinstance(part, Tensor) and id(part) not in self._nodes:
+                    item = self.graph.call_function(operator.getitem, (node, place))
+                    self._describe(item, "operator", None)
+                    self._outcome(item, part)
+        if len(self.graph.nodes) > MOST_OPERATORS:
+            self._refuse(f"it runs more than {MOST_OPERATORS} operators")
+        return made
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor; one that no operator has made enters the graph as something that was there before."""
+        known = self._nodes.get(id(tensor))
+        if known is None:
+            known = self._face(tensor)
+        return known if known is not None else self._enter(tensor, "unknown")
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor was given or has been met."""
+        return id(tensor) in self._nodes
+
+    def _look(self, func: Any, name: str, args: Any, nodes: Any) -> None:
+        """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
+        if name in LITERALS:
+            (literal,) = nodes[0]
+            literal.meta["role"] = "literal" if literal.meta["role"] == "unknown" else literal.meta["role"]
+        if name not in TELLS_SIZES and reads_data(func, args):
+            sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
+            if not all(self._certain(node, set()) for node in sources):
+                self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")
+        if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
+            self._refuse("it draws from a random generator of its own")
+
+    def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
+        """Whether a tensor is the same in every run: made of literals and numbers alone."""
+        if node.meta["role"] != "operator":
+            return bool(node.meta["role"] == "literal")
+        if node in seen:
+            return True
+        seen.add(node)
+        # what was written into is not looked through
+        calm = not node.meta.get("draws") and not node.meta.get("writes")
+        return calm and all(self._certain(source, seen) for source in node.all_input_nodes)
+
+    def _enter(self, tensor: Tensor, role: Role) -> fx.Node:
+        node = self.graph.create_node("placeholder", f"given_{len(self._nodes)}")
+        # placeholders lead, whenever they are met
+        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        if first is not None:
+            first.prepend(node)
+        self._describe(node, role, tensor)
+        self._outcome(node, tensor)
+        return node
+
+    def _face(self, tensor: Tensor) -> fx.Node | None:
+        """Another object for memory that is known, which no operator has told of: a saved tensor, say."""
+        sharing = self._storages.get(_storage(tensor), ())
+        if not sharing:
+            return None
+        alike = [other for other in sharing if _place(other) == _place(tensor)]
+        source = self._nodes[id((alike or sharing)[-1])]
+        if not alike:
+            if sharing[-1].dtype != tensor.dtype:
+                self._refuse("it reads memory of one dtype as another where no operator is seen")
+                return source
+            places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+            source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))
+            self._describe(source, "operator", None)
+        self._outcome(source, tensor, new=not alike)
+        return source
+
+    def _describe(self, node: fx.Node, role: Role, value: Tensor | None) -> None:
+        node.meta |= {"role": role, "value": value, "storage": None, "order": len(self.graph.nodes), "phase": self.phase}
+        node.meta |= {"writes": frozenset(), "draws": False}
+
+    def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
+        """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
+        if id(tensor) in self._nodes:
+            return
+        storage = _storage(tensor)
+        if new:
+            node.meta["value"], node.meta["storage"] = tensor, storage
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+        if storage and storage not in self._storages:
+            self._bytes += tensor.untyped_storage().nbytes()
+            if self._bytes > self.most_bytes:
+                self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB")
+        if storage:
+            self._storages.setdefault(storage, []).append(tensor)
+
+    def _refuse(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        if "holds more" in reason:
+            # going on would take the memory all the same
+            raise UnsupportedError(reason)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; 0 for those without memory to speak of."""
+    if tensor.layout != torch.strided or tensor._is_zerotensor():
+        return 0
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _written(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """Storages that an operator writes into."""
+    written = traits(func)[1]
+    targets = [kwargs.get(at) if isinstance(at, str) else (args[at] if at < len(args) else None) for at in written]
+    if name in BATCH_NORMS:
+        # their running statistics, which the schema of some does not tell
+        targets += [*args[3:5]]
+    return {_storage(t) for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)} - {0}

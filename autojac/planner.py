@@ -33,6 +33,7 @@ from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
 from autojac.structure import Structure
+from autojac.surroundings import Surroundings
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}
@@ -63,6 +64,7 @@ class Planner:
         self.options = options
         self.stored = Stored(func, options)
         self.colorings = Colorings(self.stored)
+        self.surroundings = Surroundings(func)
         self.neighbours: dict[Signature, tuple[int, Plan]] = {}
 
     def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
@@ -165,6 +167,7 @@ class Planner:
             has_aux=request.frame.has_aux,
             outline=outline,
             colorings=self.colorings,
+            surroundings=self.surroundings,
         )
 
     @staticmethod

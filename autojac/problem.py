@@ -20,6 +20,7 @@ from autojac.outline import Outline
 from autojac.signature import Layout, Leaf
 from autojac.sparsity import Pattern
 from autojac.structure import Structure
+from autojac.surroundings import Surroundings
 
 INDEX_BYTES = 8
 """What a sparse matrix takes for each entry beside its value."""
@@ -56,6 +57,8 @@ class Problem:
         outline: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
+        surroundings: what func reads beside its arguments, to be watched by methods that are traced.
+        trial: whether this is a search, in which a method that can only fall back on another one is of no use.
     """
 
     fn: Flat
@@ -71,6 +74,8 @@ class Problem:
     outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
+    surroundings: Surroundings | None = dataclasses.field(default=None, compare=False, repr=False)
+    trial: bool = False
 
     @property
     def inputs(self) -> tuple[int, ...]:

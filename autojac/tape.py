@@ -24,7 +24,7 @@ MOST_OPERATORS = 5000
 TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_type", "sym_size", "sym_numel"}
 """Operators that return no tensor and tell of shapes alone."""
 
-Role = Literal["given", "unknown", "literal", "operator"]
+Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
 
 
 class Tape(TorchDispatchMode):
@@ -36,6 +36,7 @@ class Tape(TorchDispatchMode):
 
     Args:
         given: the tensors that stand for the arguments of the run, no two of them the same object.
+        captured: the tensors that the function holds. Those that it reads become part of the graph.
         most_bytes: what may be held; nothing is freed while the tape runs.
 
     Attributes:
@@ -43,7 +44,7 @@ class Tape(TorchDispatchMode):
         reason: why what ran can't run again from the graph alone; empty if it can.
     """
 
-    def __init__(self, given: Sequence[Tensor], most_bytes: int) -> None:
+    def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.reason = ""
@@ -54,10 +55,9 @@ class Tape(TorchDispatchMode):
         self._storages: dict[int, list[Tensor]] = {}
         # a freed tensor's identity would be given to another
         self._alive: list[Any] = []
+        self._captured = {id(tensor) for tensor in captured}
         for tensor in given:
-            self._enter(tensor, "given")
-        # what is there before anything runs costs nothing more
-        self._bytes = 0
+            self.give(tensor)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -96,9 +96,15 @@ class Tape(TorchDispatchMode):
             self._refuse(f"it runs more than {MOST_OPERATORS} operators")
         return made
 
+    def give(self, tensor: Tensor) -> None:
+        """Take a tensor for an argument of what follows."""
+        self._enter(tensor, "given")
+
     def node(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; one that no operator has made enters the graph as something that was there before."""
         known = self._nodes.get(id(tensor))
+        if known is None and id(tensor) in self._captured:
+            return self._enter(tensor, "captured")
         if known is None:
             known = self._face(tensor)
         return known if known is not None else self._enter(tensor, "unknown")
@@ -170,7 +176,7 @@ class Tape(TorchDispatchMode):
             node.meta["value"], node.meta["storage"] = tensor, storage
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
-        if storage and storage not in self._storages:
+        if storage and storage not in self._storages and node.op != "placeholder":
             self._bytes += tensor.untyped_storage().nbytes()
             if self._bytes > self.most_bytes:
                 self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB")
@@ -201,5 +207,5 @@ def _written(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any
     targets = [kwargs.get(at) if isinstance(at, str) else (args[at] if at < len(args) else None) for at in written]
     if name in BATCH_NORMS:
         # their running statistics, which the schema of some does not tell
-        targets += [*args[3:5]]
+        targets += args[3:5] if args[5] else []
     return {_storage(t) for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)} - {0}

@@ -23,6 +23,7 @@ from autojac.draws import from_one_state
 from autojac.errors import StoreError
 from autojac.problem import Compute, Problem, Result
 from autojac.structure import DRAWS, DRAWS_ALIKE
+from autojac.trace import Lower
 
 CACHE_BYTES = 32 * 2**20
 BYTES_PER_SECOND = 4e9
@@ -39,6 +40,8 @@ class Method(ABC):
 
     repeats_func: ClassVar[bool] = True
     """Whether func runs more than once, or on anything but the whole batch as it is."""
+    wrapper: ClassVar[bool] = False
+    """Whether it goes around any other method: wrappers don't go around each other of their own accord."""
     whole_batch: ClassVar[bool] = False
     """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
 
@@ -77,6 +80,11 @@ class Method(ABC):
         return getattr(self, "engine", None) == "vmap"
 
     @property
+    def flat(self) -> bool:
+        """Whether it makes programs of plain operators, which a compiler takes as they are."""
+        return False
+
+    @property
     def plain(self) -> bool:
         """Whether func runs exactly once, on the whole batch and outside of every transform."""
         return not self.repeats_func and not self.traceable
@@ -85,6 +93,10 @@ class Method(ABC):
     def compiles(self) -> bool:
         """Whether preparing the method takes seconds: such candidates are tried last."""
         return False
+
+    def lowered(self, problem: Problem, lower: Lower) -> Compute | None:
+        """`prepare` with something else made of each of its programs; None for a method that makes none."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class BatchChunk(Method):
 
     size: int
     inner: Method
+
+    wrapper: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -18,12 +18,16 @@ class Compiled(Method):
     """Another method, compiled into one graph.
 
     Attributes:
-        inner: the method to compile; it must go through torch.func, which the compiler can trace.
+        inner: the method to compile; it must go through torch.func, which the compiler can trace, or be flat already.
     """
 
     inner: Method
 
+    wrapper: ClassVar[bool] = True
+
     def unsupported(self, problem: Problem) -> str | None:
+        if self.inner.flat:
+            return self.inner.unsupported(problem)
         if not self.inner.traceable:
             return "torch.compile traces torch.func transforms, not torch.autograd.grad or dual numbers"
         if not problem.structure.independent:
@@ -49,8 +53,9 @@ class Compiled(Method):
         for kind in registry().values():
             if kind is not cls:
                 # depth 0: compiling is dear, so chunk sizes are not searched under it
-                inner = [method for method in kind.candidates(problem, 0) if method.traceable and not method.chunked]
-                yield from map(cls, inner)
+                for method in kind.candidates(problem, 0):
+                    if (method.traceable or method.flat) and not method.chunked:
+                        yield cls(method)
 
     def cost(self, problem: Problem) -> float:
         return 0.6 * self.inner.cost(problem)
@@ -59,6 +64,9 @@ class Compiled(Method):
         return self.inner.workspace(problem)
 
     def prepare(self, problem: Problem) -> Compute:
+        flat = self.inner.lowered(problem, compiled)
+        if flat is not None:
+            return flat
         inner = self.inner.prepare(problem)
 
         def program(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -60,7 +60,7 @@ def search(
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, quiet))
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, quiet), trial=True)
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
     if effort != "estimate":
         # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault

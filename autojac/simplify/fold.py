@@ -12,6 +12,10 @@ from autojac.simplify.order import touched, written
 RANK = 10
 MOST_BYTES = 2**24
 """What a constant may take: larger ones are made again in each run."""
+LOOKS_AT_SHAPES = frozenset(
+    {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "_new_zeros_with_same_feature_meta"}
+)
+"""Operators of whose tensors the shapes and dtypes count alone."""
 
 
 def fold(graph: fx.Graph) -> None:
@@ -22,7 +26,9 @@ def fold(graph: fx.Graph) -> None:
             value = node.meta["value"].detach()
             with graph.inserting_before(next(iter(graph.nodes))):
                 folded = graph.create_node("placeholder", f"folded_{node.name}")
-            folded.meta = {**node.meta, "role": "constant", "value": value, "writes": frozenset(), "draws": False}
+            # apart from the memory that it was made in, into which nothing writes any more
+            folded.meta = {**node.meta, "role": "constant", "value": value, "storage": None}
+            folded.meta |= {"writes": frozenset(), "draws": False}
             node.replace_all_uses_with(folded, delete_user_cb=lambda user: user not in constant)
 
 
@@ -49,17 +55,26 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
             fit = node.meta["role"] in ("literal", "constant")
         else:
             fit = node.op == "call_function" and not node.meta["draws"]
-            fit = fit and all(source in found for source in node.all_input_nodes)
-        if fit and not touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
+            fit = fit and (_name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
+        if fit and not _touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
             found.add(node)
             yield node
+
+
+def _touched(node: fx.Node) -> set[int]:
+    return {node.meta["storage"] or 0} - {0} if _name(node) in LOOKS_AT_SHAPES else touched(node)
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.rpartition("::")[2] if schema is not None else ""
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
     """Storages that are not constant because this node, which is not, writes into them or reads them early."""
     if node.op == "output":
         return set()
-    early = {storage for storage in touched(node) if node.meta["order"] < last.get(storage, -1)}
+    early = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
     return early | node.meta["writes"]
 
 

@@ -1,0 +1,81 @@
+"""Wrapper: another method's whole computation, recorded once and run as a flat list of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from autojac.methods.base import Method, registry
+from autojac.problem import Compute, Problem
+from autojac.replaying import Replaying
+from autojac.trace import Lower
+
+
+@dataclass(frozen=True)
+class Replay(Method):
+    """What another method does, without torch.func, autograd and func's own Python between its operators.
+
+    Recorded for the shapes at hand, simplified, and guarded in each call: whatever Python changes of what func reads
+    makes it record again. Parameters and buffers are read as they are at each call.
+
+    Attributes:
+        inner: the method to record.
+        without: passes of `autojac.simplify` to leave out, separated by commas.
+    """
+
+    inner: Method
+    without: str = ""
+
+    wrapper: ClassVar[bool] = True
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if self.inner.compiles or self.inner.flat:
+            return "its programs are flat or compiled already"
+        if problem.surroundings is None:
+            return "there is no function whose reads could be watched"
+        if problem.surroundings.guard.reason:
+            return problem.surroundings.guard.reason
+        if problem.differentiable and problem.structure.effects:
+            effects = " and ".join(problem.structure.effects)
+            return f"func {effects}, and a derivative of the backward would have to run it once more"
+        if problem.has_aux and problem.structure.effects:
+            return "func returns aux and does more than return, so it must run as it is"
+        return self.inner.unsupported(problem)
+
+    @property
+    def makes_sparse(self) -> bool:
+        return self.inner.makes_sparse
+
+    @property
+    def trusts_zeros(self) -> bool:
+        return self.inner.trusts_zeros
+
+    @property
+    def chunked(self) -> bool:
+        return self.inner.chunked
+
+    @property
+    def flat(self) -> bool:
+        return True
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        for kind in registry().values():
+            inner = [] if kind.wrapper else kind.candidates(problem, depth)
+            yield from (cls(method) for method in inner if not (method.compiles or method.chunked))
+
+    def cost(self, problem: Problem) -> float:
+        # what is saved is the host's work, which the model knows least about: tried right after what it wraps
+        return 1.001 * self.inner.cost(problem)
+
+    def workspace(self, problem: Problem) -> int:
+        return self.inner.workspace(problem)
+
+    def prepare(self, problem: Problem) -> Compute:
+        return self.lowered(problem, None)
+
+    def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
+        assert problem.surroundings is not None
+        without = tuple(filter(None, self.without.split(",")))
+        return Replaying(problem, self.inner.prepare, problem.surroundings, without, lower)

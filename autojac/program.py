@@ -1,0 +1,122 @@
+"""A flat graph as a Python function: one call an operator, each intermediate result given up after its last use."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Run = Callable[..., tuple[Tensor, ...]]
+NAMED = (bool, int, str, type(None))
+"""Kinds of arguments that are written out as they are."""
+
+
+def emit(
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    *,
+    copied: Sequence[int] = (),
+    below: bool = False,
+) -> Run:
+    """The function that computes some nodes of a graph from others.
+
+    Args:
+        inputs: what the function takes, in this order.
+        outputs: what it returns, as a tuple.
+        nodes: operators to run, in this order.
+        copied: positions of outputs to return copies of.
+        below: run beneath autograd and autocast, which have nothing to do for operators recorded there.
+    """
+    return _Writer(inputs).function(nodes, outputs, copied, below)
+
+
+class _Writer:
+    """Writes a function, with what it needs beside its arguments as its global variables."""
+
+    def __init__(self, inputs: Sequence[fx.Node]) -> None:
+        self.scope: dict[str, Any] = {}
+        self.names: dict[fx.Node, str] = {node: f"x{place}" for place, node in enumerate(inputs)}
+        self.header = ", ".join(self.names.values())
+        self.kept: dict[int, str] = {}
+
+    def function(
+        self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], copied: Sequence[int], below: bool
+    ) -> Run:
+        last: dict[fx.Node, int] = {}
+        for place, node in enumerate(nodes):
+            last |= dict.fromkeys((node, *node.all_input_nodes), place)
+        for node in outputs:
+            last.pop(node, None)
+        dying: dict[int, list[str]] = {}
+        lines = []
+        for place, node in enumerate(nodes):
+            lines.append(f"{self.define(node, place)} = {self.call(node)}")
+            dying[place] = []
+        for node, place in last.items():
+            if node in self.names and node.op == "call_function":
+                dying[place].append(self.names[node])
+        for place, names in dying.items():
+            if names:
+                lines[place] += f"; {' = '.join(names)} = None"
+        returned = [self.argument(node) for node in outputs]
+        for place in copied:
+            returned[place] = f"{self.keep(_copied, 'f')}({returned[place]})"
+        lines.append(f"return ({', '.join(returned)}{',' if len(outputs) == 1 else ''})")
+        indent = "    "
+        source = f"def program({self.header}):\n"
+        if below:
+            source += f"    with {self.keep(_beneath, 'f')}():\n"
+            indent *= 2
+        source += "".join(f"{indent}{line}\n" for line in lines)
+        exec(compile(source, "<autojac program>", "exec"), self.scope)
+        made: Run = self.scope["program"]
+        return made
+
+    def define(self, node: fx.Node, place: int) -> str:
+        self.names[node] = f"v{place}"
+        return self.names[node]
+
+    def call(self, node: fx.Node) -> str:
+        if node.target is operator.getitem:
+            source, place = node.args
+            return f"{self.argument(source)}[{place!r}]"
+        parts = [self.argument(value) for value in node.args]
+        parts += [f"{name}={self.argument(value)}" for name, value in node.kwargs.items()]
+        return f"{self.keep(callable_of(node.target), 'f')}({', '.join(parts)})"
+
+    def argument(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            if value not in self.names:
+                return self.keep(value.meta["value"], "c")
+            return self.names[value]
+        if type(value) in NAMED:
+            return repr(value)
+        if isinstance(value, (tuple, list)):
+            # fx has its own immutable lists, which operators take more slowly
+            parts = [self.argument(part) for part in value]
+            comma = "," if len(parts) == 1 else ""
+            return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)}{comma})"
+        return self.keep(value, "k")
+
+    def keep(self, value: Any, kind: str) -> str:
+        name = self.kept.get(id(value))
+        if name is None:
+            name = self.kept[id(value)] = f"{kind}{len(self.kept)}"
+            self.scope[name] = value
+        return name
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+_beneath = torch._C._AutoDispatchBelowAutograd
+
+
+def callable_of(target: Any) -> Any:
+    """What to call for an operator: without Python between, where torch offers that."""
+    return getattr(target, "_op", target) if isinstance(target, torch._ops.OpOverload) else target

@@ -1,0 +1,135 @@
+"""A traced method at work: replayed while nothing that it read has changed, traced again when something has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import Programs, by_programs
+from autojac.errors import UnsupportedError
+from autojac.problem import Compute, Problem, Result
+from autojac.surroundings import Surroundings
+from autojac.takedown import Prepare, arranged, taken_down, unfixed
+from autojac.trace import Lower, Trace
+
+MOST_TRACES = 8
+CALLS_A_TRACE = 200
+"""Past `MOST_TRACES` one more for so many calls: what changes all the time is not worth tracing."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A trace with the tensors that it reads beside the arguments.
+
+    Attributes:
+        trace: the programs.
+        captured: the tensors.
+        given: how many tensors a call brings.
+        version, state: of the surroundings that it was made ready in.
+    """
+
+    trace: Trace
+    captured: tuple[Tensor, ...]
+    given: int
+    version: int
+    state: int
+
+
+@dataclass
+class Replaying:
+    """What `Replay` prepares: calls are served by the trace, or by the method itself where there can be none.
+
+    Attributes:
+        problem: what is computed.
+        prepare: the method's own.
+        surroundings: of the problem's function.
+        without: passes to leave out.
+        lower: what to make of the programs.
+    """
+
+    problem: Problem
+    prepare: Prepare
+    surroundings: Surroundings
+    without: tuple[str, ...] = ()
+    lower: Lower | None = None
+    ready: Ready | None = None
+    traces: int = 0
+    calls: int = 0
+    _eager: Compute | None = field(default=None, repr=False)
+
+    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        ready, surroundings = self.ready, self.surroundings
+        if ready is None or not surroundings.steady() or ready.version != surroundings.version:
+            ready = self._renewed(leaves, kwargs)
+            if ready is None:
+                return self.eager(leaves, kwargs)
+        given = arranged(leaves, kwargs)
+        if kwargs and (len(given) != ready.given or unfixed(kwargs)):
+            return self.eager(leaves, kwargs)
+        self.calls += 1
+        trace = ready.trace
+        if not trace.pulls:
+            return self._result(trace, trace.forward(*given, *ready.captured))
+        inputs = (*given, *ready.captured)
+
+        def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            if not surroundings.steady() or ready.state != surroundings.state:
+                raise UnsupportedError(
+                    "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
+                    "be had. Differentiate twice before changing what func reads"
+                )
+            with torch.enable_grad():
+                result = self.eager(leaves, kwargs)
+            return [*result.values, *(J for row in result.jacobians for J in row)], inputs
+
+        return self._result(trace, by_programs(Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again), inputs))
+
+    @property
+    def eager(self) -> Compute:
+        """The method itself."""
+        if self._eager is None:
+            self._eager = self.prepare(self.problem)
+        return self._eager
+
+    def _result(self, trace: Trace, outputs: Sequence[Tensor]) -> Result:
+        if trace.outputs == 2:
+            return Result((outputs[0],), ((outputs[1],),))
+        values, step = trace.values, len(self.problem.inputs)
+        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, trace.outputs, step))
+        return Result(tuple(outputs[:values]), rows)
+
+    def _renewed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
+        """A trace for things as they are now; None where there can't be one, or not yet again."""
+        surroundings = self.surroundings
+        with surroundings.lock:
+            if not surroundings.steady():
+                surroundings.look()
+            ready = self.ready
+            if ready is None or ready.state != surroundings.state:
+                trace = self._traced(leaves, kwargs)
+                if trace is None:
+                    return None
+            else:
+                trace = ready.trace
+            captured = tuple(surroundings.tensors[place] for place in trace.captured)
+            given = len(arranged(leaves, kwargs))
+            self.ready = Ready(trace, captured, given, surroundings.version, surroundings.state)
+            return self.ready
+
+    def _traced(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
+        if self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1):
+            self.calls += 1
+            return None
+        self.traces += 1
+        try:
+            trace = taken_down(self.problem, self.prepare, self.surroundings, leaves, kwargs, self.without, self.lower)
+        except Exception as error:
+            if self.problem.trial:
+                raise
+            self.surroundings.traces.append(f"replay: not possible, {error}")
+            return None
+        return trace

@@ -1,0 +1,187 @@
+"""One run of a method, taken down: what it computes, and what a loss may pull back through that."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autojac.autodiff import levels_restored, pulled_back
+from autojac.captures import captures
+from autojac.closed import Watched
+from autojac.errors import UnsupportedError
+from autojac.problem import Compute, Flat, Problem
+from autojac.quiet import Quiet, without_hooks
+from autojac.simplify import simplify
+from autojac.surroundings import Surroundings
+from autojac.tape import Tape
+from autojac.trace import Lower, Pulled, Recorded, Trace
+
+Prepare = Callable[[Problem], Compute]
+FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+"""Kinds of arguments that belong to a call's signature by their value."""
+
+
+def taken_down(
+    problem: Problem,
+    prepare: Prepare,
+    surroundings: Surroundings,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    without: Iterable[str] = (),
+    lower: Lower | None = None,
+) -> Trace:
+    """Run a method once, leaving no trace of that, and make programs of what it did.
+
+    Args:
+        problem: what it computes.
+        prepare: the method's own.
+        surroundings: of the problem's function.
+        leaves, kwargs: the call.
+        without: passes of `autojac.simplify` to leave out.
+        lower: what to make of each program, such as compiling it.
+
+    Raises:
+        UnsupportedError: if what runs can't be told from its operators alone, with the reason.
+    """
+    start = time.perf_counter()
+    guard = surroundings.guard
+    reason = guard.reason or unfixed(kwargs)
+    if reason:
+        raise UnsupportedError(reason)
+    run = _Run(problem, surroundings.tensors, leaves, kwargs)
+    with _unseen(run.captured):
+        compute = run.record(prepare, guard.codes)
+        changed = surroundings.look()
+        if changed:
+            raise UnsupportedError(f"func changes what it reads as it runs: {changed}")
+        recorded, captured, ran = run.recorded(compute)
+        simplify(recorded.graph, without)
+    with _unseen(run.captured):
+        trace = recorded.trace(captured, lower)
+    left = sum(node.op == "call_function" for node in recorded.graph.nodes)
+    spent = 1e3 * (time.perf_counter() - start)
+    surroundings.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
+    return trace
+
+
+def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a call, flat, in the one memory layout that programs are made for."""
+    if kwargs:
+        leaves = [*leaves, *(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, Tensor))]
+    return [x if x.is_contiguous() else x.contiguous() for x in leaves]
+
+
+def unfixed(kwargs: Mapping[str, Any]) -> str:
+    """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
+    for value in pytree.tree_leaves(dict(kwargs)):
+        if not isinstance(value, (Tensor, *FIXED)):
+            return f"a {type(value).__name__} among the arguments may be another in each call; pass it as a tensor"
+    return ""
+
+
+@contextmanager
+def _unseen(captured: Sequence[Tensor]) -> Iterator[None]:
+    """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
+    quiet = Quiet([tensor for tensor in captured if not tensor.requires_grad])
+    with quiet(), without_hooks(captured), levels_restored(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Run:
+    """The run, with tensors of its own: an argument may be given twice, or be captured as well."""
+
+    def __init__(
+        self, problem: Problem, captured: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.problem = problem
+        self.captured = tuple(captured)
+        self.given = [x.detach().requires_grad_(x.requires_grad) for x in arranged(leaves, kwargs)]
+        self.leaves = self.given[: len(leaves)]
+        rest = iter(self.given[len(leaves) :])
+        self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), dict(kwargs))
+        self.tape = Tape(self.given, self.captured, problem.memory_limit)
+        self.evaluations = 0
+        self.outputs: list[Tensor] = []
+        self.values = 0
+        self.sources: list[Tensor] = []
+        self.pulls: list[Pulled] = []
+
+    def record(self, prepare: Prepare, codes: frozenset[CodeType]) -> Compute:
+        """Prepare the method and run it, and pull back through the result."""
+        compute = prepare(dataclasses.replace(self.problem, fn=self._counted(self.problem.fn)))
+        with Watched(codes) as watched, self.tape:
+            result = compute(self.leaves, self.kwargs)
+            self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
+            self.values = len(result.values)
+            if self.problem.differentiable:
+                self._pull()
+        reason = watched.reason or self.tape.reason
+        if self.problem.structure.draws and self.evaluations > 1:
+            reason = reason or "it evaluates func several times, each time from the same random state"
+        if reason:
+            raise UnsupportedError(reason)
+        return compute
+
+    def _counted(self, fn: Flat) -> Flat:
+        def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            self.evaluations += 1
+            return fn(leaves, kwargs)
+
+        return counted
+
+    def _pull(self) -> None:
+        """Jacobians and values apart: most losses look at one of them only."""
+        self.sources = [t for t in (*self.given, *self.captured) if t.requires_grad and self.tape.knows(t)]
+        if any(tensor.grad_fn is not None for tensor in self.sources):
+            raise UnsupportedError("func holds a tensor that was computed from others which require grad")
+        for group in (range(self.values, len(self.outputs)), range(self.values)):
+            places = tuple(place for place in group if self.outputs[place].requires_grad)
+            if places and self.sources:
+                cotangents = tuple(torch.ones_like(self.outputs[place]) for place in places)
+                self.tape.phase += 1
+                for cotangent in cotangents:
+                    self.tape.give(cotangent)
+                found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
+                self.pulls.append(Pulled(places, cotangents, tuple(found)))
+
+    def recorded(self, compute: Compute) -> tuple[Recorded, list[int], int]:
+        """What was recorded, where its captured tensors stand, and how many operators ran."""
+        graph, place_of = self.tape.graph, {id(t): place for place, t in enumerate(self.captured)}
+        ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]
+        output = graph.output(tuple(self.tape.node(tensor) for tensor in ends))
+        output.meta = {"role": "output", "order": len(graph.nodes), "writes": frozenset(), "draws": False}
+        own = {id(tensor) for tensor in captures(compute).tensors}
+        captured = []
+        for node in graph.nodes:
+            if node.meta["role"] == "captured":
+                captured.append(node.meta["value"])
+            elif node.meta["role"] == "unknown":
+                self._own(node, own)
+        inputs = [(self.tape.node(tensor), tensor) for tensor in (*self.given, *captured)]
+        cotangents = [[self.tape.node(c) for c in pull.cotangents] for pull in self.pulls]
+        position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}
+        sources = [position[id(tensor)] for tensor in self.sources]
+        ran = sum(node.op == "call_function" for node in graph.nodes)
+        recorded = Recorded(graph, inputs, self.outputs, self.values, self.pulls, cotangents, sources)
+        return recorded, [place_of[id(tensor)] for tensor in captured], ran
+
+    @staticmethod
+    def _own(node: fx.Node, own: set[int]) -> None:
+        """A tensor that no operator has made is the method's own, or nobody knows where it comes from."""
+        value: Tensor = node.meta["value"]
+        if id(value) not in own:
+            raise UnsupportedError(
+                f"it reads a tensor of shape {tuple(value.shape)} that can't be found by looking through what func holds"
+            )
+        node.meta["role"] = "constant"

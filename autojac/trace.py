@@ -1,0 +1,164 @@
+"""What a method did in one run, as programs of plain operators: forward, and where J is differentiable backward too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autojac.autodiff import Pull
+from autojac.errors import UnsupportedError
+from autojac.program import Run, emit
+from autojac.tolerance import disagreement
+
+Lower = Callable[[Run], Run]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a method does for one signature and one state of the function.
+
+    All tensors are passed flat, the inputs: the leaves of a call, the tensors among its keyword arguments, and what
+    was captured.
+
+    Attributes:
+        forward: from the inputs to the outputs, and what the backward programs read beside them.
+        outputs: how many there are, values first.
+        values: how many of them are values.
+        captured: where each captured tensor stands among those of the surroundings.
+        pulls: what pulls cotangents of the outputs back.
+        constant: positions of the outputs that have no derivative.
+    """
+
+    forward: Run
+    outputs: int
+    values: int
+    captured: tuple[int, ...]
+    pulls: tuple[Pull, ...] = ()
+    constant: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """One pull through the recorded outputs.
+
+    Attributes:
+        outputs: positions of the outputs that were pulled.
+        cotangents: one for each, as they were recorded.
+        gradients: for each source what came of it, or None.
+    """
+
+    outputs: tuple[int, ...]
+    cotangents: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A simplified graph and what its tensors were in the recorded run.
+
+    Attributes:
+        graph: its output node lists the outputs, then all gradients that are tensors.
+        inputs: nodes and recorded tensors of the inputs.
+        outputs: the recorded outputs.
+        values: how many of them are values.
+        pulls: backward phases, the first one phase 1.
+        cotangents: for each pull the nodes of its cotangents.
+        sources: positions, among the inputs, of what was pulled back to.
+    """
+
+    graph: fx.Graph
+    inputs: Sequence[tuple[fx.Node, Tensor]]
+    outputs: Sequence[Tensor]
+    values: int
+    pulls: Sequence[Pulled]
+    cotangents: Sequence[Sequence[fx.Node]]
+    sources: Sequence[int]
+
+    def trace(self, captured: Sequence[int], lower: Lower | None = None) -> Trace:
+        """Programs that do what was recorded, held against it in one run.
+
+        Args:
+            captured: as in `Trace`.
+            lower: what to make of each program, such as compiling it.
+        """
+        made = self._programs(captured, ())
+        inputs = [tensor.detach() for _, tensor in self.inputs]
+        with torch.no_grad():
+            found = made.forward(*inputs)
+            apart = [place for place, y in enumerate(found[: made.outputs]) if _shares(y, inputs, self._constants())]
+            if apart or lower is not None:
+                made = self._programs(captured, apart, lower)
+                found = made.forward(*inputs)
+            self._check(found, self.outputs)
+            left = found[made.outputs :]
+            for pull, program in zip(self.pulls, made.pulls, strict=True):
+                pulled = program.run(*inputs, *left, *(c.detach() for c in pull.cotangents))
+                self._check(pulled, [g for g in pull.gradients if g is not None])
+        return made
+
+    def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for one, other in zip(found, expected, strict=False):
+            same = one.shape == other.shape and one.dtype == other.dtype
+            if not same or (one.dim() and disagreement(one, other) is not None):
+                raise UnsupportedError("its graph alone does not give what its recorded run gave")
+
+    def _constants(self) -> list[Tensor]:
+        return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]
+
+    def _programs(self, captured: Sequence[int], apart: Sequence[int], lower: Lower | None = None) -> Trace:
+        """`apart` lists outputs to copy, since they share memory with what outlives the call."""
+        *_, last = self.graph.nodes
+        ends: Sequence[fx.Node] = last.args[0]  # type: ignore[assignment]
+        results, gradients = ends[: len(self.outputs)], iter(ends[len(self.outputs) :])
+        nodes = [node for node in self.graph.nodes if node.op == "call_function"]
+        early = [node for node in nodes if node.meta["phase"] == 0]
+        inputs = [node for node, _ in self.inputs]
+        parts = []
+        left: dict[fx.Node, None] = {}
+        for phase, pull in enumerate(self.pulls, 1):
+            pulled = [next(gradients) if g is not None else None for g in pull.gradients]
+            ending = [node for node in pulled if node is not None]
+            part = list(_closure(nodes, ending, phase))
+            needed = [*ending, *(source for node in part for source in node.all_input_nodes)]
+            left |= dict.fromkeys(n for n in needed if n.op == "call_function" and n.meta["phase"] == 0)
+            parts.append((pull, part, ending, [p for p, g in zip(self.sources, pulled, strict=True) if g is not None]))
+
+        def program(*parts: Any, **options: Any) -> Run:
+            return emit(*parts, **options, below=True) if lower is None else lower(emit(*parts, **options))
+
+        pulls = tuple(
+            Pull(
+                program([*inputs, *left, *nodes_of], ending, part),
+                pull.outputs,
+                tuple(c.stride() for c in pull.cotangents),
+                tuple(given),
+            )
+            for (pull, part, ending, given), nodes_of in zip(parts, self.cotangents, strict=True)
+        )
+        forward = program(inputs, [*results, *left], early, copied=apart)
+        constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
+        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant)
+
+
+def _closure(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], phase: int) -> Iterator[fx.Node]:
+    """The operators of a phase, with what they need that another one has computed and this one without."""
+    wanted = {*ends, *(n for n in nodes if n.meta["phase"] == phase)}
+    for node in reversed(nodes):
+        if node in wanted and node.meta["phase"]:
+            wanted |= set(node.all_input_nodes)
+    return (node for node in nodes if node in wanted and node.meta["phase"])
+
+
+def _shares(one: Tensor, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> bool:
+    """Whether writing into a tensor changes others: arguments, captured tensors, constants, or entries of its own."""
+    if one.layout != torch.strided:
+        return False
+    if any(step == 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)):
+        return True
+    home = one.untyped_storage().data_ptr()
+    kept = (t for t in (*inputs, *constants) if t.layout == torch.strided and not t._is_zerotensor())
+    return one.numel() > 0 and any(t.untyped_storage().data_ptr() == home for t in kept)

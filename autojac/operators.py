@@ -31,6 +31,22 @@ VIEWS_IN_PLACE = {
 """What changes a tensor's shape and no element of it."""
 
 
+_ZERO = torch._C.DispatchKey.ZeroTensor
+
+
+def call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator from within a dispatch mode.
+
+    There torch leaves out its handling of tensors that are known to be zero and have no memory: an operator that
+    consists of others (`mul.Scalar`) then reads from address 0. So for those it is switched on again.
+    """
+    if not any(isinstance(arg, Tensor) and arg._is_zerotensor() for arg in args):
+        return func(*args, **kwargs)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded.remove(_ZERO)):
+        return func(*args, **kwargs)
+
+
 @functools.cache
 def traits(func: Any) -> tuple[str, tuple[int | str, ...], bool]:
     """Name of an operator, the arguments that it writes into, and whether it draws random numbers."""

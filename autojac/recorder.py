@@ -21,7 +21,7 @@ from autojac.connect import graph_of
 from autojac.decompose import decomposed
 from autojac.errors import UnsupportedError
 from autojac.graph import Graph, Operation, Value
-from autojac.operators import LITERALS, PARTITIONS, PLAIN, VIEWS_IN_PLACE, certain, functional, reads_data, traits
+from autojac.operators import LITERALS, PARTITIONS, PLAIN, VIEWS_IN_PLACE, call, certain, functional, reads_data, traits
 from autojac.running import running
 
 MOST_OPERATIONS = 4000
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.refusal or len(self.operations) > MOST_OPERATIONS:
             self.refusal = self.refusal or f"func runs more than {MOST_OPERATIONS} operators"
-            return func(*args, **kwargs)
+            return call(func, args, kwargs)
         name, written, draws = traits(func)
         self.reads_data |= reads_data(func, args)
         if not PLAIN.issuperset(types):
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         seen = self.seen(args), {key: self.seen(value) for key, value in kwargs.items()}
-        made = func(*args, **kwargs)
+        made = call(func, args, kwargs)
         held = not torch.is_grad_enabled()
         if name in LITERALS:
             # what was written out in the code, made anew in each call

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac.errors import UnsupportedError
-from autojac.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, certain, reads_data, traits
+from autojac.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
 
 MOST_OPERATORS = 5000
 """Loops are unrolled up to here."""
@@ -67,14 +67,14 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.reason:
-            return func(*args, **kwargs)
+            return call(func, args, kwargs)
         if not PLAIN.issuperset(types):
             self._refuse("func uses a subclass of torch.Tensor that runs operators its own way")
-            return func(*args, **kwargs)
+            return call(func, args, kwargs)
         name, _, draws = traits(func)
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
         self._look(func, name, args, nodes)
-        made = func(*args, **kwargs)
+        made = call(func, args, kwargs)
         if self.reason:
             return made
         parts = made if isinstance(made, (tuple, list)) else (made,)

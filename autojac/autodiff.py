@@ -355,7 +355,7 @@ class _ByPrograms(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *made[programs.outputs :])
         ctx.mark_non_differentiable(*(outputs[place] for place in programs.constant))
         ctx.set_materialize_grads(False)
-        ctx.shapes = [(y.shape, y.dtype, y.device) for y in outputs]
+        ctx.kinds = [(y.shape, y.dtype, y.device) for y in outputs]
         return outputs
 
     @staticmethod
@@ -372,7 +372,7 @@ class _ByPrograms(torch.autograd.Function):
             if all(cotangent is None for cotangent in chosen):
                 continue
             arranged = [
-                _arranged(cotangent, *ctx.shapes[place], strides)
+                _arranged(cotangent, ctx.kinds[place], strides)
                 for cotangent, place, strides in zip(chosen, pull.outputs, pull.strides, strict=True)
             ]
             for place, gradient in zip(pull.given, pull.run(*saved, *arranged), strict=True):
@@ -382,11 +382,12 @@ class _ByPrograms(torch.autograd.Function):
 
 
 def _arranged(
-    cotangent: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device, strides: tuple[int, ...]
+    cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
 ) -> Tensor:
     """A cotangent in the memory layout that a program was made for; zeros for none."""
     if cotangent is not None and cotangent.stride() == strides:
         return cotangent
+    shape, dtype, device = kind
     made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     return made.zero_() if cotangent is None else made.copy_(cotangent)
 

@@ -167,6 +167,7 @@ class AutoJacobian(Derived):
         problem = entry.problem
         lines = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else []
         lines += colored(problem)
+        lines += problem.surroundings.lines() if problem.surroundings is not None else []
         return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials, lines)
 
     def _given(self, args: Sequence[Any]) -> Sequence[Any]:

@@ -31,21 +31,20 @@ def emit(
         copied: positions of outputs to return copies of.
         below: run beneath autograd and autocast, which have nothing to do for operators recorded there.
     """
-    return _Writer(inputs).function(nodes, outputs, copied, below)
+    return _Writer(inputs, below).function(nodes, outputs, copied)
 
 
 class _Writer:
     """Writes a function, with what it needs beside its arguments as its global variables."""
 
-    def __init__(self, inputs: Sequence[fx.Node]) -> None:
+    def __init__(self, inputs: Sequence[fx.Node], below: bool) -> None:
+        self.below = below
         self.scope: dict[str, Any] = {}
         self.names: dict[fx.Node, str] = {node: f"x{place}" for place, node in enumerate(inputs)}
         self.header = ", ".join(self.names.values())
         self.kept: dict[int, str] = {}
 
-    def function(
-        self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], copied: Sequence[int], below: bool
-    ) -> Run:
+    def function(self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], copied: Sequence[int]) -> Run:
         last: dict[fx.Node, int] = {}
         for place, node in enumerate(nodes):
             last |= dict.fromkeys((node, *node.all_input_nodes), place)
@@ -68,7 +67,7 @@ class _Writer:
         lines.append(f"return ({', '.join(returned)}{',' if len(outputs) == 1 else ''})")
         indent = "    "
         source = f"def program({self.header}):\n"
-        if below:
+        if self.below:
             source += f"    with {self.keep(_beneath, 'f')}():\n"
             indent *= 2
         source += "".join(f"{indent}{line}\n" for line in lines)
@@ -86,7 +85,9 @@ class _Writer:
             return f"{self.argument(source)}[{place!r}]"
         parts = [self.argument(value) for value in node.args]
         parts += [f"{name}={self.argument(value)}" for name, value in node.kwargs.items()]
-        return f"{self.keep(callable_of(node.target), 'f')}({', '.join(parts)})"
+        # a compiler knows operators by their overloads
+        target = callable_of(node.target) if self.below else node.target
+        return f"{self.keep(target, 'f')}({', '.join(parts)})"
 
     def argument(self, value: Any) -> str:
         if isinstance(value, fx.Node):

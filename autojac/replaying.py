@@ -86,7 +86,9 @@ class Replaying:
                 result = self.eager(leaves, kwargs)
             return [*result.values, *(J for row in result.jacobians for J in row)], inputs
 
-        return self._result(trace, by_programs(Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again), inputs))
+        return self._result(
+            trace, by_programs(Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again), inputs)
+        )
 
     @property
     def eager(self) -> Compute:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from autojac.guards import Guard
+
+MOST_LINES = 8
 
 
 class Surroundings:
@@ -21,7 +24,7 @@ class Surroundings:
         lock: held while something is traced or compared.
         version: counts the changes that were noticed, exchanged tensors included.
         state: counts those among them after which other operators may run.
-        traces: a line for each trace that was made, for people.
+        traces: a line for each of the last traces that were made, for people.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
@@ -29,7 +32,7 @@ class Surroundings:
         self.lock = threading.RLock()
         self.version = 0
         self.state = 0
-        self.traces: list[str] = []
+        self.traces: deque[str] = deque(maxlen=MOST_LINES)
         self._guard: Guard | None = None
         self.tensors: list[Tensor] = []
 
@@ -65,6 +68,10 @@ class Surroundings:
                     self.version += 1
                 self.guard.renew()
             return change.what
+
+    def lines(self) -> list[str]:
+        """What of the function was traced, or why nothing can be."""
+        return [f"replay: not offered, {self.guard.reason}"] if self.guard.reason else list(self.traces)
 
     def _walk(self) -> None:
         self._guard = Guard(self.func)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from autojac.autodiff import levels_restored, pulled_back
 from autojac.captures import captures
 from autojac.closed import Watched
+from autojac.draws import STATE
 from autojac.errors import UnsupportedError
 from autojac.problem import Compute, Flat, Problem
 from autojac.quiet import Quiet, without_hooks
@@ -77,13 +78,18 @@ def taken_down(
 def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a call, flat, in the one memory layout that programs are made for."""
     if kwargs:
-        leaves = [*leaves, *(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, Tensor))]
-    return [x if x.is_contiguous() else x.contiguous() for x in leaves]
+        leaves = [*leaves, *(value for value in _values(kwargs) if isinstance(value, Tensor))]
+    return [x if x.layout != torch.strided or x.is_contiguous() else x.contiguous() for x in leaves]
+
+
+def _values(kwargs: Mapping[str, Any]) -> list[Any]:
+    """What stands in keyword arguments, but for the random state that an evaluation is to start from."""
+    return pytree.tree_leaves({name: value for name, value in kwargs.items() if name != STATE})
 
 
 def unfixed(kwargs: Mapping[str, Any]) -> str:
     """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
-    for value in pytree.tree_leaves(dict(kwargs)):
+    for value in _values(kwargs):
         if not isinstance(value, (Tensor, *FIXED)):
             return f"a {type(value).__name__} among the arguments may be another in each call; pass it as a tensor"
     return ""
@@ -109,9 +115,10 @@ class _Run:
         self.given = [x.detach().requires_grad_(x.requires_grad) for x in arranged(leaves, kwargs)]
         self.leaves = self.given[: len(leaves)]
         rest = iter(self.given[len(leaves) :])
-        self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), dict(kwargs))
+        # func runs once, so it starts from the random state that the call does
+        alone = {name: value for name, value in kwargs.items() if name != STATE}
+        self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), alone)
         self.tape = Tape(self.given, self.captured, problem.memory_limit)
-        self.evaluations = 0
         self.outputs: list[Tensor] = []
         self.values = 0
         self.sources: list[Tensor] = []
@@ -119,26 +126,20 @@ class _Run:
 
     def record(self, prepare: Prepare, codes: frozenset[CodeType]) -> Compute:
         """Prepare the method and run it, and pull back through the result."""
-        compute = prepare(dataclasses.replace(self.problem, fn=self._counted(self.problem.fn)))
+        evaluations: list[None] = []
+        compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
         with Watched(codes) as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
             self.values = len(result.values)
-            if self.problem.differentiable:
-                self._pull()
+        if self.problem.differentiable:
+            self._pull()
         reason = watched.reason or self.tape.reason
-        if self.problem.structure.draws and self.evaluations > 1:
+        if self.problem.structure.draws and len(evaluations) > 1:
             reason = reason or "it evaluates func several times, each time from the same random state"
         if reason:
             raise UnsupportedError(reason)
         return compute
-
-    def _counted(self, fn: Flat) -> Flat:
-        def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-            self.evaluations += 1
-            return fn(leaves, kwargs)
-
-        return counted
 
     def _pull(self) -> None:
         """Jacobians and values apart: most losses look at one of them only."""
@@ -152,7 +153,8 @@ class _Run:
                 self.tape.phase += 1
                 for cotangent in cotangents:
                     self.tape.give(cotangent)
-                found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
+                with self.tape:
+                    found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
                 self.pulls.append(Pulled(places, cotangents, tuple(found)))
 
     def recorded(self, compute: Compute) -> tuple[Recorded, list[int], int]:
@@ -182,6 +184,14 @@ class _Run:
         value: Tensor = node.meta["value"]
         if id(value) not in own:
             raise UnsupportedError(
-                f"it reads a tensor of shape {tuple(value.shape)} that can't be found by looking through what func holds"
+                f"it reads a tensor of shape {tuple(value.shape)} that can't be found by looking through func"
             )
         node.meta["role"] = "constant"
+
+
+def _counted(fn: Flat, evaluations: list[None]) -> Flat:
+    def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        evaluations.append(None)
+        return fn(leaves, kwargs)
+
+    return counted

@@ -107,7 +107,10 @@ class Tape(TorchDispatchMode):
             return self._enter(tensor, "captured")
         if known is None:
             known = self._face(tensor)
-        return known if known is not None else self._enter(tensor, "unknown")
+        if known is None:
+            # one that is known to be zero is made in places that nobody sees
+            known = self._enter(tensor, "literal" if tensor._is_zerotensor() else "unknown")
+        return known
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor was given or has been met."""
@@ -164,8 +167,8 @@ class Tape(TorchDispatchMode):
         return source
 
     def _describe(self, node: fx.Node, role: Role, value: Tensor | None) -> None:
-        node.meta |= {"role": role, "value": value, "storage": None, "order": len(self.graph.nodes), "phase": self.phase}
-        node.meta |= {"writes": frozenset(), "draws": False}
+        node.meta |= {"role": role, "value": value, "storage": None, "writes": frozenset(), "draws": False}
+        node.meta |= {"order": len(self.graph.nodes), "phase": self.phase}
 
     def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
         """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
@@ -194,7 +197,8 @@ def _storage(tensor: Tensor) -> int:
     """What tensors that share memory have in common; 0 for those without memory to speak of."""
     if tensor.layout != torch.strided or tensor._is_zerotensor():
         return 0
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

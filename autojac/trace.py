@@ -112,7 +112,7 @@ class Recorded:
     def _programs(self, captured: Sequence[int], apart: Sequence[int], lower: Lower | None = None) -> Trace:
         """`apart` lists outputs to copy, since they share memory with what outlives the call."""
         *_, last = self.graph.nodes
-        ends: Sequence[fx.Node] = last.args[0]  # type: ignore[assignment]
+        ends: Sequence[fx.Node] = last.args[0]
         results, gradients = ends[: len(self.outputs)], iter(ends[len(self.outputs) :])
         nodes = [node for node in self.graph.nodes if node.op == "call_function"]
         early = [node for node in nodes if node.meta["phase"] == 0]

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 from autojac.methods.base import Method, registry
 from autojac.problem import Compute, Problem
 from autojac.replaying import Replaying
+from autojac.structure import DRAWS_ALIKE
 from autojac.trace import Lower
 
 
@@ -39,13 +40,16 @@ class Replay(Method):
         if problem.differentiable and problem.structure.effects:
             effects = " and ".join(problem.structure.effects)
             return f"func {effects}, and a derivative of the backward would have to run it once more"
+        if DRAWS_ALIKE in problem.structure.effects:
+            return "func starts from one random state for every sample, and a program draws on and on"
         if problem.has_aux and problem.structure.effects:
             return "func returns aux and does more than return, so it must run as it is"
         return self.inner.unsupported(problem)
 
     @property
     def makes_sparse(self) -> bool:
-        return self.inner.makes_sparse
+        # what turns blocks into entries is recorded too
+        return True
 
     @property
     def trusts_zeros(self) -> bool:
@@ -72,10 +76,14 @@ class Replay(Method):
     def workspace(self, problem: Problem) -> int:
         return self.inner.workspace(problem)
 
+    def ready(self, problem: Problem) -> Compute:
+        # random numbers are drawn by one run of func, as the program goes
+        return self.prepare(problem)
+
     def prepare(self, problem: Problem) -> Compute:
         return self.lowered(problem, None)
 
     def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
         assert problem.surroundings is not None
         without = tuple(filter(None, self.without.split(",")))
-        return Replaying(problem, self.inner.prepare, problem.surroundings, without, lower)
+        return Replaying(problem, self.inner.ready, problem.surroundings, without, lower)

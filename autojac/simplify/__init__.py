@@ -1,7 +1,7 @@
 """What a recorded graph does without: passes that leave its results as they are, one a file.
 
 A pass takes an `fx.Graph` as `autojac.tape` makes it, with its output node, and changes it in place. It may rely on the
-`meta` that the tape describes and must give new nodes such a `meta` too. What is `ordered` (see `autojac.simplify.order`)
+`meta` that the tape describes and must give new nodes such a `meta` too. What is `ordered` (`autojac.simplify.order`)
 may not be merged, moved or left out.
 """
 
@@ -19,10 +19,13 @@ Pass = Callable[[fx.Graph], None]
 
 @cache
 def passes() -> dict[str, Pass]:
-    """Every pass by name: the files of this package with a function of their own name, in the order of their `RANK`."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    ranked = sorted((module.RANK, module.__name__.rpartition(".")[2], module) for module in modules if hasattr(module, "RANK"))
-    return {name: getattr(module, name) for _, name, module in ranked}
+    """Every pass by name: files of this package with a function of their own name, in the order of their `RANK`."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        if hasattr(module, "RANK"):
+            found[info.name] = (module.RANK, getattr(module, info.name))
+    return {name: run for name, (_, run) in sorted(found.items(), key=lambda entry: entry[1][0])}
 
 
 def simplify(graph: fx.Graph, without: Iterable[str] = ()) -> None:

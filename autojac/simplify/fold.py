@@ -62,7 +62,9 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
 
 
 def _touched(node: fx.Node) -> set[int]:
-    return {node.meta["storage"] or 0} - {0} if _name(node) in LOOKS_AT_SHAPES else touched(node)
+    if _name(node) in LOOKS_AT_SHAPES:
+        return {node.meta["storage"]} - {0, None}
+    return touched(node)
 
 
 def _name(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ import gc
 import importlib.machinery
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +15,7 @@ from typing import Any, Final
 from torch import Tensor
 
 ABSENT: Final = type("Absent", (), {"__repr__": lambda self: "absent"})()
-_BASES: Final = (list, tuple, set, frozenset, deque)
+_BASES: Final = (list, tuple, set, frozenset, deque, OrderedDict)
 _PLAIN_C: Final = frozenset({object, dict, list, tuple, set, frozenset, deque, int, float, complex, str, bytes})
 
 
@@ -48,7 +48,10 @@ class Items(Place):
 
 
 class Members(Place):
-    """The elements of a list, set or deque; of a tuple too, which can't change but shows where a tensor stands."""
+    """The elements of a list, set or deque, the order of an OrderedDict.
+
+    Those of a tuple too, which can't change but shows where a tensor stands.
+    """
 
     def look(self) -> tuple[list[Any], list[Any]]:
         base = next(base for base in _BASES if isinstance(self.owner, base))
@@ -120,7 +123,8 @@ def state_reader(kind: type) -> Callable[[Any], Any] | None:
     for base in kind.__mro__:
         found = vars(base).get("__dict__")
         if found is not None:
-            return found.__get__ if isinstance(found, types.GetSetDescriptorType) else None
+            plain = isinstance(found, (types.GetSetDescriptorType, types.MemberDescriptorType))
+            return found.__get__ if plain else None
     return None
 
 
@@ -128,10 +132,9 @@ def slot_readers(kind: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
     """What reads the slots of instances of a class; an empty slot reads as absent."""
     found: dict[str, Callable[[Any], Any]] = {}
     for base in kind.__mro__:
-        if not is_c_class(base):
-            for name, descriptor in vars(base).items():
-                if isinstance(descriptor, types.MemberDescriptorType):
-                    found.setdefault(name, functools.partial(_slot, descriptor))
+        for name, descriptor in vars(base).items():
+            if isinstance(descriptor, types.MemberDescriptorType) and name != "__dict__":
+                found.setdefault(name, functools.partial(_slot, descriptor))
     return tuple(found.items())
 
 
@@ -148,16 +151,23 @@ def class_dict(kind: type) -> dict[str, Any]:
     return found
 
 
-def is_c_class(kind: type) -> bool:
-    """Whether a class is made in C, so that its instances may hold what Python can't see."""
+def hidden_state(kind: type) -> bool:
+    """Whether instances hold state that is neither in a dict nor in slots: made in C, or larger than these."""
+    if issubclass(kind, BaseException):
+        return False
+    if any(_in_c(base) for base in kind.__mro__ if base not in _PLAIN_C):
+        return True
+    root = next(base for base in kind.__mro__ if base in _PLAIN_C)
+    if root.__itemsize__:  # numbers and tuples: what they hold can't change
+        return False
+    fields = len(slot_readers(kind))
+    fields += kind.__dictoffset__ > 0
+    fields += kind.__weakrefoffset__ > 0 and root.__weakrefoffset__ == 0  # type: ignore[attr-defined]
+    return kind.__basicsize__ > root.__basicsize__ + fields * object.__basicsize__ // 2
+
+
+def _in_c(kind: type) -> bool:
     if kind.__module__ in sys.builtin_module_names:
         return True
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
     return file.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
-
-
-def hidden_state(kind: type) -> bool:
-    """Whether instances hold state that is neither in a dict nor in slots."""
-    return any(
-        is_c_class(base) and base not in _PLAIN_C and not issubclass(base, BaseException) for base in kind.__mro__
-    )

@@ -8,7 +8,7 @@ import operator
 import sys
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -26,7 +26,6 @@ from autojac.held import (
     Place,
     class_dict,
     hidden_state,
-    is_c_class,
     slot_readers,
     state_reader,
 )
@@ -98,6 +97,8 @@ class Reached(Walk):
                 return
             self._known.add(key)
         self.places.append(place)
+        if isinstance(place, Items) and isinstance(place.owner, OrderedDict) and len(dict.keys(place.owner)):
+            self.places.append(Members(place.owner, place.name))
         for name, value in zip(*place.look(), strict=True):
             if type(value) not in SCALARS:
                 self.called.setdefault(id(value), place.label(name))
@@ -299,7 +300,8 @@ class Reached(Walk):
     def _instance(self, obj: Any, kind: type) -> None:
         reader = state_reader(kind)
         slots = slot_readers(kind)
-        if hidden_state(kind) and (reader or slots):
+        unread = reader is None and any("__dict__" in vars(base) for base in kind.__mro__)
+        if unread or ((reader or slots) and hidden_state(kind)):
             self._give_up(kind)
             return
         name = kind.__name__
@@ -313,10 +315,10 @@ class Reached(Walk):
         super()._instance(obj, kind)
 
     def _reduced(self, obj: Any, kind: type) -> None:
-        if is_c_class(kind) and not f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE):
+        if f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE):
+            super()._reduced(obj, kind)
+        else:
             self._give_up(kind)
-            return
-        super()._reduced(obj, kind)
 
 
 def _bases(kind: type) -> Any:

@@ -140,9 +140,6 @@ class _Draft:
         else:
             self.dicts.append(owner)
             self.versions.append(versions[id(owner)])
-            if isinstance(owner, OrderedDict):  # move_to_end counts as no change
-                ordered = functools.partial(OrderedDict.__iter__, owner)
-                self.terms.append(f"all(map(is_, {self.constant(ordered)}(), {self.constant(keys)}))")
 
     def _members(self, place: Members, keys: list[Any], values: list[Any]) -> None:
         kind = type(place.owner)

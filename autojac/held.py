@@ -162,7 +162,7 @@ def hidden_state(kind: type) -> bool:
         return False
     fields = len(slot_readers(kind))
     fields += kind.__dictoffset__ > 0
-    fields += kind.__weakrefoffset__ > 0 and root.__weakrefoffset__ == 0  # type: ignore[attr-defined]
+    fields += kind.__weakrefoffset__ > 0 and root.__weakrefoffset__ == 0
     return kind.__basicsize__ > root.__basicsize__ + fields * object.__basicsize__ // 2
 
 

@@ -37,7 +37,7 @@ class Place:
 
     def label(self, key: Any) -> str:
         """What a person calls the thing at a key."""
-        return self.name.replace("{}", str(key) if isinstance(key, (str, int)) else type(key).__name__)
+        return self.name.replace("{}", str(key) if type(key) in (str, int) else type(key).__name__)
 
 
 class Items(Place):
@@ -54,7 +54,7 @@ class Members(Place):
     """
 
     def look(self) -> tuple[list[Any], list[Any]]:
-        base = next(base for base in _BASES if isinstance(self.owner, base))
+        base = next(base for base in _BASES if issubclass(type(self.owner), base))
         values = list(base.__iter__(self.owner))
         return list(range(len(values))), values
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
+_VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
 _STATE: Final = frozenset({"grad", "grad_fn", "_version", "_grad"})
 # names computed as the code runs
 _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
@@ -27,6 +28,7 @@ class Used:
         imported: names of modules imported inside the code, absolute ones.
         relative: whether it imports relatively too.
         dynamic: whether it may compute names of attributes.
+        values: names of globals and attributes that it looks up other than to call them at once.
         state: an attribute that it reads from tensors, which says what else was done with them; empty if there is none.
     """
 
@@ -36,6 +38,7 @@ class Used:
     imported: tuple[str, ...]
     relative: bool
     dynamic: bool
+    values: frozenset[str]
     state: str
 
 
@@ -63,17 +66,20 @@ def _used(key: _ByIdentity) -> Used:
     scope: set[str] = set()
     attributes: set[str] = set()
     imported: set[str] = set()
+    values: set[str] = set()
     relative = False
     state = ""
     for code in codes:
         attributes.update(code.co_names, _strings(code.co_consts))
         constants: list[Any] = []
         for step in dis.get_instructions(code):
+            if step.opname in _VALUE and not _is_called(step):
+                values.add(step.argval)
             if step.opname in _GLOBAL:
                 scope.add(step.argval)
             elif step.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
                 constants.append(step.argval)
-            elif step.opname == "LOAD_ATTR" and step.argval in _STATE and not _is_method(step):
+            elif step.opname == "LOAD_ATTR" and step.argval in _STATE and not _is_called(step):
                 state = step.argval
             elif step.opname == "IMPORT_NAME":
                 relative = relative or constants[-2] != 0
@@ -86,12 +92,15 @@ def _used(key: _ByIdentity) -> Used:
         tuple(sorted(imported)),
         relative,
         bool(attributes & _DYNAMIC),
+        frozenset(values),
         state,
     )
 
 
-def _is_method(step: dis.Instruction) -> bool:
-    return sys.version_info >= (3, 12) and bool((step.arg or 0) & 1)
+def _is_called(step: dis.Instruction) -> bool:
+    """Whether what is looked up is called next: the lowest bit says so, for attributes from Python 3.12."""
+    flagged = step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_ATTR" and sys.version_info >= (3, 12))
+    return flagged and bool((step.arg or 0) & 1)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:

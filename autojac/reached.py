@@ -8,7 +8,7 @@ import operator
 import sys
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -30,8 +30,9 @@ from autojac.held import (
     state_reader,
 )
 from autojac.leaves import SCALARS
-from autojac.names import used
+from autojac.names import Used, used
 from autojac.origin import is_library
+from autojac.outside import c_reason, unseen
 from autojac.walk import HOOKS, Walk
 
 MOST_BYTES: Final = 4096
@@ -222,6 +223,9 @@ class Reached(Walk):
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
             self._place(Names(builtins, "builtin {}", found))
         held = [scope[name] for name in uses.scope if name in scope]
+        for name in found:
+            if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
+                self.refuse(c_reason(builtins[name]))
         held += [builtins[name] for name in found if not is_library(getattr(builtins[name], "__module__", "builtins"))]
         if uses.state:
             self.refuse(f"{function.__name__} reads {uses.state} of a tensor")
@@ -235,29 +239,32 @@ class Reached(Walk):
                 self.refuse(f"{function.__name__} imports {name} as it runs; import at the top of its file")
         for value in held:
             if isinstance(value, types.ModuleType):
-                self._used_module(value, uses.attributes, uses.dynamic, ())
+                self._used_module(value, uses, ())
             else:
                 self.visit(value)
 
-    def _used_module(self, module: Any, names: frozenset[str], dynamic: bool, inside: tuple[int, ...]) -> None:
+    def _used_module(self, module: Any, uses: Used, inside: tuple[int, ...]) -> None:
         if id(module) in inside:
             return
-        library = is_library(module.__name__)
+        home = module.__name__
+        library = is_library(home)
         kept = module.__dict__
-        if dynamic and not library:
+        if uses.dynamic and not library:
             self._whole_module(module)
             return
-        looked = tuple(sorted(name for name in names if name in kept or not library))
+        looked = tuple(sorted(name for name in uses.attributes if name in kept or not library))
         if looked:
-            self._place(Names(kept, f"{module.__name__}.{{}}", looked))
+            self._place(Names(kept, f"{home}.{{}}", looked))
         for name in looked:
             value = kept.get(name)
             if isinstance(value, types.ModuleType):
-                self._used_module(value, names, dynamic, (*inside, id(module)))
+                self._used_module(value, uses, (*inside, id(module)))
             elif not library or not is_library(getattr(value, "__module__", None) or "torch"):
                 self.visit(value)
-            elif isinstance(value, (dict, list, set, deque)) and not module.__name__.startswith("torch"):
-                self.refuse(f"it may read {module.__name__}.{name}, which changes out of its sight")
+            elif name in uses.values and isinstance(value, types.BuiltinFunctionType):
+                self.refuse(c_reason(value))
+            elif unseen(home, value):
+                self.refuse(f"it may read {home}.{name}, which no guard sees")
 
     def _whole_module(self, module: Any) -> None:
         if is_library(module.__name__):
@@ -282,6 +289,7 @@ class Reached(Walk):
         instance = getattr(obj, "__self__", None)
         if isinstance(instance, Tensor):
             self._place(Pinned(None, "method of a tensor", instance))
+        self.refuse(c_reason(obj))
         super()._c_callable(obj)
 
     def _container(self, obj: Any, kind: type) -> None:

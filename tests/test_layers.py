@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metadata",
         "unchanged",
         "guards",
+        "outside",
         "closed",
         "entries",
         "compression",

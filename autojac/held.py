@@ -1,0 +1,173 @@
+"""Where a callable's behaviour is kept: every dict, list, cell and field that Python could change, and its names."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.machinery
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+ABSENT: Final = type("Absent", (), {"__repr__": lambda self: "absent"})()
+_BASES: Final = (list, tuple, set, frozenset, deque, OrderedDict)
+_PLAIN_C: Final = frozenset({object, dict, list, tuple, set, frozenset, deque, int, float, complex, str, bytes})
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One object that holds what is read.
+
+    Attributes:
+        owner: the object.
+        name: what a person calls the place; `{}` stands for the key where one is of interest.
+    """
+
+    owner: Any
+    name: str
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        """The keys and the values held now, without running any code of the user's."""
+        raise NotImplementedError
+
+    def label(self, key: Any) -> str:
+        """What a person calls the thing at a key."""
+        return self.name.replace("{}", str(key) if type(key) in (str, int) else type(key).__name__)
+
+
+class Items(Place):
+    """A dict and everything in it."""
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return list(dict.keys(self.owner)), list(dict.values(self.owner))
+
+
+class Members(Place):
+    """The elements of a list, set or deque, the order of an OrderedDict.
+
+    Those of a tuple too, which can't change but shows where a tensor stands.
+    """
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        base = next(base for base in _BASES if issubclass(type(self.owner), base))
+        values = list(base.__iter__(self.owner))
+        return list(range(len(values))), values
+
+
+@dataclass(frozen=True, eq=False)
+class Names(Place):
+    """Some names in a dict that holds others too, such as a module's globals; they may be absent."""
+
+    names: tuple[str, ...]
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return list(self.names), [dict.get(self.owner, name, ABSENT) for name in self.names]
+
+
+@dataclass(frozen=True, eq=False)
+class Cells(Place):
+    """The variables of a closure."""
+
+    names: tuple[str, ...]
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return list(self.names), [_content(cell) for cell in self.owner]
+
+
+@dataclass(frozen=True, eq=False)
+class Fields(Place):
+    """What is read from an object other than from its dict: a class, defaults, slots."""
+
+    fields: tuple[tuple[str, Callable[[Any], Any]], ...]
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return [name for name, _ in self.fields], [read(self.owner) for _, read in self.fields]
+
+
+class Bytes(Place):
+    """A small array of numpy's."""
+
+    def contents(self) -> str:
+        """All of the array as one string."""
+        array = self.owner
+        return repr((array.shape, array.strides, array.dtype.descr, array.tobytes()))
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return ["contents"], [self.contents()]
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned(Place):
+    """A tensor that is held where nothing can replace it."""
+
+    tensor: Tensor
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        return [""], [self.tensor]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return ABSENT
+
+
+def state_reader(kind: type) -> Callable[[Any], Any] | None:
+    """What reads an instance's dict past `__getattribute__`; None where a class has no dict or makes one up."""
+    for base in kind.__mro__:
+        found = vars(base).get("__dict__")
+        if found is not None:
+            plain = isinstance(found, (types.GetSetDescriptorType, types.MemberDescriptorType))
+            return found.__get__ if plain else None
+    return None
+
+
+def slot_readers(kind: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    """What reads the slots of instances of a class; an empty slot reads as absent."""
+    found: dict[str, Callable[[Any], Any]] = {}
+    for base in kind.__mro__:
+        for name, descriptor in vars(base).items():
+            if isinstance(descriptor, types.MemberDescriptorType) and name != "__dict__":
+                found.setdefault(name, functools.partial(_slot, descriptor))
+    return tuple(found.items())
+
+
+def _slot(descriptor: types.MemberDescriptorType, obj: Any) -> Any:
+    try:
+        return descriptor.__get__(obj)
+    except AttributeError:
+        return ABSENT
+
+
+def class_dict(kind: type) -> dict[str, Any]:
+    """The dict behind a class, of which `vars` gives a proxy only."""
+    (found,) = (item for item in gc.get_referents(vars(kind)) if type(item) is dict)
+    return found
+
+
+def hidden_state(kind: type) -> bool:
+    """Whether instances hold state that is neither in a dict nor in slots: made in C, or larger than these."""
+    if issubclass(kind, BaseException):
+        return False
+    if any(_in_c(base) for base in kind.__mro__ if base not in _PLAIN_C):
+        return True
+    root = next(base for base in kind.__mro__ if base in _PLAIN_C)
+    if root.__itemsize__:  # numbers and tuples: what they hold can't change
+        return False
+    fields = len(slot_readers(kind))
+    fields += kind.__dictoffset__ > 0
+    fields += kind.__weakrefoffset__ > 0 and root.__weakrefoffset__ == 0
+    return kind.__basicsize__ > root.__basicsize__ + fields * object.__basicsize__ // 2
+
+
+def _in_c(kind: type) -> bool:
+    if kind.__module__ in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return file.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))

@@ -1,0 +1,63 @@
+"""What of tensors besides their values a trace was made for: types, shapes, strides, devices, what requires grad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODES = 4
+"""Combinations of autocast, inference mode and vmap that tensors are compared quickly in."""
+
+
+def described(tensor: Tensor) -> tuple[Any, ...]:
+    """All that a trace takes from a tensor that it reads as an input."""
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    kind = type(tensor), tensor.dtype, tensor.device, tensor.layout
+    bits = tensor.requires_grad, tensor.is_conj(), tensor.is_neg(), tensor.is_inference()
+    return *kind, tensor.shape, strides, *bits
+
+
+class Metadata:
+    """The metadata of some tensors at one moment.
+
+    Attributes:
+        tensors: the tensors.
+        known: their metadata, in the same order.
+        hooked: which of them carried hooks.
+        quick: tells in C that the metadata is the same; False says nothing. None where torch can't.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self.known = tuple(map(described, tensors))
+        self.hooked = tuple(bool(tensor._backward_hooks) for tensor in tensors)
+        self.quick = self._compared_in_c()
+        self._others: tuple[Callable[..., bool], ...] = ()
+
+    def same(self) -> bool:
+        """Whether the metadata is the same, in whatever mode this runs."""
+        if any(check(*self.tensors) for check in self._others):
+            return True
+        if tuple(map(described, self.tensors)) != self.known:
+            return False
+        check = self._compared_in_c()
+        if check is not None and self.quick is not None:
+            self._others = (*self._others, check)[-MODES:]
+        return True
+
+    def _compared_in_c(self) -> Callable[..., bool] | None:
+        if any(tensor.layout is not torch.strided for tensor in self.tensors):
+            return None
+        try:
+            sizes: list[Any] = [list(tensor.shape) for tensor in self.tensors]
+            strides: list[Any] = [list(tensor.stride()) for tensor in self.tensors]
+            made = torch._C._dynamo.guards.TensorGuards(
+                *self.tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+            )
+            check: Callable[..., bool] = made.check
+            return check if check(*self.tensors) else None
+        except (AttributeError, TypeError, SystemError, RuntimeError):
+            return None

@@ -73,9 +73,9 @@ class Tape(TorchDispatchMode):
             return call(func, args, kwargs)
         name, _, draws = traits(func)
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
-        self._look(func, name, args, nodes)
+        readable = self._look(func, name, args, nodes)
         made = call(func, args, kwargs)
-        if self.reason:
+        if not readable:
             return made
         parts = made if isinstance(made, (tuple, list)) else (made,)
         if not any(isinstance(part, Tensor) for part in parts):
@@ -116,7 +116,7 @@ class Tape(TorchDispatchMode):
         """Whether the tensor was given or has been met."""
         return id(tensor) in self._nodes
 
-    def _look(self, func: Any, name: str, args: Any, nodes: Any) -> None:
+    def _look(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
         """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
         if name in LITERALS:
             (literal,) = nodes[0]
@@ -127,6 +127,7 @@ class Tape(TorchDispatchMode):
                 self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
             self._refuse("it draws from a random generator of its own")
+        return not self.reason
 
     def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
         """Whether a tensor is the same in every run: made of literals and numbers alone."""

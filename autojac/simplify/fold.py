@@ -63,7 +63,7 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
 
 def _touched(node: fx.Node) -> set[int]:
     if _name(node) in LOOKS_AT_SHAPES:
-        return {node.meta["storage"]} - {0, None}
+        return {int(node.meta["storage"] or 0)} - {0}
     return touched(node)
 
 

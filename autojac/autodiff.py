@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,10 +24,31 @@ Bound = Callable[..., tuple[Tensor, ...]]
 Mode = Literal["reverse", "forward"]
 
 
+_forward = threading.RLock()
+"""Held while a level of dual numbers is open: torch has one for all threads."""
+
+
 def transforming() -> bool:
     """Whether the caller is inside a torch.func transform or a level of dual numbers."""
     # while torch.compile traces, peek_interpreter_stack() is never None: what it traces may not probe either
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    with _forward:  # it may be another thread's, which opened it here and is about to close it
+        return torch.autograd.forward_ad._current_level >= 0
+
+
+def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
+    """A transform that opens a level of dual numbers, in one thread at a time."""
+
+    def locked(*args: Any) -> Any:
+        if torch.compiler.is_compiling():  # a lock can't be traced
+            return transform(*args)
+        with _forward:
+            return transform(*args)
+
+    return locked
 
 
 def hooked() -> bool:
@@ -207,7 +229,7 @@ def push_dual_plainly(
     """The same without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
-    with forward._set_fwd_grad_enabled(True), forward.dual_level() as level:
+    with _forward, forward._set_fwd_grad_enabled(True), forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions
         duals = [torch._VF._make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
@@ -218,7 +240,7 @@ def push_dual_plainly(
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """torch.func.jvp of a bound function, to be used under vmap over tangents."""
-    outputs, pushed = torch.func.jvp(fn, tuple(inputs), tuple(tangents))[:2]
+    outputs, pushed = alone(torch.func.jvp)(fn, tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
 
 
@@ -228,7 +250,7 @@ def sample_jacobian(
     """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
     if mode == "reverse":
         return torch.func.jacrev(single, argnums=argnums, has_aux=True)
-    return torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
+    return alone(torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error"))
 
 
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:

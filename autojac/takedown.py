@@ -25,7 +25,7 @@ from autojac.quiet import Quiet, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
 from autojac.tape import Tape
-from autojac.trace import Lower, Pulled, Recorded, Trace
+from autojac.trace import Lower, differs, Pulled, Recorded, Trace
 
 Prepare = Callable[[Problem], Compute]
 FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -67,6 +67,8 @@ def taken_down(
             raise UnsupportedError(f"func changes what it reads as it runs: {changed}")
         recorded, captured, ran = run.recorded(compute)
         simplify(recorded.graph, without)
+    with _unseen(run.captured):
+        run.compare(compute)
     with _unseen(run.captured):
         trace = recorded.trace(captured, lower)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
@@ -156,6 +158,14 @@ class _Run:
                 with self.tape:
                     found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
                 self.pulls.append(Pulled(places, cotangents, tuple(found)))
+
+    def compare(self, compute: Compute) -> None:
+        """A run that is looked at gives what one gives that is not: some code takes another way."""
+        result = compute(self.leaves, self.kwargs)
+        plain = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
+        for one, other in zip(self.outputs, plain, strict=True):
+            if differs(one, other):
+                raise UnsupportedError("it gives something else when it is recorded than when it is not")
 
     def recorded(self, compute: Compute) -> tuple[Recorded, list[int], int]:
         """What was recorded, where its captured tensors stand, and how many operators ran."""

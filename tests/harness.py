@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from autojac import AutoJacobian
+from autojac import AutoJacobian, PlanStore
 from autojac.captures import captures
 from autojac.entry import Request, Seen
 from autojac.look import look
@@ -22,6 +23,17 @@ def wrapped(scenario: Scenario, func: Any, **options: Any) -> AutoJacobian:
     """A scenario's wrapper that times nothing, unless told otherwise."""
     defaults = {"on_miss": "estimate", "randomness": "different", "argnums": scenario.argnums, "store": ":memory:"}
     return AutoJacobian(func, **{**defaults, **options})
+
+
+def forced(func: Any, args: Any, method: dict[str, Any], kwargs: Any = None, **options: Any) -> AutoJacobian:
+    """A wrapper that finds a plan with this method in its store for such a call."""
+    options = {"on_miss": "estimate", "randomness": "different", "store": PlanStore(":memory:"), **options}
+    maker = AutoJacobian(func, **options)
+    plan = maker.plan(*args, **(kwargs or {}))
+    (entry,) = maker._entries.values()
+    assert entry.keys is not None
+    maker._planner.stored.save(entry.keys, dataclasses.replace(plan, method=method))
+    return AutoJacobian(func, **options)
 
 
 def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[Request, Seen, Problem]:

@@ -77,7 +77,7 @@ def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
     if node.op == "output":
         return set()
     early = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
-    return early | node.meta["writes"]
+    return early | set(node.meta["writes"])
 
 
 def _small(node: fx.Node) -> bool:

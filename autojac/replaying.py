@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autojac.autodiff import Programs, by_programs
 from autojac.errors import UnsupportedError
+from autojac.hoist import Kept
 from autojac.problem import Compute, Problem, Result
 from autojac.surroundings import Surroundings
 from autojac.takedown import Prepare, arranged, taken_down, unfixed
@@ -30,6 +31,7 @@ class Ready:
         captured: the tensors.
         given: how many tensors a call brings.
         version, state: of the surroundings that it was made ready in.
+        kept: what is kept from call to call.
     """
 
     trace: Trace
@@ -37,6 +39,7 @@ class Ready:
     given: int
     version: int
     state: int
+    kept: Kept | None = None
 
 
 @dataclass
@@ -72,6 +75,8 @@ class Replaying:
             return self.eager(leaves, kwargs)
         self.calls += 1
         trace = ready.trace
+        if ready.kept is not None:
+            return self._result(trace, trace.forward(*given, *ready.captured, *ready.kept()))
         if not trace.pulls:
             return self._result(trace, trace.forward(*given, *ready.captured))
         inputs = (*given, *ready.captured)
@@ -119,7 +124,8 @@ class Replaying:
                 trace = ready.trace
             captured = tuple(surroundings.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
-            self.ready = Ready(trace, captured, given, surroundings.version, surroundings.state)
+            kept = None if trace.hoist is None else Kept(trace.hoist, captured)
+            self.ready = Ready(trace, captured, given, surroundings.version, surroundings.state, kept)
             return self.ready
 
     def _traced(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 import warnings
@@ -25,7 +26,7 @@ from autojac.quiet import Quiet, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
 from autojac.tape import Tape
-from autojac.trace import Lower, differs, Pulled, Recorded, Trace
+from autojac.trace import Lower, Pulled, Recorded, Trace, differs
 
 Prepare = Callable[[Problem], Compute]
 FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -66,11 +67,11 @@ def taken_down(
         if changed:
             raise UnsupportedError(f"func changes what it reads as it runs: {changed}")
         recorded, captured, ran = run.recorded(compute)
-        simplify(recorded.graph, without)
+        simplify(recorded.graph, set(without) - {"hoist"})
     with _unseen(run.captured):
         run.compare(compute)
-    with _unseen(run.captured):
-        trace = recorded.trace(captured, lower)
+    unseen = functools.partial(_unseen, run.captured)
+    trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
     spent = 1e3 * (time.perf_counter() - start)
     surroundings.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")

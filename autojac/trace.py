@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, fx
 
 from autojac.autodiff import Pull
 from autojac.errors import UnsupportedError
+from autojac.hoist import Hoist, Kept, hoisted
 from autojac.program import Run, emit
 from autojac.tolerance import disagreement
 
 Lower = Callable[[Run], Run]
+Unseen = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Trace:
         values: how many of them are values.
         captured: where each captured tensor stands among those of the surroundings.
         pulls: what pulls cotangents of the outputs back.
+        hoist: what is kept from call to call; the forward program takes it after the inputs.
         constant: positions of the outputs that have no derivative.
     """
 
@@ -39,6 +43,7 @@ class Trace:
     captured: tuple[int, ...]
     pulls: tuple[Pull, ...] = ()
     constant: tuple[int, ...] = ()
+    hoist: Hoist | None = None
 
 
 @dataclass(frozen=True)
@@ -78,27 +83,45 @@ class Recorded:
     cotangents: Sequence[Sequence[fx.Node]]
     sources: Sequence[int]
 
-    def trace(self, captured: Sequence[int], lower: Lower | None = None) -> Trace:
+    def trace(self, captured: Sequence[int], unseen: Unseen, keep: bool = True, lower: Lower | None = None) -> Trace:
         """Programs that do what was recorded, held against it in one run.
 
         Args:
             captured: as in `Trace`.
+            unseen: a context in which a run starts from the state that the recorded one did, and leaves no trace.
+            keep: whether to hoist what depends on captured tensors alone.
             lower: what to make of each program, such as compiling it.
         """
-        made = self._programs(captured, ())
         inputs = [tensor.detach() for _, tensor in self.inputs]
+        hoist = None
+        if keep and not self.pulls and lower is None:
+            nodes = [node for node, _ in self.inputs]
+            hoist = hoisted(self.graph, nodes[len(nodes) - len(captured) :], self._ends[: len(self.outputs)])
+        kept = Kept(hoist, inputs[len(inputs) - len(captured) :])() if hoist is not None else ()
+        made = self._programs(captured, (), hoist)
         with torch.no_grad():
-            found = made.forward(*inputs)
-            apart = [place for place, y in enumerate(found[: made.outputs]) if _shares(y, inputs, self._constants())]
+            with unseen():
+                found = made.forward(*inputs, *kept)
+            lasting = [*inputs, *kept, *self._constants()]
+            apart = [place for place, y in enumerate(found[: made.outputs]) if _shares(y, lasting)]
             if apart or lower is not None:
-                made = self._programs(captured, apart, lower)
-                found = made.forward(*inputs)
+                made = self._programs(captured, apart, hoist, lower)
+                with unseen():
+                    found = made.forward(*inputs, *kept)
             self._check(found, self.outputs)
             left = found[made.outputs :]
             for pull, program in zip(self.pulls, made.pulls, strict=True):
-                pulled = program.run(*inputs, *left, *(c.detach() for c in pull.cotangents))
+                with unseen():
+                    pulled = program.run(*inputs, *left, *(c.detach() for c in pull.cotangents))
                 self._check(pulled, [g for g in pull.gradients if g is not None])
         return made
+
+    @property
+    def _ends(self) -> Sequence[fx.Node]:
+        """The outputs, then all gradients that are tensors."""
+        *_, last = self.graph.nodes
+        ends: Sequence[fx.Node] = last.args[0]
+        return ends
 
     def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         for one, other in zip(found, expected, strict=False):
@@ -108,11 +131,11 @@ class Recorded:
     def _constants(self) -> list[Tensor]:
         return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]
 
-    def _programs(self, captured: Sequence[int], apart: Sequence[int], lower: Lower | None = None) -> Trace:
+    def _programs(
+        self, captured: Sequence[int], apart: Sequence[int], hoist: Hoist | None, lower: Lower | None = None
+    ) -> Trace:
         """`apart` lists outputs to copy, since they share memory with what outlives the call."""
-        *_, last = self.graph.nodes
-        ends: Sequence[fx.Node] = last.args[0]
-        results, gradients = ends[: len(self.outputs)], iter(ends[len(self.outputs) :])
+        results, gradients = self._ends[: len(self.outputs)], iter(self._ends[len(self.outputs) :])
         nodes = [node for node in self.graph.nodes if node.op == "call_function"]
         early = [node for node in nodes if node.meta["phase"] == 0]
         inputs = [node for node, _ in self.inputs]
@@ -138,9 +161,10 @@ class Recorded:
             )
             for (pull, part, ending, given), nodes_of in zip(parts, self.cotangents, strict=True)
         )
-        forward = program(inputs, [*results, *left], early, copied=apart)
+        kept = hoist.nodes if hoist is not None else ()
+        forward = program([*inputs, *kept], [*results, *left], _leading(early, [*results, *left], kept), copied=apart)
         constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
-        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant)
+        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant, hoist)
 
 
 def differs(one: Tensor, other: Tensor) -> bool:
@@ -159,12 +183,21 @@ def _closure(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], phase: int) -> I
     return (node for node in nodes if node in wanted and node.meta["phase"])
 
 
-def _shares(one: Tensor, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> bool:
-    """Whether writing into a tensor changes others: arguments, captured tensors, constants, or entries of its own."""
+def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[fx.Node]) -> list[fx.Node]:
+    """The operators that lead to some nodes from others that are given, and those that do more than return."""
+    wanted, known = set(ends) - set(given), set(given)
+    for node in reversed(nodes):
+        if node in wanted or node.meta["draws"] or node.meta["writes"]:
+            wanted |= {node, *(source for source in node.all_input_nodes if source not in known)}
+    return [node for node in nodes if node in wanted and node not in known]
+
+
+def _shares(one: Tensor, lasting: Sequence[Tensor]) -> bool:
+    """Whether writing into a tensor changes others, which outlive the call, or entries of its own."""
     if one.layout != torch.strided:
         return False
     if any(step == 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)):
         return True
     home = one.untyped_storage().data_ptr()
-    kept = (t for t in (*inputs, *constants) if t.layout == torch.strided and not t._is_zerotensor())
+    kept = (t for t in lasting if t.layout == torch.strided and not t._is_zerotensor())
     return one.numel() > 0 and any(t.untyped_storage().data_ptr() == home for t in kept)

@@ -22,7 +22,7 @@ class Replay(Method):
 
     Attributes:
         inner: the method to record.
-        without: passes of `autojac.simplify` to leave out, separated by commas.
+        without: passes of `autojac.simplify` to leave out, or `hoist`, separated by commas.
     """
 
     inner: Method

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.origin import is_library
-from autojac.outside import TENSOR_READERS, c_reason, frame_reason, package
+from autojac.outside import TENSOR_READERS, c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
 
 _HANDED = frozenset({"tolist", "numpy"})  # no operator shows in a trace, whoever calls them
 
@@ -26,23 +26,29 @@ class Watched:
 
     Attributes:
         reason: why the run read something that no guard can list; empty if it did not.
+        repeated: whether torch has set the state of random numbers, so that some are drawn again; a replay of
+            operators that draw would draw others.
     """
 
     def __init__(self, codes: Collection[types.CodeType]) -> None:
         self.reason = ""
+        self.repeated = False
         self._codes = tuple(codes)
         self._known = {id(code) for code in codes}
         self._frames: dict[int, tuple[types.CodeType, _Callers, str]] = {}
         self._calls: dict[tuple[Any, ...], str] = {}
         self._before: Any = None
+        self._outside: types.FrameType | None = None
 
     def __enter__(self) -> Self:
+        self._outside = sys._getframe(1)
         self._before = sys.getprofile()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
+        self._outside = None
         if hasattr(self._before, "enable"):  # cProfile's, which is no function
             self._before.enable()
         elif self._before is not None:
@@ -88,10 +94,19 @@ class Watched:
         """Whether a frame is not one of those that see to it themselves."""
         return caller is not None and _counts(caller)
 
+    def by_any(self, caller: types.FrameType | None) -> bool:
+        """Whoever called."""
+        return True
+
+    def repeats(self, caller: types.FrameType | None) -> bool:
+        """Whether the user's code sets random numbers; torch's own only makes them repeat."""
+        self.repeated = True
+        return self.by_user(caller)
+
     def unless_imported(self, caller: types.FrameType | None) -> bool:
         """Whether a frame is not part of what a library imports at its first use."""
         while caller is not None and not _home(caller).startswith("importlib."):
-            if id(caller.f_code) in self._known:
+            if caller is self._outside or id(caller.f_code) in self._known:
                 return True
             caller = caller.f_back
         while caller is not None and _home(caller).startswith("importlib."):
@@ -108,6 +123,12 @@ def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
     if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
         return Watched.by_user, ""
     if is_library(home):
+        if sets_random_state(home, code.co_name):
+            return Watched.repeats, frame_reason(home, code.co_name)
+        if seeds(home, code.co_name):
+            return Watched.by_any, frame_reason(home, code.co_name)
+        if is_foreign(home):
+            return Watched.unless_imported, frame_reason(home, code.co_name)
         own = home == "torch._tensor" and code.co_name in TENSOR_READERS
         return Watched.by_others if own else Watched.by_user, frame_reason(home, code.co_name)
     name = f"{code.co_qualname} of {home or code.co_filename}"

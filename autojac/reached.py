@@ -43,7 +43,12 @@ MOST_ITEMS: Final = 10_000
 
 _CODE: Final = tuple(
     (name, operator.attrgetter(attribute))
-    for name, attribute in (("code", "__code__"), ("defaults", "__defaults__"), ("keyword defaults", "__kwdefaults__"))
+    for name, attribute in (
+        ("code", "__code__"),
+        ("defaults", "__defaults__"),
+        ("keyword defaults", "__kwdefaults__"),
+        ("attributes", "__dict__"),
+    )
 )
 _PARTS: Final = tuple((name, operator.attrgetter(name)) for name in ("func", "args", "keywords"))
 _TENSORS: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -83,6 +88,7 @@ class Reached(Walk):
         for _, hooks in _HOOKS_OF_ALL:
             self._place(Items(hooks, "hook of all modules"))
             self.visit(hooks)
+        self._place(Fields(torch, "{}", (("default dtype", _default_dtype),)))
         self.visit(func)
         if any(id(referent) not in self._order for referent in self._weak):
             self.refuse("it holds a weak reference to what nothing else of it holds")
@@ -327,6 +333,10 @@ class Reached(Walk):
             super()._reduced(obj, kind)
         else:
             self._give_up(kind)
+
+
+def _default_dtype(owner: Any) -> torch.dtype:
+    return torch.get_default_dtype()
 
 
 def _bases(kind: type) -> Any:

@@ -23,7 +23,12 @@ from autojac.metadata import Metadata
 Held = tuple[Place, list[Any], list[Any]]
 """A place with the keys and the values that it held."""
 
-_FIELDS: Final = {"code": "__code__", "defaults": "__defaults__", "keyword defaults": "__kwdefaults__"}
+_FIELDS: Final = {
+    "code": "__code__",
+    "defaults": "__defaults__",
+    "keyword defaults": "__kwdefaults__",
+    "attributes": "__dict__",
+}
 # gone, or another thread is writing there
 _UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError)
 # the user may have changed Python's own

@@ -7,6 +7,7 @@ import copy
 import cProfile
 import datetime
 import functools
+import io
 import logging
 import math
 import operator
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -51,6 +53,19 @@ def made(value: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x * value
 
 
+foreign = types.ModuleType("foreign")
+foreign.__file__ = os.path.join(os.path.dirname(torch.__file__), "..", "site-packages", "foreign.py")
+foreign.nn = nn
+exec("class Foreign(nn.Module):\n def forward(self, x): return x", vars(foreign))
+sys.modules["foreign"] = foreign
+Foreign = foreign.Foreign
+
+
+def read_by_class(x: Tensor) -> Any:
+    with io.FileIO(os.devnull) as file:
+        return file.read()
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "clock": (lambda x: x * time.perf_counter(), "perf_counter of time"),
     "clock as a value": (lambda x: [f() for f in (time.time,)], "time of time"),
@@ -61,6 +76,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "numpy random": (lambda x: x * np.random.rand(), "numpy.random"),
     "environment": (lambda x: os.environ.get("HOME"), "os"),
     "files": (lambda x: open(os.devnull).close(), "open"),
+    "files by class": (read_by_class, "file"),
+    "modules of others": (nn.Sequential(Foreign()), "of foreign"),
     "print": (lambda x: print("", end=""), "print"),
     "logging": (lambda x: logging.getLogger("quiet").debug("x"), "logging"),
     "date": (lambda x: datetime.datetime.now(), "now"),
@@ -175,6 +192,22 @@ ALLOWED: dict[str, Callable[[], tuple[Callable[[Tensor], Any], Tensor]]] = {
 def test_what_models_do_is_no_reason(name: str) -> None:
     func, x = ALLOWED[name]()
     assert reason(func, x) == ""
+
+
+def test_what_a_checkpoint_draws_is_drawn_again() -> None:
+    x = torch.ones(2, requires_grad=True)
+
+    def func(x: Tensor) -> Tensor:
+        y = torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    guard = Guard(func)
+    with Watched(guard.codes) as watched:
+        func(x)
+    assert (guard.reason, watched.reason, watched.repeated) == ("", "", True)
+    with Watched(guard.codes) as watched:
+        helper(x)
+    assert not watched.repeated
 
 
 def test_own_functions_of_autograd_are_followed() -> None:

@@ -57,7 +57,10 @@ _HOOKS_OF_ALL: Final = [
     for name, hooks in sorted(vars(torch.nn.modules.module).items())
     if name.startswith("_global_") and isinstance(hooks, dict) and ("forward" in name or "backward" in name)
 ]
-_IMMUTABLE: Final = ("operator.", "re.Pattern", "decimal.Decimal", "datetime.", "zoneinfo.", "uuid.")
+_IMMUTABLE: Final = (
+    *("operator.", "re.Pattern", "decimal.Decimal", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
+    "_collections._tuplegetter",
+)
 _OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading"})
 _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 _LOCKS: Final = ("_thread.lock", "_thread.RLock")
@@ -124,6 +127,8 @@ class Reached(Walk):
         home = kind.__module__
         if isinstance(obj, types.ModuleType):
             self._whole_module(obj)
+        elif isinstance(obj, type):  # whatever the home of its metaclass
+            self._class(obj)
         elif isinstance(obj, weakref.ref):
             if obj() is not None:
                 self._weak.append(obj())
@@ -133,7 +138,7 @@ class Reached(Walk):
             home in _OUT_OF_SIGHT and f"{home}.{kind.__qualname__}" not in _LOCKS
         ):
             self._give_up(kind)
-        elif home.partition(".")[0] == "numpy" and not isinstance(obj, type):
+        elif home.partition(".")[0] == "numpy":
             self._of_numpy(obj, kind)
         elif isinstance(obj, enum.Enum):
             self._instance(obj, kind)
@@ -312,6 +317,9 @@ class Reached(Walk):
         super()._container(obj, kind)
 
     def _instance(self, obj: Any, kind: type) -> None:
+        if _immutable(kind):
+            super()._instance(obj, kind)
+            return
         reader = state_reader(kind)
         slots = slot_readers(kind)
         unread = reader is None and any("__dict__" in vars(base) for base in kind.__mro__)
@@ -329,10 +337,14 @@ class Reached(Walk):
         super()._instance(obj, kind)
 
     def _reduced(self, obj: Any, kind: type) -> None:
-        if f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE):
+        if _immutable(kind):
             super()._reduced(obj, kind)
         else:
             self._give_up(kind)
+
+
+def _immutable(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE)
 
 
 def _default_dtype(owner: Any) -> torch.dtype:

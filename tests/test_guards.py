@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import copy
 import dataclasses
+import enum
+import fractions
 import functools
+import logging
 import math
+import operator
+import pathlib
 import random
+import re
 import subprocess
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import hypothesis.strategies as st
 import numpy as np
@@ -27,6 +34,8 @@ from autojac import unchanged
 from autojac.guards import Change, Guard, alike
 
 SCALE = 2.0
+META = [1]
+T = TypeVar("T")
 big = np.ones(10_000)
 TABLE: dict[str, Any] = {"a": [1, 2, {"b": 3}], "c": (4, [5])}
 WEIGHT = torch.ones(3)
@@ -541,6 +550,50 @@ def test_state_that_classes_hold() -> None:
     noticed(guard, lambda: META.__setitem__(0, META[0] + 1), "META")
 
 
+class Interface(abc.ABC):
+    @abc.abstractmethod
+    def gain(self) -> int: ...
+
+
+class Implemented(Interface, Generic[T]):
+    def gain(self) -> int:
+        return META[0]
+
+    @functools.cached_property
+    def area(self) -> int:
+        return META[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.gain()
+
+
+def test_classes_of_other_metaclasses() -> None:
+    guard = held(Implemented())
+    noticed(guard, lambda: META.__setitem__(0, META[0] + 1), "META")
+    noticed(guard, lambda: setattr(Interface, "more", object()), "more of class Interface")
+
+
+def test_cached_properties_are_attributes_that_a_run_sets() -> None:
+    implemented: Any = Implemented()
+    guard = held(lambda x: x * implemented.area)
+    noticed(guard, lambda: implemented.area, "area of Implemented")
+
+
+def test_immutable_objects_of_the_standard_library() -> None:
+    pattern, half, path = re.compile("a"), fractions.Fraction(1, 2), pathlib.Path("a")
+    point, lock, log = Point([1], 2), threading.Lock(), logging.getLogger("guards")
+    guard = held(lambda x: (pattern, half, path, point, lock, log, Color.RED, operator.itemgetter(1)))
+    noticed(guard, lambda: point.x.append(2), "")
+    noticed(guard, lambda: Color.RED.value.append(2), "")
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+class Color(enum.Enum):
+    RED = [1]  # noqa: RUF012
+
+
 def test_the_default_dtype() -> None:
     guard = held(torch.sin)
     try:
@@ -566,9 +619,6 @@ def test_nothing_heavy_is_imported() -> None:
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-META = [1]
 
 
 def test_looking_runs_nothing_of_the_users() -> None:

@@ -13,7 +13,7 @@ from autojac.held import Cells, Fields, Items, Members, Names, Pinned, Place
 from autojac.leaves import SCALARS
 from autojac.names import Used, used
 from autojac.origin import is_library
-from autojac.outside import c_reason, unseen
+from autojac.outside import TENSOR_READERS, c_reason, unseen
 from autojac.walk import Walk
 
 _CODE: Final = tuple(
@@ -97,7 +97,9 @@ class LookedUp(Walk):
                 self.refuse(c_reason(builtins[name]))
         held += [builtins[name] for name in found if not is_library(getattr(builtins[name], "__module__", "builtins"))]
         if uses.state:
-            self.refuse(f"{function.__name__} reads {uses.state} of a tensor")
+            self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
+        if "methodcaller" in uses.attributes and (hidden := TENSOR_READERS & uses.attributes):
+            self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
         if uses.relative:
             self.refuse(f"{function.__name__} imports relatively as it runs; import at the top of its file")
         for name in uses.imported:

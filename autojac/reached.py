@@ -15,7 +15,7 @@ from torch import Tensor
 from autojac.held import Bytes, Fields, Items, Members, Pinned, class_dict, hidden_state, slot_readers, state_reader
 from autojac.looked_up import LookedUp
 from autojac.origin import is_library
-from autojac.outside import c_reason
+from autojac.outside import TENSOR_READERS, c_reason
 from autojac.walk import HOOKS
 
 MOST_BYTES: Final = 4096
@@ -201,7 +201,9 @@ class Reached(LookedUp):
         super()._instance(obj, kind)
 
     def _reduced(self, obj: Any, kind: type) -> None:
-        if _immutable(kind):
+        if isinstance(obj, operator.methodcaller) and TENSOR_READERS & set(obj.__reduce__()[1]):
+            self.refuse("it may read values of a tensor")
+        elif _immutable(kind):
             super()._reduced(obj, kind)
         else:
             self._give_up(kind)

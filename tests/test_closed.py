@@ -101,6 +101,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "array of": (lambda x: np.sum(np.array(x)), "values of a tensor"),
     "address": (lambda x: x.data_ptr(), "values of a tensor"),
     "storage": (lambda x: x.untyped_storage(), "values of a tensor"),
+    "tolist behind map": (lambda x: list(map(torch.Tensor.tolist, [x])), "values of a tensor"),
+    "tolist by its name": (lambda x: operator.methodcaller("tolist")(x), "values of a tensor"),
+    "tolist by an object": (functools.partial(lambda x, f: f(x), f=operator.methodcaller("tolist")), "values of a"),
+    "numpy's functions": (lambda x: np.sqrt(x), "values of a tensor"),
     "text": (lambda x: f"{x}", "values of a tensor"),
     "repr": (lambda x: repr(x), "values of a tensor"),
     "copy": (lambda x: copy.deepcopy(x), "values of a tensor"),
@@ -115,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_guard_can_list_is_refused(name: str) -> None:
     func, expected = REFUSED[name]

@@ -33,7 +33,7 @@ _HOOKS_OF_ALL: Final = [
 ]
 _IMMUTABLE: Final = (
     *("operator.", "re.Pattern", "decimal.Decimal", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
-    "_collections._tuplegetter",
+    *("_collections._tuplegetter", "collections._tuplegetter"),
 )
 _OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading"})
 _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")

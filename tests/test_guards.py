@@ -752,3 +752,17 @@ def test_any_change_of_something_nested_is_noticed(thing: Any, data: st.DataObje
     guard.renew()
     assert guard.holds()
     assert twin is not root
+
+
+def test_a_count_of_changes_that_misses_some_is_not_used() -> None:
+    seen: list[Any] = []
+
+    def misses_deletions(kept: dict[str, Any]) -> int:
+        if kept and (not seen or seen[-1] != kept):
+            seen.append(dict(kept))
+        return len(seen)
+
+    assert not unchanged._sound(misses_deletions)
+    assert not unchanged._sound(lambda kept: 0)
+    if sys.version_info < (3, 13):
+        assert unchanged._sound(torch._C._dynamo.guards.dict_version)

@@ -64,7 +64,7 @@ class Guard:
             return Change("something that another thread is changing", {})
 
     def renew(self) -> None:
-        """Take the present state as the one to hold against."""
+        """Take the present state as the one to hold against; where it differs, all attributes are made anew."""
         if self.compare() == Change("", {}):
             self._hold()
         else:

@@ -19,6 +19,8 @@ _INERT: Final = frozenset(
 def leaf_tokens(obj: Any) -> tuple[object, ...] | None:
     """What to know of a constant, an enum member, a number of numpy's or a logger; None if obj may reach more."""
     kind = type(obj)
+    if isinstance(obj, type):  # one with a metaclass of `abc` or `typing` is the user's code all the same
+        return None
     if isinstance(obj, enum.Enum):
         return "enum", kind.__qualname__, obj.name
     if isinstance(obj, _TORCH_CONSTANTS) or kind.__module__ == "torch._ops":

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from autojac.outside import TENSOR_READERS
+
 _GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
-_STATE: Final = frozenset({"grad", "grad_fn", "_version", "_grad"})
+_STATE: Final = TENSOR_READERS | {"grad", "grad_fn", "_version", "_grad"}
 # names computed as the code runs
 _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
 
@@ -29,7 +31,8 @@ class Used:
         relative: whether it imports relatively too.
         dynamic: whether it may compute names of attributes.
         values: names of globals and attributes that it looks up other than to call them at once.
-        state: an attribute that it reads from tensors, which says what else was done with them; empty if there is none.
+        state: an attribute of tensors that it looks up other than to call it at once, and that shows their values or
+            what else was done with them; empty if there is none.
     """
 
     codes: tuple[types.CodeType, ...]

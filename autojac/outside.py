@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ _C_MODULES: Final = TRUSTED | _words(
     """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _decimal
     _weakref"""
 )
+# What torch itself calls for its own ends.
+_OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
 _HARMLESS: Final = _words(
     """abs all any ascii bin callable chr delattr divmod format getattr hasattr hex isinstance issubclass iter len max
     min next oct ord pow repr round setattr sorted sum __build_class__"""
@@ -52,6 +55,7 @@ _STATE_FUNCTIONS: Final = _words(
     current_stream synchronize elapsed_time utilization from_file fromfile load loadtxt genfromtxt memmap
     get_printoptions set_printoptions frombuffer"""
 )
+_RANDOM: Final = ("torch.random", "torch.cuda.random", "torch.mps", "torch.xpu.random")
 _VALUES: Final = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range, slice, type(None))
 _OBJECTS: Final = frozenset({"collections", "re", "decimal", "fractions", "types", "functools", "numpy"})
 _UNSAFE_OBJECTS: Final = ("Generator", "Event", "Stream", "StorageBase", "UntypedStorage", "RandomState")
@@ -78,6 +82,21 @@ def frame_reason(home: str, name: str) -> str:
     if within(home, _STATE) or (name in _STATE_FUNCTIONS and package(home) in ("torch", "numpy")):
         return f"it calls {name} of {home}, which reads the state of the process"
     return ""
+
+
+def is_foreign(home: str) -> bool:
+    """Whether a module is of a package that nothing is known of: torch may call it for the user's code."""
+    return package(home) not in TRUSTED | _OF_TORCH | sys.stdlib_module_names
+
+
+def seeds(home: str, name: str) -> bool:
+    """Whether a function sets or shows where random numbers start."""
+    return within(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
+
+
+def sets_random_state(home: str, name: str) -> bool:
+    """Whether a function makes random numbers repeat, as torch's checkpoints do around what runs again."""
+    return within(home, _RANDOM) and name.startswith("set_")
 
 
 def within(home: str, packages: Iterable[str]) -> bool:
@@ -128,8 +147,12 @@ def _method(kind: type, name: str) -> str:
     bases = kind.__mro__
     if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):
         return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"
-    if issubclass(kind, (*_VALUES, types.GeneratorType, datetime.timedelta)) or hasattr(kind, "__next__"):
-        return ""  # an iterator made in this call; guards refuse others
+    if issubclass(kind, (*_VALUES, types.GeneratorType, datetime.timedelta)):
+        return ""
+    if kind.__module__ in ("builtins", "itertools"):  # iterators made in this call; guards refuse others
+        return ""
+    if kind.__module__ == "_io":
+        return "" if kind.__name__ in ("StringIO", "BytesIO") else f"it calls {name} of a file"
     if not is_library(kind.__module__):
         return "" if name not in ("__reduce_ex__", "__reduce__", "__sizeof__", "__hash__") else f"it calls {name}"
     if package(kind.__module__) in _OBJECTS | _C_MODULES or kind.__qualname__ in ("lock", "RLock"):

@@ -13,7 +13,14 @@ Run = Callable[..., tuple[Tensor, ...]]
 NAMED = (bool, int, str, type(None))
 """Kinds of arguments that are written out as they are."""
 BOUND = frozenset(
-    ["abs", "add", "addcdiv", "addcmul", "addmm", "amax", "amin", "baddbmm", "bmm", "cat", "clone", "cos", "cosh", "cumsum", "diag_embed", "diagonal", "div", "eq", "erf", "exp", "exp2", "expm1", "flip", "floor", "ge", "gather", "gt", "index_select", "le", "log", "log1p", "logical_and", "logical_not", "logical_or", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "ne", "neg", "permute", "pow", "prod", "reciprocal", "roll", "rsqrt", "select", "sigmoid", "sign", "sin", "sinh", "sqrt", "squeeze", "stack", "sub", "sum", "t", "tan", "tanh", "transpose", "tril", "triu", "unbind", "unsqueeze", "where"]
+    # arithmetic
+    ("abs", "add", "addcdiv", "addcmul", "div", "maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rsqrt")
+    + ("sign", "sqrt", "sub", "cumsum", "prod", "sum", "mean", "amax", "amin", "eq", "ne", "ge", "gt", "le", "lt")
+    + ("cos", "cosh", "erf", "exp", "exp2", "expm1", "floor", "log", "log1p", "sigmoid", "sin", "sinh", "tan", "tanh")
+    + ("logical_and", "logical_not", "logical_or", "where", "mm", "bmm", "addmm", "baddbmm", "matmul", "mv")
+    # shapes
+    + ("cat", "clone", "diag_embed", "diagonal", "flip", "gather", "index_select", "permute", "roll", "select")
+    + ("squeeze", "stack", "t", "transpose", "tril", "triu", "unbind", "unsqueeze")
 )
 """Operators that torch's own Python functions take alike: those are parsed in half the time."""
 METHODS = frozenset({"view", "expand", "masked_fill"})

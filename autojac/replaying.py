@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Programs, by_programs
+from autojac.autodiff import Programs, by_programs, modes_active
 from autojac.errors import UnsupportedError
 from autojac.hoist import Kept
 from autojac.problem import Compute, Problem, Result
@@ -66,6 +66,8 @@ class Replaying:
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         ready, surroundings = self.ready, self.surroundings
+        if modes_active():
+            return self.eager(leaves, kwargs)
         if ready is None or not surroundings.steady() or ready.version != surroundings.version:
             ready = self._renewed(leaves, kwargs)
             if ready is None:

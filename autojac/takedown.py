@@ -63,9 +63,10 @@ def taken_down(
     run = _Run(problem, surroundings.tensors, leaves, kwargs)
     with _unseen(run.captured):
         compute = run.record(prepare, guard.codes)
+        before = surroundings.version
         changed = surroundings.look()
-        if changed:
-            raise UnsupportedError(f"func changes what it reads as it runs: {changed}")
+        if surroundings.version != before:
+            raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
         recorded, captured, ran = run.recorded(compute)
         simplify(recorded.graph, set(without) - {"hoist"})
     with _unseen(run.captured):
@@ -140,6 +141,8 @@ class _Run:
         reason = watched.reason or self.tape.reason
         if self.problem.structure.draws and len(evaluations) > 1:
             reason = reason or "it evaluates func several times, each time from the same random state"
+        if watched.repeated and self.tape.draws:
+            reason = reason or "it draws random numbers again from an earlier state, as checkpointing does"
         if reason:
             raise UnsupportedError(reason)
         return compute

@@ -42,12 +42,14 @@ class Tape(TorchDispatchMode):
     Attributes:
         graph: without an output node.
         reason: why what ran can't run again from the graph alone; empty if it can.
+        draws: whether random numbers were drawn.
     """
 
     def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.reason = ""
+        self.draws = False
         self.phase = 0
         self.most_bytes = most_bytes
         self._bytes = 0
@@ -84,6 +86,7 @@ class Tape(TorchDispatchMode):
         self._describe(node, "operator", None)
         node.meta["writes"] = frozenset(_written(func, name, args, kwargs))
         node.meta["draws"] = draws and not certain(func, args, kwargs)
+        self.draws |= node.meta["draws"]
         if isinstance(made, Tensor):
             self._outcome(node, made)
         else:

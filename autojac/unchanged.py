@@ -23,7 +23,12 @@ from autojac.metadata import Metadata
 Held = tuple[Place, list[Any], list[Any]]
 """A place with the keys and the values that it held."""
 
-_FIELDS: Final = {"code": "__code__", "defaults": "__defaults__", "keyword defaults": "__kwdefaults__"}
+_FIELDS: Final = {
+    "code": "__code__",
+    "defaults": "__defaults__",
+    "keyword defaults": "__kwdefaults__",
+    "attributes": "__dict__",
+}
 # gone, or another thread is writing there
 _UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError)
 # the user may have changed Python's own
@@ -32,17 +37,39 @@ _BUILTINS: Final = {function.__name__: function for function in (all, any, len, 
 }
 
 
+@functools.cache
 def dict_version() -> Callable[[dict[Any, Any]], int] | None:
-    """What counts the changes of a dict in C; None where torch has no such thing, or it doesn't do what it should."""
+    """What counts the changes of a dict in C; None where torch has no such thing, or it misses changes."""
     try:
         found: Callable[[Any], int] = torch._C._dynamo.guards.dict_version
-        probe = {"a": 0}
-        first = found(probe)
-        probe["a"] = 1
-        sound = found(probe) != first and found(probe) == found(probe)
+        return found if _sound(found) else None
     except (AttributeError, TypeError):
         return None
-    return found if sound else None
+
+
+def _sound(version: Callable[[Any], int]) -> bool:
+    """Whether every store shows: Python 3.13.0 keeps those to attributes of an instance from watchers of its dict.
+
+    Often enough for the interpreter to specialize the bytecode.
+    """
+    probe = _Probe()
+    held = vars(probe)
+    for number in range(1000):
+        before = version(held)
+        probe.stored = number + 1
+        stored = version(held)
+        held["stored"] = -1
+        written = version(held)
+        del probe.stored
+        if len({before, stored, written, version(held)}) < 4 or version(held) != version(held):
+            return False
+        probe.stored = 0
+    return True
+
+
+class _Probe:
+    def __init__(self) -> None:
+        self.stored = 0
 
 
 def checker(held: Callable[[], Sequence[Held]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "reads",
         "names",
         "held",
+        "looked_up",
         "reached",
         "metadata",
         "unchanged",

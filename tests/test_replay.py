@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import pickle
 import random
 import re
@@ -58,7 +59,7 @@ def connected(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def net(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).to(dtype).requires_grad_(False)
 
@@ -196,6 +197,28 @@ def _with(module: nn.Module, **attributes: Any) -> None:
         setattr(module, name, value)
 
 
+UNDO: list[Callable[[], Any]] = []
+
+
+def _hooked_everywhere() -> tuple[Any, Callable[[], None]]:
+    def change() -> None:
+        handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: y * 2)
+        UNDO.append(handle.remove)
+
+    return net(3, 2, 2), change
+
+
+def _default_dtype() -> tuple[Any, Callable[[], None]]:
+    def func(x: Tensor) -> Tensor:
+        return (x.sin().to(torch.float32) * torch.full((3,), 1 / 3)).to(torch.float64)
+
+    def change() -> None:
+        UNDO.append(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+        torch.set_default_dtype(torch.float64)
+
+    return func, change
+
+
 CHANGES: dict[str, Callable[[], tuple[Any, Callable[[], None]]]] = {
     "closure": _closure,
     "global": _global,
@@ -226,29 +249,9 @@ CHANGES: dict[str, Callable[[], tuple[Any, Callable[[], None]]]] = {
     "full backward hook": _of_model(
         lambda model: model.inner[2].register_full_backward_hook(lambda m, gi, go: (gi[0] * 3,))
     ),
-    "hook of all modules": lambda: _hooked_everywhere(),
-    "default dtype of a new tensor": lambda: _default_dtype(),
+    "hook of all modules": _hooked_everywhere,
+    "default dtype of a new tensor": _default_dtype,
 }
-UNDO: list[Callable[[], Any]] = []
-
-
-def _hooked_everywhere() -> tuple[Any, Callable[[], None]]:
-    def change() -> None:
-        handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: y * 2)
-        UNDO.append(handle.remove)
-
-    return net(3, 2, 2), change
-
-
-def _default_dtype() -> tuple[Any, Callable[[], None]]:
-    def func(x: Tensor) -> Tensor:
-        return (x.sin().to(torch.float32) * torch.full((3,), 1 / 3)).to(torch.float64)
-
-    def change() -> None:
-        UNDO.append(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
-        torch.set_default_dtype(torch.float64)
-
-    return func, change
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,6 @@ from autojac.outside import TENSOR_READERS, c_reason, frame_reason, is_foreign, 
 
 _HANDED = frozenset({"tolist", "numpy"})  # no operator shows in a trace, whoever calls them
 
-_MADE_BY_COLLECTIONS = "namedtuple_"  # the module of a named tuple's constructor
-
 
 class Watched:
     """While it is entered, every call of the thread is looked at.
@@ -40,7 +38,6 @@ class Watched:
         self._frames: dict[int, tuple[types.CodeType, _Callers, str]] = {}
         self._calls: dict[tuple[Any, ...], str] = {}
         self._before: Any = None
-        self._import: types.FrameType | None = None
         self._outside: types.FrameType | None = None
 
     def __enter__(self) -> Self:
@@ -58,10 +55,6 @@ class Watched:
             sys.setprofile(self._before)
 
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self._import is not None:
-            if frame is self._import and event == "return":
-                self._import = None
-            return
         if self.reason:
             return
         if event == "call":
@@ -71,10 +64,7 @@ class Watched:
 
     def _frame(self, frame: types.FrameType) -> None:
         code = frame.f_code
-        if id(code) in self._known or frame.f_globals.get("__name__", "").startswith(_MADE_BY_COLLECTIONS):
-            return
-        if code.co_name == "_find_and_load" and not self._of_user(frame.f_back):
-            self._import = frame  # a library loads what it needs, once
+        if id(code) in self._known:
             return
         kept = self._frames.get(id(code))
         if kept is None:

@@ -12,16 +12,16 @@ from torch import Tensor, fx
 Run = Callable[..., tuple[Tensor, ...]]
 NAMED = (bool, int, str, type(None))
 """Kinds of arguments that are written out as they are."""
-BOUND = frozenset(
-    # arithmetic
-    ("abs", "add", "addcdiv", "addcmul", "div", "maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rsqrt")
-    + ("sign", "sqrt", "sub", "cumsum", "prod", "sum", "mean", "amax", "amin", "eq", "ne", "ge", "gt", "le", "lt")
-    + ("cos", "cosh", "erf", "exp", "exp2", "expm1", "floor", "log", "log1p", "sigmoid", "sin", "sinh", "tan", "tanh")
-    + ("logical_and", "logical_not", "logical_or", "where", "mm", "bmm", "addmm", "baddbmm", "matmul", "mv")
-    # shapes
-    + ("cat", "clone", "diag_embed", "diagonal", "flip", "gather", "index_select", "permute", "roll", "select")
-    + ("squeeze", "stack", "t", "transpose", "tril", "triu", "unbind", "unsqueeze")
+ARITHMETIC = (
+    "abs add addcdiv addcmul addmm amax amin baddbmm bmm cos cosh cumsum div eq erf exp exp2 expm1 floor ge gt le log "
+    "log1p logical_and logical_not logical_or lt matmul maximum mean minimum mm mul mv ne neg pow prod reciprocal rsqrt "
+    "sigmoid sign sin sinh sqrt sub sum tan tanh where"
 )
+SHAPES = (
+    "cat clone diag_embed diagonal flip gather index_select permute roll select squeeze stack t transpose tril triu "
+    "unbind unsqueeze"
+)
+BOUND = frozenset(f"{ARITHMETIC} {SHAPES}".split())
 """Operators that torch's own Python functions take alike: those are parsed in half the time."""
 METHODS = frozenset({"view", "expand", "masked_fill"})
 """The same for methods of tensors."""

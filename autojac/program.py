@@ -14,8 +14,8 @@ NAMED = (bool, int, str, type(None))
 """Kinds of arguments that are written out as they are."""
 ARITHMETIC = (
     "abs add addcdiv addcmul addmm amax amin baddbmm bmm cos cosh cumsum div eq erf exp exp2 expm1 floor ge gt le log "
-    "log1p logical_and logical_not logical_or lt matmul maximum mean minimum mm mul mv ne neg pow prod reciprocal rsqrt "
-    "sigmoid sign sin sinh sqrt sub sum tan tanh where"
+    "log1p logical_and logical_not logical_or lt matmul maximum mean minimum mm mul mv ne neg pow prod reciprocal "
+    "rsqrt sigmoid sign sin sinh sqrt sub sum tan tanh where"
 )
 SHAPES = (
     "cat clone diag_embed diagonal flip gather index_select permute roll select squeeze stack t transpose tril triu "

@@ -48,14 +48,16 @@ class Replaying:
 
     Attributes:
         problem: what is computed.
-        prepare: the method's own.
+        recorded: prepares the method as it is recorded.
+        served: prepares it as it serves calls itself.
         surroundings: of the problem's function.
         without: passes to leave out.
         lower: what to make of the programs.
     """
 
     problem: Problem
-    prepare: Prepare
+    recorded: Prepare
+    served: Prepare
     surroundings: Surroundings
     without: tuple[str, ...] = ()
     lower: Lower | None = None
@@ -101,7 +103,7 @@ class Replaying:
     def eager(self) -> Compute:
         """The method itself."""
         if self._eager is None:
-            self._eager = self.prepare(self.problem)
+            self._eager = self.served(self.problem)
         return self._eager
 
     def _result(self, trace: Trace, outputs: Sequence[Tensor]) -> Result:
@@ -136,7 +138,7 @@ class Replaying:
             return None
         self.traces += 1
         try:
-            trace = taken_down(self.problem, self.prepare, self.surroundings, leaves, kwargs, self.without, self.lower)
+            trace = taken_down(self.problem, self.recorded, self.surroundings, leaves, kwargs, self.without, self.lower)
         except Exception as error:
             if self.problem.trial:
                 raise

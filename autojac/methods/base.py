@@ -109,9 +109,13 @@ class Method(ABC):
 
     def ready(self, problem: Problem) -> Compute:
         """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
-        apart = problem.layout == "sparse" and not self.makes_sparse
-        compute = _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
+        compute = self.laid_out(problem)
         return from_one_state(compute) if problem.structure.draws else compute
+
+    def laid_out(self, problem: Problem) -> Compute:
+        """What `prepare` returns, in the layout asked for."""
+        apart = problem.layout == "sparse" and not self.makes_sparse
+        return _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:

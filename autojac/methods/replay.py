@@ -86,4 +86,4 @@ class Replay(Method):
     def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
         assert problem.surroundings is not None
         without = tuple(filter(None, self.without.split(",")))
-        return Replaying(problem, self.inner.ready, problem.surroundings, without, lower)
+        return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.surroundings, without, lower)

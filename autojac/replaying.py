@@ -13,7 +13,7 @@ from autojac.autodiff import Programs, by_programs, modes_active
 from autojac.errors import UnsupportedError
 from autojac.hoist import Kept
 from autojac.problem import Compute, Problem, Result
-from autojac.surroundings import Surroundings
+from autojac.surroundings import MOST_STATES, Surroundings
 from autojac.takedown import Prepare, arranged, taken_down, unfixed
 from autojac.trace import Lower, Trace
 
@@ -30,7 +30,7 @@ class Ready:
         trace: the programs.
         captured: the tensors.
         given: how many tensors a call brings.
-        version, state: of the surroundings that it was made ready in.
+        version, state: of the surroundings: a count of changes, and the number of the state that was traced.
         kept: what is kept from call to call.
     """
 
@@ -63,6 +63,7 @@ class Replaying:
     lower: Lower | None = None
     ready: Ready | None = None
     traces: int = 0
+    _known: dict[int, Ready] = field(default_factory=dict, repr=False)
     calls: int = 0
     _eager: Compute | None = field(default=None, repr=False)
 
@@ -78,7 +79,18 @@ class Replaying:
         if kwargs and (len(given) != ready.given or unfixed(kwargs)):
             return self.eager(leaves, kwargs)
         self.calls += 1
-        trace = ready.trace
+        try:
+            return self._replayed(ready, given, leaves, kwargs)
+        except Exception:
+            # func may catch what an operator raises, and take another way
+            if self.problem.structure.effects:
+                raise
+            return self.eager(leaves, kwargs)
+
+    def _replayed(
+        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Result:
+        trace, surroundings = ready.trace, self.surroundings
         if ready.kept is not None:
             return self._result(trace, trace.forward(*given, *ready.captured, *ready.kept()))
         if not trace.pulls:
@@ -86,7 +98,7 @@ class Replaying:
         inputs = (*given, *ready.captured)
 
         def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            if not surroundings.steady() or ready.state != surroundings.state:
+            if not surroundings.steady() or ready.state != surroundings.present.number:
                 raise UnsupportedError(
                     "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
                     "be had. Differentiate twice before changing what func reads"
@@ -95,9 +107,8 @@ class Replaying:
                 result = self.eager(leaves, kwargs)
             return [*result.values, *(J for row in result.jacobians for J in row)], inputs
 
-        return self._result(
-            trace, by_programs(Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again), inputs)
-        )
+        programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again)
+        return self._result(trace, by_programs(programs, inputs))
 
     @property
     def eager(self) -> Compute:
@@ -119,17 +130,19 @@ class Replaying:
         with surroundings.lock:
             if not surroundings.steady():
                 surroundings.look()
-            ready = self.ready
-            if ready is None or ready.state != surroundings.state:
-                trace = self._traced(leaves, kwargs)
-                if trace is None:
-                    return None
-            else:
-                trace = ready.trace
-            captured = tuple(surroundings.tensors[place] for place in trace.captured)
+            state = surroundings.present
+            known = self._known.get(state.number)
+            trace = self._traced(leaves, kwargs) if known is None else known.trace
+            if trace is None:
+                self.ready = None
+                return None
+            captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else Kept(trace.hoist, captured)
-            self.ready = Ready(trace, captured, given, surroundings.version, surroundings.state, kept)
+            self.ready = Ready(trace, captured, given, surroundings.version, state.number, kept)
+            self._known[state.number] = self.ready
+            for number in sorted(self._known)[:-MOST_STATES]:
+                del self._known[number]
             return self.ready
 
     def _traced(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,23 @@ from torch import Tensor
 from autojac.guards import Guard
 
 MOST_LINES = 8
+MOST_STATES = 4
+"""States that are told apart: train and eval mode, say."""
+
+
+@dataclass
+class State:
+    """One state of what a function reads.
+
+    Attributes:
+        guard: holds it.
+        number: tells it from others.
+        tensors: what the function holds in it; they may be exchanged for others like them.
+    """
+
+    guard: Guard
+    number: int
+    tensors: list[Tensor]
 
 
 class Surroundings:
@@ -23,7 +41,6 @@ class Surroundings:
     Attributes:
         lock: held while something is traced or compared.
         version: counts the changes that were noticed, exchanged tensors included.
-        state: counts those among them after which other operators may run.
         traces: a line for each of the last traces that were made, for people.
     """
 
@@ -31,23 +48,22 @@ class Surroundings:
         self.func = func
         self.lock = threading.RLock()
         self.version = 0
-        self.state = 0
         self.traces: deque[str] = deque(maxlen=MOST_LINES)
-        self._guard: Guard | None = None
-        self.tensors: list[Tensor] = []
+        self._states: deque[State] = deque(maxlen=MOST_STATES)
+        self._numbers = 0
 
     @property
-    def guard(self) -> Guard:
-        """The guard of the function as it is now, made when first asked for."""
-        if self._guard is None:
+    def present(self) -> State:
+        """The state as it was when last looked at."""
+        if not self._states:
             with self.lock:
-                self._walk()
-        assert self._guard is not None
-        return self._guard
+                if not self._states:
+                    self._enter()
+        return self._states[-1]
 
     def steady(self) -> bool:
         """Whether everything is as it was when last looked at: asked in every call."""
-        return self._guard is not None and self._guard.holds()
+        return bool(self._states) and self._states[-1].guard.holds()
 
     def look(self) -> str:
         """Find out what has changed, and take it as it is now.
@@ -57,22 +73,33 @@ class Surroundings:
             others like them.
         """
         with self.lock:
-            change = self.guard.compare()
-            if change.what:
-                self._walk()
-                self.state += 1
+            what = self._settled(self.present)
+            if what:
+                earlier = next((state for state in self._states if not self._settled(state)), None)
+                if earlier is None:
+                    self._enter()
+                else:
+                    self._states.remove(earlier)
+                    self._states.append(earlier)
                 self.version += 1
-            else:
-                if change.tensors:
-                    self.tensors = [change.tensors.get(id(tensor), tensor) for tensor in self.tensors]
-                    self.version += 1
-                self.guard.renew()
-            return change.what
+            return what
 
     def lines(self) -> list[str]:
         """What of the function was traced, or why nothing can be."""
-        return [f"replay: not offered, {self.guard.reason}"] if self.guard.reason else list(self.traces)
+        reason = self.present.guard.reason
+        return [f"replay: not offered, {reason}"] if reason else list(self.traces)
 
-    def _walk(self) -> None:
-        self._guard = Guard(self.func)
-        self.tensors = list(self._guard.tensors)
+    def _settled(self, state: State) -> str:
+        """Take a state for the present one, but for tensors; else what speaks against that."""
+        change = state.guard.compare()
+        if not change.what:
+            if change.tensors:
+                state.tensors = [change.tensors.get(id(tensor), tensor) for tensor in state.tensors]
+                self.version += 1
+            state.guard.renew()
+        return change.what
+
+    def _enter(self) -> None:
+        guard = Guard(self.func)
+        self._numbers += 1
+        self._states.append(State(guard, self._numbers, list(guard.tensors)))

@@ -56,13 +56,13 @@ def taken_down(
         UnsupportedError: if what runs can't be told from its operators alone, with the reason.
     """
     start = time.perf_counter()
-    guard = surroundings.guard
-    reason = guard.reason or unfixed(kwargs)
+    state = surroundings.present
+    reason = state.guard.reason or unfixed(kwargs)
     if reason:
         raise UnsupportedError(reason)
-    run = _Run(problem, surroundings.tensors, leaves, kwargs)
+    run = _Run(problem, state.tensors, leaves, kwargs)
     with _unseen(run.captured):
-        compute = run.record(prepare, guard.codes)
+        compute = run.record(prepare, state.guard.codes)
         before = surroundings.version
         changed = surroundings.look()
         if surroundings.version != before:
@@ -103,9 +103,12 @@ def unfixed(kwargs: Mapping[str, Any]) -> str:
 def _unseen(captured: Sequence[Tensor]) -> Iterator[None]:
     """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
     quiet = Quiet([tensor for tensor in captured if not tensor.requires_grad])
+    # a parameter that autocast has converted before would be met as a stranger
+    torch.clear_autocast_cache()
     with quiet(), without_hooks(captured), levels_restored(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    torch.clear_autocast_cache()
 
 
 class _Run:

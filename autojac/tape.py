@@ -32,7 +32,8 @@ class Tape(TorchDispatchMode):
 
     Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
     `storage`, the same for all that share memory; `order`, when it ran; `phase`, counted up by whoever runs several
-    things; `writes`, the storages that an operator writes into; and `draws`, whether it moves a random generator.
+    things; `writes`, the storages that an operator writes into; and `draws`, whether it moves a random generator or may
+    raise an error, and so must run whatever becomes of its result.
 
     Args:
         given: the tensors that stand for the arguments of the run, no two of them the same object.
@@ -76,17 +77,24 @@ class Tape(TorchDispatchMode):
         name, _, draws = traits(func)
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
         readable = self._look(func, name, args, nodes)
-        made = call(func, args, kwargs)
+        try:
+            made = call(func, args, kwargs)
+        except Exception:
+            # who catches it takes another way where the operator succeeds
+            self._refuse(f"the operator {name} fails as it runs")
+            raise
         if not readable:
             return made
         parts = made if isinstance(made, (tuple, list)) else (made,)
-        if not any(isinstance(part, Tensor) for part in parts):
+        checks = not func._schema.returns
+        if not checks and not any(isinstance(part, Tensor) for part in parts):
             return made
         node = self.graph.call_function(func, *nodes)
         self._describe(node, "operator", None)
-        node.meta["writes"] = frozenset(_written(func, name, args, kwargs))
-        node.meta["draws"] = draws and not certain(func, args, kwargs)
-        self.draws |= node.meta["draws"]
+        draws = draws and not certain(func, args, kwargs)
+        self.draws |= draws
+        # what returns nothing raises an error where something is wrong
+        node.meta |= {"writes": frozenset(_written(func, name, args, kwargs)), "draws": draws or checks}
         if isinstance(made, Tensor):
             self._outcome(node, made)
         else:

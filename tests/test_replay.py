@@ -284,14 +284,52 @@ def test_no_change_goes_unseen(name: str, inner: dict[str, Any]) -> None:
         compare(jac(factor * x), jacobian_blocks(func, (factor * x,), 0))
 
 
-def test_a_change_that_is_taken_back_is_traced_again_and_right() -> None:
+def test_a_state_that_comes_back_is_known() -> None:
     model = Model().eval()
     x = torch.randn(5, 3, dtype=torch.float64)
     jac = forced(model, (x,), replay(PULL), verify="never")
-    for scale in (2.0, 3.0, 2.0, 2.0):
+    for scale in (2.0, 3.0, 2.0, 2.0, 3.0):
         model.scale = scale
         compare(jac(x), jacobian_blocks(model, (x,), 0))
-    assert traces(jac) == 3
+    assert traces(jac) == 2
+
+
+def test_train_and_eval_mode_in_turns() -> None:
+    model = nn.Sequential(net(3, 4, 2), nn.Dropout(0.0)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    modes = [forced(model.train(mode), (x,), replay(PULL), verify="never") for mode in (True, False)]
+    for _ in range(6):
+        for jac, mode in zip(modes, (True, False), strict=True):
+            model.train(mode)
+            compare(jac(x), jacobian_blocks(model, (x,), 0))
+    assert [traces(jac) for jac in modes] == [1, 1]
+
+
+def test_an_operator_that_raises_an_error_still_does() -> None:
+    def inverse(x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+    x = torch.randn(4, 2, 2, dtype=torch.float64) + 3 * torch.eye(2, dtype=torch.float64)
+    jac = forced(inverse, (x,), replay(LOOP), verify="never")
+    compare(jac(x), jacobian_blocks(inverse, (x,), 0))
+    with pytest.raises(torch.linalg.LinAlgError):
+        jac(torch.zeros_like(x))
+    compare(jac(2 * x), jacobian_blocks(inverse, (2 * x,), 0))
+    assert traces(jac) == 1
+
+
+@pytest.mark.parametrize("first", [1.0, -1.0])
+def test_a_way_taken_after_an_error_is_taken_by_replays_too(first: float) -> None:
+    def func(x: Tensor) -> Tensor:
+        try:
+            return torch.linalg.cholesky(torch.diag_embed(x))
+        except torch.linalg.LinAlgError:
+            return torch.diag_embed(x.sin())
+
+    x = torch.rand(4, 2, dtype=torch.float64) + 1
+    jac = forced(func, (first * x,), replay(LOOP), verify="never")
+    for sign in (first, -first, first):
+        compare(jac(sign * x), jacobian_blocks(func, (sign * x,), 0))
 
 
 def test_what_changes_in_each_call_is_not_traced_for_ever() -> None:
@@ -302,7 +340,7 @@ def test_what_changes_in_each_call_is_not_traced_for_ever() -> None:
     for call in range(MOST_TRACES + 10):
         model.scale = 1.0 + call
         compare(jac(x), jacobian_blocks(model, (x,), 0))
-    assert jac._planner.surroundings.state > MOST_TRACES
+    assert jac._planner.surroundings.present.number > MOST_TRACES
     (entry,) = jac._entries.values()
     assert entry.compute.traces == MOST_TRACES  # type: ignore[attr-defined]
 

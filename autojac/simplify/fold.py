@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from autojac.simplify.edit import name
 from autojac.simplify.order import touched, written
 
 RANK = 10
@@ -55,27 +56,22 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
             fit = node.meta["role"] in ("literal", "constant")
         else:
             fit = node.op == "call_function" and not node.meta["draws"]
-            fit = fit and (_name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
+            fit = fit and (name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
         if fit and not _touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
             found.add(node)
             yield node
 
 
 def _touched(node: fx.Node) -> set[int]:
-    return {node.meta["storage"] or 0} - {0} if _name(node) in LOOKS_AT_SHAPES else touched(node)
-
-
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.rpartition("::")[2] if schema is not None else ""
+    return {node.meta["storage"] or 0} - {0} if name(node) in LOOKS_AT_SHAPES else touched(node)
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
     """Storages that are not constant because this node, which is not, writes into them or reads them early."""
     if node.op == "output":
         return set()
-    early = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
-    return early | node.meta["writes"]
+    early: set[int] = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
+    return early.union(node.meta["writes"])
 
 
 def _small(node: fx.Node) -> bool:

@@ -243,7 +243,7 @@ steps = st.tuples(st.sampled_from([*UNARY, *BINARY, "hold"]), *(st.integers(0, 7
 programs = st.lists(steps, min_size=1, max_size=14)
 
 
-@settings(max_examples=4000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(programs)
 def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
     checked(program, ())

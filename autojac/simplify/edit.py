@@ -21,6 +21,8 @@ PLACED = {aten.as_strided.default, aten.as_strided_scatter.default, aten.set_.so
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 """Operators of the kind `view`, which some layouts don't permit."""
 
+BY_ENTRY = {"mish_backward", "hardswish_backward", "hardsigmoid_backward"}
+"""Operators that act entry by entry and are not marked as such."""
 TOLERANT = {
     *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "cat", "stack", "index", "index_select", "gather"),
     *("sum", "mean", "amax", "amin", "prod", "clone", "_to_copy", "reshape", "constant_pad_nd", "any", "all", "cumsum"),
@@ -254,7 +256,8 @@ def name(node: fx.Node) -> str:
 
 def acts_by_entry(node: fx.Node) -> bool:
     """Whether each entry of the result comes of the entries at its place."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or name(node) in BY_ENTRY)
 
 
 def plain(node: fx.Node) -> bool:

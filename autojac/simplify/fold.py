@@ -15,6 +15,7 @@ MOST_BYTES = 2**24
 """What a constant may take: larger ones are made again in each run."""
 LOOKS_AT_SHAPES = frozenset(
     {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "_new_zeros_with_same_feature_meta"}
+    | {"new_empty", "empty_like"}
 )
 """Operators of whose tensors the shapes and dtypes count alone."""
 

@@ -33,7 +33,7 @@ def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
     if (
         moved.target not in MOVES
         or origin is None
-        or len(moved.users) > 1
+        or not all(map(acts_by_entry, moved.users))
         or origin.meta["value"].numel() != moved.meta["value"].numel()
     ):
         return None

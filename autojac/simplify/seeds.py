@@ -69,6 +69,8 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
     if one is not None and lean != wide and rows.many > 1 and one.meta["value"].stride(-1) != 1:
         # rows that are repeated are worth having entry by entry: operators lay out what they make as their first factor
         one = editor.make(node, aten.clone.default, one, memory_format=torch.contiguous_format)
+        if one is not None:
+            one.meta["wanted"] = True
     if one is not None and lean != wide:
         one = editor.shaped(node, one, [*batch, *lean, held.size(-1)])
         one = one and editor.make(node, aten.expand.default, one, [*batch, *wide, held.size(-1)])

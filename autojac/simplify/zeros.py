@@ -28,7 +28,7 @@ def zeros(graph: fx.Graph) -> None:
     def rule(editor: Editor, node: fx.Node) -> fx.Node | None:
         if _made_up(node) or (node.target in VIEWS and node.args[0] in made_up):
             made_up.add(node)
-        elif node.target in PRODUCTS and made_up.intersection(node.all_input_nodes):
+        elif _nothing(node, made_up):
             value = node.meta["value"]
             scalar = editor.make(node, aten.zeros.default, [], dtype=value.dtype, device=value.device)
             zero = editor.make(node, aten.expand.default, scalar, list(value.shape)) if scalar is not None else None
@@ -40,6 +40,13 @@ def zeros(graph: fx.Graph) -> None:
         return None
 
     sweep(graph, rule)
+
+
+def _nothing(node: fx.Node, made_up: set[fx.Node]) -> bool:
+    """Whether each term of a product has a factor that is not there."""
+    if node.target is aten.convolution.default:
+        return bool(made_up.intersection(node.args[:2])) and (node.args[2] is None or node.args[2] in made_up)
+    return node.target in PRODUCTS and bool(made_up.intersection(node.all_input_nodes))
 
 
 def _made_up(node: fx.Node) -> bool:

@@ -18,19 +18,23 @@ Pass = Callable[[fx.Graph], None]
 
 
 @cache
-def passes() -> tuple[tuple[str, Pass], ...]:
-    """Every pass by name: the files of this package with a function of their own name, in the order of their ranks.
+def passes() -> dict[str, Pass]:
+    """Every pass by name: files of this package with a function of their own name, in the order of their `RANK`.
 
-    A pass with several of them runs several times.
+    A pass that runs several times has a tuple of them.
     """
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    found = [(m.__name__.rpartition(".")[2], m) for m in modules if hasattr(m, "RANK")]
-    ranked = sorted((rank, name, getattr(module, name)) for name, module in found for rank in _ranks(module.RANK))
-    return tuple((name, run) for _, name, run in ranked)
+    return dict(_schedule())
 
 
-def _ranks(rank: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (rank,) if isinstance(rank, int) else rank
+@cache
+def _schedule() -> tuple[tuple[str, Pass], ...]:
+    found = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        rank = getattr(module, "RANK", ())
+        found += [(place, info.name) for place in (rank if isinstance(rank, tuple) else (rank,))]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for _, name in found}
+    return tuple((name, getattr(modules[name], name)) for _, name in sorted(found))
 
 
 def simplify(graph: fx.Graph, without: Iterable[str] = ()) -> None:
@@ -43,10 +47,7 @@ def simplify(graph: fx.Graph, without: Iterable[str] = ()) -> None:
     Raises:
         KeyError: for a name that no pass has.
     """
-    left_out = set(without)
-    unknown = left_out - {name for name, _ in passes()}
-    if unknown:
-        raise KeyError(f"there is no pass named {', '.join(sorted(unknown))}")
-    for name, run in passes():
+    left_out = {name: passes()[name] for name in without}
+    for name, run in _schedule():
         if name not in left_out:
             run(graph)

@@ -13,11 +13,11 @@ RANK = 65
 
 def bias(graph: fx.Graph) -> None:
     """Add a vector to each row of a product as it is made: b + x @ W, which vmap takes apart, by `addmm`."""
-    sweep(graph, _together)
+    sweep(graph, _together, {aten.add.Tensor})
 
 
 def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+    if node.kwargs or len(node.args) != 2:
         return None
     for vector, rows in (node.args, node.args[::-1]):
         if not (isinstance(vector, fx.Node) and isinstance(rows, fx.Node) and plain(vector) and plain(rows)):

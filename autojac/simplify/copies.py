@@ -19,7 +19,7 @@ def copies(graph: fx.Graph) -> None:
     A copy that puts entries into another order is left out only if a single operator reads it, as others would each
     gather the entries anew; one that repeats entries, if all that read it do so one by one.
     """
-    sweep(graph, _original)
+    sweep(graph, _original, COPIES | RESHAPES)
 
 
 def _streams(user: fx.Node) -> bool:

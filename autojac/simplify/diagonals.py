@@ -17,13 +17,13 @@ def diagonals(graph: fx.Graph) -> None:
     On CPUs, which write zeros faster than they multiply by them. Where v is not finite, identity * v is NaN off the
     diagonal, and the derivative, which this is, is zero there.
     """
-    sweep(graph, _embedded)
+    sweep(graph, _embedded, {aten.mul.Tensor, aten.permute.default})
 
 
 def _embedded(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.target is aten.permute.default:
         return _turned(node)
-    if node.target is not aten.mul.Tensor or node.meta["value"].device.type != "cpu":
+    if node.meta["value"].device.type != "cpu":
         return None
     for seed, vector in (node.args, node.args[::-1]):
         if not (isinstance(seed, fx.Node) and isinstance(vector, fx.Node) and plain(seed) and plain(vector)):

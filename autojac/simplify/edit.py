@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Editor:
         node.meta |= {"writes": frozenset(), "draws": False}
         return node
 
-    def sweep(self, rule: Rule) -> None:
+    def sweep(self, rule: Rule, targets: Container[Any] | None = None) -> None:
         """Ask a rule for something better in the place of each free node, from the first to the last."""
         for node in list(self.graph.nodes):
             if node.op == "output":
@@ -115,7 +115,7 @@ class Editor:
                 self._shift(node)
                 here = self._absorbed(node)
                 self.users = node.users
-                if self.free(here):
+                if (targets is None or here.target in targets) and self.free(here):
                     found = rule(self, here)
                     here = found if found is not None else here
                 if here is not node:
@@ -168,6 +168,8 @@ class Editor:
 
     def _absorbed(self, node: fx.Node) -> fx.Node:
         """A node with better arguments: the same one if its own layout stays as it is."""
+        if not self.better:
+            return node
         changed = {source: self.better[source] for source in node.all_input_nodes if source in self.better}
         if not changed:
             return node
@@ -243,9 +245,9 @@ class Editor:
                 self.graph.erase_node(node)
 
 
-def sweep(graph: fx.Graph, rule: Rule) -> None:
-    """Ask a rule for something better in the place of each node that may be replaced."""
-    Editor(graph).sweep(rule)
+def sweep(graph: fx.Graph, rule: Rule, targets: Container[Any] | None = None) -> None:
+    """Ask a rule for something better in the place of each node that may be replaced, or of those operators alone."""
+    Editor(graph).sweep(rule, targets)
 
 
 def name(node: fx.Node) -> str:

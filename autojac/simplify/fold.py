@@ -64,7 +64,9 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
 
 
 def _touched(node: fx.Node) -> set[int]:
-    return {node.meta["storage"] or 0} - {0} if name(node) in LOOKS_AT_SHAPES else touched(node)
+    if name(node) in LOOKS_AT_SHAPES:
+        return {int(node.meta["storage"] or 0)} - {0}
+    return touched(node)
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:

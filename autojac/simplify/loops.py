@@ -13,11 +13,11 @@ RANK = 25
 
 def loops(graph: fx.Graph) -> None:
     """Undo the loops in which `is_grads_batched` runs operators that it can't batch, with a stack of their results."""
-    sweep(graph, _at_once)
+    sweep(graph, _at_once, {aten.stack.default})
 
 
 def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if node.target is not aten.stack.default or (len(node.args) > 1 and node.args[1] != 0):
+    if len(node.args) > 1 and node.args[1] != 0:
         return None
     parts: Any = node.args[0]
     first = parts[0]

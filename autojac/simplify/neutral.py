@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, narrowed, plain, sweep
 
 RANK = 20
-KEEPERS = {
+KEEPERS: dict[Any, tuple[int, tuple[int, ...]]] = {
     aten.mul.Tensor: (1, (0, 1)),
     aten.mul.Scalar: (1, (1,)),
     aten.div.Tensor: (1, (1,)),
@@ -41,7 +41,7 @@ def neutral(graph: fx.Graph) -> None:
         return known[value, number]
 
     def rule(editor: Editor, node: fx.Node) -> fx.Node | None:
-        if node.target not in KEEPERS or len(node.args) < 2:
+        if len(node.args) < 2:
             return None
         number, places = KEEPERS[node.target]
         for place in places:
@@ -50,7 +50,7 @@ def neutral(graph: fx.Graph) -> None:
                 return _kept(editor, node, other)
         return None
 
-    sweep(graph, rule)
+    sweep(graph, rule, KEEPERS)
 
 
 def _kept(editor: Editor, node: fx.Node, other: fx.Node) -> fx.Node | None:

@@ -19,7 +19,7 @@ def written(graph: fx.Graph) -> dict[int, int]:
 
 def touched(node: fx.Node) -> set[int]:
     """The storages that a node reads or makes."""
-    return {n.meta.get("storage") or 0 for n in (node, *node.all_input_nodes)} - {0}
+    return {int(n.meta.get("storage") or 0) for n in (node, *node.all_input_nodes)} - {0}
 
 
 def ordered(graph: fx.Graph) -> set[fx.Node]:

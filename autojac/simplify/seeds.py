@@ -10,6 +10,9 @@ from torch import Tensor, fx
 from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, narrowed, plain, sweep
 
 RANK = 30
+PRODUCTS = {aten.mm.default, aten.bmm.default}
+LEAST_WORK = 2**15
+"""Multiplications that are worth a copy of the rows."""
 
 
 class Rows(NamedTuple):
@@ -28,12 +31,10 @@ def seeds(graph: fx.Graph) -> None:
     Columns in the place of W @ S likewise. Where W is not finite, S @ W has NaN wherever S multiplies that by zero, and
     W's rows have not: they are the derivative, which has no such terms.
     """
-    sweep(graph, _product)
+    sweep(graph, _product, PRODUCTS)
 
 
 def _product(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if node.target not in (aten.mm.default, aten.bmm.default):
-        return None
     left, right = node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     if plain(left) and plain(right):
@@ -67,6 +68,8 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
     kept = [(size, own) for size, own in ((rows.times, 1), (rows.many, rows.many), (rows.each, 1)) if size > 1]
     lean, wide = [own for _, own in kept], [size for size, _ in kept]
     if one is not None and lean != wide and rows.many > 1 and one.meta["value"].stride(-1) != 1:
+        if node.meta["value"].numel() * held.size(-2) < LEAST_WORK:
+            return None
         # rows that are repeated are worth having entry by entry: operators lay out what they make as their first factor
         one = editor.make(node, aten.clone.default, one, memory_format=torch.contiguous_format)
         if one is not None:

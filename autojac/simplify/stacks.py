@@ -13,7 +13,7 @@ RANK = 75
 
 def stacks(graph: fx.Graph) -> None:
     """Stack what was given an axis to be concatenated along, where a permutation puts that axis afterwards."""
-    sweep(graph, _stacked)
+    sweep(graph, _stacked, {aten.cat.default, aten.permute.default})
 
 
 def _stacked(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ from torch import fx
 
 from autojac.simplify.order import EXTERNAL
 
-RANK = 100
+RANK = (1, 100)
 
 
 def dead(graph: fx.Graph) -> None:

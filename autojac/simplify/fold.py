@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from autojac.simplify.edit import name
 from autojac.simplify.order import touched, written
 
 RANK = 10
@@ -14,6 +15,7 @@ MOST_BYTES = 2**24
 """What a constant may take: larger ones are made again in each run."""
 LOOKS_AT_SHAPES = frozenset(
     {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "_new_zeros_with_same_feature_meta"}
+    | {"new_empty", "empty_like"}
 )
 """Operators of whose tensors the shapes and dtypes count alone."""
 
@@ -55,29 +57,24 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
             fit = node.meta["role"] in ("literal", "constant")
         else:
             fit = node.op == "call_function" and not node.meta["draws"]
-            fit = fit and (_name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
+            fit = fit and (name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
         if fit and not _touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
             found.add(node)
             yield node
 
 
 def _touched(node: fx.Node) -> set[int]:
-    if _name(node) in LOOKS_AT_SHAPES:
+    if name(node) in LOOKS_AT_SHAPES:
         return {int(node.meta["storage"] or 0)} - {0}
     return touched(node)
-
-
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.rpartition("::")[2] if schema is not None else ""
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
     """Storages that are not constant because this node, which is not, writes into them or reads them early."""
     if node.op == "output":
         return set()
-    early = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
-    return early | set(node.meta["writes"])
+    early: set[int] = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
+    return early.union(node.meta["writes"])
 
 
 def _small(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from autojac.methods.base import build
 from autojac.program import emit
 from autojac.simplify import passes, simplify
 from autojac.tape import Tape
-from harness import planned
 
 aten = torch.ops.aten
 NAMES = sorted(passes())

@@ -64,7 +64,7 @@ def test_every_candidate_draws_alike(func: Any, randomness: str, x: Tensor) -> N
                 compare(result.jacobians[0][0], expected)
                 assert torch.equal(torch.get_rng_state(), end), method
                 kinds.add(type(method).__name__)
-    wanted = {"Pull", "Push"} if randomness == "different" else {"Pull", "Push", "PerSample", "Replicate"}
+    wanted = {"Pull", "Push", "Replay"} if randomness == "different" else {"Pull", "Push", "PerSample", "Replicate"}
     # noise that is added keeps the coordinates apart
     assert kinds == wanted | ({"ColoredPull", "ColoredPush"} if func is noisy else set())
 

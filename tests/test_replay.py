@@ -70,16 +70,17 @@ def net(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
+@pytest.mark.parametrize("most", [2, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
-def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario) -> None:
-    """Every scenario, through the replay of some of the methods that serve it, then with all it holds moved."""
+def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
+    """Every scenario, through the replay of methods that serve it, then with all it holds moved."""
     func, args, kwargs = scenario.make(2, torch.float64)
     _, others, _ = scenario.make(3, torch.float64)
     with torch.no_grad():
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         problem = dataclasses.replace(problem, trial=True)
         quiet = Quiet(captures(func).tensors, seen.quiet.state)
-        for inner in _some(problem, scenario.name):
+        for inner in _some(problem, scenario.name, most):
             method = build(replay(inner.spec()))
             if method.unsupported(problem) is not None:
                 continue
@@ -104,11 +105,11 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario) 
                     compare(run(leaves, request.kwargs).jacobians, expected.jacobians)
 
 
-def _some(problem: Any, name: str) -> list[Any]:
-    """A few of the methods for a problem: others for other scenarios."""
+def _some(problem: Any, name: str, most: int) -> list[Any]:
+    """At most so many of the methods for a problem: others for other scenarios."""
     kinds = [kind for kind in registry().values() if not kind.wrapper]
     found = [m for kind in kinds for m in kind.candidates(problem, 1) if m.unsupported(problem) is None]
-    return random.Random(name).sample(found, min(3, len(found)))
+    return random.Random(name).sample(found, min(most, len(found)))
 
 
 SCALE = 2.0

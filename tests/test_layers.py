@@ -82,6 +82,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "surroundings",
         "takedown",
         "replaying",
+        "cuda_graphs",
     ),
     ("methods",),
     ("probe", "places", "verify"),

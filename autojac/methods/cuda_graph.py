@@ -1,0 +1,58 @@
+"""Wrapper: a flat method as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from autojac.cuda_graphs import captured
+from autojac.methods.base import Method, registry
+from autojac.problem import Compute, Problem
+
+
+@dataclass(frozen=True)
+class CudaGraph(Method):
+    """Another method's flat program, launched by the host as one CUDA graph.
+
+    Attributes:
+        inner: the method; it must be flat, as replays are.
+    """
+
+    inner: Method
+
+    wrapper: ClassVar[bool] = True
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if not problem.leaves[problem.inputs[0]].device.startswith("cuda"):
+            return "a CUDA graph takes a CUDA device"
+        if not self.inner.flat:
+            return "only flat programs are captured: what a transform does on the host would be left out"
+        if problem.structure.effects:
+            return f"func {' and '.join(problem.structure.effects)}, which a graph would do to memory of its own"
+        return self.inner.unsupported(problem)
+
+    @property
+    def makes_sparse(self) -> bool:
+        return self.inner.makes_sparse
+
+    @property
+    def trusts_zeros(self) -> bool:
+        return self.inner.trusts_zeros
+
+    @classmethod
+    def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
+        if problem.leaves[problem.inputs[0]].device.startswith("cuda"):
+            yield from map(cls, registry()["Replay"].candidates(problem, 0))
+
+    def cost(self, problem: Problem) -> float:
+        return 0.9 * self.inner.cost(problem)
+
+    def workspace(self, problem: Problem) -> int:
+        # what it captured is kept beside what it returns
+        return self.inner.workspace(problem) + problem.result_bytes
+
+    def prepare(self, problem: Problem) -> Compute:
+        made = self.inner.lowered(problem, captured)
+        assert made is not None
+        return made

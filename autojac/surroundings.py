@@ -86,8 +86,8 @@ class Surroundings:
 
     def lines(self) -> list[str]:
         """What of the function was traced, or why nothing can be."""
-        reason = self.present.guard.reason
-        return [f"replay: not offered, {reason}"] if reason else list(self.traces)
+        reason = self._states[-1].guard.reason if self._states else ""
+        return [f"replay: not possible, {reason}"] if reason else list(self.traces)
 
     def _settled(self, state: State) -> str:
         """Take a state for the present one, but for tensors; else what speaks against that."""

@@ -35,8 +35,6 @@ class Replay(Method):
             return "its programs are flat or compiled already"
         if problem.surroundings is None:
             return "there is no function whose reads could be watched"
-        if problem.surroundings.present.guard.reason:
-            return problem.surroundings.present.guard.reason
         if problem.differentiable and problem.structure.effects:
             effects = " and ".join(problem.structure.effects)
             return f"func {effects}, and a derivative of the backward would have to run it once more"

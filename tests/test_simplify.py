@@ -16,7 +16,7 @@ from autojac import takedown
 from autojac.methods.base import build
 from autojac.program import emit
 from autojac.simplify import passes, simplify
-from autojac.simplify.edit import laid
+from autojac.simplify.edit import laid, plain
 from autojac.tape import Tape
 from harness import compare, planned
 
@@ -287,8 +287,8 @@ def described(graph: fx.Graph, known: dict[fx.Node, Any]) -> None:
         if isinstance(made, Tensor) and isinstance(said, Tensor) and not node.meta["writes"]:
             assert laid(made) == laid(said), node
             for source in node.all_input_nodes:
-                if isinstance(known[source], Tensor) and known[source].numel():
-                    together = made.untyped_storage().data_ptr() == known[source].untyped_storage().data_ptr()
+                if plain(node) and plain(source) and known[source].numel():
+                    together = made.untyped_storage()._cdata == known[source].untyped_storage()._cdata
                     assert together == (node.meta["storage"] == source.meta["storage"]), node
 
 
@@ -296,21 +296,21 @@ steps = st.tuples(st.sampled_from([*UNARY, *BINARY, "hold"]), *(st.integers(0, 7
 programs = st.lists(steps, min_size=1, max_size=14)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(programs)
 def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
     checked(program, ())
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(programs)
 def test_each_pass_alone_leaves_the_results_as_they_are(name: str, program: list[Step]) -> None:
     checked(program, [other for other in NAMES if other != name])
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(programs)
 def test_all_passes_but_one_leave_the_results_as_they_are(name: str, program: list[Step]) -> None:
     checked(program, [name])

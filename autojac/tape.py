@@ -56,6 +56,7 @@ class Tape(TorchDispatchMode):
         self._bytes = 0
         self._nodes: dict[int, fx.Node] = {}
         self._storages: dict[int, list[Tensor]] = {}
+        self._external: set[int] = set()
         # a freed tensor's identity would be given to another
         self._alive: list[Any] = []
         self._captured = {id(tensor) for tensor in captured}
@@ -89,7 +90,8 @@ class Tape(TorchDispatchMode):
         checks = not func._schema.returns
         if not checks and not any(isinstance(part, Tensor) for part in parts):
             return made
-        node = self.graph.call_function(func, *nodes)
+        # what is written out in the code is made anew in each run, and may be written into
+        node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
         self._describe(node, "operator", None)
         draws = draws and not certain(func, args, kwargs)
         self.draws |= draws
@@ -131,11 +133,15 @@ class Tape(TorchDispatchMode):
         """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
         if name in LITERALS:
             (literal,) = nodes[0]
-            literal.meta["role"] = "literal" if literal.meta["role"] == "unknown" else literal.meta["role"]
+            if literal.meta["role"] == "unknown":
+                # as it is now: what comes of it may be written into
+                literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
         if name not in TELLS_SIZES and reads_data(func, args):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
             if not all(self._certain(node, set()) for node in sources):
                 self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")
+        if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
+            self._refuse("it reads an argument's memory by positions, which may be others in another call")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
             self._refuse("it draws from a random generator of its own")
         return not self.reason
@@ -159,6 +165,8 @@ class Tape(TorchDispatchMode):
             first.prepend(node)
         self._describe(node, role, tensor)
         self._outcome(node, tensor)
+        if role in ("given", "captured"):
+            self._external.add(_storage(tensor))
         return node
 
     def _face(self, tensor: Tensor) -> fx.Node | None:
@@ -169,8 +177,8 @@ class Tape(TorchDispatchMode):
         alike = [other for other in sharing if _place(other) == _place(tensor)]
         source = self._nodes[id((alike or sharing)[-1])]
         if not alike:
-            if sharing[-1].dtype != tensor.dtype:
-                self._refuse("it reads memory of one dtype as another where no operator is seen")
+            if sharing[-1].dtype != tensor.dtype or _storage(tensor) in self._external:
+                self._refuse("it reads memory in another way where no operator is seen")
                 return source
             places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
             source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))

@@ -102,8 +102,12 @@ class Recorded:
         with torch.no_grad():
             with unseen():
                 found = made.forward(*inputs, *kept)
-            lasting = [*inputs, *kept, *self._constants()]
-            apart = [place for place, y in enumerate(found[: made.outputs]) if _shares(y, lasting)]
+            lasting, left = [*inputs, *kept, *self._constants()], found[made.outputs :]
+            apart = [
+                place
+                for place, y in enumerate(found[: made.outputs])
+                if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
+            ]
             if apart or lower is not None:
                 made = self._programs(captured, apart, hoist, lower)
                 with unseen():

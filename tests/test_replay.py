@@ -779,3 +779,45 @@ def test_a_cuda_graph_takes_a_cuda_device() -> None:
     reason = build({"method": "CudaGraph", "inner": replay(LOOP)}).unsupported(problem)
     assert reason is not None
     assert "CUDA device" in reason
+
+
+def test_numbers_written_out_in_the_code_are_made_anew() -> None:
+    def func(x: Tensor) -> Tensor:
+        y = torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64)
+        y.add_(x.detach().mean() * 0 + 1)
+        z = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        z[0] = 5.0
+        return x.sin() * y * z
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    jac = forced(func, (x,), replay(LOOP), coupling="independent", verify="never")
+    for _ in range(3):
+        compare(jac(x), jacobian_blocks(func, (x,), 0))
+    assert traces(jac) == 1
+
+
+def test_arguments_anywhere_in_their_memory() -> None:
+    def func(x: Tensor) -> Tensor:
+        return torch.as_strided(x, (len(x), 2), (3, 1)).sin() + x[:, 1:]
+
+    x = torch.randn(12, 3, dtype=torch.float64)
+    jac = forced(func, (x[:4],), replay(LOOP), verify="never")
+    for start in (0, 4, 8, 2):
+        point = x[start : start + 4]
+        compare(jac(point), jacobian_blocks(func, (point,), 0))
+
+
+def test_equal_outputs_are_results_of_their_own() -> None:
+    def func(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sin(), x.sin()
+
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            jac = forced(func, (x,), replay(PULL), verify="never")
+            (y, other), (J, K) = jac.value_and_jacobian(x)
+            with torch.no_grad():
+                J.mul_(5)
+                y.mul_(5)
+            compare(K.detach(), jacobian_blocks(lambda x: x.sin(), (x,), 0))
+            compare(other.detach(), x.detach().sin())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.simplify.edit import MOST_ENTRIES, laid, narrowed, plain
+from autojac.simplify.edit import MOST_ENTRIES, Editor, laid, narrowed, plain
 from autojac.simplify.order import ordered
 
 RANK = 80
@@ -20,18 +20,21 @@ RANK = 80
 
 def cse(graph: fx.Graph) -> None:
     """Let the first of equal operators stand for the others, and the first of equal constants."""
-    unsteady = ordered(graph)
+    unsteady, editor = ordered(graph), Editor(graph)
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node.meta["role"] == "constant" and plain(node):
             key = _content(node.meta["value"])
         elif node.op == "call_function" and node not in unsteady:
+            editor.shift(node)
             key = node.target, _key(node.args), _key(node.kwargs)
         else:
             continue
         first = known.setdefault(key, node) if key is not None else node
         # what an earlier phase computes is there for a later one, not the other way round
         if first is not node and first.meta["phase"] <= node.meta["phase"]:
+            if plain(node):
+                editor.shifts(node, {node.meta["value"].untyped_storage()._cdata})
             node.replace_all_uses_with(first)
             if node.op == "call_function":
                 graph.erase_node(node)

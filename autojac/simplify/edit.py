@@ -112,7 +112,7 @@ class Editor:
             if node.op == "output":
                 self._end(node)
             elif node.op == "call_function":
-                self._shift(node)
+                self.shift(node)
                 here = self._absorbed(node)
                 self.users = node.users
                 if (targets is None or here.target in targets) and self.free(here):
@@ -138,24 +138,24 @@ class Editor:
         if placed(old) == placed(new):
             node.replace_all_uses_with(found)
         elif laid(old) == laid(new):
-            self._shifts(node, {old.untyped_storage()._cdata})
+            self.shifts(node, {old.untyped_storage()._cdata})
             node.replace_all_uses_with(found, delete_user_cb=lambda user: user.target not in PLACED)
         else:
             self.better[node] = found
 
-    def _shifts(self, node: fx.Node, homes: set[int]) -> None:
+    def shifts(self, node: fx.Node, homes: set[int]) -> None:
         """Note that what is at these places will be somewhere else, for what uses a node."""
         for user in node.users:
             self.shifted.setdefault(user, set()).update(homes)
 
-    def _shift(self, node: fx.Node) -> None:
+    def shift(self, node: fx.Node) -> None:
         """Let a view of what has been replaced be one of the replacement."""
         homes = self.shifted.get(node)
         if not homes:
             return
         value = node.meta["value"]
         if not isinstance(value, Tensor):
-            self._shifts(node, homes)
+            self.shifts(node, homes)
         elif plain(node) and value.untyped_storage()._cdata in homes and self.free(node):
             origin: Any = node.args[0]
             if node.target is operator.getitem:
@@ -163,7 +163,7 @@ class Editor:
                 origin = origin.args[0]
             else:
                 value = _run(node.target, node.args, node.kwargs)
-            self._shifts(node, homes)
+            self.shifts(node, homes)
             node.meta |= {"value": value, "storage": _storage(value, [origin])}
 
     def _absorbed(self, node: fx.Node) -> fx.Node:
@@ -192,7 +192,8 @@ class Editor:
             return node
         steady = not (self.unsteady and touched(node) & self.unsteady)
         alike = target is node.target and laid(value) == laid(node.meta["value"])
-        if alike and (not steady or not _aliases(node)):
+        sources = [changed.get(source, source) for source in node.all_input_nodes]
+        if alike and (not steady or not (_aliases(node) or any(shares(value, s) for s in sources))):
             node.args, node.kwargs = args, kwargs
             return node
         if not steady:

@@ -101,7 +101,9 @@ def test_a_fresh_process_times_both_signatures() -> None:
 
 
 def test_tracing_is_held_to_its_first_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autojac.bench.replayed._fresh", lambda engine, device, *warm: [0.2 if warm else 0.7, 0.05])
+    monkeypatch.setattr(
+        "autojac.bench.replayed._fresh", lambda engine, device, *names: [0.2 if names[1:] else 0.7, 0.05]
+    )
     found = tracing(SETTINGS, runs=3)
     assert [figure.value for figure in found.figures] == pytest.approx([200, 0.25] * 2)
     assert [figure.bound for figure in found.figures] == [300.0, 0.5] * 2

@@ -35,13 +35,12 @@ FIRST_MS, SECOND_SHARE = 300.0, 0.5
 
 SCRIPT = """
 import json, sys, torch
-from autojac.bench.replayed import DEEP, traced
+from autojac.bench.replayed import traced
 from autojac.bench.workloads import WORKLOADS
-threads, engine, device, *before = sys.argv[1:]
+threads, engine, device, *names = sys.argv[1:]
 torch.set_num_threads(int(threads))
-for name in before:
-    traced(WORKLOADS[name], engine, device)
-print(json.dumps(traced(WORKLOADS[DEEP], engine, device)))
+*_, last = (traced(WORKLOADS[name], engine, device) for name in names)
+print(json.dumps(last))
 """
 
 
@@ -128,7 +127,7 @@ def tracing(settings: Settings, runs: int = 3, engines: Sequence[str] = ENGINES)
     figures: list[Figure] = []
     facts: dict[str, str | float] = {}
     for engine in engines:
-        found = [_fresh(engine, settings.device, "sin") for _ in range(runs)]
+        found = [_fresh(engine, settings.device, "sin", DEEP) for _ in range(runs)]
         first, second = ([each[at] for each in found] for at in (0, 1))
         outcomes += [
             Outcome(f"{engine}: first signature", "right").raced(first),
@@ -136,12 +135,13 @@ def tracing(settings: Settings, runs: int = 3, engines: Sequence[str] = ENGINES)
         ]
         figures.append(Figure(f"{engine}: first signature, ms", 1e3 * statistics.median(first), FIRST_MS))
         figures.append(Figure.over(outcomes[-1], outcomes[-2], SECOND_SHARE))
-        facts[f"{engine}: first trace of a cold process, ms"] = 1e3 * _fresh(engine, settings.device)[0]
+        facts[f"{engine}: first trace of a cold process, ms"] = 1e3 * _fresh(engine, settings.device, DEEP)[0]
     return Promised(f"tracing of {DEEP}", tuple(outcomes), tuple(figures), facts)
 
 
-def _fresh(engine: str, device: str, *before: str) -> list[float]:
-    command = [sys.executable, "-c", SCRIPT, str(torch.get_num_threads()), engine, device, *before]
+def _fresh(engine: str, device: str, *names: str) -> list[float]:
+    """The seconds of the last of these workloads, after the others in the same process."""
+    command = [sys.executable, "-c", SCRIPT, str(torch.get_num_threads()), engine, device, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a fresh process failed: {done.stderr.strip().splitlines()[-1:]}")

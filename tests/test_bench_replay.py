@@ -49,7 +49,7 @@ def test_torch_is_contested_without_compilers() -> None:
         found = torch_contest(NET, SETTINGS, 0.25)
     own, default = found.outcomes
     assert [own.name, default.name] == ["autojac", DEFAULT]
-    assert len(own.samples) == len(default.samples) == SETTINGS.rounds
+    assert len(own.samples) == len(default.samples) == 10 * SETTINGS.rounds
     assert found.figures == (Figure(f"autojac over {DEFAULT}", ratio(own, default) or math.nan, 0.25),)
     assert "Compiled" not in str(found.facts["plan"])
 
@@ -74,10 +74,10 @@ def test_without_a_right_rival_nothing_is_promised_to_hold() -> None:
 
 
 def test_calls_of_replays_are_held_against_their_graphs() -> None:
-    found = calls([SIN, NET], SETTINGS, rounds=3)
+    found = calls([SIN, NET], SETTINGS)
     expected = [f"{name}: {what}" for name in ("sin", "net") for what in ("call", "graph", "guard")]
     assert [outcome.name for outcome in found.outcomes] == expected
-    assert all(len(outcome.samples) == 3 for outcome in found.outcomes)
+    assert all(len(outcome.samples) == 10 * SETTINGS.rounds for outcome in found.outcomes)
     assert [figure.bound for figure in found.figures] == [5.0, 2.0, 5.0, 2.0]
     assert all(-1e6 < figure.value < 1e6 for figure in found.figures)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import autojac
-from autojac.bench.contests import Announce, at_rest
+from autojac.bench.contests import Announce, at_rest, finer
 from autojac.bench.overhead import PAST_CHECKS
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import Settings, tune
@@ -61,20 +61,19 @@ def replay(engine: str) -> dict[str, Any]:
     return {"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": engine}}
 
 
-def calls(workloads: Sequence[Workload], settings: Settings, rounds: int = 31) -> Promised:
+def calls(workloads: Sequence[Workload], settings: Settings) -> Promised:
     """What `jac(x)` adds to its flat graph, and what of that is the guard, in paired rounds.
 
     Args:
         workloads: functions whose plan is a replay, by force.
         settings: how to measure.
-        rounds: of each race, which takes milliseconds.
     """
     outcomes: list[Outcome] = []
     figures: list[Figure] = []
     with at_rest():
         for workload in workloads:
             names = [f"{workload.name}: {what}" for what in ("call", "graph", "guard")]
-            samples = _called(workload, settings, rounds)
+            samples = _called(workload, finer(settings))
             outcomes += [Outcome(name, "right").raced(row) for name, row in zip(names, samples, strict=True)]
             call, graph, guard = samples
             added = statistics.median(a - b for a, b in zip(call, graph, strict=True))
@@ -83,7 +82,7 @@ def calls(workloads: Sequence[Workload], settings: Settings, rounds: int = 31) -
     return Promised("calls of replays", tuple(outcomes), tuple(figures), {})
 
 
-def _called(workload: Workload, settings: Settings, rounds: int) -> list[list[float]]:
+def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     tuned = tune(workload, dataclasses.replace(settings, effort="estimate"))
     jac, x, entry = tuned.jac, tuned.x, tuned.entry
     spec = replay("loop")
@@ -98,7 +97,7 @@ def _called(workload: Workload, settings: Settings, rounds: int) -> list[list[fl
     forward, captured, steady = ready.ready.trace.forward, ready.ready.captured, ready.surroundings.steady
     until = time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
-    return measure.interleaved(runs, x.device, settings.shortest_s, rounds, until)
+    return measure.interleaved(runs, x.device, settings.shortest_s, settings.rounds, until)
 
 
 def served(compute: Compute) -> Replaying:

@@ -20,7 +20,7 @@ from autojac.bench.baselines import DEFAULT
 from autojac.bench.command import bench as command
 from autojac.bench.contests import BOUNDS, contest, torch_contest
 from autojac.bench.jitted import MODES, NAMES, jax_contest, of_jax
-from autojac.bench.replayed import CALLED, DEEP, _fresh, calls, traced, tracing
+from autojac.bench.replayed import CALLED, DEEP, FINER, _fresh, calls, traced, tracing
 from autojac.bench.results import Figure, Outcome, Promised, Report, ratio
 from autojac.bench.run import Settings, admitted, tune
 from autojac.bench.table import show
@@ -49,7 +49,7 @@ def test_torch_is_contested_without_compilers() -> None:
         found = torch_contest(NET, SETTINGS, 0.25)
     own, default = found.outcomes
     assert [own.name, default.name] == ["autojac", DEFAULT]
-    assert len(own.samples) == len(default.samples) == 10 * SETTINGS.rounds
+    assert len(own.samples) == len(default.samples) == SETTINGS.rounds
     assert found.figures == (Figure(f"autojac over {DEFAULT}", ratio(own, default) or math.nan, 0.25),)
     assert "Compiled" not in str(found.facts["plan"])
 
@@ -77,7 +77,7 @@ def test_calls_of_replays_are_held_against_their_graphs() -> None:
     found = calls([SIN, NET], SETTINGS)
     expected = [f"{name}: {what}" for name in ("sin", "net") for what in ("call", "graph", "guard")]
     assert [outcome.name for outcome in found.outcomes] == expected
-    assert all(len(outcome.samples) == 10 * SETTINGS.rounds for outcome in found.outcomes)
+    assert all(len(outcome.samples) == FINER * SETTINGS.rounds for outcome in found.outcomes)
     assert [figure.bound for figure in found.figures] == [5.0, 2.0, 5.0, 2.0]
     assert all(-1e6 < figure.value < 1e6 for figure in found.figures)
 

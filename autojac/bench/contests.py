@@ -25,8 +25,6 @@ BOUNDS: dict[str, float] = {
 """What autojac is to take at most on each workload, in times of torch's default."""
 BUDGET_S = 30.0
 """Without compilers there are few candidates, of which the slow ones take seconds on the largest batch."""
-FINER = 10
-RACE_S = 20.0
 
 Announce = Callable[[str], None]
 
@@ -65,23 +63,13 @@ def contest(tuned: Tuned, rivals: Sequence[Entrant], settings: Settings, bound: 
         bound: what autojac is to take at most, in times of the fastest rival that is right.
     """
     own = admitted("autojac", lambda: tuned.jac(tuned.x), tuned.truth)
-    entrants, settings = [own, *rivals], finer(settings)
+    entrants = [own, *rivals]
     names = [entrant.outcome.name for entrant in entrants]
     timed = [entrant.outcome for entrant in raced(entrants, tuned.x.device, settings, math.inf, always=names)]
     best = min(timed[1:], key=lambda outcome: outcome.seconds or math.inf)
     plan = tuned.entry.plan
     facts: dict[str, str | float] = {"tuning s": plan.tuning_seconds, "plan": str(plan)}
     return Promised(tuned.workload.name, tuple(timed), (Figure.over(timed[0], best, bound),), facts)
-
-
-def finer(settings: Settings) -> Settings:
-    """More rounds of shorter blocks.
-
-    A block that is shorter than a scheduler's slice is mostly left alone, so that a busy machine spoils some rounds
-    and not the median.
-    """
-    rounds, shortest = FINER * settings.rounds, settings.shortest_s / FINER
-    return dataclasses.replace(settings, rounds=rounds, shortest_s=shortest, race_s=min(settings.race_s, RACE_S))
 
 
 @contextmanager

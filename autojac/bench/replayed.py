@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import autojac
-from autojac.bench.contests import Announce, at_rest, finer
+from autojac.bench.contests import Announce, at_rest
 from autojac.bench.overhead import PAST_CHECKS
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import Settings, tune
@@ -29,6 +29,9 @@ from autojac.surroundings import Surroundings
 
 CALLED = ("sin", "mlp-2-16-2", "mlp-10-layers")
 CALL_US, GUARD_US = 5.0, 2.0
+FINER = 10
+"""Rounds are that many times as many, their blocks as much shorter, and mostly shorter than a scheduler's slice: a busy
+machine spoils some rounds then and not the median. It takes ways that leave each other's caches warm."""
 DEEP = "mlp-20-layers"
 ENGINES = ("vmap", "loop")
 FIRST_MS, SECOND_SHARE = 300.0, 0.5
@@ -73,7 +76,7 @@ def calls(workloads: Sequence[Workload], settings: Settings) -> Promised:
     with at_rest():
         for workload in workloads:
             names = [f"{workload.name}: {what}" for what in ("call", "graph", "guard")]
-            samples = _called(workload, finer(settings))
+            samples = _called(workload, settings)
             outcomes += [Outcome(name, "right").raced(row) for name, row in zip(names, samples, strict=True)]
             call, graph, guard = samples
             added = statistics.median(a - b for a, b in zip(call, graph, strict=True))
@@ -95,9 +98,9 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     ready = served(compute)
     assert ready.ready is not None
     forward, captured, steady = ready.ready.trace.forward, ready.ready.captured, ready.surroundings.steady
-    until = time.monotonic() + settings.race_s
+    shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
-    return measure.interleaved(runs, x.device, settings.shortest_s, settings.rounds, until)
+    return measure.interleaved(runs, x.device, shortest, rounds, until)
 
 
 def served(compute: Compute) -> Replaying:

@@ -18,7 +18,7 @@ from autojac.bench.command import bench as command
 from autojac.bench.coupled import brusselator
 from autojac.bench.overhead import UNWANTED, overhead, startup
 from autojac.bench.points import points
-from autojac.bench.results import Figure, Outcome, Race, Regret, Report, Zeros, ratio
+from autojac.bench.results import Figure, Outcome, Promised, Race, Regret, Report, ratio
 from autojac.bench.run import Settings, admitted, bench
 from autojac.bench.table import show
 from autojac.bench.workloads import ALL, CODES, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
@@ -223,7 +223,7 @@ def test_help_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", ["sparse over", "blocks over"])
-def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: Zeros, name: str) -> None:
+def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: Promised, name: str) -> None:
     (figure,) = (figure for figure in layouts_raced.figures if figure.what.startswith(name))
     base = figure.what.removeprefix(f"{name} ")
     outcomes = {outcome.name: outcome for outcome in layouts_raced.outcomes}
@@ -237,7 +237,7 @@ def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: Z
 
 
 @pytest.fixture(scope="module")
-def layouts_raced() -> Zeros:
+def layouts_raced() -> Promised:
     with torch.no_grad():
         return layouts(convolution("conv", 3, 16, channels=2), replace(SETTINGS, effort="estimate"), 1.0, 1.0)
 
@@ -288,7 +288,7 @@ def test_points_are_measured_in_processes_of_their_own() -> None:
 
 
 def test_command_races_zeros_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Zeros("it", (), (Figure("a over b", 2.0, 1.0),), {"entries": 3})
+    made = Promised("it", (), (Figure("a over b", 2.0, 1.0),), {"entries": 3})
     monkeypatch.setitem(RACES, "burgers", lambda settings: made)
     done = CliRunner().invoke(command, ["--quick", "--zeros", "burgers", "--json"])
     assert done.exit_code == 0, done.output

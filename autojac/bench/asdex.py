@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.bench.coupled import DIFFUSION, A, B
+from autojac.bench.extra import loaded
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,10 @@ class Rival:
 
 def prepared(size: int, x: Tensor) -> Rival | str:
     """The Brusselator's Jacobian by asdex, compiled; why not, where it can't be had."""
-    if torch.get_num_threads() == 1:
-        # read when JAX first loads
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    try:
-        jax, library = importlib.import_module("jax"), importlib.import_module("asdex")
-    except ImportError as error:
-        return f"not installed ({error}); pip install 'autojac[bench]'"
+    found = loaded("jax", "asdex")
+    if isinstance(found, str):
+        return found
+    jax, library = found
     jnp = jax.numpy
     func = _brusselator(size, jnp)
     point = jnp.asarray(x.numpy())

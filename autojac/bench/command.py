@@ -8,7 +8,11 @@ import json
 import click
 import torch
 
+from autojac.bench.contests import against_torch
+from autojac.bench.extra import loaded
+from autojac.bench.jitted import against_jax
 from autojac.bench.overhead import overhead, startup
+from autojac.bench.replayed import replayed
 from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
 from autojac.bench.table import show
@@ -32,8 +36,12 @@ from autojac.plan import EFFORTS
     "spared",
     multiple=True,
     type=click.Choice(list(RACES)),
-    help="Put the zeros of this one to use; may be repeated. Then no workload is raced that is not named.",
+    help="Put the zeros of this one to use; may be repeated.",
 )
+@click.option(
+    "--replay", "with_replay", is_flag=True, help="Race replays, uncompiled, against torch's default; what they cost."
+)
+@click.option("--jax", "with_jax", is_flag=True, help="Race against jitted JAX; needs autojac[bench].")
 @click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
 @click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
 @click.option("--regret", is_flag=True, help="Race every fixed candidate too.")
@@ -47,6 +55,8 @@ def bench(
     effort: str | None,
     names: tuple[str, ...],
     spared: tuple[str, ...],
+    with_replay: bool,
+    with_jax: bool,
     rounds: int | None,
     budget: float | None,
     regret: bool,
@@ -59,15 +69,19 @@ def bench(
 ) -> None:
     """Race autojac against torch's own ways, interleaved in one run.
 
-    Every way's Jacobian is checked before it is timed. Ratios refer to vmap(jacrev), which torch recommends.
+    Every way's Jacobian is checked before it is timed. Ratios refer to vmap(jacrev), which torch recommends. With
+    --zeros, --replay or --jax no workload is raced beside theirs but those named.
 
     \b
     Examples:
       autojac bench --quick --workload sin
       autojac bench --zeros burgers --zeros brusselator
+      autojac bench --replay --jax
       autojac bench --regret --overhead --startup --json > bench.json
     """
     _require(device)
+    if with_jax:
+        _require_jax(device)
     settings = Settings(
         effort=next(e for e in EFFORTS if e == (effort or ("quick" if quick else "measure"))),
         rounds=rounds or (5 if quick else 15),
@@ -77,9 +91,14 @@ def bench(
         regret=regret,
         race_s=10.0 if quick else 60.0,
     )
-    chosen = [WORKLOADS[name] for name in names] or ([] if spared else ALL)
+    chosen = [WORKLOADS[name] for name in names] or ([] if spared or with_replay or with_jax else ALL)
     report = run_bench(chosen, settings, _announce)
     report = dataclasses.replace(report, zeros=tuple(put_to_use(spared, settings, _announce)))
+    if with_replay:
+        races, costs = against_torch(settings, _announce), replayed(settings, _announce)
+        report = dataclasses.replace(report, contests=tuple(races), costs=tuple(costs))
+    if with_jax:
+        report = dataclasses.replace(report, contests=(*report.contests, *against_jax(settings, _announce)))
     if with_overhead:
         _announce("overhead of a call")
         report = dataclasses.replace(report, overhead_seconds=overhead(settings))
@@ -98,6 +117,14 @@ def _require(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         line = next(iter(str(error).splitlines()), "")
         raise click.BadParameter(f"{device!r} can't be used here: {line}", param_hint="--device") from error
+
+
+def _require_jax(device: str) -> None:
+    found = loaded("jax")
+    if isinstance(found, str):
+        raise click.ClickException(f"jax is {found}")
+    if torch.device(device).type != "cpu":
+        raise click.BadParameter("JAX is raced on the CPU", param_hint="--device")
 
 
 def _announce(what: str) -> None:

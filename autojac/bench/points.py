@@ -18,7 +18,7 @@ from torch import Tensor
 
 import autojac
 from autojac.bench.coupled import Neighbours, cloud
-from autojac.bench.results import Figure, Outcome, State, Zeros, ratio
+from autojac.bench.results import Figure, Outcome, Promised, State, ratio
 from autojac.bench.run import Settings
 from autojac.coloring import Colorings
 from autojac.search import measure
@@ -41,7 +41,7 @@ print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
 """
 
 
-def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Zeros:
+def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Promised:
     """Race the blocks against plain VJPs for each number of points, in a process of its own for the sake of its peak.
 
     Args:
@@ -66,7 +66,7 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Zeros:
         Figure("detection and coloring, s", last["detection s"] + last["coloring s"], 60.0),
         Figure(f"blocks of {share:.3g} times as many points, over those of the fewest", many / few, 1.2 * share),
     )
-    return Zeros("points", (*pulls, *blocks), figures, facts)
+    return Promised("points", (*pulls, *blocks), figures, facts)
 
 
 def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:

@@ -139,13 +139,19 @@ class Figure:
     value: float
     bound: float
 
+    @classmethod
+    def over(cls, outcome: Outcome, base: Outcome, bound: float) -> Self:
+        """One outcome in times of another; infinite where either has no time."""
+        found = ratio(outcome, base)
+        return cls(f"{outcome.name} over {base.name}", math.inf if found is None else found, bound)
+
 
 @dataclass(frozen=True)
-class Zeros:
-    """What zeros save on one function.
+class Promised:
+    """A part of the benchmark of which figures were promised.
 
     Attributes:
-        name: the function.
+        name: the function, or what was measured.
         outcomes: how each way fared, interleaved in one run.
         figures: what was promised of it.
         facts: plans, colors, entries, and what was timed apart.
@@ -201,6 +207,8 @@ class Report:
         overhead_seconds: what `jac(x)` adds to its bare method, for the sin workload.
         startup: fresh processes.
         zeros: one for each function whose zeros were put to use.
+        contests: replays against torch's default, and any plan against jitted JAX: one a workload and rival.
+        costs: what replays cost beside their operators.
     """
 
     environment: dict[str, Any]
@@ -208,7 +216,9 @@ class Report:
     races: tuple[Race, ...]
     overhead_seconds: float | None = None
     startup: Startup | None = None
-    zeros: tuple[Zeros, ...] = ()
+    zeros: tuple[Promised, ...] = ()
+    contests: tuple[Promised, ...] = ()
+    costs: tuple[Promised, ...] = ()
 
     @property
     def mean_speedup(self) -> float | None:
@@ -243,5 +253,5 @@ class Report:
     def from_json(cls, data: dict[str, Any]) -> Self:
         startup = None if data["startup"] is None else Startup.from_json(data["startup"])
         races = tuple(map(Race.from_json, data["races"]))
-        zeros = tuple(map(Zeros.from_json, data["zeros"]))
-        return cls(data["environment"], data["settings"], races, data["overhead_seconds"], startup, zeros)
+        parts = {name: tuple(map(Promised.from_json, data[name])) for name in ("zeros", "contests", "costs")}
+        return cls(data["environment"], data["settings"], races, data["overhead_seconds"], startup, **parts)

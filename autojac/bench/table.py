@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from autojac.bench.baselines import WAYS
-from autojac.bench.results import Outcome, Race, Report, Zeros, ratio
+from autojac.bench.results import Figure, Outcome, Promised, Race, Report, ratio
 
 PLAIN_WIDTH = 170
 """Columns where the output is no terminal."""
@@ -31,8 +31,10 @@ def show(report: Report, console: Console | None = None) -> None:
             style="dim",
         )
         console.print(plans(report))
-    for one in report.zeros:
-        console.print(spared(one))
+    for rows in grouped(report.contests):
+        console.print(contests(rows))
+    for one in (*report.zeros, *report.costs):
+        console.print(promised(one))
     for line in figures(report):
         console.print(line, highlight=False)
 
@@ -76,19 +78,50 @@ def plans(report: Report) -> Table:
     return table
 
 
-def spared(zeros: Zeros) -> Table:
-    """One function whose zeros were put to use: its ways, what was promised, what else is known."""
-    table = Table(zeros.name, "", box=box.SIMPLE_HEAD)
-    for outcome in zeros.outcomes:
+def grouped(parts: Iterable[Promised]) -> list[list[Promised]]:
+    """Contests of the same ways together."""
+    groups: dict[tuple[str, ...], list[Promised]] = {}
+    for part in parts:
+        groups.setdefault(tuple(outcome.name for outcome in part.outcomes), []).append(part)
+    return list(groups.values())
+
+
+def contests(rows: Sequence[Promised]) -> Table:
+    """One row a workload: the same ways in ms, what was promised, and what else is known."""
+    names = [outcome.name for outcome in rows[0].outcomes]
+    table = Table("workload", *names, "ratio", "at most", *rows[0].facts, box=box.SIMPLE_HEAD)
+    for row in rows:
+        (figure,) = row.figures
+        table.add_row(
+            row.name,
+            *map(cell, row.outcomes),
+            f"{figure.value:.3g}{missed(figure)}",
+            f"{figure.bound:.3g}",
+            *map(fact, row.facts.values()),
+        )
+    return table
+
+
+def promised(part: Promised) -> Table:
+    """One part: its ways, what was promised, what else is known."""
+    table = Table(part.name, "", box=box.SIMPLE_HEAD)
+    for outcome in part.outcomes:
         table.add_row(outcome.name, cell(outcome) + (" ms" if outcome.seconds is not None else ""))
     table.add_section()
-    for figure in zeros.figures:
-        held = "" if figure.value <= figure.bound else ", [red]missed[/red]"
-        table.add_row(figure.what, f"{figure.value:.3g}, at most {figure.bound:.3g}{held}")
+    for figure in part.figures:
+        table.add_row(figure.what, f"{figure.value:.3g}, at most {figure.bound:.3g}{missed(figure)}")
     table.add_section()
-    for what, fact in zeros.facts.items():
-        table.add_row(what, fact if isinstance(fact, str) else f"{fact:.4g}")
+    for what, known in part.facts.items():
+        table.add_row(what, fact(known))
     return table
+
+
+def missed(figure: Figure) -> str:
+    return "" if figure.value <= figure.bound else ", [red]missed[/red]"
+
+
+def fact(known: str | float) -> str:
+    return known if isinstance(known, str) else f"{known:.4g}"
 
 
 def cell(outcome: Outcome, bold: bool = False) -> str:

@@ -116,4 +116,12 @@ CODES: tuple[Workload, ...] = tuple(
 )
 """The autoencoder with other widths of its code, raced when asked for: where a cut stops paying must be found."""
 
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*ALL, *CODES)}
+REPLAYED: tuple[Workload, ...] = (
+    mlp("mlp-2-16-2", 64, 2, 16, 2),
+    mlp("mlp-6-128-128-6", 64, 6, 128, 128, 6),
+    mlp("mlp-10-layers", 64, *[16] * 11),
+    mlp("mlp-20-layers", 64, 3, *[32] * 19, 3),
+)
+"""Networks so small, or so deep, that the host's work between operators is most of their Jacobian's time."""
+
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*ALL, *CODES, *REPLAYED)}

@@ -17,7 +17,7 @@ from autojac.bench import asdex
 from autojac.bench.baselines import WAYS
 from autojac.bench.coupled import brusselator
 from autojac.bench.points import points
-from autojac.bench.results import Figure, Outcome, Zeros, ratio
+from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way, tune, wrapped
 from autojac.bench.workloads import WORKLOADS, Workload
 from autojac.coloring import Colorings, Side
@@ -34,7 +34,7 @@ FEW_ROUNDS = 3
 SIDES: tuple[Side, ...] = ("rows", "columns")
 
 
-def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_bound: float) -> Zeros:
+def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_bound: float) -> Promised:
     """Race a function's entries and its blocks against the best of torch's ways and of autojac without a pattern.
 
     Args:
@@ -61,11 +61,11 @@ def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_
     left = tuple(way.outcome for way in ways if way.outcome.name not in names)
     entry, _ = colored._run((x,), {})
     facts = _facts({"blocks": tuned.entry, "sparse": entry, "without zeros": dense._run((x,), {})[0]})
-    figures = _figures(best, ("sparse", sparse, sparse_bound), ("blocks", blocks, blocks_bound))
-    return Zeros(workload.name, (*timed, *left), figures, {**facts, **_colors(entry)})
+    figures = (Figure.over(sparse, best, sparse_bound), Figure.over(blocks, best, blocks_bound))
+    return Promised(workload.name, (*timed, *left), figures, {**facts, **_colors(entry)})
 
 
-def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Zeros:
+def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
     """The Brusselator on a grid: detection in times of a plain call, its Jacobian in those of JVPs, asdex beside it.
 
     Args:
@@ -106,10 +106,10 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Zeros:
     found, plain = (cpu_seconds(runs[name], rounds) for name in ("detection", "func"))
     figures = (
         Figure("detection, CPU ms", 1e3 * found, max(50.0, 30e3 * plain)),
-        *_figures(timed["JVPs"], ("sparse", timed["sparse"], 3.0)),
-        *_figures(timed["VJPs"], ("sparse", timed["sparse"], 3.0)),
+        Figure.over(timed["sparse"], timed["JVPs"], 3.0),
+        Figure.over(timed["sparse"], timed["VJPs"], 3.0),
     )
-    return Zeros(f"brusselator-{size}", tuple(timed.values()), figures, facts)
+    return Promised(f"brusselator-{size}", tuple(timed.values()), figures, facts)
 
 
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
@@ -176,13 +176,7 @@ def _colors(entry: Entry) -> dict[str, float]:
     return {f"colors of {side}": colors_of(entry.problem, side).count for side in SIDES}
 
 
-def _figures(base: Outcome, *held: tuple[str, Outcome, float]) -> tuple[Figure, ...]:
-    """Each outcome in times of another, with what it is to stay below."""
-    found = ((f"{name} over {base.name}", ratio(outcome, base), bound) for name, outcome, bound in held)
-    return tuple(Figure(what, math.inf if value is None else value, bound) for what, value, bound in found)
-
-
-RACES: dict[str, Callable[[Settings], Zeros]] = {
+RACES: dict[str, Callable[[Settings], Promised]] = {
     "burgers": lambda settings: layouts(WORKLOADS["burgers"], settings, 1 / 15, 1 / 2),
     "conv1d": lambda settings: layouts(WORKLOADS["conv1d"], settings, 1 / 6, 1 / 6),
     "brusselator": reaction,
@@ -190,7 +184,9 @@ RACES: dict[str, Callable[[Settings], Zeros]] = {
 }
 
 
-def zeros(names: Iterable[str], settings: Settings, announce: Callable[[str], None] = lambda name: None) -> list[Zeros]:
+def zeros(
+    names: Iterable[str], settings: Settings, announce: Callable[[str], None] = lambda name: None
+) -> list[Promised]:
     """Put the zeros of each function to use.
 
     Args:

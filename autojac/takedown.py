@@ -193,13 +193,11 @@ class _Run:
         ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]
         output = graph.output(tuple(self.tape.node(tensor) for tensor in ends))
         output.meta = {"role": "output", "order": len(graph.nodes), "writes": frozenset(), "draws": False}
-        own = {id(tensor) for tensor in captures(compute).tensors}
-        captured = []
-        for node in graph.nodes:
-            if node.meta["role"] == "captured":
-                captured.append(node.meta["value"])
-            elif node.meta["role"] == "unknown":
-                self._own(node, own)
+        captured = [node.meta["value"] for node in graph.nodes if node.meta["role"] == "captured"]
+        unknown = [node for node in graph.nodes if node.meta["role"] == "unknown"]
+        own = {id(tensor) for tensor in captures(compute).tensors} if unknown else set()
+        for node in unknown:
+            self._own(node, own)
         inputs = [(self.tape.node(tensor), tensor) for tensor in (*self.given, *captured)]
         cotangents = [[self.tape.node(c) for c in pull.cotangents] for pull in self.pulls]
         position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}

@@ -8,6 +8,7 @@ ran, in-place ones as they are. What may be changed about that is for others to 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -69,7 +70,15 @@ class Tape(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # who watches the function need not watch this; Python inside an operator runs again in each replay
+        watching = sys.getprofile()
+        sys.setprofile(None)
+        try:
+            return self._run(func, types, args, kwargs or {})
+        finally:
+            sys.setprofile(watching)
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if self.reason:
             return call(func, args, kwargs)
         if not PLAIN.issuperset(types):

@@ -51,11 +51,6 @@ def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
     return locked
 
 
-def modes_active() -> bool:
-    """Whether a mode of the caller's sees each function or operator: another default device, a counter of flops."""
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
-
-
 def hooked() -> bool:
     """Whether a caller's hooks, such as checkpointing's, see what autograd saves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff import saved_tensors_apart, transforming
+from autojac.autodiff import hooked, saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.compression import colored
 from autojac.derived import Derived
@@ -184,13 +184,16 @@ class AutoJacobian(Derived):
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entry(key, args, kwargs)
-        leaves = entry.frame.leaves(args)
-        kwargs = entry.frame.keywords(args, kwargs)
+        frame = entry.frame
+        leaves = frame.leaves(args)
+        if kwargs or frame.constants:
+            kwargs = frame.keywords(args, kwargs)
         entry.calls += 1
         changed = entry.changed(leaves, kwargs) if entry.wary else ""
         if changed or entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
-        return entry, entry.usable(leaves, kwargs)
+        compute = entry.usable if hooked() else entry.compute
+        return entry, compute(leaves, kwargs)
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
         with recording(args, kwargs) as call:

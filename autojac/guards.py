@@ -56,6 +56,11 @@ class Guard:
         """Whether everything is the object that it was; quick, and runs none of the user's code."""
         return self._unchanged()
 
+    @property
+    def check(self) -> Callable[[], bool]:
+        """What `holds` calls, for who asks in every call; to be fetched again after `renew`."""
+        return self._unchanged
+
     def compare(self) -> Change:
         """Tell a change from its appearance, such as an attribute set to what it was; slow."""
         try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Programs, by_programs, modes_active
+from autojac.autodiff import Programs, by_programs
 from autojac.errors import UnsupportedError
 from autojac.hoist import Kept
 from autojac.problem import Compute, Problem, Result
@@ -21,8 +21,11 @@ MOST_TRACES = 8
 CALLS_A_TRACE = 200
 """Past `MOST_TRACES` one more for so many calls: what changes all the time is not worth tracing."""
 
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A trace with the tensors that it reads beside the arguments.
 
@@ -32,6 +35,7 @@ class Ready:
         given: how many tensors a call brings.
         version, state: of the surroundings: a count of changes, and the number of the state that was traced.
         kept: what is kept from call to call.
+        unchanged: whether what the function reads is as it was then.
     """
 
     trace: Trace
@@ -39,6 +43,7 @@ class Ready:
     given: int
     version: int
     state: int
+    unchanged: Callable[[], bool]
     kept: Kept | None = None
 
 
@@ -68,33 +73,45 @@ class Replaying:
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        ready, surroundings = self.ready, self.surroundings
-        if modes_active():
+        ready = self.ready
+        if _function_modes() or _dispatch_modes():
+            # a mode of the caller's sees each function or operator: another default device, a counter of flops
             return self.eager(leaves, kwargs)
-        if ready is None or not surroundings.steady() or ready.version != surroundings.version:
+        if ready is None or ready.version != self.surroundings.version or not ready.unchanged():
             ready = self._renewed(leaves, kwargs)
             if ready is None:
                 return self.eager(leaves, kwargs)
-        given = arranged(leaves, kwargs)
-        if kwargs and (len(given) != ready.given or unfixed(kwargs)):
-            return self.eager(leaves, kwargs)
+        if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
+            given: Sequence[Tensor] = arranged(leaves, kwargs)
+            if kwargs and (len(given) != ready.given or unfixed(kwargs)):
+                return self.eager(leaves, kwargs)
+        else:
+            given = leaves
         self.calls += 1
+        trace = ready.trace
         try:
-            return self._replayed(ready, given, leaves, kwargs)
+            if trace.pulls:
+                outputs = self._connected(ready, given, leaves, kwargs)
+            elif ready.kept is None:
+                outputs = trace.forward(*given, *ready.captured)
+            else:
+                outputs = trace.forward(*given, *ready.captured, *ready.kept())
         except Exception:
             # func may catch what an operator raises, and take another way
             if self.problem.structure.effects:
                 raise
             return self.eager(leaves, kwargs)
+        if trace.outputs == 2:
+            return Result((outputs[0],), ((outputs[1],),))
+        values, step = trace.values, len(self.problem.inputs)
+        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, trace.outputs, step))
+        return Result(tuple(outputs[:values]), rows)
 
-    def _replayed(
+    def _connected(
         self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
-    ) -> Result:
+    ) -> Sequence[Tensor]:
+        """The outputs, with a graph."""
         trace, surroundings = ready.trace, self.surroundings
-        if ready.kept is not None:
-            return self._result(trace, trace.forward(*given, *ready.captured, *ready.kept()))
-        if not trace.pulls:
-            return self._result(trace, trace.forward(*given, *ready.captured))
         inputs = (*given, *ready.captured)
 
         def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -108,7 +125,7 @@ class Replaying:
             return [*result.values, *(J for row in result.jacobians for J in row)], inputs
 
         programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again)
-        return self._result(trace, by_programs(programs, inputs))
+        return by_programs(programs, inputs)
 
     @property
     def eager(self) -> Compute:
@@ -116,13 +133,6 @@ class Replaying:
         if self._eager is None:
             self._eager = self.served(self.problem)
         return self._eager
-
-    def _result(self, trace: Trace, outputs: Sequence[Tensor]) -> Result:
-        if trace.outputs == 2:
-            return Result((outputs[0],), ((outputs[1],),))
-        values, step = trace.values, len(self.problem.inputs)
-        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, trace.outputs, step))
-        return Result(tuple(outputs[:values]), rows)
 
     def _renewed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
         """A trace for things as they are now; None where there can't be one, or not yet again."""
@@ -139,7 +149,7 @@ class Replaying:
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else Kept(trace.hoist, captured)
-            self.ready = Ready(trace, captured, given, surroundings.version, state.number, kept)
+            self.ready = Ready(trace, captured, given, surroundings.version, state.number, state.guard.check, kept)
             self._known[state.number] = self.ready
             for number in sorted(self._known)[:-MOST_STATES]:
                 del self._known[number]

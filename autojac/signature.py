@@ -22,15 +22,20 @@ FLAG_NAMES = ("default_dtype", "threads", "deterministic", "matmul_precision", "
 
 def current_flags(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
     """Whatever besides shapes changes numerics or speed, in the order of `FLAG_NAMES`: read at every call."""
-    cpu, cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     return (
         torch.get_default_dtype(),
         torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        (cpu and torch.get_autocast_dtype("cpu"), cuda and torch.get_autocast_dtype("cuda")),
+        torch._C._get_deterministic_algorithms(),
+        torch._C._get_float32_matmul_precision(),
+        _autocast() if torch._C._is_any_autocast_enabled() else (False, False),
         tuple([module.training for module in modules]),
     )
+
+
+def _autocast() -> tuple[Any, Any]:
+    """The dtype that autocast casts to on the CPU and on CUDA, or False."""
+    cpu, cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return cpu and torch.get_autocast_dtype("cpu"), cuda and torch.get_autocast_dtype("cuda")
 
 
 def named_flags(flags: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:

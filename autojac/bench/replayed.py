@@ -95,9 +95,11 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
         jac(x)
     # a call that is found wrong gets another plan
     assert jac._run((x,), {})[0].compute is compute
-    ready = served(compute)
-    assert ready.ready is not None
-    forward, captured, steady = ready.ready.trace.forward, ready.ready.captured, ready.surroundings.steady
+    replaying = served(compute)
+    ready = replaying.ready
+    assert ready is not None
+    captured = ready.captured if ready.kept is None else (*ready.captured, *ready.kept())
+    forward, steady = ready.trace.forward, replaying.surroundings.steady
     shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
     return measure.interleaved(runs, x.device, shortest, rounds, until)

@@ -26,7 +26,7 @@ class Replay(Method):
     """
 
     inner: Method
-    without: str = ""
+    without: str | None = None
 
     wrapper: ClassVar[bool] = True
 
@@ -83,5 +83,5 @@ class Replay(Method):
 
     def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
         assert problem.surroundings is not None
-        without = tuple(filter(None, self.without.split(",")))
+        without = () if self.without is None else tuple(self.without.split(","))
         return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.surroundings, without, lower)

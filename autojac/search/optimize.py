@@ -21,13 +21,15 @@ from autojac.problem import Problem, bind
 from autojac.quiet import Quiet
 from autojac.search import measure
 from autojac.search.final import Found, shoot_out
-from autojac.search.space import candidates, default_methods, hopeless
+from autojac.search.space import bare, candidates, default_methods, hopeless
 from autojac.search.trial import PATIENCE_S, Progress, Subject, attempt, try_out
 from autojac.verify import Reference
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
 SHOOT_OUT_SHARE = 0.25
 """Part of the budget kept for the last word."""
+FIRST_SHARE = 0.6
+"""Part of the rest after which replays and compilers have their turn."""
 
 LAST_RESORT = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
 """One plain VJP a row: right for whatever runs under autograd."""
@@ -87,9 +89,14 @@ def search(
     for method in dropped:
         subject.record(method, "skipped", reason="predicted to be far slower than the best")
     space = [method for method in space if method not in dropped]
-    for compiles in (False, True):
-        part = [method for method in space if method.compiles == compiles]
-        first = [method for method in (*hints, *part[:1], *defaults[:1], *part[1:3]) if method in part]
+    deadline = subject.deadline
+    rounds = _rounds(space)
+    for number, part in enumerate(rounds):
+        fast = fastest(subject, part)
+        first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
+        # what comes later has its part of the time, however long the first round could take
+        left = bool(number == 0 and any(rounds[1:]))
+        subject.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
         if part:
             propose(subject, part, first)
     _ensure_one(subject, [*space, LAST_RESORT])
@@ -101,6 +108,20 @@ def search(
         _ensure_one(subject, [*space, LAST_RESORT])
         found = shoot_out(subject, defaults)
     return found
+
+
+def _rounds(space: Sequence[Method]) -> list[list[Method]]:
+    """Candidates as they are; recorded ones, of which those inside the fastest are tried first; compiled ones."""
+    eager = [method for method in space if not method.compiles and bare(method) == method]
+    recorded = [method for method in space if not method.compiles and method not in eager]
+    return [eager, recorded, [method for method in space if method.compiles]]
+
+
+def fastest(subject: Subject, methods: Sequence[Method]) -> list[Method]:
+    """Those whose bare methods have been timed, the fastest first."""
+    known = {method: subject.trials.get(bare(method)) for method in methods if bare(method) != method}
+    timed = {method: trial.seconds for method, trial in known.items() if trial is not None and trial.seconds}
+    return sorted(timed, key=timed.__getitem__)
 
 
 def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,18 @@ def hopeless(problem: Problem, methods: Sequence[Method]) -> set[Method]:
     costs = {method: method.cost(problem) for method in methods}
     best = min(costs.values(), default=0.0)
     return {method for method, cost in costs.items() if cost > HOPELESS * best}
+
+
+def bare(method: Method) -> Method:
+    """The method without what records it."""
+    inner = getattr(method, "inner", None)
+    if inner is None:
+        return method
+    if method.flat:
+        return bare(inner)
+    around: Any = method
+    made: Method = dataclasses.replace(around, inner=bare(inner))
+    return made
 
 
 def choose(methods: Sequence[Method], pick: Pick) -> Method:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,18 +28,26 @@ class Hoist:
     """A part of a program that reads captured tensors and constants alone.
 
     Attributes:
-        nodes: what it hands to the rest, views first.
-        views, results: from the captured tensors to those.
+        views, results: from the captured tensors to what it hands to the rest, views first.
         sources: positions, among the captured tensors, of what `results` are computed from.
     """
 
-    nodes: tuple[fx.Node, ...]
     views: Run
     results: Run | None
     sources: tuple[int, ...]
 
 
-def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Hoist | None:
+class Part(NamedTuple):
+    """A part of a graph that can be kept: its programs, and the nodes that it hands to the rest.
+
+    The programs are what lasts: nodes lead to every tensor of the recorded run.
+    """
+
+    hoist: Hoist
+    nodes: tuple[fx.Node, ...]
+
+
+def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
     """The part of a graph that can be kept; None if there is none.
 
     Args:
@@ -56,7 +65,8 @@ def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.No
     handed = [node for node in views if node in used], [node for node in results if node in used]
     sources = tuple(place for place, node in enumerate(captured) if results and _leads(node, results))
     run = emit(captured, handed[1], [*views, *results], below=True) if results else None
-    return Hoist((*handed[0], *handed[1]), emit(captured, handed[0], views, below=True), run, sources)
+    hoist = Hoist(emit(captured, handed[0], views, below=True), run, sources)
+    return Part(hoist, (*handed[0], *handed[1]))
 
 
 def _kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:

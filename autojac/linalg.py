@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.autodiff import MatrixRule, by_rule
+from autojac.autodiff.rules import MatrixRule, by_rule
 from autojac.errors import InputError, SingularJacobianError
 from autojac.inversion import largest, solve, triangles
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Programs, by_programs
+from autojac.autodiff.programs import Programs, by_programs
 from autojac.errors import UnsupportedError
 from autojac.hoist import Kept
 from autojac.problem import Compute, Problem, Result

@@ -106,6 +106,9 @@ class Tape(TorchDispatchMode):
         self.draws |= draws
         # what returns nothing raises an error where something is wrong
         node.meta |= {"writes": frozenset(_written(func, name, args, kwargs)), "draws": draws or checks}
+        if name in LITERALS:
+            # torch gives the very tensor back
+            self._nodes.pop(id(made), None)
         if isinstance(made, Tensor):
             self._outcome(node, made)
         else:

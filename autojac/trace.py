@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.autodiff import Pull
+from autojac.autodiff.programs import Pull
 from autojac.errors import UnsupportedError
-from autojac.hoist import Hoist, Kept, hoisted
+from autojac.hoist import Hoist, Kept, Part, hoisted
 from autojac.program import Run, emit
 from autojac.tolerance import disagreement
 
@@ -93,12 +93,12 @@ class Recorded:
             lower: what to make of each program, such as compiling it.
         """
         inputs = [tensor.detach() for _, tensor in self.inputs]
-        hoist = None
+        aside = None
         if keep and not self.pulls and lower is None:
             nodes = [node for node, _ in self.inputs]
-            hoist = hoisted(self.graph, nodes[len(nodes) - len(captured) :], self._ends[: len(self.outputs)])
-        kept = Kept(hoist, inputs[len(inputs) - len(captured) :])() if hoist is not None else ()
-        made = self._programs(captured, (), hoist)
+            aside = hoisted(self.graph, nodes[len(nodes) - len(captured) :], self._ends[: len(self.outputs)])
+        kept = Kept(aside.hoist, inputs[len(inputs) - len(captured) :])() if aside is not None else ()
+        made = self._programs(captured, (), aside)
         with torch.no_grad():
             with unseen():
                 found = made.forward(*inputs, *kept)
@@ -109,7 +109,7 @@ class Recorded:
                 if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
             ]
             if apart or lower is not None:
-                made = self._programs(captured, apart, hoist, lower)
+                made = self._programs(captured, apart, aside, lower)
                 with unseen():
                     found = made.forward(*inputs, *kept)
             self._check(found, self.outputs)
@@ -136,7 +136,7 @@ class Recorded:
         return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]
 
     def _programs(
-        self, captured: Sequence[int], apart: Sequence[int], hoist: Hoist | None, lower: Lower | None = None
+        self, captured: Sequence[int], apart: Sequence[int], aside: Part | None, lower: Lower | None = None
     ) -> Trace:
         """`apart` lists outputs to copy, since they share memory with what outlives the call."""
         results, gradients = self._ends[: len(self.outputs)], iter(self._ends[len(self.outputs) :])
@@ -165,10 +165,10 @@ class Recorded:
             )
             for (pull, part, ending, given), nodes_of in zip(parts, self.cotangents, strict=True)
         )
-        kept = hoist.nodes if hoist is not None else ()
+        kept = aside.nodes if aside is not None else ()
         forward = program([*inputs, *kept], [*results, *left], _leading(early, [*results, *left], kept), copied=apart)
         constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
-        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant, hoist)
+        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant, aside and aside.hoist)
 
 
 def differs(one: Tensor, other: Tensor) -> bool:

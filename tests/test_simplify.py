@@ -16,7 +16,7 @@ from autojac import takedown
 from autojac.methods.base import build
 from autojac.program import emit
 from autojac.simplify import passes, simplify
-from autojac.simplify.edit import laid, plain
+from autojac.simplify.nodes import laid, plain
 from autojac.tape import Tape
 from harness import compare, planned
 

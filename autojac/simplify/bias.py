@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from autojac.simplify.edit import Editor, aten, plain, source, sweep
+from autojac.simplify.edit import Editor, aten, source, sweep
+from autojac.simplify.nodes import plain
 
 RANK = 65
 

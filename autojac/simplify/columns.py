@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autojac.simplify.edit import Editor, aten, plain, sweep
+from autojac.simplify.edit import Editor, aten, sweep
+from autojac.simplify.nodes import plain
 
 RANK = 90
 FEW = 8

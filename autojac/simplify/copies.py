@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from autojac.simplify.edit import RESHAPES, Editor, acts_by_entry, aten, laid, name, overlapping, plain, shares, sweep
+from autojac.simplify.edit import RESHAPES, Editor, aten, sweep
+from autojac.simplify.nodes import acts_by_entry, laid, name, overlapping, plain, shares
 
 RANK = 40
 REDUCTIONS = {"sum", "mean", "amax", "amin", "prod"}

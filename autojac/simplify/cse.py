@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.simplify.edit import MOST_ENTRIES, Editor, laid, narrowed, plain
+from autojac.simplify.edit import MOST_ENTRIES, Editor
+from autojac.simplify.nodes import laid, narrowed, plain
 from autojac.simplify.order import ordered
 
 RANK = 80

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, narrowed, plain, sweep
+from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, sweep
+from autojac.simplify.nodes import narrowed, plain
 
 RANK = (35, 62)
 

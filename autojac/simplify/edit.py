@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from autojac.simplify.moves import moves
+from autojac.simplify.nodes import acts_by_entry, laid, name, overlapping, placed, plain, shares, values
 from autojac.simplify.order import touched, written
 
 aten = torch.ops.aten
@@ -21,8 +23,6 @@ PLACED = {aten.as_strided.default, aten.as_strided_scatter.default, aten.set_.so
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 """Operators of the kind `view`, which some layouts don't permit."""
 
-BY_ENTRY = {"mish_backward", "hardswish_backward", "hardsigmoid_backward"}
-"""Operators that act entry by entry and are not marked as such."""
 TOLERANT = {
     *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "cat", "stack", "index", "index_select", "gather"),
     *("sum", "mean", "amax", "amin", "prod", "clone", "_to_copy", "reshape", "constant_pad_nd", "any", "all", "cumsum"),
@@ -83,7 +83,7 @@ class Editor:
         """A node that is `wanted`, one operator away from one of the nodes."""
         place = placed(wanted)
         for node in nodes:
-            for target, args in _moves(node.meta["value"], wanted):
+            for target, args in moves(node.meta["value"], wanted):
                 moved = _computed(target, (node, *args), {})
                 if moved is not None and placed(moved) == place:
                     return self._made(at, target, (node, *args), {}, moved)
@@ -251,44 +251,6 @@ def sweep(graph: fx.Graph, rule: Rule, targets: Container[Any] | None = None) ->
     Editor(graph).sweep(rule, targets)
 
 
-def name(node: fx.Node) -> str:
-    """Of an operator, without its overload."""
-    target: Any = node.target
-    return str(target._schema.name).rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
-
-
-def acts_by_entry(node: fx.Node) -> bool:
-    """Whether each entry of the result comes of the entries at its place."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or name(node) in BY_ENTRY)
-
-
-def plain(node: fx.Node) -> bool:
-    """Whether a node stands for one tensor with entries in memory."""
-    value = node.meta.get("value")
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return value.device.type != "meta" and not value._is_zerotensor()
-
-
-def laid(value: Tensor) -> tuple[Any, ...]:
-    """What an operator may see of a tensor beside its entries."""
-    bits = (value.is_conj(), value.is_neg()) if value.dtype.is_complex or value.is_neg() else ()
-    # a step along one entry says nothing
-    steps = tuple(step if size != 1 else 0 for step, size in zip(value.stride(), value.shape, strict=True))
-    return value.shape, steps, value.dtype, value.device, bits
-
-
-def placed(value: Tensor) -> tuple[Any, ...]:
-    """The same, and where its entries are."""
-    return *laid(value), value.storage_offset(), value.untyped_storage()._cdata
-
-
-def shares(value: Tensor, node: fx.Node) -> bool:
-    """Whether a tensor lies in the memory of a node."""
-    return plain(node) and value.untyped_storage()._cdata == node.meta["value"].untyped_storage()._cdata
-
-
 def source(editor: Editor, node: fx.Node) -> fx.Node | None:
     """What a node is a view of."""
     if not editor.free(node):
@@ -312,24 +274,6 @@ def chain(editor: Editor, node: fx.Node) -> list[fx.Node]:
     if found and found[-1].meta["role"] != "constant" and overlapping(found[-1].meta["value"]):
         return []
     return found[::-1]
-
-
-def overlapping(value: Tensor) -> bool:
-    """Whether entries of a tensor share memory."""
-    return any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
-
-
-def narrowed(value: Tensor) -> Tensor:
-    """One entry of each axis along which a tensor repeats itself."""
-    for axis, (step, size) in enumerate(zip(value.stride(), value.shape, strict=True)):
-        if step == 0 and size > 1:
-            value = value.narrow(axis, 0, 1)
-    return value
-
-
-def values(arguments: Any) -> Any:
-    """Arguments of a node with the recorded tensors in the place of nodes."""
-    return fx.node.map_arg(arguments, lambda node: node.meta["value"])
 
 
 def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
@@ -370,43 +314,3 @@ def _run(target: Any, args: Any, kwargs: Any) -> Any:
             return target(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
         return None
-
-
-def _moves(held: Tensor, wanted: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Operators that might make one view of another."""
-    if held.numel() == wanted.numel():
-        if held.dim() == wanted.dim():
-            axes = _axes(held, wanted)
-            if axes is not None:
-                yield (aten.t.default, ()) if axes == [1, 0] else (aten.permute.default, (axes,))
-        yield aten.view.default, (list(wanted.shape),)
-    elif held.dim() <= wanted.dim() and overlapping(wanted):
-        yield aten.expand.default, (list(wanted.shape),)
-    if held.dim() == wanted.dim() + 1 or held.dim() == wanted.dim():
-        yield from _cut(held, wanted)
-
-
-def _axes(held: Tensor, wanted: Tensor) -> list[int] | None:
-    there = sorted(range(held.dim()), key=lambda axis: (held.size(axis), held.stride(axis)))
-    here = sorted(range(wanted.dim()), key=lambda axis: (wanted.size(axis), wanted.stride(axis)))
-    axes = [0] * held.dim()
-    for axis, origin in zip(here, there, strict=True):
-        if held.size(origin) != wanted.size(axis):
-            return None
-        axes[axis] = origin
-    return axes
-
-
-def _cut(held: Tensor, wanted: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """One entry of an axis, or a range of it."""
-    first = wanted.storage_offset() - held.storage_offset()
-    for axis, (size, step) in enumerate(zip(held.shape, held.stride(), strict=True)):
-        rest = (*held.shape[:axis], *held.shape[axis + 1 :])
-        start = first // step if step else 0
-        if not 0 <= start < size:
-            continue
-        if held.dim() > wanted.dim():
-            if rest == wanted.shape:
-                yield aten.select.int, (axis, start)
-        elif rest == (*wanted.shape[:axis], *wanted.shape[axis + 1 :]) and wanted.size(axis) < size:
-            yield aten.slice.Tensor, (axis, start, start + wanted.size(axis))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from autojac.simplify.edit import name
+from autojac.simplify.nodes import name
 from autojac.simplify.order import touched, written
 
 RANK = 10

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, narrowed, plain, sweep
+from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, sweep
+from autojac.simplify.nodes import narrowed, plain
 
 RANK = 20
 KEEPERS: dict[Any, tuple[int, tuple[int, ...]]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from autojac.simplify.edit import Editor, acts_by_entry, aten, plain, source, sweep
+from autojac.simplify.edit import Editor, aten, source, sweep
+from autojac.simplify.nodes import acts_by_entry, plain
 
 RANK = 50
 MOVES = {aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int}

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.simplify.edit import Editor, acts_by_entry, aten, narrowed, plain, sweep
+from autojac.simplify.edit import Editor, aten, sweep
+from autojac.simplify.nodes import acts_by_entry, narrowed, plain
 
 RANK = 70
 REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}

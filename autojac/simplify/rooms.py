@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from autojac.simplify.edit import Editor, aten, laid, name, plain
+from autojac.simplify.edit import Editor, aten
+from autojac.simplify.nodes import laid, name, plain
 from autojac.simplify.order import touched
 
 RANK = 8

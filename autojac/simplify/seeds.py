@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, narrowed, plain, sweep
+from autojac.simplify.edit import MOST_ENTRIES, Editor, aten, sweep
+from autojac.simplify.nodes import narrowed, plain
 
 RANK = 30
 PRODUCTS = {aten.mm.default, aten.bmm.default}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from autojac.simplify.edit import Editor, chain, narrowed, sweep
+from autojac.simplify.edit import Editor, chain, sweep
+from autojac.simplify.nodes import narrowed
 
 RANK = 60
 

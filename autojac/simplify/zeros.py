@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from autojac.simplify.edit import Editor, aten, laid, sweep
+from autojac.simplify.edit import Editor, aten, sweep
+from autojac.simplify.nodes import laid
 
 RANK = 5
 VIEWS = {aten.expand.default, aten.view.default, aten.t.default, aten.permute.default, aten.unsqueeze.default}

@@ -1,0 +1,113 @@
+"""Computations given as programs of plain operators, with programs for their backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A program that pulls cotangents of some outputs back.
+
+    Attributes:
+        run: takes the inputs, what the forward program left, and a cotangent for each of `outputs`.
+        outputs: positions of the outputs whose cotangents it takes.
+        strides: of those cotangents.
+        given: positions of the inputs that it returns cotangents for.
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    outputs: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    given: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A computation given as programs of plain operators.
+
+    Attributes:
+        forward: from the inputs to the outputs, and what the pulls read beside them.
+        outputs: how many outputs there are.
+        constant: positions of those without a derivative.
+        pulls: their results add up.
+        again: the computation under autograd, outputs and the inputs that require grad, for derivatives of the pulls.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    outputs: int
+    constant: tuple[int, ...]
+    pulls: tuple[Pull, ...]
+    again: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+class _ByPrograms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, programs: Programs, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made = programs.forward(*inputs)
+        outputs = made[: programs.outputs]
+        ctx.programs, ctx.many = programs, len(inputs)
+        ctx.save_for_backward(*inputs, *made[programs.outputs :])
+        ctx.mark_non_differentiable(*(outputs[place] for place in programs.constant))
+        ctx.set_materialize_grads(False)
+        ctx.kinds = [(y.shape, y.dtype, y.device) for y in outputs]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        programs: Programs = ctx.programs
+        saved = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * ctx.many
+        if torch.is_grad_enabled():
+            for place, gradient in _pulled_again(programs, saved[: ctx.many], cotangents):
+                found[place] = gradient
+            return None, *found
+        for pull in programs.pulls:
+            chosen = [cotangents[place] for place in pull.outputs]
+            if all(cotangent is None for cotangent in chosen):
+                continue
+            arranged = [
+                _arranged(cotangent, ctx.kinds[place], strides)
+                for cotangent, place, strides in zip(chosen, pull.outputs, pull.strides, strict=True)
+            ]
+            for place, gradient in zip(pull.given, pull.run(*saved, *arranged), strict=True):
+                known = found[place]
+                found[place] = gradient if known is None else known + gradient
+        return None, *found
+
+
+def _arranged(
+    cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
+) -> Tensor:
+    """A cotangent in the memory layout that a program was made for; zeros for none."""
+    if cotangent is not None and cotangent.stride() == strides:
+        return cotangent
+    shape, dtype, device = kind
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return made.zero_() if cotangent is None else made.copy_(cotangent)
+
+
+def _pulled_again(
+    programs: Programs, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Pulls that carry a graph: by autograd itself, on the computation run again."""
+    outputs, sources = programs.again()
+    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
+    places = [place for place, x in enumerate(inputs) if x.requires_grad]
+    if not pairs:
+        return
+    values, seeds = zip(*pairs, strict=True)
+    chosen = [sources[place] for place in places]
+    made = torch.autograd.grad(values, chosen, seeds, create_graph=True, allow_unused=True)
+    yield from zip(places, made, strict=True)
+
+
+def by_programs(programs: Programs, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `programs` compute, with its graph."""
+    outputs: tuple[Tensor, ...] = _ByPrograms.apply(programs, *inputs)  # type: ignore[no-untyped-call]
+    return outputs

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autojac.errors import UnsupportedError
 from autojac.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
 
-MOST_OPERATORS = 5000
+MOST_OPERATORS = 2000
 """Loops are unrolled up to here."""
 TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_type", "sym_size", "sym_numel"}
 """Operators that return no tensor and tell of shapes alone."""
@@ -118,7 +118,7 @@ class Tape(TorchDispatchMode):
                     self._describe(item, "operator", None)
                     self._outcome(item, part)
         if len(self.graph.nodes) > MOST_OPERATORS:
-            self._refuse(f"it runs more than {MOST_OPERATORS} operators")
+            self._refuse(f"it runs more than {MOST_OPERATORS} operators", at_once=True)
         return made
 
     def give(self, tensor: Tensor) -> None:
@@ -214,14 +214,14 @@ class Tape(TorchDispatchMode):
         if storage and storage not in self._storages and node.op != "placeholder":
             self._bytes += tensor.untyped_storage().nbytes()
             if self._bytes > self.most_bytes:
-                self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB")
+                self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
         if storage:
             self._storages.setdefault(storage, []).append(tensor)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, at_once: bool = False) -> None:
+        """Note why nothing will come of this, and break off what would take time or memory to no end."""
         self.reason = self.reason or reason
-        if "holds more" in reason:
-            # going on would take the memory all the same
+        if at_once:
             raise UnsupportedError(reason)
 
 

@@ -71,7 +71,7 @@ def net(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
+@pytest.mark.parametrize("most", [1, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
     """Every scenario, through the replay of methods that serve it, then with all it holds moved."""

@@ -85,6 +85,14 @@ class Method(ABC):
         return False
 
     @property
+    def functional(self) -> bool:
+        """Whether it goes through torch.func, for which torch loads its compiler (1 s) once a process."""
+        inner = getattr(self, "inner", None)
+        if inner is not None:
+            return self.compiles or bool(inner.functional)
+        return self.traceable or getattr(self, "engine", None) == "vmap"
+
+    @property
     def plain(self) -> bool:
         """Whether func runs exactly once, on the whole batch and outside of every transform."""
         return not self.repeats_func and not self.traceable

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from autojac.methods.base import Method, registry
 from autojac.problem import Compute, Problem
@@ -64,8 +65,10 @@ class Replay(Method):
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         for kind in registry().values():
-            inner = [] if kind.wrapper else kind.candidates(problem, depth)
-            yield from (cls(method) for method in inner if not (method.compiles or method.chunked))
+            inner = [] if kind.wrapper else list(kind.candidates(problem, depth))
+            # two ways to pull many at once are one program, and the other one loads torch's compiler to be recorded
+            twice = {method for method in inner if _batched(method) in inner}
+            yield from (cls(m) for m in inner if not (m.compiles or m.chunked or m in twice))
 
     def cost(self, problem: Problem) -> float:
         # what is saved is the host's work, which the model knows least about: tried right after what it wraps
@@ -85,3 +88,11 @@ class Replay(Method):
         assert problem.surroundings is not None
         without = () if self.without is None else tuple(self.without.split(","))
         return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.surroundings, without, lower)
+
+
+def _batched(method: Any) -> Method | None:
+    """The same method by `is_grads_batched` where it is by `vmap`."""
+    if getattr(method, "engine", None) != "vmap":
+        return None
+    made: Method = dataclasses.replace(method, engine="batched")
+    return made

@@ -18,6 +18,8 @@ ROUNDS = {"quick": 15, "measure": 15, "exhaustive": 31}
 FINALISTS = 4
 NOISE = 0.02
 """Paired differences below this share are noise: the incumbent stays."""
+LOADING = 0.1
+"""What must be won by a method for which every process has to load torch's compiler first."""
 ENOUGH_ROUNDS = 3
 FEW_ROUNDS_NOISE = 0.1
 
@@ -48,6 +50,8 @@ def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found | None:
     over = time.monotonic() > subject.end
     fitting = filter(lambda method: weigh(subject, method), ranked)
     finalists = list(itertools.islice(fitting, 1 if over else FINALISTS))
+    if not over and all(method.functional for method in finalists):
+        finalists += itertools.islice((method for method in fitting if not method.functional), 1)
     if not finalists:
         return None
     runs = {method: subject.runs[method] for method in finalists}
@@ -68,8 +72,10 @@ def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found | None:
     if incumbent in close:
         winner = incumbent
     else:
+        near = [m for m in runs if not m.functional and medians[m] < (1 + LOADING) * medians[winner]]
+        chosen = near if winner.functional and near else close
         winner = min(
-            close, key=lambda method: (subject.trials[method].memory_bytes or 0, medians[method], repr(method))
+            chosen, key=lambda method: (subject.trials[method].memory_bytes or 0, medians[method], repr(method))
         )
     return _found(subject, winner, medians[winner], defaults, medians)
 

@@ -84,7 +84,8 @@ def search(
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
     if effort == "estimate":
-        return _estimate(subject, space)
+        # what records a method is worth its while only where that is timed
+        return _estimate(subject, [method for method in space if bare(method) == method])
     dropped = hopeless(problem, space) - set(defaults) if depth < 2 else set()
     for method in dropped:
         subject.record(method, "skipped", reason="predicted to be far slower than the best")

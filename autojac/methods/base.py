@@ -41,7 +41,7 @@ class Method(ABC):
     repeats_func: ClassVar[bool] = True
     """Whether func runs more than once, or on anything but the whole batch as it is."""
     wrapper: ClassVar[bool] = False
-    """Whether it goes around any other method: wrappers don't go around each other of their own accord."""
+    """Whether it goes around any other method: such ones don't go around each other of their own accord."""
     whole_batch: ClassVar[bool] = False
     """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
 
@@ -87,9 +87,6 @@ class Method(ABC):
     @property
     def functional(self) -> bool:
         """Whether it goes through torch.func, for which torch loads its compiler (1 s) once a process."""
-        inner = getattr(self, "inner", None)
-        if inner is not None:
-            return self.compiles or bool(inner.functional)
         return self.traceable or getattr(self, "engine", None) == "vmap"
 
     @property
@@ -140,6 +137,41 @@ class Method(ABC):
         return {"method": type(self).__name__, **nested}
 
 
+class Wrapper(Method):
+    """A method around another one, its field `inner`, and as that is in all that a wrapper does not say itself."""
+
+    inner: Method
+
+    wrapper: ClassVar[bool] = True
+
+    @property
+    def makes_sparse(self) -> bool:
+        return self.inner.makes_sparse
+
+    @property
+    def trusts_zeros(self) -> bool:
+        return self.inner.trusts_zeros
+
+    @property
+    def chunked(self) -> bool:
+        return self.inner.chunked
+
+    @property
+    def compiles(self) -> bool:
+        return self.inner.compiles
+
+    @property
+    def functional(self) -> bool:
+        return self.compiles or self.inner.functional
+
+    @property
+    def traceable(self) -> bool:
+        return False
+
+    def workspace(self, problem: Problem) -> int:
+        return self.inner.workspace(problem)
+
+
 @cache
 def registry() -> dict[str, type[Method]]:
     """Every method by name, in the order of the files of this package."""
@@ -149,8 +181,7 @@ def registry() -> dict[str, type[Method]]:
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
                 found[value.__name__] = value
-    found.pop("Method")
-    return found
+    return {name: kind for name, kind in found.items() if kind.__module__ != Method.__module__}
 
 
 def build(spec: Mapping[str, Any]) -> Method:

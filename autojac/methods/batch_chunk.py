@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from autojac import seeds
 from autojac.layouts import from_blocks
-from autojac.methods.base import WORKSPACE_MARGIN, Method, dispatch_cost, registry
+from autojac.methods.base import WORKSPACE_MARGIN, Method, Wrapper, dispatch_cost, registry
 from autojac.problem import Compute, Problem, Result
 
 LARGE_BATCH = 4096
 
 
 @dataclass(frozen=True)
-class BatchChunk(Method):
+class BatchChunk(Wrapper):
     """Another method, applied to `size` samples at a time.
 
     Attributes:
@@ -30,26 +30,12 @@ class BatchChunk(Method):
     size: int
     inner: Method
 
-    wrapper: ClassVar[bool] = True
-
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
             return "samples are coupled, so a slice of the batch has other Jacobians"
         if not problem.structure.sliceable:
             return "func of a slice is not the slice of func: its output depends on the rest of the batch"
         return self.inner.unsupported(problem) or super().unsupported(problem)
-
-    @property
-    def makes_sparse(self) -> bool:
-        return self.inner.makes_sparse
-
-    @property
-    def trusts_zeros(self) -> bool:
-        return self.inner.trusts_zeros
-
-    @property
-    def compiles(self) -> bool:
-        return self.inner.compiles
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:

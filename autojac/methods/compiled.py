@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from autojac.compilation import compiled
-from autojac.methods.base import Method, registry
+from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)
-class Compiled(Method):
+class Compiled(Wrapper):
     """Another method, compiled into one graph.
 
     Attributes:
@@ -22,8 +22,6 @@ class Compiled(Method):
     """
 
     inner: Method
-
-    wrapper: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if self.inner.flat:
@@ -33,14 +31,6 @@ class Compiled(Method):
         if not problem.structure.independent:
             return "the loop over rows of a coupled batch would be unrolled by the compiler"
         return self.inner.unsupported(problem) or super().unsupported(problem)
-
-    @property
-    def makes_sparse(self) -> bool:
-        return self.inner.makes_sparse
-
-    @property
-    def trusts_zeros(self) -> bool:
-        return self.inner.trusts_zeros
 
     @property
     def compiles(self) -> bool:
@@ -59,9 +49,6 @@ class Compiled(Method):
 
     def cost(self, problem: Problem) -> float:
         return 0.6 * self.inner.cost(problem)
-
-    def workspace(self, problem: Problem) -> int:
-        return self.inner.workspace(problem)
 
     def prepare(self, problem: Problem) -> Compute:
         flat = self.inner.lowered(problem, compiled)

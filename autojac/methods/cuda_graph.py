@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from autojac.cuda_graphs import captured
-from autojac.methods.base import Method, registry
+from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem
 
 
 @dataclass(frozen=True)
-class CudaGraph(Method):
+class CudaGraph(Wrapper):
     """Another method's flat program, launched by the host as one CUDA graph.
 
     Attributes:
@@ -20,8 +20,6 @@ class CudaGraph(Method):
     """
 
     inner: Method
-
-    wrapper: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.leaves[problem.inputs[0]].device.startswith("cuda"):
@@ -31,14 +29,6 @@ class CudaGraph(Method):
         if problem.structure.effects:
             return f"func {' and '.join(problem.structure.effects)}, which a graph would do to memory of its own"
         return self.inner.unsupported(problem)
-
-    @property
-    def makes_sparse(self) -> bool:
-        return self.inner.makes_sparse
-
-    @property
-    def trusts_zeros(self) -> bool:
-        return self.inner.trusts_zeros
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from autojac.kernels import ATTENTION, plain_formulas
-from autojac.methods.base import Method, registry
+from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)
-class PlainAttention(Method):
+class PlainAttention(Wrapper):
     """Another method, with `scaled_dot_product_attention` by its formula: it has forward mode and second derivatives.
 
     Attributes:
@@ -23,14 +23,12 @@ class PlainAttention(Method):
 
     inner: Method
 
+    wrapper: ClassVar[bool] = False
+
     def unsupported(self, problem: Problem) -> str | None:
         if ATTENTION not in problem.structure.kernels:
             return f"func was not seen to use a fused {ATTENTION}"
         return self.inner.unsupported(problem)
-
-    @property
-    def chunked(self) -> bool:
-        return self.inner.chunked
 
     @property
     def traceable(self) -> bool:
@@ -49,9 +47,6 @@ class PlainAttention(Method):
 
     def cost(self, problem: Problem) -> float:
         return 1.2 * self.inner.cost(problem)
-
-    def workspace(self, problem: Problem) -> int:
-        return self.inner.workspace(problem)
 
     def prepare(self, problem: Problem) -> Compute:
         inner, kernels = self.inner.prepare(problem), problem.structure.kernels

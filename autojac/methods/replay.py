@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-from autojac.methods.base import Method, registry
+from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem
 from autojac.replaying import Replaying
 from autojac.structure import DRAWS_ALIKE
@@ -15,7 +15,7 @@ from autojac.trace import Lower
 
 
 @dataclass(frozen=True)
-class Replay(Method):
+class Replay(Wrapper):
     """What another method does, without torch.func, autograd and func's own Python between its operators.
 
     Recorded for the shapes at hand, simplified, and guarded in each call: whatever Python changes of what func reads
@@ -28,8 +28,6 @@ class Replay(Method):
 
     inner: Method
     without: str | None = None
-
-    wrapper: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if self.inner.compiles or self.inner.flat:
@@ -51,14 +49,6 @@ class Replay(Method):
         return True
 
     @property
-    def trusts_zeros(self) -> bool:
-        return self.inner.trusts_zeros
-
-    @property
-    def chunked(self) -> bool:
-        return self.inner.chunked
-
-    @property
     def flat(self) -> bool:
         return True
 
@@ -73,9 +63,6 @@ class Replay(Method):
     def cost(self, problem: Problem) -> float:
         # what is saved is the host's work, which the model knows least about: tried right after what it wraps
         return 1.001 * self.inner.cost(problem)
-
-    def workspace(self, problem: Problem) -> int:
-        return self.inner.workspace(problem)
 
     def ready(self, problem: Problem) -> Compute:
         # random numbers are drawn by one run of func, as the program goes

@@ -86,7 +86,8 @@ class LookedUp(Walk):
         assert function is not None
         uses = used(function.__code__)
         scope = function.__globals__
-        builtins: dict[str, Any] = function.__builtins__  # type: ignore[attr-defined]
+        stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
+        builtins: dict[str, Any] = stranger.__builtins__
         if uses.scope:
             self._place(Names(function.__globals__, "global {}", uses.scope))
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):

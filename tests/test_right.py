@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from oracle import jacobian_blocks, jacobian_full
 from scenarios import BY_NAME, SCENARIOS, Scenario
 
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
+
+
+def by_day(scenarios: list[Scenario], *thirds: int) -> list[Any]:
+    """Some thirds of the scenarios, and the others at night: layouts are arranged from what all are tested for."""
+    marks: list[Any] = [[] if index % 3 in thirds else pytest.mark.nightly for index in range(len(scenarios))]
+    return [pytest.param(s, marks=mark, id=str(s)) for s, mark in zip(scenarios, marks, strict=True)]
 
 
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
@@ -39,21 +46,14 @@ def test_tuned_blocks_equal_the_oracles(scenario: Scenario) -> None:
     compare(pytree.tree_map(Tensor.detach, jacobian), expected)
 
 
-@pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
+@pytest.mark.parametrize("scenario", by_day([s for s in SAFE if not s.shared], 1, 2))
 def test_full_equals_the_oracle(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
     expected = jacobian_full(func, args, scenario.argnums, kwargs=kwargs)
     compare(wrapped(scenario, func, layout="full")(*args, **kwargs), expected)
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    # the whole in full is the same for all; a third of them as matrices, and the others at night
-    [
-        pytest.param(s, marks=[] if index % 3 == 0 else pytest.mark.nightly, id=str(s))
-        for index, s in enumerate(s for s in SAFE if not s.shared)
-    ],
-)
+@pytest.mark.parametrize("scenario", by_day([s for s in SAFE if not s.shared], 0))
 def test_sparse_is_the_full_jacobian_as_a_matrix(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
     expected = pytree.tree_leaves(jacobian_full(func, args, scenario.argnums, kwargs=kwargs))
@@ -62,7 +62,7 @@ def test_sparse_is_the_full_jacobian_as_a_matrix(scenario: Scenario) -> None:
     compare([one.to_dense() for one in found], [y.reshape(x.shape) for y, x in zip(expected, found, strict=True)])
 
 
-@pytest.mark.parametrize("scenario", [s for s in SAFE if s.argnums == 0], ids=str)
+@pytest.mark.parametrize("scenario", by_day([s for s in SAFE if s.argnums == 0], 0, 2))
 def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
     expected = jacobian_blocks(func, args, 0, shared=scenario.shared, kwargs=kwargs)

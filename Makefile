@@ -30,7 +30,7 @@ demo: $(READY)
 
 # one process a core, each with one thread
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 coverage: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term

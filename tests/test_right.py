@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -16,17 +15,11 @@ from autojac.methods.base import Method, registry
 from autojac.problem import Problem
 from autojac.quiet import Quiet
 from autojac.verify import Reference
-from harness import compare, planned, wrapped
+from harness import by_day, compare, planned, wrapped
 from oracle import jacobian_blocks, jacobian_full
 from scenarios import BY_NAME, SCENARIOS, Scenario
 
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
-
-
-def by_day(scenarios: list[Scenario], *thirds: int) -> list[Any]:
-    """Some thirds of the scenarios, and the others at night: layouts are arranged from what all are tested for."""
-    marks: list[Any] = [[] if index % 3 in thirds else pytest.mark.nightly for index in range(len(scenarios))]
-    return [pytest.param(s, marks=mark, id=str(s)) for s, mark in zip(scenarios, marks, strict=True)]
 
 
 @pytest.mark.parametrize("scenario", SAFE, ids=str)

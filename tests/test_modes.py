@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian, ModesDisagreeWarning
-from harness import by_day, compare
+from harness import compare
 from oracle import jacobian_blocks
 from scenarios import Scenario, select
 
@@ -108,7 +108,7 @@ def test_what_both_modes_say_is_no_news(func: Any) -> None:
         assert any("modes" in line for line in autojac.probe(func, x).evidence)
 
 
-@pytest.mark.parametrize("scenario", by_day(select(lacking=("mutates_input", "modes_differ")), 0, 1))
+@pytest.mark.parametrize("scenario", select(lacking=("mutates_input", "modes_differ")), ids=str)
 def test_no_false_alarm(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(3, torch.float32)
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ same captured tensors, and puts both back afterwards.
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,18 @@ def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
         # a generator that was only imported in between has not been drawn from
         and (one[3] is None or repr(one[3]) == repr(other[3]))
     )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection, in which code runs and memory goes that is not the function's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

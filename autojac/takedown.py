@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import itertools
 import time
 import warnings
@@ -23,7 +22,7 @@ from autojac.closed import Watched
 from autojac.draws import STATE
 from autojac.errors import UnsupportedError
 from autojac.problem import Compute, Flat, Problem
-from autojac.quiet import Quiet, without_hooks
+from autojac.quiet import Quiet, uncollected, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
 from autojac.tape import Tape
@@ -112,18 +111,6 @@ def _unseen(captured: Sequence[Tensor]) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without garbage collection, in which code runs that is not the function's."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class _Run:
     """The run, with tensors of its own: an argument may be given twice, or be captured as well."""
 
@@ -148,7 +135,7 @@ class _Run:
         """Prepare the method and run it, and pull back through the result."""
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
-        with _no_collection(), Watched(codes) as watched, self.tape:
+        with uncollected(), Watched(codes) as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
             self.values = len(result.values)

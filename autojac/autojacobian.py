@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.again import Again, again, never
 from autojac.autodiff import hooked, saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.compression import colored
@@ -85,6 +86,7 @@ class AutoJacobian(Derived):
         self._entries: dict[Any, Entry] = {}
         self._others = {}
         self._captured: Captures | None = None
+        self._again: Again = never
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -122,6 +124,10 @@ class AutoJacobian(Derived):
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
             SearchError: if no method is right within the limits.
         """
+        if not kwargs:
+            found = self._again(args)
+            if found is not None:
+                return found[1]
         entry, result = self._run(self._given(args), kwargs)
         jacobian = entry.frame.jacobian(entry.finished(result))
         return (jacobian, result.aux) if self.options.has_aux else jacobian
@@ -132,6 +138,10 @@ class AutoJacobian(Derived):
         Returns:
             (y, J), or (y, J, aux) for `has_aux=True`.
         """
+        if not kwargs:
+            found = self._again(args)
+            if found is not None:
+                return found
         entry, result = self._run(self._given(args), kwargs)
         value, jacobian = entry.frame.value(result.values), entry.frame.jacobian(entry.finished(result))
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
@@ -189,11 +199,16 @@ class AutoJacobian(Derived):
         if kwargs or frame.constants:
             kwargs = frame.keywords(args, kwargs)
         entry.calls += 1
-        changed = entry.changed(leaves, kwargs) if entry.wary else ""
-        if changed or entry.calls >= entry.next_check or (entry.wary and entry.unfamiliar(kwargs)):
+        changed = "" if entry.unchecked else entry.changed(leaves, kwargs)
+        if changed or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
         compute = entry.usable if hooked() else entry.compute
-        return entry, compute(leaves, kwargs)
+        result = compute(leaves, kwargs)
+        if not kwargs:
+            if entry.again is None:
+                entry.again = again(entry, args)
+            self._again = entry.again
+        return entry, result
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
         with recording(args, kwargs) as call:
@@ -269,7 +284,7 @@ class AutoJacobian(Derived):
 
     def _keep(self, key: Any, entry: Entry) -> None:
         if self.options.verify == "never":
-            entry.next_check, entry.wary = math.inf, False
+            entry.next_check, entry.unchecked, entry.numbers = math.inf, True, None
         self._entries[key] = entry
 
     def _checked(
@@ -299,7 +314,8 @@ class AutoJacobian(Derived):
         if wrong is None:
             if noticed and entry.renewals < MOST_CHANGES:
                 self._captured = captures(self.func)
-                entry.renew(self.func, self._captured)
+                if entry.reads is not None:
+                    entry.renew(self.func, self._captured)
             entry.checked(self.options.verify)
             return entry, result
         with self._lock:

@@ -23,6 +23,7 @@ from autojac.probe.manners import FirstCall
 from autojac.problem import Compute, Flat, Problem, Result
 from autojac.quiet import Quiet
 from autojac.reads import Reads
+from autojac.replaying import Replaying
 from autojac.signature import Signature
 from autojac.stored import Keys
 from autojac.watch import Watch
@@ -48,7 +49,7 @@ class Entry:
     calls: int = 0
     last_check: int = 0
     next_check: float = 1
-    wary: bool = False
+    unchecked: bool = False
     constants: tuple[Tensor, ...] = ()
     reads: Reads | None = None
     renewals: int = 0
@@ -56,6 +57,7 @@ class Entry:
     watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
     factored: Any = None
+    again: Any = None
 
     def finished(self, result: Result) -> Sequence[Sequence[Tensor]]:
         """The Jacobians as the user gets them: entries become matrices."""
@@ -96,10 +98,13 @@ class Entry:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
     def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Literal["", "function", "arguments"]:
-        """What patterns were read from and is other than at the last call: then they are checked again.
+        """What is other than at the last call, of what the plan was made from: then it is checked again.
 
-        Patterns hang on what func has captured and on all that its code reads, some on other arguments too.
+        A replay knows what func reads. Patterns hang on what func has captured and on all that its code reads, some on
+        other arguments too.
         """
+        if isinstance(self.compute, Replaying) and self.compute.anew():
+            return "function"
         if self.reads is None:
             return ""
         chosen: list[Tensor] = []

@@ -29,11 +29,13 @@ class Hoist:
 
     Attributes:
         views, results: from the captured tensors to what it hands to the rest, views first.
-        sources: positions, among the captured tensors, of what `results` are computed from.
+        memory: positions, among the captured tensors, of those whose memory is shown by what is kept.
+        sources: positions of what `results` are computed from.
     """
 
     views: Run
     results: Run | None
+    memory: tuple[int, ...]
     sources: tuple[int, ...]
 
 
@@ -63,9 +65,12 @@ def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.No
     inside = {*views, *results}
     used = {source for node in graph.nodes if node not in inside for source in node.all_input_nodes} | set(wanted)
     handed = [node for node in views if node in used], [node for node in results if node in used]
-    sources = tuple(place for place, node in enumerate(captured) if results and _leads(node, results))
+    homes = {node.meta["storage"] for node in captured}
+    shown = [node for group in handed for node in group if node.meta["storage"] in homes]
+    memory = tuple(place for place, node in enumerate(captured) if _leads(node, shown))
+    sources = tuple(place for place, node in enumerate(captured) if _leads(node, results))
     run = emit(captured, handed[1], [*views, *results], below=True) if results else None
-    hoist = Hoist(emit(captured, handed[0], views, below=True), run, sources)
+    hoist = Hoist(emit(captured, handed[0], views, below=True), run, memory, sources)
     return Part(hoist, (*handed[0], *handed[1]))
 
 
@@ -137,19 +142,19 @@ class Kept:
     def __init__(self, hoist: Hoist, captured: Sequence[Tensor]) -> None:
         self.hoist = hoist
         self.captured = tuple(captured)
-        self.strided = tuple(t for t in captured if t.layout == torch.strided)
+        self.shown = tuple(captured[place] for place in hoist.memory)
         self.sources = tuple(captured[place] for place in hoist.sources)
         self._state = self._made()
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The tensors that the rest of the program reads."""
         kept, memory, copies = self._state
-        if [tensor.data_ptr() for tensor in self.strided] != memory or not all(map(_same, copies, self.sources)):
+        if list(map(_address, self.shown)) != memory or (copies and not all(map(_same, copies, self.sources))):
             self._state = kept, _, _ = self._made()
         return kept
 
     def _made(self) -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
-        memory = [tensor.data_ptr() for tensor in self.strided]
+        memory = list(map(_address, self.shown))
         copies = tuple(tensor.detach().clone() for tensor in self.sources)
         with torch.no_grad():
             made = self.hoist.views(*self.captured)
@@ -158,6 +163,6 @@ class Kept:
         return made, memory, copies
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    # nan is not equal to itself: then it is computed again
-    return torch.equal(one, other)
+# nan is not equal to itself: then it is computed again
+_same = torch.equal
+_address = Tensor.data_ptr

@@ -34,7 +34,7 @@ class Metadata:
         self.tensors = tensors
         self.known = tuple(map(described, tensors))
         self.hooked = tuple(bool(tensor._backward_hooks) for tensor in tensors)
-        self.quick = self._compared_in_c()
+        self.quick = alike(self.tensors)
         self._others: tuple[Callable[..., bool], ...] = ()
 
     def same(self) -> bool:
@@ -43,21 +43,24 @@ class Metadata:
             return True
         if tuple(map(described, self.tensors)) != self.known:
             return False
-        check = self._compared_in_c()
+        check = alike(self.tensors)
         if check is not None and self.quick is not None:
             self._others = (*self._others, check)[-MODES:]
         return True
 
-    def _compared_in_c(self) -> Callable[..., bool] | None:
-        if any(tensor.layout is not torch.strided for tensor in self.tensors):
-            return None
-        try:
-            sizes: list[Any] = [list(tensor.shape) for tensor in self.tensors]
-            strides: list[Any] = [list(tensor.stride()) for tensor in self.tensors]
-            made = torch._C._dynamo.guards.TensorGuards(
-                *self.tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
-            )
-            check: Callable[..., bool] = made.check
-            return check if check(*self.tensors) else None
-        except (AttributeError, TypeError, SystemError, RuntimeError):
-            return None
+
+def alike(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
+    """What tells in C that tensors have the metadata of these, in the modes of this moment; None where torch can't.
+
+    False says nothing: a tensor given twice, say, is never alike. Another number of tensors is a `TypeError`.
+    """
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        return None
+    try:
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+        made = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = made.check
+        return check if check(*tensors) else None
+    except (AttributeError, TypeError, SystemError, RuntimeError):
+        return None

@@ -283,7 +283,6 @@ class Planner:
             entry.renew(self.func, request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
             entry.numbers = set()
-        entry.wary = entry.reads is not None or entry.numbers is not None
         return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:

@@ -73,39 +73,77 @@ class Replaying:
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        ready = self.ready
         if _function_modes() or _dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
             return self.eager(leaves, kwargs)
-        if ready is None or ready.version != self.surroundings.version or not ready.unchanged():
-            ready = self._renewed(leaves, kwargs)
-            if ready is None:
-                return self.eager(leaves, kwargs)
+        ready = self._current or self._renewed(leaves, kwargs)
+        if ready is None:
+            return self.eager(leaves, kwargs)
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
             given: Sequence[Tensor] = arranged(leaves, kwargs)
             if kwargs and (len(given) != ready.given or unfixed(kwargs)):
                 return self.eager(leaves, kwargs)
         else:
             given = leaves
+        outputs = self._outputs(ready, given, leaves, kwargs)
+        return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
+
+    def at_once(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The outputs for contiguous tensors, values first; None where the whole call has to be made."""
+        ready = self.ready
+        if _function_modes() or _dispatch_modes() or ready is None or ready.version != self.surroundings.version:
+            return None
+        return self._outputs(ready, leaves, leaves, {}) if ready.unchanged() else None
+
+    def anew(self) -> bool:
+        """Whether the next call will be traced: func reads something that it has not been traced with before."""
+        if _function_modes() or _dispatch_modes() or self._current is not None or self._resting:
+            return False
+        surroundings = self.surroundings
+        with surroundings.lock:
+            if not surroundings.steady():
+                surroundings.look()
+            return surroundings.present.number not in self._known
+
+    @property
+    def _current(self) -> Ready | None:
+        """The trace for things as they are; None where none is at hand."""
+        ready = self.ready
+        if ready is None or ready.version != self.surroundings.version or not ready.unchanged():
+            return None
+        return ready
+
+    @property
+    def _resting(self) -> bool:
+        """Whether so much has been traced that a call must do without."""
+        return self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1)
+
+    def result(self, outputs: Sequence[Tensor]) -> Result:
+        """The same outputs, sorted."""
+        if len(outputs) == 2:
+            return Result((outputs[0],), ((outputs[1],),))
+        step = len(self.problem.inputs)
+        values = len(outputs) // (step + 1)
+        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, len(outputs), step))
+        return Result(tuple(outputs[:values]), rows)
+
+    def _outputs(
+        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """What the program gives; None where an operator refuses."""
         self.calls += 1
         trace = ready.trace
         try:
             if trace.pulls:
-                outputs = self._connected(ready, given, leaves, kwargs)
-            elif ready.kept is None:
-                outputs = trace.forward(*given, *ready.captured)
-            else:
-                outputs = trace.forward(*given, *ready.captured, *ready.kept())
+                return self._connected(ready, given, leaves, kwargs)
+            if ready.kept is None:
+                return trace.forward(*given, *ready.captured)
+            return trace.forward(*given, *ready.captured, *ready.kept())
         except Exception:
             # func may catch what an operator raises, and take another way
             if self.problem.structure.effects:
                 raise
-            return self.eager(leaves, kwargs)
-        if trace.outputs == 2:
-            return Result((outputs[0],), ((outputs[1],),))
-        values, step = trace.values, len(self.problem.inputs)
-        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, trace.outputs, step))
-        return Result(tuple(outputs[:values]), rows)
+            return None
 
     def _connected(
         self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
@@ -156,7 +194,7 @@ class Replaying:
             return self.ready
 
     def _traced(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
-        if self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1):
+        if self._resting:
             self.calls += 1
             return None
         self.traces += 1

@@ -190,7 +190,7 @@ class _Run:
         position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}
         sources = [position[id(tensor)] for tensor in self.sources]
         ran = sum(node.op == "call_function" for node in graph.nodes)
-        recorded = Recorded(graph, inputs, self.outputs, self.values, self.pulls, cotangents, sources)
+        recorded = Recorded(graph, inputs, self.outputs, self.pulls, cotangents, sources)
         return recorded, [place_of[id(tensor)] for tensor in captured], ran
 
     @staticmethod

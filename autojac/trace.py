@@ -30,7 +30,6 @@ class Trace:
     Attributes:
         forward: from the inputs to the outputs, and what the backward programs read beside them.
         outputs: how many there are, values first.
-        values: how many of them are values.
         captured: where each captured tensor stands among those of the surroundings.
         pulls: what pulls cotangents of the outputs back.
         hoist: what is kept from call to call; the forward program takes it after the inputs.
@@ -39,7 +38,6 @@ class Trace:
 
     forward: Run
     outputs: int
-    values: int
     captured: tuple[int, ...]
     pulls: tuple[Pull, ...] = ()
     constant: tuple[int, ...] = ()
@@ -69,7 +67,6 @@ class Recorded:
         graph: its output node lists the outputs, then all gradients that are tensors.
         inputs: nodes and recorded tensors of the inputs.
         outputs: the recorded outputs.
-        values: how many of them are values.
         pulls: backward phases, the first one phase 1.
         cotangents: for each pull the nodes of its cotangents.
         sources: positions, among the inputs, of what was pulled back to.
@@ -78,7 +75,6 @@ class Recorded:
     graph: fx.Graph
     inputs: Sequence[tuple[fx.Node, Tensor]]
     outputs: Sequence[Tensor]
-    values: int
     pulls: Sequence[Pulled]
     cotangents: Sequence[Sequence[fx.Node]]
     sources: Sequence[int]
@@ -168,7 +164,7 @@ class Recorded:
         kept = aside.nodes if aside is not None else ()
         forward = program([*inputs, *kept], [*results, *left], _leading(early, [*results, *left], kept), copied=apart)
         constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
-        return Trace(forward, len(results), self.values, tuple(captured), pulls, constant, aside and aside.hoist)
+        return Trace(forward, len(results), tuple(captured), pulls, constant, aside and aside.hoist)
 
 
 def differs(one: Tensor, other: Tensor) -> bool:

@@ -105,7 +105,8 @@ def test_the_default_takes_part_in_every_shoot_out(net: nn.Module, monkeypatch: 
     monkeypatch.setattr(measure, "interleaved", watched)
     plan = tuned(net).plan(torch.randn(64, 3, dtype=torch.float64))
     assert plan.default_seconds is not None
-    assert seen in ([2], [])
+    # the fastest, where that needs torch.func one that does not, and the default
+    assert seen in ([2], [3], [])
 
 
 def test_inside_the_noise_the_default_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     spec = replay("loop")
     entry.plan = dataclasses.replace(entry.plan, method=spec)
     compute = entry.compute = prepared(entry.frame, entry.problem, build(spec))
+    entry.again = None
     for _ in range(PAST_CHECKS):
         jac(x)
     # a call that is found wrong gets another plan

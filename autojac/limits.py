@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,44 +34,110 @@ def within(seconds: float, run: Callable[[], T]) -> T:
     class Expired(BaseException):
         pass
 
-    thread = ctypes.c_ulong(threading.get_ident())
-    done, lock = threading.Event(), threading.Lock()
-    raised = False
+    limit = _Limit(Expired)
+    try:
+        try:
+            # in here, since the limit that this one is within may end meanwhile
+            _watch.add(limit, seconds)
+            return run()
+        finally:
+            _watch.drop(limit)
+    except Expired:
+        _watch.drop(limit)
+        raise TimeoutError(f"did not finish within {seconds:.2g} s") from None
 
-    class Cleared(BaseException):
-        pass
 
-    def watch() -> None:
-        nonlocal raised
-        patience = seconds
-        while not done.wait(patience):
-            patience = AGAIN_S
-            with lock:
-                if not done.is_set():
-                    raised = True
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Expired))
+class _Limit:
+    """One computation in one thread, and the exception that interrupts it."""
 
-    def stop() -> None:
-        with lock:
-            done.set()
-        if not raised:
+    def __init__(self, expired: type[BaseException]) -> None:
+        self.expired = expired
+        self.thread = ctypes.c_ulong(threading.get_ident())
+        self.lock = threading.Lock()
+        self.done = self.raised = False
+
+    def interrupt(self) -> bool:
+        """Raise the exception in the thread; False where the computation has ended."""
+        with self.lock:
+            if not self.done:
+                self.raised = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(self.thread, ctypes.py_object(self.expired))
+            return not self.done
+
+    def stop(self) -> None:
+        with self.lock:
+            self.done = True
+        if not self.raised:
             return
+
+        class Cleared(BaseException):
+            pass
+
         # What has not arrived by now never will: another takes its place and is caught here. Were it only taken back,
         # CPython 3.11 would look for it at every call from then on, and for ever under a profiler or a debugger.
         try:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Cleared))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(self.thread, ctypes.py_object(Cleared))
             while True:
                 pass
         except Cleared:
             pass
 
-    try:
-        try:
-            # in here, since the limit that this one is within may end while the thread starts
-            threading.Thread(target=watch, name="autojac time limit", daemon=True).start()
-            return run()
-        finally:
-            stop()
-    except Expired:
-        stop()
-        raise TimeoutError(f"did not finish within {seconds:.2g} s") from None
+
+class _Watch:
+    """The thread that watches all limits: starting one for each would cost more than most of what is watched.
+
+    Whoever adds or drops a limit changes it by single calls into C, since an exception may arrive between any two.
+    """
+
+    def __init__(self) -> None:
+        self.limits: dict[_Limit, float] = {}
+        self._starting = threading.Lock()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._until = math.inf
+        self._thread: threading.Thread | None = None
+
+    def add(self, limit: _Limit, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.limits[limit] = until
+        if self._thread is None or not self._thread.is_alive():
+            with self._starting:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="autojac time limits", daemon=True)
+                    self._thread.start()
+        elif until < self._until:
+            with contextlib.suppress(RuntimeError):  # it rings already
+                self._bell.release()
+
+    def drop(self, limit: _Limit) -> None:
+        self.limits.pop(limit, None)
+        limit.stop()
+
+    def _run(self) -> None:
+        while True:
+            # who adds a limit from here on rings; whoever did before is seen
+            self._until = math.inf
+            now = time.monotonic()
+            for limit, until in list(self.limits.items()):
+                if until <= now and limit.interrupt():
+                    self.limits[limit] = now + AGAIN_S
+                elif until <= now:
+                    self.limits.pop(limit, None)
+            until = min(list(self.limits.values()), default=math.inf)
+            self._until = until
+            left = until - time.monotonic()
+            if left > 0:
+                self._bell.acquire(timeout=-1 if left == math.inf else min(left, threading.TIMEOUT_MAX))
+
+
+_watch = _Watch()
+
+
+def _in_child() -> None:
+    """A forked process has none of its parent's threads."""
+    global _watch  # noqa: PLW0603
+    _watch = _Watch()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

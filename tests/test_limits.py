@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from autojac import AutoJacobian, probe
+from autojac import AutoJacobian, limits, probe
 from autojac.limits import within
 from autojac.methods.push import Push
 from autojac.search import trial
@@ -88,20 +90,51 @@ def test_limits_within_limits_and_other_threads() -> None:
 
 
 def test_a_limit_that_ends_while_another_begins_leaves_no_watch_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
+    add = limits._Watch.add
     begun = []
 
-    def slow_start(thread: threading.Thread) -> None:
-        start(thread)
-        begun.append(thread)
+    def slow(watch: Any, limit: Any, seconds: float) -> None:
+        add(watch, limit, seconds)
+        begun.append(limit)
         while len(begun) == 2:  # the inner one
             time.sleep(1e-3)
 
-    monkeypatch.setattr(threading.Thread, "start", slow_start)
+    monkeypatch.setattr(limits._Watch, "add", slow)
     with pytest.raises(TimeoutError):
         within(0.05, lambda: within(0.2, endless))
-    begun[1].join(5)
-    assert not begun[1].is_alive()
+    assert len(begun) == 2
+    assert not set(begun) & set(limits._watch.limits)
+
+
+def test_one_thread_watches_all() -> None:
+    within(30, lambda: within(20, lambda: None))
+    before = threading.active_count()
+    for seconds in (10, 5, 20, 1e9):
+        assert within(seconds, threading.active_count) == before
+
+
+FORKED = """
+import os, time
+from autojac.limits import within
+
+def endless():
+    while True:
+        time.sleep(1e-3)
+
+within(60, lambda: None)
+child = os.fork()
+try:
+    within(0.05, endless)
+except TimeoutError:
+    if child == 0:
+        os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_process_has_a_watch_of_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
 
 
 def test_an_error_inside_is_the_one_that_comes_out() -> None:

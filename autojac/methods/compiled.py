@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.compilation import compiled
+from autojac.compilation import compiled, lowered
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem, Result
 
@@ -51,7 +51,7 @@ class Compiled(Wrapper):
         return 0.6 * self.inner.cost(problem)
 
     def prepare(self, problem: Problem) -> Compute:
-        flat = self.inner.lowered(problem, compiled)
+        flat = self.inner.lowered(problem, lowered)
         if flat is not None:
             return flat
         inner = self.inner.prepare(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import threading
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 AGAIN_S = 1.0
 """Code that swallows every exception is interrupted again after this long."""
+SOON_S = 1e-3
+"""Code that garbage collection runs is not interrupted: what it raises is only printed. Looked at again then."""
 
 
 def within(seconds: float, run: Callable[[], T]) -> T:
@@ -52,17 +55,28 @@ class _Limit:
 
     def __init__(self, expired: type[BaseException]) -> None:
         self.expired = expired
-        self.thread = ctypes.c_ulong(threading.get_ident())
+        self.thread = threading.get_ident()
         self.lock = threading.Lock()
-        self.done = self.raised = False
+        self.done = self.raised = self.collecting = False
 
-    def interrupt(self) -> bool:
-        """Raise the exception in the thread; False where the computation has ended."""
+    def collects(self, phase: str, info: dict[str, int]) -> None:
+        """Called before and after each garbage collection."""
+        if threading.get_ident() == self.thread:
+            self.collecting = phase == "start"
+
+    def interrupt(self) -> float | None:
+        """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
         with self.lock:
-            if not self.done:
-                self.raised = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(self.thread, ctypes.py_object(self.expired))
-            return not self.done
+            if self.done:
+                return None
+            if self.collecting:
+                return SOON_S
+            self.raised = True
+            self.throw(self.expired)
+            return AGAIN_S
+
+    def throw(self, error: type[BaseException]) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(error))
 
     def stop(self) -> None:
         with self.lock:
@@ -76,7 +90,7 @@ class _Limit:
         # What has not arrived by now never will: another takes its place and is caught here. Were it only taken back,
         # CPython 3.11 would look for it at every call from then on, and for ever under a profiler or a debugger.
         try:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(self.thread, ctypes.py_object(Cleared))
+            self.throw(Cleared)
             while True:
                 pass
         except Cleared:
@@ -100,6 +114,7 @@ class _Watch:
     def add(self, limit: _Limit, seconds: float) -> None:
         until = time.monotonic() + seconds
         self.limits[limit] = until
+        gc.callbacks.append(limit.collects)
         if self._thread is None or not self._thread.is_alive():
             with self._starting:
                 if self._thread is None or not self._thread.is_alive():
@@ -111,6 +126,8 @@ class _Watch:
 
     def drop(self, limit: _Limit) -> None:
         self.limits.pop(limit, None)
+        with contextlib.suppress(ValueError):  # dropped already
+            gc.callbacks.remove(limit.collects)
         limit.stop()
 
     def _run(self) -> None:
@@ -119,10 +136,13 @@ class _Watch:
             self._until = math.inf
             now = time.monotonic()
             for limit, until in list(self.limits.items()):
-                if until <= now and limit.interrupt():
-                    self.limits[limit] = now + AGAIN_S
-                elif until <= now:
+                if until > now:
+                    continue
+                again = limit.interrupt()
+                if again is None:
                     self.limits.pop(limit, None)
+                else:
+                    self.limits[limit] = now + again
             until = min(list(self.limits.values()), default=math.inf)
             self._until = until
             left = until - time.monotonic()

@@ -77,8 +77,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "program",
         "hoist",
         "trace",
-        "guards",
-        "closed",
         "surroundings",
         "takedown",
         "replaying",
@@ -89,7 +87,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("search", "store"),
     ("stored", "explain", "progress"),
     ("entry", "factors"),
-    ("look", "planner"),
+    ("look", "planner", "again"),
     ("derived", "autojacobian", "parameters", "checks", "from_graph"),
     ("",),  # autojac/__init__.py
     ("bench", "report", "cli", "__main__"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -111,6 +112,36 @@ def test_one_thread_watches_all() -> None:
     before = threading.active_count()
     for seconds in (10, 5, 20, 1e9):
         assert within(seconds, threading.active_count) == before
+
+
+class Slow:
+    """A cycle whose end takes longer than the limit that it comes under."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        ended.append(False)
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            time.sleep(1e-3)
+        ended[-1] = True
+
+
+ended: list[bool] = []
+
+
+def test_garbage_collection_is_not_interrupted() -> None:
+    def collecting() -> None:
+        Slow()
+        gc.collect()
+        endless()
+
+    before = len(gc.callbacks)
+    with pytest.raises(TimeoutError):
+        within(0.05, collecting)
+    assert ended == [True]
+    assert len(gc.callbacks) == before
 
 
 FORKED = """

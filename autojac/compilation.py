@@ -60,7 +60,7 @@ def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, 
     with _silently(), torch.no_grad(), torch._C._DisableAutocast():
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        graph = make_fx(run, tracing_mode="fake")(*inputs)
+        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         made: Callable[..., tuple[torch.Tensor, ...]] = torch._inductor.compile(graph, inputs)
     return made
 

@@ -107,7 +107,7 @@ RESERVED = {
     "torch.vmap": {"autodiff", "bench"},
     "torch.autograd": {"autodiff", "bench"},
     "functorch": {"autodiff", "bench"},
-    "torch.fx": {"tape", "simplify", "program", "hoist", "trace", "takedown"},
+    "torch.fx": {"tape", "simplify", "program", "hoist", "trace", "takedown", "compilation"},
     "torch.utils._python_dispatch": {"recorder", "tape"},
     "optuna": {"search"},
     "sqlalchemy": {"store"},

@@ -686,14 +686,63 @@ def test_chunks_have_a_graph_each_for_full_and_last() -> None:
     assert traces(jac) == 2
 
 
+def compiled(inner: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "Compiled", "inner": replay(inner)}
+
+
 def test_a_compiled_replay() -> None:
     model = Model().eval()
     x = torch.randn(5, 3, dtype=torch.float64)
-    jac = forced(model, (x,), {"method": "Compiled", "inner": replay(LOOP)}, verify="never")
+    jac = forced(model, (x,), compiled(LOOP), verify="never")
     compare(jac(x), jacobian_blocks(model, (x,), 0))
     with torch.no_grad():
         model.inner[0].weight.mul_(2)
     compare(jac(2 * x), jacobian_blocks(model, (2 * x,), 0))
+    model.scale = 3.0
+    compare(jac(x), jacobian_blocks(model, (x,), 0))
+    assert traces(jac) == 2
+
+
+def test_a_compiled_replay_trains() -> None:
+    model = net(3, 4, 2).requires_grad_()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    jac = forced(model, (x,), compiled(PULL), verify="never")
+    sources = [x, *model.parameters()]
+    for _ in range(2):
+        losses = [
+            J.square().sum() + y.sin().sum() for y, J in (jac.value_and_jacobian(x), (model(x), connected(model, x)))
+        ]
+        ours, theirs = (torch.autograd.grad(loss, sources, create_graph=True) for loss in losses)
+        compare(ours, theirs)
+        again = [torch.autograd.grad(sum(g.square().sum() for g in some), sources) for some in (ours, theirs)]  # type: ignore[arg-type]
+        compare(*again)
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+
+
+def test_a_compiled_replay_moves_running_statistics_once() -> None:
+    models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()).double().requires_grad_(False)]
+    models.append(copy.deepcopy(models[0]))
+    x = torch.randn(8, 3, dtype=torch.float64)
+    jac = forced(models[0], (x,), compiled(LOOP), verify="never")
+    before = copy.deepcopy(models[0].state_dict())
+    for factor in (1, 2, 3):
+        jac(factor * x)
+        models[1](factor * x)
+    for name, value in models[0].state_dict().items():
+        compare(value, models[1].state_dict()[name])
+    assert not torch.equal(before["1.running_mean"], models[0].state_dict()["1.running_mean"])
+
+
+def test_compiled_replays_draw_as_one_plain_call() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh()).double().requires_grad_(False)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    jac = forced(model, (x,), compiled(LOOP), verify="never")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = jacobian_blocks(model, (x,), 0)
+        torch.manual_seed(seed)
+        compare(jac(x), expected)
 
 
 def test_a_search_offers_replays_and_explains_them() -> None:

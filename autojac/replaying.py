@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,11 +100,7 @@ class Replaying:
         """Whether the next call will be traced: func reads something that it has not been traced with before."""
         if _function_modes() or _dispatch_modes() or self._current is not None or self._resting:
             return False
-        surroundings = self.surroundings
-        with surroundings.lock:
-            if not surroundings.steady():
-                surroundings.look()
-            return surroundings.present.number not in self._known
+        return self.surroundings.settled().number not in self._known
 
     @property
     def _current(self) -> Ready | None:
@@ -153,7 +150,9 @@ class Replaying:
         inputs = (*given, *ready.captured)
 
         def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            if not surroundings.steady() or ready.state != surroundings.present.number:
+            state = surroundings.settled()
+            captured = [state.tensors[place] for place in trace.captured]
+            if ready.state != state.number or not all(map(operator.is_, captured, ready.captured)):
                 raise UnsupportedError(
                     "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
                     "be had. Differentiate twice before changing what func reads"
@@ -176,9 +175,7 @@ class Replaying:
         """A trace for things as they are now; None where there can't be one, or not yet again."""
         surroundings = self.surroundings
         with surroundings.lock:
-            if not surroundings.steady():
-                surroundings.look()
-            state = surroundings.present
+            state = surroundings.settled()
             known = self._known.get(state.number)
             trace = self._traced(leaves, kwargs) if known is None else known.trace
             if trace is None:

@@ -61,6 +61,13 @@ class Surroundings:
                     self._enter()
         return self._states[-1]
 
+    def settled(self) -> State:
+        """The state as it is now."""
+        with self.lock:
+            if not self.steady():
+                self.look()
+            return self.present
+
     def steady(self) -> bool:
         """Whether everything is as it was when last looked at: asked in every call."""
         return bool(self._states) and self._states[-1].guard.holds()

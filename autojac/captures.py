@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,19 @@ class Captures:
     state: str = ""
 
 
-def captures(func: Callable[..., Any]) -> Captures:
+def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     """List what a callable reaches through closures, globals, defaults, attributes and helper functions.
 
     Args:
         func: a function, module, partial, bound method or callable object.
+        without: objects that are not looked into.
 
     Returns:
         The modules and tensors in the order in which they were met.
     """
     walk = _Reach()
+    for obj in without:
+        walk.leave_out(obj)
     walk.visit(func)
     return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque, walk.state)
 

@@ -37,6 +37,10 @@ class Stored:
         self.options = options
         self.function_name = function_name(func)
 
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Where results are kept is no part of what computes them."""
+        return {}
+
     @cached_property
     def store(self) -> PlanStore:
         """The store; one a location and process, and one a wrapper in memory."""

@@ -52,6 +52,10 @@ class Surroundings:
         self._states: deque[State] = deque(maxlen=MOST_STATES)
         self._numbers = 0
 
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """What is watched is no part of what watches."""
+        return {}
+
     @property
     def present(self) -> State:
         """The state as it was when last looked at."""

@@ -182,7 +182,7 @@ class _Run:
         output.meta = {"role": "output", "order": len(graph.nodes), "writes": frozenset(), "draws": False}
         captured = [node.meta["value"] for node in graph.nodes if node.meta["role"] == "captured"]
         unknown = [node for node in graph.nodes if node.meta["role"] == "unknown"]
-        own = {id(tensor) for tensor in captures(compute).tensors} if unknown else set()
+        own = self._own_tensors(compute) if unknown else set()
         for node in unknown:
             self._own(node, own)
         inputs = [(self.tape.node(tensor), tensor) for tensor in (*self.given, *captured)]
@@ -192,6 +192,11 @@ class _Run:
         ran = sum(node.op == "call_function" for node in graph.nodes)
         recorded = Recorded(graph, inputs, self.outputs, self.pulls, cotangents, sources)
         return recorded, [place_of[id(tensor)] for tensor in captured], ran
+
+    def _own_tensors(self, compute: Compute) -> set[int]:
+        assert self.problem.surroundings is not None
+        # what func reaches is known already, and may be as much as a whole program
+        return {id(tensor) for tensor in captures(compute, without=(self.problem.surroundings.func,)).tensors}
 
     @staticmethod
     def _own(node: fx.Node, own: set[int]) -> None:

@@ -58,6 +58,13 @@ class Walk:
     def content(self, tensor: torch.Tensor) -> None:
         """Take note of the entries of an integer or boolean tensor."""
 
+    def leave_out(self, obj: Any) -> None:
+        """Take an object for visited."""
+        parts = (obj.__func__, obj.__self__) if isinstance(obj, types.MethodType) else (obj,)
+        for part in parts:
+            self._order.setdefault(id(part), len(self._order))
+            self._alive.append(part)
+
     def visit(self, obj: Any) -> None:
         """Visit an object and all that it reaches."""
         kind = type(obj)

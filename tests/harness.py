@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch.utils import _pytree as pytree
 
@@ -24,12 +23,6 @@ def wrapped(scenario: Scenario, func: Any, **options: Any) -> AutoJacobian:
     """A scenario's wrapper that times nothing, unless told otherwise."""
     defaults = {"on_miss": "estimate", "randomness": "different", "argnums": scenario.argnums, "store": ":memory:"}
     return AutoJacobian(func, **{**defaults, **options})
-
-
-def by_day(scenarios: Sequence[Scenario], *thirds: int) -> list[Any]:
-    """Some thirds of the scenarios, and the others at night: for what differs little from what all are tested for."""
-    marks: list[Any] = [[] if index % 3 in thirds else pytest.mark.nightly for index in range(len(scenarios))]
-    return [pytest.param(s, marks=mark, id=str(s)) for s, mark in zip(scenarios, marks, strict=True)]
 
 
 def forced(func: Any, args: Any, method: dict[str, Any], kwargs: Any = None, **options: Any) -> AutoJacobian:

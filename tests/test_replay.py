@@ -26,6 +26,7 @@ from autojac.methods.base import build, registry
 from autojac.quiet import Quiet
 from autojac.replaying import MOST_TRACES
 from autojac.simplify import passes
+from autojac.walk import Walk
 from harness import compare, forced, planned
 from oracle import jacobian_blocks
 from scenarios import SCENARIOS, Scenario
@@ -71,7 +72,7 @@ def net(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
-@pytest.mark.parametrize("most", [1, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
+@pytest.mark.parametrize("most", [4, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
     """Every scenario, through the replay of methods that serve it, then with all it holds moved."""
@@ -874,6 +875,34 @@ def test_equal_outputs_are_results_of_their_own() -> None:
                 y.mul_(5)
             compare(K.detach(), jacobian_blocks(lambda x: x.sin(), (x,), 0))
             compare(other.detach(), x.detach().sin())
+
+
+def test_tracing_looks_into_what_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method's constants are looked for in what it holds, not in its plan store, nor once more in func."""
+    met: list[str] = []
+    instance = Walk._instance
+
+    def noted(walk: Walk, obj: Any, kind: type) -> None:
+        met.append(kind.__module__)
+        instance(walk, obj, kind)
+
+    monkeypatch.setattr(Walk, "_instance", noted)
+    model = Model().eval()
+
+    def func(x: Tensor) -> Tensor:
+        return model(x).cumsum(1)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    _, _, problem = planned(func, (x,), layout="sparse")
+    method = build(replay({"method": "ColoredPull", "engine": "batched"}))
+    # the first one makes the guard of func, the second one is traced alone
+    for _ in range(2):
+        met.clear()
+        J = method.ready(problem)((x,), {}).jacobians[0][0]
+        right = torch.block_diag(*jacobian_blocks(func, (x,), 0))
+        compare(problem.entries(0, 0).matrix(J).to_dense(), right)
+    assert met
+    assert not [name for name in met if name.startswith(("sqlalchemy", "autojac.store", Model.__module__))]
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])

@@ -8,8 +8,8 @@ import gc
 import math
 import os
 import threading
-import time
 from collections.abc import Callable
+from time import monotonic
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class _Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, limit: _Limit, seconds: float) -> None:
-        until = time.monotonic() + seconds
+        until = monotonic() + seconds
         self.limits[limit] = until
         gc.callbacks.append(limit.collects)
         if self._thread is None or not self._thread.is_alive():
@@ -134,7 +134,7 @@ class _Watch:
         while True:
             # who adds a limit from here on rings; whoever did before is seen
             self._until = math.inf
-            now = time.monotonic()
+            now = monotonic()
             for limit, until in list(self.limits.items()):
                 if until > now:
                     continue
@@ -145,7 +145,7 @@ class _Watch:
                     self.limits[limit] = now + again
             until = min(list(self.limits.values()), default=math.inf)
             self._until = until
-            left = until - time.monotonic()
+            left = until - monotonic()
             if left > 0:
                 self._bell.acquire(timeout=-1 if left == math.inf else min(left, threading.TIMEOUT_MAX))
 

@@ -100,14 +100,14 @@ def test_a_fresh_process_times_both_signatures() -> None:
     assert min(_fresh("loop", "cpu", "sin")) > 0
 
 
-def test_tracing_is_held_to_its_first_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_is_held_to_half_the_time_for_a_second_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "autojac.bench.replayed._fresh", lambda engine, device, *names: [0.2 if names[1:] else 0.7, 0.05]
     )
     found = tracing(SETTINGS, runs=3)
-    assert [figure.value for figure in found.figures] == pytest.approx([200, 0.25] * 2)
-    assert [figure.bound for figure in found.figures] == [300.0, 0.5] * 2
-    assert list(found.facts.values()) == pytest.approx([700.0] * 2)
+    assert [figure.value for figure in found.figures] == pytest.approx([200, 50] * 2)
+    assert [figure.bound for figure in found.figures] == [300.0, 150.0] * 2
+    assert list(found.facts.values()) == pytest.approx([0.25, 700.0] * 2)
     assert {len(outcome.samples) for outcome in found.outcomes} == {3}
 
 

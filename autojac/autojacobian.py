@@ -286,6 +286,7 @@ class AutoJacobian(Derived):
         if self.options.verify == "never":
             entry.next_check, entry.unchecked, entry.numbers = math.inf, True, None
         self._entries[key] = entry
+        self._again = never
 
     def _checked(
         self,

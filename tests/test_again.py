@@ -201,15 +201,17 @@ def test_checks_go_on(long_ways: list[int]) -> None:
     coupled = True
     with pytest.warns(autojac.StructureChangedWarning, match="noticed at once"):
         compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
+    for _ in range(5):
+        compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
 
 
-def test_another_plan_is_taken_at_once() -> None:
+def test_another_plan_is_taken_at_once(long_ways: list[int]) -> None:
     x = points()
     jac = wrapped(x)
-    before = jac.plan(x)
     after: Plan = jac.tune(x, effort="quick", budget_s=0.3)
+    long_ways.clear()
     compare(jac(x), jacobian_blocks(func, (x,), 0))
-    assert before.method != after.method or before.tuning_seconds != after.tuning_seconds
+    assert long_ways
     assert jac.plan(x) == after
 
 

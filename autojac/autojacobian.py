@@ -285,6 +285,10 @@ class AutoJacobian(Derived):
     def _keep(self, key: Any, entry: Entry) -> None:
         if self.options.verify == "never":
             entry.next_check, entry.unchecked, entry.numbers = math.inf, True, None
+        before = self._entries.get(key)
+        if before is not None:
+            # whoever still has it checks its next call, and so takes the long way to what is in use now
+            before.next_check = 0
         self._entries[key] = entry
         self._again = never
 

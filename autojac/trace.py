@@ -98,16 +98,14 @@ class Recorded:
         with torch.no_grad():
             with unseen():
                 found = made.forward(*inputs, *kept)
-            lasting, left = [*inputs, *kept, *self._constants()], found[made.outputs :]
-            apart = [
-                place
-                for place, y in enumerate(found[: made.outputs])
-                if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
-            ]
+            lasting = [*inputs, *kept, *self._constants()]
+            apart = _sharing(found, made.outputs, lasting)
             if apart or lower is not None:
                 made = self._programs(captured, apart, aside, lower)
                 with unseen():
                     found = made.forward(*inputs, *kept)
+                if _sharing(found, made.outputs, lasting):
+                    raise UnsupportedError("a compiler made two of its results one")
             self._check(found, self.outputs)
             left = found[made.outputs :]
             for pull, program in zip(self.pulls, made.pulls, strict=True):
@@ -190,6 +188,16 @@ def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[
         if node in wanted or node.meta["draws"] or node.meta["writes"]:
             wanted |= {node, *(source for source in node.all_input_nodes if source not in known)}
     return [node for node in nodes if node in wanted and node not in known]
+
+
+def _sharing(found: Sequence[Tensor], outputs: int, lasting: Sequence[Tensor]) -> list[int]:
+    """Positions of the outputs that share memory with something before them, or with what outlives the call."""
+    left = found[outputs:]
+    return [
+        place
+        for place, y in enumerate(found[:outputs])
+        if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
+    ]
 
 
 def _shares(one: Tensor, lasting: Sequence[Tensor]) -> bool:

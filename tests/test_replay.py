@@ -62,6 +62,10 @@ def connected(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def compiled(inner: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "Compiled", "inner": replay(inner)}
+
+
 def net(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
@@ -443,6 +447,12 @@ def test_a_result_that_is_written_into_spoils_nothing() -> None:
             J.mul_(7)
             J[0] += 1
         assert torch.equal(weight, kept)
+    jac = forced(func, (x,), compiled(LOOP), verify="never")
+    for _ in range(3):
+        J = jac(x)
+        compare(J, jacobian_blocks(func, (x,), 0))
+        J.mul_(7)
+    assert torch.equal(weight, kept)
 
 
 @pytest.mark.parametrize("inner", INNER, ids=NAMES)
@@ -687,10 +697,6 @@ def test_chunks_have_a_graph_each_for_full_and_last() -> None:
     assert traces(jac) == 2
 
 
-def compiled(inner: dict[str, Any]) -> dict[str, Any]:
-    return {"method": "Compiled", "inner": replay(inner)}
-
-
 def test_a_compiled_replay() -> None:
     model = Model().eval()
     x = torch.randn(5, 3, dtype=torch.float64)
@@ -861,14 +867,15 @@ def test_arguments_anywhere_in_their_memory() -> None:
         compare(jac(point), jacobian_blocks(func, (point,), 0))
 
 
-def test_equal_outputs_are_results_of_their_own() -> None:
+@pytest.mark.parametrize("wrapper", [replay, compiled], ids=["plain", "compiled"])
+def test_equal_outputs_are_results_of_their_own(wrapper: Callable[..., dict[str, Any]]) -> None:
     def func(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.sin(), x.sin()
 
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            jac = forced(func, (x,), replay(PULL), verify="never")
+            jac = forced(func, (x,), wrapper(PULL), verify="never")
             (y, other), (J, K) = jac.value_and_jacobian(x)
             with torch.no_grad():
                 J.mul_(5)

@@ -103,7 +103,8 @@ class Entry:
         A replay knows what func reads. Patterns hang on what func has captured and on all that its code reads, some on
         other arguments too.
         """
-        if isinstance(self.compute, Replaying) and self.compute.anew():
+        # the first use is checked in any case
+        if self.last_check and isinstance(self.compute, Replaying) and self.compute.anew():
             return "function"
         if self.reads is None:
             return ""

@@ -147,7 +147,7 @@ class Kept:
         self._state = self._made()
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The tensors that the rest of the program reads."""
+        """The captured tensors, and what is kept: all that the rest of the program reads beside its arguments."""
         kept, memory, copies = self._state
         if list(map(_address, self.shown)) != memory or (copies and not all(map(_same, copies, self.sources))):
             self._state = kept, _, _ = self._made()
@@ -160,7 +160,7 @@ class Kept:
             made = self.hoist.views(*self.captured)
             if self.hoist.results is not None:
                 made += self.hoist.results(*self.captured)
-        return made, memory, copies
+        return (*self.captured, *made), memory, copies
 
 
 # nan is not equal to itself: then it is computed again

@@ -90,11 +90,14 @@ class Replaying:
         return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
 
     def at_once(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The outputs for contiguous tensors, values first; None where the whole call has to be made."""
+        """The outputs for contiguous tensors, values first; None where the whole call has to be made.
+
+        The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
+        """
         ready = self.ready
-        if _function_modes() or _dispatch_modes() or ready is None or ready.version != self.surroundings.version:
+        if ready is None or ready.version != self.surroundings.version or _function_modes() or not ready.unchanged():
             return None
-        return self._outputs(ready, leaves, leaves, {}) if ready.unchanged() else None
+        return self._outputs(ready, leaves, leaves, {})
 
     def anew(self) -> bool:
         """Whether the next call will be traced: func reads something that it has not been traced with before."""
@@ -135,7 +138,7 @@ class Replaying:
                 return self._connected(ready, given, leaves, kwargs)
             if ready.kept is None:
                 return trace.forward(*given, *ready.captured)
-            return trace.forward(*given, *ready.captured, *ready.kept())
+            return trace.forward(*given, *ready.kept())
         except Exception:
             # func may catch what an operator raises, and take another way
             if self.problem.structure.effects:

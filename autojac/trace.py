@@ -90,20 +90,21 @@ class Recorded:
         """
         inputs = [tensor.detach() for _, tensor in self.inputs]
         aside = None
+        given = len(inputs) - len(captured)
         if keep and not self.pulls and lower is None:
-            nodes = [node for node, _ in self.inputs]
-            aside = hoisted(self.graph, nodes[len(nodes) - len(captured) :], self._ends[: len(self.outputs)])
-        kept = Kept(aside.hoist, inputs[len(inputs) - len(captured) :])() if aside is not None else ()
+            aside = hoisted(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
+        if aside is not None:
+            inputs = [*inputs[:given], *Kept(aside.hoist, inputs[given:])()]
         made = self._programs(captured, (), aside)
         with torch.no_grad():
             with unseen():
-                found = made.forward(*inputs, *kept)
-            lasting = [*inputs, *kept, *self._constants()]
+                found = made.forward(*inputs)
+            lasting = [*inputs, *self._constants()]
             apart = _sharing(found, made.outputs, lasting)
             if apart or lower is not None:
                 made = self._programs(captured, apart, aside, lower)
                 with unseen():
-                    found = made.forward(*inputs, *kept)
+                    found = made.forward(*inputs)
                 if _sharing(found, made.outputs, lasting):
                     raise UnsupportedError("a compiler made two of its results one")
             self._check(found, self.outputs)

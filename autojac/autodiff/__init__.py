@@ -27,15 +27,20 @@ _forward = threading.RLock()
 """Held while a level of dual numbers is open: torch has one for all threads."""
 
 
+# asked in every call: looked up once
+_innermost = torch._C._functorch.peek_interpreter_stack
+_dual = torch.autograd.forward_ad
+
+
 def transforming() -> bool:
     """Whether the caller is inside a torch.func transform or a level of dual numbers."""
-    # while torch.compile traces, peek_interpreter_stack() is never None: what it traces may not probe either
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # while torch.compile traces, the innermost interpreter is never None: what it traces may not probe either
+    if _innermost() is not None:
         return True
-    if torch.autograd.forward_ad._current_level < 0:
+    if _dual._current_level < 0:
         return False
     with _forward:  # it may be another thread's, which opened it here and is about to close it
-        return torch.autograd.forward_ad._current_level >= 0
+        return _dual._current_level >= 0
 
 
 def alone(transform: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     replaying = served(compute)
     ready = replaying.ready
     assert ready is not None
-    captured = ready.captured if ready.kept is None else (*ready.captured, *ready.kept())
+    captured = ready.captured if ready.kept is None else ready.kept()
     forward, steady = ready.trace.forward, replaying.surroundings.steady
     shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]

@@ -30,6 +30,7 @@ from autojac.planner import Planner
 from autojac.problem import Result
 from autojac.quiet import Quiet
 from autojac.reads import MOST_CHANGES
+from autojac.replaying import Replaying
 from autojac.signature import current_flags
 from autojac.verify import Reference
 
@@ -87,6 +88,7 @@ class AutoJacobian(Derived):
         self._others = {}
         self._captured: Captures | None = None
         self._again: Again = never
+        self._replays = False
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -190,10 +192,14 @@ class AutoJacobian(Derived):
                 return self._run(*call)
         if transforming():
             return self._composed(args, kwargs)
+        if self._replays and not self._planner.surroundings.steady():
+            # what func holds may be others now, which require grad
+            self._captured = None
         key = self._key(args, kwargs)
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entry(key, args, kwargs)
+            key = self._key(args, kwargs)
         frame = entry.frame
         leaves = frame.leaves(args)
         if kwargs or frame.constants:
@@ -276,7 +282,11 @@ class AutoJacobian(Derived):
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
+                # what func holds may be others than the key was made from
                 self._captured = captures(self.func)
+                key = self._key(args, kwargs)
+                entry = self._entries.get(key)
+            if entry is None:
                 request = self._planner.request(self._reach(), args, kwargs)
                 entry = self._planner.entry(request, self._reach())
                 self._keep(key, entry)
@@ -291,6 +301,7 @@ class AutoJacobian(Derived):
             before.next_check = 0
         self._entries[key] = entry
         self._again = never
+        self._replays = self._replays or isinstance(entry.compute, Replaying)
 
     def _checked(
         self,

@@ -101,7 +101,12 @@ class Replaying:
 
     def anew(self) -> bool:
         """Whether the next call will be traced: func reads something that it has not been traced with before."""
-        if _function_modes() or _dispatch_modes() or self._current is not None or self._resting:
+        if self._current is not None:
+            return False
+        if _function_modes() or _dispatch_modes():
+            # nothing is traced, nor looked at more closely, while a caller's mode would see that
+            return self.ready is not None
+        if self._resting:
             return False
         return self.surroundings.settled().number not in self._known
 

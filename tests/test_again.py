@@ -205,6 +205,63 @@ def test_checks_go_on(long_ways: list[int]) -> None:
         compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
 
 
+@pytest.mark.parametrize("part", ["parameter", "layer"])
+def test_what_is_put_in_place_of_something_frozen_is_trained(part: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().requires_grad_(False)
+    x = points()
+    jac = forced(model, (x,), PULL)
+    for _ in range(3):
+        assert not jac(x).requires_grad
+    if part == "parameter":
+        model[0].weight = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    else:
+        model[0] = nn.Linear(3, 4).double()
+    for _ in range(2):
+        J = jac(x)
+        compare(J.detach(), jacobian_blocks(model, (x,), 0))
+        (found,) = torch.autograd.grad(J.square().sum(), model[0].weight)
+        step, weight = 1e-6, model[0].weight
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[0, 0] += sign * step
+                moved.append(jacobian_blocks(model, (x,), 0).square().sum())
+                weight[0, 0] -= sign * step
+        compare(found[0, 0], (moved[0] - moved[1]) / (2 * step), 1e-6)
+
+
+def test_what_was_frozen_when_a_shape_was_new_is_trained_later() -> None:
+    model = nn.Linear(3, 2).double()
+    jac = autojac.AutoJacobian(lambda x: model(x).sin(), on_miss="estimate", store=":memory:")
+    x = points()
+    assert jac(x).requires_grad
+    model.weight = nn.Parameter(model.weight.detach(), requires_grad=False)
+    model.bias.requires_grad_(False)
+    assert not jac(x[:4]).requires_grad
+    model.requires_grad_(True)
+    J = jac(x[:4])
+    (found,) = torch.autograd.grad(J.sum(), model.weight)
+    (right,) = torch.autograd.grad((model(x[:4]).cos()[:, :, None] * model.weight).sum(), model.weight)
+    compare(found, right)
+
+
+@pytest.mark.parametrize("mode", [Seen, Dispatched])
+def test_a_change_under_a_mode_is_checked_too(mode: Callable[[], Any]) -> None:
+    coupled = False
+
+    def sometimes(x: Tensor) -> Tensor:
+        return x.sin() + (x.mean() if coupled else 0)
+
+    x = points()
+    jac = forced(sometimes, (x,), PULL)
+    for _ in range(4):
+        compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
+    coupled = True
+    with mode(), pytest.warns(autojac.StructureChangedWarning, match="noticed at once"):
+        J = jac(x)
+    compare(J, jacobian_blocks(sometimes, (x,), 0))
+
+
 def test_another_plan_is_taken_at_once(long_ways: list[int]) -> None:
     x = points()
     jac = wrapped(x)

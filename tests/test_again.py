@@ -33,6 +33,15 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sometimes(nn.Module):
+    """Couples its samples when told to."""
+
+    coupled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() + (x.mean() if self.coupled else 0)
+
+
 @pytest.fixture
 def long_ways(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many calls took the long way, as a list that grows."""
@@ -187,18 +196,14 @@ def test_several_arguments_and_outputs(long_ways: list[int]) -> None:
 
 
 def test_checks_go_on(long_ways: list[int]) -> None:
-    coupled = False
-
-    def sometimes(x: Tensor) -> Tensor:
-        return x.sin() + (x.mean() if coupled else 0)
-
+    sometimes = Sometimes()
     x = points()
     jac = forced(sometimes, (x,), PULL)
     for _ in range(9):
         compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
     # those at calls 1, 2, 4 and 8, and the ones after them that make the short way
     assert len(long_ways) < 9
-    coupled = True
+    sometimes.coupled = True
     with pytest.warns(autojac.StructureChangedWarning, match="noticed at once"):
         compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
     for _ in range(5):
@@ -247,16 +252,12 @@ def test_what_was_frozen_when_a_shape_was_new_is_trained_later() -> None:
 
 @pytest.mark.parametrize("mode", [Seen, Dispatched])
 def test_a_change_under_a_mode_is_checked_too(mode: Callable[[], Any]) -> None:
-    coupled = False
-
-    def sometimes(x: Tensor) -> Tensor:
-        return x.sin() + (x.mean() if coupled else 0)
-
+    sometimes = Sometimes()
     x = points()
     jac = forced(sometimes, (x,), PULL)
     for _ in range(4):
         compare(jac(x), jacobian_blocks(sometimes, (x,), 0))
-    coupled = True
+    sometimes.coupled = True
     with mode(), pytest.warns(autojac.StructureChangedWarning, match="noticed at once"):
         J = jac(x)
     compare(J, jacobian_blocks(sometimes, (x,), 0))

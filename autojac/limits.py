@@ -104,6 +104,10 @@ class _Watch:
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Start afresh: a forked process has none of its parent's threads."""
         self.limits: dict[_Limit, float] = {}
         self._starting = threading.Lock()
         self._bell = threading.Lock()
@@ -151,13 +155,5 @@ class _Watch:
 
 
 _watch = _Watch()
-
-
-def _in_child() -> None:
-    """A forked process has none of its parent's threads."""
-    global _watch  # noqa: PLW0603
-    _watch = _Watch()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_watch.begin)

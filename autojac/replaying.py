@@ -70,6 +70,7 @@ class Replaying:
     ready: Ready | None = None
     traces: int = 0
     _known: dict[int, Ready] = field(default_factory=dict, repr=False)
+    _refused: set[int] = field(default_factory=set, repr=False)
     calls: int = 0
     _eager: Compute | None = field(default=None, repr=False)
 
@@ -108,7 +109,8 @@ class Replaying:
             return self.ready is not None
         if self._resting:
             return False
-        return self.surroundings.settled().number not in self._known
+        number = self.surroundings.settled().number
+        return number not in self._known and number not in self._refused
 
     @property
     def _current(self) -> Ready | None:
@@ -185,7 +187,7 @@ class Replaying:
         with surroundings.lock:
             state = surroundings.settled()
             known = self._known.get(state.number)
-            trace = self._traced(leaves, kwargs) if known is None else known.trace
+            trace = self._traced(state.number, leaves, kwargs) if known is None else known.trace
             if trace is None:
                 self.ready = None
                 return None
@@ -198,14 +200,15 @@ class Replaying:
                 del self._known[number]
             return self.ready
 
-    def _traced(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
-        if self._resting:
+    def _traced(self, state: int, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
+        if self._resting or state in self._refused:
             self.calls += 1
             return None
         self.traces += 1
         try:
             trace = taken_down(self.problem, self.recorded, self.surroundings, leaves, kwargs, self.without, self.lower)
         except Exception as error:
+            self._refused.add(state)
             if self.problem.trial:
                 raise
             self.surroundings.traces.append(f"replay: not possible, {error}")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autojac
 from autojac import again
+from autojac.frame import Frame
 from autojac.plan import Plan
 from harness import compare, forced
 from oracle import jacobian_blocks
@@ -271,6 +272,23 @@ def test_another_plan_is_taken_at_once(long_ways: list[int]) -> None:
     compare(jac(x), jacobian_blocks(func, (x,), 0))
     assert long_ways
     assert jac.plan(x) == after
+
+
+def test_what_can_not_be_traced_is_tried_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations: list[int] = []
+    true = Frame.fn
+    x = points()
+    jac = forced(func, (x,), PULL)
+    # a side effect, which no program has
+    monkeypatch.setattr(Frame, "fn", lambda frame, *call: (evaluations.append(1), true(frame, *call))[1])
+    for _ in range(4):
+        compare(jac(x), jacobian_blocks(func, (x,), 0))
+    assert any("not possible" in line for line in jac._planner.surroundings.traces)
+    evaluations.clear()
+    for _ in range(3):
+        jac(x)
+    # calls 5 to 7, between two checks
+    assert len(evaluations) == 3
 
 
 def test_an_operator_that_refuses_is_left_to_func() -> None:

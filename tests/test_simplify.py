@@ -318,6 +318,13 @@ def test_all_passes_but_one_leave_the_results_as_they_are(name: str, program: li
     checked(program, [name])
 
 
+def test_the_step_of_an_axis_that_is_spread_later_counts() -> None:
+    program: list[Step] = [("pairs", 0, 0, 0), ("pulled", 0, 0, 0), ("unsqueeze", 1, 1, 0), ("add", 2, 2, 0)]
+    program[2:2], program[-1:-1] = [("sin", 0, 0, 0)], [("sin", 0, 0, 0)] * 2
+    for left_out in ((), ("loops",)):
+        checked(program, left_out)
+
+
 def simplified(func: Callable[..., Any], *inputs: Tensor) -> tuple[fx.Graph, Callable[..., tuple[Tensor, ...]]]:
     """The graph of a function and what runs it."""
     tape = Tape(inputs, (), 2**30)

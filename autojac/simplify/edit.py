@@ -135,9 +135,10 @@ class Editor:
         old, new = node.meta["value"], found.meta["value"]
         assert old.shape == new.shape and old.dtype == new.dtype and old.device == new.device, (node, found)
         self.stale.append(node)
-        if placed(old) == placed(new):
+        settled = old.stride() == new.stride() or not _spread(node)
+        if settled and placed(old) == placed(new):
             node.replace_all_uses_with(found)
-        elif laid(old) == laid(new):
+        elif settled and laid(old) == laid(new):
             self.shifts(node, {old.untyped_storage()._cdata})
             node.replace_all_uses_with(found, delete_user_cb=lambda user: user.target not in PLACED)
         else:
@@ -287,6 +288,21 @@ def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
 
 def _known(target: Any) -> bool:
     return target is operator.getitem or getattr(target, "namespace", "") in ("aten", "prims")
+
+
+def _spread(node: fx.Node) -> bool:
+    """Whether what uses a node spreads an axis of one entry over several: its step counts for their layout then."""
+    shape = node.meta["value"].shape
+    for user in node.users:
+        value = user.meta.get("value")
+        if not isinstance(value, Tensor):
+            continue
+        if _aliases(user):
+            if _spread(user):
+                return True
+        elif any(a == 1 < b for a, b in zip(reversed(shape), reversed(value.shape), strict=False)):
+            return True
+    return False
 
 
 def _aliases(node: fx.Node) -> bool:

@@ -59,9 +59,10 @@ def test_a_second_wrapper_finds_the_plan_and_probes_nothing(
     assert jac.plan(x).source == "store"
     assert jac.plan(x).method == first.method
     unchecked.plan(x)
-    own = counted(lambda: unchecked(x))
+    # a plan that can be recorded is, in its first call, or found not to be
+    once, own = counted(lambda: unchecked(x)), counted(lambda: unchecked(x))
     # one call for the check besides what the plan's own method needs, then none
-    assert counted(lambda: jac(x)) == own + 1
+    assert counted(lambda: jac(x)) == once + 1
     jac(x)
     assert counted(lambda: jac(x)) == own
     assert searches == ["quick"]

@@ -50,7 +50,7 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
         if transforming() or len(args) != count or not same(*args) or not steady() or (differentiable and hooked()):
             return None
         calls = entry.calls + 1
-        if calls >= entry.next_check or entry.compute is not replaying:
+        if calls >= entry.next_check or entry.again is not served:
             return None
         outputs = at_once(args)
         if outputs is None:

@@ -120,6 +120,8 @@ class Entry:
     def renew(self, func: Callable[..., Any], captured: Captures) -> None:
         """Look from now on at what func reaches as it is after a change."""
         self.renewals += 1
+        # there may be constants now whose values are to be watched
+        self.again = None
         self.reads = Reads(func)
         self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
 

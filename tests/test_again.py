@@ -264,6 +264,33 @@ def test_a_change_under_a_mode_is_checked_too(mode: Callable[[], Any]) -> None:
     compare(J, jacobian_blocks(sometimes, (x,), 0))
 
 
+class Mixed(nn.Module):
+    """Diagonal, until it is given a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.matrix: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sin() * self.weight
+        return y if self.matrix is None else y + x @ self.matrix
+
+
+def test_constants_that_come_later_are_watched() -> None:
+    model, x = Mixed(), points()
+    jac = forced(model, (x,), {"method": "Replay", "inner": {"method": "ColoredPull", "engine": "loop"}})
+    for _ in range(5):
+        compare(jac(x).detach(), jacobian_blocks(model, (x,), 0))
+    model.matrix = torch.eye(3, dtype=torch.float64)
+    for _ in range(3):
+        compare(jac(x).detach(), jacobian_blocks(model, (x,), 0))
+    # an entry where the pattern has none
+    model.matrix[0, 1] = 5
+    for _ in range(3):
+        compare(jac(x).detach(), jacobian_blocks(model, (x,), 0))
+
+
 def test_another_plan_is_taken_at_once(long_ways: list[int]) -> None:
     x = points()
     jac = wrapped(x)

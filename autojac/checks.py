@@ -46,7 +46,8 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
 
     Whole-batch projections are tried first: they see every block of independent samples. Where they differ the samples
     may be coupled, whose blocks are not the whole Jacobian: then `probes` samples are compared one at a time, those
-    that differ most, and a wrong block among the others goes unseen.
+    that differ most, and a wrong block among the others goes unseen. Of a diagonal every coordinate is compared, by one
+    VJP each.
 
     Args:
         jacobian: what `AutoJacobian(func, ...)` returns for these arguments.
@@ -73,13 +74,16 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         independent = dataclasses.replace(independent, held=held)
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
         result = result._replace(jacobians=values)
-    reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2)
-    wrong = reference.check(result)
-    if wrong is not None and layout == "blocks" and reference.check_shapes(result) is None:
-        dense = dataclasses.replace(independent, structure=Structure("dense", "declared"))
-        samples = reference.worst_samples(result, probes)
-        reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples)
+    reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2, every=True)
+    with seen.quiet():
         wrong = reference.check(result)
+        coupled = wrong is not None and layout in ("blocks", "diagonal") and reference.check_shapes(result) is None
+        samples = reference.worst_samples(result, probes) if coupled else ()
+    if coupled:
+        dense = dataclasses.replace(independent, structure=Structure("dense", "declared"))
+        reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples, every=True)
+        with seen.quiet():
+            wrong = reference.check(result)
     if wrong is not None:
         raise VerificationError(f"the Jacobian is wrong: {wrong}")
 

@@ -44,8 +44,8 @@ class Derived(ABC):
             args, kwargs: the call.
 
         Returns:
-            (B, *in, *out); with `layout="full"` the inverse of the whole, (B, *in, B, *out). Differentiable where J is.
-            With `has_aux=True` the pair (inverse, aux).
+            (B, *in, *out); with `layout="full"` the inverse of the whole, (B, *in, B, *out), or (*in, B, *out) for an
+            input that all samples share. Differentiable where J is. With `has_aux=True` the pair (inverse, aux).
 
         Raises:
             InputError: if there are several outputs or inputs.
@@ -126,8 +126,10 @@ class Derived(ABC):
         problem, jacobian = entry.problem, _only(entry, result)
         if entry.frame.unbatched:
             jacobian = jacobian.squeeze(0)
-        inputs = problem.leaves[problem.inputs[0]].event_shape
-        return self._beside_aux(function(*as_matrices(jacobian, problem.outputs[0], inputs)), result)
+        leaf = problem.leaves[problem.inputs[0]]
+        shared = problem.layout == "full" and not leaf.batched
+        matrices, restore = as_matrices(jacobian, problem.outputs[0], leaf.event_shape, shared)
+        return self._beside_aux(function(matrices, restore), result)
 
     def _beside_aux(self, value: Any, result: Result) -> Any:
         return (value, result.aux) if self.options.has_aux else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,11 @@ class Factors(NamedTuple):
 
     def __matmul__(self, tangent: Tensor) -> Tensor:
         """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries."""
-        flat = tangent.reshape(len(tangent), -1)
-        out = self.U.shape[:-1]
-        local = (self.D.reshape(len(flat), -1, flat.shape[1]) @ flat[..., None]).reshape(out)
-        moved = self.V.reshape(len(self.V), -1) @ flat.reshape(-1)
+        out, k = self.U.shape[:-1], len(self.V)
+        batch, m, n = out[0], prod(out[1:]), prod(self.V.shape[2:])
+        flat = tangent.reshape(batch, n)
+        local = (self.D.reshape(batch, m, n) @ flat[..., None]).reshape(out)
+        moved = self.V.reshape(k, batch * n) @ flat.reshape(-1)
         return local + self.U @ moved
 
 
@@ -113,7 +115,7 @@ def _check(factors: Factors, pullback: Pullback) -> None:
     rows = u.reshape(len(u), -1)
     D, U, V = (part.detach() for part in factors)
     local = torch.einsum("bm,bmn->bn", rows, D.reshape(*rows.shape, -1))
-    through = torch.einsum("bm,bmk->k", rows, U.reshape(*rows.shape, -1)) @ V.reshape(len(V), -1)
+    through = torch.einsum("bm,bmk->k", rows, U.reshape(*rows.shape, -1)) @ V.reshape(len(V), local.numel())
     found = local + through.view_as(local)
     scale = expected.detach().abs().amax().expand(len(found), 1) + local.abs()
     error = disagreement(found.to(expected.dtype), expected.reshape(found.shape), scale)

@@ -38,7 +38,8 @@ def jacobian_from(
     in_dims: Any = AUTO,
     coupling: Any = "auto",
     create_graph: bool = False,
-    retain_graph: bool | None = None,
+    retain_graph: bool = True,
+    allow_unused: bool = False,
     memory_limit: int | str | None = None,
 ) -> Any:
     """The Jacobian of outputs that were computed already with respect to tensors that they were computed from.
@@ -48,21 +49,25 @@ def jacobian_from(
 
     Args:
         outputs: a tensor (B, *out) or a nest of them.
-        inputs: tensors that require grad, leaves or not: one, or a nest. An output that does not depend on one has
-            zeros there.
+        inputs: tensors that require grad, leaves or not: one, or a nest. Some output must depend on each; those that
+            do not have zeros there.
         layout: `"blocks"` (B, *out, *in), `"full"` (B, *out, B, *in) or `"diagonal"` (B, n).
         in_dims: for each input 0, or None where all samples share it, which gives (B, *out, *in). `"auto"` takes
             tensors with B rows for batched, but not a `torch.nn.Parameter`. All None: no batch, J is (*out, *in).
         coupling: `"auto"` probes; `"independent"` or `"dense"` declares, and is still verified.
         create_graph: make the Jacobian differentiable.
-        retain_graph: keep the graph for further use; as `create_graph` by default, as in `torch.autograd.grad`.
+        retain_graph: keep the graph, since the outputs are usually needed further, unlike in `torch.autograd.grad`;
+            False frees it.
+        allow_unused: return zeros for inputs that no output depends on, instead of raising as `torch.autograd.grad`
+            does.
         memory_limit: bytes, or a size such as `"8GiB"`, that the passes may take.
 
     Returns:
         J, nested as `torch.func.jacrev` nests it: outputs outside, inputs inside.
 
     Raises:
-        InputError: if there is no graph from the inputs to the outputs, or it has been freed.
+        InputError: if there is no graph from the inputs to the outputs, or it has been freed, or no output depends on
+            one of the inputs.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
         OptionError: for a value that is not accepted.
 
@@ -100,8 +105,10 @@ def jacobian_from(
     whole = Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, room)
     problem = dataclasses.replace(whole, outputs=tuple(events[index] for index in solid))
     try:
+        if not allow_unused:
+            _require_used(Pullback.of_graph(values, sources, False))
         result = _compute(problem, pullback, probing=options.declared is None)
-        if not (create_graph if retain_graph is None else retain_graph):
+        if not retain_graph:
             pullback.free()
     except AutojacError:
         raise
@@ -184,6 +191,17 @@ def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
         )
 
 
+def _require_used(pullback: Pullback) -> None:
+    unused = pullback.unused()
+    if unused:
+        inputs = f"input{'s' if len(unused) > 1 else ''} {', '.join(map(str, unused))}"
+        raise InputError(
+            f"no output depends on {inputs}: the graph was expected to lead there. Compute the outputs from the very "
+            "tensor that is passed, not from a copy or view of it made before or after; or pass allow_unused=True for "
+            "zeros"
+        )
+
+
 def _carries(x: Tensor, axis: Axis, batch: int) -> bool:
     """Whether axis 0 of an input runs over samples."""
     if axis == AUTO:
@@ -202,8 +220,8 @@ def _advice(error: RuntimeError) -> str:
     reason = str(error)
     if "second time" in reason:
         return (
-            "it has been freed by an earlier backward or jacobian_from. Keep it there with retain_graph=True, or "
-            "compute the outputs again"
+            "it has been freed by an earlier backward() or jacobian_from(retain_graph=False). Keep it there with "
+            "retain_graph=True, or compute the outputs again"
         )
     return reason
 

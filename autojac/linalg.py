@@ -79,7 +79,7 @@ def slogdet(matrices: Tensor) -> Slogdet:
     if m != n:
         raise InputError(
             f"a determinant needs square Jacobians, these are {m} x {n}: the function must return as many numbers a "
-            "sample as it takes"
+            "sample as it takes, and with layout='full' a batch must return as many as it takes"
         )
     computed = matrices.float() if matrices.dtype in HALVES else matrices
     both = by_rule(computed, SLOGDET).to(matrices.dtype)
@@ -87,7 +87,7 @@ def slogdet(matrices: Tensor) -> Slogdet:
 
 
 def as_matrices(
-    jacobian: Tensor, outputs: Sequence[int], inputs: Sequence[int]
+    jacobian: Tensor, outputs: Sequence[int], inputs: Sequence[int], shared: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """One matrix a Jacobian, and the way back for the inverses.
 
@@ -96,10 +96,13 @@ def as_matrices(
             the number of axes tells which.
         outputs: shape of one sample's output.
         inputs: shape of one sample's input.
+        shared: the Jacobian is full and in an input that all samples share: (B, *outputs, *inputs) is one matrix, and
+            not a batch of blocks.
 
     Returns:
         The matrices, (B, m, n), (B·m, B·n) or (m, n), with m = prod(outputs) and n = prod(inputs); and the function
-        that takes their inverses to (B, *inputs, *outputs), (B, *inputs, B, *outputs) or (*inputs, *outputs).
+        that takes their inverses to (B, *inputs, *outputs), (B, *inputs, B, *outputs) or (*inputs, *outputs). In a
+        `shared` input the matrix (B·m, n), whose inverse is (*inputs, B, *outputs).
 
     Raises:
         InputError: the Jacobian has none of these shapes.
@@ -107,7 +110,9 @@ def as_matrices(
     rows, columns, shape = tuple(outputs), tuple(inputs), tuple(jacobian.shape)
     m, n = prod(rows), prod(columns)
     batch = shape[:1]
-    if shape == (*batch, *rows, *columns):
+    if shared and shape == (*batch, *rows, *columns):
+        sizes, inverted = (prod(batch) * m, n), (*columns, *batch, *rows)
+    elif shape == (*batch, *rows, *columns):
         sizes, inverted = (*batch, m, n), (*batch, *columns, *rows)
     elif shape == (*batch, *rows, *batch, *columns):
         sizes, inverted = (*(b * m for b in batch), *(b * n for b in batch)), (*batch, *columns, *batch, *rows)

@@ -84,7 +84,7 @@ class Places:
         if projection.coordinates is not None:
             chosen = list(projection.coordinates)
             own = left[:, 0, chosen] * jacobian[:, chosen]
-            return own, own
+            return own, own.abs()
         if not self.blockwise(position):
             lead = self.problem.batch if self._per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Reference:
         samples: those that projections of a coupled function live on; a few at random by default.
         pullback: of a graph that exists already, in the place of an evaluation.
         thorough: look at every class of a coloring, since one edge of a graph may have moved.
+        every: look at every coordinate of a diagonal: one VJP for each, made anew in each check and not kept.
 
     Attributes:
         once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
@@ -55,10 +56,12 @@ class Reference:
         samples: Sequence[int] = (),
         pullback: Pullback | None = None,
         thorough: bool = False,
+        every: bool = False,
     ) -> None:
         self.problem = problem
         self.places = Places(problem)
         self.samples = samples
+        self.every = every and problem.layout == "diagonal"
         self.classes = None if thorough else CLASSES
         self.slack = [1.0] * len(problem.outputs)
         self.calibrated = False
@@ -75,7 +78,7 @@ class Reference:
                 for output in range(len(self.values))
                 for row in self._chosen(self.values[output], rows)
             ]
-            self.projections = [self._projections(output) for output in range(len(self.values))]
+            self.kept = [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
             self.leak = self._leak()
 
     def check(self, result: Result) -> str | None:
@@ -137,12 +140,14 @@ class Reference:
     def worst_samples(self, result: Result, count: int) -> list[int]:
         """The samples whose projections differ most: a coupled function's do, and a wrong block's."""
         errors = torch.zeros(self.problem.batch, dtype=torch.float64)
-        for output, projections in enumerate(self.projections):
-            for projection in projections:
+        for output in range(len(self.values)):
+            for projection in self.projections(output):
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     found, scale = self.places.project(whole, output, position, projection)
                     if found.numel() and len(found) == len(errors):
-                        gap = (found - one.reshape(found.shape)).abs() / (scale + torch.finfo(scale.dtype).tiny)
+                        rows = one.reshape(len(found), -1)
+                        right = rows if projection.coordinates is None else rows[:, list(projection.coordinates)]
+                        gap = (found - right).abs() / (scale + torch.finfo(scale.dtype).tiny)
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
         return errors.topk(min(count, len(errors))).indices.tolist()
 
@@ -179,8 +184,8 @@ class Reference:
         return None
 
     def _check_projections(self, result: Result) -> str | None:
-        for output, projections in enumerate(self.projections):
-            for projection in projections:
+        for output in range(len(self.values)):
+            for projection in self.projections(output):
                 samples = projection.samples
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     found, scale = self.places.project(whole, output, position, projection)
@@ -217,15 +222,18 @@ class Reference:
         """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
         return self.slack[output] * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)
 
-    def _projections(self, output: int) -> list[Projection]:
+    def projections(self, output: int) -> Iterable[Projection]:
+        """Random projections of one output's Jacobian."""
+        return self._projections(output) if self.every else self.kept[output]
+
+    def _projections(self, output: int) -> Iterator[Projection]:
         value, layout = self.values[output], self.problem.layout
         if not value.numel():
-            return []
+            return
         whole = layout in ("full", "sparse")
         some: Sequence[Sequence[int] | None] = (None,)
         if not whole and (self.problem.shared_input or not self.problem.structure.independent):
             some = [[sample] for sample in self.samples] or self._apart(len(value))
-        found = []
         places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
         for samples, coordinates in itertools.product(some, places):
             cotangent = seeds.noise(value, self.generator)
@@ -237,12 +245,13 @@ class Reference:
                 kept = torch.zeros_like(value[0]).flatten()
                 kept[list(coordinates)] = 1
                 cotangent = cotangent * kept.view_as(value[0])
-            found.append(Projection(samples, coordinates, cotangent, self.pullback(output, cotangent)))
-        return found
+            yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
 
     def _coordinates(self, value: Tensor) -> list[list[int]]:
         """Sets of coordinates that don't reach each other, as far as is known, so that each shows its own diagonal."""
         count, sparsity = value[0].numel(), self.problem.structure.sparsity
+        if self.every:
+            return [[coordinate] for coordinate in range(count)]
         alone = len(self.problem.outputs) == len(self.problem.inputs) == 1
         if sparsity is None or sparsity.features is None or not alone:
             return [[int(torch.randint(count, (), generator=self.generator))]]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, UnsupportedError
 from autojac.chain import products
+from autojac.factors import Factors
 from autojac.methods import bottleneck
 from autojac.methods.base import Method
 from autojac.methods.bottleneck import Bottleneck
@@ -601,6 +602,10 @@ def test_factors_of_independent_samples_and_of_none() -> None:
     D, U, V = AutoJacobian(torch.sin, on_miss="estimate", store=":memory:").factors(x)
     compare(D, x.cos().diag_embed(), EXACT)
     assert U.shape == (5, 3, 0) and V.shape == (0, 5, 3)
+    v = normal(5, 3)
+    compare(Factors(D, U, V) @ v, x.cos() * v, EXACT)
+    nobody = normal(0, 3)
+    compare(Factors(D[:0], U[:0], V[:, :0]) @ nobody, nobody, EXACT)
     with pytest.raises(UnsupportedError, match="no factors"):
         AutoJacobian(lambda x: x.roll(1, 0), on_miss="estimate", store=":memory:").factors(x)
     with pytest.raises(InputError, match="one output and one input"):

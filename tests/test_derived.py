@@ -56,6 +56,31 @@ def test_inverse_keeps_the_shapes_of_events() -> None:
     compare(unbatched.inverse(x[0]), torch.linalg.inv(single).reshape(2, 3, 3, 2), rtol=1e-9)
 
 
+def test_a_full_jacobian_in_a_shared_input_is_one_matrix() -> None:
+    x, wide = torch.randn(3, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    mixing = torch.randn(6, 6, dtype=torch.float64)
+
+    def func(w: Tensor, x: Tensor) -> Tensor:
+        return (mixing @ w).sin().reshape(3, 2) * (1 + x**2)
+
+    J = jacobian_blocks(func, (wide, x), shared=(0,)).reshape(6, 6)
+    jac = estimated(func, in_dims=(None, 0), layout="full")
+    compare(jac.inverse(wide, x), torch.linalg.inv(J).reshape(6, 3, 2), rtol=1e-9)
+    compare(list(jac.slogdet(wide, x)), list(torch.linalg.slogdet(J)), rtol=1e-9)
+
+    def alike(w: Tensor, x: Tensor) -> Tensor:
+        return (w[:2] * x).sin()
+
+    # as many numbers of a sample as of the input: the shapes are those of square blocks
+    J = jacobian_blocks(alike, (wide[:2], x), shared=(0,))
+    whole = estimated(alike, in_dims=(None, 0), layout="full")
+    compare(whole.inverse(wide[:2], x), torch.linalg.pinv(J.reshape(6, 2)).reshape(2, 3, 2), rtol=1e-9)
+    with pytest.raises(InputError, match="6 x 2"):
+        whole.slogdet(wide[:2], x)
+    blocks = estimated(alike, in_dims=(None, 0))
+    compare(blocks.inverse(wide[:2], x), torch.linalg.inv(J), rtol=1e-9)
+
+
 def test_the_samples_without_an_inverse_are_named(x: Tensor) -> None:
     x[1], x[4, 0] = 0.0, float("nan")
     with pytest.raises(

@@ -58,14 +58,16 @@ def test_every_scenario_equals_the_oracle(scenario: Scenario, layout: str) -> No
         with pytest.raises(InputError, match="no output has a graph"):
             jacobian_from(outputs, inputs)
         return
-    compare(jacobian_from(outputs, inputs, layout=layout, in_dims=dims), expected)
+    compare(jacobian_from(outputs, inputs, layout=layout, in_dims=dims, allow_unused=True), expected)
 
 
-def test_a_graph_is_freed_unless_it_is_to_be_kept() -> None:
+@pytest.mark.parametrize("create", [False, True])
+def test_a_graph_is_kept_unless_it_is_to_be_freed(create: bool) -> None:
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double(), leaf(5, 3)
     y = net(x)
-    first = jacobian_from(y, x, retain_graph=True)
-    compare(jacobian_from(y, x), first)
+    first = jacobian_from(y, x, create_graph=create)
+    y.sum().backward(retain_graph=True)
+    compare(jacobian_from(y, x, retain_graph=False), first.detach())
     with pytest.raises(InputError, match=r"freed .* retain_graph=True"):
         jacobian_from(y, x)
     with pytest.raises(RuntimeError, match="second time"):
@@ -86,7 +88,9 @@ def test_a_differentiable_jacobian_trains_what_lies_before() -> None:
 def test_outputs_and_inputs_nest_outputs_outside() -> None:
     x1, x2, unused = leaf(6, 3), leaf(6, 2), leaf(6, 4)
     outputs = {"a": x1.sin(), "b": (x2.sum(1) * x1.prod(1), torch.ones(6, 2))}
-    J = jacobian_from(outputs, [x1, {"rest": (x2, unused)}])
+    with pytest.raises(InputError, match=r"no output depends on input 2: .* allow_unused=True"):
+        jacobian_from(outputs, [x1, {"rest": (x2, unused)}])
+    J = jacobian_from(outputs, [x1, {"rest": (x2, unused)}], allow_unused=True)
     assert J["b"][0][1]["rest"][0].shape == (6, 2)
     compare(J["a"][0], torch.diag_embed(x1.detach().cos()))
     assert not J["a"][1]["rest"][1].any() and J["a"][1]["rest"][1].shape == (6, 3, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -132,6 +133,31 @@ def test_verify_accepts_right_jacobians_and_names_wrong_ones(x: Tensor, layout: 
         wrong[5, 1] += 0.01
         with pytest.raises(autojac.VerificationError, match="off by"):
             autojac.verify(wrong, func, x, layout=layout, probes=len(x))
+
+
+def diagonal(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return jacobian_blocks(func, (x,)).diagonal(dim1=1, dim2=2).clone()
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        torch.tanh,
+        lambda z: z.sin() @ torch.ones(3, 3, dtype=torch.float64).triu(),
+        lambda z: z - z.mean(0),
+        lambda z: z * z.roll(1, 0),
+        lambda z: (z @ z.T).softmax(1) @ z,
+    ],
+    ids=["elementwise", "mixed", "centered", "neighbour", "attention"],
+)
+def test_verify_sees_every_coordinate_of_a_diagonal(x: Tensor, func: Callable[[Tensor], Tensor]) -> None:
+    right = diagonal(func, x)
+    autojac.verify(right, func, x, layout="diagonal")
+    for sample, coordinate in ((0, 0), (5, 1), (7, 2)):
+        wrong = right.clone()
+        wrong[sample, coordinate] *= 1.05
+        with pytest.raises(autojac.VerificationError, match="off by"):
+            autojac.verify(wrong, func, x, layout="diagonal", probes=len(x))
 
 
 def test_verify_counts_what_it_was_given(x: Tensor) -> None:

@@ -171,6 +171,13 @@ class Pullback:
             for x, gradient in zip(self.inputs, gradients, strict=True)
         ]
 
+    def unused(self) -> list[int]:
+        """Return the inputs that no output depends on, by their numbers: the engine finds no path to them."""
+        outputs = tuple(y for y in self.recorded if y.requires_grad)
+        blank = tuple(torch.zeros_like(y) for y in outputs)
+        gradients = _engine_run_backward(outputs, blank, True, False, self.inputs, True, False)
+        return [number for number, gradient in enumerate(gradients) if gradient is None]
+
     def free(self) -> None:
         """Give back what the graph holds: pull zeros a last time."""
         outputs = [y for y in self.recorded if y.requires_grad]

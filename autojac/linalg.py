@@ -110,6 +110,8 @@ def as_matrices(
     rows, columns, shape = tuple(outputs), tuple(inputs), tuple(jacobian.shape)
     m, n = prod(rows), prod(columns)
     batch = shape[:1]
+    sizes: tuple[int, ...]
+    inverted: tuple[int, ...]
     if shared and shape == (*batch, *rows, *columns):
         sizes, inverted = (prod(batch) * m, n), (*columns, *batch, *rows)
     elif shape == (*batch, *rows, *columns):

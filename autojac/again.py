@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff import hooked, transforming
 from autojac.entry import Entry
 from autojac.metadata import alike
@@ -15,6 +16,8 @@ from autojac.replaying import Replaying
 
 Again = Callable[[tuple[Any, ...]], tuple[Any, Any] | None]
 """From a call's positional arguments to the value and the Jacobian; None where the call has to go the long way."""
+
+AtOnce = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
 
 
 def never(args: tuple[Any, ...]) -> None:
@@ -43,7 +46,8 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
     if same is None or steady is None or replaying.problem.structure.effects:
         return never
     count, single = len(args), frame.single and frame.out_spec is None
-    at_once, differentiable = replaying.at_once, entry.problem.differentiable
+    at_once = _outside(replaying.at_once) if frame.autocast else replaying.at_once
+    differentiable = entry.problem.differentiable
 
     def served(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
         # first of all: torch.compile must not trace what follows
@@ -60,6 +64,16 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
             return outputs  # type: ignore[return-value]
         result = replaying.result(outputs)
         return frame.value(result.values), frame.jacobian(result.jacobians)
+
+    return served
+
+
+def _outside(at_once: AtOnce) -> AtOnce:
+    """The same, outside autocast: a compiled program would be cast by it."""
+
+    def served(leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        with outside_autocast():
+            return at_once(leaves)
 
     return served
 

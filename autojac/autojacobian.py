@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autojac.again import Again, again, never
+from autojac.autocast import outside_autocast
 from autojac.autodiff import hooked, saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.compression import colored
@@ -209,7 +210,8 @@ class AutoJacobian(Derived):
         if changed or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
             return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
         compute = entry.usable if hooked() else entry.compute
-        result = compute(leaves, kwargs)
+        with outside_autocast():
+            result = compute(leaves, kwargs)
         if not kwargs:
             if entry.again is None:
                 entry.again = again(entry, args)
@@ -225,7 +227,8 @@ class AutoJacobian(Derived):
                 return without_sharing(entry.problem, result.jacobians[0][0])
             if entry.factored is None:
                 entry.factored = factored(entry.problem)
-            factors: Factors = entry.factored(entry.frame.leaves(call[0]), entry.frame.keywords(*call))
+            with outside_autocast():
+                factors: Factors = entry.factored(entry.frame.leaves(call[0]), entry.frame.keywords(*call))
             return factors
 
     def _composed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
@@ -254,7 +257,8 @@ class AutoJacobian(Derived):
                     composed = dataclasses.replace(problem.resized(batch), differentiable=True)
                     kwargs = entry.frame.keywords(args, kwargs)
                     compute = prepared(entry.frame, composed, composable(composed))
-                    return entry, compute(leaves, kwargs)
+                    with outside_autocast():
+                        return entry, compute(leaves, kwargs)
         raise UnsupportedError(
             "a torch.func transform, forward mode or torch.compile is under way, in which nothing can be probed. Call "
             "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
@@ -320,7 +324,7 @@ class AutoJacobian(Derived):
         before = Quiet(entry.mutable)
         reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed))
         try:
-            result = entry.usable(leaves, kwargs)
+            result = entry.run(leaves, kwargs)
             with saved_tensors_apart():
                 wrong = reference.check(result)
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
@@ -343,7 +347,7 @@ class AutoJacobian(Derived):
             entry.changed(leaves, kwargs)
         if noticed == "arguments":
             with before():
-                return entry, entry.usable(leaves, kwargs)
+                return entry, entry.run(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
         since = "func has changed, which was noticed at once" if noticed else since
         warnings.warn(
@@ -353,4 +357,4 @@ class AutoJacobian(Derived):
             stacklevel=4,
         )
         with before():
-            return entry, entry.usable(leaves, kwargs)
+            return entry, entry.run(leaves, kwargs)

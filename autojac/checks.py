@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from autojac.autocast import outside_autocast
 from autojac.captures import captures
 from autojac.entries import Entries
 from autojac.errors import VerificationError
@@ -36,8 +37,9 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
     planner = Planner(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
     captured = captures(func)
     request = planner.request(captured, args, kwargs)
-    seen = look(request, captured, planner.options, planner.stored.keys)
-    return planner.examine(request, seen).structure
+    with outside_autocast():
+        seen = look(request, captured, planner.options, planner.stored.keys)
+        return planner.examine(request, seen).structure
 
 
 def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4, layout: str = "blocks",

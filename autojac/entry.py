@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff import hooked
 from autojac.captures import Captures
 from autojac.frame import AUX, Frame
@@ -80,6 +81,11 @@ class Entry:
         if self.loop is None:
             self.loop = prepared(self.frame, self.problem, reverse(self.problem, "loop"))
         return self.loop
+
+    def run(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        """Compute, outside the caller's autocast but for func."""
+        with outside_autocast():
+            return self.usable(leaves, kwargs)
 
     def checked(self, verify: Verify) -> None:
         """Set when to check next: independence is never trusted for good.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback
 from autojac.errors import InputError, UnsupportedError, VerificationError
 from autojac.flow import Flow
@@ -18,7 +19,6 @@ from autojac.methods.statistics import Statistics
 from autojac.outline import Cutter
 from autojac.pools import Pool
 from autojac.problem import Problem
-from autojac.recorder import without_autocast
 from autojac.seeds import noise
 from autojac.tolerance import disagreement
 
@@ -38,6 +38,10 @@ class Factors(NamedTuple):
 
     def __matmul__(self, tangent: Tensor) -> Tensor:
         """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries."""
+        with outside_autocast():
+            return self._times(tangent)
+
+    def _times(self, tangent: Tensor) -> Tensor:
         out, k = self.U.shape[:-1], len(self.V)
         batch, m, n = out[0], prod(out[1:]), prod(self.V.shape[2:])
         flat = tangent.reshape(batch, n)
@@ -70,12 +74,11 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
             why = recording.reason or "samples meet elsewhere than in tensors that all of them share"
             raise UnsupportedError(f"this Jacobian has no factors: {why}. Ask for the blocks or for layout='full'")
         way, shared = found
-        with without_autocast(leaves[0]):
-            try:
-                factors = _multiplied_out(way, problem, recording.graph, shared, leaves)
-            except RuntimeError:  # an operator without a vmap rule
-                slow = dataclasses.replace(way, engine="loop")
-                factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
+        try:
+            factors = _multiplied_out(way, problem, recording.graph, shared, leaves)
+        except RuntimeError:  # an operator without a vmap rule
+            slow = dataclasses.replace(way, engine="loop")
+            factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
         _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
         return factors if problem.differentiable else Factors(*(part.detach() for part in factors))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.autocast import current_autocast, inside_autocast
 from autojac.axes import AUTO, batch_axes
 from autojac.errors import InputError, OptionError, OutputError
 from autojac.options import Options
@@ -36,6 +37,8 @@ class Frame:
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], options: Options) -> None:
         self.func = func
+        # part of what a plan is kept under, as func is
+        self.autocast = current_autocast()
         self.has_aux = options.has_aux
         self.argnums = argnums = options.argnums
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
@@ -100,7 +103,13 @@ class Frame:
         return {**kwargs, CONSTANTS: {index: flat[index] for index in self.constants}}
 
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The user's function on flat tensors, its outputs flat."""
+        """The user's function on flat tensors, its outputs flat, under the autocast of the call."""
+        if not self.autocast:
+            return self._fn(leaves, kwargs)
+        with inside_autocast(self.autocast):
+            return self._fn(leaves, kwargs)
+
+    def _fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if self.moved:
             leaves = self._back(leaves)
         collected: list[Any] | None = None

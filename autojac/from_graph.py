@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback, transforming
 from autojac.axes import AUTO, Axis, batch_axes
 from autojac.errors import AutojacError, InputError, OptionError, SearchError, StructureChangedWarning, UnsupportedError
@@ -105,9 +106,10 @@ def jacobian_from(
     whole = Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, room)
     problem = dataclasses.replace(whole, outputs=tuple(events[index] for index in solid))
     try:
-        if not allow_unused:
-            _require_used(Pullback.of_graph(values, sources, False))
-        result = _compute(problem, pullback, probing=options.declared is None)
+        with outside_autocast():
+            if not allow_unused:
+                _require_used(Pullback.of_graph(values, sources, False))
+            result = _compute(problem, pullback, probing=options.declared is None)
         if not retain_graph:
             pullback.free()
     except AutojacError:

@@ -7,7 +7,6 @@ show: derivatives are those of a general matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff.rules import MatrixRule, by_rule
 from autojac.errors import InputError, SingularJacobianError
 from autojac.inversion import largest, solve, triangles
@@ -135,14 +135,8 @@ def _check(matrices: Tensor, what: str) -> None:
         )
 
 
-def _full_precision(matrices: Tensor) -> AbstractContextManager[object]:
-    """Keep autocast from rounding products of inverses."""
-    device = matrices.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def _inverse_value(matrices: Tensor, stored: torch.dtype) -> Tensor:
-    with _full_precision(matrices):
+    with outside_autocast():
         inverses, singular = solve(matrices, stored)
         if not bool(singular.any()):
             return inverses
@@ -154,7 +148,7 @@ def _inverse_value(matrices: Tensor, stored: torch.dtype) -> Tensor:
 
 
 def _inverse_or_nan(matrices: Tensor) -> Tensor:
-    with _full_precision(matrices):
+    with outside_autocast():
         inverses, singular = solve(matrices, matrices.dtype)
         return inverses.masked_fill(singular[..., None, None], torch.nan)
 
@@ -166,7 +160,7 @@ def _inverse_push(matrices: Tensor, inverses: Tensor, tangent: Tensor) -> Tensor
     separate", SIAM J. Numer. Anal. 10 (1973).
     """
     m, n = matrices.shape[-2:]
-    with _full_precision(matrices):
+    with outside_autocast():
         pushed = -inverses @ tangent @ inverses
         if m > n:
             turned = inverses @ (inverses.mT @ tangent.mT)
@@ -184,7 +178,7 @@ def _inverse_pull(matrices: Tensor, inverses: Tensor, cotangent: Tensor) -> Tens
 
 def _slogdet_value(matrices: Tensor) -> Tensor:
     """(*lead, 2): sign and logarithm, in one tensor for the rule's sake."""
-    with _full_precision(matrices):
+    with outside_autocast():
         if any(triangles(matrices)):
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)
             sign, logabsdet = diagonal.sign().prod(-1), diagonal.abs().log().sum(-1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff import saved_tensors_apart
 from autojac.captures import Captures
 from autojac.coloring import Colorings
@@ -90,7 +91,7 @@ class Planner:
             force: search even if a plan is known.
         """
         request = request.apart()
-        with without_hooks(request.trained), saved_tensors_apart(), nested() as inside:
+        with outside_autocast(), without_hooks(request.trained), saved_tensors_apart(), nested() as inside:
             return self._entry(request, captured, effort, budget_s, force, inside)
 
     def _entry(
@@ -193,11 +194,14 @@ class Planner:
         if entry.keys is not None:
             self.stored.refute(entry.keys, reason)
         self.neighbours.clear()
-        seen = look(request, captured, self.options, self.stored.keys)
-        found = self.examine(request, seen)
-        if found.structure.independent or (found.structure.sparsity == entry.problem.structure.sparsity is not None):
-            found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
-        return self._search(request, seen, found, "estimate", None, start)
+        with outside_autocast():
+            seen = look(request, captured, self.options, self.stored.keys)
+            found = self.examine(request, seen)
+            if found.structure.independent or (
+                found.structure.sparsity == entry.problem.structure.sparsity is not None
+            ):
+                found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
+            return self._search(request, seen, found, "estimate", None, start)
 
     def _neighbour(self, signature: Signature) -> Plan | None:
         """The plan of a batch of the same bucket or of a larger one: the last partial batch never searches."""

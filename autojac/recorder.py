@@ -80,11 +80,6 @@ def record(
     return Recording(values, inputs, graph, reason, captured, recorder.owners)
 
 
-def without_autocast(like: Tensor) -> Any:
-    """A context in which a graph runs as it was recorded: the casts of autocast are part of it."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
 class Recorder(TorchDispatchMode):
     """Writes down the operators that run under it, in-place ones as what they do to a tensor's value."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.autocast import outside_autocast
 from autojac.autodiff.programs import Programs, by_programs
 from autojac.errors import UnsupportedError
 from autojac.hoist import Kept
@@ -167,7 +168,7 @@ class Replaying:
                     "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
                     "be had. Differentiate twice before changing what func reads"
                 )
-            with torch.enable_grad():
+            with torch.enable_grad(), outside_autocast():
                 result = self.eager(leaves, kwargs)
             return [*result.values, *(J for row in result.jacobians for J in row)], inputs
 

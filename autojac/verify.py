@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
+from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback, gradient
 from autojac.kernels import plain_formulas
 from autojac.places import Places, Projection
@@ -69,7 +70,8 @@ class Reference:
         self.generator = torch.Generator().manual_seed(seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
         # a fused kernel may lack the second derivative by which a differentiable result is checked
-        with quiet(), plain_formulas(problem.structure.kernels if problem.differentiable else ()):
+        kernels = problem.structure.kernels if problem.differentiable else ()
+        with outside_autocast(), quiet(), plain_formulas(kernels):
             self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable)
             self.values = self.pullback.outputs
             self.floors = [[rounding_floor(value, tensor) for tensor in self.pullback.inputs] for value in self.values]
@@ -83,12 +85,13 @@ class Reference:
 
     def check(self, result: Result) -> str | None:
         """Why a result is wrong, as a sentence; None if it agrees with everything checked."""
-        wrong = self._compare(result)
-        if wrong is not None and not self.calibrated:
-            # func may compute in a lower precision than its output's: only now is it worth finding out
-            self.calibrated = True
-            self._calibrate()
+        with outside_autocast():
             wrong = self._compare(result)
+            if wrong is not None and not self.calibrated:
+                # func may compute in a lower precision than its output's: only now is it worth finding out
+                self.calibrated = True
+                self._calibrate()
+                wrong = self._compare(result)
         return wrong
 
     def _compare(self, result: Result) -> str | None:

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "hollow",
         "axes",
         "limits",
+        "autocast",
         "kernels",
         "options",
         "frame",

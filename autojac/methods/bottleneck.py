@@ -20,7 +20,6 @@ from autojac.linearize import Engine, by_sample, coordinates, each, puller, push
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
 from autojac.outline import Cutter
 from autojac.problem import Compute, Problem, Result
-from autojac.recorder import without_autocast
 
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
@@ -141,8 +140,7 @@ class Bottleneck(Method):
             graph = recording.graph
             # its graph of autograd is not needed any more
             del recording
-            with without_autocast(leaves[0]):
-                return Result(values, multiplied(graph, found, leaves))
+            return Result(values, multiplied(graph, found, leaves))
 
         return compute
 

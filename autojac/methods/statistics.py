@@ -18,7 +18,6 @@ from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
 from autojac.outline import Cutter
 from autojac.pools import Pool, pool
 from autojac.problem import Compute, Problem, Result
-from autojac.recorder import without_autocast
 from autojac.sharing import Local, Sharing
 
 CHUNK = 256
@@ -121,8 +120,7 @@ class Statistics(Method):
             graph = recording.graph
             # its graph of autograd is not needed any more
             del recording
-            with without_autocast(leaves[0]):
-                return Result(values, self._jacobians(problem, graph, shared, leaves))
+            return Result(values, self._jacobians(problem, graph, shared, leaves))
 
         return compute
 

@@ -21,7 +21,7 @@ from autojac.limits import within
 from autojac.probe.coordinates import Coordinates, few
 from autojac.probe.pairs import SCALES, Subject
 from autojac.probe.proof import Watch
-from autojac.recorder import Recording, record, without_autocast
+from autojac.recorder import Recording, record
 from autojac.sparsity import Pattern, Sparsity
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.
     given = {id(value) for value in pytree.tree_leaves(dict(subject.kwargs)) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
     try:
-        with without_autocast(subject.leaves[0]):
-            parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)
+        parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)
     except TooLarge as error:
         return None, False, f"too much to go through: {error}"
     if tuple(math.prod(part.index.shape[1:]) for part in parts) != where.rows:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from autojac.autodiff import Pullback
 from autojac.outline import Outline
 from autojac.probe.pairs import Subject, cotangent_verdict
-from autojac.recorder import record, without_autocast
+from autojac.recorder import record
 
 ESCAPES = {
     *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "data", "cpu_data"),
@@ -80,20 +80,19 @@ def meeting(
         graph = recording.graph
         if graph is None or graph.key != flow.graph.key:
             return False, "statistics: not alone, func runs other operators from call to call"
-        with without_autocast(subject.leaves[0]):
-            base = dict(zip(graph.inputs, subject.leaves, strict=True))
-            shared = (*pool.tensors, *pool.still)
-            values = graph.run(shared, base)
-            held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
-            # differentiated or not: copies of weights must be apart whatever comes with the samples
-            carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
-            local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
-            lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
-            copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
-            copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
-            xs = [*(subject.leaves[p] for p in carriers), *copies]
-            pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
-            verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
+        base = dict(zip(graph.inputs, subject.leaves, strict=True))
+        shared = (*pool.tensors, *pool.still)
+        values = graph.run(shared, base)
+        held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
+        # differentiated or not: copies of weights must be apart whatever comes with the samples
+        carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
+        local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+        lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
+        copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
+        copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
+        xs = [*(subject.leaves[p] for p in carriers), *copies]
+        pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
+        verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:
         return False, "statistics: not alone, samples reach each other beside the shared tensors"
     line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"

@@ -23,7 +23,7 @@ from autojac.outline import Outline
 from autojac.probe.coded import Coded
 from autojac.probe.pairs import SCALES, VALUE_NOISE, Subject
 from autojac.probe.proof import Watch
-from autojac.recorder import record, without_autocast
+from autojac.recorder import record
 from autojac.seeds import noise
 from autojac.sparsity import Pattern
 
@@ -131,8 +131,7 @@ def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool, bool]:
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False, False
-    with without_autocast(subject.leaves[0]):
-        spreading = spread(graph, subject.leaves, subject.inputs, subject.batch)
+    spreading = spread(graph, subject.leaves, subject.inputs, subject.batch)
     state = bool(watch.escaped), graph.reads_data
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in spreading.losses.items()]

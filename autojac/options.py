@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from autojac.errors import OptionError
@@ -36,7 +36,7 @@ class Options:
     randomness: Randomness = "error"
     coupling: Literal["auto"] | Coupling | Structure = "auto"
     verify: Verify = "auto"
-    store: Any = None
+    store: Any = field(default=None, repr=False)  # which may be a URL with a password
     version: str = ""
 
     @classmethod

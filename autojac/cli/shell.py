@@ -151,4 +151,8 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _one_line(text: str) -> str:
+    if "://" in text:
+        from autojac.store.location import without_passwords
+
+        text = without_passwords(text)  # a URL in the wrong place of a command is quoted in what is said of it
     return " ".join(text.split())

@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from autojac.store.location import on_network
 from autojac.store.models import SCHEMA_VERSIONS, Base
+from autojac.store.uninterrupted import uninterrupted
 
 T = TypeVar("T")
 Fault = Literal["corrupt", "missing", "readonly", "unreachable"]
@@ -69,6 +70,9 @@ class Database:
         Raises:
             NewerSchemaError, sqlalchemy.exc.SQLAlchemyError, OSError: it can't be read.
         """
+        return uninterrupted(lambda: self._read(work, empty))
+
+    def _read(self, work: Callable[[Connection], T], empty: T) -> T:
         if self.path is not None and not (self.path.exists() and self.path.stat().st_size):
             return empty
         modes: tuple[Mode, ...] = ("rw", "ro", "immutable") if self.writable else ("ro", "immutable")
@@ -94,6 +98,9 @@ class Database:
         Raises:
             NewerSchemaError, sqlalchemy.exc.SQLAlchemyError, OSError: it can't be written.
         """
+        return uninterrupted(lambda: self._change(work))
+
+    def _change(self, work: Callable[[Connection], T]) -> T:
         if self.path is not None and not self.path.exists():
             self._current = False
         try:
@@ -147,6 +154,9 @@ class Database:
         Raises:
             OSError: it can't be moved.
         """
+        return uninterrupted(self._quarantine)
+
+    def _quarantine(self) -> Path | None:
         assert self.path is not None
         with self._schema_lock():
             if self._is_sound():
@@ -201,7 +211,10 @@ class Database:
         if self.path is None or on_network(self.path):
             return
         # Where a log can't be had, the journal that SQLite has by default does.
-        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(self.path, self.timeout_s)) as connection:
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(self.path, timeout=self.timeout_s)) as connection,
+        ):
             connection.execute("PRAGMA journal_mode=WAL")
 
     @contextmanager

@@ -6,7 +6,8 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from autojac.sparsity import Indices, pack
 from autojac.store import arrays, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
 from autojac.store.keys import Key
-from autojac.store.location import database_url, default_location, shared_locations
+from autojac.store.location import database_url, default_location, hider, shared_urls, shown
 from autojac.store.records import StoredPlan
 
 T = TypeVar("T")
@@ -47,19 +48,16 @@ class PlanStore:
         self._read_only = False
         self._fault: str | None = None
         self._main: Database | None = None
-        self._shared = [Database(database_url(path), timeout_s, writable=False) for path in shared_locations()]
+        self._shared = [Database(url, timeout_s, writable=False) for url in shared_urls()]
         text = default_location() if location is None else os.fspath(location)
-        self._name = text or "the user's cache directory"
+        self._name = shown(text) if text else "the user's cache directory"
+        self._hide = hider(text or "")
         try:
             if text is None:
                 raise FileNotFoundError("this user has no home directory; set AUTOJAC_STORE to a path")
             self._main = Database(database_url(text), timeout_s)
         except _FAULTS as error:
-            self._fault = _sentence(error)
-        else:
-            self._name = str(self._main.path or self._main.url.render_as_string(hide_password=True))
-            if self._main.in_memory:
-                self._name = ":memory:"
+            self._fault = self._sentence(error)
 
     def __repr__(self) -> str:
         return f"PlanStore({self.description!r})"
@@ -74,7 +72,7 @@ class PlanStore:
 
     @property
     def description(self) -> str:
-        """Where the plans live, for messages; passwords are masked."""
+        """Where the plans live, for messages, without a password in it."""
         if self._main is None:
             return f"memory, because {self._name} can't be used ({self._fault})"
         if self._read_only:
@@ -199,28 +197,27 @@ class PlanStore:
         return None
 
     def _safely(self, base: Database, query: Callable[[Connection], T], empty: T) -> T:
-        try:
-            result = base.read(query, empty)
-        except _FAULTS as error:
-            if base is self._main:
-                self._main_failed(base, error, reading=True)
-            else:
-                self._shared = [other for other in self._shared if other is not base]
-                self._warn("shared", f"the shared plans in {base.path} can't be read ({_sentence(error)})")
-            return empty
-        if base is self._main and base.newer and not self._read_only:
-            self._main_failed(base, NewerSchemaError(f"it has schema {base.newer!r}, made by a later autojac"))
-        return result
+        result = _attempt(lambda: base.read(query, empty))
+        if not isinstance(result, _Fault):
+            if base is self._main and base.newer and not self._read_only:
+                self._main_failed(base, NewerSchemaError(f"it has schema {base.newer!r}, made by a later autojac"))
+            return result
+        if base is self._main:
+            self._main_failed(base, result.error, reading=True)
+        else:
+            self._shared = [other for other in self._shared if other is not base]
+            why = self._sentence(result.error)
+            self._warn("shared", f"the shared plans in {shown(base.url)} can't be read ({why})")
+        return empty
 
     def _write(self, change: Callable[[Connection], Any]) -> None:
         for _ in range(2):  # once more where a fresh file took the place of a corrupt one
             if self._main is None or self._read_only:
                 break
-            try:
-                self._main.write(change)
+            result = _attempt(functools.partial(self._main.write, change))
+            if not isinstance(result, _Fault):
                 return
-            except _FAULTS as error:
-                self._main_failed(self._main, error)
+            self._main_failed(self._main, result.error)
         self._overlaid = True
         self._memory.write(change)
         if self._main is None:
@@ -235,12 +232,13 @@ class PlanStore:
                 error = problem
             else:
                 if moved is not None:
-                    self._warn("corrupt", f"{main.path} was corrupt; it is now {moved.name} and a fresh store is begun")
+                    now = Path(shown(str(moved))).name
+                    self._warn("corrupt", f"{self._name} was corrupt; it is now {now} and a fresh store is begun")
                     return
                 if "corrupt" not in self._told:  # another process put it right
                     self._told.add("corrupt")
                     return
-        self._fault = _sentence(error)
+        self._fault = self._sentence(error)
         if reading:
             self._main = None
             self._warn("fault", f"{self._name} can't be read ({self._fault}); plans live in memory for this process")
@@ -272,12 +270,31 @@ class PlanStore:
         return StoreError(f"{self._name} has no plan {plan_id}")
 
     def _asked(self, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        except _FAULTS as error:
-            raise StoreError(f"{self._name} can't be used as a plan store: {_sentence(error)}") from error
+        result = _attempt(action)
+        if isinstance(result, _Fault):
+            raise StoreError(f"{self._name} can't be used as a plan store: {self._sentence(result.error)}")
+        return result
+
+    def _sentence(self, error: BaseException) -> str:
+        text = str(getattr(error, "orig", None) or error)
+        if isinstance(error, OSError) and error.filename:
+            text = error.strerror or ""  # without the path, which the store's name says
+        text = self._hide(text).strip()
+        return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _sentence(error: BaseException) -> str:
-    text = str(getattr(error, "orig", None) or error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+@dataclass(frozen=True)
+class _Fault:
+    error: Exception
+
+
+def _attempt(action: Callable[[], T]) -> T | _Fault:
+    """What an action returns, or the fault of a database that it raised.
+
+    To be handled outside of the `except`: whatever is raised inside, a warning too, carries the fault as its context,
+    and so the message as a driver wrote it, passwords included.
+    """
+    try:
+        return action()
+    except _FAULTS as error:
+        return _Fault(error)

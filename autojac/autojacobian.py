@@ -19,8 +19,9 @@ from autojac.autodiff import hooked, saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.compression import colored
 from autojac.derived import Derived
+from autojac.dynamo import opaque_methods
 from autojac.entry import Entry, prepared
-from autojac.errors import InputError, StructureChangedWarning, UnsupportedError
+from autojac.errors import InputError, StructureChangedWarning, UnsupportedError, kind_of
 from autojac.explain import explanation
 from autojac.factors import Factors, factored, require_one, without_sharing
 from autojac.frame import Frame, describe, recording
@@ -38,6 +39,7 @@ from autojac.verify import Reference
 _requires_grad = operator.attrgetter("requires_grad")
 
 
+@opaque_methods
 class AutoJacobian(Derived):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
@@ -74,7 +76,7 @@ class AutoJacobian(Derived):
 
     def __init__(self, func: Callable[..., Any], **options: Any) -> None:
         if not callable(func):
-            raise InputError(f"a function or module was expected, got {type(func).__name__}")
+            raise InputError(f"a function or module was expected, got {kind_of(func)}")
         self.__setstate__({"func": func, "options": Options.checked(options)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +240,7 @@ class AutoJacobian(Derived):
         """
         if self.options.layout == "sparse":
             raise UnsupportedError(
-                "a torch.func transform, forward mode or torch.compile is under way, in which torch makes no sparse "
+                "a torch.func transform or forward mode is under way, in which torch makes no sparse "
                 "matrices. Wrap the function with layout='blocks' or 'full' for use there"
             )
         frame = Frame(self.func, args, self.options)
@@ -260,7 +262,7 @@ class AutoJacobian(Derived):
                     with outside_autocast():
                         return entry, compute(leaves, kwargs)
         raise UnsupportedError(
-            "a torch.func transform, forward mode or torch.compile is under way, in which nothing can be probed. Call "
+            "a torch.func transform or forward mode is under way, in which nothing can be probed. Call "
             "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
         )
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.autocast import outside_autocast
 from autojac.captures import captures
+from autojac.dynamo import opaque
 from autojac.entries import Entries
 from autojac.errors import VerificationError
 from autojac.look import look
@@ -22,6 +23,7 @@ from autojac.structure import Structure
 from autojac.verify import Reference
 
 
+@opaque
 def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto",
           **kwargs: Any) -> Structure:  # fmt: skip
     """What couples with what across the batch of a function, found without leaving a trace.
@@ -42,6 +44,7 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
         return planner.examine(request, seen).structure
 
 
+@opaque
 def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4, layout: str = "blocks",
            argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto", **kwargs: Any) -> None:  # fmt: skip
     """Check a Jacobian, whoever computed it, against plain VJPs of the function.

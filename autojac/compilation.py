@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from autojac.autodiff import compile_flat, levels_restored
+from autojac.process import unwarned
 from autojac.program import Run
 
 P = ParamSpec("P")
@@ -67,7 +67,6 @@ def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, 
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    with warnings.catch_warnings(), levels_restored():
-        # the compiler's own imports warn, which must not reach a user who turns warnings into errors
-        warnings.simplefilter("ignore")
+    # the compiler's own imports warn, which must not reach a user who turns warnings into errors
+    with unwarned(), levels_restored():
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.errors import InputError
+from autojac.process import unwarned
 from autojac.sparsity import Pattern, Sparsity
 from autojac.structure import Structure
 
@@ -111,8 +111,7 @@ def entries(samples: Pattern, features: Pattern) -> Entries:
 def _load_sparse() -> None:
     """Make torch's first sparse matrix, which warns that they are in beta, before a user's call does."""
     nothing = torch.zeros(2, dtype=torch.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with unwarned():
         torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (1, 1), check_invariants=False)
 
 

@@ -1,4 +1,14 @@
-"""Every exception and warning that autojac raises, in one small tree."""
+"""Every exception and warning that autojac raises, in one small tree, and how their messages name a value."""
+
+from typing import Any
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value as a message names it: "an int", "a dict", "None"."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
 
 
 class AutojacError(Exception):

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.autocast import current_autocast, inside_autocast
 from autojac.axes import AUTO, batch_axes
-from autojac.errors import InputError, OptionError, OutputError
+from autojac.errors import InputError, OptionError, OutputError, kind_of
 from autojac.options import Options
 from autojac.signature import Leaf
 
@@ -128,7 +128,7 @@ class Frame:
             out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
         if self.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
-                what = f"{len(out)} values" if isinstance(out, tuple) else type(out).__name__
+                what = f"{len(out)} values" if isinstance(out, tuple) else kind_of(out)
                 raise OutputError(f"has_aux=True expects func to return a pair (output, aux), but it returned {what}")
             out, aux = out
             if collected is not None:
@@ -211,7 +211,7 @@ class Frame:
             indices = range(starts[number], starts[number + 1])
             strangers = [index for index in indices if index not in order]
             if strangers or starts[number] == starts[number + 1]:
-                what = type(self.constants[strangers[0]]).__name__ if strangers else "nothing"
+                what = kind_of(self.constants[strangers[0]]) if strangers else "nothing"
                 raise InputError(f"argument {number} is to be differentiated, but holds {what}; tensors were expected")
             groups.append((spec, tuple(order[index] for index in indices)))
         return groups
@@ -227,7 +227,8 @@ class Frame:
             if not tensor.is_floating_point():
                 raise InputError(
                     f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
-                    "was expected. Convert it with x.float(), or leave it out of argnums"
+                    "was expected. Where it holds indices, as an embedding takes them, name other arguments in "
+                    "argnums, or differentiate in the weights by AutoJacobian.of_parameters; pass quantities as floats"
                 )
             if tensor.layout != torch.strided or tensor.is_meta:
                 what = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"

@@ -14,7 +14,16 @@ from torch.utils import _pytree as pytree
 from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback, transforming
 from autojac.axes import AUTO, Axis, batch_axes
-from autojac.errors import AutojacError, InputError, OptionError, SearchError, StructureChangedWarning, UnsupportedError
+from autojac.dynamo import opaque
+from autojac.errors import (
+    AutojacError,
+    InputError,
+    OptionError,
+    SearchError,
+    StructureChangedWarning,
+    UnsupportedError,
+    kind_of,
+)
 from autojac.layouts import require_layout
 from autojac.methods.pull import Pull
 from autojac.options import Options, parse_bytes
@@ -31,6 +40,7 @@ FEWEST_MASKS = 6
 """Passes spent on the coupling at least; more only where the Jacobian itself takes more."""
 
 
+@opaque
 def jacobian_from(
     outputs: Any,
     inputs: Any,
@@ -176,7 +186,7 @@ def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
         raise InputError("inputs holds no tensor; one or a nest of tensors was expected")
     for position, x in enumerate(sources):
         if not isinstance(x, Tensor):
-            raise InputError(f"input {position} is a {type(x).__name__}; a tensor was expected")
+            raise InputError(f"input {position} is {kind_of(x)}; a tensor was expected")
         if not x.is_floating_point():
             raise InputError(
                 f"input {position} is {x.dtype}, which has no real derivative; a floating-point tensor was expected, "

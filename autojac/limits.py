@@ -14,6 +14,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+LEAVING_S = 1.0
+"""Seconds that a watching thread is given to end."""
 AGAIN_S = 1.0
 """Code that swallows every exception is interrupted again after this long."""
 SOON_S = 1e-3
@@ -48,6 +50,11 @@ def within(seconds: float, run: Callable[[], T]) -> T:
     except Expired:
         _watch.drop(limit)
         raise TimeoutError(f"did not finish within {seconds:.2g} s") from None
+
+
+def end_watch() -> None:
+    """End the thread that watches, unless some limit is still watched; the next limit starts another."""
+    _watch.end()
 
 
 class _Limit:
@@ -113,6 +120,7 @@ class _Watch:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._until = math.inf
+        self._ending = False
         self._thread: threading.Thread | None = None
 
     def add(self, limit: _Limit, seconds: float) -> None:
@@ -134,8 +142,29 @@ class _Watch:
             gc.callbacks.remove(limit.collects)
         limit.stop()
 
+    def end(self) -> None:
+        thread = self._thread
+        if thread is None or self.limits:
+            return
+        self._ending = True
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._bell.release()
+        thread.join(LEAVING_S)
+
+    def _ended(self) -> bool:
+        """Leave, if asked to and nothing is watched. A limit is there before its thread is looked for, in `add`."""
+        if not self._ending or self.limits:
+            return False
+        with self._starting:
+            here, self._thread = self._thread, None
+            if self.limits:
+                self._thread = here
+                return False
+            self._ending = False
+            return True
+
     def _run(self) -> None:
-        while True:
+        while not self._ended():
             # who adds a limit from here on rings; whoever did before is seen
             self._until = math.inf
             now = monotonic()

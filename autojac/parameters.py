@@ -13,7 +13,7 @@ from autojac.autodiff import call_with
 from autojac.autojacobian import AutoJacobian
 from autojac.captures import Captures
 from autojac.entry import Entry
-from autojac.errors import InputError, OptionError
+from autojac.errors import InputError, OptionError, kind_of
 from autojac.problem import Result
 
 
@@ -68,7 +68,7 @@ class ParameterJacobian(AutoJacobian):
 
     def __init__(self, module: torch.nn.Module, **options: Any) -> None:
         if not isinstance(module, torch.nn.Module):
-            raise InputError(f"a torch.nn.Module was expected, got {type(module).__name__}")
+            raise InputError(f"a torch.nn.Module was expected, got {kind_of(module)}")
         if "argnums" in options:
             raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
         in_dims = options.pop("in_dims", "auto")

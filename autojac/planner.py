@@ -22,6 +22,7 @@ from autojac.entry import Entry, Request, Seen, prepared
 from autojac.errors import ModesDisagreeWarning, PlanMissError, SearchError, StoreError, StructureChangedWarning
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
+from autojac.limits import end_watch
 from autojac.look import look
 from autojac.methods.base import Method, build, composable, registry
 from autojac.options import Options, parse_bytes
@@ -29,6 +30,7 @@ from autojac.outline import Outline
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import Examined, examine, observe
 from autojac.problem import Problem
+from autojac.process import as_found
 from autojac.quiet import without_hooks
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
@@ -46,10 +48,13 @@ _planning: ContextVar[bool] = ContextVar("planning", default=False)
 def nested() -> Iterator[bool]:
     """Mark that a plan is being made; tells whether another one was already."""
     token = _planning.set(True)
+    inside = bool(token.old_value is not Token.MISSING and token.old_value)
     try:
-        yield bool(token.old_value is not Token.MISSING and token.old_value)
+        yield inside
     finally:
         _planning.reset(token)
+        if not inside:
+            end_watch()
 
 
 class Planner:
@@ -91,7 +96,7 @@ class Planner:
             force: search even if a plan is known.
         """
         request = request.apart()
-        with outside_autocast(), without_hooks(request.trained), saved_tensors_apart(), nested() as inside:
+        with outside_autocast(), without_hooks(request.trained), saved_tensors_apart(), as_found(), nested() as inside:
             return self._entry(request, captured, effort, budget_s, force, inside)
 
     def _entry(
@@ -189,8 +194,11 @@ class Planner:
 
         The structure is probed again at this input. Where that still sees no coupling the guard is believed.
         """
+        with nested(), as_found():
+            return self._recovered(entry, request.apart(), captured, reason)
+
+    def _recovered(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
         start = time.perf_counter()
-        request = request.apart()
         if entry.keys is not None:
             self.stored.refute(entry.keys, reason)
         self.neighbours.clear()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from autojac.errors import OptionError
+from autojac.errors import OptionError, kind_of
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -56,9 +56,7 @@ class Pattern:
                 rows, columns = coo.indices().numpy()
                 matrix = scipy.sparse.coo_array((coo.values().numpy() != 0, (rows, columns)), shape=tuple(coo.shape))
         if getattr(matrix, "ndim", None) != 2:
-            raise OptionError(
-                f"a pattern must be a matrix, got {type(matrix).__name__} of {getattr(matrix, 'ndim', 0)} axes"
-            )
+            raise OptionError(f"a pattern must be a matrix, got {kind_of(matrix)} of {getattr(matrix, 'ndim', 0)} axes")
         csr = scipy.sparse.csr_array(matrix).astype(bool)
         csr.sum_duplicates()
         csr.eliminate_zeros()

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType
@@ -20,8 +19,9 @@ from autojac.autodiff import levels_restored, pulled_back
 from autojac.captures import captures
 from autojac.closed import Watched
 from autojac.draws import STATE
-from autojac.errors import UnsupportedError
+from autojac.errors import UnsupportedError, kind_of
 from autojac.problem import Compute, Flat, Problem
+from autojac.process import unwarned
 from autojac.quiet import Quiet, uncollected, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
@@ -95,7 +95,7 @@ def unfixed(kwargs: Mapping[str, Any]) -> str:
     """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
     for value in _values(kwargs):
         if not isinstance(value, (Tensor, *FIXED)):
-            return f"a {type(value).__name__} among the arguments may be another in each call; pass it as a tensor"
+            return f"{kind_of(value)} among the arguments may be another in each call; pass it as a tensor"
     return ""
 
 
@@ -105,8 +105,7 @@ def _unseen(captured: Sequence[Tensor]) -> Iterator[None]:
     quiet = Quiet([tensor for tensor in captured if not tensor.requires_grad])
     # a parameter that autocast has converted before would be met as a stranger
     torch.clear_autocast_cache()
-    with quiet(), without_hooks(captured), levels_restored(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet(), without_hooks(captured), levels_restored(), unwarned():
         yield
     torch.clear_autocast_cache()
 

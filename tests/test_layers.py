@@ -24,6 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tolerance",
         "inversion",
         "linalg",
+        "process",
+        "dynamo",
         "quiet",
         "layouts",
         "watch",

@@ -153,7 +153,6 @@ def test_a_first_call_inside_a_transform_says_what_to_do() -> None:
         jacrev(unbatched(torch.sin))(doubles(3))
 
 
-def test_a_first_call_inside_a_compilation_says_what_to_do() -> None:
-    with pytest.raises(autojac.UnsupportedError, match=r"torch\.compile.*once outside"):
-        torch.compile(unbatched(torch.sin), backend="eager")(doubles(3))
+def test_a_first_call_inside_a_compilation_plans_as_outside_of_it() -> None:
+    compare(torch.compile(unbatched(torch.sin), backend="eager")(doubles(3)), doubles(3).cos().diag())
     torch._dynamo.reset()

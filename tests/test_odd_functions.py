@@ -131,8 +131,8 @@ class Record:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "nothing": (lambda x: None, "output 0 of func is a NoneType; a tensor (B, ...) was expected"),
-    "nothing in a nest": (lambda x: {"x": x, "none": None}, "output 1 of func is a NoneType"),
+    "nothing": (lambda x: None, "output 0 of func is None; a tensor (B, ...) was expected"),
+    "nothing in a nest": (lambda x: {"x": x, "none": None}, "output 1 of func is None"),
     "an empty nest": (lambda x: (), "func returned no tensor"),
     "a number": (lambda x: (x, 1.5), "output 1 of func is a float"),
     "text": (lambda x: "x", "output 0 of func is a str"),

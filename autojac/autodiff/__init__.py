@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Self
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._vmap_internals import _vmap
 from torch.autograd.graph import _engine_run_backward
+
+from autojac.process import unwarned
 
 Bound = Callable[..., tuple[Tensor, ...]]
 Mode = Literal["reverse", "forward"]
@@ -219,8 +220,7 @@ def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def load_forward_rules() -> None:
     """Load torch's forward-mode decompositions, which warn that they are scripted, before a user's call does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with unwarned():
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 

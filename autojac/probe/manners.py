@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.errors import MutationError, OutputError, RandomnessError
+from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.kernels import fused_kernels
 from autojac.quiet import Quiet, random_state, same_bits, same_random_state
 from autojac.structure import DRAWS, UPDATES_BUFFERS
@@ -108,7 +108,7 @@ def check_outputs(values: Sequence[Any]) -> int:
         raise OutputError("func returned no tensor; it must return one tensor or a nest of tensors of shape (B, ...)")
     for position, value in enumerate(values):
         if not isinstance(value, Tensor):
-            raise OutputError(f"output {position} of func is a {type(value).__name__}; a tensor (B, ...) was expected")
+            raise OutputError(f"output {position} of func is {kind_of(value)}; a tensor (B, ...) was expected")
         if not value.is_floating_point():
             raise OutputError(
                 f"output {position} of func is {value.dtype}, which has no real derivative. Return floating-point "

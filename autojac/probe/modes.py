@@ -6,6 +6,7 @@ Reverse mode's answer is the one that is returned: it is what autograd gives, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from autojac.autodiff import Pullback, push_dual_plainly
 from autojac.quiet import Quiet
 from autojac.seeds import noise
-from autojac.tolerance import own_rounding, tolerance
+from autojac.tolerance import own_rounding, rounding_floor, tolerance
 
 MARGIN = 10.0
 """What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
+ROUNDED = 1e-3
+"""A difference that shrinks to less than this share in float64 is rounding; one of formulas stays as it is."""
 SIDES = 0.1
 """A finite difference takes a side if it is this much nearer to one than to the other."""
 
@@ -49,10 +52,7 @@ def compare_modes(
         return tuple(fn(merged, kwargs))
 
     try:
-        # func may ask whether its input requires grad: every evaluation says that it does
-        asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
-        with quiet(), torch.enable_grad():
-            values, pushed = push_dual_plainly(bound, asking, directions)
+        values, pushed = _pushed(bound, points, directions, quiet)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None
     cotangents = [noise(value.detach(), generator) for value in values]
@@ -70,6 +70,12 @@ def compare_modes(
         allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
     if gap <= allowed:
         return "modes: forward and reverse mode agree along a random direction", None
+    double = _gap_in_double(bound, points, directions, cotangents, quiet)
+    rounded = (
+        double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
+    )
+    if rounded:
+        return "modes: forward and reverse mode differ by rounding alone", None
     difference, kind = _finite_difference(bound, points, directions, cotangents, quiet)
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
@@ -85,6 +91,44 @@ def compare_modes(
     )
     confirmed = clear and nearer == "reverse"
     return f"modes: {line}", None if confirmed else f"{line}. {advice}"
+
+
+def _pushed(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], quiet: Quiet
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    # func may ask whether its input requires grad: every evaluation says that it does
+    asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
+    with quiet(), torch.enable_grad():
+        return push_dual_plainly(bound, asking, directions)
+
+
+def _rounding(
+    values: Sequence[Tensor], points: Sequence[Tensor], cotangents: Sequence[Tensor], directions: Sequence[Tensor]
+) -> float:
+    """What of uᵀJv may be rounding on the function's own scale, where the derivative vanishes by cancellation."""
+    floors = (
+        [rounding_floor(y, x) * float(v.abs().amax()) for x, v in zip(points, directions, strict=True)] for y in values
+    )
+    return sum(sum(floor) * float(u.double().norm()) for floor, u in zip(floors, cotangents, strict=True))
+
+
+def _gap_in_double(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+) -> float:
+    """How far the modes are apart in float64, where func takes that."""
+    if all(point.dtype == torch.float64 for point in points):
+        return float("inf")
+    points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
+    try:
+        _, pushed = _pushed(bound, points, directions, quiet)
+        with quiet():
+            pullback = Pullback(bound, points, differentiable=False)
+            pulled = pullback.pull(
+                pullback.recorded, [u.to(y.dtype) for u, y in zip(cotangents, pullback.recorded, strict=True)]
+            )
+    except Exception:  # weights of another dtype
+        return float("inf")
+    return abs(_product(cotangents, pushed)[0] - _product(pulled, directions)[0])
 
 
 def _finite_difference(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autojac.methods.base import Method
 from autojac.plan import Trial
+from autojac.process import unwarned
 from autojac.search import measure
 from autojac.search.trial import SHORTEST_S, Subject, try_out, weigh
 
@@ -60,8 +60,7 @@ def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found | None:
         runs[incumbent] = subject.slow.get(incumbent) or subject.runs[incumbent]
     if len(runs) == 1:
         return _found(subject, finalists[0], subject.trials[finalists[0]].seconds, defaults, {})
-    with subject.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with subject.quiet(), unwarned():
         table = measure.interleaved(
             list(runs.values()), subject.device, SHORTEST_S[subject.effort], ROUNDS[subject.effort], subject.end
         )

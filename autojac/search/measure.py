@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,9 @@ from torch.autograd.profiler import profile
 from autojac.quiet import uncollected
 
 Run = Callable[[], Any]
+
+FATAL = 3
+"""The severity in torch's C++ code of what ends the process."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,7 @@ def _cuda_peak(run: Run, device: torch.device) -> int:
 
 
 def _cpu_peak(run: Run) -> int:
-    # the profiler's own library chats on standard error unless told not to before its first use
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(profile_memory=True) as recorded:
+    with _silent_profiler(), profile(profile_memory=True) as recorded:
         run()
     results = recorded.kineto_results
     if results is None:
@@ -118,6 +123,38 @@ def _cpu_peak(run: Run) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Keep torch from saying on standard error that the profiler starts, or sees memory go that was there before it.
+
+    Neither goes through Python. The one reads a variable of the environment at the process's first profile, the other
+    a variable of torch's own library.
+    """
+    known = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    level, usual = _log_level()
+    level.value = FATAL
+    try:
+        yield
+    finally:
+        level.value = usual
+        if known is None:
+            os.environ.pop("KINETO_LOG_LEVEL", None)
+
+
+@functools.cache
+def _log_level() -> tuple[ctypes.c_int, int]:
+    """Where the least severity stands of what torch's C++ code logs, and what it is when nothing is measured.
+
+    A number of our own where its library does not show it.
+    """
+    level = ctypes.c_int()
+    with suppress(OSError, ValueError, StopIteration):
+        library = next(Path(torch.__file__).with_name("lib").glob("*c10.*"))
+        level = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level")
+    return level, level.value
 
 
 def available_bytes(device: torch.device) -> int:

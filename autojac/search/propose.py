@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import optuna
 
 from autojac.methods.base import Method
+from autojac.process import unwarned
 from autojac.search.space import choose, path_of
 from autojac.search.trial import Subject, try_out
 
@@ -47,12 +49,20 @@ def propose(subject: Subject, space: Sequence[Method], first: Sequence[Method]) 
 
 @contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """Optuna without its log lines, which belong to its own users."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    """Optuna without what it logs in this thread; its level, and what others log, belong to its own users."""
+    thread = threading.get_ident()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    # a filter holds for what is logged under a logger's own name alone
+    known = list(logging.root.manager.loggerDict.items())
+    loggers = [one for name, one in known if name.startswith("optuna") and isinstance(one, logging.Logger)]
+    for logger in loggers:
+        logger.addFilter(others)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with unwarned():
             yield
     finally:
-        optuna.logging.set_verbosity(level)
+        for logger in loggers:
+            logger.removeFilter(others)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from autojac.limits import within
 from autojac.methods.base import Method
 from autojac.plan import Effort, Trial, TrialState
 from autojac.problem import Compute, Problem, Result
+from autojac.process import unwarned
 from autojac.quiet import Quiet
 from autojac.search import measure
 from autojac.verify import Reference
@@ -113,8 +113,7 @@ def attempt(subject: Subject, method: Method, allowed_s: float | None = None) ->
         return compute, seconds, wrong
 
     try:
-        with subject.quiet(), warnings.catch_warnings(), levels_restored():
-            warnings.simplefilter("ignore")
+        with subject.quiet(), unwarned(), levels_restored():
             allowed_s = subject.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
@@ -145,8 +144,7 @@ def try_out(subject: Subject, method: Method, allowed_s: float | None = None) ->
         return measure.summary([first]), hopeless
 
     try:
-        with subject.quiet(), warnings.catch_warnings(), levels_restored():
-            warnings.simplefilter("ignore")
+        with subject.quiet(), unwarned(), levels_restored():
             timing, hopeless = within(max(subject.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
         return subject.record(method, "infeasible", reason=_first_line(error))
@@ -161,8 +159,7 @@ def try_out(subject: Subject, method: Method, allowed_s: float | None = None) ->
 def weigh(subject: Subject, method: Method) -> bool:
     """Measure a timed candidate's peak memory in a run of its own; whether it stays within the limit."""
     trial = subject.trials[method]
-    with subject.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with subject.quiet(), unwarned():
         memory = measure.peak_bytes(subject.runs[method], subject.device)
     limit = subject.problem.memory_limit
     if memory <= limit:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from autojac.errors import AutojacError
+from autojac.errors import AutojacError, kind_of
 from autojac.plan import Plan, Trial
 from autojac.sparsity import Pattern
 from autojac.store.keys import Key
@@ -162,7 +162,7 @@ def _decode(text: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRowError(f"its JSON can't be read: {error}") from error
     if not isinstance(data, dict):
-        raise BadRowError(f"its JSON holds a {type(data).__name__}, not an object")
+        raise BadRowError(f"its JSON holds {kind_of(data)}, not an object")
     return data
 
 

@@ -1,0 +1,75 @@
+"""What all threads of a process share, and planning must not leave changed: warnings filters and the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+IGNORED = r"(?#autojac).*"
+"""The message pattern of the filter that `unwarned` sets: it matches everything, and is nobody else's."""
+COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""A variable that torch's compiler sets to its own default when it is imported."""
+LIBRARIES = ("sympy", "the matrix subclass")
+"""What tells the filters that SymPy and SciPy add when they are imported: a category's module, or a message."""
+
+OPTUNA = "optuna"
+"""A library, and its logger, whose level is set when it is imported."""
+
+_lock = threading.Lock()
+_users: list[int] = []
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Ignore all warnings meanwhile.
+
+    `warnings.catch_warnings` puts back a list of filters: of two threads that overlap, the one that leaves last puts
+    back what the other one had set, for good. Here one filter is added and taken away.
+    """
+    thread = threading.get_ident()
+    with _lock:
+        _users.append(thread)
+        warnings.filterwarnings("ignore", IGNORED)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.remove(thread)
+            if not _users:
+                _drop(lambda entry: _message(entry) == IGNORED)
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Undo what the libraries that are imported meanwhile change for the whole process."""
+    before, cache = list(warnings.filters), os.environ.get(COMPILER_CACHE)
+    level = 0 if OPTUNA in sys.modules else getattr(logging.root.manager.loggerDict.get(OPTUNA), "level", 0)
+    try:
+        yield
+    finally:
+        if level:
+            logging.getLogger(OPTUNA).setLevel(level)
+        _drop(lambda entry: entry not in before and _of_library(entry))
+        if cache is None:
+            os.environ.pop(COMPILER_CACHE, None)
+
+
+def _drop(chosen: Callable[[Any], bool]) -> None:
+    # what a filter that ignores has ignored is written down nowhere, so no cache has to be told
+    for entry in [entry for entry in warnings.filters if chosen(entry)]:
+        with suppress(ValueError):  # another thread has put other filters in place
+            warnings.filters.remove(entry)  # type: ignore[attr-defined]
+
+
+def _message(entry: Any) -> str:
+    return getattr(entry[1], "pattern", entry[1]) or ""
+
+
+def _of_library(entry: Any) -> bool:
+    return entry[2].__module__.startswith(LIBRARIES) or _message(entry).startswith(LIBRARIES)

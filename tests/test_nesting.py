@@ -154,5 +154,6 @@ def test_a_first_call_inside_a_transform_says_what_to_do() -> None:
 
 
 def test_a_first_call_inside_a_compilation_plans_as_outside_of_it() -> None:
-    compare(torch.compile(unbatched(torch.sin), backend="eager")(doubles(3)), doubles(3).cos().diag())
+    x = doubles(3)
+    compare(torch.compile(unbatched(torch.sin), backend="eager")(x), x.cos().diag())
     torch._dynamo.reset()

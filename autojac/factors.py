@@ -19,8 +19,7 @@ from autojac.methods.statistics import Statistics
 from autojac.outline import Cutter
 from autojac.pools import Pool
 from autojac.problem import Problem
-from autojac.seeds import noise
-from autojac.tolerance import disagreement
+from autojac.tolerance import balanced_noise, disagreement
 
 
 class Factors(NamedTuple):
@@ -113,7 +112,7 @@ def _multiplied_out(way: Statistics, problem: Problem, graph: Graph, shared: Poo
 def _check(factors: Factors, pullback: Pullback) -> None:
     """Hold uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
     value = pullback.recorded[0]
-    u = noise(value.detach(), torch.Generator().manual_seed(0))
+    (u,) = balanced_noise([value], torch.Generator().manual_seed(0))
     expected = pullback(0, u)[0].detach()
     rows = u.reshape(len(u), -1)
     D, U, V = (part.detach() for part in factors)

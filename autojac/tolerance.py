@@ -17,6 +17,55 @@ MOST_NOISE = 0.1
 """The largest relative tolerance that rounding excuses."""
 
 
+OFFSET = 1e-2
+"""Share of a value's own size below which its deviation from other samples' is not taken for its scale."""
+
+
+def own_scale(values: Tensor, *, centered: bool = False) -> Tensor:
+    """Return the scale of each element: its own size, or the median of its coordinate's over the samples if larger.
+
+    One scale for a whole tensor would hide small coordinates beside large ones, and all samples beside an outlier.
+
+    Args:
+        values: (B, *event).
+        centered: measure the deviation from the median sample, as derivatives know no offset.
+
+    Returns:
+        Positive and finite, of the same shape, in float32 or float64.
+    """
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32)).nan_to_num(0, 0, 0)
+    if not values.numel():
+        return torch.ones_like(values)
+    size = values.abs()
+    if centered:
+        size = torch.maximum((values - values.median(0).values).abs(), OFFSET * size)
+    typical = size.median(0).values
+    typical = torch.where(typical > 0, typical, size.mean(0))
+    # a coordinate that is zero everywhere takes that of the others
+    live = typical[typical > 0]
+    middle = live.median() if live.numel() else typical.new_ones(())
+    return torch.maximum(size, torch.where(typical > 0, typical, middle))
+
+
+def balance(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return weights for cotangents, by which every output coordinate counts alike, whatever its scale."""
+    scales = [own_scale(value, centered=True) for value in values]
+    medians = [scale.median().cpu().double() for scale in scales if scale.numel()]
+    middle = float(torch.stack(medians).median()) if medians else 1.0
+    found = []
+    for value, scale in zip(values, scales, strict=True):
+        limits = torch.finfo(value.dtype)
+        weight = (middle / scale).clamp(limits.tiny, min(limits.eps**-2, limits.max ** (1 / 3)))
+        found.append(weight.to(value.dtype))
+    return found
+
+
+def balanced_noise(values: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Return random cotangents for several outputs, scaled by `balance`."""
+    weights = balance(values)
+    return [seeds.noise(value.detach(), generator) * w for value, w in zip(values, weights, strict=True)]
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Relative difference below which two ways of computing one number agree.
 
@@ -42,7 +91,7 @@ def own_rounding(
     values: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[tuple[float, float]]:
-    """What a function's own VJPs miss of being linear in the cotangent, for each input.
+    """What a function's own VJPs miss of being linear in the cotangent, for each input, by `balanced_noise`.
 
     Args:
         pull: maps outputs and cotangents to gradients.
@@ -52,7 +101,7 @@ def own_rounding(
     Returns:
         The difference to grant, and a factor of one or more on the tolerance.
     """
-    one, other = ([seeds.noise(value.detach(), generator) for value in values] for _ in range(2))
+    one, other = (balanced_noise(values, generator) for _ in range(2))
     both = [a + b for a, b in zip(one, other, strict=True)]
     found = []
     for a, b, together in zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True):

@@ -17,7 +17,7 @@ from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
 from autojac.sparsity import Pattern
-from autojac.tolerance import disagreement, own_rounding, rounding_floor, tolerance
+from autojac.tolerance import balance, disagreement, own_rounding, rounding_floor, tolerance
 
 ROWS = 6
 SAMPLES = 3
@@ -74,7 +74,12 @@ class Reference:
         with outside_autocast(), quiet(), plain_formulas(kernels):
             self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable)
             self.values = self.pullback.outputs
-            self.floors = [[rounding_floor(value, tensor) for tensor in self.pullback.inputs] for value in self.values]
+            # every coordinate of an output counts alike, by its weight
+            self.weights = [balance([value])[0] for value in self.values]
+            self.floors = [
+                [rounding_floor(value * weight, tensor) for tensor in self.pullback.inputs]
+                for value, weight in zip(self.values, self.weights, strict=True)
+            ]
             self.rows = [
                 (output, row, self._single(output, row))
                 for output in range(len(self.values))
@@ -179,7 +184,7 @@ class Reference:
                 expected = self.places.kept(one, output, row, position)
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
-                floor = self.floors[output][position]
+                floor = self.floors[output][position] / float(self.weights[output].flatten()[row])
                 slack = self._slack(output, expected)
                 error = disagreement(own[None], expected[None], scale, floor, slack)
                 if error is not None:
@@ -212,12 +217,12 @@ class Reference:
         inside = torch.randperm(problem.batch, generator=self.generator) < (problem.batch + 1) // 2
         for output, value in enumerate(self.values):
             rows = inside.to(value.device).view(-1, *[1] * (value.dim() - 1))
-            pulled = self.pullback(output, seeds.noise(value, self.generator) * rows)
+            pulled = self.pullback(output, self._noise(output) * rows)
             for position, one in zip(problem.inputs, pulled, strict=True):
                 if problem.leaves[position].batched:
                     size = one.detach().nan_to_num(0, 0, 0).abs()
                     outside = size[~inside.to(size.device)]
-                    if bool((outside > tolerance(size.dtype) * size.amax()).any()):
+                    if bool((outside > tolerance(size.dtype) * size.amax(0)).any()):
                         return "a cotangent on some samples has a gradient at others"
         return None
 
@@ -239,7 +244,7 @@ class Reference:
             some = [[sample] for sample in self.samples] or self._apart(len(value))
         places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
         for samples, coordinates in itertools.product(some, places):
-            cotangent = seeds.noise(value, self.generator)
+            cotangent = self._noise(output)
             if samples is not None:
                 alone = torch.zeros_like(cotangent)
                 alone[samples] = cotangent[samples]
@@ -282,6 +287,10 @@ class Reference:
             return []
         drawn = torch.randint(count, (max(rows - 2, 0),), generator=self.generator).tolist()
         return sorted({0, count - 1, *drawn})
+
+    def _noise(self, output: int) -> Tensor:
+        """A random cotangent of one output."""
+        return seeds.noise(self.values[output], self.generator) * self.weights[output]
 
     def _single(self, output: int, row: int) -> list[Tensor]:
         value = self.values[output]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autojac.autodiff import Pullback
 from autojac.probe.pairs import GRADIENT_NOISE, Subject
-from autojac.seeds import noise
+from autojac.tolerance import balanced_noise
 
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -73,7 +73,7 @@ class Coded:
 
         with subject.quiet():
             pullback = Pullback(bound, [leaves[position] for position in subject.inputs], differentiable=False)
-            weights = [noise(value.detach(), self.generator) for value in pullback.recorded]
+            weights = balanced_noise(pullback.recorded, self.generator)
             before = self.known.nnz
             if not self.passes and not self._sparse(pullback, weights):
                 return None
@@ -189,7 +189,8 @@ def _alive(gradient: Tensor) -> Tensor:
     size = gradient.abs()
     if not size.numel():
         return torch.zeros(len(size), dtype=torch.bool)
-    return size.amax(1) > GRADIENT_NOISE * torch.finfo(size.dtype).eps * size.amax()
+    # each coordinate by its own scale
+    return (size > GRADIENT_NOISE * torch.finfo(size.dtype).eps * size.amax(0)).any(1)
 
 
 def spread_colors(known: Any, wide: int, random: np.random.Generator) -> Ints:

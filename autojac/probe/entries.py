@@ -14,8 +14,8 @@ from torch import Tensor
 from autojac.autodiff import Pullback
 from autojac.limits import within
 from autojac.probe.coordinates import Coordinates
-from autojac.probe.pairs import GRADIENT_NOISE, SCALES, VALUE_NOISE, Subject, price
-from autojac.seeds import noise
+from autojac.probe.pairs import GRADIENT_NOISE, SCALES, Subject, differs, price, step
+from autojac.tolerance import balanced_noise
 
 ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
@@ -105,7 +105,7 @@ def completed(
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
                 changed = there.values(_moved(there, where, columns, scale, generator))
-                steps = [_steps(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
+                steps = [differs(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
                 outside = torch.from_numpy(~(more @ columns.numpy()))
                 more = _with_block(more, where.of_outputs(steps) & outside, columns)
         except Exception:
@@ -126,7 +126,7 @@ def _with_gradients(
         rows = _some(found.nnz / where.n, where.m, generator)
         outside = torch.from_numpy(~(found.T @ rows.numpy()))
         masks = where.as_outputs(rows, values)
-        cotangents = [noise(value, generator) * mask for value, mask in zip(values, masks, strict=True)]
+        cotangents = [noise * mask for noise, mask in zip(balanced_noise(values, generator), masks, strict=True)]
         hit = []
         for gradient in pullback.pull(values, cotangents):
             # zero times an infinite derivative is NaN wherever it is: that says nothing of what it depends on
@@ -144,19 +144,9 @@ def _moved(
     masks = where.as_inputs(columns, subject.leaves)
     leaves = [subject.leaves[position] for position in where.differentiated]
     return {
-        position: leaf + scale * noise(leaf, generator) * mask
+        position: leaf + step(leaf, scale, generator) * mask
         for position, leaf, mask in zip(where.differentiated, leaves, masks, strict=True)
     }
-
-
-def _steps(after: Tensor, before: Tensor) -> Tensor:
-    """Where an output moved by more than rounding."""
-    finite = torch.isfinite(before)
-    size = torch.where(finite, before, 0).abs()
-    largest = float(size.amax()) if size.numel() else 0.0
-    step = torch.where(finite, after - before, 0).nan_to_num(math.inf)
-    moved: Tensor = step.abs() > VALUE_NOISE * torch.finfo(before.dtype).eps * largest
-    return moved
 
 
 def _some(reached: float, size: int, generator: torch.Generator) -> Tensor:

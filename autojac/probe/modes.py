@@ -16,7 +16,7 @@ from torch import Tensor
 from autojac.autodiff import Pullback, push_dual_plainly
 from autojac.quiet import Quiet
 from autojac.seeds import noise
-from autojac.tolerance import own_rounding, rounding_floor, tolerance
+from autojac.tolerance import balanced_noise, own_rounding, rounding_floor, tolerance
 
 MARGIN = 10.0
 """What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
@@ -55,7 +55,7 @@ def compare_modes(
         values, pushed = _pushed(bound, points, directions, quiet)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None
-    cotangents = [noise(value.detach(), generator) for value in values]
+    cotangents = balanced_noise(values, generator)
     with quiet():
         pullback = Pullback(bound, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)

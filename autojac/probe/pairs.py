@@ -28,13 +28,16 @@ from autojac.autodiff import Pullback
 from autojac.limits import within
 from autojac.quiet import Quiet
 from autojac.seeds import noise
+from autojac.tolerance import balance, own_scale
 
 SCALES = (1e-2, 1.0, 1e3)
 FEWEST_SPLITS = 6
 GRADIENT_NOISE = 0.05
-"""Gradients below this many eps of the largest are rounding: a global FFT or LU leaves some."""
+"""Gradients below this many eps of the largest of their coordinate are rounding: a global FFT or LU leaves some."""
 VALUE_NOISE = 8.0
-"""The same for output values."""
+"""Changes of a value below this many eps of its own scale are rounding."""
+FAR = 1e3
+"""Inputs larger than this are moved in proportion to their size, which rounding would else swallow."""
 
 Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -155,16 +158,22 @@ def cotangent_verdict(
     # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
     blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
     silent = [torch.isfinite(gradient) for gradient in blank]
+    weights = balance(values)
     for passes, mask in enumerate(masks, 1):
-        cotangents = [noise(value, generator) * _along(mask, value) for value in values]
+        cotangents = [
+            noise(value, generator) * weight * _along(mask, value)
+            for value, weight in zip(values, weights, strict=True)
+        ]
         for gradient, usable, carries in zip(pullback.pull(values, cotangents), silent, carriers, strict=True):
             if not carries:
                 continue
             size = torch.where(usable, gradient, 0).nan_to_num(0, 0, 0).abs()
-            largest = size.amax() if size.numel() else size.new_zeros(())
-            leak = (size * _along(~mask, size)).amax() if size.numel() else largest
-            if leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest:
-                share = float(leak / largest)
+            if not size.numel():
+                continue
+            # each coordinate of an input by its own scale
+            largest, leak = size.amax(0), (size * _along(~mask, size)).amax(0)
+            if bool((leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest).any()):
+                share = float((leak / largest).nan_to_num(0).amax())
                 return Verdict(
                     layer,
                     True,
@@ -239,6 +248,12 @@ def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor,
         return None
 
 
+def step(leaf: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random change of a float's values, of size `scale` or in proportion to values that are far larger."""
+    far = (own_scale(leaf) / FAR).clamp(min=1) if leaf.numel() and leaf.dim() else 1.0
+    return (scale * noise(leaf, generator) * far).to(leaf.dtype)
+
+
 def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
     """Another point to change samples at: noise for floats; for masks the given one, then none set, then all.
 
@@ -250,7 +265,7 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
     if leaf.is_floating_point():
         if turn and leaf.isinf().any():
             return torch.zeros_like(leaf)
-        return leaf + scale * noise(leaf, generator)
+        return leaf + step(leaf, scale, generator)
     if leaf.dtype == torch.bool and turn:
         return torch.full_like(leaf, turn == 2)
     return leaf
@@ -259,7 +274,7 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
 def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """The leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
     if leaf.is_floating_point():
-        return leaf + scale * noise(leaf, generator) * _along(mask, leaf)
+        return leaf + step(leaf, scale, generator) * _along(mask, leaf)
     if leaf.dtype == torch.bool:
         return leaf ^ mask.view(-1, *[1] * (leaf.dim() - 1))
     rows = torch.arange(len(leaf), device=leaf.device)
@@ -269,15 +284,15 @@ def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Gen
 
 
 def _moved(changed: Sequence[Tensor], base: Sequence[Tensor], rows: Tensor) -> bool:
-    for after, before in zip(changed, base, strict=True):
-        if after.shape != before.shape:
-            return True
-        one, other = after[rows], before[rows]
-        finite = torch.isfinite(other)
-        if not torch.equal(finite, torch.isfinite(one)):
-            return True
-        size = torch.where(finite, other, 0).abs()
-        noise = VALUE_NOISE * torch.finfo(before.dtype).eps * (size.amax() if size.numel() else 0)
-        if bool((torch.where(finite, one - other, 0).abs() > noise).any()):
-            return True
-    return False
+    return any(
+        after.shape != before.shape or bool(differs(after, before)[rows].any())
+        for after, before in zip(changed, base, strict=True)
+    )
+
+
+def differs(after: Tensor, before: Tensor) -> Tensor:
+    """Return where values moved by more than rounding, each by its own scale."""
+    finite = torch.isfinite(before)
+    rounding = VALUE_NOISE * torch.finfo(before.dtype).eps * own_scale(before)
+    moved = torch.where(finite, after - before, 0).abs() > rounding
+    return moved | (finite != torch.isfinite(after))

@@ -21,10 +21,9 @@ from torch.utils import _pytree as pytree
 from autojac.graph import Graph
 from autojac.outline import Outline
 from autojac.probe.coded import Coded
-from autojac.probe.pairs import SCALES, VALUE_NOISE, Subject
+from autojac.probe.pairs import SCALES, Subject, differs, step
 from autojac.probe.proof import Watch
 from autojac.recorder import record
-from autojac.seeds import noise
 from autojac.sparsity import Pattern
 
 MOST_MASKS = 4
@@ -238,14 +237,14 @@ def _mask(pattern: Pattern, matrix: Any, generator: torch.Generator) -> tuple[Te
 
 def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
     rows = mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1))
-    return torch.where(rows, leaf + scale * noise(leaf, generator), leaf)
+    return torch.where(rows, leaf + step(leaf, scale, generator), leaf)
 
 
 def _moved_to(subject: Subject, scale: float, generator: torch.Generator) -> Subject:
     """The function at another point; what is not differentiated, such as indices and masks, stays."""
     leaves = list(subject.leaves)
     for position in subject.inputs:
-        leaves[position] = leaves[position] + scale * noise(leaves[position], generator)
+        leaves[position] = leaves[position] + step(leaves[position], scale, generator)
     return dataclasses.replace(subject, leaves=tuple(leaves))
 
 
@@ -255,11 +254,7 @@ def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
     for after, before in zip(changed, base, strict=True):
         if after.shape != before.shape:
             return None
-        finite = torch.isfinite(before)
-        largest = torch.where(finite, before, 0).abs().amax() if before.numel() else before.new_zeros(())
-        rounding = VALUE_NOISE * torch.finfo(before.dtype).eps * largest
-        differs = (finite != torch.isfinite(after)) | (torch.where(finite, after - before, 0).abs() > rounding)
-        rows = differs.reshape(len(before), -1).any(1).cpu()
+        rows = differs(after, before).reshape(len(before), -1).any(1).cpu()
         moved = rows if moved is None else moved | rows
     return moved
 

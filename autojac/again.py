@@ -38,8 +38,8 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
     replaying, frame = entry.compute, entry.frame
     tensors = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_inference() and arg.is_contiguous()]
     plain = frame.plain and not frame.moved and not frame.has_aux and len(tensors) == len(args) > 0
-    # a pattern may hang on the values of these
-    watched = entry.reads is not None and (entry.constants or entry.problem.structure.watched)
+    # patterns and verdicts may hang on the values of these
+    watched = entry.constants or (entry.reads is not None and entry.watched)
     if not plain or watched or entry.problem.layout == "sparse" or not isinstance(replaying, Replaying):
         return never
     same, steady = alike(tuple(tensors)), _global_state()

@@ -20,7 +20,7 @@ from autojac.captures import Captures, captures
 from autojac.compression import colored
 from autojac.derived import Derived
 from autojac.dynamo import opaque_methods
-from autojac.entry import Entry, prepared
+from autojac.entry import UNCHANGED, Entry, Noticed, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError, kind_of
 from autojac.explain import explanation
 from autojac.factors import Factors, factored, require_one, without_sharing
@@ -208,9 +208,9 @@ class AutoJacobian(Derived):
         if kwargs or frame.constants:
             kwargs = frame.keywords(args, kwargs)
         entry.calls += 1
-        changed = "" if entry.unchecked else entry.changed(leaves, kwargs)
-        if changed or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
-            return self._checked(key, entry, leaves, args, kwargs, noticed=changed)
+        noticed = UNCHANGED if entry.unchecked else entry.changed(leaves, kwargs)
+        if noticed.what or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
+            return self._checked(key, entry, leaves, args, kwargs, noticed)
         compute = entry.usable if hooked() else entry.compute
         with outside_autocast():
             result = compute(leaves, kwargs)
@@ -316,7 +316,7 @@ class AutoJacobian(Derived):
         leaves: Sequence[Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        noticed: str = "",
+        noticed: Noticed,
     ) -> tuple[Entry, Result]:
         """Compute, and hold the result against a VJP of func itself; recompute by a safe method if it is wrong.
 
@@ -324,7 +324,7 @@ class AutoJacobian(Derived):
         """
         problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
-        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed))
+        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
         try:
             result = entry.run(leaves, kwargs)
             with saved_tensors_apart():
@@ -334,24 +334,24 @@ class AutoJacobian(Derived):
                 raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
         if wrong is None:
-            if noticed and entry.renewals < MOST_CHANGES:
+            if noticed.what == "function" and entry.renewals < MOST_CHANGES:
                 self._captured = captures(self.func)
                 if entry.reads is not None:
                     entry.renew(self.func, self._captured)
             entry.checked(self.options.verify)
+            entry.watch.accept(noticed.contents)
             return entry, result
         with self._lock:
             request = self._planner.request(self._reach(), args, kwargs)
             last = entry.last_check
             entry = self._planner.recover(entry, request, self._reach(), wrong)
             self._keep(key, entry)
-            # the next call is held against what this one was planned for
-            entry.changed(leaves, kwargs)
-        if noticed == "arguments":
+            entry.watch.accept(entry.contents(leaves, kwargs))
+        if noticed.what == "arguments":
             with before():
                 return entry, entry.run(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
-        since = "func has changed, which was noticed at once" if noticed else since
+        since = "func has changed, which was noticed at once" if noticed.what else since
         warnings.warn(
             f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian was "
             f"computed again and is right. Now in use: {entry.plan}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from autojac.autocast import outside_autocast
 from autojac.autodiff import hooked
-from autojac.captures import Captures
+from autojac.captures import Captures, captures
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
 from autojac.methods.base import Method, reverse
@@ -34,6 +35,16 @@ EARLY_CHECKS = 10
 CHECK_EVERY = 1000
 MOST_NUMBERS = 32
 """Calls with Python floats that no call before had are checked this many times."""
+
+
+class Noticed(NamedTuple):
+    """What is other than at the checks so far, and a digest of the contents that decide."""
+
+    what: Literal["", "function", "arguments"]
+    contents: bytes = b""
+
+
+UNCHANGED = Noticed("")
 
 
 @dataclass
@@ -103,32 +114,60 @@ class Entry:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Literal["", "function", "arguments"]:
-        """What is other than at the last call, of what the plan was made from: then it is checked again.
+    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Noticed:
+        """What is other than at the checks so far, of what the plan was made from: then it is checked again.
 
-        A replay knows what func reads. Patterns hang on what func has captured and on all that its code reads, some on
-        other arguments too.
+        A replay knows what func reads. Patterns and verdicts hang on what func has captured and on all that its code
+        reads, some on other arguments too.
         """
         # the first use is checked in any case
-        if self.last_check and isinstance(self.compute, Replaying) and self.compute.anew():
-            return "function"
+        anew = bool(self.last_check) and isinstance(self.compute, Replaying) and self.compute.anew()
         if self.reads is None:
-            return ""
-        chosen: list[Tensor] = []
-        if self.problem.structure.watched:
-            chosen += [leaf for position, leaf in enumerate(leaves) if position not in self.problem.inputs]
-            chosen += [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, Tensor)]
-        read, seen = self.reads.changed(), self.watch.changed([*chosen, *self.constants])
+            return Noticed("function" if anew else "")
+        read = self.reads.changed()
         if read:
-            return "function"
-        return "arguments" if seen else ""
+            self._hold(captures(self.frame.func))
+        contents = self.contents(leaves, kwargs)
+        if anew or read == "objects":
+            return Noticed("function", contents)
+        return Noticed("arguments" if self.watch.unseen(contents) else "", contents)
+
+    def contents(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bytes:
+        """A digest of all tensors whose values decide whether the plan holds."""
+        tensors = list(self.constants)
+        numbers: tuple[float, ...] = ()
+        if self.problem.structure.watched:
+            tensors += [leaves[position] for position in self.watched]
+            if kwargs:
+                values = pytree.tree_leaves(dict(kwargs))
+                tensors += [value for value in values if isinstance(value, Tensor)]
+                numbers = tuple(value for value in values if isinstance(value, float))
+        return self.watch.contents(tensors, numbers)
+
+    @functools.cached_property
+    def watched(self) -> tuple[int, ...]:
+        """The arguments by position whose values may decide what couples with what.
+
+        A float that carries the batch and goes with its sample, as slices show, is like an input: left to the schedule.
+        """
+        structure, leaves = self.problem.structure, self.problem.leaves
+        return tuple(
+            position
+            for position, leaf in enumerate(leaves)
+            if structure.watched
+            and not leaf.differentiated
+            and not (leaf.batched and structure.sliceable and leaf.dtype.startswith(("float", "bfloat", "complex")))
+        )
 
     def renew(self, func: Callable[..., Any], captured: Captures) -> None:
         """Look from now on at what func reaches as it is after a change."""
         self.renewals += 1
+        self.reads = Reads(func)
+        self._hold(captured)
+
+    def _hold(self, captured: Captures) -> None:
         # there may be constants now whose values are to be watched
         self.again = None
-        self.reads = Reads(func)
         self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
 
     def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:

@@ -291,7 +291,8 @@ class Planner:
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         structure = problem.structure
-        if structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse"):
+        reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
+        if structure.assumes and (structure.watched or reads_pattern):
             entry.renew(self.func, request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
             entry.numbers = set()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from autojac.origin import code_names, is_library
 from autojac.walk import HOOKS, Walk
@@ -44,23 +45,38 @@ class Reads:
             held = list(look())
             self._places.append(_Place(look, held, list(map(id, held))))
 
-    def changed(self) -> bool:
-        """Whether anything is another object than at the last look."""
-        differs = False
+    def changed(self) -> Literal["", "tensors", "objects"]:
+        """What is another object than at the last look: nothing, tensors in place of others alone, or more.
+
+        Tensors are free to be exchanged: their contents decide, which are compared elsewhere.
+        """
+        found: Literal["", "tensors", "objects"] = ""
         for place in self._places:
             try:
                 held = list(place.look())
             except RuntimeError:  # another thread is writing there
-                differs = True
+                found = "objects"
                 continue
             identities = list(map(id, held))
-            if identities != place.identities:
-                differs = True
-                place.held, place.identities = held, identities
+            if identities == place.identities:
+                continue
+            if _exchanged(place.held, held):
+                found = found or "tensors"
+            else:
+                found = "objects"
                 place.changes += 1
-        if differs:
+            place.held, place.identities = held, identities
+        if found == "objects":
             self._places = [place for place in self._places if place.changes <= MOST_CHANGES]
-        return differs
+        return found
+
+
+def _exchanged(before: list[Any], after: list[Any]) -> bool:
+    """Whether all that differs is a tensor that stands for another one."""
+    return len(before) == len(after) and all(
+        one is other or (type(one) is type(other) and isinstance(one, Tensor))
+        for one, other in zip(before, after, strict=True)
+    )
 
 
 class _Places(Walk):

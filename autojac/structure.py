@@ -36,8 +36,8 @@ class Structure:
         evidence: one line for each layer of the probe, for people.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.
-        watched: the sparsity was found for the other arguments of a call, such as index tensors and masks; with other
-            contents it may be another.
+        watched: the verdict was reached with certain contents of what is not differentiated, such as masks, segment
+            ids and adjacency matrices, and nothing proves it for others.
     """
 
     coupling: Coupling

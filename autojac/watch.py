@@ -1,47 +1,99 @@
-"""Notice that tensors that a pattern was read from have other contents: index tensors, masks, constant matrices."""
+"""Notice contents of tensors that no check has seen: index tensors, masks, adjacency matrices, constant matrices."""
 
 from __future__ import annotations
 
+import hashlib
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+MOST_CONTENTS = 4096
+"""Contents remembered, the most recent ones: 16 bytes each, so that the batches of an epoch need one check each."""
+SMALL = 1 << 12
+"""Bytes up to which a tensor is read in every call: what is written through `.data` or NumPy moves no version."""
+
+_State = tuple[int, int, torch.Size, tuple[int, ...]]
+
 
 class Watch:
-    """The contents of some tensors, to be compared with those at the next call."""
+    """The contents of some tensors that a plan was checked with.
+
+    Contents decide, not identity: an equal mask in another object needs no check.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, tuple[int, int], Tensor]] | None = None
+        self._checked: OrderedDict[bytes, None] = OrderedDict()
+        self._digests: list[tuple[weakref.ref[Tensor], _State, bytes]] = []
 
-    def changed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether some content is other than at the last look; a tensor unwritten since then costs no comparison."""
-        known, self._seen = self._seen, []
-        differs = known is None or len(known) != len(tensors)
+    def contents(self, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> bytes:
+        """A digest of tensors and Python floats; empty where a tensor can't be read."""
+        known, digests, whole = self._digests, [], hashlib.blake2b(repr(numbers).encode(), digest_size=16)
         for index, tensor in enumerate(tensors):
             state = _state(tensor)
-            kept = None
-            if not differs and known is not None:
-                before, at, copy = known[index]
-                if (before is tensor and at == state and state[0] >= 0) or _same(copy, tensor):
-                    kept = copy
-                else:
-                    differs = True
-            self._seen.append((tensor, state, tensor.detach().clone() if kept is None else kept))
-        return differs and known is not None
+            digest = b""
+            if state is not None and index < len(known):
+                last, at, before = known[index]
+                digest = before if at == state and last() is tensor else b""
+            digest = digest or _digest(tensor)
+            if not digest:
+                return b""
+            if state is not None:
+                digests.append((weakref.ref(tensor), state, digest))
+            whole.update(digest)
+        self._digests = digests if len(digests) == len(tensors) else []
+        return whole.digest()
+
+    def unseen(self, contents: bytes) -> bool:
+        """Whether no check has passed with these contents, though one has with others."""
+        if contents in self._checked:
+            self._checked.move_to_end(contents)
+            return False
+        return bool(self._checked)
+
+    def accept(self, contents: bytes) -> None:
+        """Remember that the plan holds with these contents."""
+        self._checked[contents or b"unreadable"] = None
+        while len(self._checked) > MOST_CONTENTS:
+            self._checked.popitem(last=False)
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written into, or `.data` gives it other memory; negative if that can't be told."""
-    if tensor.is_inference() or tensor.layout != torch.strided:
-        return -1, 0
-    return tensor._version, tensor.data_ptr()
+def _state(tensor: Tensor) -> _State | None:
+    """What changes when a large tensor is written into, or gets other memory; None where its content must be read."""
+    if tensor.is_inference() or tensor.layout != torch.strided or tensor.nbytes <= SMALL:
+        return None
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.layout != other.layout or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.layout == torch.strided:
-        return torch.equal(one, other)
-    first, second = one.to_sparse_coo().coalesce(), other.to_sparse_coo().coalesce()
-    return torch.equal(first.indices(), second.indices())
+def _digest(tensor: Tensor) -> bytes:
+    """A digest of type, shape and entries; of a sparse matrix the stored entries and where they are."""
+    found = hashlib.blake2b(f"{tensor.dtype} {tensor.layout} {tensor.shape}".encode(), digest_size=16)
+    if tensor.is_meta:
+        return found.digest()
+    try:
+        for part in _parts(tensor):
+            found.update(_bytes(part))
+    except (RuntimeError, TypeError, NotImplementedError):  # wrapped by a transform, or quantized: there are no bytes
+        return b""
+    return found.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    try:
+        found: bytes = tensor.numpy(force=True).tobytes()
+    except TypeError:  # a type that numpy lacks
+        found = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
+    return found
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)

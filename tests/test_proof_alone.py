@@ -29,7 +29,7 @@ from provable import COUPLED, INDEPENDENT
 def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     request, seen, problem = planned(func, (x,), in_dims=0)
     outline = Planner.outline(request, seen, [True])
-    return prove(outline, Subject(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.quiet))
+    return prove(outline, Subject(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.quiet))[:2]
 
 
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")

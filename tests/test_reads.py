@@ -190,3 +190,16 @@ def test_places_are_compared_by_identity() -> None:
         held["a"] = number + 10_000
         changed = reads.changed()
     assert not changed
+
+
+def test_a_tensor_in_place_of_another_is_noticed_for_good() -> None:
+    held = {"mask": torch.ones(3, dtype=torch.bool)}
+
+    def func() -> Any:
+        return held
+
+    reads = Reads(func)
+    for _ in range(3 * MOST_CHANGES):
+        held["mask"] = held["mask"].clone()
+        assert reads.changed() == "tensors"
+        assert not reads.changed()

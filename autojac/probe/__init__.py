@@ -102,7 +102,8 @@ def examine(
             manners.kernels,
             (*declared.evidence, *evidence, line),
             declared.sparsity,
-            declared.watched,
+            # nothing is proved of what the user promises
+            declared.watched or declared.assumes,
         )
         return Examined(structure, batched, notice, outline)
     subject = Subject(fn, held, kwargs, inputs, sides, len(values[0]), quiet)
@@ -144,4 +145,5 @@ def _featured(
         evidence=evidence,
         sparsity=Sparsity(structure.samples, found.pattern),
         suspect=structure.suspect or not found.agreed,
+        watched=structure.watched or found.watched,
     )

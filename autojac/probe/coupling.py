@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autojac.outline import Outline
 from autojac.probe.pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
-from autojac.probe.proof import meeting, prove
+from autojac.probe.proof import Proof, meeting, prove
 from autojac.probe.samples import sample_graph
 from autojac.sparsity import Sparsity
 from autojac.structure import Coupling, Structure
@@ -72,20 +72,21 @@ def coupled(
         alone, line = meeting(outline, subject, masks, called, generator)
         evidence.append(line)
         if alone:
-            return Structure("statistics", "observed", False, None in said, evidence=tuple(evidence))
-    proved = False
+            return Structure("statistics", "observed", False, None in said, evidence=tuple(evidence), watched=True)
+    proof = Proof(False, "")
     if outline is not None and subject.inputs:
-        proved, line = prove(outline, subject)
-        evidence.append(line)
+        proof = prove(outline, subject)
+        evidence.append(proof.line)
     elif outline is not None:
         outline.close()
     return Structure(
         "independent",
-        "proved" if proved else "observed",
+        "proved" if proof.sound else "observed",
         refusal is None,
         # values alone tell what is dead here: without them trust nothing for long
         suspect=bool(verdicts) and verdicts[1].coupled is None,
         evidence=tuple(evidence),
+        watched=not proof.any_values,
     )
 
 

@@ -42,11 +42,13 @@ class Features:
             flattened in their order; None where it is dense, too expensive to find, or can't be found.
         evidence: the line for `explain`; empty where there is nothing to look for.
         agreed: nothing was seen outside of the pattern before it was completed.
+        watched: another pattern may hold for other values of the tensors that are not differentiated.
     """
 
     pattern: Pattern | None
     evidence: str
     agreed: bool = True
+    watched: bool = False
 
 
 class Dense(Exception):
@@ -83,7 +85,7 @@ def feature_pattern(
     if subject.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")
     try:
-        found, how = _by_operators(small, where, draws, bool(watch.escaped), generator)
+        found, reads, how = _by_operators(small, where, draws, bool(watch.escaped), generator)
     except Dense as dense:
         return Features(None, f"features: dense, {dense}")
     recorded = found is not None
@@ -100,7 +102,9 @@ def feature_pattern(
     pattern = Pattern.of(found)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
     line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
-    return Features(pattern if pattern.density <= DENSEST else None, line, not added)
+    return Features(
+        pattern if pattern.density <= DENSEST else None, line, not added, reads or not recorded or bool(added)
+    )
 
 
 def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
@@ -129,18 +133,18 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
 
 def _by_operators(
     subject: Subject, where: Coordinates, draws: bool, escapes: bool, generator: torch.Generator
-) -> tuple[scipy.sparse.csr_array | None, str]:
-    """The pattern that follows from the operators, and how it is known or why it is not."""
+) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+    """The pattern that follows from the operators, whether Python sees data, and how it is known or why it is not."""
     found, reads, how = _recorded(subject, where, draws)
     if found is None or not (reads or escapes):
-        return found, how
+        return found, False, how
     # another branch may run at another point
     points = 1
     for turn, scale in enumerate(SCALES):
         more, _, _ = _recorded(subject.elsewhere(turn, scale, generator), where, draws)
         if more is not None:
             found, points = found + more, points + 1
-    return found, f"{how}, at {points} points since func looks at its data"
+    return found, True, f"{how}, at {points} points since func looks at its data"
 
 
 def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -38,27 +38,41 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def prove(outline: Outline, subject: Subject) -> tuple[bool, str]:
-    """Whether the graph proves that samples are independent, and the line for `explain`."""
+class Proof(NamedTuple):
+    """What the graph of a call proves.
+
+    Attributes:
+        sound: samples are independent, whatever func is called with.
+        line: for `explain`.
+        any_values: they are whatever the values of all tensors, as long as the same operators run.
+    """
+
+    sound: bool
+    line: str
+    any_values: bool = False
+
+
+def prove(outline: Outline, subject: Subject) -> Proof:
+    """Whether the graph proves that samples are independent."""
     flow = outline.flow
     if flow is None:
-        return False, f"proof: none, {outline.reason}"
+        return Proof(False, f"proof: none, {outline.reason}")
     if flow.graph.reads_data:
-        return False, "proof: none, func looks at its data, so another input may take another branch"
+        return Proof(False, "proof: none, func looks at its data, so another input may take another branch")
     if not flow.independent:
-        return False, f"proof: none, {outline.obstacle}"
+        return Proof(False, f"proof: none, {outline.obstacle}")
     with subject.quiet():
         again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
     if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
-        return False, "proof: none, func makes a tensor anew in each call where no operator is seen"
+        return Proof(False, "proof: none, func makes a tensor anew in each call where no operator is seen")
     with Watch() as watch:
         subject.values({})
     if watch.escaped:
-        return False, f"proof: none, func hands its data to other code by {watch.escaped}"
+        return Proof(False, f"proof: none, func hands its data to other code by {watch.escaped}")
     line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
     if outline.state:
-        return False, f"{line}; but {outline.state} may change what runs, so it is checked on like an observation"
-    return True, line
+        line += f"; but {outline.state} may change what runs, so it is checked on like an observation"
+    return Proof(not outline.state, line, any_values=True)
 
 
 def meeting(

@@ -109,6 +109,7 @@ def _followed(outline: Outline, subject: Subject, generator: torch.Generator) ->
     found, escaped, data = _spread(outline.flow.graph.key, subject)
     if found.samples is not None and (escaped or data):
         # Python may have chosen the neighbours, or the operators, by the values
+        found = dataclasses.replace(found, watched=True)
         for scale in SCALES:
             try:
                 other, _, _ = _spread(None, _moved_to(subject, scale, generator))
@@ -183,10 +184,7 @@ def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line:
             return _Found(None, f"{line}, and most depend on most")
         quiet_turns = quiet_turns + 1 if turn and not more else 0
         if turn >= len(SCALES) and quiet_turns >= 2:
-            sides = len(subject.leaves) > len(subject.inputs) or any(
-                isinstance(value, Tensor) for value in pytree.tree_leaves(dict(subject.kwargs))
-            )
-            return _Found(coded.known, f"by {coded.passes} index-coded probes at {turn + 1} points ({line})", sides)
+            return _Found(coded.known, f"by {coded.passes} index-coded probes at {turn + 1} points ({line})", True)
     return _Found(None, f"{line}, and who depends on whom changes from point to point")
 
 

@@ -19,7 +19,7 @@ from autojac.autodiff import hooked, saved_tensors_apart, transforming
 from autojac.captures import Captures, captures
 from autojac.compression import colored
 from autojac.derived import Derived
-from autojac.dynamo import opaque_methods
+from autojac.dynamo import eagerly, opaque_methods, original
 from autojac.entry import UNCHANGED, Entry, Noticed, prepared
 from autojac.errors import InputError, StructureChangedWarning, UnsupportedError, kind_of
 from autojac.explain import explanation
@@ -84,7 +84,8 @@ class AutoJacobian(Derived):
         return {"func": self.func, "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.func: Callable[..., Any] = state["func"]
+        # a compiled function stays its owner's: what it was compiled from is differentiated
+        self.func: Callable[..., Any] = original(state["func"])
         self.options: Options = state["options"]
         self._planner = Planner(self.func, self.options)
         self._entries: dict[Any, Entry] = {}
@@ -243,11 +244,12 @@ class AutoJacobian(Derived):
                 "a torch.func transform or forward mode is under way, in which torch makes no sparse "
                 "matrices. Wrap the function with layout='blocks' or 'full' for use there"
             )
-        frame = Frame(self.func, args, self.options)
+        reach = captures(self.func)
+        frame = Frame(eagerly(self.func) if reach.compiled else self.func, args, self.options)
         leaves = frame.leaves(args)
         # a structure holds for one kind of call: other flags or keywords may couple what these do not
         named = tuple([(name, describe(value)) for name, value in kwargs.items()])
-        flags = current_flags(captures(self.func).modules)
+        flags = current_flags(reach.modules)
         for (_, known_named, _, _, known_flags), entry in self._entries.items():
             problem = entry.problem
             shapes = [leaf.event_shape for leaf in problem.leaves]

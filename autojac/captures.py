@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autojac.dynamo import is_compiled
 from autojac.origin import code_names, is_library
 from autojac.walk import MODULE_FIELDS, Walk
 
@@ -21,6 +22,7 @@ class Captures:
         modules: distinct modules, submodules included.
         tensors: distinct parameters, buffers and captured tensors.
         opaque: something could not be followed, so there may be more.
+        compiled: some of it runs through torch.compile.
         state: a value that Python may change between calls, and with it what runs; empty if there is none.
     """
 
@@ -28,6 +30,7 @@ class Captures:
     tensors: tuple[torch.Tensor, ...]
     opaque: bool
     state: str = ""
+    compiled: bool = False
 
 
 def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
@@ -44,7 +47,7 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     for obj in without:
         walk.leave_out(obj)
     walk.visit(func)
-    return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque, walk.state)
+    return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque, walk.state, walk.compiled)
 
 
 class _Reach(Walk):
@@ -53,8 +56,10 @@ class _Reach(Walk):
     def __init__(self) -> None:
         super().__init__()
         self.state = ""
+        self.compiled = False
 
     def _module(self, module: torch.nn.Module) -> None:
+        self.compiled = self.compiled or is_compiled(module)
         if not is_library(type(module).__module__):
             for name, value in vars(module).items():
                 if name not in MODULE_FIELDS:
@@ -62,6 +67,7 @@ class _Reach(Walk):
         super()._module(module)
 
     def _function(self, function: types.FunctionType) -> None:
+        self.compiled = self.compiled or is_compiled(function)
         if not is_library(function.__globals__.get("__name__")):
             for name in code_names(function.__code__):
                 self._notice(function.__globals__.get(name, len), f"global variable {name}")

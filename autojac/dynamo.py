@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import types
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 
+from autojac.walk import HOOKS
+
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K", bound=type)
+COMPILED = "torch._dynamo.eval_frame"
+"""Where torch.compile's own kind of module is defined, and how compiled code runs is decided."""
+
+_lock = threading.Lock()
+_users: list[int] = []
+_usual: list[Any] = []
 
 
 def opaque(function: F) -> F:
@@ -36,3 +46,55 @@ def opaque_methods(kind: K) -> K:
             if isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("_")):
                 opaque(value)
     return kind
+
+
+def is_compiled(func: Any) -> bool:
+    """Whether a function or module runs through torch.compile when it is called."""
+    if isinstance(func, torch.nn.Module):
+        # a module that is compiled in place keeps what its call was compiled to
+        return type(func).__module__ == COMPILED or vars(func).get("_compiled_call_impl") is not None
+    return isinstance(func, types.FunctionType) and "_torchdynamo_orig_callable" in vars(func)
+
+
+def original(func: Any) -> Any:
+    """What torch.compile was given; a function or module that it did not make as it is."""
+    while is_compiled(func):
+        if isinstance(func, types.FunctionType):
+            func = vars(func)["_torchdynamo_orig_callable"]
+        elif type(func).__module__ == COMPILED and not any(getattr(func, hooks) for hooks in HOOKS):
+            func = func._orig_mod
+        else:
+            break
+    return func
+
+
+def eagerly(func: F) -> F:
+    """A function without the compiled code in it: what that was compiled from runs instead.
+
+    A compiled backward runs once, has no derivative, and no transform goes through it; and what autojac tries would
+    count among what its owner compiled it for. torch knows one stance for all threads.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _eager():
+            return func(*args, **kwargs)
+
+    made: Any = run
+    return made
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    frames: Any = sys.modules[COMPILED]
+    thread = threading.get_ident()
+    with _lock:
+        if not _users:
+            _usual[:] = [frames._set_stance(frames.DynamoStance("force_eager"))]
+        _users.append(thread)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.remove(thread)
+            if not _users:
+                frames._set_stance(_usual.pop())

@@ -18,6 +18,7 @@ from autojac.autocast import outside_autocast
 from autojac.autodiff import saved_tensors_apart
 from autojac.captures import Captures
 from autojac.coloring import Colorings
+from autojac.dynamo import eagerly
 from autojac.entry import Entry, Request, Seen, prepared
 from autojac.errors import ModesDisagreeWarning, PlanMissError, SearchError, StoreError, StructureChangedWarning
 from autojac.frame import Frame, describe
@@ -75,7 +76,7 @@ class Planner:
 
     def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
         """A call, described: its frame, its tensors and what else counts for the choice of a plan."""
-        frame = Frame(self.func, args, self.options)
+        frame = Frame(eagerly(self.func) if captured.compiled else self.func, args, self.options)
         leaves = frame.leaves(args)
         given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
         trained = tuple(t for t in (*captured.tensors, *given) if t.requires_grad)

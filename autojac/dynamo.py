@@ -7,7 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from autojac.walk import HOOKS
 
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K", bound=type)
+P = ParamSpec("P")
+T = TypeVar("T")
 COMPILED = "torch._dynamo.eval_frame"
 """Where torch.compile's own kind of module is defined, and how compiled code runs is decided."""
 
@@ -68,19 +70,18 @@ def original(func: Any) -> Any:
     return func
 
 
-def eagerly(func: F) -> F:
+def eagerly(func: Callable[P, T]) -> Callable[P, T]:
     """A function without the compiled code in it: what that was compiled from runs instead.
 
     A compiled backward runs once, has no derivative, and no transform goes through it; and what autojac tries would
     count among what its owner compiled it for. torch knows one stance for all threads.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with _eager():
             return func(*args, **kwargs)
 
-    made: Any = run
-    return made
+    return run
 
 
 @contextmanager

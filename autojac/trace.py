@@ -89,6 +89,9 @@ class Recorded:
             lower: what to make of each program, such as compiling it.
         """
         inputs = [tensor.detach() for _, tensor in self.inputs]
+        if any(node.op == "call_function" and node.meta["draws"] for node in self.graph.nodes):
+            # a compiler draws other numbers, and from a generator of its own
+            lower = None
         aside = None
         given = len(inputs) - len(captured)
         if keep and not self.pulls and lower is None:

@@ -331,8 +331,10 @@ def test_a_graph_of_samples_belongs_to_its_batch() -> None:
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 def test_colors_compile_and_go_through_slices_of_the_batch(layout: str) -> None:
     problem, x, expected = posed("stencil", layout)
-    for outer in ({"method": "Compiled"}, {"method": "BatchChunk", "size": 2}):
-        method = build({**outer, "inner": {"method": "ColoredPull", "engine": "vmap"}})
+    colored = {"method": "ColoredPull", "engine": "vmap"}
+    compiled = {"method": "Compiled", "inner": {"method": "Replay", "inner": colored}}
+    for spec in (compiled, {"method": "BatchChunk", "size": 2, "inner": colored}):
+        method = build(spec)
         assert method.unsupported(problem) is None
         found = dense(problem, method.ready(problem)([x], {}).jacobians[0][0], 0)
         torch.testing.assert_close(found.reshape(expected[0].shape), expected[0], rtol=1e-12, atol=1e-12)

@@ -329,7 +329,7 @@ def test_a_compiled_cut_is_never_stale() -> None:
 def test_only_the_graph_that_was_compiled_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 
-    def plain(program: Any) -> Any:
+    def plain(program: Any, strict: bool) -> Any:
         def run(*args: Any) -> Any:
             runs.append(1)
             return program(*args)

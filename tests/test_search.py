@@ -271,7 +271,9 @@ def test_one_compiled_candidate_is_right_and_differentiable(net: nn.Module) -> N
     net.requires_grad_(True)
     x = torch.randn(6, 3, dtype=torch.float64)
     request, _, problem = planned(net, (x,))
-    method = build({"method": "Compiled", "inner": {"method": "PerSample", "mode": "reverse"}})
+    method = build(
+        {"method": "Compiled", "inner": {"method": "Replay", "inner": {"method": "PerSample", "mode": "reverse"}}}
+    )
     reference = optimize.Reference(problem, request.leaves, {}, Quiet(()))
     result = method.prepare(problem)(request.leaves, {})
     assert reference.check(result) is None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autojac.autodiff import Bound, Pullback, load_forward_rules
 from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
-from autojac.compilation import compiled
+from autojac.compilation import compiled, missing
 from autojac.graph import Graph
 from autojac.layouts import from_blocks
 from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
@@ -68,6 +68,9 @@ class Bottleneck(Method):
             return "an input is shared by all samples, so its rows would be added up over the batch"
         if min(problem.in_size, problem.out_size) < LEAST_WIDTH:
             return f"inputs or outputs have fewer than {LEAST_WIDTH} elements, so nothing narrower is worth a cut"
+        nothing = missing(problem.leaves[problem.inputs[0]].device) if self.compiled and problem.trial else None
+        if nothing is not None:
+            return nothing
         if self.compiled and problem.differentiable:
             return "torch.compile gives what it pushes no backward: it stops at a ZeroTensor"
         if problem.outline is None:
@@ -127,7 +130,8 @@ class Bottleneck(Method):
         cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
         eager = functools.partial(self._jacobians, problem)
-        multiplied = _CompiledOnce(eager) if self.compiled else eager
+        nothing = missing(problem.leaves[problem.inputs[0]].device)
+        multiplied = _CompiledOnce(eager, problem.trial) if self.compiled and nothing is None else eager
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             recording, found = cutter(leaves, kwargs)
@@ -173,8 +177,8 @@ class Bottleneck(Method):
 class _CompiledOnce:
     """The product of one graph's factors as a compiled program, for whatever call records that graph again."""
 
-    def __init__(self, eager: Multiplied) -> None:
-        self.eager = eager
+    def __init__(self, eager: Multiplied, strict: bool) -> None:
+        self.eager, self.strict = eager, strict
         self.numbers: tuple[int, ...] = ()
         self.exact: Any = None
         self.program: Callable[..., Jacobians] | None = None
@@ -195,7 +199,7 @@ class _CompiledOnce:
         # the compiler can't look into what is loaded or found when first asked
         load_forward_rules()
         blank.needed(blank.outputs, frozenset())
-        return compiled(program)
+        return compiled(program, self.strict)
 
 
 class _Accumulator:

@@ -1,36 +1,35 @@
-"""Wrapper: `torch.compile` of another method for the signature at hand."""
+"""Wrapper: what torch's compiler makes of another method's flat program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-from torch import Tensor
-
-from autojac.compilation import compiled, lowered
+from autojac.compilation import lowered, missing
 from autojac.methods.base import Method, Wrapper, registry
-from autojac.problem import Compute, Problem, Result
+from autojac.problem import Compute, Problem
 
 
 @dataclass(frozen=True)
 class Compiled(Wrapper):
-    """Another method, compiled into one graph.
+    """Another method's flat program, compiled; where nothing compiles it, the program as it is.
 
     Attributes:
-        inner: the method to compile; it must go through torch.func, which the compiler can trace, or be flat already.
+        inner: the method; it must be flat, as replays are.
     """
 
     inner: Method
 
     def unsupported(self, problem: Problem) -> str | None:
-        if self.inner.flat:
-            return self.inner.unsupported(problem)
-        if not self.inner.traceable:
-            return "torch.compile traces torch.func transforms, not torch.autograd.grad or dual numbers"
-        if not problem.structure.independent:
-            return "the loop over rows of a coupled batch would be unrolled by the compiler"
-        return self.inner.unsupported(problem) or super().unsupported(problem)
+        if not self.inner.flat:
+            return "only flat programs are compiled: the compiler's own guards miss hooks and methods exchanged later"
+        if problem.structure.draws:
+            return "func draws random numbers, and compiled code draws others than func does"
+        # a plan that was found elsewhere is served by the program itself
+        nothing = missing(problem.leaves[problem.inputs[0]].device) if problem.trial else None
+        return nothing or self.inner.unsupported(problem)
 
     @property
     def compiles(self) -> bool:
@@ -38,27 +37,18 @@ class Compiled(Wrapper):
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        if not depth:
-            return
-        for kind in registry().values():
-            if kind is not cls:
-                # depth 0: compiling is dear, so chunk sizes are not searched under it
-                for method in kind.candidates(problem, 0):
-                    if (method.traceable or method.flat) and not method.chunked:
-                        yield cls(method)
+        # depth 0: compiling is dear, so chunk sizes are not searched under it
+        if depth:
+            yield from map(cls, registry()["Replay"].candidates(problem, 0))
 
     def cost(self, problem: Problem) -> float:
         return 0.6 * self.inner.cost(problem)
 
     def prepare(self, problem: Problem) -> Compute:
-        flat = self.inner.lowered(problem, lowered)
-        if flat is not None:
-            return flat
-        inner = self.inner.prepare(problem)
-
-        def program(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-            result = inner(leaves, kwargs)
-            return result.values, result.jacobians
-
-        run = compiled(program)
-        return lambda leaves, kwargs: Result(*run(leaves, kwargs))
+        strict, effects = problem.trial, bool(problem.structure.effects)
+        lower = functools.partial(lowered, strict=strict, repeatable=not effects)
+        if not strict and missing(problem.leaves[problem.inputs[0]].device) is not None:
+            return self.inner.prepare(problem)
+        made = self.inner.lowered(problem, lower)
+        assert made is not None
+        return made

@@ -28,9 +28,9 @@ from autojac.frame import Frame, describe, recording
 from autojac.methods.base import composable
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
-from autojac.planner import Planner
+from autojac.planner import Planner, trained_by
 from autojac.problem import Result
-from autojac.quiet import Quiet
+from autojac.quiet import Quiet, without_hooks
 from autojac.reads import MOST_CHANGES
 from autojac.replaying import Replaying
 from autojac.signature import current_flags
@@ -254,7 +254,7 @@ class AutoJacobian(Derived):
             problem = entry.problem
             shapes = [leaf.event_shape for leaf in problem.leaves]
             same = known_named == named and known_flags == flags and entry.frame.context == frame.context
-            if same and len(leaves) == len(shapes):
+            if same and len(leaves) == len(shapes) and not entry.provisional:
                 events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
                 if events == shapes:
                     batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
@@ -301,7 +301,7 @@ class AutoJacobian(Derived):
         return entry
 
     def _keep(self, key: Any, entry: Entry) -> None:
-        if self.options.verify == "never":
+        if self.options.verify == "never" and not entry.provisional:
             entry.next_check, entry.unchecked, entry.numbers = math.inf, True, None
         before = self._entries.get(key)
         if before is not None:
@@ -324,18 +324,32 @@ class AutoJacobian(Derived):
 
         `noticed` is what was seen to have changed. Arguments are free to, and nobody is warned.
         """
-        problem = dataclasses.replace(entry.problem, differentiable=False)
         before = Quiet(entry.mutable)
-        reference = Reference(problem, leaves, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
+        # what a search has just found was checked with its gradient
+        trains = entry.problem.differentiable and not hooked() and not (entry.fresh and entry.calls == 1)
+        problem = dataclasses.replace(entry.problem, differentiable=trains)
+        own = tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves)
+        reference = Reference(problem, own, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
+        if entry.provisional and reference.says:
+            return self._planned_again(key, leaves, args, kwargs)
+        result: Result | None = None
+        through = False
         try:
             result = entry.run(leaves, kwargs)
             with saved_tensors_apart():
                 wrong = reference.check(result)
+                through = wrong is None and trains
+                if through:
+                    wrong = self._gradient_error(entry, reference, own, kwargs, before)
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
-        if wrong is None:
+        if not reference.says:
+            # no verdict: the next call is checked in the place of this one
+            entry.next_check = min(entry.next_check, entry.calls + 1)
+            return entry, entry.plainly(leaves, kwargs) if result is None else result
+        if wrong is None and result is not None:
             if noticed.what == "function" and entry.renewals < MOST_CHANGES:
                 self._captured = captures(self.func)
                 if entry.reads is not None:
@@ -346,7 +360,7 @@ class AutoJacobian(Derived):
         with self._lock:
             request = self._planner.request(self._reach(), args, kwargs)
             last = entry.last_check
-            entry = self._planner.recover(entry, request, self._reach(), wrong)
+            entry = self._planner.recover(entry, request, self._reach(), str(wrong), structure=not through)
             self._keep(key, entry)
             entry.watch.accept(entry.contents(leaves, kwargs))
         if noticed.what == "arguments":
@@ -362,3 +376,23 @@ class AutoJacobian(Derived):
         )
         with before():
             return entry, entry.run(leaves, kwargs)
+
+    def _gradient_error(
+        self, entry: Entry, reference: Reference, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], before: Quiet
+    ) -> str | None:
+        """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
+        trained = trained_by(captures(self.func), kwargs)
+        with before(), without_hooks(trained):
+            return reference.check_gradient(entry.run(leaves, kwargs), trained)
+
+    def _planned_again(
+        self, key: Any, leaves: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, Result]:
+        """Plan where something can be verified, after a plan that was made where nothing could."""
+        with self._lock:
+            entry = self._planner.entry(self._planner.request(self._reach(), args, kwargs), self._reach())
+            self._keep(key, entry)
+        entry.calls = 1
+        if entry.provisional:
+            return entry, entry.run(leaves, kwargs)
+        return self._checked(key, entry, leaves, args, kwargs, UNCHANGED)

@@ -70,6 +70,10 @@ class Entry:
     loop: Compute | None = None
     factored: Any = None
     again: Any = None
+    fresh: bool = False
+    """A search in this process has just found the plan."""
+    provisional: bool = False
+    """The plan was made where no derivative is finite, so that nothing could be verified."""
 
     def finished(self, result: Result) -> Sequence[Sequence[Tensor]]:
         """The Jacobians as the user gets them: entries become matrices."""
@@ -87,11 +91,13 @@ class Entry:
 
         torch.func refuses such hooks, and checkpointing's compute func again at every backward, even under vmap.
         """
-        if not hooked():
-            return self.compute
+        return self.plainly if hooked() else self.compute
+
+    def plainly(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        """Compute by a loop of plain VJPs."""
         if self.loop is None:
             self.loop = prepared(self.frame, self.problem, reverse(self.problem, "loop"))
-        return self.loop
+        return self.loop(leaves, kwargs)
 
     def run(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         """Compute, outside the caller's autocast but for func."""

@@ -41,7 +41,7 @@ class Places:
             self.problem.layout not in ("full", "sparse") and self.problem.leaves[self.problem.inputs[position]].batched
         )
 
-    def _per_row(self, position: int) -> bool:
+    def per_row(self, position: int) -> bool:
         """Whether a pulled cotangent has one row for each sample."""
         return self.problem.leaves[self.problem.inputs[position]].batched
 
@@ -57,12 +57,15 @@ class Places:
         """The part of a pulled row that the layout keeps."""
         size = seeds.size(self.problem.outputs[output])
         if self.problem.layout == "sparse":
-            whole = pulled.reshape(-1)
-            stored = self.problem.entries(output, self.problem.inputs[position]).stored(row, whole.device)
-            # zero times an infinite derivative is NaN: that is no entry that the pattern misses
-            return torch.where(stored | torch.isfinite(whole), whole, 0)
+            return pulled.reshape(-1)
         kept = pulled[row // size] if self.blockwise(position) else pulled
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
+
+    def reached(self, pulled: Tensor, position: int, projection: Projection) -> Tensor:
+        """What a projection's VJP gave where the projection lives, one row a sample."""
+        alone = projection.samples is not None and self.blockwise(position)
+        own = pulled[list(projection.samples or ())] if alone else pulled
+        return own.reshape(len(own) if self.per_row(position) else 1, -1)
 
     def project(self, whole: Tensor, output: int, position: int, projection: Projection) -> tuple[Tensor, Tensor]:
         """Cotangent times Jacobian, one row a sample, and the size of the terms in it."""
@@ -71,7 +74,7 @@ class Places:
         jacobian, cotangent = whole.detach().to(dtype), projection.cotangent.to(dtype)
         if self.problem.layout == "sparse":
             entries = self.problem.entries(output, self.problem.inputs[position])
-            lead = self.problem.batch if self._per_row(position) else 1
+            lead = self.problem.batch if self.per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
             found, scale = (entries.pull(j, u.reshape(-1)).reshape(lead, -1) for u, j in pairs)
             return found, scale
@@ -86,7 +89,7 @@ class Places:
             own = left[:, 0, chosen] * jacobian[:, chosen]
             return own, own.abs()
         if not self.blockwise(position):
-            lead = self.problem.batch if self._per_row(position) else 1
+            lead = self.problem.batch if self.per_row(position) else 1
             pairs = ((cotangent, jacobian), (cotangent.abs(), jacobian.abs()))
             found, scale = (torch.tensordot(u, j, 1 + event_dims) for u, j in pairs)
             found, scale = (t.reshape(lead, t.numel() // max(lead, 1)) for t in (found, scale))

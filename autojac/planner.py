@@ -58,6 +58,12 @@ def nested() -> Iterator[bool]:
             end_watch()
 
 
+def trained_by(captured: Captures, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
+    given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
+    return tuple(t for t in (*captured.tensors, *given) if t.requires_grad)
+
+
 class Planner:
     """Finds or makes the plan for a call of one function.
 
@@ -78,8 +84,7 @@ class Planner:
         """A call, described: its frame, its tensors and what else counts for the choice of a plan."""
         frame = Frame(eagerly(self.func) if captured.compiled else self.func, args, self.options)
         leaves = frame.leaves(args)
-        given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
-        trained = tuple(t for t in (*captured.tensors, *given) if t.requires_grad)
+        trained = trained_by(captured, kwargs)
         differentiable = torch.is_grad_enabled() and bool(trained or any(leaf.requires_grad for leaf in leaves))
         kinds = str([(name, describe(value)) for name, value in kwargs.items()])
         kwargs = frame.keywords(args, kwargs)
@@ -190,15 +195,16 @@ class Planner:
             request.captured,
         )
 
-    def recover(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
+    def recover(self, entry: Entry, request: Request, captured: Captures, reason: str, structure: bool = True) -> Entry:
         """A plan for a signature whose own was just caught being wrong.
 
-        The structure is probed again at this input. Where that still sees no coupling the guard is believed.
+        The structure is probed again at this input. Where that still sees no coupling the guard is believed, unless it
+        found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
         with nested(), as_found():
-            return self._recovered(entry, request.apart(), captured, reason)
+            return self._recovered(entry, request.apart(), captured, reason, structure)
 
-    def _recovered(self, entry: Entry, request: Request, captured: Captures, reason: str) -> Entry:
+    def _recovered(self, entry: Entry, request: Request, captured: Captures, reason: str, structure: bool) -> Entry:
         start = time.perf_counter()
         if entry.keys is not None:
             self.stored.refute(entry.keys, reason)
@@ -206,9 +212,8 @@ class Planner:
         with outside_autocast():
             seen = look(request, captured, self.options, self.stored.keys)
             found = self.examine(request, seen)
-            if found.structure.independent or (
-                found.structure.sparsity == entry.problem.structure.sparsity is not None
-            ):
+            same = found.structure.sparsity == entry.problem.structure.sparsity is not None
+            if structure and (found.structure.independent or same):
                 found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
             return self._search(request, seen, found, "estimate", None, start)
 
@@ -281,9 +286,12 @@ class Planner:
             "estimate" if effort == "estimate" else "search",
             won.trials,
         )
-        self.stored.save(seen.keys, plan)
-        self._remember(seen.signature, plan)
-        return self._made(request, seen, problem, plan, won.method)
+        if won.verified:
+            self.stored.save(seen.keys, plan)
+            self._remember(seen.signature, plan)
+        entry = self._made(request, seen, problem, plan, won.method)
+        entry.fresh, entry.provisional = won.verified, not won.verified
+        return entry
 
     def _made(self, request: Request, seen: Seen, problem: Problem, plan: Plan, method: Method) -> Entry:
         compute = prepared(request.frame, problem, method)

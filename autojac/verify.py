@@ -12,6 +12,7 @@ from torch import Tensor
 from autojac import seeds
 from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback, gradient
+from autojac.evidence import Evidence, only
 from autojac.kernels import plain_formulas
 from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
@@ -44,6 +45,7 @@ class Reference:
 
     Attributes:
         once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
+        says: something at this point is finite, so that a Jacobian that passes was compared with something.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Reference:
         with outside_autocast(), quiet(), plain_formulas(kernels):
             self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable)
             self.values = self.pullback.outputs
+            self.evidence = Evidence.at(problem, self.pullback.inputs, self.values)
             # every coordinate of an output counts alike, by its weight
             self.weights = [balance([value])[0] for value in self.values]
             self.floors = [
@@ -83,10 +86,14 @@ class Reference:
             self.rows = [
                 (output, row, self._single(output, row))
                 for output in range(len(self.values))
-                for row in self._chosen(self.values[output], rows)
+                for row in self._chosen(output, rows)
             ]
-            self.kept = [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
-            self.leak = self._leak()
+            with self.pullback.without_graph():
+                self.kept = (
+                    [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
+                )
+                self.leak = self._leak()
+            self.says = self.every or self._says()
 
     def check(self, result: Result) -> str | None:
         """Why a result is wrong, as a sentence; None if it agrees with everything checked."""
@@ -127,17 +134,27 @@ class Reference:
         actual, expected = [], []
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
+                kept = self.places.kept(one, output, row, position)
+                if not bool(torch.isfinite(kept).all()):
+                    continue
                 own = self.places.row(whole, output, row, position)
                 weight = seeds.noise(own, self.generator)
                 actual.append((own * weight).sum())
-                expected.append((self.places.kept(one, output, row, position) * weight).sum())
+                expected.append((kept * weight).sum())
+        if not actual:
+            return None
         try:
             right = gradient(torch.stack(expected).sum(), sources)
         except RuntimeError:
             self.once = True
             return None
         found = gradient(torch.stack(actual).sum(), sources)
-        for one, other in zip(found, right, strict=True):
+        for mine, theirs in zip(found, right, strict=True):
+            counted = torch.isfinite(theirs)
+            if not self.evidence.whole:
+                # zero times what is NaN elsewhere
+                counted &= torch.isfinite(mine)
+            one, other = only(None if bool(counted.all()) else counted, mine, theirs)
             error = disagreement(
                 one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=max(self.slack)
             )
@@ -157,6 +174,8 @@ class Reference:
                         right = rows if projection.coordinates is None else rows[:, list(projection.coordinates)]
                         gap = (found - right).abs() / (scale + torch.finfo(scale.dtype).tiny)
                         errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
+        if self.evidence.samples is not None:
+            errors *= self.evidence.samples.cpu()
         return errors.topk(min(count, len(errors))).indices.tolist()
 
     def check_shapes(self, result: Result) -> str | None:
@@ -171,8 +190,9 @@ class Reference:
                     return f"J has shape {tuple(jacobian.shape)} instead of {wanted}"
                 if jacobian.dtype != tensor.dtype:
                     return f"J is {jacobian.dtype} where reverse mode gives {tensor.dtype}"
-        for value, expected, slack in zip(result.values, self.values, self.slack, strict=True):
-            error = disagreement(value, expected, slack=slack)
+        for output, (value, expected) in enumerate(zip(result.values, self.values, strict=True)):
+            mine, theirs = only(self.evidence.elements[output], value, expected)
+            error = disagreement(mine, theirs, slack=self.slack[output])
             if error is not None:
                 return f"the value is off by {error:.1g} relative"
         return None
@@ -182,8 +202,9 @@ class Reference:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
                 own = self.places.row(whole, output, row, position)
                 expected = self.places.kept(one, output, row, position)
+                own, expected = self.evidence.row(own, expected, position)
                 # an entry of the diagonal is as exact as the row that it is part of
-                scale = one.detach().abs().amax()[None] if self.problem.layout == "diagonal" else None
+                scale = _largest(one)[None] if self.problem.layout == "diagonal" else None
                 floor = self.floors[output][position] / float(self.weights[output].flatten()[row])
                 slack = self._slack(output, expected)
                 error = disagreement(own[None], expected[None], scale, floor, slack)
@@ -196,14 +217,16 @@ class Reference:
             for projection in self.projections(output):
                 samples = projection.samples
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
-                    found, scale = self.places.project(whole, output, position, projection)
-                    expected = one if samples is None or not self.places.blockwise(position) else one[samples]
+                    seen = self.evidence.cleared(whole, output, position)
+                    found, scale = self.places.project(seen, output, position, projection)
+                    expected = self.places.reached(one, position, projection)
                     if projection.coordinates is not None:
-                        rows = expected.reshape(len(found), -1)
-                        expected, scale = rows[:, list(projection.coordinates)], rows.abs().amax(1, keepdim=True)
+                        scale = expected.detach().nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
+                        expected = expected[:, list(projection.coordinates)]
+                    found, expected = self.evidence.projection(found, expected, position, projection)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
                     slack = self._slack(output, expected)
-                    error = disagreement(found, expected.reshape(found.shape), scale, floor, slack)
+                    error = disagreement(found, expected, scale, floor, slack)
                     if error is not None:
                         where = "of the whole batch" if samples is None else f"of {named(samples)}"
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
@@ -225,6 +248,21 @@ class Reference:
                     if bool((outside > tolerance(size.dtype) * size.amax(0)).any()):
                         return "a cotangent on some samples has a gradient at others"
         return None
+
+    def _says(self) -> bool:
+        """Whether any derivative that a plain VJP gave here is finite."""
+        rows = (
+            self.evidence.says(self.places.kept(one, output, row, position), position)
+            for output, row, pulled in self.rows
+            for position, one in enumerate(pulled)
+        )
+        projections = (
+            self.evidence.says(self.places.reached(one, position, projection), position, projection)
+            for projection in itertools.chain.from_iterable(self.kept)
+            for position, one in enumerate(projection.pulled)
+            if bool(projection.cotangent.any())
+        )
+        return any(rows) or any(projections)
 
     def _slack(self, output: int, pulled: Tensor) -> float:
         """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
@@ -253,6 +291,7 @@ class Reference:
                 kept = torch.zeros_like(value[0]).flatten()
                 kept[list(coordinates)] = 1
                 cotangent = cotangent * kept.view_as(value[0])
+            cotangent = self.evidence.seeded(output, cotangent)
             yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
 
     def _coordinates(self, value: Tensor) -> list[list[int]]:
@@ -268,6 +307,8 @@ class Reference:
     def _apart(self, batch: int) -> list[list[int]]:
         """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
         drawn = torch.randperm(batch, generator=self.generator)
+        if self.evidence.samples is not None:
+            drawn = drawn[self.evidence.samples.cpu()[drawn]]
         graph = self.problem.structure.samples
         if graph is None:
             return [[sample] for sample in drawn[:SAMPLES].tolist()]
@@ -280,13 +321,15 @@ class Reference:
         shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[: self.classes].tolist()
         return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
 
-    def _chosen(self, value: Tensor, rows: int) -> list[int]:
+    def _chosen(self, output: int, rows: int) -> list[int]:
         """Row numbers to compare: the first, the last, and others at random."""
-        count = value.numel()
+        numbers = self.evidence.numbers(output)
+        count = self.values[output].numel() if numbers is None else len(numbers)
         if not rows or not count:
             return []
         drawn = torch.randint(count, (max(rows - 2, 0),), generator=self.generator).tolist()
-        return sorted({0, count - 1, *drawn})
+        places = sorted({0, count - 1, *drawn})
+        return places if numbers is None else numbers[places].tolist()
 
     def _noise(self, output: int) -> Tensor:
         """A random cotangent of one output."""
@@ -302,7 +345,11 @@ def named(samples: Sequence[int]) -> str:
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
 
 
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.detach().nan_to_num(0, 0, 0).abs().amax()
+
+
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:
     """Rounding that the largest of several gradients lends to the others: they sum over the same terms."""
-    largest = max(float(g.detach().nan_to_num(0, 0, 0).abs().amax()) if g.numel() else 0.0 for g in gradients)
+    largest = max(float(_largest(g)) if g.numel() else 0.0 for g in gradients)
     return largest * torch.finfo(gradients[0].dtype).eps * 64

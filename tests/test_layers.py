@@ -86,7 +86,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cuda_graphs",
     ),
     ("methods",),
-    ("probe", "places", "verify"),
+    ("probe", "places", "evidence", "verify"),
     ("search", "store"),
     ("stored", "explain", "progress"),
     ("entry", "factors"),

@@ -179,6 +179,16 @@ class Pullback:
         gradients = _engine_run_backward(outputs, blank, True, False, self.inputs, True, False)
         return [number for number, gradient in enumerate(gradients) if gradient is None]
 
+    @contextmanager
+    def without_graph(self) -> Iterator[None]:
+        """Pull gradients that carry no graph themselves."""
+        differentiable, self.differentiable = self.differentiable, False
+        keeps, self.keeps = self.keeps, True
+        try:
+            yield
+        finally:
+            self.differentiable, self.keeps = differentiable, keeps
+
     def free(self) -> None:
         """Give back what the graph holds: pull zeros a last time."""
         outputs = [y for y in self.recorded if y.requires_grad]

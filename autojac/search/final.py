@@ -26,13 +26,18 @@ FEW_ROUNDS_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the method, its time and torch's in the same shoot-out, and every trial."""
+    """What a search found: the method, its time and torch's in the same shoot-out, and every trial.
+
+    Attributes:
+        verified: it was compared with something; there is nothing where no derivative is finite.
+    """
 
     method: Method
     seconds: float | None
     default_seconds: float | None
     memory_bytes: int | None
     trials: tuple[Trial, ...]
+    verified: bool = True
 
 
 def shoot_out(subject: Subject, defaults: Sequence[Method]) -> Found | None:

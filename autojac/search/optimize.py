@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autojac.autodiff import Pullback
 from autojac.errors import SearchError
-from autojac.methods.base import Method, build
+from autojac.methods.base import Method, build, reverse
 from autojac.plan import Effort, effort_rank
 from autojac.problem import Problem, bind
 from autojac.quiet import Quiet
@@ -83,6 +83,9 @@ def search(
     )
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
+    if not subject.reference.says:
+        # what is slow and safe, until there is something that a faster method can be compared with
+        return dataclasses.replace(_estimate(subject, [reverse(problem, "loop")]), verified=False)
     if effort == "estimate":
         # what records a method is worth its while only where that is timed
         return _estimate(subject, [method for method in space if bare(method) == method])

@@ -31,6 +31,7 @@ from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner, trained_by
 from autojac.problem import Result
 from autojac.quiet import Quiet, without_hooks
+from autojac.ranks import silent
 from autojac.reads import MOST_CHANGES
 from autojac.replaying import Replaying
 from autojac.signature import current_flags
@@ -164,6 +165,9 @@ class AutoJacobian(Derived):
             args, kwargs: the call.
             effort: `"quick"`, `"measure"` or `"exhaustive"`; the wrapper's own by default.
             budget_s: seconds the search may take, overshot by one candidate's run at most.
+
+        Among several ranks of a process group nothing is timed and the effort is `"estimate"`: ranks that decide by
+        their clocks evaluate func unequally often, and wait for each other for ever if it communicates.
         """
         check_budget(budget_s)
         effort = self.options.effort if effort is None else effort
@@ -329,7 +333,9 @@ class AutoJacobian(Derived):
         trains = entry.problem.differentiable and not hooked() and not (entry.fresh and entry.calls == 1)
         problem = dataclasses.replace(entry.problem, differentiable=trains)
         own = tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves)
-        reference = Reference(problem, own, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
+        modules = self._reach().modules
+        with silent(modules):
+            reference = Reference(problem, own, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
         if entry.provisional and reference.says:
             return self._planned_again(key, leaves, args, kwargs)
         result: Result | None = None
@@ -364,7 +370,7 @@ class AutoJacobian(Derived):
             self._keep(key, entry)
             entry.watch.accept(entry.contents(leaves, kwargs))
         if noticed.what == "arguments":
-            with before():
+            with before(), silent(modules):
                 return entry, entry.run(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
         since = "func has changed, which was noticed at once" if noticed.what else since
@@ -374,7 +380,7 @@ class AutoJacobian(Derived):
             StructureChangedWarning,
             stacklevel=4,
         )
-        with before():
+        with before(), silent(modules):
             return entry, entry.run(leaves, kwargs)
 
     def _gradient_error(
@@ -382,7 +388,7 @@ class AutoJacobian(Derived):
     ) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
         trained = trained_by(captures(self.func), kwargs)
-        with before(), without_hooks(trained):
+        with before(), without_hooks(trained), silent(self._reach().modules):
             return reference.check_gradient(entry.run(leaves, kwargs), trained)
 
     def _planned_again(

@@ -10,14 +10,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autojac.autocast import outside_autocast
-from autojac.captures import captures
+from autojac.captures import Captures, captures
 from autojac.dynamo import opaque
 from autojac.entries import Entries
+from autojac.entry import Request
 from autojac.errors import VerificationError
 from autojac.look import look
 from autojac.options import Options
 from autojac.planner import Planner
 from autojac.problem import Problem, Result
+from autojac.ranks import silent
 from autojac.sparsity import Pattern
 from autojac.structure import Structure
 from autojac.verify import Reference
@@ -39,7 +41,7 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
     planner = Planner(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
     captured = captures(func)
     request = planner.request(captured, args, kwargs)
-    with outside_autocast():
+    with outside_autocast(), silent(captured.modules):
         seen = look(request, captured, planner.options, planner.stored.keys)
         return planner.examine(request, seen).structure
 
@@ -67,6 +69,15 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     planner = Planner(func, Options.checked(given))
     captured = captures(func)
     request = dataclasses.replace(planner.request(captured, args, kwargs), differentiable=False)
+    with silent(captured.modules):
+        wrong = _wrong(jacobian, planner, captured, request, probes)
+    if wrong is not None:
+        raise VerificationError(f"the Jacobian is wrong: {wrong}")
+
+
+def _wrong(jacobian: Any, planner: Planner, captured: Captures, request: Request, probes: int) -> str | None:
+    """Return why a Jacobian is wrong, as a sentence; None if it agrees."""
+    layout, kwargs = planner.options.layout, request.kwargs
     seen = look(request, captured, planner.options, planner.stored.keys)
     independent = planner.problem(request, seen, Structure("independent", "declared"), seen.guess)
     flat = pytree.tree_leaves(jacobian)
@@ -89,8 +100,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples, every=True)
         with seen.quiet():
             wrong = reference.check(result)
-    if wrong is not None:
-        raise VerificationError(f"the Jacobian is wrong: {wrong}")
+    return wrong
 
 
 def _held(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TypeVar
 
+from autojac.ranks import several
+
 T = TypeVar("T")
 
 LEAVING_S = 1.0
@@ -29,10 +31,12 @@ def within(seconds: float, run: Callable[[], T]) -> T:
     call into torch runs to its end first. What must be put back in any case belongs outside of `run`. This is no
     context manager, because the exception may come while a block is being left, where nothing would catch it.
 
+    One of several ranks is never interrupted: the others would wait for it.
+
     Raises:
         TimeoutError: `run` was interrupted.
     """
-    if seconds == math.inf:
+    if seconds == math.inf or several():
         return run()
 
     # of its own class, so that limits within limits tell their exceptions apart; no Exception, which func may catch

@@ -33,6 +33,7 @@ from autojac.probe import Examined, examine, observe
 from autojac.problem import Problem
 from autojac.process import as_found
 from autojac.quiet import without_hooks
+from autojac.ranks import several, silent
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
@@ -102,7 +103,14 @@ class Planner:
             force: search even if a plan is known.
         """
         request = request.apart()
-        with outside_autocast(), without_hooks(request.trained), saved_tensors_apart(), as_found(), nested() as inside:
+        with (
+            outside_autocast(),
+            without_hooks(request.trained),
+            saved_tensors_apart(),
+            as_found(),
+            silent(captured.modules),
+            nested() as inside,
+        ):
             return self._entry(request, captured, effort, budget_s, force, inside)
 
     def _entry(
@@ -117,8 +125,9 @@ class Planner:
         seen = look(request, captured, self.options, self.stored.keys)
         if seen.empty:
             return self._empty(request, seen)
-        if inside:
-            # func calls another AutoJacobian, and this is its turn within the other's search: times would say nothing
+        if inside or several():
+            # func calls another AutoJacobian, and this is its turn within the other's search: times would say nothing;
+            # to several ranks they would say different things, and these would evaluate func unequally often
             effort = "estimate"
         wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
         if not force:
@@ -201,7 +210,7 @@ class Planner:
         The structure is probed again at this input. Where that still sees no coupling the guard is believed, unless it
         found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
-        with nested(), as_found():
+        with nested(), as_found(), silent(captured.modules):
             return self._recovered(entry, request.apart(), captured, reason, structure)
 
     def _recovered(self, entry: Entry, request: Request, captured: Captures, reason: str, structure: bool) -> Entry:

@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "hollow",
         "axes",
         "limits",
+        "ranks",
         "autocast",
         "kernels",
         "options",

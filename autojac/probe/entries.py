@@ -15,12 +15,17 @@ from autojac.autodiff import Pullback
 from autojac.limits import within
 from autojac.probe.coordinates import Coordinates
 from autojac.probe.pairs import GRADIENT_NOISE, SCALES, Subject, differs, price, step
+from autojac.ranks import several
 from autojac.tolerance import balanced_noise
 
 ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
 MOST_ELEMENTS = 1 << 22
 """Elements of inputs and outputs in one pass over replicas of a sample."""
+
+
+MOST_PASSES = 256
+"""Evaluations among several ranks, where no clock may tell what is too dear."""
 
 
 def by_nan(
@@ -30,6 +35,9 @@ def by_nan(
     alone = sliceable and set(where.differentiated) <= where.batched
     chunk = max(MOST_ELEMENTS // (where.m + where.n), 1) if alone else 1
     cost = price(subject) * where.n
+    passes = subject.batch * -(-where.n // chunk) if alone else where.n
+    if several() and passes > MOST_PASSES:
+        return None, f"NaN in each of {where.n} coordinates would take {passes} evaluations"
     if cost > budget_s:
         return None, f"NaN in each of {where.n} coordinates would take {cost:.2g} s"
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]

@@ -23,6 +23,7 @@ from autojac.outline import Outline
 from autojac.probe.coded import Coded
 from autojac.probe.pairs import SCALES, Subject, differs, step
 from autojac.probe.proof import Watch
+from autojac.ranks import deadline
 from autojac.recorder import record
 from autojac.sparsity import Pattern
 
@@ -164,7 +165,7 @@ def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple
 
 def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line: str) -> _Found:
     """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
-    coded = Coded(subject, generator, time.perf_counter() + budget_s)
+    coded = Coded(subject, generator, deadline(budget_s))
     quiet_turns = 0
     for turn in range(2 + 2 * MOST_TURNS):
         scale = (None, *SCALES)[turn] if turn <= len(SCALES) else SCALES[1 + turn % 2]
@@ -190,7 +191,7 @@ def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line:
 
 def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
     """Change some samples and look which outputs move; None if all of them may, by the pattern."""
-    deadline = time.perf_counter() + budget_s
+    end = deadline(budget_s)
     matrix = pattern.scipy()
     # the largest change first: it wakes what is dead here
     elsewhere = [(scale, _moved_to(subject, scale, generator)) for scale in reversed(SCALES)]
@@ -207,7 +208,7 @@ def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator
             moved = _rows(changed, bases[scale])
             if moved is None or bool((moved & ~allowed).any()):
                 return f"outputs move beyond it when some samples change by {scale:g}"
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > end:
                 return None
     return None
 

@@ -66,7 +66,10 @@ def coupled(
     evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
     said = {verdict.coupled for verdict in verdicts}
     if meet:
-        return _shape(subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1)
+        moved = any(verdict.coupled for verdict in verdicts[:2])
+        return _shape(
+            subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1, moved
+        )
     # what is read of a weight by one sample depends on the others too where side inputs are coupled
     if outline is not None and weights and refusal is not None:
         alone, line = meeting(outline, subject, masks, called, generator)
@@ -100,8 +103,13 @@ def _shape(
     generator: torch.Generator,
     evidence: list[str],
     split: bool,
+    moved: bool,
 ) -> Structure:
-    """How coupled samples are coupled; `split` if the layers are at odds."""
+    """How coupled samples are coupled.
+
+    `split` if the layers are at odds; `moved` if a gradient or a value was seen to reach another sample, and not NaN
+    alone: matrix products in half precision pad odd sizes with the next sample's numbers times zero.
+    """
     coupling: Coupling = "dense"
     sparsity: Sparsity | None = None
     watched = False
@@ -115,10 +123,13 @@ def _shape(
             graph = sample_graph(outline, subject, generator, budget_s, classes)
             if graph.pattern is not None and graph.kind is not None:
                 coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
-                refusal = refusal or "samples are coupled"
+                if graph.followed and graph.edgeless and not moved:
+                    coupling, sparsity, watched = "independent", None, True
+                else:
+                    refusal = refusal or "samples are coupled"
                 # what each operator does holds whatever the layers did not see
                 split = graph.suspect or (split and not graph.followed)
-            if sparsity is not None or not alone:
+            if graph.pattern is not None or not alone:
                 evidence.append(f"{graph.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)")
     return Structure(
         coupling, "observed", refusal is None, split, evidence=tuple(evidence), sparsity=sparsity, watched=watched

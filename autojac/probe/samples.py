@@ -55,6 +55,11 @@ class SampleGraph:
     suspect: bool = False
     followed: bool = False
 
+    @property
+    def edgeless(self) -> bool:
+        """Whether no sample depends on another."""
+        return self.pattern is not None and bool((np.diff(self.pattern.starts) == 1).all())
+
 
 @dataclass(frozen=True)
 class _Found:

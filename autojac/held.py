@@ -15,6 +15,12 @@ from typing import Any, Final
 from torch import Tensor
 
 ABSENT: Final = type("Absent", (), {"__repr__": lambda self: "absent"})()
+PYTHON_CACHES: Final = frozenset(
+    ("__slotnames__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__")
+)
+"""Names that Python writes into classes and modules by itself: copy, pickle, help() and warnings do."""
+
+_FUNCTIONS: Final = (types.FunctionType, types.BuiltinFunctionType)
 _BASES: Final = (list, tuple, set, frozenset, deque, OrderedDict)
 _PLAIN_C: Final = frozenset({object, dict, list, tuple, set, frozenset, deque, int, float, complex, str, bytes})
 
@@ -41,10 +47,26 @@ class Place:
 
 
 class Items(Place):
-    """A dict and everything in it."""
+    """A dict and everything in it that counts."""
 
     def look(self) -> tuple[list[Any], list[Any]]:
         return list(dict.keys(self.owner)), list(dict.values(self.owner))
+
+
+class Attributes(Items):
+    """The attributes of a class or a module, without what Python keeps there for itself."""
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        items = [(key, value) for key, value in dict.items(self.owner) if key not in PYTHON_CACHES]
+        return [key for key, _ in items], [value for _, value in items]
+
+
+class Callables(Items):
+    """The functions in a library's module, which may be replaced; what it imports when asked is left out."""
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        items = [(key, value) for key, value in dict.items(self.owner) if isinstance(value, _FUNCTIONS)]
+        return [key for key, _ in items], [value for _, value in items]
 
 
 class Members(Place):
@@ -116,6 +138,11 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return ABSENT
+
+
+def cell_contents(function: types.FunctionType) -> list[Any]:
+    """The variables of a function's closure."""
+    return [_content(cell) for cell in function.__closure__ or ()]
 
 
 def state_reader(kind: type) -> Callable[[Any], Any] | None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from autojac.held import Cells, Fields, Items, Members, Names, Pinned, Place
+from autojac.held import Attributes, Callables, Cells, Fields, Items, Members, Names, Pinned, Place, cell_contents
 from autojac.leaves import SCALARS
 from autojac.names import Used, used
 from autojac.origin import is_library
@@ -93,6 +93,7 @@ class LookedUp(Walk):
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
             self._place(Names(builtins, "builtin {}", found))
         held = [scope[name] for name in uses.scope if name in scope]
+        held += [value for value in cell_contents(function) if isinstance(value, types.ModuleType)]
         for name in found:
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
                 self.refuse(c_reason(builtins[name]))
@@ -137,14 +138,17 @@ class LookedUp(Walk):
                 self.refuse(c_reason(value))
             elif unseen(home, value):
                 self.refuse(f"it may read {home}.{name}, which no guard sees")
+            elif isinstance(value, type) or not callable(value):
+                self.visit(value)
 
     def _whole_module(self, module: Any) -> None:
         if is_library(module.__name__):
             if module.__name__ in _PROCESS:
                 self.refuse(f"it holds the module {module.__name__}, which shows the state of the process")
+            self._place(Callables(module.__dict__, f"{module.__name__}.{{}}"))
             return
         kept = module.__dict__
         names = tuple(sorted(name for name in kept if not (name.startswith("__") and name.endswith("__"))))
-        self._place(Items(kept, f"{module.__name__}.{{}}"))
+        self._place(Attributes(kept, f"{module.__name__}.{{}}"))
         for name in names:
             self.visit(kept[name])

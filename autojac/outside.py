@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 import types
 from collections import deque
@@ -21,12 +22,11 @@ def _words(text: str) -> frozenset[str]:
 # Packages whose functions depend on their arguments alone, but for what is named below.
 TRUSTED: Final = _words(
     """torch torchgen functorch autojac numpy einops opt_einsum functools collections _collections_abc contextlib abc
-    typing dataclasses operator enum copy copyreg types numbers fractions decimal statistics itertools heapq bisect
-    math cmath re string textwrap keyword reprlib weakref _weakrefset warnings builtins"""
+    typing dataclasses operator enum copy copyreg types numbers fractions statistics itertools heapq bisect
+    math cmath re string keyword weakref _weakrefset warnings builtins"""
 )
 _C_MODULES: Final = TRUSTED | _words(
-    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _decimal
-    _weakref"""
+    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref"""
 )
 # What torch itself calls for its own ends.
 _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
@@ -45,7 +45,7 @@ _STATE: Final = _words(
     """torch.backends torch.cuda.memory torch.cuda.random torch.hub torch.serialization torch.distributed
     torch.multiprocessing torch.utils.data torch.utils.benchmark torch.random numpy.random torch._dynamo
     torch._inductor torch.mps torch.xpu torch.profiler torch.utils.cpp_extension numpy.lib.npyio numpy.lib._npyio_impl
-    torch.utils.dlpack numpy.testing"""
+    torch.utils.dlpack numpy.testing torch.utils._config_module numpy._core.arrayprint numpy.core.arrayprint"""
 )
 _STATE_FUNCTIONS: Final = _words(
     """get_rng_state set_rng_state initial_seed seed manual_seed get_num_threads get_num_interop_threads
@@ -53,11 +53,15 @@ _STATE_FUNCTIONS: Final = _words(
     are_deterministic_algorithms_enabled use_deterministic_algorithms get_float32_matmul_precision
     set_float32_matmul_precision memory_allocated memory_reserved max_memory_allocated mem_get_info current_device
     current_stream synchronize elapsed_time utilization from_file fromfile load loadtxt genfromtxt memmap
-    get_printoptions set_printoptions frombuffer"""
+    get_printoptions set_printoptions frombuffer geterr seterr geterrcall seterrcall getbufsize setbufsize errstate"""
 )
+# Flags of the process that torch's own functions tell; those that follow belong to what a plan is filed under.
+_FLAG: Final = re.compile(r"_?get_.*|_?(is|are)_.*_enabled(_only)?|_?is_warn_.*|.*_sdp_enabled")
+_KEYED: Final = _words("is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_default_dtype")
+_OF_FLAGS: Final = _words("torch torch._C torch.amp.autocast_mode torch.autograd.anomaly_mode")
 _RANDOM: Final = ("torch.random", "torch.cuda.random", "torch.mps", "torch.xpu.random")
 _VALUES: Final = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range, slice, type(None))
-_OBJECTS: Final = frozenset({"collections", "re", "decimal", "fractions", "types", "functools", "numpy"})
+_OBJECTS: Final = frozenset({"collections", "re", "fractions", "types", "functools", "numpy"})
 _UNSAFE_OBJECTS: Final = ("Generator", "Event", "Stream", "StorageBase", "UntypedStorage", "RandomState")
 
 
@@ -79,9 +83,14 @@ def frame_reason(home: str, name: str) -> str:
         return f"it calls {name} of {home}"
     if home == "torch._tensor" and name in TENSOR_READERS:
         return f"it reads values of a tensor ({name})"
-    if within(home, _STATE) or (name in _STATE_FUNCTIONS and package(home) in ("torch", "numpy")):
+    if _of_state(home, name) and package(home) in ("torch", "numpy"):
         return f"it calls {name} of {home}, which reads the state of the process"
     return ""
+
+
+def _of_state(home: str, name: str) -> bool:
+    flag = home in _OF_FLAGS and name not in _KEYED and _FLAG.fullmatch(name)
+    return bool(flag) or within(home, _STATE) or name in _STATE_FUNCTIONS
 
 
 def is_foreign(home: str) -> bool:
@@ -136,7 +145,7 @@ def _module_function(home: str, name: str) -> str:
         return "" if name in _HARMLESS else f"it calls {name}"
     if package(home) not in _C_MODULES:
         return f"it calls {name} of {home}"
-    if within(home, _STATE) or name in _STATE_FUNCTIONS:
+    if _of_state(home, name):
         return f"it calls {name} of {home}, which reads the state of the process"
     return ""
 

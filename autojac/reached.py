@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import enum
 import functools
+import logging
 import operator
 import types
 import weakref
@@ -11,8 +13,21 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from autojac.held import Bytes, Fields, Items, Members, Pinned, class_dict, hidden_state, slot_readers, state_reader
+from autojac.held import (
+    Attributes,
+    Bytes,
+    Callables,
+    Fields,
+    Items,
+    Members,
+    Pinned,
+    class_dict,
+    hidden_state,
+    slot_readers,
+    state_reader,
+)
 from autojac.looked_up import LookedUp
 from autojac.origin import is_library
 from autojac.outside import TENSOR_READERS, c_reason
@@ -32,10 +47,17 @@ _HOOKS_OF_ALL: Final = [
     if name.startswith("_global_") and isinstance(hooks, dict) and ("forward" in name or "backward" in name)
 ]
 _IMMUTABLE: Final = (
-    *("operator.", "re.Pattern", "decimal.Decimal", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
+    *("operator.", "re.Pattern", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
     *("_collections._tuplegetter", "collections._tuplegetter"),
 )
-_OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading"})
+_OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading", "os"})
+# Results depend on the thread's context, which operators read unseen.
+_BY_CONTEXT: Final = frozenset({"decimal"})
+_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled"))
+# The functions by which modules compute, wherever they are called from.
+_OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.functional.{}"))
+_FIXED_TYPE: Final = 1 << 8
+"""Flag of classes made in C, whose attributes can't be set."""
 _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 _LOCKS: Final = ("_thread.lock", "_thread.RLock")
 
@@ -53,6 +75,10 @@ class Reached(LookedUp):
             self._place(Items(hooks, "hook of all modules"))
             self.visit(hooks)
         self._place(Fields(torch, "{}", (("default dtype", _default_dtype),)))
+        self._place(Items(pytree.SUPPORTED_NODES, "pytree node {}"))
+        self._library_class(Tensor)
+        # not by `_place`, which would take note of what thousands of functions are called
+        self.places += [Callables(vars(module), name) for module, name in _OF_ALL_CODE]
         self.visit(func)
         if any(id(referent) not in self._order for referent in self._weak):
             self.refuse("it holds a weak reference to what nothing else of it holds")
@@ -76,6 +102,8 @@ class Reached(LookedUp):
         elif isinstance(obj, weakref.ref):
             if obj() is not None:
                 self._weak.append(obj())
+        elif isinstance(obj, logging.Logger):
+            self._place(Fields(obj, "{} of a logger", _LOGGER))
         elif isinstance(obj, torch.jit.ScriptFunction):
             self.refuse("it calls what torch.jit.script has compiled")
         elif isinstance(obj, (bytearray, memoryview)) or (
@@ -139,7 +167,7 @@ class Reached(LookedUp):
                 self._place(Items(kept[hooks], "hook"))
         for base in kind.__mro__[:-1]:
             if is_library(base.__module__):
-                self._place(Items(class_dict(base), f"{{}} of class {base.__name__}"))
+                self._library_class(base)
                 if base.__module__ == "torch.fx.graph_module" and "forward" in vars(base):
                     self.visit(vars(base)["forward"])
         super()._module(module)
@@ -151,12 +179,23 @@ class Reached(LookedUp):
         return (() if reader is None else (("__dict__", reader),)) + slot_readers(kind)
 
     def _class(self, kind: type) -> None:
-        if not is_library(kind.__module__):
-            self._place(Items(class_dict(kind), f"{{}} of class {kind.__name__}"))
+        if isinstance(kind, abc.ABCMeta):
+            self._place(Fields(abc, "{}", (("what is registered with abstract classes", _registrations),)))
+        if kind.__module__ in _BY_CONTEXT:
+            self.refuse(f"it may compute with {kind.__module__}, whose results depend on the context of the thread")
+        if is_library(kind.__module__):
+            for base in kind.__mro__:
+                self._library_class(base)
+        else:
+            self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
             self._place(Fields(kind, f"{{}} of class {kind.__name__}", (("class", type), ("bases", _bases))))
             if type(kind) is not type:
                 self.visit(type(kind))
         super()._class(kind)
+
+    def _library_class(self, kind: type) -> None:
+        if not kind.__flags__ & _FIXED_TYPE:
+            self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
 
     def _c_callable(self, obj: Any) -> None:
         instance = getattr(obj, "__self__", None)
@@ -215,6 +254,16 @@ def _immutable(kind: type) -> bool:
 
 def _default_dtype(owner: Any) -> torch.dtype:
     return torch.get_default_dtype()
+
+
+def _registrations(owner: Any) -> int:
+    """A count of registrations, as the object that stood for it before: places are compared by identity."""
+    token = abc.get_cache_token()
+    assert isinstance(token, int)
+    return _TOKENS.setdefault(token, token)
+
+
+_TOKENS: Final[dict[int, int]] = {}
 
 
 def _bases(kind: type) -> Any:

@@ -160,7 +160,7 @@ class _Draft:
 
     def _items(self, place: Items, keys: list[Any], values: list[Any], versions: dict[int, int]) -> None:
         owner = place.owner
-        if not keys and type(owner) in (dict, OrderedDict):
+        if not dict.__len__(owner) and type(owner) in (dict, OrderedDict):
             self.empty.append(owner)
         elif id(owner) not in versions:
             self._look(place, keys, values)

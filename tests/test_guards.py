@@ -511,8 +511,9 @@ def test_modules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_libraries_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = held(lambda x: torch.nn.functional.relu(torch.tanh(x)))
-    monkeypatch.setattr(torch, "sin", torch.cos)
-    assert guard.holds()
+    # a library's own code may call it
+    noticed(guard, lambda: monkeypatch.setattr(torch, "sin", torch.cos), "torch.sin")
+    noticed(guard, lambda: monkeypatch.setattr(torch.Tensor, "sin", torch.cos), "sin of class Tensor")
     noticed(guard, lambda: monkeypatch.setattr(torch, "tanh", torch.cos), "torch.tanh")
     noticed(guard, lambda: monkeypatch.setattr(nn.functional, "relu", torch.cos), "relu")
 

@@ -70,6 +70,8 @@ class Entry:
     loop: Compute | None = None
     factored: Any = None
     again: Any = None
+    pushes: bool = False
+    """The Jacobian is differentiable, and made by forward mode, whose derivative hangs on the operators that run."""
     fresh: bool = False
     """A search in this process has just found the plan."""
     provisional: bool = False
@@ -113,7 +115,7 @@ class Entry:
         calls = self.last_check = self.calls
         if verify == "always" or structure.suspect:
             self.next_check = calls + 1
-        elif not structure.assumes:
+        elif not structure.assumes and not self.pushes:
             self.next_check = math.inf
         elif calls < 2**EARLY_CHECKS:
             self.next_check = 2 * calls

@@ -59,7 +59,7 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
 
     def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Pool] | None:
         for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
-            shared = way.shared(flow, inputs)
+            shared = way.shared(flow, inputs, problem.differentiable)
             if shared is not None:
                 return way, shared
         return None

@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.graph import Operation
+from autojac.graph import Graph, Operation
 
 aten = torch.ops.aten
 BLIND = {"is_same_size", "_fused_sdp_choice"}
 """Operators that return no tensor and read no entry of one."""
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
+FORWARD_ONCE = BATCH_NORMS | {
+    *("native_layer_norm", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "linalg_householder_product"),
+}
+"""Operators whose forward-mode formula is right and its derivative wrong: it takes what the operator has saved, such as
+a mean or factors of a matrix, for constant. A batch norm's is right where it uses running statistics. Found by checking
+all operators against reverse mode on torch 2.13; `tests/forward_formulas.py` does so again on the torch installed."""
 PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
 """Operators whose results share a storage and no element of it."""
 LITERALS = {"lift_fresh", "lift_fresh_copy"}
@@ -108,6 +114,11 @@ class _Copied:
 
 
 _copied = _Copied()
+
+
+def forward_once(graph: Graph) -> tuple[str, ...]:
+    """Return the operators of `FORWARD_ONCE` in a graph."""
+    return tuple(dict.fromkeys(one.name for one in graph.operations if one.name in FORWARD_ONCE))
 
 
 def autograd_nodes(values: Sequence[Tensor]) -> Iterator[Any]:

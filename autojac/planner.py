@@ -308,6 +308,7 @@ class Planner:
             problem.outline.close()
         mutable = tuple(seen.quiet.captured)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
+        entry.pushes = problem.differentiable and method.pushes
         structure = problem.structure
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
         if structure.assumes and (structure.watched or reads_pattern):

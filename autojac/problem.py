@@ -16,6 +16,7 @@ from autojac.autodiff import Bound
 from autojac.coloring import Colorings
 from autojac.entries import Entries, entries, feature_pattern, sample_graph
 from autojac.layouts import jacobian_shape
+from autojac.operators import FORWARD_ONCE, forward_once
 from autojac.outline import Outline
 from autojac.signature import Layout, Leaf
 from autojac.sparsity import Pattern
@@ -137,6 +138,17 @@ class Problem:
         """The entries of one Jacobian in layout `sparse`."""
         held = self.held and self.held.get((output, position))
         return held or entries(*self.patterns(output, position))
+
+    def forward_once(self, recorded: bool = False) -> tuple[str, ...]:
+        """Return the operators through which a tangent is pushed that has no right derivative itself.
+
+        Args:
+            recorded: the method differentiates what is recorded of func, not func.
+        """
+        if not recorded:
+            return tuple(name for name in self.structure.kernels if name in FORWARD_ONCE)
+        flow = None if self.outline is None else self.outline.flow
+        return () if flow is None else forward_once(flow.graph)
 
     @property
     def seed_bytes(self) -> int:

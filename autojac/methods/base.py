@@ -45,6 +45,9 @@ class Method(ABC):
     whole_batch: ClassVar[bool] = False
     """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
 
+    recorded: ClassVar[bool] = False
+    """Whether func is recorded, and what was recorded is differentiated in its place."""
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method can't serve the problem, as a sentence to act on; None if it can."""
         effects = problem.structure.effects
@@ -55,9 +58,20 @@ class Method(ABC):
             return (
                 f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
             )
+        once = problem.forward_once(self.recorded) if problem.differentiable and self.pushes else ()
+        if once:
+            return (
+                f"func runs {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
+                "Jacobian is differentiable. Under torch.no_grad() it is not"
+            )
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:
             return "it makes blocks, which are not all of the Jacobian where samples are coupled"
         return None
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the method may go through torch's forward mode."""
+        return False
 
     @property
     def trusts_zeros(self) -> bool:
@@ -147,6 +161,10 @@ class Wrapper(Method):
     @property
     def makes_sparse(self) -> bool:
         return self.inner.makes_sparse
+
+    @property
+    def pushes(self) -> bool:
+        return self.inner.pushes
 
     @property
     def trusts_zeros(self) -> bool:

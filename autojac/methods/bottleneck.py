@@ -14,10 +14,12 @@ from torch import Tensor
 from autojac.autodiff import Bound, Pullback, load_forward_rules
 from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
 from autojac.compilation import compiled, missing
+from autojac.flow import Flow
 from autojac.graph import Graph
 from autojac.layouts import from_blocks
 from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
+from autojac.operators import forward_once
 from autojac.outline import Cutter
 from autojac.problem import Compute, Problem, Result
 
@@ -52,6 +54,7 @@ class Bottleneck(Method):
     compiled: bool = False
 
     repeats_func: ClassVar[bool] = False
+    recorded: ClassVar[bool] = True
 
     @property
     def traceable(self) -> bool:
@@ -60,6 +63,10 @@ class Bottleneck(Method):
     @property
     def compiles(self) -> bool:
         return self.compiled
+
+    @property
+    def pushes(self) -> bool:
+        return self.sides == "either"
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
@@ -88,7 +95,7 @@ class Bottleneck(Method):
             if found is None or first.unsupported(problem) is not None:
                 continue
             if first.sides == "pull":
-                if depth:
+                if depth or (problem.differentiable and problem.forward_once(recorded=True)):
                     yield from (dataclasses.replace(first, engine=engine) for engine in ("vmap", "loop"))
                 continue
             for engine in ("vmap", "batched", "loop") if depth else ("vmap", "batched"):
@@ -126,7 +133,11 @@ class Bottleneck(Method):
 
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
-        find = functools.partial(accumulate, again=self.cuts == "several", forward=self.sides == "either")
+
+        def find(flow: Flow, ends: Sequence[int]) -> Accumulation | None:
+            forward = self.pushes and not (problem.differentiable and forward_once(flow.graph))
+            return accumulate(flow, ends, again=self.cuts == "several", forward=forward)
+
         cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
         eager = functools.partial(self._jacobians, problem)

@@ -40,6 +40,10 @@ class ColoredBoth(Method):
     def trusts_zeros(self) -> bool:
         return True
 
+    @property
+    def pushes(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
             return "samples are coupled: their graph is colored from one side"

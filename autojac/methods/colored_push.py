@@ -38,6 +38,10 @@ class ColoredPush(Method):
     def trusts_zeros(self) -> bool:
         return True
 
+    @property
+    def pushes(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem) -> str | None:
         return nothing_gained(problem, "columns") or super().unsupported(problem)
 

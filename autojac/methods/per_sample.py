@@ -26,6 +26,10 @@ class PerSample(Method):
     mode: Mode
     chunk: int | None = None
 
+    @property
+    def pushes(self) -> bool:
+        return self.mode == "forward"
+
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
             return "samples are coupled, so one sample alone has another Jacobian"

@@ -36,6 +36,10 @@ class Push(Method):
 
     whole_batch: ClassVar[bool] = True
 
+    @property
+    def pushes(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem) -> str | None:
         if self.seeds == "shared" and not problem.structure.independent:
             return "samples are coupled, so pushing one seed through all of them would add up their columns"

@@ -26,6 +26,10 @@ class Replicate(Method):
 
     mode: Mode
 
+    @property
+    def pushes(self) -> bool:
+        return self.mode == "forward"
+
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
             return "samples are coupled, so a tiled batch has other outputs than the batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_args
@@ -15,6 +16,7 @@ from autojac.graph import Graph
 from autojac.layouts import from_blocks
 from autojac.linearize import Engine
 from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
+from autojac.operators import forward_once
 from autojac.outline import Cutter
 from autojac.pools import Pool, pool
 from autojac.problem import Compute, Problem, Result
@@ -42,10 +44,15 @@ class Statistics(Method):
     chunk: int = CHUNK
 
     repeats_func: ClassVar[bool] = False
+    recorded: ClassVar[bool] = True
 
     @property
     def traceable(self) -> bool:
         return False
+
+    @property
+    def pushes(self) -> bool:
+        return self.local != "copies"
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.structure.coupling != "statistics":
@@ -106,7 +113,8 @@ class Statistics(Method):
 
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
-        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, self.shared, problem.differentiable)
+        find = functools.partial(self.shared, differentiable=problem.differentiable)
+        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
@@ -124,8 +132,10 @@ class Statistics(Method):
 
         return compute
 
-    def shared(self, flow: Flow, inputs: Sequence[int]) -> Pool | None:
+    def shared(self, flow: Flow, inputs: Sequence[int], differentiable: bool) -> Pool | None:
         """The pool of a graph, if this method's way applies to it."""
+        if differentiable and self.pushes and forward_once(flow.graph):
+            return None
         found = pool(flow, inputs, least=self.local != "copies")
         return found if found is not None and self._obstacle(found) is None else None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
-from autojac.kernels import fused_kernels
+from autojac.kernels import ATTENTION, special_kernels
 from autojac.quiet import Quiet, random_state, same_bits, same_random_state
 from autojac.structure import DRAWS, UPDATES_BUFFERS
 from autojac.tolerance import disagreement
@@ -93,8 +93,9 @@ def observe(
                 "Does it keep a counter, read a clock, or draw from a generator of its own?"
             )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
-    kernels = fused_kernels(second)
-    uses = f", it uses a fused {' and '.join(kernels)}" if kernels else ""
+    kernels = special_kernels(second)
+    named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
+    uses = f", it uses {' and '.join(named)}" if named else ""
     return Manners(first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}")
 
 

@@ -9,10 +9,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from autojac.escapes import ESCAPES
 from autojac.origin import is_library
-from autojac.outside import TENSOR_READERS, c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
-
-_HANDED = frozenset({"tolist", "numpy"})  # no operator shows in a trace, whoever calls them
+from autojac.outside import c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
 
 
 class Watched:
@@ -77,7 +76,8 @@ class Watched:
         owner = getattr(function, "__self__", None)
         name = function.__name__
         if id(frame.f_code) not in self._known:
-            if name in _HANDED and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
+            # whoever calls them, the code of torch included; `item` is an operator
+            if name in ESCAPES and name != "item" and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
                 self.reason = f"it reads values of a tensor ({name})"
             return
         key = (type(owner), owner if isinstance(owner, type) else None, getattr(function, "__module__", None), name)
@@ -129,7 +129,7 @@ def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
             return Watched.by_any, frame_reason(home, code.co_name)
         if is_foreign(home):
             return Watched.unless_imported, frame_reason(home, code.co_name)
-        own = home == "torch._tensor" and code.co_name in TENSOR_READERS
+        own = home == "torch._tensor" and code.co_name in ESCAPES
         return Watched.by_others if own else Watched.by_user, frame_reason(home, code.co_name)
     name = f"{code.co_qualname} of {home or code.co_filename}"
     return Watched.unless_imported, f"it runs {name}, which can't be found by looking through what func holds"

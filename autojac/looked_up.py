@@ -9,11 +9,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from autojac.escapes import ESCAPES
 from autojac.held import Attributes, Callables, Cells, Fields, Items, Members, Names, Pinned, Place, cell_contents
 from autojac.leaves import SCALARS
 from autojac.names import Used, used
 from autojac.origin import is_library
-from autojac.outside import TENSOR_READERS, c_reason, unseen
+from autojac.outside import c_reason, unseen
 from autojac.walk import Walk
 
 _CODE: Final = tuple(
@@ -100,7 +101,7 @@ class LookedUp(Walk):
         held += [builtins[name] for name in found if not is_library(getattr(builtins[name], "__module__", "builtins"))]
         if uses.state:
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
-        if "methodcaller" in uses.attributes and (hidden := TENSOR_READERS & uses.attributes):
+        if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
             self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
         if uses.relative:
             self.refuse(f"{function.__name__} imports relatively as it runs; import at the top of its file")

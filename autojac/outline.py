@@ -54,6 +54,7 @@ class Outline:
         self._chains: dict[tuple[bool, bool], Accumulation | None] = {}
         self._owners: dict[int, str] = {}
         self.captured: tuple[Tensor, ...] = ()
+        self.escaped = ""
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
         self.batch = batch
@@ -76,7 +77,7 @@ class Outline:
         if recording.graph is None:
             return recording.reason
         self._owners = _paths(recording, modules)
-        self.captured = recording.captured
+        self.captured, self.escaped = recording.captured, recording.escaped
         return flow_of(recording.graph, self.batched, self.batch)
 
     def close(self) -> None:
@@ -206,7 +207,7 @@ class Cutter(Generic[Cut]):
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Recording, Cut | None]:
         """Call the function once; the cut is None where there is none, and the recording is right whatever it is."""
-        recording = record(self.fn, leaves, kwargs, self.differentiated, self.differentiable)
+        recording = record(self.fn, leaves, kwargs, self.differentiated, self.differentiable, watched=False)
         graph = recording.graph
         if graph is None:
             return recording, None

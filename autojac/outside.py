@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from autojac.escapes import ESCAPES
 from autojac.origin import is_library
 
 
@@ -33,12 +34,6 @@ _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelo
 _HARMLESS: Final = _words(
     """abs all any ascii bin callable chr delattr divmod format getattr hasattr hex isinstance issubclass iter len max
     min next oct ord pow repr round setattr sorted sum __build_class__"""
-)
-# What hands the entries of a tensor, or where they are, to Python without an operator.
-TENSOR_READERS: Final = _words(
-    """item tolist numpy __array__ __array_interface__ data_ptr storage untyped_storage _typed_storage __dlpack__
-    __dlpack_device__ __reduce_ex__ __reduce__ __deepcopy__ __repr__ __str__ __format__ share_memory_ is_shared
-    __cuda_array_interface__ to_dlpack __setstate__"""
 )
 # Parts of torch and numpy that read or set the state of the process.
 _STATE: Final = _words(
@@ -81,7 +76,7 @@ def frame_reason(home: str, name: str) -> str:
         return ""  # an import of what is imported already
     if package(home) not in TRUSTED:
         return f"it calls {name} of {home}"
-    if home == "torch._tensor" and name in TENSOR_READERS:
+    if home == "torch._tensor" and name in ESCAPES:
         return f"it reads values of a tensor ({name})"
     if _of_state(home, name) and package(home) in ("torch", "numpy"):
         return f"it calls {name} of {home}, which reads the state of the process"
@@ -152,7 +147,7 @@ def _module_function(home: str, name: str) -> str:
 
 def _method(kind: type, name: str) -> str:
     if issubclass(kind, torch._C.TensorBase):
-        return f"it reads values of a tensor ({name})" if name in TENSOR_READERS else ""
+        return f"it reads values of a tensor ({name})" if name in ESCAPES else ""
     bases = kind.__mro__
     if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):
         return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"

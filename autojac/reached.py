@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.escapes import ESCAPES
 from autojac.held import (
     Attributes,
     Bytes,
@@ -30,7 +31,7 @@ from autojac.held import (
 )
 from autojac.looked_up import LookedUp
 from autojac.origin import is_library
-from autojac.outside import TENSOR_READERS, c_reason
+from autojac.outside import c_reason
 from autojac.walk import HOOKS
 
 MOST_BYTES: Final = 4096
@@ -240,7 +241,7 @@ class Reached(LookedUp):
         super()._instance(obj, kind)
 
     def _reduced(self, obj: Any, kind: type) -> None:
-        if isinstance(obj, operator.methodcaller) and TENSOR_READERS & set(obj.__reduce__()[1]):
+        if isinstance(obj, operator.methodcaller) and ESCAPES & set(obj.__reduce__()[1]):
             self.refuse("it may read values of a tensor")
         elif _immutable(kind):
             super()._reduced(obj, kind)

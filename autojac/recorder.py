@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac.autodiff import fresh_inputs
 from autojac.connect import graph_of
 from autojac.decompose import decomposed
 from autojac.errors import UnsupportedError
+from autojac.escapes import Watching, home
 from autojac.graph import Graph, Operation, Value
 from autojac.operators import LITERALS, PARTITIONS, PLAIN, VIEWS_IN_PLACE, call, certain, functional, reads_data, traits
 from autojac.running import running
@@ -37,6 +37,7 @@ class Recording:
         graph: None if there is none, for the `reason`.
         captured: the tensors that no operator of the call has made, but for literals and random numbers.
         owners: for each tensor the id of the module in whose code it was made, where names were asked for.
+        escaped: the method by which func hands its data to other code; empty if it does not.
     """
 
     values: tuple[Tensor, ...]
@@ -45,6 +46,7 @@ class Recording:
     reason: str = ""
     captured: tuple[Tensor, ...] = ()
     owners: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    escaped: str = ""
 
 
 def record(
@@ -54,6 +56,7 @@ def record(
     differentiated: Sequence[int],
     differentiable: bool = False,
     named: bool = False,
+    watched: bool = True,
 ) -> Recording:
     """Call a function once and write down what it does.
 
@@ -63,28 +66,30 @@ def record(
         differentiated: indices of the leaves that autograd follows.
         differentiable: whether the recorded tensors stay connected to the caller's.
         named: write down too which module was running.
+        watched: look for what no operator shows: without it, `Graph.reads_data` says less.
     """
     with torch.enable_grad():
         inputs = fresh_inputs([leaves[position] for position in differentiated], differentiable)
         given = list(leaves)
         for position, tensor in zip(differentiated, inputs, strict=True):
             given[position] = tensor
-        recorder = Recorder(given, named)
+        recorder = Recorder(given, named, watched)
         with recorder:
             values = tuple(fn(given, kwargs))
+    recorder.finish()
     try:
         graph, reason = graph_of(recorder, values, inputs), ""
     except UnsupportedError as error:
         graph, reason = None, str(error)
     captured = tuple(t for number, t in recorder.constants.items() if number not in recorder.passing)
-    return Recording(values, inputs, graph, reason, captured, recorder.owners)
+    return Recording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watching):
     """Writes down the operators that run under it, in-place ones as what they do to a tensor's value."""
 
-    def __init__(self, leaves: Sequence[Tensor], named: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, leaves: Sequence[Tensor], named: bool = False, watched: bool = True) -> None:
+        super().__init__(watched)
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.constants: dict[int, Tensor] = {}
@@ -94,7 +99,7 @@ class Recorder(TorchDispatchMode):
         self.owners: dict[int, int] = {}
         self.made: list[tuple[int, Tensor]] = []
         self.numbers: dict[int, int] = {}
-        self.homes: dict[int, tuple[int, int]] = {}
+        self.homes: dict[int, tuple[Any, ...]] = {}
         self.passing: set[int] = set()
         self.storages: dict[int, list[int]] = {}
         self.apart: list[set[int]] = []
@@ -103,11 +108,6 @@ class Recorder(TorchDispatchMode):
         self.refusal = ""
         self.reads_data = False
         self.inputs = tuple(self.number(leaf) for leaf in leaves)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch would load its compiler (1 s) to keep it away from this mode
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,6 +134,7 @@ class Recorder(TorchDispatchMode):
         made = call(func, args, kwargs)
         held = not torch.is_grad_enabled()
         if name in LITERALS:
+            self.reads_data |= bool(self.monitor.literal)
             # what was written out in the code, made anew in each call
             self.passing.update(value.number for value in seen[0] if type(value) is Value)
         if draws and not certain(func, args, kwargs):
@@ -149,14 +150,21 @@ class Recorder(TorchDispatchMode):
                 self.apart.append({id(part) for part in made})
         return made
 
+    def finish(self) -> None:
+        """Take note of what no operator has shown."""
+        self.reads_data |= bool(self.monitor.escaped)
+        held = (tensor for tensor in self.constants.values() if id(tensor) in self.homes)
+        if any(self.homes[id(tensor)] != home(tensor) for tensor in held):
+            self.refusal = self.refusal or "func gives a tensor that it holds the memory of another"
+
     def number(self, tensor: Tensor) -> int:
         """A number for the tensor's value as it is now."""
         index = len(self.shapes)
         self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
         self.numbers[id(tensor)] = index
         if tensor.layout == torch.strided:
-            home = self.homes[id(tensor)] = _home(tensor)
-            self.storages.setdefault(home[1], []).append(id(tensor))
+            self.homes[id(tensor)] = home(tensor)
+            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
         self.made.append((index, tensor))
         return index
 
@@ -171,7 +179,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             if id(value) not in self.numbers:
                 self._capture(value)
-            elif id(value) in self.homes and self.homes[id(value)] != _home(value):
+            elif id(value) in self.homes and self.homes[id(value)] != home(value):
                 self.refusal = "func gives a tensor the memory of another"
             if id(value) in self.stale:
                 self.refusal = "func reads a tensor whose memory was written in place before"
@@ -182,7 +190,8 @@ class Recorder(TorchDispatchMode):
 
     def _capture(self, tensor: Tensor) -> None:
         """A tensor that no operator of the call has made; it must not be another face of one that was."""
-        made = self.storages.get(_home(tensor)[1], ()) if tensor.layout == torch.strided else ()
+        strided = tensor.layout == torch.strided
+        made = self.storages.get(tensor.untyped_storage()._cdata, ()) if strided else ()
         if any(self.numbers[other] not in self.constants for other in made):
             self.refusal = "func makes a tensor of another's memory where no operator is seen"
         self.constants[self.number(tensor)] = tensor
@@ -228,8 +237,3 @@ class Recorder(TorchDispatchMode):
     def current(self) -> Iterator[tuple[int, Tensor]]:
         """The tensors whose value is still the one that has the number."""
         return ((index, tensor) for index, tensor in self.made if self.numbers[id(tensor)] == index)
-
-
-def _home(tensor: Tensor) -> tuple[int, int]:
-    """What a tensor's object stands for: Python may give it other contents, and no operator tells."""
-    return tensor._cdata, tensor.untyped_storage()._cdata

@@ -140,6 +140,7 @@ class _Run:
             self.values = len(result.values)
         if self.problem.differentiable:
             self._pull()
+        self.tape.finish()
         reason = watched.reason or self.tape.reason
         if self.problem.structure.draws and len(evaluations) > 1:
             reason = reason or "it evaluates func several times, each time from the same random state"

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac.errors import UnsupportedError
+from autojac.escapes import Watching, home
 from autojac.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
 
 MOST_OPERATORS = 2000
@@ -28,7 +28,7 @@ TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_
 Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
 
 
-class Tape(TorchDispatchMode):
+class Tape(Watching):
     """Takes down what runs under it as an `fx.Graph` of aten operators.
 
     Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
     """
 
     def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.graph = fx.Graph()
         self.reason = ""
         self.draws = False
@@ -60,14 +60,10 @@ class Tape(TorchDispatchMode):
         self._external: set[int] = set()
         # a freed tensor's identity would be given to another
         self._alive: list[Any] = []
-        self._captured = {id(tensor) for tensor in captured}
+        self._captured = {id(tensor): tensor for tensor in captured}
+        self._homes = {id(tensor): home(tensor) for tensor in captured}
         for tensor in given:
             self.give(tensor)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch would load its compiler (1 s) to keep it away from this mode
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # who watches the function need not watch this; Python inside an operator runs again in each replay
@@ -128,6 +124,7 @@ class Tape(TorchDispatchMode):
     def node(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; one that no operator has made enters the graph as something that was there before."""
         known = self._nodes.get(id(tensor))
+        self._require_home(tensor)
         if known is None and id(tensor) in self._captured:
             return self._enter(tensor, "captured")
         if known is None:
@@ -137,6 +134,13 @@ class Tape(TorchDispatchMode):
             known = self._enter(tensor, "literal" if tensor._is_zerotensor() else "unknown")
         return known
 
+    def finish(self) -> None:
+        """Take note of what no operator has shown."""
+        if self.monitor.escaped:
+            self._refuse(f"it reads or writes values of a tensor by {self.monitor.escaped}, where no operator is seen")
+        for tensor in self._captured.values():
+            self._require_home(tensor)
+
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor was given or has been met."""
         return id(tensor) in self._nodes
@@ -145,6 +149,8 @@ class Tape(TorchDispatchMode):
         """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
         if name in LITERALS:
             (literal,) = nodes[0]
+            if maker := self.monitor.literal:
+                self._refuse(f"it reads values of a tensor: {maker} is given a list that holds one (use torch.stack)")
             if literal.meta["role"] == "unknown":
                 # as it is now: what comes of it may be written into
                 literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
@@ -204,6 +210,10 @@ class Tape(TorchDispatchMode):
 
     def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
         """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
+        before, now = self._homes.get(id(tensor)), home(tensor)
+        if before is None or before[:2] == now[:2]:
+            # a view in place has another shape
+            self._homes[id(tensor)] = now
         if id(tensor) in self._nodes:
             return
         storage = _storage(tensor)
@@ -217,6 +227,11 @@ class Tape(TorchDispatchMode):
                 self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
         if storage:
             self._storages.setdefault(storage, []).append(tensor)
+
+    def _require_home(self, tensor: Tensor) -> None:
+        known = self._homes.get(id(tensor))
+        if known is not None and known != home(tensor):
+            self._refuse("func gives a tensor the memory of another")
 
     def _refuse(self, reason: str, at_once: bool = False) -> None:
         """Note why nothing will come of this, and break off what would take time or memory to no end."""

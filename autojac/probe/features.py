@@ -20,7 +20,6 @@ from autojac.errors import OptionError
 from autojac.limits import within
 from autojac.probe.coordinates import Coordinates, few
 from autojac.probe.pairs import SCALES, Subject
-from autojac.probe.proof import Watch
 from autojac.recorder import Recording, record
 from autojac.sparsity import Pattern, Sparsity
 
@@ -79,13 +78,12 @@ def feature_pattern(
 
     subject = few(subject, MOST_SAMPLES) if sliceable else subject
     small = few(subject, 2) if sliceable else subject
-    with Watch() as watch:
-        values = small.values({})
+    values = small.values({})
     where = Coordinates(small, differentiated, values)
     if subject.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")
     try:
-        found, reads, how = _by_operators(small, where, draws, bool(watch.escaped), generator)
+        found, reads, how = _by_operators(small, where, draws, generator)
     except Dense as dense:
         return Features(None, f"features: dense, {dense}")
     recorded = found is not None
@@ -132,11 +130,11 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
 
 
 def _by_operators(
-    subject: Subject, where: Coordinates, draws: bool, escapes: bool, generator: torch.Generator
+    subject: Subject, where: Coordinates, draws: bool, generator: torch.Generator
 ) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """The pattern that follows from the operators, whether Python sees data, and how it is known or why it is not."""
     found, reads, how = _recorded(subject, where, draws)
-    if found is None or not (reads or escapes):
+    if found is None or not reads:
         return found, False, how
     # another branch may run at another point
     points = 1

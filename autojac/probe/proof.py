@@ -8,34 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autojac.autodiff import Pullback
 from autojac.outline import Outline
 from autojac.probe.pairs import Subject, cotangent_verdict
 from autojac.recorder import record
-
-ESCAPES = {
-    *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "data", "cpu_data"),
-    *("__repr__", "__str__", "__format__", "apply_", "map_", "map2_"),
-}
-"""What hands a tensor's memory to code that no operator tells of."""
-
-
-class Watch(TorchFunctionMode):
-    """Notices what a graph can't show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.escaped = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in ESCAPES:
-            self.escaped = name
-        return func(*args, **(kwargs or {}))
 
 
 class Proof(NamedTuple):
@@ -57,6 +34,8 @@ def prove(outline: Outline, subject: Subject) -> Proof:
     flow = outline.flow
     if flow is None:
         return Proof(False, f"proof: none, {outline.reason}")
+    if outline.escaped:
+        return Proof(False, f"proof: none, func hands its data to other code by {outline.escaped}")
     if flow.graph.reads_data:
         return Proof(False, "proof: none, func looks at its data, so another input may take another branch")
     if not flow.independent:
@@ -65,10 +44,6 @@ def prove(outline: Outline, subject: Subject) -> Proof:
         again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
     if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
         return Proof(False, "proof: none, func makes a tensor anew in each call where no operator is seen")
-    with Watch() as watch:
-        subject.values({})
-    if watch.escaped:
-        return Proof(False, f"proof: none, func hands its data to other code by {watch.escaped}")
     line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
     if outline.state:
         line += f"; but {outline.state} may change what runs, so it is checked on like an observation"

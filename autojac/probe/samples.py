@@ -22,7 +22,6 @@ from autojac.graph import Graph
 from autojac.outline import Outline
 from autojac.probe.coded import Coded
 from autojac.probe.pairs import SCALES, Subject, differs, step
-from autojac.probe.proof import Watch
 from autojac.ranks import deadline
 from autojac.recorder import record
 from autojac.sparsity import Pattern
@@ -112,13 +111,13 @@ def _followed(outline: Outline, subject: Subject, generator: torch.Generator) ->
     """The graph by what is known of each operator."""
     if outline.flow is None:
         return _Found(None, str(outline.reason), final=False)
-    found, escaped, data = _spread(outline.flow.graph.key, subject)
-    if found.samples is not None and (escaped or data):
+    found, data = _spread(outline.flow.graph.key, subject)
+    if found.samples is not None and data:
         # Python may have chosen the neighbours, or the operators, by the values
         found = dataclasses.replace(found, watched=True)
         for scale in SCALES:
             try:
-                other, _, _ = _spread(None, _moved_to(subject, scale, generator))
+                other, _ = _spread(None, _moved_to(subject, scale, generator))
             except Exception:  # whatever func raises at values that its user never passes
                 continue
             if other.samples is None or (other.samples != found.samples).nnz:
@@ -126,32 +125,29 @@ def _followed(outline: Outline, subject: Subject, generator: torch.Generator) ->
     return found
 
 
-def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool, bool]:
-    """The same at one point; whether values escaped from torch, and whether an operator handed them to Python."""
+def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool]:
+    """The same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
     from autojac.spread import spread
 
-    with Watch() as watch:
-        subject.values({})
     with subject.quiet():
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
-        return _Found(None, "func runs other operators from call to call", final=False), False, False
+        return _Found(None, "func runs other operators from call to call", final=False), False
     spreading = spread(graph, subject.leaves, subject.inputs, subject.batch)
-    state = bool(watch.escaped), graph.reads_data
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in spreading.losses.items()]
     if spreading.wandering:
-        return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), *state
+        return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
     drawn, follows = _origins(graph, spreading.selectors, subject)
     if drawn:
-        return _Found(None, "who depends on whom is drawn at random"), *state
+        return _Found(None, "who depends on whom is drawn at random"), graph.reads_data
     if spreading.samples is None or not _worth(spreading.samples):
         line = f"all may depend on all after {lost[0]}" if lost else "most depend on most"
-        return _Found(None, line, final=False), *state
+        return _Found(None, line, final=False), graph.reads_data
     names = [graph.operations[place].name for place in spreading.followed]
     where = f"{', '.join(dict.fromkeys(names)) or 'views'} in {count} operators"
-    return _Found(spreading.samples, f"followed through {where}", follows), *state
+    return _Found(spreading.samples, f"followed through {where}", follows), graph.reads_data
 
 
 def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple[bool, bool]:

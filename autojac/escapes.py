@@ -1,0 +1,139 @@
+"""What no operator shows: a tensor's values given to other code, and memory written or exchanged under a tensor."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ESCAPES: Final = frozenset(
+    {
+        *("item", "tolist", "numpy", "__array__", "__array_interface__", "__cuda_array_interface__"),
+        *("__dlpack__", "__dlpack_device__", "to_dlpack", "data_ptr", "storage", "untyped_storage", "_typed_storage"),
+        *("share_memory_", "is_shared", "__reduce_ex__", "__reduce__", "__deepcopy__", "__setstate__"),
+        *("__repr__", "__str__", "__format__", "apply_", "map_", "map2_"),
+    }
+)
+"""Methods of a tensor that read or write its memory, or give it away, where no operator is seen."""
+_NUMBERS: Final = frozenset({"item", "__float__", "__int__", "__index__", "__bool__", "__complex__"})
+"""Methods that are an operator, unless torch calls them while dispatch modes are switched off."""
+_BACKWARD: Final = frozenset({"grad", "backward"})
+_FIXED: Final = (
+    *(bool, int, float, complex, str, bytes, numbers.Number, type(None), type(...), slice, type),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator),
+)
+_PYTHON: Final = torch._C.DispatchKey.Python
+
+
+class Monitor(TorchFunctionMode):
+    """Notices, while it is entered, what dispatch modes can't see.
+
+    Attributes:
+        escaped: the first of `ESCAPES` that was called; empty if none was.
+        exchanged: what has exchanged the memory of a tensor; empty if nothing has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.escaped = ""
+        self.exchanged = ""
+        self._running: tuple[str, Sequence[Any], Mapping[str, Any]] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _NUMBERS:
+            # the legacy constructors ask each element for its number below every dispatch mode
+            if torch._C._dispatch_tls_local_exclude_set().has(_PYTHON):
+                self.escaped = self.escaped or name
+        elif name in ESCAPES:
+            if not _by_autojac():
+                self.escaped = self.escaped or name
+        elif name == "__set__" and getattr(func.__self__, "__name__", "") == "data":
+            self.exchanged = self.exchanged or "an assignment to .data"
+        before, self._running = self._running, (name, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._running = before
+
+    @property
+    def literal(self) -> str:
+        """The function that makes a literal now, of values of tensors perhaps; empty if it is Python data alone.
+
+        torch reads tensors among the elements of a list in C++, and then lifts the result as it does any literal.
+        """
+        if self._running is None:
+            return ""
+        name, args, kwargs = self._running
+        if name in ("__getitem__", "__setitem__"):
+            # tensors side by side are an index each; those in a list become one tensor
+            args = args[1] if isinstance(args[1], tuple) else args[1:2]
+            args = [part for part in args if not isinstance(part, Tensor)]
+        # code of the user's may run in a backward pass, and is not seen there
+        unseen = name in _BACKWARD or any(_holds_tensor(value) for value in (*args, *kwargs.values()))
+        return name if unseen else ""
+
+
+def _holds_tensor(value: Any, inside: bool = False) -> bool:
+    """Whether a number in a nest of sequences may come from a tensor."""
+    if isinstance(value, Tensor):
+        return inside
+    if isinstance(value, _FIXED):
+        return False
+    if type(value).__module__ == "numpy":
+        return bool(getattr(getattr(value, "dtype", None), "hasobject", False))
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
+        return any(_holds_tensor(part, True) for part in (value.values() if isinstance(value, Mapping) else value))
+    return hasattr(value, "__float__") or hasattr(value, "__index__")
+
+
+def _by_autojac() -> bool:
+    """Whether the caller of a tensor's method is autojac itself."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.overrides":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).startswith("autojac.")
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode that comes with a monitor of what it can't see.
+
+    Args:
+        watched: whether the monitor is entered too; it costs a microsecond or two for each function of torch.
+    """
+
+    def __init__(self, watched: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.monitor = Monitor()
+        self.watched = watched
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would load its compiler (1 s) to keep it away from this mode
+        return False
+
+    def __enter__(self) -> Self:
+        if self.watched:
+            self.monitor.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.watched:
+            self.monitor.__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+def home(tensor: Tensor) -> tuple[Any, ...]:
+    """What stands behind a tensor's object: Python may put something else there, and no operator tells."""
+    if tensor.layout != torch.strided or tensor._is_zerotensor():
+        return (tensor._cdata,)
+    places = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return tensor._cdata, tensor.untyped_storage()._cdata, *places

@@ -23,6 +23,7 @@ from autojac.entry import Entry, Request, Seen, prepared
 from autojac.errors import ModesDisagreeWarning, PlanMissError, SearchError, StoreError, StructureChangedWarning
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
+from autojac.kernels import reachable_kernels
 from autojac.limits import end_watch
 from autojac.look import look
 from autojac.methods.base import Method, build, composable, registry
@@ -149,7 +150,10 @@ class Planner:
         """Probe what couples with what."""
         frame, options = request.frame, self.options
         call = (seen.fn, request.leaves, request.kwargs)
-        manners = observe(seen.first, *call, frame.differentiated, seen.quiet)
+        reached: tuple[str, ...] = ()
+        if seen.signature.differentiable:
+            reached = reachable_kernels(self.surroundings.present.guard.codes, request.captured.modules)
+        manners = observe(seen.first, *call, frame.differentiated, seen.quiet, reached)
         found = examine(
             *call,
             manners,

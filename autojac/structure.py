@@ -32,7 +32,7 @@ class Structure:
         suspect: the layers of the probe disagree, so every call is checked.
         effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`), so that
             func must run once, or on the whole batch.
-        kernels: operators in func that lack some derivatives, which their plain formula has.
+        kernels: operators that func runs, or may run, and that lack some derivatives which their plain formula has.
         evidence: one line for each layer of the probe, for people.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.

@@ -61,7 +61,7 @@ class Method(ABC):
         once = problem.forward_once(self.recorded) if problem.differentiable and self.pushes else ()
         if once:
             return (
-                f"func runs {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
+                f"func may run {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
                 "Jacobian is differentiable. Under torch.no_grad() it is not"
             )
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:

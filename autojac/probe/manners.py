@@ -78,8 +78,14 @@ def observe(
     kwargs: Mapping[str, Any],
     differentiated: Sequence[int],
     quiet: Quiet,
+    reached: Sequence[str] = (),
 ) -> Manners:
     """Call func again from the same state and compare.
+
+    Args:
+        first: the first call.
+        fn, leaves, kwargs, differentiated, quiet: the call.
+        reached: operators that lack derivatives, which another branch of func may run.
 
     Raises:
         RandomnessError: if equal inputs and equal random state give different outputs.
@@ -93,9 +99,9 @@ def observe(
                 "Does it keep a counter, read a clock, or draw from a generator of its own?"
             )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
-    kernels = special_kernels(second)
+    kernels = special_kernels(second, reached)
     named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
-    uses = f", it uses {' and '.join(named)}" if named else ""
+    uses = f", it {'may use' if reached else 'uses'} {' and '.join(named)}" if named else ""
     return Manners(first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}")
 
 

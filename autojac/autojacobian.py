@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import threading
@@ -28,7 +29,7 @@ from autojac.frame import Frame, describe, recording
 from autojac.methods.base import composable
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
-from autojac.planner import Planner, trained_by
+from autojac.planner import Planner, lasting, trained_by
 from autojac.problem import Result
 from autojac.quiet import Quiet, without_hooks
 from autojac.ranks import silent
@@ -340,13 +341,17 @@ class AutoJacobian(Derived):
             return self._planned_again(key, leaves, args, kwargs)
         result: Result | None = None
         through = False
+        gradient = functools.partial(self._gradient_error, entry, reference, own, kwargs, before)
         try:
+            # no evaluation may come after the one that is returned: its graph may hold what func writes into
+            with saved_tensors_apart():
+                early = gradient() if trains and entry.mutable else None
             result = entry.run(leaves, kwargs)
             with saved_tensors_apart():
                 wrong = reference.check(result)
                 through = wrong is None and trains
                 if through:
-                    wrong = self._gradient_error(entry, reference, own, kwargs, before)
+                    wrong = early if entry.mutable else gradient()
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs
@@ -387,7 +392,7 @@ class AutoJacobian(Derived):
         self, entry: Entry, reference: Reference, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], before: Quiet
     ) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
-        trained = trained_by(captures(self.func), kwargs)
+        trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable)
         with before(), without_hooks(trained), silent(self._reach().modules):
             return reference.check_gradient(entry.run(leaves, kwargs), trained)
 

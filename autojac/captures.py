@@ -20,7 +20,7 @@ class Captures:
 
     Attributes:
         modules: distinct modules, submodules included.
-        tensors: distinct parameters, buffers and captured tensors.
+        tensors: distinct parameters, buffers and captured tensors, those without values left out.
         opaque: something could not be followed, so there may be more.
         compiled: some of it runs through torch.compile.
         state: a value that Python may change between calls, and with it what runs; empty if there is none.
@@ -47,7 +47,9 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     for obj in without:
         walk.leave_out(obj)
     walk.visit(func)
-    return Captures(tuple(walk.modules), tuple(walk.tensors), walk.opaque, walk.state, walk.compiled)
+    # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
+    tensors = tuple(tensor for tensor in walk.tensors if not tensor.is_meta)
+    return Captures(tuple(walk.modules), tensors, walk.opaque, walk.state, walk.compiled)
 
 
 class _Reach(Walk):

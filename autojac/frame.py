@@ -134,8 +134,10 @@ class Frame:
             if collected is not None:
                 collected.append(aux)
         if isinstance(out, Tensor):
+            out = plain(out)
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
+        values = [plain(value) for value in values]
         if not self.unbatched:
             return tuple(values)
         # what is no tensor goes on as it is, to be refused by name
@@ -242,6 +244,19 @@ class Frame:
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
                 "without a batch pass in_dims=None"
             )
+
+
+def plain(value: Any) -> Any:
+    """A tensor of a class of its own, whose arithmetic may be another, as a plain one with the same graph.
+
+    One whose class has more than one tensor inside stays what it is.
+    """
+    if type(value) is Tensor or not isinstance(value, Tensor):
+        return value
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
 
 
 @contextmanager

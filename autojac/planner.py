@@ -31,10 +31,11 @@ from autojac.options import Options, parse_bytes
 from autojac.outline import Outline
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.probe import Examined, examine, observe
-from autojac.problem import Problem
+from autojac.problem import Compute, Problem, Result
 from autojac.process import as_found
-from autojac.quiet import without_hooks
+from autojac.quiet import without_graph, without_hooks
 from autojac.ranks import several, silent
+from autojac.replaying import Replaying
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
@@ -64,6 +65,12 @@ def trained_by(captured: Captures, kwargs: Mapping[str, Any]) -> tuple[torch.Ten
     """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
     given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
     return tuple(t for t in (*captured.tensors, *given) if t.requires_grad)
+
+
+def lasting(trained: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Those that a call does not overwrite: what an earlier call has computed there has no gradient any more."""
+    overwritten = {id(tensor) for tensor in written if tensor.grad_fn is not None}
+    return tuple(tensor for tensor in trained if id(tensor) not in overwritten)
 
 
 class Planner:
@@ -274,7 +281,8 @@ class Planner:
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         with reporter(effort) as progress:
-            call = (request.leaves, request.kwargs, request.trained, seen.quiet)
+            trained = lasting(request.trained, seen.quiet.captured)
+            call = (request.leaves, request.kwargs, trained, seen.quiet)
             try:
                 won = search(solid(problem), *call, effort, budget, hints, progress)
             except SearchError as error:
@@ -311,6 +319,8 @@ class Planner:
         if problem.outline is not None:
             problem.outline.close()
         mutable = tuple(seen.quiet.captured)
+        if mutable and not problem.differentiable and not isinstance(compute, Replaying):
+            compute = _leaving_numbers(compute, mutable)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
         entry.pushes = problem.differentiable and method.pushes
         structure = problem.structure
@@ -334,3 +344,16 @@ class Planner:
         plan = Plan(method.spec(), structure, seen.guess, "estimate", source="estimate")
         compute = prepared(request.frame, problem, method)
         return Entry(request.frame, problem, plan, compute, seen.signature, (), next_check=math.inf)
+
+
+def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor]) -> Compute:
+    """A computation after which what func writes into holds no graph, as after a call of func that records none."""
+
+    def computed(leaves: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Result:
+        plain = [tensor for tensor in written if not tensor.requires_grad]
+        try:
+            return compute(leaves, kwargs)
+        finally:
+            without_graph(plain)
+
+    return computed

@@ -10,7 +10,7 @@ import gc
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -85,6 +85,14 @@ def same_bits(copy: Tensor, leaf: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+def without_graph(tensors: Sequence[Tensor]) -> None:
+    """Take away the graph that came with what func wrote into its own tensors: they hold numbers and train nothing."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            with suppress(RuntimeError):  # a view has the graph of what it is a view of
+                tensor.detach_()
+
+
 class Quiet:
     """Evaluations of func that leave random state and captured tensors as they were.
 
@@ -97,7 +105,7 @@ class Quiet:
     """
 
     def __init__(self, captured: Sequence[Tensor], state: tuple[Any, ...] | None = None) -> None:
-        self.captured = [tensor for tensor in captured if not tensor.is_inference()]
+        self.captured = [tensor for tensor in captured if not (tensor.is_inference() or tensor.is_meta)]
         self.state = random_state() if state is None else state
         self.written: list[Tensor] = []
 
@@ -106,6 +114,7 @@ class Quiet:
         outside = random_state()
         hooks = saved_tensors_apart()
         versions = [tensor._version for tensor in self.captured]
+        plain = [tensor for tensor in self.captured if not tensor.requires_grad]
         saved = [tensor.detach().clone() for tensor in self.captured]
         restore_random_state(self.state)
         try:
@@ -120,3 +129,4 @@ class Quiet:
                         if not any(tensor is known for known in self.written):
                             self.written.append(tensor)
                         tensor.detach().copy_(copy)
+            without_graph(plain)

@@ -159,8 +159,13 @@ def try_out(subject: Subject, method: Method, allowed_s: float | None = None) ->
 def weigh(subject: Subject, method: Method) -> bool:
     """Measure a timed candidate's peak memory in a run of its own; whether it stays within the limit."""
     trial = subject.trials[method]
-    with subject.quiet(), unwarned():
-        memory = measure.peak_bytes(subject.runs[method], subject.device)
+    try:
+        with subject.quiet(), unwarned():
+            memory = measure.peak_bytes(subject.runs[method], subject.device)
+    except Exception as error:  # it ran before, and may not run any more
+        subject.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))
+        del subject.runs[method]
+        return False
     limit = subject.problem.memory_limit
     if memory <= limit:
         subject.trials[method] = dataclasses.replace(trial, memory_bytes=memory)

@@ -1,0 +1,162 @@
+"""Functions of tensors without values, of classes of their own, and of tensors that they write into and keep."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from autojac import AutoJacobian
+from autojac.search import measure
+from harness import compare, forced
+from oracle import jacobian_blocks
+
+LOOP = {"method": "Pull", "seeds": "identity", "engine": "loop"}
+METHODS = [
+    LOOP,
+    {"method": "PerSample", "mode": "reverse"},
+    {"method": "Push", "seeds": "shared", "engine": "loop"},
+    {"method": "Replay", "inner": LOOP},
+]
+SEARCHES: dict[str, dict[str, Any]] = {"estimate": {"on_miss": "estimate"}, "quick": {"budget_s": 0.5}}
+
+
+def points() -> Tensor:
+    return torch.randn(5, 3, dtype=torch.float64)
+
+
+def network(normalized: bool) -> nn.Module:
+    layers = [nn.Linear(3, 4), *([nn.BatchNorm1d(4)] if normalized else []), nn.Tanh(), nn.Linear(4, 2)]
+    return nn.Sequential(*layers).double().eval()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_ensemble_whose_skeleton_is_on_meta(normalized: bool, trained: bool) -> None:
+    nets = [network(normalized) for _ in range(3)]
+    parameters, buffers = stack_module_state(nets)
+    if not trained:
+        parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+    skeleton = copy.deepcopy(nets[0]).to("meta")
+
+    def ensemble(x: Tensor) -> Tensor:
+        def one(parameters: Any, buffers: Any) -> Tensor:
+            return functional_call(skeleton, (parameters, buffers), (x,))
+
+        return torch.vmap(one, out_dims=1)(parameters, buffers)
+
+    x = points()
+    right = torch.stack([jacobian_blocks(net, (x,), 0) for net in nets], 1).detach()
+    jacs = [AutoJacobian(ensemble, store=":memory:", **options) for options in SEARCHES.values()]
+    jacs += [forced(ensemble, (x,), method) for method in METHODS]
+    for jac in jacs:
+        for _ in range(2):
+            compare(jac(x).detach(), right)
+        assert jac(x).requires_grad == trained
+        assert not [line for line in jac._planner.surroundings.lines() if "meta" in line.lower()]
+    with torch.no_grad():
+        parameters["0.weight"].mul_(2)
+    right = jacobian_blocks(ensemble, (x,), 0).detach()
+    for jac in jacs:
+        compare(jac(x).detach(), right)
+
+
+class Group(Tensor):
+    """A tensor that multiplies as a group's elements do, as PyPose's LieTensor."""
+
+    def __mul__(self, other: Any) -> Any:
+        raise NotImplementedError("a Group can only be multiplied by a Group")
+
+    __rmul__ = __add__ = __sub__ = __mul__
+
+
+GROUPS: dict[str, Callable[[Tensor], Any]] = {
+    "an output": lambda x: x.sin().as_subclass(Group),
+    "in a nest": lambda x: {"a": x.sin().as_subclass(Group), "b": x.cos()},
+    "all the way": lambda x: x.as_subclass(Group).sin().exp(),
+    "coupled": lambda x: (x - x.mean(0)).as_subclass(Group),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_outputs_of_a_class_with_an_arithmetic_of_its_own(name: str) -> None:
+    func, x = GROUPS[name], points()
+
+    def plain(x: Tensor) -> Any:
+        found = func(x)
+        if isinstance(found, dict):
+            return {key: value.as_subclass(Tensor) for key, value in found.items()}
+        return found.as_subclass(Tensor)
+
+    right, value = jacobian_blocks(plain, (x,), 0), plain(x)
+    jacs = [AutoJacobian(func, store=":memory:", **options) for options in SEARCHES.values()]
+    jacs += [forced(func, (x,), method) for method in METHODS if name != "coupled" or method.get("seeds") == "identity"]
+    for jac in jacs:
+        for _ in range(2):
+            y, jacobian = jac.value_and_jacobian(x)
+            compare(jacobian, right)
+            compare(y, value)
+        z = x.clone().requires_grad_()
+        assert all(J.requires_grad for J in torch.utils._pytree.tree_leaves(jac(z))) or name == "coupled"
+
+
+class Keeps(nn.Module):
+    """Writes its input into a tensor that it holds, which has its graph from then on."""
+
+    def __init__(self, weight: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, dtype=torch.float64)) if weight else None
+        self.held = torch.zeros(5, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held[:] = x if self.weight is None else x * self.weight
+        return self.held.sin() * 2
+
+
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_tensor_that_func_writes_its_input_into(search: str, weight: bool) -> None:
+    func, x = Keeps(weight), points()
+    jac = AutoJacobian(func, store=":memory:", **SEARCHES[search])
+    for scale in (1, 2, 3):
+        compare(jac(scale * x).detach(), jacobian_blocks(copy_of(func), (scale * x,), 0))
+        assert weight or not func.held.requires_grad
+    for scale in (1, 2, 3):
+        z = (scale * x).requires_grad_()
+        # torch's backward() itself would go on into the graph of the call before
+        (ours,) = torch.autograd.grad(jac(z).square().sum(), z)
+        w = (scale * x).requires_grad_()
+        factor = 1 if func.weight is None else func.weight.detach()
+        compare(ours, torch.autograd.grad((2 * factor * (w * factor).cos()).square().sum(), w)[0])
+    # the user's own training left a graph there
+    torch.autograd.grad(func(x.requires_grad_()).sum(), x)
+    compare(jac(x.detach()).detach(), jacobian_blocks(copy_of(func), (x.detach(),), 0))
+
+
+def copy_of(func: Keeps) -> Keeps:
+    """The same function with a tensor of its own."""
+    other = Keeps(func.weight is not None)
+    other.load_state_dict(func.state_dict())
+    return other
+
+
+def test_a_measurement_of_memory_that_raises_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = measure.peak_bytes
+
+    def failing(run: Any, device: torch.device) -> int:
+        calls.append(1)
+        if len(calls) % 2:
+            raise RuntimeError("trying to backward through the graph a second time")
+        return real(run, device)
+
+    monkeypatch.setattr(measure, "peak_bytes", failing)
+    x = points()
+    jac = AutoJacobian(torch.sin, budget_s=0.5, store=":memory:")
+    compare(jac(x), torch.diag_embed(x.cos()))
+    assert len(calls) > 1

@@ -94,7 +94,7 @@ class AutoJacobian(Derived):
         self._others = {}
         self._captured: Captures | None = None
         self._again: Again = never
-        self._replays = False
+        self._replays = self._observes = False
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -201,7 +201,9 @@ class AutoJacobian(Derived):
                 return self._run(*call)
         if transforming():
             return self._composed(args, kwargs)
-        if self._replays and not self._planner.surroundings.steady():
+        surroundings = self._planner.surroundings
+        state, moved = surroundings.observe() if self._observes else (None, False)
+        if moved or (self._replays and not surroundings.steady()):
             # what func holds may be others now, which require grad
             self._captured = None
         key = self._key(args, kwargs)
@@ -214,9 +216,12 @@ class AutoJacobian(Derived):
         if kwargs or frame.constants:
             kwargs = frame.keywords(args, kwargs)
         entry.calls += 1
-        noticed = UNCHANGED if entry.unchecked else entry.changed(leaves, kwargs)
+        noticed = UNCHANGED if entry.unchecked else entry.changed(leaves, kwargs, state)
         if noticed.what or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
-            return self._checked(key, entry, leaves, args, kwargs, noticed)
+            entry, result = self._checked(key, entry, leaves, args, kwargs, noticed)
+            entry.states.add(-1 if state is None else state)
+            self._absorb(entry)
+            return entry, result
         compute = entry.usable if hooked() else entry.compute
         with outside_autocast():
             result = compute(leaves, kwargs)
@@ -224,7 +229,14 @@ class AutoJacobian(Derived):
             if entry.again is None:
                 entry.again = again(entry, args)
             self._again = entry.again
+        self._absorb(entry)
         return entry, result
+
+    def _absorb(self, entry: Entry) -> None:
+        """Take what func has changed by itself for no change; asked until it is seen to change nothing."""
+        surroundings = self._planner.surroundings
+        if surroundings.fresh and entry.observed:
+            entry.absorb(surroundings.absorb())
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
         with recording(args, kwargs) as call:
@@ -315,6 +327,7 @@ class AutoJacobian(Derived):
         self._entries[key] = entry
         self._again = never
         self._replays = self._replays or isinstance(entry.compute, Replaying)
+        self._observes = self._observes or entry.observed
 
     def _checked(
         self,

@@ -68,6 +68,8 @@ class Entry:
     numbers: set[tuple[float, ...]] | None = None
     watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
+    version: int = -1
+    states: set[int] = dataclasses.field(default_factory=set)
     factored: Any = None
     again: Any = None
     pushes: bool = False
@@ -122,23 +124,54 @@ class Entry:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Noticed:
+    @property
+    def observed(self) -> bool:
+        """Whether changes of func must be looked for before every call: a replay does so itself."""
+        return self.problem.structure.assumes and not self.unchecked and not isinstance(self.compute, Replaying)
+
+    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], state: int | None = None) -> Noticed:
         """What is other than at the checks so far, of what the plan was made from: then it is checked again.
 
         A replay knows what func reads. Patterns and verdicts hang on what func has captured and on all that its code
         reads, some on other arguments too.
+
+        Args:
+            leaves, kwargs: the call.
+            state: the number of the state of what func reads; None if it is not looked at.
         """
-        # the first use is checked in any case
-        anew = bool(self.last_check) and isinstance(self.compute, Replaying) and self.compute.anew()
+        anew = False
+        if self.last_check:  # the first use is checked in any case
+            if isinstance(self.compute, Replaying):
+                anew = self.compute.anew()
+            else:
+                anew = self.observed and state is not None and state not in self.states
         if self.reads is None:
             return Noticed("function" if anew else "")
-        read = self.reads.changed()
-        if read:
-            self._hold(captures(self.frame.func))
+        anew = self._moved(state) or anew
         contents = self.contents(leaves, kwargs)
-        if anew or read == "objects":
+        if anew:
             return Noticed("function", contents)
         return Noticed("arguments" if self.watch.unseen(contents) else "", contents)
+
+    def absorb(self, state: int | None) -> None:
+        """Take the state that a call has left, as far as func has changed it by itself, for one that was checked."""
+        if state is not None:
+            self.states.add(state)
+            if self.reads is not None:
+                self.reads.changed()
+
+    def _moved(self, state: int | None) -> bool:
+        """Look for the constants anew where they may be others; whether more than tensors is seen to be other."""
+        surroundings = self.problem.surroundings
+        if state is None or surroundings is None or surroundings.reason:
+            read = self.reads.changed() if self.reads is not None else ""
+            moved = bool(read)
+        else:
+            read, moved = "", self.version != surroundings.version
+            self.version = surroundings.version
+        if moved:
+            self._hold(captures(self.frame.func))
+        return read == "objects"
 
     def contents(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bytes:
         """A digest of all tensors whose values decide whether the plan holds."""

@@ -138,7 +138,7 @@ class Reference:
                 if not bool(torch.isfinite(kept).all()):
                     continue
                 own = self.places.row(whole, output, row, position)
-                weight = seeds.noise(own, self.generator)
+                weight = seeds.noise(own, self.generator) * self.weights[output].flatten()[row].to(own)
                 actual.append((own * weight).sum())
                 expected.append((kept * weight).sum())
         if not actual:

@@ -14,7 +14,8 @@ import autojac
 from autojac import AutoJacobian, StructureChangedWarning, jacobian_from
 from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
-from harness import forced
+from autojac.verify import Reference
+from harness import forced, planned
 from oracle import jacobian_blocks
 
 BATCH = 6
@@ -105,6 +106,22 @@ def test_independent_samples_of_many_scales_stay_independent(kind: str, dtype: t
 
     x = torch.randn(BATCH, 3, dtype=dtype)
     assert autojac.probe(func, x / sizes if kind == "inputs" else x).independent
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e-10])
+def test_a_wrong_gradient_through_small_entries_is_seen(scale: float) -> None:
+    def func(x: Tensor) -> Tensor:
+        return torch.cat([1e10 * x.sin()[:, :1], x[:, 1:] ** 3], 1) * scale
+
+    x = torch.randn(BATCH, 3).requires_grad_()
+    request, seen, problem = planned(func, (x,))
+    reference = Reference(problem, request.leaves, {}, seen.quiet)
+    result = Pull("shared", "loop").prepare(problem)(request.leaves, {})
+    assert reference.check(result) is None
+    assert reference.check_gradient(result, ()) is None
+    ((J,),) = result.jacobians
+    wrong = torch.cat([J[:, :1], J[:, 1:].detach()], 1)
+    assert "gradient through J" in str(reference.check_gradient(result._replace(jacobians=((wrong,),)), ()))
 
 
 class Later:

@@ -47,7 +47,7 @@ def pull_colors(
             pulled: Sequence[Tensor] = vmap(lambda *own: vjp(own))(*cotangents)
             return pulled
     else:
-        pullback = Pullback(bound, inputs, problem.differentiable)
+        pullback = Pullback(bound, inputs, problem.differentiable, not problem.structure.effects)
         values = pullback.outputs
 
         def pull(cotangents: list[Tensor], last: bool) -> Sequence[Tensor]:

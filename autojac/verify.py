@@ -74,7 +74,8 @@ class Reference:
         # a fused kernel may lack the second derivative by which a differentiable result is checked
         kernels = problem.structure.kernels if problem.differentiable else ()
         with outside_autocast(), quiet(), plain_formulas(kernels):
-            self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable)
+            repeatable = not problem.structure.effects
+            self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable, repeatable)
             self.values = self.pullback.outputs
             self.evidence = Evidence.at(problem, self.pullback.inputs, self.values)
             # every coordinate of an output counts alike, by its weight

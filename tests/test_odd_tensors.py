@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+import autojac
 from autojac import AutoJacobian
 from autojac.search import measure
 from harness import compare, forced
-from oracle import jacobian_blocks
+from oracle import jacobian_blocks, jacobian_full
 
 LOOP = {"method": "Pull", "seeds": "identity", "engine": "loop"}
 METHODS = [
@@ -160,3 +161,81 @@ def test_a_measurement_of_memory_that_raises_is_not_the_end(monkeypatch: pytest.
     jac = AutoJacobian(torch.sin, budget_s=0.5, store=":memory:")
     compare(jac(x), torch.diag_embed(x.cos()))
     assert len(calls) > 1
+
+
+class Freed(torch.autograd.Function):
+    """A sine whose backward gives back what it has saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = x.detach()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        found = cotangent * ctx.kept.cos()
+        del ctx.kept
+        return found
+
+
+class Overwritten(torch.autograd.Function):
+    """A sine whose gradient is taken in forward, and scaled in place in backward, as residual flows save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.detach().cos())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(cotangent)
+
+
+@pytest.mark.parametrize("function", [Freed, Overwritten])
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("layout", ["blocks", "full"])
+def test_a_backward_that_runs_only_once(function: Any, coupled: bool, layout: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        return function.apply(x - x.mean(0) if coupled else x).cumsum(1)
+
+    def plain(x: Tensor) -> Tensor:
+        return (x - x.mean(0) if coupled else x).sin().cumsum(1)
+
+    x = points()
+    right = (jacobian_blocks if layout == "blocks" else jacobian_full)(plain, (x,), 0)
+    jacs = [AutoJacobian(func, layout=layout, store=":memory:", **options) for options in SEARCHES.values()]
+    for jac in [*jacs, forced(func, (x,), LOOP, layout=layout)]:
+        for scale in (1, 1, 2):
+            wanted = right if scale == 1 else jacobian_blocks(plain, (2 * x,), 0)
+            if scale == 1 or layout == "blocks":
+                compare(jac(scale * x), wanted)
+
+
+def test_a_backward_that_raises_by_itself_raises() -> None:
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            raise ValueError("no derivative today")
+
+    with pytest.raises(ValueError, match="no derivative today"):
+        AutoJacobian(Refuses.apply, on_miss="estimate", store=":memory:")(points())
+
+
+def test_a_backward_that_runs_only_once_behind_moving_buffers_is_refused_by_name() -> None:
+    norm = nn.BatchNorm1d(3).double()
+
+    def func(x: Tensor) -> Tensor:
+        return Freed.apply(norm(x))  # type: ignore[no-any-return]
+
+    with pytest.raises(autojac.UnsupportedError, match=r"second backward.*eval mode"):
+        AutoJacobian(func, on_miss="estimate", store=":memory:")(points())
+    norm.eval()
+    compare(
+        AutoJacobian(func, on_miss="estimate", store=":memory:")(points() * 0 + 1),
+        jacobian_blocks(lambda x: norm(x).sin(), (points() * 0 + 1,), 0),
+    )

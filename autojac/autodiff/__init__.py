@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._vmap_internals import _vmap
 from torch.autograd.graph import _engine_run_backward
 
+from autojac.errors import UnsupportedError
 from autojac.process import unwarned
 
 Bound = Callable[..., tuple[Tensor, ...]]
@@ -113,10 +114,14 @@ class Pullback:
         fn: bound function.
         inputs: tensors to differentiate.
         differentiable: whether the VJPs carry a graph themselves.
+        repeatable: whether `fn` may run once more where a backward through it runs only once, as one does that frees
+            or overwrites what it has saved.
     """
 
-    def __init__(self, fn: Bound, inputs: Sequence[Tensor], differentiable: bool) -> None:
+    def __init__(self, fn: Bound, inputs: Sequence[Tensor], differentiable: bool, repeatable: bool = True) -> None:
         self.differentiable = self.keeps = differentiable
+        self.fn: Bound | None = fn
+        self.repeatable, self.pulled, self.once = repeatable, False, False
         with torch.enable_grad():
             self.inputs = fresh_inputs(inputs, differentiable)
             self.recorded = fn(*self.inputs)
@@ -131,6 +136,7 @@ class Pullback:
         """The pullback of a graph that exists already; it is kept, whatever is pulled."""
         pullback = cls.__new__(cls)
         pullback.differentiable, pullback.keeps = differentiable, True
+        pullback.fn, pullback.repeatable, pullback.pulled, pullback.once = None, True, False, False
         pullback.inputs, pullback.recorded = tuple(inputs), tuple(outputs)
         return pullback
 
@@ -153,24 +159,51 @@ class Pullback:
         pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
         if not pairs:
             return [x.new_zeros((*lead, *x.shape)) for x in self.inputs]
-        recorded = tuple(y for y, _ in pairs)
-        keep = self.keeps or not last
-
-        def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
-            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
-            return _engine_run_backward(recorded, seeds, keep, self.differentiable, self.inputs, True, False)
-
+        recorded, keep = tuple(y for y, _ in pairs), self.keeps or not last
+        cotangents = [c for _, c in pairs]
         with torch.enable_grad():
-            cotangents = [c for _, c in pairs]
-            if batched:
-                gradients = quietly(_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents)
+            if self.once:
+                gradients = self._back(self._again(recorded), cotangents, batched, keep)
             else:
-                gradients = run(*cotangents)
+                try:
+                    gradients = self._back(recorded, cotangents, batched, keep)
+                except Exception as error:
+                    # checkpointing stops a recomputation in this way
+                    if not self.pulled or self.fn is None or type(error).__module__ == "torch.utils.checkpoint":
+                        raise
+                    if not self.repeatable:
+                        raise UnsupportedError(
+                            f"a second backward through func raises {type(error).__name__}: {error}. Where one "
+                            "backward uses up what func has saved, each row takes an evaluation of its own, but func does more "
+                            "than return: it draws, or moves its buffers. Put the module into eval mode"
+                        ) from error
+                    gradients = self._back(self._again(recorded), cotangents, batched, keep)
+                    self.once = True
+        self.pulled = True
         # torch's own materialize_grads would forget the leading axis of batched cotangents
         return [
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
             for x, gradient in zip(self.inputs, gradients, strict=True)
         ]
+
+    def _back(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool, keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
+            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
+            return _engine_run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
+
+        found: tuple[Tensor | None, ...] = (
+            quietly(_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents) if batched else run(*cotangents)
+        )
+        return found
+
+    def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same outputs by another evaluation."""
+        assert self.fn is not None
+        places = {id(y): place for place, y in enumerate(self.recorded)}
+        values = self.fn(*self.inputs)
+        return tuple(values[places[id(y)]] for y in outputs)
 
     def unused(self) -> list[int]:
         """Return the inputs that no output depends on, by their numbers: the engine finds no path to them."""

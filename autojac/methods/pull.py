@@ -77,7 +77,7 @@ class Pull(Method):
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             bound, inputs = bind(problem, leaves, kwargs)
-            return self._sweep(problem, *self._record(bound, inputs, problem.differentiable), made)
+            return self._sweep(problem, *self._record(problem, bound, inputs), made)
 
         return compute
 
@@ -90,9 +90,7 @@ class Pull(Method):
         rows = functools.partial(self._shared_rows, made) if self.seeds == "shared" else self._identity_rows
         return Result(values, tuple(rows(problem, index, values, pull, step) for index in range(len(values))))
 
-    def _record(
-        self, bound: Bound, inputs: Sequence[Tensor], differentiable: bool
-    ) -> tuple[tuple[Tensor, ...], PullMany]:
+    def _record(self, problem: Problem, bound: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], PullMany]:
         """The values, and a function from (output, cotangents (c, *output), last) to one (c, *input) an input."""
         if self.engine == "vmap":
             values, vjp = functional_vjp(bound, inputs)
@@ -106,7 +104,7 @@ class Pull(Method):
 
             return values, pull_vmapped
 
-        pullback = Pullback(bound, inputs, differentiable)
+        pullback = Pullback(bound, inputs, problem.differentiable, not problem.structure.effects)
         return pullback.outputs, self._pull_many(pullback)
 
     def _pull_many(self, pullback: Pullback) -> PullMany:

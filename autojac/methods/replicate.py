@@ -79,7 +79,7 @@ class Replicate(Method):
         return compute
 
     def _reverse(self, problem: Problem, bound: Any, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        pullback = Pullback(bound, inputs, problem.differentiable)
+        pullback = Pullback(bound, inputs, problem.differentiable, not problem.structure.effects)
         values = pullback.outputs
         cotangents = [
             seed.reshape(-1, *event)

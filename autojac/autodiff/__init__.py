@@ -174,8 +174,8 @@ class Pullback:
                     if not self.repeatable:
                         raise UnsupportedError(
                             f"a second backward through func raises {type(error).__name__}: {error}. Where one "
-                            "backward uses up what func has saved, each row takes an evaluation of its own, but func does more "
-                            "than return: it draws, or moves its buffers. Put the module into eval mode"
+                            "backward uses up what func has saved, each row takes an evaluation of its own, but func "
+                            "does more than return: it draws, or moves its buffers. Put the module into eval mode"
                         ) from error
                     gradients = self._back(self._again(recorded), cotangents, batched, keep)
                     self.once = True

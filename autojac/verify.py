@@ -18,6 +18,7 @@ from autojac.places import Places, Projection
 from autojac.problem import Problem, Result, bind
 from autojac.quiet import Quiet
 from autojac.sparsity import Pattern
+from autojac.structure import UPDATES_BUFFERS
 from autojac.tolerance import balance, disagreement, own_rounding, rounding_floor, tolerance
 
 ROWS = 6
@@ -67,7 +68,8 @@ class Reference:
         self.every = every and problem.layout == "diagonal"
         self.classes = None if thorough else CLASSES
         self.slack = [1.0] * len(problem.outputs)
-        self.calibrated = False
+        # the graph of a func that writes into buffers can be pulled until they are put back
+        self.calibrated = UPDATES_BUFFERS in problem.structure.effects
         self.once = False
         self.generator = torch.Generator().manual_seed(seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
@@ -94,6 +96,8 @@ class Reference:
                     [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
                 )
                 self.leak = self._leak()
+            if self.calibrated:
+                self._calibrate()
             self.says = self.every or self._says()
 
     def check(self, result: Result) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 from torch._vmap_internals import _vmap
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import _engine_run_backward
 
 from autojac.errors import UnsupportedError
@@ -67,6 +68,12 @@ def saved_tensors_apart() -> AbstractContextManager[Any]:
     if not hooked():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Write into a tensor without moving its version: graphs that have saved it do not take it for changed."""
+    kept: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tensor)
+    return kept
 
 
 @contextmanager

@@ -56,18 +56,19 @@ def compare_modes(
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None
     cotangents = balanced_noise(values, generator)
+    # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
     with quiet():
         pullback = Pullback(bound, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)
-    if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
-        return "modes: not compared, something is not finite here", None
-    forward, size = _product(cotangents, pushed)
-    reverse, other_size = _product(pulled, directions)
-    gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
-    allowed *= max(tolerance(tensor.dtype) for tensor in (*values, *points))
-    if gap > allowed:
-        # func may compute in a lower precision than its output's: only now is it worth finding out
-        allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
+        if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
+            return "modes: not compared, something is not finite here", None
+        forward, size = _product(cotangents, pushed)
+        reverse, other_size = _product(pulled, directions)
+        gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
+        allowed *= max(tolerance(tensor.dtype) for tensor in (*values, *points))
+        if gap > allowed:
+            # func may compute in a lower precision than its output's: only now is it worth finding out
+            allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
     if gap <= allowed:
         return "modes: forward and reverse mode agree along a random direction", None
     double = _gap_in_double(bound, points, directions, cotangents, quiet)

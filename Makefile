@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format bench clean
+.PHONY: help demo test test-all coverage check format bench clean
 
 help:
 	@echo "make demo      a small network trained with tuned, remembered Jacobians"
 	@echo "make test      the test suite"
+	@echo "make test-all  the test suite with all that is too slow for every change, and 10 000 fuzzed calls"
 	@echo "make coverage  the test suite, with a coverage report"
 	@echo "make check     lint, formatting and types"
 	@echo "make format    rewrite the sources as \`make check\` wants them"
@@ -31,6 +32,9 @@ demo: $(READY)
 # one process a core, each with one thread
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'nightly or not nightly' --timeout 3600
 
 coverage: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -106,7 +106,6 @@ class Reference:
             wrong = self._compare(result)
             if wrong is not None and not self.calibrated:
                 # func may compute in a lower precision than its output's: only now is it worth finding out
-                self.calibrated = True
                 self._calibrate()
                 wrong = self._compare(result)
         return wrong
@@ -120,6 +119,7 @@ class Reference:
         Relative to the derivative, and as an absolute floor: a derivative that vanishes by cancellation, as behind the
         sum of a softmax, is nothing but rounding.
         """
+        self.calibrated = True
         for output, value in enumerate(self.pullback.recorded):
             rounding = own_rounding(self.pullback.pull, [value], self.generator)
             for position, (noise, relative) in enumerate(rounding):
@@ -136,33 +136,48 @@ class Reference:
         sources = [*self.connected, *captured]
         if not sources:
             return None
-        actual, expected = [], []
+        actual, expected, weights = [], [], []
         for output, row, pulled in self.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
                 kept = self.places.kept(one, output, row, position)
                 if not bool(torch.isfinite(kept).all()):
                     continue
                 own = self.places.row(whole, output, row, position)
-                weight = seeds.noise(own, self.generator) * self.weights[output].flatten()[row].to(own)
-                actual.append((own * weight).sum())
-                expected.append((kept * weight).sum())
+                actual.append(own.reshape(1, -1))
+                expected.append(kept.reshape(1, -1))
+                scale = self.weights[output].flatten()[row].to(own)
+                weights.append(seeds.noise(actual[-1], self.generator) * scale)
         if not actual:
             return None
-        try:
-            right = gradient(torch.stack(expected).sum(), sources)
-        except RuntimeError:
-            self.once = True
-            return None
-        found = gradient(torch.stack(actual).sum(), sources)
-        for mine, theirs in zip(found, right, strict=True):
+
+        def pull(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+            return gradient(torch.stack([(row * w).sum() for row, w in zip(rows, weights, strict=True)]).sum(), sources)
+
+        with outside_autocast():
+            try:
+                right = pull(expected, weights)
+            except RuntimeError:
+                self.once = True
+                return None
+            found = pull(actual, weights)
+            wrong = self._compare_gradients(found, right, [1.0] * len(sources))
+            if wrong is not None:
+                # as for J itself; a derivative of it may be less precise than it is
+                noise = own_rounding(pull, expected, self.generator)
+                wrong = self._compare_gradients(found, right, [relative for _, relative in noise])
+        return wrong
+
+    def _compare_gradients(
+        self, found: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]
+    ) -> str | None:
+        for mine, theirs, own in zip(found, right, slacks, strict=True):
             counted = torch.isfinite(theirs)
             if not self.evidence.whole:
                 # zero times what is NaN elsewhere
                 counted &= torch.isfinite(mine)
             one, other = only(None if bool(counted.all()) else counted, mine, theirs)
-            error = disagreement(
-                one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=max(self.slack)
-            )
+            slack = max(own, *(self._slack(output, other) for output in range(len(self.values))))
+            error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=slack)
             if error is not None:
                 return f"the gradient through J is off by {error:.1g} relative"
         return None

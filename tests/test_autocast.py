@@ -121,3 +121,25 @@ def test_a_derivative_of_the_backward_is_exact_outside_of_autocast() -> None:
     (gradient,) = torch.autograd.grad(jacobian.sum(), x, create_graph=True)
     (again,) = torch.autograd.grad(gradient.sum(), x)
     torch.testing.assert_close(again, 2 * x.exp())
+
+
+@pytest.mark.parametrize("layout", ["blocks", "full"])
+def test_batch_norm_in_train_mode_is_trained(layout: str) -> None:
+    """Its noise is measured before the running statistics are put back, which takes its graph away."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.SiLU(), torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    jac = AutoJacobian(lambda x: net(x).sum(1, keepdim=True), layout=layout, on_miss="estimate", store=":memory:")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert jac(torch.randn(7, 5)).requires_grad
+
+
+def test_a_gradient_of_little_precision_beside_an_exact_jacobian_is_right() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.GELU(), torch.nn.Linear(16, 3))
+    x = torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        jac = forced(lambda x: 1e-5 * net(x) + x, (x,), {"method": "Replay", "inner": PULL}, verify="always")
+        for _ in range(5):
+            jac(torch.randn(4, 3))
+        assert jac.plan(x).method["method"] == "Replay"

@@ -36,13 +36,13 @@ class Monitor(TorchFunctionMode):
 
     Attributes:
         escaped: the first of `ESCAPES` that was called; empty if none was.
-        exchanged: what has exchanged the memory of a tensor; empty if nothing has.
+        exchanges: whether something was assigned to the `data` of a tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.escaped = ""
-        self.exchanged = ""
+        self.exchanges = False
         self._running: tuple[str, Sequence[Any], Mapping[str, Any]] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,7 +56,7 @@ class Monitor(TorchFunctionMode):
             if not _by_autojac():
                 self.escaped = self.escaped or name
         elif name == "__set__" and getattr(func.__self__, "__name__", "") == "data":
-            self.exchanged = self.exchanged or "an assignment to .data"
+            self.exchanges = True
         before, self._running = self._running, (name, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -135,5 +135,8 @@ def home(tensor: Tensor) -> tuple[Any, ...]:
     """What stands behind a tensor's object: Python may put something else there, and no operator tells."""
     if tensor.layout != torch.strided or tensor._is_zerotensor():
         return (tensor._cdata,)
-    places = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
-    return tensor._cdata, tensor.untyped_storage()._cdata, *places
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except RuntimeError:  # a wrapper of another tensor
+        return (tensor._cdata,)
+    return tensor._cdata, storage, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype

@@ -257,6 +257,8 @@ class Planner:
         if len(plan.batched) != len(seen.signature.leaves):
             return None
         outline = self.outline(request, seen, plan.batched)
+        if not set(seen.first.effects) <= set(plan.structure.effects):
+            return None  # it may have been chosen for what func then did not do
         problem = self.problem(request, seen, plan.structure, plan.batched, outline)
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import saved_tensors_apart, version_kept
+from autojac.escapes import home
 
 
 def random_state() -> tuple[Any, ...]:
@@ -101,13 +102,15 @@ class Quiet:
         state: random state that every evaluation starts from; the current one by default.
 
     Attributes:
-        written: the captured tensors that an evaluation wrote into.
+        written: the captured tensors that an evaluation wrote into, or gave other memory.
+        exchanged: whether one was given other memory.
     """
 
     def __init__(self, captured: Sequence[Tensor], state: tuple[Any, ...] | None = None) -> None:
         self.captured = [tensor for tensor in captured if not (tensor.is_inference() or tensor.is_meta)]
         self.state = random_state() if state is None else state
         self.written: list[Tensor] = []
+        self.exchanged = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -116,6 +119,7 @@ class Quiet:
         versions = [tensor._version for tensor in self.captured]
         plain = [tensor for tensor in self.captured if not tensor.requires_grad]
         saved = [tensor.detach().clone() for tensor in self.captured]
+        memory = [(home(tensor), tensor.data) for tensor in self.captured]
         restore_random_state(self.state)
         try:
             with hooks:
@@ -123,10 +127,14 @@ class Quiet:
         finally:
             restore_random_state(outside)
             with torch.no_grad():
-                for tensor, version, copy in zip(self.captured, versions, saved, strict=True):
+                for tensor, version, copy, (place, data) in zip(self.captured, versions, saved, memory, strict=True):
+                    exchanged = home(tensor) != place
+                    if exchanged:
+                        tensor.data = data
+                        self.exchanged = True
                     # Batch norm's kernel writes its running statistics without moving their version, and they are put
                     # back so too: graphs that have saved them stay what they were.
-                    moved = tensor._version != version
+                    moved = exchanged or tensor._version != version
                     if moved or not same_bits(tensor, copy):
                         if not any(tensor is known for known in self.written):
                             self.written.append(tensor)

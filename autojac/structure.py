@@ -14,6 +14,7 @@ Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
 DRAWS = "draws random numbers"
+EXCHANGES = "assigns to .data"
 DRAWS_ALIKE = "draws the same random numbers for every sample"
 """What a call may do besides returning a value; the last one by the user's wish, and it binds no method."""
 

@@ -22,7 +22,7 @@ from autojac.compression import Held
 from autojac.draws import from_one_state
 from autojac.errors import StoreError
 from autojac.problem import Compute, Problem, Result
-from autojac.structure import DRAWS, DRAWS_ALIKE
+from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES
 from autojac.trace import Lower
 
 CACHE_BYTES = 32 * 2**20
@@ -51,7 +51,10 @@ class Method(ABC):
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method can't serve the problem, as a sentence to act on; None if it can."""
         effects = problem.structure.effects
-        harmless = {DRAWS_ALIKE, DRAWS} if self.whole_batch else {DRAWS_ALIKE}
+        if EXCHANGES in effects and self.functional:
+            # torch lets a plain tensor be given a transform's own, and crashes when that is read
+            return f"func {EXCHANGES}, which torch.func's transforms can't do"
+        harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.whole_batch else {DRAWS_ALIKE, EXCHANGES}
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
         if problem.has_aux and effects and not self.plain:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
+from autojac.escapes import Monitor
 from autojac.kernels import ATTENTION, special_kernels
 from autojac.quiet import Quiet, random_state, same_bits, same_random_state
-from autojac.structure import DRAWS, UPDATES_BUFFERS
+from autojac.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 from autojac.tolerance import disagreement
 
 Flat = Any
@@ -63,11 +64,12 @@ def first_call(
         MutationError: if func writes into an argument.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
-    with quiet():
+    with quiet(), Monitor() as monitor:
         values = evaluate_once(fn, leaves, kwargs, differentiated)
         draws = not same_random_state(quiet.state, random_state())
     check_outputs(values)
-    done = (UPDATES_BUFFERS if quiet.written else "", DRAWS if draws else "")
+    exchanges = monitor.exchanges or quiet.exchanged
+    done = (UPDATES_BUFFERS if quiet.written else "", DRAWS if draws else "", EXCHANGES if exchanges else "")
     return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)))
 
 

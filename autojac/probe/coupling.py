@@ -12,8 +12,13 @@ from autojac.outline import Outline
 from autojac.probe.pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
 from autojac.probe.proof import Proof, meeting, prove
 from autojac.probe.samples import sample_graph
+from autojac.probe.values_only import EVALUATIONS, values_only
+from autojac.ranks import several
 from autojac.sparsity import Sparsity
 from autojac.structure import Coupling, Structure
+
+PATIENCE = 10.0
+"""What clearing a function of false coupling may cost, in budgets of a layer: it saves that in every call."""
 
 
 def coupled(
@@ -52,7 +57,7 @@ def coupled(
         for layer in layers:
             verdicts.append(layer())
             # what is sure need not be seen again where looking is dear
-            if verdicts[-1].coupled and cost * len(masks) > budget_s / 3:
+            if verdicts[-1].coupled and cost * len(masks) > budget_s / 3 and not _only_values(verdicts):
                 break
         evidence += [verdict.evidence for verdict in verdicts]
     else:
@@ -67,9 +72,19 @@ def coupled(
     said = {verdict.coupled for verdict in verdicts}
     if meet:
         moved = any(verdict.coupled for verdict in verdicts[:2])
-        return _shape(
+        shape = _shape(
             subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1, moved
         )
+        # what NaN reaches may sleep for another reason, such as a weight that is zero
+        awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or weights
+        patience = PATIENCE * budget_s
+        if awake or several() or cost * EVALUATIONS > patience or not values_only(subject, masks, generator, patience):
+            return shape
+        line = (
+            "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
+            "solver that stops by the whole batch. Taken for independent, but not called on a part of the batch"
+        )
+        return Structure("independent", "observed", False, evidence=(*shape.evidence, line), watched=True)
     # what is read of a weight by one sample depends on the others too where side inputs are coupled
     if outline is not None and weights and refusal is not None:
         alone, line = meeting(outline, subject, masks, called, generator)
@@ -91,6 +106,11 @@ def coupled(
         evidence=tuple(evidence),
         watched=not proof.any_values,
     )
+
+
+def _only_values(verdicts: Sequence[Verdict]) -> bool:
+    """Check whether values of other samples move outputs, though no gradient of theirs was seen."""
+    return len(verdicts) > 1 and verdicts[0].coupled is False and verdicts[1].coupled is True
 
 
 def _shape(

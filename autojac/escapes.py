@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from autojac.errors import UnsupportedError
 
 ESCAPES: Final = frozenset(
     {
@@ -100,6 +102,33 @@ def _by_autojac() -> bool:
     while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.overrides":
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")).startswith("autojac.")
+
+
+class DataAssignedError(UnsupportedError):
+    """Function assigns a transform's tensor to the `data` of a plain one, which torch lets pass and then crashes on."""
+
+
+class NoData(TorchFunctionMode):
+    """Raises `DataAssignedError` before torch does what it can't undo."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data":
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+            if wrapped(args[1]) and not wrapped(args[0]):
+                raise DataAssignedError("func assigns to .data, which torch.func's transforms can't do")
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def without_data(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, to be called by a transform, that refuses to assign to `.data`."""
+
+    def refusing(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return fn(*args)
+        with NoData():
+            return fn(*args)
+
+    return refusing
 
 
 class Watching(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, PlanStore
 from autojac.structure import EXCHANGES
-from harness import compare
+from harness import compare, forced
 from oracle import jacobian_blocks
 
 TESTS = Path(__file__).parent
@@ -111,7 +111,7 @@ def stored(name: str) -> None:
     for method in (
         {"method": "PerSample", "mode": "reverse"},
         {"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": "vmap"}},
-        {"method": "Push", "engine": "vmap"},
+        {"method": "Push", "seeds": "shared", "engine": "vmap"},
     ):
         for effects in ((EXCHANGES,), ()):
             options: dict[str, Any] = {"on_miss": "estimate", "store": PlanStore(":memory:")}
@@ -126,9 +126,47 @@ def stored(name: str) -> None:
             assert jac.plan(x).method["method"] not in ("PerSample", "Push")
 
 
-@pytest.mark.parametrize("what", ["right", "stored"])
+class Later(nn.Module):
+    """Takes to it while its plan is in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+        self.assigns = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.assigns:
+            self.to(x.device)
+        return torch.tanh(self.linear(x))
+
+
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "PerSample": [{"method": "PerSample", "mode": mode} for mode in ("reverse", "forward")],
+    "Pull": [{"method": "Pull", "seeds": "shared", "engine": "vmap"}],
+    "Push": [{"method": "Push", "seeds": "shared", "engine": "vmap"}],
+    "Replay": [{"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": "vmap"}}],
+}
+
+
+def later(name: str) -> None:
+    """One for each method that goes through transforms."""
+    x = torch.linspace(-1, 2, 24, dtype=torch.float64).reshape(8, 3).sin()
+    for method in METHODS[name]:
+        for differentiable in (False, True):
+            model = Later().requires_grad_(differentiable)
+            jac = forced(model, (x,), method)
+            assert jac.plan(x).method["method"] == name
+            for turn in range(6):
+                model.assigns = turn > 2
+                compare(jac(x + turn), jacobian_blocks(model, (x + turn,)))
+
+
+NAMES = {"right": CASES, "stored": CASES, "later": METHODS}
+
+
+@pytest.mark.parametrize("what", ["right", "stored", "later"])
 def test_no_transform_meets_an_assignment_to_data(what: str) -> None:
-    code = f"import test_data_assigned as t\nfor name in t.CASES: print(name, flush=True); t.{what}(name)"
+    code = f"import test_data_assigned as t\nfor name in t.NAMES['{what}']: print(name, flush=True); t.{what}(name)"
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)

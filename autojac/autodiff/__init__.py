@@ -20,6 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import _engine_run_backward
 
 from autojac.errors import UnsupportedError
+from autojac.escapes import without_data
 from autojac.process import unwarned
 
 Bound = Callable[..., tuple[Tensor, ...]]
@@ -239,7 +240,7 @@ class Pullback:
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
     """torch.func.vjp of a bound function: its outputs and the pullback to vmap over."""
-    outputs, pullback = torch.func.vjp(fn, *inputs)[:2]
+    outputs, pullback = torch.func.vjp(without_data(fn), *inputs)[:2]
     return outputs, pullback
 
 
@@ -301,7 +302,7 @@ def push_dual_plainly(
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """torch.func.jvp of a bound function, to be used under vmap over tangents."""
-    outputs, pushed = alone(torch.func.jvp)(fn, tuple(inputs), tuple(tangents))[:2]
+    outputs, pushed = alone(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
 
 
@@ -309,6 +310,7 @@ def sample_jacobian(
     single: Callable[..., Any], argnums: tuple[int, ...], mode: Mode, draws: bool = False
 ) -> Callable[..., Any]:
     """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
+    single = without_data(single)
     if mode == "reverse":
         return torch.func.jacrev(single, argnums=argnums, has_aux=True)
     return alone(torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error"))

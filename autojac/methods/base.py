@@ -18,9 +18,11 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 import autojac.methods
+from autojac.autodiff import transforming
 from autojac.compression import Held
 from autojac.draws import from_one_state
 from autojac.errors import StoreError
+from autojac.escapes import DataAssignedError
 from autojac.problem import Compute, Problem, Result
 from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES
 from autojac.trace import Lower
@@ -132,6 +134,8 @@ class Method(ABC):
     def ready(self, problem: Problem) -> Compute:
         """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
         compute = self.laid_out(problem)
+        if self.functional and not problem.trial:
+            compute = _or_plainly(problem, compute)
         return from_one_state(compute) if problem.structure.draws else compute
 
     def laid_out(self, problem: Problem) -> Compute:
@@ -220,6 +224,23 @@ def build(spec: Mapping[str, Any]) -> Method:
         return kind(**nested)
     except TypeError as error:
         raise StoreError(f"a plan has fields that {kind.__name__} does not: {error}") from error
+
+
+def _or_plainly(problem: Problem, compute: Compute) -> Compute:
+    """A computation by transforms, or by a loop of plain VJPs where func starts to assign to `.data`."""
+    loop: list[Compute] = []
+
+    def either(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        try:
+            return compute(leaves, kwargs)
+        except DataAssignedError:
+            if transforming():
+                raise
+        if not loop:
+            loop.append(reverse(problem, "loop").laid_out(problem))
+        return loop[0](leaves, kwargs)
+
+    return either
 
 
 def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:

@@ -9,6 +9,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class AutoJacobian(Derived):
         self._captured: Captures | None = None
         self._again: Again = never
         self._replays = self._observes = False
-        self._lock = threading.RLock()
+        self._lock: AbstractContextManager[Any] = threading.RLock()
 
     def __repr__(self) -> str:
         return f"AutoJacobian({self._planner.stored.function_name}, {len(self._entries)} plans in use)"

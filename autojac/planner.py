@@ -200,6 +200,7 @@ class Planner:
             outline=outline,
             colorings=self.colorings,
             surroundings=self.surroundings,
+            originals=getattr(self.func, "__autojac_originals__", None),
         )
 
     @staticmethod

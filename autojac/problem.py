@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.autodiff import Bound
+from autojac.autodiff import Bound, Pullback
 from autojac.coloring import Colorings
 from autojac.entries import Entries, entries, feature_pattern, sample_graph
 from autojac.layouts import jacobian_shape
@@ -59,6 +59,8 @@ class Problem:
         colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
         surroundings: what func reads beside its arguments, to be watched by methods that are traced.
+        originals: returns the tensors that stand behind the differentiated leaves now, a module's parameters: func may
+            read these past its arguments, by a list or a closure or in a backward pass of its own.
         trial: whether this is a search, in which a method that can only fall back on another one is of no use.
     """
 
@@ -76,6 +78,7 @@ class Problem:
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
     surroundings: Surroundings | None = dataclasses.field(default=None, compare=False, repr=False)
+    originals: Callable[[], Sequence[Tensor]] | None = dataclasses.field(default=None, compare=False, repr=False)
     trial: bool = False
 
     @property
@@ -175,6 +178,15 @@ def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) 
         return problem.fn(merged, kwargs)
 
     return bound, tuple(leaves[position] for position in positions)
+
+
+def recorded(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiable: bool) -> Pullback:
+    """Evaluate once, plainly, for VJPs: in the originals of the leaves where there are any, else in the leaves."""
+    bound, inputs = bind(problem, leaves, kwargs)
+    repeatable = not problem.structure.effects
+    if problem.originals is None:
+        return Pullback(bound, inputs, differentiable, repeatable)
+    return Pullback(bound, problem.originals(), differentiable, repeatable, fresh=False)
 
 
 def empty_rows(problem: Problem, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from autojac import seeds
 from autojac.autocast import outside_autocast
 from autojac.autodiff import Pullback, gradient
+from autojac.errors import UnsupportedError
 from autojac.evidence import Evidence, only
 from autojac.kernels import plain_formulas
 from autojac.places import Places, Projection
-from autojac.problem import Problem, Result, bind
+from autojac.problem import Problem, Result, recorded
 from autojac.quiet import Quiet
 from autojac.sparsity import Pattern
 from autojac.structure import UPDATES_BUFFERS
@@ -76,9 +77,12 @@ class Reference:
         # a fused kernel may lack the second derivative by which a differentiable result is checked
         kernels = problem.structure.kernels if problem.differentiable else ()
         with outside_autocast(), quiet(), plain_formulas(kernels):
-            repeatable = not problem.structure.effects
-            self.pullback = pullback or Pullback(*bind(problem, leaves, kwargs), problem.differentiable, repeatable)
+            self.pullback = pullback or recorded(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
+            pairs = zip(problem.inputs, self.pullback.inputs, strict=True) if problem.originals is not None else ()
+            self.originals = {id(leaves[position]): tensor for position, tensor in pairs}
+            if self.originals:
+                _require_visible(self.pullback)
             self.evidence = Evidence.at(problem, self.pullback.inputs, self.values)
             # every coordinate of an output counts alike, by its weight
             self.weights = [balance([value])[0] for value in self.values]
@@ -133,7 +137,7 @@ class Reference:
             result: a result computed with grad mode on.
             captured: tensors besides the inputs that a loss on the Jacobian trains.
         """
-        sources = [*self.connected, *captured]
+        sources = self._sources(captured)
         if not sources:
             return None
         actual, expected, weights = [], [], []
@@ -151,7 +155,8 @@ class Reference:
             return None
 
         def pull(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-            return gradient(torch.stack([(row * w).sum() for row, w in zip(rows, weights, strict=True)]).sum(), sources)
+            total = torch.stack([(row * w).sum() for row, w in zip(rows, weights, strict=True)]).sum()
+            return _gradients(total, sources)
 
         with outside_autocast():
             try:
@@ -181,6 +186,13 @@ class Reference:
             if error is not None:
                 return f"the gradient through J is off by {error:.1g} relative"
         return None
+
+    def _sources(self, captured: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What a loss on J trains; a leaf and the original that it stands for are trained together."""
+        pairs = [[leaf, self.originals.get(id(leaf), leaf)] for leaf in self.connected]
+        known = {id(tensor) for pair in pairs for tensor in pair}
+        together = [list({id(tensor): tensor for tensor in pair}.values()) for pair in pairs]
+        return [*together, *([tensor] for tensor in captured if id(tensor) not in known)]
 
     def worst_samples(self, result: Result, count: int) -> list[int]:
         """The samples whose projections differ most: a coupled function's do, and a wrong block's."""
@@ -363,6 +375,22 @@ class Reference:
 def named(samples: Sequence[int]) -> str:
     """Some samples, for people."""
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
+
+
+def _require_visible(pullback: Pullback) -> None:
+    """Refuse parameters whose derivatives autograd can't be asked for."""
+    shapes = ", ".join(str(tuple(pullback.inputs[number].shape)) for number in pullback.hidden())
+    if shapes:
+        raise UnsupportedError(
+            f"parameters of shape {shapes} get gradients by backward() alone; a Jacobian needs torch.autograd.grad. "
+            "torch.utils.checkpoint hides them with use_reentrant=True: pass use_reentrant=False"
+        )
+
+
+def _gradients(scalar: Tensor, sources: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Gradients of a scalar, added up within each group of sources."""
+    parts = iter(gradient(scalar, list(itertools.chain(*sources))))
+    return [torch.stack([next(parts) for _ in group]).sum(0) for group in sources]
 
 
 def _largest(tensor: Tensor) -> Tensor:

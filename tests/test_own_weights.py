@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,9 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autojac import InputError, StructureChangedWarning, UnsupportedError
+from autojac import AutoJacobian, InputError, PlanStore, StructureChangedWarning, UnsupportedError
+from autojac.parameters import parameters_replaced
 from harness import compare
 from test_parameters import by_rows, estimated
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Held(nn.Module):
@@ -214,3 +220,74 @@ def test_a_scripted_module_is_refused_by_name() -> None:
     for module in (scripted, nn.Sequential(nn.Tanh(), scripted)):
         with pytest.raises(InputError, match="scripted or traced"):
             estimated(module)
+
+
+def with_plan(module: nn.Module, x: Tensor, method: dict[str, Any], **options: Any) -> AutoJacobian:
+    """A wrapper that finds a plan with this method in its store."""
+    store = PlanStore(":memory:")
+    maker = AutoJacobian.of_parameters(module, on_miss="estimate", store=store)
+    plan = maker.plan(x)
+    (entry,) = maker._entries.values()
+    assert entry.keys is not None
+    store.save(*entry.keys, dataclasses.replace(plan, method=method), "module")
+    return AutoJacobian.of_parameters(module, on_miss="estimate", store=store, **options)
+
+
+@pytest.mark.filterwarnings("ignore::autojac.ModesDisagreeWarning")
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "Pull", "seeds": "identity", "engine": "vmap"},
+        {"method": "PerSample", "mode": "reverse"},
+        {"method": "Replay", "inner": {"method": "Pull", "seeds": "identity", "engine": "vmap"}},
+    ],
+)
+def test_a_stored_plan_that_misses_them_is_replaced(method: dict[str, Any]) -> None:
+    module, x = Listed(), doubles(5, 3)
+    expected = by_rows(module, x)
+    with torch.no_grad():
+        jac = with_plan(module, x, method)
+        with pytest.warns(StructureChangedWarning, match="does not hold"):
+            compare(jac(x), expected)
+        compare(jac(x), expected)
+
+
+def test_a_parameter_that_the_module_registers_itself_stays() -> None:
+    module = nn.Linear(3, 2).double()
+    other, replaced = nn.Parameter(doubles(2, 3)), nn.Parameter(doubles(2, 3))
+    own = module.weight
+    with parameters_replaced(module, {"weight": replaced}):
+        assert module.weight is replaced
+        module.weight = other
+    assert module.weight is other
+    module.weight = own
+    with parameters_replaced(module, {"weight": replaced}):
+        with parameters_replaced(module, {"weight": other}):
+            assert module.weight is other
+        assert module.weight is replaced
+    assert module.weight is own
+
+
+def test_wrappers_of_modules_that_share_a_layer_run_in_several_threads() -> None:
+    layer = nn.Linear(3, 3).double()
+    modules = [nn.Sequential(layer, nn.Tanh()), nn.Sequential(nn.Tanh(), layer), layer, layer]
+    x = doubles(4, 3)
+    expected = [by_rows(module, x) for module in modules]
+    own = (layer.weight, layer.bias)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            jac = AutoJacobian.of_parameters(modules[number], on_miss="estimate", store=":memory:")
+            for _ in range(40):
+                J = jac(x)
+                if any(not torch.allclose(J[name], expected[number][name]) for name in J):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert layer.weight is own[0] and layer.bias is own[1]

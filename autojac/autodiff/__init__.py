@@ -124,14 +124,22 @@ class Pullback:
         differentiable: whether the VJPs carry a graph themselves.
         repeatable: whether `fn` may run once more where a backward through it runs only once, as one does that frees
             or overwrites what it has saved.
+        fresh: give `fn` nodes of their own for `inputs`; without it, these tensors themselves.
     """
 
-    def __init__(self, fn: Bound, inputs: Sequence[Tensor], differentiable: bool, repeatable: bool = True) -> None:
+    def __init__(
+        self,
+        fn: Bound,
+        inputs: Sequence[Tensor],
+        differentiable: bool,
+        repeatable: bool = True,
+        fresh: bool = True,
+    ) -> None:
         self.differentiable = self.keeps = differentiable
         self.fn: Bound | None = fn
         self.repeatable, self.pulled, self.once = repeatable, False, False
         with torch.enable_grad():
-            self.inputs = fresh_inputs(inputs, differentiable)
+            self.inputs = fresh_inputs(inputs, differentiable) if fresh else tuple(inputs)
             self.recorded = fn(*self.inputs)
 
     @property
@@ -214,11 +222,33 @@ class Pullback:
         return tuple(values[places[id(y)]] for y in outputs)
 
     def unused(self) -> list[int]:
-        """Return the inputs that no output depends on, by their numbers: the engine finds no path to them."""
-        outputs = tuple(y for y in self.recorded if y.requires_grad)
-        blank = tuple(torch.zeros_like(y) for y in outputs)
-        gradients = _engine_run_backward(outputs, blank, True, False, self.inputs, True, False)
-        return [number for number, gradient in enumerate(gradients) if gradient is None]
+        """Return the inputs that no output leads back to, by their numbers; nothing is pulled."""
+        reached: set[Any] = set()
+        visited: set[Any] = set()
+        waiting = [_edge(y) for y in self.recorded if y.requires_grad]
+        while waiting:
+            edge = waiting.pop()
+            reached.add(edge)
+            if edge[0] not in visited:
+                visited.add(edge[0])
+                waiting += [following for following in edge[0].next_functions if following[0] is not None]
+        return [number for number, x in enumerate(self.inputs) if _edge(x) not in reached]
+
+    def hidden(self) -> list[int]:
+        """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
+        unused = self.unused() if any(y.requires_grad for y in self.recorded) else []
+        leaves = [self.inputs[number] for number in unused]
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        try:
+            if unused:
+                outputs = [y for y in self.recorded if y.requires_grad]
+                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
+            return [number for number, leaf in zip(unused, leaves, strict=True) if leaf.grad is not None]
+        finally:
+            for leaf, gradient in zip(leaves, before, strict=True):
+                leaf.grad = gradient
 
     @contextmanager
     def without_graph(self) -> Iterator[None]:
@@ -236,6 +266,12 @@ class Pullback:
         self.keeps = False
         self.differentiable = False
         self.pull(outputs, [torch.zeros_like(y) for y in outputs], last=True)
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Where a tensor stands in the graph: its node, and which of the node's results it is."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
@@ -328,11 +364,6 @@ def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
     return list(
         torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
     )
-
-
-def call_with(module: torch.nn.Module, parameters: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """A module called with other parameters in the place of its own, those that are tied to them included."""
-    return torch.func.functional_call(module, parameters, args, kwargs)
 
 
 def pulled_back(

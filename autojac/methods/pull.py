@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from autojac import seeds
-from autojac.autodiff import Bound, Pullback, functional_vjp, vmap
+from autojac.autodiff import Pullback, functional_vjp, vmap
 from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result, bind
+from autojac.problem import Compute, Problem, Result, bind, recorded
 from autojac.seeds import SeedKind, SharedSeeds
 
 Engine = Literal["loop", "vmap", "batched"]
@@ -76,8 +76,7 @@ class Pull(Method):
         made = SharedSeeds()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            bound, inputs = bind(problem, leaves, kwargs)
-            return self._sweep(problem, *self._record(problem, bound, inputs), made)
+            return self._sweep(problem, *self._record(problem, leaves, kwargs), made)
 
         return compute
 
@@ -90,10 +89,12 @@ class Pull(Method):
         rows = functools.partial(self._shared_rows, made) if self.seeds == "shared" else self._identity_rows
         return Result(values, tuple(rows(problem, index, values, pull, step) for index in range(len(values))))
 
-    def _record(self, problem: Problem, bound: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], PullMany]:
+    def _record(
+        self, problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, ...], PullMany]:
         """The values, and a function from (output, cotangents (c, *output), last) to one (c, *input) an input."""
         if self.engine == "vmap":
-            values, vjp = functional_vjp(bound, inputs)
+            values, vjp = functional_vjp(*bind(problem, leaves, kwargs))
 
             def pull_vmapped(output: int, cotangents: Tensor, last: bool) -> Sequence[Tensor]:
                 zeros = [torch.zeros_like(value) for value in values]
@@ -104,7 +105,7 @@ class Pull(Method):
 
             return values, pull_vmapped
 
-        pullback = Pullback(bound, inputs, problem.differentiable, not problem.structure.effects)
+        pullback = recorded(problem, leaves, kwargs, problem.differentiable)
         return pullback.outputs, self._pull_many(pullback)
 
     def _pull_many(self, pullback: Pullback) -> PullMany:

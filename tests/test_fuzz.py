@@ -29,7 +29,7 @@ def fuzzed(mode: Mode, calls: int, first: int) -> Tally:
 
 def test_fuzzed_calls_through_replays() -> None:
     tally = fuzzed("replays", 150, 0)
-    assert tally.replayed > 0.7 * tally.calls, tally
+    assert tally.replayed > 0.5 * tally.calls, tally
 
 
 def test_fuzzed_calls_without_replays() -> None:
@@ -42,7 +42,7 @@ def test_fuzzed_calls_without_replays() -> None:
 @pytest.mark.parametrize("job", range(JOBS))
 def test_many_fuzzed_calls_through_replays(job: int) -> None:
     tally = fuzzed("replays", 5000 // JOBS, 1000 * (job + 1))
-    assert tally.replayed > 0.7 * tally.calls, tally
+    assert tally.replayed > 0.5 * tally.calls, tally
 
 
 @pytest.mark.nightly

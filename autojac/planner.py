@@ -172,6 +172,13 @@ class Planner:
             outlined=lambda batched: self.outline(request, seen, batched),
             budget_s=PROBE_BUDGET_S[effort],
         )
+        if manners.cut:
+            named = " and ".join(f"output {number}" for number in manners.cut)
+            message = (
+                f"{named} of func moves with the inputs, but has no graph to them: its Jacobian is zero, as torch's "
+                "would be. Does it go through NumPy, .item(), .detach() or torch.tensor(...)? As aux it needs none"
+            )
+            warnings.warn(f"{self.stored.function_name}: {message}", ModesDisagreeWarning, stacklevel=2)
         if found.notice is not None:
             warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
         return found

@@ -35,10 +35,12 @@ class Manners:
     effects: tuple[str, ...]
     kernels: tuple[str, ...]
     evidence: str
+    cut: tuple[int, ...] = ()
+    """Outputs that move with the inputs and have no graph to them."""
 
 
 def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int]) -> Any:
-    """One plain call on copies that autograd sees as the user's inputs, and the copies."""
+    """One plain call on copies that autograd sees as the user's inputs, and the graph nodes of these."""
     with torch.enable_grad():
         copies = [
             leaf.detach().clone().requires_grad_().clone() if position in differentiated else leaf.detach().clone()
@@ -46,13 +48,14 @@ def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any],
         ]
         versions = [copy._version for copy in copies]
         values = fn(copies, kwargs)
+        nodes = [copy.grad_fn for copy in copies if copy.grad_fn is not None]
     for position, (copy, version, leaf) in enumerate(zip(copies, versions, leaves, strict=True)):
         if copy._version != version or not same_bits(copy, leaf):
             raise MutationError(
                 f"func writes into its tensor argument number {position}: {tuple(leaf.shape)} {leaf.dtype}. A Jacobian "
                 "needs the input as it was: let func clone it first"
             )
-    return values
+    return values, nodes
 
 
 def first_call(
@@ -65,7 +68,7 @@ def first_call(
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
     with quiet(), Monitor() as monitor:
-        values = evaluate_once(fn, leaves, kwargs, differentiated)
+        values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
         draws = not same_random_state(quiet.state, random_state())
     check_outputs(values)
     exchanges = monitor.exchanges or quiet.exchanged
@@ -93,18 +96,82 @@ def observe(
         RandomnessError: if equal inputs and equal random state give different outputs.
     """
     with quiet():
-        second = evaluate_once(fn, leaves, kwargs, differentiated)
+        second, nodes = evaluate_once(fn, leaves, kwargs, differentiated)
     for one, other in zip(first.values, second, strict=True):
         if one.shape != other.shape or disagreement(other, one) is not None:
             raise RandomnessError(
                 "func gave two different outputs for equal input and equal random state, so it has no one Jacobian. "
                 "Does it keep a counter, read a clock, or draw from a generator of its own?"
             )
+    cut = without_graph_to(second, nodes)
+    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, cut) if cut else ()
+    if moving and len(cut) == len(second):
+        raise OutputError(
+            "the outputs of func move with its input, but none has a graph to it, so every derivative would be zero. "
+            "Does func go through NumPy, .item(), .detach(), torch.tensor(...) or torch.no_grad()? Compute in torch "
+            "operators with grad enabled, or write a torch.autograd.Function with a backward of its own"
+        )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
     kernels = special_kernels(second, reached)
     named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
     uses = f", it {'may use' if reached else 'uses'} {' and '.join(named)}" if named else ""
-    return Manners(first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}")
+    return Manners(
+        first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}", moving
+    )
+
+
+def without_graph_to(values: Sequence[Tensor], nodes: Sequence[Any]) -> tuple[int, ...]:
+    """Return which values no path of the autograd graph joins to the nodes."""
+    wanted = set(nodes)
+    return tuple(number for number, value in enumerate(values) if not _leads(value.grad_fn, wanted))
+
+
+def _leads(start: Any, wanted: set[Any]) -> bool:
+    todo, seen = [start], set()
+    while todo:
+        node = todo.pop()
+        if node in wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return False
+
+
+def moving_with(
+    fn: Flat,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    differentiated: Sequence[int],
+    quiet: Quiet,
+    outputs: Sequence[int],
+) -> tuple[int, ...]:
+    """Return which outputs move in proportion to a small step of the inputs; a jump, as of `round`, does not."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
+
+    def at(size: float) -> Sequence[Tensor]:
+        moved = [
+            leaf.detach() + size * (1 + leaf.detach().abs()) * step if position in differentiated else leaf.detach()
+            for position, (leaf, step) in enumerate(zip(leaves, steps, strict=True))
+        ]
+        with quiet(), torch.no_grad():
+            values: Sequence[Tensor] = fn(moved, kwargs)
+        return [values[number].detach().double() for number in outputs]
+
+    size = max(torch.finfo(leaves[position].dtype).eps for position in differentiated) ** 0.5
+    try:
+        here, half, whole = at(0.0), at(size / 2), at(size)
+    except Exception:  # func may refuse what lies beside its input, which says nothing
+        return ()
+    found = []
+    for number, middle, near, far in zip(outputs, here, half, whole, strict=True):
+        if not middle.numel() or not middle.shape == near.shape == far.shape:
+            continue
+        one, two = (near - middle).nan_to_num(0, 0, 0), (far - middle).nan_to_num(0, 0, 0)
+        if bool(two.any()) and float((two - 2 * one).norm()) < 0.2 * float(two.norm()):
+            found.append(number)
+    return tuple(found)
 
 
 def check_outputs(values: Sequence[Any]) -> int:

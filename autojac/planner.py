@@ -87,6 +87,7 @@ class Planner:
         self.stored = Stored(func, options)
         self.colorings = Colorings(self.stored)
         self.surroundings = Surroundings(func)
+        self.roles: dict[str, dict[int, bool]] = {}
         self.neighbours: dict[Signature, tuple[int, Plan]] = {}
 
     def request(self, captured: Captures, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
@@ -161,6 +162,7 @@ class Planner:
         if seen.signature.differentiable:
             reached = reachable_kernels(self.surroundings.present.guard.codes, request.captured.modules)
         manners = observe(seen.first, *call, frame.differentiated, seen.quiet, reached)
+        known = self.roles.setdefault(frame.context, {})
         found = examine(
             *call,
             manners,
@@ -168,10 +170,13 @@ class Planner:
             frame.differentiated,
             seen.quiet,
             fixed=frame.declared,
+            known=known,
             declared=options.declared,
             outlined=lambda batched: self.outline(request, seen, batched),
             budget_s=PROBE_BUDGET_S[effort],
         )
+        if seen.signature.batch > 1:
+            known.update(enumerate(found.batched))
         if manners.cut:
             named = " and ".join(f"output {number}" for number in manners.cut)
             message = (

@@ -238,3 +238,48 @@ def test_any_nest_of_axes(drawn: tuple[tuple[Any, ...], tuple[Any, ...], list[in
     argnums = tuple(range(len(args)))
     J = estimated(func, in_dims=in_dims, argnums=argnums)(*args)
     compare(J, moved(func, args, axes, argnums, False))
+
+
+def scaled(x: Tensor, s: Tensor) -> Tensor:
+    return (x * s).sin()
+
+
+def scaled_by_keyword(x: Tensor, s: Tensor, *, y: Tensor) -> Tensor:
+    return (x * s).sin() * y
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "dense"}, {"coupling": "independent"}], ids=str)
+@pytest.mark.parametrize("effort", ["estimate", "quick"])
+def test_a_shared_tensor_as_long_as_the_batch_is_not_taken_for_batched(options: dict[str, Any], effort: str) -> None:
+    for batch in (4, 5):
+        x, s, y = doubles(batch, 4), doubles(4), doubles(batch, 4)
+        jac = AutoJacobian(scaled_by_keyword, argnums=1, effort=effort, budget_s=0.3, store=":memory:", **options)
+        compare(jac(x, s, y=y), ((x * s).cos() * x * y).diag_embed())
+        plain = AutoJacobian(
+            lambda x, s: (x * s).sin(), argnums=1, effort=effort, budget_s=0.3, store=":memory:", **options
+        )
+        compare(plain(x, s), ((x * s).cos() * x).diag_embed())
+
+
+def test_roles_that_slices_can_not_show_are_those_of_earlier_calls_or_refused() -> None:
+    rows = {4: doubles(4, 4), 5: doubles(5, 4)}
+
+    def func(x: Tensor, s: Tensor) -> Tensor:
+        return (x * s).sin() * rows[len(x)]
+
+    def expected(x: Tensor, s: Tensor) -> Tensor:
+        return ((x * s).cos() * x * rows[len(x)]).diag_embed()
+
+    s, few, more = doubles(4), doubles(4, 4), doubles(5, 4)
+    options = {"argnums": 1, "on_miss": "estimate", "store": ":memory:"}
+    jac = AutoJacobian(func, **options)
+    for coupling in ("auto", "dense"):
+        with pytest.raises(autojac.InputError, match=r"argument 1 has shape \(4,\) .* in_dims=\(0, None\)"):
+            AutoJacobian(func, coupling=coupling, **options)(few, s)
+        compare(AutoJacobian(func, in_dims=(0, None), coupling=coupling, **options)(few, s), expected(few, s))
+    compare(jac(more, s), expected(more, s))
+    compare(jac(few, s), expected(few, s))
+    # what moves its own row of the outputs alone carries the batch
+    compare(
+        AutoJacobian(func, on_miss="estimate", store=":memory:")(few, s), ((few * s).cos() * s * rows[4]).diag_embed()
+    )

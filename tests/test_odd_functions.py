@@ -80,6 +80,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "views of a result": lambda x: (lambda y: (y[:, 0], y.T.T, y.unsqueeze(1)))(x.exp()),  # noqa: PLC3002
     "zeros": torch.zeros_like,
     "a constant beside": lambda x: (torch.ones(len(x), 2, dtype=x.dtype), x.sin()),
+    "detached beside": lambda x: (x.detach() * 2, x.sin()),
     "dict in its own order": lambda x: {"z": x.sin(), "a": x.sum(1)},
     "list in a list": lambda x: [x.sin(), [x.sum(1)]],
     "empty nests beside": lambda x: {"x": x.sin(), "nothing": (), "none": {}},
@@ -97,6 +98,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*output 0 of func moves with the inputs:autojac.ModesDisagreeWarning")
 @pytest.mark.parametrize("layout", ["blocks", "full"])
 @pytest.mark.parametrize("func", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions(func: Callable[[Tensor], Any], layout: str) -> None:
@@ -129,6 +131,8 @@ class Record:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing but detached": (lambda x: x.detach() * 2, "none has a graph"),
+    "no_grad around": (torch.no_grad()(lambda x: x * 2), "none has a graph"),
     "nothing": (lambda x: None, "output 0 of func is None; a tensor (B, ...) was expected"),
     "nothing in a nest": (lambda x: {"x": x, "none": None}, "output 1 of func is None"),
     "an empty nest": (lambda x: (), "func returned no tensor"),

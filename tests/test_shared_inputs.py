@@ -122,7 +122,8 @@ def test_every_way_is_exact_in_the_weights(name: str, grad: bool) -> None:
         request, seen, problem = planned(func, given, in_dims=(None, 0))
         assert problem.structure.coupling == "statistics"
         methods = list(Statistics.candidates(problem, 1))
-        assert {method.local for method in methods} == {"copies", "mixed"}
+        # a layer norm is not pushed through where J is differentiated
+        assert {method.local for method in methods} == {"copies"} | ({"mixed"} if name != "sets" or not grad else set())
         for method in methods:
             quiet = Quiet(seen.quiet.captured, seen.quiet.state)
             try:

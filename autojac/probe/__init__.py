@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def examine(
     quiet: Quiet,
     *,
     fixed: Sequence[bool],
+    known: Mapping[int, bool] = MappingProxyType({}),
     declared: Structure | None = None,
     budget_s: float = 1.0,
     outlined: Callable[[Sequence[bool]], Outline] | None = None,
@@ -71,6 +73,7 @@ def examine(
         differentiated: indices of the leaves to differentiate.
         quiet: how to evaluate without a trace.
         fixed: for each leaf, whether the user declared if it carries the batch.
+        known: which leaves were seen to carry the batch, or not to, in earlier calls, by position.
         declared: coupling declared by the user; then nothing is probed for it.
         outlined: makes the outline of the call, once it is known which leaves carry the batch.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
@@ -79,8 +82,7 @@ def examine(
     outline: Outline | None = None
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
-    settled = [True] * len(held) if declared is not None else fixed
-    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, settled, differentiated, quiet)
+    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, quiet, known)
     compared, notice = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
     evidence = [manners.evidence, compared]
     if outlined is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from autojac.errors import OutputError
+from autojac.errors import InputError, OutputError
 from autojac.limits import within
 from autojac.quiet import Quiet
 from autojac.tolerance import disagreement
@@ -39,6 +41,7 @@ def resolve_batched(
     fixed: Sequence[bool],
     differentiated: Sequence[int],
     quiet: Quiet,
+    known: Mapping[int, bool],
 ) -> tuple[tuple[bool, ...], str | None]:
     """Check a guess of the roles: slicing the arguments must slice the outputs.
 
@@ -46,16 +49,90 @@ def resolve_batched(
 
     Args:
         fixed: which leaves have their role from the user; it is checked but not changed.
+        known: roles that earlier calls have shown, by position.
 
     Returns:
         The roles, and why func can't be sliced; None if it can.
 
     Raises:
+        InputError: if a tensor to be differentiated may carry the batch or not, and nothing tells which.
         OutputError: if func runs on slices and its outputs do not follow, for a guess.
     """
     batch = len(values[0])
     if batch < 2:
         return guess, None
+    stop = (batch + 1) // 2
+    sliced_kwargs = pytree.tree_map_only(
+        Tensor, lambda value: value[:stop] if value.dim() and len(value) == batch else value, dict(kwargs)
+    )
+    found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, quiet)
+    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(dict(kwargs)))):
+        # keyword arguments go to func as they are, but here slices of them show the roles of the others
+        found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, quiet)
+    if found is not None:
+        return found, refusal
+    subject = (fn, leaves, kwargs, values, quiet)
+    return _settled(subject, guess, fixed, differentiated, known), refusal
+
+
+def _settled(
+    subject: tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[Tensor], Quiet],
+    guess: tuple[bool, ...],
+    fixed: Sequence[bool],
+    differentiated: Sequence[int],
+    known: Mapping[int, bool],
+) -> tuple[bool, ...]:
+    """The roles where no slices showed them: by what earlier calls have, or by which rows of the outputs move."""
+    roles = list(guess)
+    for position in differentiated:
+        # what alone has the outputs' length carries the batch
+        if fixed[position] or not guess[position] or sum(guess) < 2:
+            continue
+        if position in known:
+            roles[position] = known[position]
+        elif not _moves_own_row(*subject, position):
+            raise InputError(
+                f"tensor argument {position} has shape {tuple(subject[1][position].shape)} and the outputs have as "
+                "many rows, but func can't be called on some of the samples, so nothing shows whether this argument "
+                "carries the batch or is shared by all samples. Say so with in_dims, such as in_dims=(0, None)"
+            )
+    return tuple(roles)
+
+
+def _moves_own_row(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Tensor],
+    quiet: Quiet,
+    position: int,
+) -> bool:
+    """Whether another first row of a tensor moves the first row of the outputs, and no other."""
+    other = leaves[position].detach().clone()
+    other[0] = other[0] * 0.5 + 0.25
+    changed = [other if place == position else leaf.detach() for place, leaf in enumerate(leaves)]
+    try:
+        with quiet(), torch.enable_grad():
+            moved = within(HANG_S, lambda: [y.detach() for y in fn(changed, kwargs)])
+    except Exception:  # func may refuse what its user never passes
+        return False
+    first = any(disagreement(y[:1], value[:1]) is not None for y, value in zip(moved, values, strict=True))
+    rest = any(disagreement(y[1:], value[1:]) is not None for y, value in zip(moved, values, strict=True))
+    return first and not rest
+
+
+def _sliced(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Tensor],
+    guess: tuple[bool, ...],
+    fixed: Sequence[bool],
+    differentiated: Sequence[int],
+    quiet: Quiet,
+) -> tuple[tuple[bool, ...] | None, str | None]:
+    """The roles by which slices of the arguments give outputs of as many samples, and why they are not those slices."""
+    batch = len(values[0])
     stop = (batch + 1) // 2
     refusal: str | None = None
     astray = False
@@ -91,7 +168,7 @@ def resolve_batched(
             f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "
             "not the batch. Return (B, ...), or say with in_dims which arguments carry the batch"
         )
-    return guess, refusal or "the outputs do not follow when the arguments are sliced"
+    return None, refusal or "the outputs do not follow when the arguments are sliced"
 
 
 def _assignments(

@@ -23,11 +23,12 @@ from autojac.compression import colored
 from autojac.derived import Derived
 from autojac.dynamo import eagerly, opaque_methods, original
 from autojac.entry import UNCHANGED, Entry, Noticed, prepared
-from autojac.errors import InputError, StructureChangedWarning, UnsupportedError, kind_of
+from autojac.errors import InputError, NoGraphWarning, StructureChangedWarning, UnsupportedError, kind_of
 from autojac.explain import explanation
 from autojac.factors import Factors, factored, require_one, without_sharing
 from autojac.frame import Frame, describe, recording
 from autojac.methods.base import composable
+from autojac.operators import custom_functions
 from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner, lasting, trained_by
@@ -95,7 +96,7 @@ class AutoJacobian(Derived):
         self._others = {}
         self._captured: Captures | None = None
         self._again: Again = never
-        self._replays = self._observes = False
+        self._replays = self._observes = self._told = False
         self._lock: AbstractContextManager[Any] = threading.RLock()
 
     def __repr__(self) -> str:
@@ -379,6 +380,8 @@ class AutoJacobian(Derived):
                 self._captured = captures(self.func)
                 if entry.reads is not None:
                     entry.renew(self.func, self._captured)
+            if not entry.last_check and entry.problem.differentiable:
+                self._tell_untrained(reference, result, kwargs)
             entry.checked(self.options.verify)
             entry.watch.accept(noticed.contents)
             return entry, result
@@ -409,6 +412,22 @@ class AutoJacobian(Derived):
         trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable)
         with before(), without_hooks(trained), silent(self._reach().modules):
             return reference.check_gradient(entry.run(leaves, kwargs), trained)
+
+    def _tell_untrained(self, reference: Reference, result: Result, kwargs: Mapping[str, Any]) -> None:
+        """Warn, once, where parameters train and the Jacobian has no graph to them: a backward of func's makes none."""
+        if self._told or any(jacobian.requires_grad for row in result.jacobians for jacobian in row):
+            return
+        functions = sorted(custom_functions(reference.pullback.recorded))
+        if functions and trained_by(captures(self.func), kwargs):
+            self._told = True
+            warnings.warn(
+                f"{self._planner.stored.function_name}: the Jacobian carries no graph, so a loss on it trains no "
+                f"parameter: the backward of {', '.join(functions)} can't be differentiated. Write that backward in "
+                "differentiable operators, without once_differentiable, detach or no_grad; call jac under "
+                "torch.no_grad() if J is not to be trained",
+                NoGraphWarning,
+                stacklevel=5,
+            )
 
     def _planned_again(
         self, key: Any, leaves: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]

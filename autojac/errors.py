@@ -88,3 +88,7 @@ class StructureChangedWarning(AutojacWarning):
 
 class ModesDisagreeWarning(AutojacWarning):
     """Forward and reverse mode give different derivatives; reverse mode's are returned."""
+
+
+class NoGraphWarning(AutojacWarning):
+    """A derivative is zero, or a Jacobian can't be trained, because func leaves autograd somewhere."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.autodiff import is_custom
 from autojac.graph import Graph, Operation
 
 aten = torch.ops.aten
@@ -131,6 +132,12 @@ def autograd_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
             if following is not None and following not in found:
                 found.add(following)
                 todo.append(following)
+
+
+def custom_functions(values: Sequence[Tensor]) -> set[str]:
+    """Return the names of the `torch.autograd.Function`s in a graph."""
+    nodes = (node for node in autograd_nodes(values) if is_custom(node))
+    return {type(node).__name__.removesuffix("Backward") for node in nodes}
 
 
 def reaches(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:

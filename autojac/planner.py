@@ -20,7 +20,14 @@ from autojac.captures import Captures
 from autojac.coloring import Colorings
 from autojac.dynamo import eagerly
 from autojac.entry import Entry, Request, Seen, prepared
-from autojac.errors import ModesDisagreeWarning, PlanMissError, SearchError, StoreError, StructureChangedWarning
+from autojac.errors import (
+    ModesDisagreeWarning,
+    NoGraphWarning,
+    PlanMissError,
+    SearchError,
+    StoreError,
+    StructureChangedWarning,
+)
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
 from autojac.kernels import reachable_kernels
@@ -177,13 +184,14 @@ class Planner:
         )
         if seen.signature.batch > 1:
             known.update(enumerate(found.batched))
-        if manners.cut:
-            named = " and ".join(f"output {number}" for number in manners.cut)
+        if found.cut:
+            named = " and ".join(f"output {number}" for number in sorted(found.cut))
             message = (
-                f"{named} of func moves with the inputs, but has no graph to them: its Jacobian is zero, as torch's "
-                "would be. Does it go through NumPy, .item(), .detach() or torch.tensor(...)? As aux it needs none"
+                f"{named} of func moves with the inputs, but autograd finds no derivative of it: its Jacobian is zero, "
+                "as torch's would be. Does it go through NumPy, .item(), .detach() or torch.tensor(...)? Compute it in "
+                "torch operators, or return it as aux with has_aux=True if it needs no derivative"
             )
-            warnings.warn(f"{self.stored.function_name}: {message}", ModesDisagreeWarning, stacklevel=2)
+            warnings.warn(f"{self.stored.function_name}: {message}", NoGraphWarning, stacklevel=2)
         if found.notice is not None:
             warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
         return found

@@ -98,7 +98,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*output 0 of func moves with the inputs:autojac.ModesDisagreeWarning")
+@pytest.mark.filterwarnings("ignore:.*output 0 of func moves with the inputs:autojac.NoGraphWarning")
 @pytest.mark.parametrize("layout", ["blocks", "full"])
 @pytest.mark.parametrize("func", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions(func: Callable[[Tensor], Any], layout: str) -> None:

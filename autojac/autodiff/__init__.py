@@ -268,6 +268,11 @@ class Pullback:
         self.pull(outputs, [torch.zeros_like(y) for y in outputs], last=True)
 
 
+def is_custom(node: Any) -> bool:
+    """Whether a node of a graph is a `torch.autograd.Function` that somebody wrote in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def _edge(tensor: Tensor) -> tuple[Any, int]:
     """Where a tensor stands in the graph: its node, and which of the node's results it is."""
     edge = torch.autograd.graph.get_gradient_edge(tensor)

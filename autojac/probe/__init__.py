@@ -15,7 +15,7 @@ from torch import Tensor
 from autojac.outline import Outline
 from autojac.probe.coupling import coupled
 from autojac.probe.features import check_declared, feature_pattern
-from autojac.probe.manners import Manners, first_call, observe
+from autojac.probe.manners import Manners, first_call, moving_with, observe
 from autojac.probe.modes import compare_modes
 from autojac.probe.pairs import Subject, price
 from autojac.probe.roles import guess_batched, resolve_batched
@@ -40,12 +40,14 @@ class Examined:
         batched: which leaves carry the batch.
         notice: what the user must be told besides.
         outline: what the graph of the call shows.
+        cut: the outputs that move with the inputs and have no derivative.
     """
 
     structure: Structure
     batched: tuple[bool, ...]
     notice: str | None = None
     outline: Outline | None = None
+    cut: tuple[int, ...] = ()
 
 
 def examine(
@@ -83,7 +85,9 @@ def examine(
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, quiet, known)
-    compared, notice = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
+    compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
+    flat = tuple(output for output in flat if output not in manners.cut)
+    cut = (*manners.cut, *(moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()))
     evidence = [manners.evidence, compared]
     if outlined is not None:
         outline = outlined(batched)
@@ -107,7 +111,7 @@ def examine(
             # nothing is proved of what the user promises
             declared.watched or declared.assumes,
         )
-        return Examined(structure, batched, notice, outline)
+        return Examined(structure, batched, notice, outline, cut)
     subject = Subject(fn, held, kwargs, inputs, sides, len(values[0]), quiet)
     generator = torch.Generator().manual_seed(SEED)
     cost = price(subject)
@@ -116,7 +120,7 @@ def examine(
     structure = dataclasses.replace(
         found, effects=manners.effects, kernels=manners.kernels, evidence=(*evidence, *found.evidence)
     )
-    return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline)
+    return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut)
 
 
 def _featured(

@@ -17,6 +17,8 @@ from autojac.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 from autojac.tolerance import disagreement
 
 Flat = Any
+PROPORTIONAL = 0.2
+"""How far, relatively, outputs may be from moving in proportion to a small step; rounding takes some of it."""
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,17 @@ def moving_with(
 
     size = max(torch.finfo(leaves[position].dtype).eps for position in differentiated) ** 0.5
     try:
-        here, half, whole = at(0.0), at(size / 2), at(size)
+        here, half, whole, back = at(0.0), at(size / 2), at(size), at(-size)
     except Exception:  # func may refuse what lies beside its input, which says nothing
         return ()
     found = []
-    for number, middle, near, far in zip(outputs, here, half, whole, strict=True):
-        if not middle.numel() or not middle.shape == near.shape == far.shape:
+    for number, middle, *others in zip(outputs, here, half, whole, back, strict=True):
+        if not middle.numel() or any(other.shape != middle.shape for other in others):
             continue
-        one, two = (near - middle).nan_to_num(0, 0, 0), (far - middle).nan_to_num(0, 0, 0)
-        if bool(two.any()) and float((two - 2 * one).norm()) < 0.2 * float(two.norm()):
+        one, two, opposite = ((other - middle).nan_to_num(0, 0, 0) for other in others)
+        # a curve is not proportional, and at a kink, as of abs, both ways are not opposite
+        apart = max(float((two - 2 * one).norm()), float((two + opposite).norm()))
+        if bool(two.any()) and apart < PROPORTIONAL * float(two.norm()):
             found.append(number)
     return tuple(found)
 

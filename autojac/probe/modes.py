@@ -28,7 +28,7 @@ SIDES = 0.1
 
 def compare_modes(
     fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], quiet: Quiet, seed: int
-) -> tuple[str, str | None]:
+) -> tuple[str, str | None, tuple[int, ...]]:
     """Compare uᵀJv by both modes, for a random u and v.
 
     Args:
@@ -39,7 +39,8 @@ def compare_modes(
         seed: of u and v.
 
     Returns:
-        A line of evidence, and what to warn the user of; None unless the difference casts doubt on reverse mode.
+        A line of evidence; what to warn the user of, None unless the difference casts doubt on reverse mode; and the
+        outputs whose derivatives are zero in both modes.
     """
     generator = torch.Generator().manual_seed(seed)
     points = [leaves[position].detach() for position in inputs]
@@ -54,14 +55,15 @@ def compare_modes(
     try:
         values, pushed = _pushed(bound, points, directions, quiet)
     except Exception as error:  # an operator or a custom Function without a forward formula
-        return f"modes: not compared, forward mode raises {type(error).__name__}", None
+        return f"modes: not compared, forward mode raises {type(error).__name__}", None, ()
     cotangents = balanced_noise(values, generator)
     # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
     with quiet():
         pullback = Pullback(bound, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)
         if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
-            return "modes: not compared, something is not finite here", None
+            return "modes: not compared, something is not finite here", None, ()
+        flat = tuple(o for o, tangent in enumerate(pushed) if _is_zero(tangent) and _is_flat(pullback, o, generator))
         forward, size = _product(cotangents, pushed)
         reverse, other_size = _product(pulled, directions)
         gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
@@ -70,13 +72,13 @@ def compare_modes(
             # func may compute in a lower precision than its output's: only now is it worth finding out
             allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
     if gap <= allowed:
-        return "modes: forward and reverse mode agree along a random direction", None
+        return "modes: forward and reverse mode agree along a random direction", None, flat
     double = _gap_in_double(bound, points, directions, cotangents, quiet)
     rounded = (
         double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
     )
     if rounded:
-        return "modes: forward and reverse mode differ by rounding alone", None
+        return "modes: forward and reverse mode differ by rounding alone", None, flat
     difference, kind = _finite_difference(bound, points, directions, cotangents, quiet)
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
@@ -91,7 +93,16 @@ def compare_modes(
         "gradient of its own, that is what it asks for; else one of torch's formulas is wrong"
     )
     confirmed = clear and nearer == "reverse"
-    return f"modes: {line}", None if confirmed else f"{line}. {advice}"
+    return f"modes: {line}", None if confirmed else f"{line}. {advice}", flat
+
+
+def _is_zero(derivative: Tensor) -> bool:
+    return derivative.numel() > 0 and not bool(derivative.any())
+
+
+def _is_flat(pullback: Pullback, output: int, generator: torch.Generator) -> bool:
+    """Whether a random cotangent of an output gives nothing but zeros."""
+    return not any(bool(one.any()) for one in pullback(output, noise(pullback.recorded[output].detach(), generator)))
 
 
 def _pushed(

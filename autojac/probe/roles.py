@@ -83,10 +83,12 @@ def _settled(
     known: Mapping[int, bool],
 ) -> tuple[bool, ...]:
     """The roles where no slices showed them: by what earlier calls have, or by which rows of the outputs move."""
-    roles = list(guess)
+    roles, leaves = list(guess), subject[1]
+    carriers = [p for p, has in enumerate(guess) if has and (fixed[p] or leaves[p].is_floating_point())]
     for position in differentiated:
-        # what alone has the outputs' length carries the batch
-        if fixed[position] or not guess[position] or sum(guess) < 2:
+        # something has to carry the batch: what is declared to, else the first that has the outputs' length
+        others = [p for p in carriers if p < position or fixed[p]]
+        if fixed[position] or not guess[position] or not others:
             continue
         if position in known:
             roles[position] = known[position]

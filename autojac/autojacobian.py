@@ -344,7 +344,7 @@ class AutoJacobian(Derived):
 
         `noticed` is what was seen to have changed. Arguments are free to, and nobody is warned.
         """
-        before = Quiet(entry.mutable)
+        before = entry.quiet.now()
         # what a search has just found was checked with its gradient
         trains = entry.problem.differentiable and not hooked() and not (entry.fresh and entry.calls == 1)
         problem = dataclasses.replace(entry.problem, differentiable=trains)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from autojac.dynamo import is_compiled
+from autojac.keeps import Variables
 from autojac.origin import code_names, is_library
 from autojac.walk import MODULE_FIELDS, Walk
 
@@ -23,6 +25,7 @@ class Captures:
         tensors: distinct parameters, buffers and captured tensors, those without values left out.
         opaque: something could not be followed, so there may be more.
         compiled: some of it runs through torch.compile.
+        places: where func may set something: attributes, containers and variables; see `keeps`.
         state: a value that Python may change between calls, and with it what runs; empty if there is none.
     """
 
@@ -31,6 +34,7 @@ class Captures:
     opaque: bool
     state: str = ""
     compiled: bool = False
+    places: tuple[Any, ...] = ()
 
 
 def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
@@ -49,7 +53,8 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     walk.visit(func)
     # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
     tensors = tuple(tensor for tensor in walk.tensors if not tensor.is_meta)
-    return Captures(tuple(walk.modules), tensors, walk.opaque, walk.state, walk.compiled)
+    modules, places = tuple(walk.modules), tuple(walk.places)
+    return Captures(modules, tensors, walk.opaque, walk.state, walk.compiled, places)
 
 
 class _Reach(Walk):
@@ -59,6 +64,7 @@ class _Reach(Walk):
         super().__init__()
         self.state = ""
         self.compiled = False
+        self.places: list[Any] = []
 
     def _module(self, module: torch.nn.Module) -> None:
         self.compiled = self.compiled or is_compiled(module)
@@ -66,24 +72,36 @@ class _Reach(Walk):
             for name, value in vars(module).items():
                 if name not in MODULE_FIELDS:
                     self._notice(value, f"attribute {name} of {type(module).__name__}")
+        # those of a scripted module are no dict
+        self.places += [place for place in (vars(module), module._buffers) if isinstance(place, dict)]
         super()._module(module)
 
     def _function(self, function: types.FunctionType) -> None:
         self.compiled = self.compiled or is_compiled(function)
         if not is_library(function.__globals__.get("__name__")):
-            for name in code_names(function.__code__):
+            names = code_names(function.__code__)
+            self.places += [vars(function), Variables(function.__globals__, names)]
+            for name in names:
                 self._notice(function.__globals__.get(name, len), f"global variable {name}")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
                 self._notice(cell.cell_contents, f"variable {name}")
             except ValueError:  # not assigned yet
                 self.state = self.state or f"variable {name}"
+        self.places += map(Variables, function.__closure__ or ())
         super()._function(function)
 
     def _instance(self, obj: Any, kind: type) -> None:
         if not is_library(kind.__module__):
             self.state = self.state or f"object {kind.__name__}"
+        if isinstance(state := getattr(obj, "__dict__", None), dict):
+            self.places.append(state)
         super()._instance(obj, kind)
+
+    def _container(self, obj: Any, kind: type) -> None:
+        if isinstance(obj, (dict, list, set, deque)):
+            self.places.append(obj)
+        super()._container(obj, kind)
 
     def _notice(self, value: Any, name: str) -> None:
         if not isinstance(value, (torch.nn.Module, torch.Tensor, types.ModuleType, type)) and not callable(value):

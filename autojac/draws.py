@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from autojac.problem import Compute, Flat, Result
-from autojac.quiet import random_state, restore_random_state
+from autojac.quiet import GENERATORS, random_state, restore_random_state
 
 STATE = "autojac random state"
 """The keyword under which the random state of a computation reaches func's evaluations."""
 
 
-def from_one_state(compute: Compute) -> Compute:
-    """A computation, all evaluations of which draw alike."""
+def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> Compute:
+    """A computation, all evaluations of which draw alike from these generators."""
 
     def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        return compute(leaves, {STATE: random_state(), **kwargs})
+        return compute(leaves, {STATE: random_state(generators), **kwargs})
 
     return same
 
@@ -41,17 +41,18 @@ def redrawn(fn: Flat) -> Flat:
     return again
 
 
-def drawn_alike(fn: Flat, batched: Sequence[bool]) -> Flat:
+def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
     """A flat function for `randomness="same"`: every sample is a batch of one that starts from the same random state.
 
     Args:
         fn: the flat function.
         batched: which leaves carry the batch.
+        generators: those that it draws from.
     """
 
     def one_by_one(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         state, kwargs = _taken(kwargs)
-        state = random_state() if state is None else state
+        state = random_state(generators) if state is None else state
         samples = next(len(leaf) for leaf, has in zip(leaves, batched, strict=True) if has)
         parts = []
         for b in range(samples):
@@ -62,6 +63,18 @@ def drawn_alike(fn: Flat, batched: Sequence[bool]) -> Flat:
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
     return one_by_one
+
+
+def leaving_state(compute: Compute, generators: Sequence[str]) -> Compute:
+    """A computation that sets generators back, so that a plain call that follows draws the same numbers."""
+
+    def back(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        state = random_state(generators)
+        result = compute(leaves, kwargs)
+        restore_random_state(state)
+        return result
+
+    return back
 
 
 def _taken(kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

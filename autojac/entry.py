@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 from autojac.autocast import outside_autocast
 from autojac.autodiff import hooked
 from autojac.captures import Captures, captures
+from autojac.draws import leaving_state
 from autojac.frame import AUX, Frame
 from autojac.hollow import filled
+from autojac.keeps import leaving
 from autojac.methods.base import Method, reverse
 from autojac.options import Verify
 from autojac.plan import Plan
@@ -28,6 +30,7 @@ from autojac.reads import Reads
 from autojac.replaying import Replaying
 from autojac.signature import Signature
 from autojac.stored import Keys
+from autojac.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.watch import Watch
 
 EARLY_CHECKS = 10
@@ -56,7 +59,7 @@ class Entry:
     plan: Plan
     compute: Compute
     signature: Signature
-    mutable: tuple[Tensor, ...]
+    quiet: Quiet
     keys: Keys | None = None
     calls: int = 0
     last_check: int = 0
@@ -78,6 +81,11 @@ class Entry:
     """A search in this process has just found the plan."""
     provisional: bool = False
     """The plan was made where no derivative is finite, so that nothing could be verified."""
+
+    @property
+    def mutable(self) -> tuple[Tensor, ...]:
+        """The tensors that func writes into."""
+        return tuple(self.quiet.captured)
 
     def finished(self, result: Result) -> Sequence[Sequence[Tensor]]:
         """The Jacobians as the user gets them: entries become matrices."""
@@ -266,7 +274,20 @@ class Seen:
 
 def prepared(frame: Frame, problem: Problem, method: Method) -> Compute:
     """A method made ready for all of a problem: for what has no elements, and for what func returned as aux."""
-    return _with_aux(frame, problem, filled(problem, method.ready), method.plain)
+    compute = _with_aux(frame, problem, filled(problem, method.ready), method.plain)
+    effects = problem.structure.effects
+    if UPDATES_BUFFERS in effects:
+        return compute  # func runs as it is, and once
+    if DRAWS_ALIKE in effects or KEEPS in effects:
+        compute = leaving_state(compute, problem.generators)
+        return leaving(compute, problem.places, functools.partial(_plain_call, frame, KEEPS in effects))
+    return compute
+
+
+def _plain_call(frame: Frame, keeps: bool, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
+    """Call func for what it leaves behind."""
+    with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
+        frame.fn(leaves, kwargs)
 
 
 def _with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:

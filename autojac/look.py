@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import torch
@@ -14,15 +15,14 @@ from autojac.errors import InputError, OutputError, RandomnessError
 from autojac.layouts import require_layout
 from autojac.options import Options, Randomness
 from autojac.probe import first_call, guess_batched
-from autojac.probe.manners import FirstCall
+from autojac.probe.drawn import drawn
+from autojac.probe.keeping import keeping
+from autojac.probe.manners import FirstCall, evaluate_once
 from autojac.problem import Flat
-from autojac.quiet import Quiet
+from autojac.quiet import Quiet, random_state, restore_random_state
 from autojac.signature import Layout, Signature, named_flags
 from autojac.stored import Keys
 from autojac.structure import DRAWS, DRAWS_ALIKE
-
-LOOKS = 4
-"""Calls of func beyond the first that must have drawn for it to be a random one."""
 
 
 def look(request: Request, captured: Captures, options: Options, keys: Callable[[Signature], Keys]) -> Seen:
@@ -37,10 +37,13 @@ def look(request: Request, captured: Captures, options: Options, keys: Callable[
     Raises:
         InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
     """
-    quiet = Quiet(captured.tensors)
+    trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
+    quiet = Quiet(captured.tensors, None, captured.places, trained)
     fn: Flat = request.frame.fn
-    first = _first_call(fn, request, quiet)
-    if DRAWS in first.effects:
+    first = _undrawn(request, quiet)
+    if quiet.kept:
+        first, quiet = _kept(request, first, quiet)
+    if quiet.state:
         fn, first = _drawing(request, first, quiet, options.randomness)
     if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
         # what could not be followed may hold parameters: then J must carry their graph
@@ -49,16 +52,56 @@ def look(request: Request, captured: Captures, options: Options, keys: Callable[
         request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
     signature, guess = _signature(request, first, options.layout)
     # the tensors that func writes into are few: only these are saved around later evaluations
-    return Seen(fn, first, Quiet(quiet.written, quiet.state), signature, guess, keys(signature))
+    return Seen(fn, first, quiet.closer(quiet.state), signature, guess, keys(signature))
+
+
+def _undrawn(request: Request, quiet: Quiet) -> FirstCall:
+    """The first call, after which the generators that func draws from are set back, and `quiet` knows them."""
+    fn, loaded = request.frame.fn, "numpy.random" in sys.modules
+    state = random_state()
+    first = _first_call(fn, request, quiet)
+    if not loaded and "numpy.random" in sys.modules:
+        # func may have drawn from what it has just imported, and whose state was not known before
+        restore_random_state({name: state[name] for name in first.moved})
+        state = random_state()
+        first = _first_call(fn, request, quiet)
+
+    def evaluate() -> None:
+        with quiet():
+            evaluate_once(fn, request.leaves, request.kwargs, request.frame.differentiated)
+
+    generators = drawn(evaluate, first.moved)
+    # no other is touched: another thread may be drawing from it
+    quiet.state = {name: state[name] for name in generators}
+    restore_random_state(quiet.state)
+    effects = tuple(effect for effect in first.effects if effect != DRAWS or generators)
+    return dataclasses.replace(first, effects=effects)
+
+
+def _kept(request: Request, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]:
+    """What a call shows that keeps something, and what it is to be evaluated in.
+
+    A cache is filled and a module initialised for good, as by the plain call that this call stands for.
+    """
+    fn, leaves, kwargs = request.frame.fn, request.leaves, request.kwargs
+    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, request.frame.differentiated)[0], quiet)
+    if found:
+        return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), quiet
+    # what each call writes is left to the call that makes the Jacobian
+    with Quiet(written)():
+        fn(leaves, kwargs)
+    later = Quiet(quiet.captured, None, quiet.places, quiet.trained)
+    first = _undrawn(request, later)
+    later.kept = list(quiet.kept)
+    if later.state:
+        restore_random_state(quiet.state)
+        later.state = quiet.state
+    return first, later
 
 
 def _drawing(request: Request, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
     """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
     frame, leaves = request.frame, request.leaves
-    # the generators are the process's, and another thread may have drawn: func draws at every look
-    if any(DRAWS not in _first_call(frame.fn, request, quiet).effects for _ in range(LOOKS)):
-        kept = tuple(effect for effect in first.effects if effect != DRAWS)
-        return frame.fn, dataclasses.replace(first, effects=kept)
     if randomness == "error":
         raise RandomnessError(
             "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
@@ -68,9 +111,9 @@ def _drawing(request: Request, first: FirstCall, quiet: Quiet, randomness: Rando
     if randomness == "different":
         return redrawn(frame.fn), first
     batched = frame.batched(guess_batched(leaves, len(first.values[0])))
-    fn = drawn_alike(frame.fn, batched)
+    fn = drawn_alike(frame.fn, batched, tuple(quiet.state))
     alike = _first_call(fn, request, quiet)
-    effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in alike.effects]
+    effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in first.effects]
     return fn, dataclasses.replace(alike, effects=tuple(effects))
 
 

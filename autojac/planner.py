@@ -221,6 +221,8 @@ class Planner:
             colorings=self.colorings,
             surroundings=self.surroundings,
             originals=getattr(self.func, "__autojac_originals__", None),
+            generators=tuple(seen.quiet.state),
+            places=seen.quiet.places,
         )
 
     @staticmethod
@@ -344,7 +346,7 @@ class Planner:
         mutable = tuple(seen.quiet.captured)
         if mutable and not problem.differentiable and not isinstance(compute, Replaying):
             compute = _leaving_numbers(compute, mutable)
-        entry = Entry(request.frame, problem, plan, compute, seen.signature, mutable, seen.keys)
+        entry = Entry(request.frame, problem, plan, compute, seen.signature, seen.quiet, seen.keys)
         entry.pushes = problem.differentiable and method.pushes
         structure = problem.structure
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
@@ -366,7 +368,7 @@ class Planner:
         method = composable(problem)
         plan = Plan(method.spec(), structure, seen.guess, "estimate", source="estimate")
         compute = prepared(request.frame, problem, method)
-        return Entry(request.frame, problem, plan, compute, seen.signature, (), next_check=math.inf)
+        return Entry(request.frame, problem, plan, compute, seen.signature, seen.quiet, next_check=math.inf)
 
 
 def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor]) -> Compute:

@@ -62,6 +62,8 @@ class Problem:
         originals: returns the tensors that stand behind the differentiated leaves now, a module's parameters: func may
             read these past its arguments, by a list or a closure or in a backward pass of its own.
         trial: whether this is a search, in which a method that can only fall back on another one is of no use.
+        generators: the random generators that fn draws from.
+        places: the attributes, containers and variables that fn sets.
     """
 
     fn: Flat
@@ -80,6 +82,8 @@ class Problem:
     surroundings: Surroundings | None = dataclasses.field(default=None, compare=False, repr=False)
     originals: Callable[[], Sequence[Tensor]] | None = dataclasses.field(default=None, compare=False, repr=False)
     trial: bool = False
+    generators: tuple[str, ...] = ()
+    places: tuple[Any, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def inputs(self) -> tuple[int, ...]:

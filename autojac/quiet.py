@@ -1,7 +1,7 @@
-"""Evaluation without a trace: random state and captured tensors are put back.
+"""Evaluation without a trace: random state, captured tensors and what func sets are put back.
 
-Probing, tuning and checking call func many times. `Quiet` gives each of those calls the same random state and the
-same captured tensors, and puts both back afterwards.
+Probing, tuning and checking call func many times. `Quiet` gives each of those calls the same random state, the same
+captured tensors and the same attributes, and puts all back afterwards.
 """
 
 from __future__ import annotations
@@ -9,46 +9,66 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from autojac.autodiff import saved_tensors_apart, version_kept
 from autojac.escapes import home
+from autojac.keeps import Held
+
+GENERATORS: Final = ("cpu", "cuda", "python", "numpy")
+"""Every generator of the process that a function may draw from: torch's, Python's and NumPy's."""
+
+State = Mapping[str, Any]
 
 
-def random_state() -> tuple[Any, ...]:
-    """The state of every generator that a function may draw from: torch, its GPUs, Python and NumPy."""
-    numpy_random = sys.modules.get("numpy.random")
-    return (
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        random.getstate(),
-        numpy_random.get_state() if numpy_random is not None else None,
-    )
+def random_state(generators: Iterable[str] = GENERATORS) -> State:
+    """The state of generators, by name. NumPy's has none before it is imported, nor a GPU's before it is used."""
+    state: dict[str, Any] = {}
+    for name in generators:
+        if name == "cpu":
+            state[name] = torch.get_rng_state()
+        elif name == "cuda" and torch.cuda.is_initialized():
+            state[name] = torch.cuda.get_rng_state_all()
+        elif name == "python":
+            state[name] = random.getstate()
+        # another thread may be importing it
+        elif name == "numpy" and hasattr(sys.modules.get("numpy.random"), "get_state"):
+            state[name] = sys.modules["numpy.random"].get_state()
+    return state
 
 
-def restore_random_state(state: tuple[Any, ...]) -> None:
-    cpu, cuda, python, numpy_state = state
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
-    random.setstate(python)
-    if numpy_state is not None:
-        sys.modules["numpy.random"].set_state(numpy_state)
+def restore_random_state(state: State) -> None:
+    """Set generators back."""
+    for name, value in state.items():
+        if name == "cpu":
+            torch.set_rng_state(value)
+        elif name == "cuda":
+            torch.cuda.set_rng_state_all(value)
+        elif name == "python":
+            random.setstate(value)
+        else:
+            sys.modules["numpy.random"].set_state(value)
 
 
-def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return (
-        torch.equal(one[0], other[0])
-        and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=False))
-        and one[2] == other[2]
-        # a generator that was only imported in between has not been drawn from
-        and (one[3] is None or repr(one[3]) == repr(other[3]))
-    )
+def moved(one: State, other: State) -> tuple[str, ...]:
+    """The generators that were drawn from between two states; one that was only imported was not."""
+    return tuple(name for name in one if not _same_state(one[name], other[name]))
+
+
+def _same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list):
+        return all(map(torch.equal, one, other))
+    if isinstance(one[1], tuple):  # Python's
+        return bool(one == other)
+    # NumPy's holds an array, the generator's words, in its second place
+    return bool((one[1] == other[1]).all()) and one[2:] == other[2:]
 
 
 @contextmanager
@@ -95,37 +115,69 @@ def without_graph(tensors: Sequence[Tensor]) -> None:
 
 
 class Quiet:
-    """Evaluations of func that leave random state and captured tensors as they were.
+    """Evaluations of func that leave random state, captured tensors and what func sets as they were.
 
     Args:
         captured: tensors that func reaches and might write into.
-        state: random state that every evaluation starts from; the current one by default.
+        state: random state that every evaluation starts from; generators that it does not name are left alone.
+        places: attributes, containers and variables that func might set; see `Held`.
+        trained: leaves whose `.grad` a backward of func's own might write.
 
     Attributes:
         written: the captured tensors that an evaluation wrote into, or gave other memory.
         exchanged: whether one was given other memory.
+        kept: the places that an evaluation set something in.
     """
 
-    def __init__(self, captured: Sequence[Tensor], state: tuple[Any, ...] | None = None) -> None:
+    def __init__(
+        self,
+        captured: Sequence[Tensor],
+        state: State | None = None,
+        places: Sequence[Any] = (),
+        trained: Sequence[Tensor] = (),
+    ) -> None:
         self.captured = [tensor for tensor in captured if not (tensor.is_inference() or tensor.is_meta)]
-        self.state = random_state() if state is None else state
+        self.state: State = {} if state is None else state
+        self.places = tuple(places)
+        self.trained = tuple(trained)
         self.written: list[Tensor] = []
         self.exchanged = False
+        self.kept: list[Any] = []
+
+    def now(self) -> Quiet:
+        """The same, from the random state as it is now."""
+        return Quiet(self.captured, random_state(self.state), self.places, self.trained)
+
+    def closer(self, state: State) -> Quiet:
+        """The same for what evaluations so far have done, which is little; with another random state."""
+        return Quiet(self.written, state, self.kept, self.trained)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        outside = random_state()
+        outside = random_state(self.state)
         hooks = saved_tensors_apart()
         versions = [tensor._version for tensor in self.captured]
         plain = [tensor for tensor in self.captured if not tensor.requires_grad]
         saved = [tensor.detach().clone() for tensor in self.captured]
         memory = [(home(tensor), tensor.data) for tensor in self.captured]
+        held = Held(self.places)
+        grads = [tensor.grad for tensor in self.trained]
+        for tensor, grad in zip(self.trained, grads, strict=True):
+            if grad is not None:
+                # another is accumulated into what is there
+                tensor.grad = None
         restore_random_state(self.state)
         try:
             with hooks:
                 yield
         finally:
             restore_random_state(outside)
+            for place in held.restore():
+                if not any(place is known for known in self.kept):
+                    self.kept.append(place)
+            for tensor, grad in zip(self.trained, grads, strict=True):
+                if tensor.grad is not grad:
+                    tensor.grad = grad
             with torch.no_grad():
                 for tensor, version, copy, (place, data) in zip(self.captured, versions, saved, memory, strict=True):
                     exchanged = home(tensor) != place
@@ -134,10 +186,10 @@ class Quiet:
                         self.exchanged = True
                     # Batch norm's kernel writes its running statistics without moving their version, and they are put
                     # back so too: graphs that have saved them stay what they were.
-                    moved = exchanged or tensor._version != version
-                    if moved or not same_bits(tensor, copy):
+                    written = exchanged or tensor._version != version
+                    if written or not same_bits(tensor, copy):
                         if not any(tensor is known for known in self.written):
                             self.written.append(tensor)
-                        with nullcontext() if moved else version_kept(tensor):
+                        with nullcontext() if written else version_kept(tensor):
                             tensor.detach().copy_(copy)
             without_graph(plain)

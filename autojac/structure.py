@@ -13,10 +13,14 @@ Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
+KEEPS = "keeps values in attributes or containers"
 DRAWS = "draws random numbers"
 EXCHANGES = "assigns to .data"
 DRAWS_ALIKE = "draws the same random numbers for every sample"
-"""What a call may do besides returning a value; the last one by the user's wish, and it binds no method."""
+"""What a call may do besides returning a value.
+
+What func keeps is put right by one more plain call; numbers drawn alike are the user's wish, and bind no method.
+"""
 
 
 @dataclass(frozen=True)

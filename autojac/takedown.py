@@ -22,7 +22,7 @@ from autojac.draws import STATE
 from autojac.errors import UnsupportedError, kind_of
 from autojac.problem import Compute, Flat, Problem
 from autojac.process import unwarned
-from autojac.quiet import Quiet, uncollected, without_hooks
+from autojac.quiet import Quiet, random_state, uncollected, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
 from autojac.tape import Tape
@@ -61,7 +61,7 @@ def taken_down(
     if reason:
         raise UnsupportedError(reason)
     run = _Run(problem, state.tensors, leaves, kwargs)
-    with _unseen(run.captured):
+    with _unseen(run.captured, problem):
         compute = run.record(prepare, state.guard.codes)
         before = surroundings.version
         changed = surroundings.look()
@@ -69,9 +69,9 @@ def taken_down(
             raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
         recorded, captured, ran = run.recorded(compute)
         simplify(recorded.graph, set(without) - {"hoist"})
-    with _unseen(run.captured):
+    with _unseen(run.captured, problem):
         run.compare(compute)
-    unseen = functools.partial(_unseen, run.captured)
+    unseen = functools.partial(_unseen, run.captured, problem)
     trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
     spent = 1e3 * (time.perf_counter() - start)
@@ -100,9 +100,11 @@ def unfixed(kwargs: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _unseen(captured: Sequence[Tensor]) -> Iterator[None]:
+def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
     """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
-    quiet = Quiet([tensor for tensor in captured if not tensor.requires_grad])
+    buffers = [tensor for tensor in captured if not tensor.requires_grad]
+    trained = [tensor for tensor in captured if tensor.requires_grad and tensor.is_leaf]
+    quiet = Quiet(buffers, random_state(problem.generators), problem.places, trained)
     # a parameter that autocast has converted before would be met as a stranger
     torch.clear_autocast_cache()
     with quiet(), without_hooks(captured), levels_restored(), unwarned():

@@ -136,14 +136,15 @@ def test_what_changes_itself_in_every_call_is_not_checked_in_every_call() -> Non
             self.calls += 1
             return mixed(x)
 
-    func = Counting()
+    func = Counted(Counting())
     x = torch.randn(6, 3, dtype=torch.float64)
     jac = forced(func, (x,), PULL)
     checks = []
     for call in range(1, 40):
         before = func.calls
         jac(x)
-        checks += [call] * (func.calls > before + 1)
+        # a plain call leaves the count right
+        checks += [call] * (func.calls > before + 2)
     assert checks[-5:] == [2, 4, 8, 16, 32]
 
 

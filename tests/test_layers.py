@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "linalg",
         "process",
         "dynamo",
+        "keeps",
         "quiet",
         "layouts",
         "watch",

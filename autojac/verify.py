@@ -99,7 +99,7 @@ class Reference:
                 self.kept = (
                     [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
                 )
-                self.leak = self._leak()
+                self.scaled = list(self._scaled())
             if self.calibrated:
                 self._calibrate()
             self.says = self.every or self._says()
@@ -115,7 +115,7 @@ class Reference:
         return wrong
 
     def _compare(self, result: Result) -> str | None:
-        return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result) or self.leak
+        return self.check_shapes(result) or self._check_rows(result) or self._check_projections(result) or self._leak()
 
     def _calibrate(self) -> None:
         """Grant what func's own VJPs miss of being linear in the cotangent.
@@ -264,21 +264,34 @@ class Reference:
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
         return None
 
+    def _scaled(self) -> Iterator[tuple[int, Projection, Projection, Tensor]]:
+        """Yield, for samples that are taken for apart, two projections: in the other each sample has a factor.
+
+        A diagonal can't show that one sample reaches another at a coordinate that no projection looked at.
+        """
+        structure, layout = self.problem.structure, self.problem.layout
+        graph = structure.samples
+        if layout != "diagonal" or self.problem.batch < 2 or not (structure.independent or graph is not None):
+            return
+        classes = [None] if structure.independent or graph is None else self._classes(graph)
+        for output, samples in itertools.product(range(len(self.values)), classes):
+            one = self.evidence.seeded(output, _alone(self._noise(output), samples))
+            factors = (0.5 + torch.rand(len(one), generator=self.generator)).to(one)
+            other = one * factors.view(-1, *[1] * (one.dim() - 1))
+            first, second = (Projection(samples, None, u, self.pullback(output, u)) for u in (one, other))
+            yield output, first, second, factors if samples is None else factors[samples]
+
     def _leak(self) -> str | None:
-        """What a diagonal can't show: that one sample reaches another at a coordinate that no projection looked at."""
-        problem = self.problem
-        if problem.layout != "diagonal" or not problem.structure.independent or problem.batch < 2:
-            return None
-        inside = torch.randperm(problem.batch, generator=self.generator) < (problem.batch + 1) // 2
-        for output, value in enumerate(self.values):
-            rows = inside.to(value.device).view(-1, *[1] * (value.dim() - 1))
-            pulled = self.pullback(output, self._noise(output) * rows)
-            for position, one in zip(problem.inputs, pulled, strict=True):
-                if problem.leaves[position].batched:
-                    size = one.detach().nan_to_num(0, 0, 0).abs()
-                    outside = size[~inside.to(size.device)]
-                    if bool((outside > tolerance(size.dtype) * size.amax(0)).any()):
-                        return "a cotangent on some samples has a gradient at others"
+        """Say whether what a cotangent on one sample gives there hangs on the cotangents on others."""
+        for output, one, other, factors in self.scaled:
+            for position, pulled in enumerate(zip(one.pulled, other.pulled, strict=True)):
+                if not self.places.per_row(position):
+                    continue
+                before, after = (self.places.reached(part, position, one) for part in pulled)
+                after, before = self.evidence.projection(after, before * factors.to(before)[:, None], position, one)
+                floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
+                if disagreement(after, before, floor=floor, slack=self._slack(output, before)) is not None:
+                    return "a cotangent on some samples has a gradient at others"
         return None
 
     def _says(self) -> bool:
@@ -314,11 +327,7 @@ class Reference:
             some = [[sample] for sample in self.samples] or self._apart(len(value))
         places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
         for samples, coordinates in itertools.product(some, places):
-            cotangent = self._noise(output)
-            if samples is not None:
-                alone = torch.zeros_like(cotangent)
-                alone[samples] = cotangent[samples]
-                cotangent = alone
+            cotangent = _alone(self._noise(output), samples)
             if coordinates is not None:
                 kept = torch.zeros_like(value[0]).flatten()
                 kept[list(coordinates)] = 1
@@ -375,6 +384,15 @@ class Reference:
 def named(samples: Sequence[int]) -> str:
     """Some samples, for people."""
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
+
+
+def _alone(cotangent: Tensor, samples: Sequence[int] | None) -> Tensor:
+    """A cotangent on some samples alone."""
+    if samples is None:
+        return cotangent
+    alone = torch.zeros_like(cotangent)
+    alone[samples] = cotangent[samples]
+    return alone
 
 
 def _require_visible(pullback: Pullback) -> None:

@@ -156,6 +156,23 @@ def test_other_layouts_are_right_too(name: str, layout: str) -> None:
         right(jac(x, by), func, x, layout, by)
 
 
+@pytest.mark.parametrize("coordinate", range(6))
+@pytest.mark.parametrize(
+    "first", [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 0, 1, 1, 2])], ids=["alone", "pairs"]
+)
+def test_a_diagonal_shows_samples_that_meet_at_one_coordinate(first: Tensor, coordinate: int) -> None:
+    gate = torch.eye(6, dtype=torch.float64)[coordinate]
+
+    def func(x: Tensor, ids: Tensor) -> Tensor:
+        return x.cumsum(1).sin() * (1 + gate * x.new_zeros(B, 6).index_add(0, ids, x)[ids])
+
+    jac = AutoJacobian(func, layout="diagonal", on_miss="estimate", store=":memory:")
+    for number, ids in enumerate([first, first, torch.tensor([0, 1, 0, 2, 1]), torch.tensor([1, 0, 0, 0, 2])]):
+        torch.manual_seed(number)
+        x = torch.randn(B, 6, dtype=torch.float64)
+        compare(jac(x, ids), jacobian_blocks(func, (x, ids)).diagonal(dim1=1, dim2=2))
+
+
 def test_arguments_written_in_place_are_seen() -> None:
     x, ids, lag = points(), torch.arange(B), torch.tensor(0)
     jac, rolled = (AutoJacobian(f, store=":memory:", on_miss="estimate") for f in (segments, lagged))

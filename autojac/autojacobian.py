@@ -225,9 +225,16 @@ class AutoJacobian(Derived):
             self._absorb(entry)
             return entry, result
         compute = entry.usable if hooked() else entry.compute
-        with outside_autocast():
-            result = compute(leaves, kwargs)
-        if not kwargs:
+        result: Result | None = None
+        try:
+            with outside_autocast():
+                result = compute(leaves, kwargs)
+        except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
+            if entry.unchecked or type(error).__module__ == "torch.utils.checkpoint":
+                raise
+        if result is None or not entry.fits(result):
+            entry, result = self._checked(key, entry, leaves, args, kwargs, UNCHANGED)
+        elif not kwargs:
             if entry.again is None:
                 entry.again = again(entry, args)
             self._again = entry.again

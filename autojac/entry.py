@@ -97,6 +97,15 @@ class Entry:
             for output, row in enumerate(result.jacobians)
         ]
 
+    def fits(self, result: Result) -> bool:
+        """Whether func has returned the shapes that were planned for: they may follow from values that it reads."""
+        return [value.shape for value in result.values] == self.shapes
+
+    @functools.cached_property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the outputs."""
+        return [torch.Size((self.problem.batch, *event)) for event in self.problem.outputs]
+
     @property
     def usable(self) -> Compute:
         """The plan's computation; under a caller's hooks on saved tensors a loop of plain VJPs.

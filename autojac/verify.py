@@ -212,6 +212,10 @@ class Reference:
 
     def check_shapes(self, result: Result) -> str | None:
         """Why a result can't be right whatever its numbers: shapes, dtypes and the values."""
+        planned = [(self.problem.batch, *event) for event in self.problem.outputs]
+        for expected, shape in zip(self.values, planned, strict=False):
+            if tuple(expected.shape) != shape:
+                return f"func returns shape {tuple(expected.shape)} where it was planned for {shape}"
         pairs = zip(result.values, result.jacobians, self.values, strict=True)
         for output, (value, row, expected) in enumerate(pairs):
             if value.shape != expected.shape:

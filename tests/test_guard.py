@@ -365,3 +365,25 @@ def test_a_proof_does_not_outlive_what_python_changes(
     assert all("noticed at once" in str(one.message) for one in told)
     assert told or change == "layer"
     compare(jac(2 * x), jacobian_blocks(func, (2 * x,)))
+
+
+@pytest.mark.parametrize("layout", ["blocks", "full"])
+@pytest.mark.parametrize("how", ["a buffer", "an argument"])
+def test_outputs_of_another_shape_are_planned_again(x: Tensor, layout: str, how: str) -> None:
+    size = torch.tensor(3)
+
+    def func(x: Tensor, k: Tensor | None = None) -> Tensor:
+        return x.sin()[:, : int(size if k is None else k)]
+
+    jac = autojac.AutoJacobian(
+        func, in_dims=(0, None)[: 1 + (how != "a buffer")], layout=layout, on_miss="estimate", store=":memory:"
+    )
+    for count in (3, 3, 2, 2, 1, 3, 1, 2):
+        size.fill_(count)
+        args = (x,) if how == "a buffer" else (x, size.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", autojac.StructureChangedWarning)
+            y, J = jac.value_and_jacobian(*args)
+        expected = jacobian_blocks(func, (x, size.clone()))
+        compare(y, func(*args))
+        compare(J if layout == "blocks" else torch.stack([J[b, :, b] for b in range(len(x))]), expected)

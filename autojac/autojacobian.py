@@ -33,7 +33,7 @@ from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner, lasting, trained_by
 from autojac.problem import Result
-from autojac.quiet import Quiet, without_hooks
+from autojac.quiet import GENERATORS, Quiet, without_hooks
 from autojac.ranks import silent
 from autojac.reads import MOST_CHANGES
 from autojac.replaying import Replaying
@@ -225,21 +225,21 @@ class AutoJacobian(Derived):
             self._absorb(entry)
             return entry, result
         compute = entry.usable if hooked() else entry.compute
-        result: Result | None = None
+        found: Result | None = None
         try:
             with outside_autocast():
-                result = compute(leaves, kwargs)
+                found = compute(leaves, kwargs)
         except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
             if entry.unchecked or type(error).__module__ == "torch.utils.checkpoint":
                 raise
-        if result is None or not entry.fits(result):
-            entry, result = self._checked(key, entry, leaves, args, kwargs, UNCHANGED)
+        if found is None or not entry.fits(found):
+            entry, found = self._checked(key, entry, leaves, args, kwargs, UNCHANGED)
         elif not kwargs:
             if entry.again is None:
                 entry.again = again(entry, args)
             self._again = entry.again
         self._absorb(entry)
-        return entry, result
+        return entry, found
 
     def _absorb(self, entry: Entry) -> None:
         """Take what func has changed by itself for no change; asked until it is seen to change nothing."""
@@ -351,7 +351,8 @@ class AutoJacobian(Derived):
 
         `noticed` is what was seen to have changed. Arguments are free to, and nobody is warned.
         """
-        before = entry.quiet.now()
+        # what has changed may draw now
+        before = entry.quiet.now(GENERATORS if noticed.what == "function" else None)
         # what a search has just found was checked with its gradient
         trains = entry.problem.differentiable and not hooked() and not (entry.fresh and entry.calls == 1)
         problem = dataclasses.replace(entry.problem, differentiable=trains)

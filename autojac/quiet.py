@@ -144,9 +144,10 @@ class Quiet:
         self.exchanged = False
         self.kept: list[Any] = []
 
-    def now(self) -> Quiet:
-        """The same, from the random state as it is now."""
-        return Quiet(self.captured, random_state(self.state), self.places, self.trained)
+    def now(self, generators: Iterable[str] | None = None) -> Quiet:
+        """The same, from the random state as it is now, of these generators or else of those that are known."""
+        state = random_state(self.state if generators is None else generators)
+        return Quiet(self.captured, state, self.places, self.trained)
 
     def closer(self, state: State) -> Quiet:
         """The same for what evaluations so far have done, which is little; with another random state."""

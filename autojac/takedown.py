@@ -22,13 +22,15 @@ from autojac.draws import STATE
 from autojac.errors import UnsupportedError, kind_of
 from autojac.problem import Compute, Flat, Problem
 from autojac.process import unwarned
-from autojac.quiet import Quiet, random_state, uncollected, without_hooks
+from autojac.quiet import Quiet, random_state, restore_random_state, uncollected, without_hooks
 from autojac.simplify import simplify
 from autojac.surroundings import Surroundings
 from autojac.tape import Tape
 from autojac.trace import Lower, Pulled, Recorded, Trace, differs
 
 Prepare = Callable[[Problem], Compute]
+TORCHS = ("cpu", "cuda")
+"""The generators that a recording sees func draw from."""
 FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 """Kinds of arguments that belong to a call's signature by their value."""
 
@@ -61,14 +63,21 @@ def taken_down(
     if reason:
         raise UnsupportedError(reason)
     run = _Run(problem, state.tensors, leaves, kwargs)
-    with _unseen(run.captured, problem):
-        compute = run.record(prepare, state.guard.codes)
-        before = surroundings.version
-        changed = surroundings.look()
-        if surroundings.version != before:
-            raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
-        recorded, captured, ran = run.recorded(compute)
-        simplify(recorded.graph, set(without) - {"hoist"})
+    random = random_state(TORCHS)
+    try:
+        with _unseen(run.captured, problem):
+            compute = run.record(prepare, state.guard.codes)
+            before = surroundings.version
+            changed = surroundings.look()
+            if surroundings.version != before:
+                raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
+            recorded, captured, ran = run.recorded(compute)
+            simplify(recorded.graph, set(without) - {"hoist"})
+    finally:
+        if run.tape.draws and not problem.generators:
+            # func draws now, and did not when the plan was made
+            problem = dataclasses.replace(problem, generators=TORCHS)
+            restore_random_state(random)
     with _unseen(run.captured, problem):
         run.compare(compute)
     unseen = functools.partial(_unseen, run.captured, problem)

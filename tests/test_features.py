@@ -136,7 +136,7 @@ EXACT: dict[str, tuple[Func, tuple[int, ...]]] = {
     "batch as long as the sample": (lambda x: x * x.roll(1, 1), (7, 7)),
     "batch of 1": (lambda x: x * x.roll(1, 1), (1, 7)),
     "empty rows and columns": (lambda x: torch.cat([torch.zeros(3, 2), x[:, 3:].exp()], 1), (3, 7)),
-    "zero": (lambda x: x[:, :4].detach().sin(), (3, 5)),
+    "zero": (lambda x: x[:, :4].detach().round(), (3, 5)),
     "through its own gradient": (
         lambda x: torch.autograd.grad((x[:, 1:] ** 2 * x[:, :-1] ** 2).sum(), x, create_graph=True)[0],
         (3, 8),

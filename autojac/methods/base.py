@@ -25,6 +25,7 @@ from autojac.errors import StoreError
 from autojac.escapes import DataAssignedError
 from autojac.keeps import leaving
 from autojac.problem import Compute, Problem, Result
+from autojac.replaying import Replaying
 from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
 from autojac.trace import Lower
 
@@ -137,6 +138,9 @@ class Method(ABC):
     def ready(self, problem: Problem) -> Compute:
         """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
         compute = self.laid_out(problem)
+        if isinstance(compute, Replaying):
+            # its program draws as one run of func does, and runs no transform
+            return compute
         if self.functional and not problem.trial:
             compute = _or_plainly(problem, compute)
         if problem.places and self.repeats_func:

@@ -66,10 +66,6 @@ class Replay(Wrapper):
         # what is saved is the host's work, which the model knows least about: tried right after what it wraps
         return 1.001 * self.inner.cost(problem)
 
-    def ready(self, problem: Problem) -> Compute:
-        # random numbers are drawn by one run of func, as the program goes
-        return self.prepare(problem)
-
     def prepare(self, problem: Problem) -> Compute:
         return self.lowered(problem, None)
 

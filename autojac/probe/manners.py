@@ -109,8 +109,9 @@ def observe(
     if moving and len(cut) == len(second):
         raise OutputError(
             "the outputs of func move with its input, but none has a graph to it, so every derivative would be zero. "
-            "Does func go through NumPy, .item(), .detach(), torch.tensor(...) or torch.no_grad()? Compute in torch "
-            "operators with grad enabled, or write a torch.autograd.Function with a backward of its own"
+            "Does func go through NumPy, .item(), .detach(), torch.tensor(...), torch.no_grad() or, to parameters, a "
+            "checkpoint with use_reentrant=True (pass use_reentrant=False)? Compute in torch operators "
+            "with grad enabled, or write a torch.autograd.Function with a backward of its own"
         )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
     kernels = special_kernels(second, reached)

@@ -33,11 +33,12 @@ from autojac.options import Options, check_budget
 from autojac.plan import Effort, Plan, effort_rank
 from autojac.planner import Planner, lasting, trained_by
 from autojac.problem import Result
-from autojac.quiet import GENERATORS, Quiet, without_hooks
+from autojac.quiet import GENERATORS, Quiet, restore_random_state, without_hooks
 from autojac.ranks import silent
 from autojac.reads import MOST_CHANGES
 from autojac.replaying import Replaying
 from autojac.signature import current_flags
+from autojac.structure import UPDATES_BUFFERS
 from autojac.verify import Reference
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -351,15 +352,27 @@ class AutoJacobian(Derived):
 
         `noticed` is what was seen to have changed. Arguments are free to, and nobody is warned.
         """
+        written = self._writable() if UPDATES_BUFFERS in entry.problem.structure.effects else ()
         # what has changed may draw now
-        before = entry.quiet.now(GENERATORS if noticed.what == "function" else None)
+        before = entry.quiet.now(GENERATORS if noticed.what == "function" else None, written)
+        restore = before.saved()
         # what a search has just found was checked with its gradient
         trains = entry.problem.differentiable and not hooked() and not (entry.fresh and entry.calls == 1)
         problem = dataclasses.replace(entry.problem, differentiable=trains)
         own = tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves)
         modules = self._reach().modules
+        trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable) if trains else ()
         with silent(modules):
-            reference = Reference(problem, own, kwargs, before, rows=1, seed=entry.calls, thorough=bool(noticed.what))
+            reference = Reference(
+                problem,
+                own,
+                kwargs,
+                before,
+                rows=1,
+                seed=entry.calls,
+                thorough=bool(noticed.what),
+                trained=trained,
+            )
         if entry.provisional and reference.says:
             return self._planned_again(key, leaves, args, kwargs)
         result: Result | None = None
@@ -393,6 +406,9 @@ class AutoJacobian(Derived):
             entry.checked(self.options.verify)
             entry.watch.accept(noticed.contents)
             return entry, result
+        # the wrong run does not count; put back now, what func writes into stays as the graph of the next run saves it
+        restore()
+        restore_random_state(before.state)
         with self._lock:
             request = self._planner.request(self._reach(), args, kwargs)
             last = entry.last_check
@@ -400,7 +416,7 @@ class AutoJacobian(Derived):
             self._keep(key, entry)
             entry.watch.accept(entry.contents(leaves, kwargs))
         if noticed.what == "arguments":
-            with before(), silent(modules):
+            with silent(modules):
                 return entry, entry.run(leaves, kwargs)
         since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
         since = "func has changed, which was noticed at once" if noticed.what else since
@@ -410,16 +426,19 @@ class AutoJacobian(Derived):
             StructureChangedWarning,
             stacklevel=4,
         )
-        with before(), silent(modules):
+        with silent(modules):
             return entry, entry.run(leaves, kwargs)
+
+    def _writable(self) -> list[Tensor]:
+        """What func may write into now, buffers that were put in the place of others included."""
+        return [tensor for tensor in captures(self.func).tensors if not tensor.requires_grad]
 
     def _gradient_error(
         self, entry: Entry, reference: Reference, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], before: Quiet
     ) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
-        trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable)
-        with before(), without_hooks(trained), silent(self._reach().modules):
-            return reference.check_gradient(entry.run(leaves, kwargs), trained)
+        with before(), without_hooks(reference.trained), silent(self._reach().modules):
+            return reference.check_gradient(entry.run(leaves, kwargs))
 
     def _tell_untrained(self, reference: Reference, result: Result, kwargs: Mapping[str, Any]) -> None:
         """Warn, once, where parameters train and the Jacobian has no graph to them: a backward of func's makes none."""

@@ -79,7 +79,8 @@ def _wrong(jacobian: Any, planner: Planner, captured: Captures, request: Request
     """Return why a Jacobian is wrong, as a sentence; None if it agrees."""
     layout, kwargs = planner.options.layout, request.kwargs
     seen = look(request, captured, planner.options, planner.stored.keys)
-    independent = planner.problem(request, seen, Structure("independent", "declared"), seen.guess)
+    structure = Structure("independent", "declared", effects=seen.first.effects)
+    independent = planner.problem(request, seen, structure, seen.guess)
     flat = pytree.tree_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)
     if len(flat) != wanted:
@@ -96,7 +97,7 @@ def _wrong(jacobian: Any, planner: Planner, captured: Captures, request: Request
         coupled = wrong is not None and layout in ("blocks", "diagonal") and reference.check_shapes(result) is None
         samples = reference.worst_samples(result, probes) if coupled else ()
     if coupled:
-        dense = dataclasses.replace(independent, structure=Structure("dense", "declared"))
+        dense = dataclasses.replace(independent, structure=dataclasses.replace(structure, coupling="dense"))
         reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, samples=samples, every=True)
         with seen.quiet():
             wrong = reference.check(result)

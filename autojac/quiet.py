@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Final
 
@@ -144,10 +144,17 @@ class Quiet:
         self.exchanged = False
         self.kept: list[Any] = []
 
-    def now(self, generators: Iterable[str] | None = None) -> Quiet:
-        """The same, from the random state as it is now, of these generators or else of those that are known."""
+    def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Quiet:
+        """The same from the random state as it is now, of these generators or else of those that are known.
+
+        Args:
+            generators: names of generators.
+            others: tensors that are saved too.
+        """
         state = random_state(self.state if generators is None else generators)
-        return Quiet(self.captured, state, self.places, self.trained)
+        known = {id(tensor) for tensor in self.captured}
+        captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in known)]
+        return Quiet(captured, state, self.places, self.trained)
 
     def closer(self, state: State) -> Quiet:
         """The same for what evaluations so far have done, which is little; with another random state."""
@@ -157,14 +164,9 @@ class Quiet:
     def __call__(self) -> Iterator[None]:
         outside = random_state(self.state)
         hooks = saved_tensors_apart()
-        versions = [tensor._version for tensor in self.captured]
-        plain = [tensor for tensor in self.captured if not tensor.requires_grad]
-        saved = [tensor.detach().clone() for tensor in self.captured]
-        memory = [(home(tensor), tensor.data) for tensor in self.captured]
-        held = Held(self.places)
-        grads = [tensor.grad for tensor in self.trained]
-        for tensor, grad in zip(self.trained, grads, strict=True):
-            if grad is not None:
+        restore = self.saved()
+        for tensor in self.trained:
+            if tensor.grad is not None:
                 # another is accumulated into what is there
                 tensor.grad = None
         restore_random_state(self.state)
@@ -173,6 +175,18 @@ class Quiet:
                 yield
         finally:
             restore_random_state(outside)
+            restore()
+
+    def saved(self) -> Callable[[], None]:
+        """Save the tensors and the places, and return what puts them back."""
+        versions = [tensor._version for tensor in self.captured]
+        plain = [tensor for tensor in self.captured if not tensor.requires_grad]
+        saved = [tensor.detach().clone() for tensor in self.captured]
+        memory = [(home(tensor), tensor.data) for tensor in self.captured]
+        held = Held(self.places)
+        grads = [tensor.grad for tensor in self.trained]
+
+        def restore() -> None:
             for place in held.restore():
                 if not any(place is known for known in self.kept):
                     self.kept.append(place)
@@ -194,3 +208,5 @@ class Quiet:
                         with nullcontext() if written else version_kept(tensor):
                             tensor.detach().copy_(copy)
             without_graph(plain)
+
+        return restore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Reference:
         pullback: of a graph that exists already, in the place of an evaluation.
         thorough: look at every class of a coloring, since one edge of a graph may have moved.
         every: look at every coordinate of a diagonal: one VJP for each, made anew in each check and not kept.
+        trained: tensors besides the inputs that a loss on the Jacobian trains.
 
     Attributes:
         once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
@@ -62,11 +64,14 @@ class Reference:
         pullback: Pullback | None = None,
         thorough: bool = False,
         every: bool = False,
+        trained: Sequence[Tensor] = (),
     ) -> None:
         self.problem = problem
         self.places = Places(problem)
         self.samples = samples
         self.every = every and problem.layout == "diagonal"
+        self.trained = trained
+        self.training: _Training | None = None
         self.classes = None if thorough else CLASSES
         self.slack = [1.0] * len(problem.outputs)
         # the graph of a func that writes into buffers can be pulled until they are put back
@@ -96,12 +101,13 @@ class Reference:
                 for row in self._chosen(output, rows)
             ]
             with self.pullback.without_graph():
-                self.kept = (
-                    [] if self.every else [list(self._projections(output)) for output in range(len(self.values))]
-                )
+                kept = self.calibrated or not self.every
+                self.kept = [list(self._projections(output)) for output in range(len(self.values))] if kept else []
                 self.scaled = list(self._scaled())
             if self.calibrated:
                 self._calibrate()
+                if problem.differentiable:
+                    self.training = self._differentiate()
             self.says = self.every or self._says()
 
     def check(self, result: Result) -> str | None:
@@ -130,47 +136,54 @@ class Reference:
                 self.floors[output][position] = max(self.floors[output][position], noise)
                 self.slack[output] = max(self.slack[output], relative)
 
-    def check_gradient(self, result: Result, captured: Sequence[Tensor]) -> str | None:
+    def check_gradient(self, result: Result) -> str | None:
         """Why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
 
         Args:
             result: a result computed with grad mode on.
-            captured: tensors besides the inputs that a loss on the Jacobian trains.
         """
-        sources = self._sources(captured)
-        if not sources:
-            return None
-        actual, expected, weights = [], [], []
-        for output, row, pulled in self.rows:
-            for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                kept = self.places.kept(one, output, row, position)
-                if not bool(torch.isfinite(kept).all()):
-                    continue
-                own = self.places.row(whole, output, row, position)
-                actual.append(own.reshape(1, -1))
-                expected.append(kept.reshape(1, -1))
-                scale = self.weights[output].flatten()[row].to(own)
-                weights.append(seeds.noise(actual[-1], self.generator) * scale)
-        if not actual:
-            return None
-
-        def pull(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-            total = torch.stack([(row * w).sum() for row, w in zip(rows, weights, strict=True)]).sum()
-            return _gradients(total, sources)
-
         with outside_autocast():
-            try:
-                right = pull(expected, weights)
-            except RuntimeError:
-                self.once = True
+            known = self.training = self.training or self._differentiate()
+            if known is None:
                 return None
-            found = pull(actual, weights)
-            wrong = self._compare_gradients(found, right, [1.0] * len(sources))
+            rows = [
+                self.places.row(result.jacobians[output][position], output, row, position)
+                for output, row, position in known.where
+            ]
+            found = known.pull(rows, known.weights)
+            wrong = self._compare_gradients(found, known.right, [1.0] * len(found))
             if wrong is not None:
                 # as for J itself; a derivative of it may be less precise than it is
-                noise = own_rounding(pull, expected, self.generator)
-                wrong = self._compare_gradients(found, right, [relative for _, relative in noise])
+                slacks = known.slacks or self._slacks_of_gradients(known)
+                wrong = self._compare_gradients(found, known.right, slacks)
         return wrong
+
+    def _differentiate(self) -> _Training | None:
+        """The gradient through the rows compared; None where there is none that can be asked for."""
+        sources = self._sources(self.trained)
+        where, rows, weights = [], [], []
+        for output, row, pulled in self.rows:
+            for position, one in enumerate(pulled):
+                kept = self.places.kept(one, output, row, position)
+                if bool(torch.isfinite(kept).all()):
+                    where.append((output, row, position))
+                    rows.append(kept.reshape(1, -1))
+                    scale = self.weights[output].flatten()[row].to(kept)
+                    weights.append(seeds.noise(kept.reshape(1, -1), self.generator) * scale)
+        if not sources or not rows or self.once:
+            return None
+        known = _Training(sources, where, rows, weights)
+        try:
+            known.right = known.pull(rows, weights)
+        except RuntimeError:
+            self.once = True
+            return None
+        if UPDATES_BUFFERS in self.problem.structure.effects:
+            known.slacks = self._slacks_of_gradients(known)
+        return known
+
+    def _slacks_of_gradients(self, known: _Training) -> list[float]:
+        return [relative for _, relative in own_rounding(known.pull, known.rows, self.generator)]
 
     def _compare_gradients(
         self, found: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]
@@ -319,7 +332,7 @@ class Reference:
 
     def projections(self, output: int) -> Iterable[Projection]:
         """Random projections of one output's Jacobian."""
-        return self._projections(output) if self.every else self.kept[output]
+        return self.kept[output] if self.kept else self._projections(output)
 
     def _projections(self, output: int) -> Iterator[Projection]:
         value, layout = self.values[output], self.problem.layout
@@ -383,6 +396,33 @@ class Reference:
     def _single(self, output: int, row: int) -> list[Tensor]:
         value = self.values[output]
         return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
+
+
+@dataclass
+class _Training:
+    """A gradient through rows of the Jacobian, as plain VJPs give it.
+
+    Attributes:
+        sources: what is differentiated in, in groups.
+        where: output, row and position of each of the rows.
+        rows: with their graphs.
+        weights: (1, n) cotangents of the rows.
+        right: the gradient in each group.
+        slacks: factors on the tolerance of each; empty as long as nothing asked for them.
+    """
+
+    sources: Sequence[Sequence[Tensor]]
+    where: Sequence[tuple[int, int, int]]
+    rows: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    right: Sequence[Tensor] = ()
+    slacks: Sequence[float] = ()
+
+    def pull(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient through some rows in the places of these."""
+        pairs = zip(rows, weights, strict=True)
+        total = torch.stack([(row.reshape(1, -1) * weight).sum() for row, weight in pairs]).sum()
+        return _gradients(total, self.sources)
 
 
 def named(samples: Sequence[int]) -> str:

@@ -78,7 +78,7 @@ def search(
         effort,
         start + (1 - SHOOT_OUT_SHARE) * allowed,
         start + allowed,
-        Reference(problem, leaves, kwargs, quiet),
+        Reference(problem, leaves, kwargs, quiet, trained=captured),
         progress,
     )
     defaults = default_methods(problem)

@@ -109,7 +109,7 @@ def attempt(subject: Subject, method: Method, allowed_s: float | None = None) ->
         seconds = time.perf_counter() - start
         wrong = subject.reference.check(result)
         if wrong is None and problem.differentiable:
-            wrong = subject.reference.check_gradient(result, subject.captured)
+            wrong = subject.reference.check_gradient(result)
         return compute, seconds, wrong
 
     try:

@@ -36,13 +36,22 @@ class Factors(NamedTuple):
     V: Tensor
 
     def __matmul__(self, tangent: Tensor) -> Tensor:
-        """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries."""
+        """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries.
+
+        Raises:
+            InputError: for a tangent of another size.
+        """
         with outside_autocast():
             return self._times(tangent)
 
     def _times(self, tangent: Tensor) -> Tensor:
         out, k = self.U.shape[:-1], len(self.V)
         batch, m, n = out[0], prod(out[1:]), prod(self.V.shape[2:])
+        if tangent.numel() != batch * n:
+            raise InputError(
+                f"a tangent of shape {(batch, *self.V.shape[2:])} was expected, one vector a sample, got "
+                f"{tuple(tangent.shape)}"
+            )
         flat = tangent.reshape(batch, n)
         local = (self.D.reshape(batch, m, n) @ flat[..., None]).reshape(out)
         moved = self.V.reshape(k, batch * n) @ flat.reshape(-1)

@@ -99,9 +99,13 @@ class ModuleFunction:
         self.__init__(**state)  # type: ignore[misc]
 
     def parameters(self) -> dict[str, Tensor]:
-        """Those to differentiate in, by the names of `named_parameters()`: tied ones once, frozen ones left out."""
+        """Those to differentiate in, by the names of `named_parameters()`: tied ones once.
+
+        Left out are frozen ones, and those on the meta device, which a template has: they have no values.
+        """
         with self.lock:
-            found: dict[str, Tensor] = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            named = self.module.named_parameters()
+            found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
         if not found:
             raise InputError(f"{type(self.module).__name__} has no parameter that requires grad, so it has no Jacobian")
         return found

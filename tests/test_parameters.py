@@ -159,3 +159,19 @@ def test_what_cannot_be_is_said() -> None:
         AutoJacobian.of_parameters(nn.Linear(2, 2), argnums=1)
     with pytest.raises(OptionError, match="did you mean 'layout'"):
         AutoJacobian.of_parameters(nn.Linear(2, 2), layuot="full")
+
+
+def test_a_template_without_values_is_left_out() -> None:
+    class Templated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.template = nn.Linear(3, 2).double(), nn.Linear(3, 2, device="meta")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).sin()
+
+    module, x = Templated(), torch.randn(4, 3, dtype=torch.float64)
+    J = estimated(module)(x)
+    assert list(J) == ["net.weight", "net.bias"]
+    slope = module.net(x).detach().cos()
+    compare(J["net.bias"].detach(), slope.diag_embed())

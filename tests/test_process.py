@@ -38,15 +38,17 @@ def state():
     return dict(os.environ), list(warnings.filters), loggers, threading.enumerate(), logging.root.level
 
 class Keeps(torch.nn.Module):
-    last = None
+    last = loss = None
     def forward(self, x):
         self.last = x.sin()
+        # torch warns of it where x requires grad
+        self.loss = float(x.detach().sum()) if sys.argv[1] == "quick" else float(x.sum())
         return self.last * x.cumsum(1)
 
 before = state()
 jac = AutoJacobian(Keeps(), effort=sys.argv[1], budget_s=0.5, store=":memory:")
 for _ in range(3):
-    jac(torch.randn(16, 3, requires_grad=True))
+    jac(torch.randn(16, 3, requires_grad=sys.argv[1] == "quick"))
 after = state()
 assert after[0] == before[0], set(after[0].items()) ^ set(before[0].items())
 assert after[1] == before[1], after[1]

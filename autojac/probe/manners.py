@@ -13,6 +13,7 @@ from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.escapes import Monitor
 from autojac.kernels import ATTENTION, special_kernels
 from autojac.probe.keeping import UNLIKE, unlike
+from autojac.process import unwarned
 from autojac.quiet import Quiet, moved, random_state, same_bits
 from autojac.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 
@@ -45,7 +46,8 @@ class Manners:
 
 def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int]) -> Any:
     """One plain call on copies that autograd sees as the user's inputs, and the graph nodes of these."""
-    with torch.enable_grad():
+    # torch warns of what it would not warn of where nothing requires grad, such as float(x)
+    with torch.enable_grad(), unwarned():
         copies = [
             leaf.detach().clone().requires_grad_().clone() if position in differentiated else leaf.detach().clone()
             for position, leaf in enumerate(leaves)

@@ -378,16 +378,17 @@ class AutoJacobian(Derived):
         result: Result | None = None
         through = False
         gradient = functools.partial(self._gradient_error, entry, reference, own, kwargs, before)
+        moves = bool(entry.mutable or UPDATES_BUFFERS in entry.problem.structure.effects)
         try:
             # no evaluation may come after the one that is returned: its graph may hold what func writes into
             with saved_tensors_apart():
-                early = gradient() if trains and entry.mutable else None
+                early = gradient() if trains and moves else None
             result = entry.run(leaves, kwargs)
             with saved_tensors_apart():
                 wrong = reference.check(result)
                 through = wrong is None and trains
                 if through:
-                    wrong = early if entry.mutable else gradient()
+                    wrong = early if moves else gradient()
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs
@@ -395,7 +396,11 @@ class AutoJacobian(Derived):
         if not reference.says:
             # no verdict: the next call is checked in the place of this one
             entry.next_check = min(entry.next_check, entry.calls + 1)
-            return entry, entry.plainly(leaves, kwargs) if result is None else result
+            if result is None:
+                restore()
+                restore_random_state(before.state)
+                result = entry.plainly(leaves, kwargs)
+            return entry, result
         if wrong is None and result is not None:
             if noticed.what == "function" and entry.renewals < MOST_CHANGES:
                 self._captured = captures(self.func)
@@ -407,27 +412,29 @@ class AutoJacobian(Derived):
             entry.watch.accept(noticed.contents)
             return entry, result
         # the wrong run does not count; put back now, what func writes into stays as the graph of the next run saves it
-        restore()
-        restore_random_state(before.state)
-        with self._lock:
-            request = self._planner.request(self._reach(), args, kwargs)
-            last = entry.last_check
-            entry = self._planner.recover(entry, request, self._reach(), str(wrong), structure=not through)
-            self._keep(key, entry)
-            entry.watch.accept(entry.contents(leaves, kwargs))
-        if noticed.what == "arguments":
+        # but for what the forward of data-parallel modules has told the other ranks
+        with silent(modules):
+            restore()
+            restore_random_state(before.state)
+            with self._lock:
+                request = self._planner.request(self._reach(), args, kwargs)
+                last = entry.last_check
+                entry = self._planner.recover(entry, request, self._reach(), str(wrong), structure=not through)
+                self._keep(key, entry)
+                entry.watch.accept(entry.contents(leaves, kwargs))
+            if noticed.what == "arguments":
+                with silent(modules):
+                    return entry, entry.run(leaves, kwargs)
+            since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
+            since = "func has changed, which was noticed at once" if noticed.what else since
+            warnings.warn(
+                f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian "
+                f"was computed again and is right. Now in use: {entry.plan}",
+                StructureChangedWarning,
+                stacklevel=4,
+            )
             with silent(modules):
                 return entry, entry.run(leaves, kwargs)
-        since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
-        since = "func has changed, which was noticed at once" if noticed.what else since
-        warnings.warn(
-            f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian was "
-            f"computed again and is right. Now in use: {entry.plan}",
-            StructureChangedWarning,
-            stacklevel=4,
-        )
-        with silent(modules):
-            return entry, entry.run(leaves, kwargs)
 
     def _writable(self) -> list[Tensor]:
         """What func may write into now, buffers that were put in the place of others included."""

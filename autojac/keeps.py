@@ -5,10 +5,14 @@ A module that keeps its last result would be left with that of a probe, or with 
 
 from __future__ import annotations
 
+import operator
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from typing import Any, Final
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from autojac.leaves import SCALARS
 
@@ -65,14 +69,31 @@ class Held:
         return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
 
     def exchanged(self, kind: type) -> bool:
-        """Whether all that changed is one object of a kind in the place of another."""
+        """Whether all that changed is one object of a kind, or a nest of such, in the place of another."""
         return all(
             isinstance(copy, dict)
             and copy.keys() == place.keys()
-            and all(isinstance(value, kind) for name, value in copy.items() if not _equal(value, place[name]))
+            and all(
+                isinstance(leaf, kind)
+                for name, value in place.items()
+                if not _equal(copy[name], value)
+                for leaf in pytree.tree_leaves((copy[name], value))
+            )
             for place, copy in zip(self.places, self.copies, strict=True)
             if not _same(copy, _copied(place))
         )
+
+    def without_graph(self) -> None:
+        """Take the graph away from tensors that have come into the places since."""
+        known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
+        for place in self.changed():
+            if isinstance(place, MutableSet):
+                continue
+            for at, value in place.items() if isinstance(place, Mapping) else enumerate(place):
+                tensors, shape = pytree.tree_flatten(value)
+                numbers = [value if id(value) in known else _numbers(value) for value in tensors]
+                if not all(map(operator.is_, tensors, numbers)):
+                    place[at] = pytree.tree_unflatten(numbers, shape)
 
     def restore(self) -> list[Any]:
         """Put back what they held; returns the places in which that was not so any more."""
@@ -116,6 +137,15 @@ def _restored(place: Any, copy: Any) -> None:
     elif isinstance(place, (MutableSequence, deque)):
         place.clear()
         place.extend(copy)
+
+
+def _numbers(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
+        return value
+    try:
+        return value.detach_()
+    except RuntimeError:  # a view
+        return value.detach()
 
 
 def leaving(

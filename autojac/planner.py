@@ -30,6 +30,7 @@ from autojac.errors import (
 )
 from autojac.frame import Frame, describe
 from autojac.hollow import solid
+from autojac.keeps import Held
 from autojac.kernels import reachable_kernels
 from autojac.limits import end_watch
 from autojac.look import look
@@ -46,7 +47,7 @@ from autojac.replaying import Replaying
 from autojac.search.measure import available_bytes
 from autojac.signature import Signature, bucket, current_flags
 from autojac.stored import Keys, Stored
-from autojac.structure import Structure
+from autojac.structure import UPDATES_BUFFERS, Structure
 from autojac.surroundings import Surroundings
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
@@ -343,9 +344,9 @@ class Planner:
         compute = prepared(request.frame, problem, method)
         if problem.outline is not None:
             problem.outline.close()
-        mutable = tuple(seen.quiet.captured)
-        if mutable and not problem.differentiable and not isinstance(compute, Replaying):
-            compute = _leaving_numbers(compute, mutable)
+        writes = seen.quiet.captured or UPDATES_BUFFERS in problem.structure.effects
+        if writes and not problem.differentiable and not isinstance(compute, Replaying):
+            compute = _leaving_numbers(compute, seen.quiet.captured, seen.quiet.places)
         entry = Entry(request.frame, problem, plan, compute, seen.signature, seen.quiet, seen.keys)
         entry.pushes = problem.differentiable and method.pushes
         structure = problem.structure
@@ -371,14 +372,16 @@ class Planner:
         return Entry(request.frame, problem, plan, compute, seen.signature, seen.quiet, next_check=math.inf)
 
 
-def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor]) -> Compute:
-    """A computation after which what func writes into holds no graph, as after a call of func that records none."""
+def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor], places: Sequence[Any]) -> Compute:
+    """A computation after which what func writes or sets holds no graph, as after a call of func that records none."""
 
     def computed(leaves: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Result:
         plain = [tensor for tensor in written if not tensor.requires_grad]
+        held = Held(places)
         try:
             return compute(leaves, kwargs)
         finally:
             without_graph(plain)
+            held.without_graph()
 
     return computed

@@ -17,6 +17,7 @@ from torch import Tensor
 import autojac
 from autojac import AutoJacobian
 from harness import compare, forced
+from oracle import jacobian_blocks
 
 METHODS = {
     "pull": {"method": "Pull", "seeds": "shared", "engine": "vmap"},
@@ -106,6 +107,75 @@ def test_a_buffer_that_is_replaced_moves_as_in_one_plain_call(method: str | None
         mean = 0.9 * mean + 0.1 * x.mean(0)
         compare(jac(x), torch.diag_embed((x - mean).cos()))
         compare(module.mean, mean)
+
+
+class Centred(torch.nn.Module):
+    """Replaces its running mean, in which J has a part, and keeps its last result and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3).double()
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        y = (self.linear(x) - self.mean).tanh()
+        self.last, self.halves = y, y.split(2, 1)
+        return y
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_func_keeps_beside_a_buffer_has_a_graph_where_a_plain_call_gives_one(
+    norm: bool, trained: bool, grad: bool
+) -> None:
+    def twin(state: dict[str, Any]) -> Centred:
+        module = Centred()
+        if norm:  # a buffer that is written into
+            module.linear = torch.nn.Sequential(module.linear, torch.nn.BatchNorm1d(3).double())
+        module.load_state_dict(state or module.state_dict())
+        return module.requires_grad_(trained)
+
+    module = twin({})
+    plain = twin(module.state_dict())
+    jac = AutoJacobian(module, store=":memory:", on_miss="estimate")
+    with torch.set_grad_enabled(grad):
+        for call in range(4):
+            x = torch.randn(6, 3, dtype=torch.float64) + call
+            slope = jacobian_blocks(twin(plain.state_dict()), (x,))
+            compare(jac(x).detach(), slope)
+            plain(x)
+            for left, right in zip((module.last, *module.halves), (plain.last, *plain.halves), strict=True):
+                compare(left.detach(), right.detach())
+                assert left.requires_grad == right.requires_grad == (trained and grad)
+            compare(module.mean, plain.mean)
+
+
+@pytest.mark.parametrize("how", ["raises", "wrong"])
+def test_a_plan_that_does_not_hold_leaves_nothing(how: str) -> None:
+    class Odd(Keeping):
+        """Runs otherwise under a transform from some time on."""
+
+        odd = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.odd and torch._C._functorch.is_functorch_wrapped_tensor(x):
+                if how == "raises":
+                    raise RuntimeError("under a transform")
+                return 2 * y
+            return y
+
+    module, x = Odd(), torch.randn(6, 3, dtype=torch.float64)
+    jac = forced(module, (x,), METHODS["per sample"], verify="always")
+    jac(x)
+    module.features.clear()
+    module.odd, module.calls = True, 0
+    with pytest.warns(autojac.StructureChangedWarning, match="does not hold"):
+        jacobian = jac(x)
+    check_left(module, x, 1)
+    compare(jacobian.detach(), jacobian_blocks(module, (x,)))
 
 
 def test_a_cache_is_filled_by_a_plain_call_and_served_by_a_replay() -> None:

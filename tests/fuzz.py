@@ -65,8 +65,6 @@ class Feature:
     changes: tuple[str, ...] = ()
     couples: tuple[str, ...] = ()
     args: tuple[tuple[str, str], ...] = ()
-    hidden: bool = False
-    """Whether what it couples hangs on values, so that no change has to be made for it."""
 
 
 def _number(r: random.Random) -> str:
@@ -306,7 +304,7 @@ def _data(r: random.Random, i: int) -> Feature:
             (f"h = torch.where(h.detach().abs().amax() > {r.uniform(0.5, 2):.2f}, h.sin(), h * 2)",),
             ("for _ in range(int(h.detach().abs().sum()) % 3):", "    h = h.sin() + h"),
             (f"h = torch.where(h > {r.uniform(0, 1):.2f}, h.sum(1, keepdim=True), h)",))  # fmt: skip
-    return Feature("data", r.choice(uses), hidden=True)
+    return Feature("data", r.choice(uses))
 
 
 def _custom(r: random.Random, i: int) -> Feature:
@@ -508,7 +506,6 @@ class Tally:
     refused: int = 0
     replayed: int = 0
     announced: int = 0
-    unseen: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: Tally) -> Tally:
@@ -544,12 +541,6 @@ class _Run:
             assert isinstance(planner, Forced)
             planner.random, planner.mode = random.Random(program.seed), mode
         self.tally = Tally()
-        # which entries of the Jacobian differed from zero at the last check, and whether others may do so since
-        self.shown: list[Tensor] | None = None
-        self.key = 0
-        self.hidden = any(f.hidden for f in program.features)
-        self.couplers = {change for f in program.features for change in f.couples}
-        self.coupled = False
 
     def all(self) -> Tally:
         try:
@@ -566,7 +557,6 @@ class _Run:
         try:
             with torch.no_grad():
                 exec(change, self.space)
-            self.coupled |= change in self.couplers
         except (IndexError, RuntimeError):
             return  # nothing to pop, or a tensor that was made in another dtype
 
@@ -598,30 +588,13 @@ class _Run:
                 raise self._wrong(number, f"raises {type(error).__name__}: {error}") from error
         announced = any(issubclass(w.category, autojac.AutojacWarning) for w in caught)
         self.tally.announced += announced
-        self.coupled |= self.hidden
         (entry,) = (e for e in self.jac._entries.values() if e.calls != before.get(id(e)))
         self.tally.replayed += isinstance(entry.compute, Replaying)
         full = _full(twin, args, program.trained)
         problem = self._differs(found, full, net, twin, args) or _left_behind(net, twin)
-        if problem is not None and not (self.coupled and self._beyond_any_promise(entry, full)):
+        if problem is not None:
             structure = entry.plan.structure
             raise self._wrong(number, f"{problem}; {entry.plan}, {structure.coupling}, {structure.assurance}")
-        self.tally.unseen += problem is not None
-        if entry.last_check == entry.calls or self.key != id(entry):
-            self.key, self.coupled, self.shown = id(entry), False, [one.detach() != 0 for one in full]
-
-    def _beyond_any_promise(self, entry: Entry, full: list[Tensor]) -> bool:
-        """Whether a wrong number is within the stated limit of the schedule of checks.
-
-        That is so where all of this holds: the plan runs func as it is, since a replay knows what func reads; it has no
-        pattern, whose places are watched; a statement changed a plain Python value, or data another branch, since the
-        last check; and the Jacobian has an entry that is none of those which it had then.
-        """
-        if isinstance(entry.compute, Replaying) or entry.reads is not None or self.shown is None:
-            return False
-        now = [one.detach() != 0 for one in full]
-        alike = len(now) == len(self.shown) and all(a.shape == b.shape for a, b in zip(now, self.shown, strict=True))
-        return not alike or any(bool((a & ~b).any()) for a, b in zip(now, self.shown, strict=True))
 
     def _differs(self, found: Any, full: list[Tensor], net: nn.Module, twin: nn.Module, args: list[Any]) -> str | None:
         ours = list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, tuple) else [found]

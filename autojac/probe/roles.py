@@ -63,7 +63,7 @@ def resolve_batched(
         return guess, None
     stop = (batch + 1) // 2
     sliced_kwargs = pytree.tree_map_only(
-        Tensor, lambda value: value[:stop] if value.dim() and len(value) == batch else value, dict(kwargs)
+        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, dict(kwargs)
     )
     found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, quiet)
     if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(dict(kwargs)))):
@@ -73,6 +73,10 @@ def resolve_batched(
         return found, refusal
     subject = (fn, leaves, kwargs, values, quiet)
     return _settled(subject, guess, fixed, differentiated, known), refusal
+
+
+def _as_long_as(value: Tensor, batch: int) -> bool:
+    return value.layout == torch.strided and value.dim() > 0 and len(value) == batch
 
 
 def _settled(

@@ -41,10 +41,10 @@ class Reference:
         quiet: how to evaluate without a trace.
         rows: how many single rows of the Jacobian are compared besides the projections.
         seed: of the random projections.
-        samples: those that projections of a coupled function live on; a few at random by default.
         pullback: of a graph that exists already, in the place of an evaluation.
         thorough: look at every class of a coloring, since one edge of a graph may have moved.
-        every: look at every coordinate of a diagonal: one VJP for each, made anew in each check and not kept.
+        every: look at every sample of a coupled function, not at a few, and at every coordinate of a diagonal: one VJP
+            for each, made anew in each check and kept only where func writes into buffers.
         trained: tensors besides the inputs that a loss on the Jacobian trains.
 
     Attributes:
@@ -60,7 +60,6 @@ class Reference:
         quiet: Quiet,
         rows: int = ROWS,
         seed: int = 0,
-        samples: Sequence[int] = (),
         pullback: Pullback | None = None,
         thorough: bool = False,
         every: bool = False,
@@ -68,8 +67,7 @@ class Reference:
     ) -> None:
         self.problem = problem
         self.places = Places(problem)
-        self.samples = samples
-        self.every = every and problem.layout == "diagonal"
+        self.every = every
         self.trained = trained
         self.training: _Training | None = None
         self.classes = None if thorough else CLASSES
@@ -207,22 +205,6 @@ class Reference:
         together = [list({id(tensor): tensor for tensor in pair}.values()) for pair in pairs]
         return [*together, *([tensor] for tensor in captured if id(tensor) not in known)]
 
-    def worst_samples(self, result: Result, count: int) -> list[int]:
-        """The samples whose projections differ most: a coupled function's do, and a wrong block's."""
-        errors = torch.zeros(self.problem.batch, dtype=torch.float64)
-        for output in range(len(self.values)):
-            for projection in self.projections(output):
-                for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
-                    found, scale = self.places.project(whole, output, position, projection)
-                    if found.numel() and len(found) == len(errors):
-                        rows = one.reshape(len(found), -1)
-                        right = rows if projection.coordinates is None else rows[:, list(projection.coordinates)]
-                        gap = (found - right).abs() / (scale + torch.finfo(scale.dtype).tiny)
-                        errors += gap.nan_to_num(1, 1, 1).amax(1).cpu()
-        if self.evidence.samples is not None:
-            errors *= self.evidence.samples.cpu()
-        return errors.topk(min(count, len(errors))).indices.tolist()
-
     def check_shapes(self, result: Result) -> str | None:
         """Why a result can't be right whatever its numbers: shapes, dtypes and the values."""
         planned = [(self.problem.batch, *event) for event in self.problem.outputs]
@@ -341,7 +323,7 @@ class Reference:
         whole = layout in ("full", "sparse")
         some: Sequence[Sequence[int] | None] = (None,)
         if not whole and (self.problem.shared_input or not self.problem.structure.independent):
-            some = [[sample] for sample in self.samples] or self._apart(len(value))
+            some = self._apart(len(value))
         places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
         for samples, coordinates in itertools.product(some, places):
             cotangent = _alone(self._noise(output), samples)
@@ -365,11 +347,12 @@ class Reference:
     def _apart(self, batch: int) -> list[list[int]]:
         """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
         drawn = torch.randperm(batch, generator=self.generator)
+        few = batch if self.every else SAMPLES
         if self.evidence.samples is not None:
             drawn = drawn[self.evidence.samples.cpu()[drawn]]
         graph = self.problem.structure.samples
         if graph is None:
-            return [[sample] for sample in drawn[:SAMPLES].tolist()]
+            return [[sample] for sample in drawn[:few].tolist()]
         return self._classes(graph)
 
     def _classes(self, graph: Pattern) -> list[list[int]]:

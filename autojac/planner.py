@@ -186,11 +186,13 @@ class Planner:
         if seen.signature.batch > 1:
             known.update(enumerate(found.batched))
         if found.cut:
-            named = " and ".join(f"output {number}" for number in sorted(found.cut))
+            parts = [f"{'' if whole else 'some entries of '}output {n}" for n, whole in sorted(found.cut.items())]
+            verb = "moves" if all(found.cut.values()) else "move"
             message = (
-                f"{named} of func moves with the inputs, but autograd finds no derivative of it: its Jacobian is zero, "
-                "as torch's would be. Does it go through NumPy, .item(), .detach() or torch.tensor(...)? Compute it in "
-                "torch operators, or return it as aux with has_aux=True if it needs no derivative"
+                f"{' and '.join(parts)} of func {verb} with the inputs, but autograd finds no derivative there: the "
+                "Jacobian is zero there, as torch's would be. Does func go through NumPy, .item(), .detach() or "
+                "torch.tensor(...)? Compute that in torch operators, or return it as aux with has_aux=True if it needs "
+                "no derivative"
             )
             warnings.warn(f"{self.stored.function_name}: {message}", NoGraphWarning, stacklevel=2)
         if found.notice is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -40,14 +40,14 @@ class Examined:
         batched: which leaves carry the batch.
         notice: what the user must be told besides.
         outline: what the graph of the call shows.
-        cut: the outputs that move with the inputs and have no derivative.
+        cut: the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
     """
 
     structure: Structure
     batched: tuple[bool, ...]
     notice: str | None = None
     outline: Outline | None = None
-    cut: tuple[int, ...] = ()
+    cut: Mapping[int, bool] = field(default_factory=dict)
 
 
 def examine(
@@ -86,8 +86,9 @@ def examine(
         held = tuple(leaf.detach() for leaf in leaves)
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, quiet, known)
     compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
-    flat = tuple(output for output in flat if output not in manners.cut)
-    cut = (*manners.cut, *(moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()))
+    flat = {output: mask for output, mask in flat.items() if output not in manners.cut}
+    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()
+    cut = dict.fromkeys(manners.cut, True) | {output: bool(flat[output].all()) for output in moving}
     evidence = [manners.evidence, compared]
     if outlined is not None:
         outline = outlined(batched)

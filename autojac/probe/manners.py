@@ -20,6 +20,8 @@ from autojac.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 Flat = Any
 PROPORTIONAL = 0.2
 """How far, relatively, outputs may be from moving in proportion to a small step; rounding takes some of it."""
+ROUNDED_ULPS = 4.0
+"""Movements of an output up to this many units of its rounding are no evidence."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def observe(
     if unlike(first.values, second):
         raise RandomnessError(UNLIKE)
     cut = without_graph_to(second, nodes)
-    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, cut) if cut else ()
+    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, dict.fromkeys(cut)) if cut else ()
     if moving and len(cut) == len(second):
         raise OutputError(
             "the outputs of func move with its input, but none has a graph to it, so every derivative would be zero. "
@@ -148,36 +150,56 @@ def moving_with(
     kwargs: Mapping[str, Any],
     differentiated: Sequence[int],
     quiet: Quiet,
-    outputs: Sequence[int],
+    elements: Mapping[int, Tensor | None],
 ) -> tuple[int, ...]:
-    """Return which outputs move in proportion to a small step of the inputs; a jump, as of `round`, does not."""
+    """Return which outputs move in proportion to a small step of the inputs; a jump, as of `round`, does not.
+
+    Args:
+        fn, leaves, kwargs, differentiated, quiet: the call.
+        elements: for each output of interest which of its elements to look at, a mask of its shape; None for all.
+    """
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
 
-    def at(size: float) -> Sequence[Tensor]:
+    def at(size: float) -> dict[int, Tensor]:
         moved = [
             leaf.detach() + size * (1 + leaf.detach().abs()) * step if position in differentiated else leaf.detach()
             for position, (leaf, step) in enumerate(zip(leaves, steps, strict=True))
         ]
         with quiet(), torch.no_grad():
             values: Sequence[Tensor] = fn(moved, kwargs)
-        return [values[number].detach().double() for number in outputs]
+        return {number: values[number].detach() for number in elements}
 
-    size = max(torch.finfo(leaves[position].dtype).eps for position in differentiated) ** 0.5
     try:
-        here, half, whole, back = at(0.0), at(size / 2), at(size), at(-size)
+        here = at(0.0)
+        dtypes = [*(leaves[position].dtype for position in differentiated), *(value.dtype for value in here.values())]
+        own = max(torch.finfo(dtype).eps for dtype in dtypes)
+        # func may round to float32 in between, where a step for float64 is lost
+        for size in sorted({own**0.5, max(own, torch.finfo(torch.float32).eps) ** 0.5}):
+            whole = at(size)
+            if all(torch.equal(whole[number], value) for number, value in here.items()):
+                continue
+            half, back = at(size / 2), at(-size)
+            found = tuple(n for n, mask in elements.items() if _proportional(here[n], half[n], whole[n], back[n], mask))
+            if found:
+                return found
     except Exception:  # func may refuse what lies beside its input, which says nothing
-        return ()
-    found = []
-    for number, middle, *others in zip(outputs, here, half, whole, back, strict=True):
-        if not middle.numel() or any(other.shape != middle.shape for other in others):
-            continue
-        one, two, opposite = ((other - middle).nan_to_num(0, 0, 0) for other in others)
-        # a curve is not proportional, and at a kink, as of abs, both ways are not opposite
-        apart = max(float((two - 2 * one).norm()), float((two + opposite).norm()))
-        if bool(two.any()) and apart < PROPORTIONAL * float(two.norm()):
-            found.append(number)
-    return tuple(found)
+        pass
+    return ()
+
+
+def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor, mask: Tensor | None) -> bool:
+    """Whether most elements that move do so in proportion to a step: half as far, and as far the other way."""
+    if not here.numel() or any(other.shape != here.shape for other in (half, whole, back)):
+        return False
+    one, two, opposite = ((other.double() - here.double()).nan_to_num(0, 0, 0) for other in (half, whole, back))
+    moves = two.abs() > ROUNDED_ULPS * torch.finfo(here.dtype).eps * here.double().abs().nan_to_num(0, 0, 0)
+    if mask is not None:
+        moves &= mask
+    # a curve is not proportional, and at a kink, as of abs, both ways are not opposite
+    apart = torch.maximum((two - 2 * one).abs(), (two + opposite).abs())
+    agreeing = moves & (apart < PROPORTIONAL * two.abs())
+    return 2 * int(agreeing.sum()) > int(moves.sum())
 
 
 def check_outputs(values: Sequence[Any]) -> int:

@@ -28,7 +28,7 @@ SIDES = 0.1
 
 def compare_modes(
     fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], quiet: Quiet, seed: int
-) -> tuple[str, str | None, tuple[int, ...]]:
+) -> tuple[str, str | None, dict[int, Tensor]]:
     """Compare uᵀJv by both modes, for a random u and v.
 
     Args:
@@ -39,8 +39,8 @@ def compare_modes(
         seed: of u and v.
 
     Returns:
-        A line of evidence; what to warn the user of, None unless the difference casts doubt on reverse mode; and the
-        outputs whose derivatives are zero in both modes.
+        A line of evidence; what to warn the user of, None unless the difference casts doubt on reverse mode; and for
+        each output that has any, a mask of the elements whose derivatives are exactly zero in both modes.
     """
     generator = torch.Generator().manual_seed(seed)
     points = [leaves[position].detach() for position in inputs]
@@ -55,15 +55,16 @@ def compare_modes(
     try:
         values, pushed = _pushed(bound, points, directions, quiet)
     except Exception as error:  # an operator or a custom Function without a forward formula
-        return f"modes: not compared, forward mode raises {type(error).__name__}", None, ()
+        return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
     cotangents = balanced_noise(values, generator)
     # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
     with quiet():
         pullback = Pullback(bound, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)
         if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
-            return "modes: not compared, something is not finite here", None, ()
-        flat = tuple(o for o, tangent in enumerate(pushed) if _is_zero(tangent) and _is_flat(pullback, o, generator))
+            return "modes: not compared, something is not finite here", None, {}
+        still = {output: tangent.detach() == 0 for output, tangent in enumerate(pushed)}
+        flat = {o: mask for o, mask in still.items() if bool(mask.any()) and _is_flat(pullback, o, mask, generator)}
         forward, size = _product(cotangents, pushed)
         reverse, other_size = _product(pulled, directions)
         gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
@@ -96,13 +97,10 @@ def compare_modes(
     return f"modes: {line}", None if confirmed else f"{line}. {advice}", flat
 
 
-def _is_zero(derivative: Tensor) -> bool:
-    return derivative.numel() > 0 and not bool(derivative.any())
-
-
-def _is_flat(pullback: Pullback, output: int, generator: torch.Generator) -> bool:
-    """Whether a random cotangent of an output gives nothing but zeros."""
-    return not any(bool(one.any()) for one in pullback(output, noise(pullback.recorded[output].detach(), generator)))
+def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch.Generator) -> bool:
+    """Whether a random cotangent of some elements of an output gives nothing but zeros."""
+    cotangent = torch.where(elements, noise(pullback.recorded[output].detach(), generator), 0)
+    return not any(bool(one.any()) for one in pullback(output, cotangent))
 
 
 def _pushed(

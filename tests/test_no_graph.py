@@ -127,6 +127,14 @@ def test_some_entries_without_a_graph_are_named(name: str, dtype: torch.dtype, o
     compare(J, jacobian_blocks(func, (x,)))
 
 
+def test_every_cut_output_is_named_however_coarse_the_others_are() -> None:
+    def func(x: Tensor) -> tuple[Tensor, ...]:
+        return x.sin(), x.detach().exp(), x.detach().float().cos().double(), x.detach().half()
+
+    with pytest.warns(NoGraphWarning, match="output 1 and output 2 and output 3 of func moves"):
+        estimated(func)(torch.randn(4, 3, dtype=torch.float64))
+
+
 def test_whole_and_partly_cut_outputs_are_named_together() -> None:
     def func(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.cat([x.sin(), x.detach()], 1), x.cos(), x.detach().exp()

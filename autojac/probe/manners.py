@@ -168,34 +168,33 @@ def moving_with(
         ]
         with quiet(), torch.no_grad():
             values: Sequence[Tensor] = fn(moved, kwargs)
-        return {number: values[number].detach() for number in elements}
+        return {n: values[n].detach()[... if mask is None else mask] for n, mask in elements.items()}
 
+    given = max(torch.finfo(leaves[position].dtype).eps for position in differentiated)
+    found: set[int] = set()
     try:
         here = at(0.0)
-        dtypes = [*(leaves[position].dtype for position in differentiated), *(value.dtype for value in here.values())]
-        own = max(torch.finfo(dtype).eps for dtype in dtypes)
         # func may round to float32 in between, where a step for float64 is lost
-        for size in sorted({own**0.5, max(own, torch.finfo(torch.float32).eps) ** 0.5}):
+        coarse = {torch.finfo(dtype).eps for dtype in (*(value.dtype for value in here.values()), torch.float32)}
+        for size in sorted({max(given, eps) ** 0.5 for eps in (given, *coarse)}):
             whole = at(size)
             if all(torch.equal(whole[number], value) for number, value in here.items()):
                 continue
             half, back = at(size / 2), at(-size)
-            found = tuple(n for n, mask in elements.items() if _proportional(here[n], half[n], whole[n], back[n], mask))
-            if found:
-                return found
+            found |= {n for n in elements if _proportional(here[n], half[n], whole[n], back[n])}
+            if len(found) == len(elements):
+                break
     except Exception:  # func may refuse what lies beside its input, which says nothing
         pass
-    return ()
+    return tuple(sorted(found))
 
 
-def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor, mask: Tensor | None) -> bool:
+def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor) -> bool:
     """Whether most elements that move do so in proportion to a step: half as far, and as far the other way."""
     if not here.numel() or any(other.shape != here.shape for other in (half, whole, back)):
         return False
     one, two, opposite = ((other.double() - here.double()).nan_to_num(0, 0, 0) for other in (half, whole, back))
     moves = two.abs() > ROUNDED_ULPS * torch.finfo(here.dtype).eps * here.double().abs().nan_to_num(0, 0, 0)
-    if mask is not None:
-        moves &= mask
     # a curve is not proportional, and at a kink, as of abs, both ways are not opposite
     apart = torch.maximum((two - 2 * one).abs(), (two + opposite).abs())
     agreeing = moves & (apart < PROPORTIONAL * two.abs())

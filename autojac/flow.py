@@ -35,6 +35,10 @@ class Lost(Exception):
     """The batch axis can't be followed through an operator; says why."""
 
 
+class Meets(Lost):
+    """An operator reads several samples for one result, whatever comes of it."""
+
+
 class Step:
     """One operator with the states of the tensors that it reads."""
 
@@ -98,12 +102,14 @@ class Flow:
     Attributes:
         states: of each tensor.
         losses: for each operator at which samples meet, by position: why.
+        meets: some operator is known to read several samples for one result.
     """
 
     graph: Graph
     batch: int
     states: Mapping[int, State]
     losses: Mapping[int, str]
+    meets: bool = False
 
     @property
     def independent(self) -> bool:
@@ -150,6 +156,7 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
     }
     states |= dict.fromkeys(shared, SHARED)
     losses: dict[int, str] = {}
+    meets = False
     for place, operation in enumerate(graph.operations):
         step = Step(graph, operation, states, batch)
         read = {states.get(number) for number in operation.sources}
@@ -163,6 +170,7 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
                 made = rule_of(operation)(step)
             except Lost as lost:
                 losses[place] = f"{operation.name}: {lost}"
+                meets = meets or isinstance(lost, Meets)
                 made = SHARED
             except Exception as error:  # a call that a rule did not think of proves nothing, and stops nobody
                 losses[place] = f"{operation.name}: {UNFORESEEN}, {type(error).__name__}"
@@ -172,7 +180,7 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
                 state = made[index] if isinstance(made, list) else made
                 assert state is None or state == SHARED or isinstance(state, Along)
                 states[number] = _sound(graph, number, state, batch)
-    return Flow(graph, batch, states, losses)
+    return Flow(graph, batch, states, losses, meets)
 
 
 def _spread(step: Step) -> State:

@@ -119,3 +119,17 @@ def test_the_guard_looks_on(x: Tensor) -> None:
     with pytest.warns(StructureChangedWarning, match="does not hold"):
         J = jac(x)
     compare(J, jacobian_blocks(lambda x: equilibrium(x) + others(x), (x,)), rtol=1e-8)
+
+
+def test_a_threshold_that_the_whole_batch_crosses_later_is_not_looked_for_in_parts() -> None:
+    def func(x: Tensor) -> Tensor:
+        return torch.where(x.detach().abs().amax() > 10, x.sin(), x * 2)
+
+    x = torch.rand(6, 3, dtype=torch.float64)
+    structure = autojac.probe(func, x)
+    assert not structure.sliceable
+    jac = AutoJacobian(func, effort="quick", budget_s=0.5, store=":memory:")
+    compare(jac(x), jacobian_blocks(func, (x,)))
+    x[0] = 20
+    for _ in range(3):
+        compare(jac(x), jacobian_blocks(func, (x,)))

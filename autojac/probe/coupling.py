@@ -100,7 +100,7 @@ def coupled(
     return Structure(
         "independent",
         "proved" if proof.sound else "observed",
-        refusal is None,
+        refusal is None and not proof.meets,
         # values alone tell what is dead here: without them trust nothing for long
         suspect=bool(verdicts) and verdicts[1].coupled is None,
         evidence=tuple(evidence),

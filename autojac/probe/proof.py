@@ -21,12 +21,14 @@ class Proof(NamedTuple):
     Attributes:
         sound: samples are independent, whatever func is called with.
         line: for `explain`.
+        meets: some operator reads several samples, so func of some samples need not be those samples of func.
         any_values: they are whatever the values of all tensors, as long as the same operators run.
     """
 
     sound: bool
     line: str
     any_values: bool = False
+    meets: bool = False
 
 
 def prove(outline: Outline, subject: Subject) -> Proof:
@@ -35,11 +37,12 @@ def prove(outline: Outline, subject: Subject) -> Proof:
     if flow is None:
         return Proof(False, f"proof: none, {outline.reason}")
     if outline.escaped:
-        return Proof(False, f"proof: none, func hands its data to other code by {outline.escaped}")
+        return Proof(False, f"proof: none, func hands its data to other code by {outline.escaped}", meets=flow.meets)
     if flow.graph.reads_data:
-        return Proof(False, "proof: none, func looks at its data, so another input may take another branch")
+        line = "proof: none, func looks at its data, so another input may take another branch"
+        return Proof(False, line, meets=flow.meets)
     if not flow.independent:
-        return Proof(False, f"proof: none, {outline.obstacle}")
+        return Proof(False, f"proof: none, {outline.obstacle}", meets=flow.meets)
     with subject.quiet():
         again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
     if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Along, Lost, State, Step
+from autojac.flow import Along, Lost, Meets, State, Step
 from autojac.graph import Value
 from autojac.rules.base import Rule, register
 
@@ -28,7 +28,7 @@ def leading(*positions: int) -> Rule:
 def convolution(step: Step) -> State:
     _, state = step.only()
     if state.axis != 0:
-        raise Lost("it mixes along the batch")
+        raise Meets("it mixes along the batch")
     return state
 
 

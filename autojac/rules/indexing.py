@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autojac.flow import Along, Lost, State, Step
+from autojac.flow import Along, Lost, Meets, State, Step
 from autojac.graph import Value
 from autojac.rules.base import MEET, register
 
@@ -24,7 +24,7 @@ def gathering(step: Step) -> State:
     dims = len(step.out)
     values = [value for value in step.operation.args if isinstance(value, Value)]
     if len(found) != 1 or any(len(step.shape(value)) != dims for value in values):
-        raise Lost(MEET)
+        raise Meets(MEET)
     state = found.pop()
     if step["dim"] % dims == state.axis or any(step.shape(v)[state.axis] != step.out[state.axis] for v in values):
         raise Lost("it takes samples by index")
@@ -49,7 +49,7 @@ def indexing(step: Step) -> State:
     (axis, index) = used[0]
     own, by = step.state(step["self"]), step.state(index)
     if isinstance(own, Along) and isinstance(by, Along):
-        raise Lost(MEET)
+        raise Meets(MEET)
     if isinstance(by, Along):
         return by._replace(axis=by.axis + axis)
     assert isinstance(own, Along)

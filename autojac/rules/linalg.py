@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Along, Lost, State, Step
+from autojac.flow import Along, Lost, Meets, State, Step
 from autojac.graph import Value
 from autojac.rules.base import MEET, register
 
@@ -22,7 +22,7 @@ def matrices(step: Step) -> State:
             if state.axis >= dims - 2:
                 raise Lost("the batch is part of the matrix")
     if len(found) != 1 or len(ranks) != 1:
-        raise Lost(MEET)
+        raise Meets(MEET)
     state = found.pop()
     shapes = [step.graph.shapes[number] for number in step.operation.outputs if number is not None]
     length = state.outer * step.batch * state.inner
@@ -45,5 +45,5 @@ def solving(step: Step) -> State:
     if isinstance(other, Along):
         aligned = other._replace(axis=other.axis + (len(whole) - 2) - (len(shape) - behind))
         if other.axis >= len(shape) - behind or aligned != own:
-            raise Lost(MEET)
+            raise Meets(MEET)
     return own

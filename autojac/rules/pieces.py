@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Lost, State, Step
+from autojac.flow import Lost, Meets, State, Step
 from autojac.rules.base import MEET, register
 
 
@@ -46,7 +46,7 @@ def cat(step: Step) -> State:
     found = {state for _, state in step.carried()}
     axis = step["dim"] % len(step.out)
     if len(found) > 1 or axis in {state.axis for state in found}:
-        raise Lost(MEET)
+        raise Meets(MEET)
     return found.pop()
 
 
@@ -54,7 +54,7 @@ def cat(step: Step) -> State:
 def stack(step: Step) -> State:
     found = {state for _, state in step.carried()}
     if len(found) > 1:
-        raise Lost(MEET)
+        raise Meets(MEET)
     state = found.pop()
     return state._replace(axis=state.axis + (step["dim"] % len(step.out) <= state.axis))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Lost, State, Step
+from autojac.flow import Lost, Meets, State, Step
 from autojac.rules.base import MEET, register
 
 
@@ -22,7 +22,7 @@ def pointwise(step: Step) -> State:
             raise Lost("the batch is broadcast")
         found.add(state._replace(axis=axis))
     if len(found) > 1:
-        raise Lost(MEET)
+        raise Meets(MEET)
     return found.pop()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Along, Lost, State, Step
+from autojac.flow import Along, Lost, Meets, State, Step
 from autojac.graph import Value
 from autojac.rules.base import MEET, Rule, register
 
@@ -17,18 +17,18 @@ def product(left: str, right: str) -> Rule:
         carried = [state for state in (one, other) if isinstance(state, Along)]
         if dims == 3 and all(state.axis == 0 for state in carried):
             if len(set(carried)) > 1:
-                raise Lost(MEET)
+                raise Meets(MEET)
             return _beside(step, carried[0])
         if isinstance(one, Along) and isinstance(other, Along):
-            raise Lost(MEET)
+            raise Meets(MEET)
         if isinstance(one, Along):
             if one.axis == dims - 1:
-                raise Lost("it sums over the batch")
+                raise Meets("it sums over the batch")
             return _beside(step, one)
         if not isinstance(other, Along):
             raise Lost("only what is added carries the batch")
         if other.axis == dims - 2:
-            raise Lost("it sums over the batch")
+            raise Meets("it sums over the batch")
         return _beside(step, other)
 
     return rule
@@ -41,7 +41,7 @@ def _beside(step: Step, state: Along) -> State:
     if isinstance(added_state, Along):
         assert isinstance(added, Value)
         if added_state._replace(axis=added_state.axis + len(step.out) - len(step.shape(added))) != state:
-            raise Lost(MEET)
+            raise Meets(MEET)
     return state
 
 
@@ -50,7 +50,7 @@ def matrix_vector(step: Step) -> State:
     matrix, vector = (step["self"], step["vec"]) if step.operation.name == "mv" else (step["mat"], step["vec"])
     state = step.state(matrix)
     if isinstance(step.state(vector), Along) or not isinstance(state, Along) or state.axis == 1:
-        raise Lost("it sums over the batch")
+        raise Meets("it sums over the batch")
     return _beside(step, state)
 
 
@@ -63,7 +63,7 @@ def distances(step: Step) -> State:
             raise Lost("it compares samples")
         found.add(state._replace(axis=dims - behind))
     if len(found) > 1:
-        raise Lost(MEET)
+        raise Meets(MEET)
     return found.pop()
 
 

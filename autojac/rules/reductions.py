@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Along, Lost, State, Step
+from autojac.flow import Along, Lost, Meets, State, Step
 from autojac.rules.base import MEET, register
 
 
@@ -16,7 +16,7 @@ def reduction(step: Step) -> State:
     name = "dim" if "dim" in step.arguments else "dims"
     gone = step.axes(name, len(shape)) if name in step.arguments else set(range(len(shape)))
     if state.axis in gone:
-        raise Lost("it reduces over the batch")
+        raise Meets("it reduces over the batch")
     if step.arguments.get("keepdim"):
         return state
     return state._replace(axis=state.axis - sum(axis < state.axis for axis in gone))
@@ -30,7 +30,7 @@ def inside(step: Step) -> State:
     """Something along one or more other axes, which keep their place (and maybe not their length)."""
     shape, state = step.only()
     if state.axis in step.axes("dim" if "dim" in step.arguments else "dims", len(shape)):
-        raise Lost(MEET)
+        raise Meets(MEET)
     return state
 
 
@@ -38,7 +38,7 @@ def inside(step: Step) -> State:
 def layer_norm(step: Step) -> list[State]:
     shape, state = step.only()
     if state.axis >= len(shape) - len(step["normalized_shape"]):
-        raise Lost("it normalizes over the batch")
+        raise Meets("it normalizes over the batch")
     return [state, state, state]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.flow import Lost, State, Step, regrouped
+from autojac.flow import Lost, Meets, State, Step, regrouped
 from autojac.rules.base import MEET, register
 
 
@@ -67,7 +67,7 @@ def diagonal(step: Step) -> State:
     shape, state = step.only()
     gone = {step["dim1"] % len(shape), step["dim2"] % len(shape)}
     if state.axis in gone:
-        raise Lost(MEET)
+        raise Meets(MEET)
     return state._replace(axis=state.axis - sum(axis < state.axis for axis in gone))
 
 
@@ -75,7 +75,7 @@ def diagonal(step: Step) -> State:
 def diag_embed(step: Step) -> State:
     shape, state = step.only()
     if state.axis == len(shape) - 1:
-        raise Lost(MEET)
+        raise Meets(MEET)
     fresh = {step["dim1"] % len(step.out), step["dim2"] % len(step.out)}
     return state._replace(axis=[axis for axis in range(len(step.out)) if axis not in fresh][state.axis])
 
@@ -84,5 +84,5 @@ def diag_embed(step: Step) -> State:
 def unfold(step: Step) -> State:
     shape, state = step.only()
     if step["dimension"] % len(shape) == state.axis:
-        raise Lost(MEET)
+        raise Meets(MEET)
     return state

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autojac.dynamo import is_compiled
-from autojac.keeps import Variables
-from autojac.origin import code_names, is_library
-from autojac.walk import MODULE_FIELDS, Walk
+from autojac.keeps import Attributes, Buffers, Variables
+from autojac.origin import code_names, is_library, slots
+from autojac.walk import MODULE_FIELDS, UNSTABLE, Walk
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,15 @@ class _Reach(Walk):
                 if name not in MODULE_FIELDS:
                     self._notice(value, f"attribute {name} of {type(module).__name__}")
         # those of a scripted module are no dict
-        self.places += [place for place in (vars(module), module._buffers) if isinstance(place, dict)]
+        if isinstance(module._buffers, dict):
+            self.places += [vars(module), Buffers(module._buffers)]
         super()._module(module)
 
     def _function(self, function: types.FunctionType) -> None:
         self.compiled = self.compiled or is_compiled(function)
         if not is_library(function.__globals__.get("__name__")):
             names = code_names(function.__code__)
-            self.places += [vars(function), Variables(function.__globals__, names)]
+            self.places.append(vars(function))
             for name in names:
                 self._notice(function.__globals__.get(name, len), f"global variable {name}")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
@@ -91,11 +93,25 @@ class _Reach(Walk):
         self.places += map(Variables, function.__closure__ or ())
         super()._function(function)
 
+    def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:
+        names = set(names)
+        if isinstance(scope, dict):
+            # globals()["name"] names nothing that the code would tell
+            self.places.append(scope if "globals" in names else Variables(scope, names))
+        super()._globals(names, scope, inside)
+
+    def _class(self, kind: type) -> None:
+        if not is_library(kind.__module__):
+            self.places.append(Attributes(kind, functools.partial(_own_names, kind)))
+        super()._class(kind)
+
     def _instance(self, obj: Any, kind: type) -> None:
         if not is_library(kind.__module__):
             self.state = self.state or f"object {kind.__name__}"
         if isinstance(state := getattr(obj, "__dict__", None), dict):
             self.places.append(state)
+        if slots(kind) and not is_library(kind.__module__):
+            self.places.append(Attributes(obj, functools.partial(slots, kind)))
         super()._instance(obj, kind)
 
     def _container(self, obj: Any, kind: type) -> None:
@@ -106,3 +122,7 @@ class _Reach(Walk):
     def _notice(self, value: Any, name: str) -> None:
         if not isinstance(value, (torch.nn.Module, torch.Tensor, types.ModuleType, type)) and not callable(value):
             self.state = self.state or name
+
+
+def _own_names(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not (name.startswith("__") or name in UNSTABLE)]

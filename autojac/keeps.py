@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import operator
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from typing import Any, Final
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac.leaves import SCALARS
+from autojac.walk import MODULE_FIELDS
 
 MISSING: Final = object()
+CONTAINERS: Final = frozenset({dict, list, set, deque, defaultdict, OrderedDict})
 
 
 class Variables(MutableMapping[str, Any]):
@@ -53,16 +55,85 @@ class Variables(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class Held:
-    """What places hold at one time.
+class Attributes(MutableMapping[str, Any]):
+    """Attributes of a class, or those that an object holds in slots, as a mapping.
 
     Args:
-        places: dicts, lists, sets, deques and `Variables`, each of them once.
+        owner: the class or object.
+        names: gives the names of attributes that there may be.
+    """
+
+    def __init__(self, owner: Any, names: Callable[[], Iterable[str]]) -> None:
+        self.owner = owner
+        self.names = names
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.owner, type):  # as it is there: a function, and no method
+            return vars(self.owner)[name]
+        try:
+            return getattr(self.owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self.owner, name)
+
+    def __iter__(self) -> Any:
+        return (name for name in self.names() if self.get(name, MISSING) is not MISSING)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Buffers(MutableMapping[str, Any]):
+    """A module's buffers, which `Module.to` replaces: one keeps the dtype and device that func gives it."""
+
+    def __init__(self, place: dict[str, Any]) -> None:
+        self.place = place
+
+    def __getitem__(self, name: str) -> Any:
+        return self.place[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        now = self.place.get(name)
+        if isinstance(value, Tensor) and isinstance(now, Tensor):
+            value = value.to(now.device, now.dtype)  # itself where neither has changed
+        self.place[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.place[name]
+
+    def __iter__(self) -> Any:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+class Held:
+    """What places, and the containers that they hold, hold at one time.
+
+    Args:
+        places: dicts, lists, sets, deques, `Variables` and `Attributes`.
     """
 
     def __init__(self, places: Sequence[Any]) -> None:
-        self.places = places
-        self.copies = [_copied(place) for place in places]
+        self.places: list[Any] = []
+        self.copies: list[Any] = []
+        todo, known = list(reversed(places)), set()
+        while todo:
+            place = todo.pop()
+            if id(place) in known:
+                continue
+            known.add(id(place))
+            copy = _copied(place)
+            self.places.append(place)
+            self.copies.append(copy)
+            # one that the call before has made is reached in no other way
+            todo += [value for value in _values(copy) if type(value) in CONTAINERS]
 
     def changed(self) -> list[Any]:
         """The places that hold something else now."""
@@ -76,7 +147,7 @@ class Held:
             and all(
                 isinstance(leaf, kind)
                 for name, value in place.items()
-                if not _equal(copy[name], value)
+                if not _alike(copy[name], value)
                 for leaf in pytree.tree_leaves((copy[name], value))
             )
             for place, copy in zip(self.places, self.copies, strict=True)
@@ -106,9 +177,17 @@ class Held:
 
 
 def _copied(place: Any) -> Any:
-    if isinstance(place, (dict, Variables)):
+    if isinstance(place, MutableMapping):
         return dict(place)
     return set(place) if isinstance(place, MutableSet) else list(place)
+
+
+def _values(copy: Any) -> Iterator[Any]:
+    if isinstance(copy, dict):
+        # a module's buffers are a place of their own, its parameters and hooks are none
+        yield from (value for name, value in copy.items() if name not in MODULE_FIELDS)
+    else:
+        yield from copy
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -120,11 +199,16 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
+    # a float that is another object has been set again, and may be another number at another input
+    return one is other or (type(one) not in (float, complex) and _alike(one, other))
+
+
+def _alike(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and type(one) in SCALARS and one == other)
 
 
 def _restored(place: Any, copy: Any) -> None:
-    if isinstance(place, (dict, Variables)):
+    if isinstance(place, MutableMapping):
         for name in [name for name in place if name not in copy]:
             del place[name]
         for name, value in copy.items():

@@ -41,6 +41,10 @@ def look(request: Request, captured: Captures, options: Options, keys: Callable[
     quiet = Quiet(captured.tensors, None, captured.places, trained)
     fn: Flat = request.frame.fn
     first = _undrawn(request, quiet)
+    if quiet.converted:
+        # for good, as by the plain call that this call stands for: the next one shows what else func does
+        quiet = Quiet(quiet.captured, None, quiet.places, quiet.trained)
+        first = _undrawn(request, quiet)
     if quiet.kept:
         first, quiet = _kept(request, first, quiet)
     if quiet.state:

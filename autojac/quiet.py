@@ -114,6 +114,10 @@ def without_graph(tensors: Sequence[Tensor]) -> None:
                 tensor.detach_()
 
 
+def _fits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
+
 class Quiet:
     """Evaluations of func that leave random state, captured tensors and what func sets as they were.
 
@@ -126,6 +130,7 @@ class Quiet:
     Attributes:
         written: the captured tensors that an evaluation wrote into, or gave other memory.
         exchanged: whether one was given other memory.
+        converted: whether one was given another dtype or device, which it keeps.
         kept: the places that an evaluation set something in.
     """
 
@@ -142,6 +147,7 @@ class Quiet:
         self.trained = tuple(trained)
         self.written: list[Tensor] = []
         self.exchanged = False
+        self.converted = False
         self.kept: list[Any] = []
 
     def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Quiet:
@@ -190,15 +196,16 @@ class Quiet:
             for place in held.restore():
                 if not any(place is known for known in self.kept):
                     self.kept.append(place)
-            for tensor, grad in zip(self.trained, grads, strict=True):
-                if tensor.grad is not grad:
-                    tensor.grad = grad
             with torch.no_grad():
                 for tensor, version, copy, (place, data) in zip(self.captured, versions, saved, memory, strict=True):
                     exchanged = home(tensor) != place
                     if exchanged:
-                        tensor.data = data
                         self.exchanged = True
+                        # a graph that holds the tensor would read the memory before as if it had the dtype after
+                        fits = _fits(data, tensor)
+                        self.converted = self.converted or not fits
+                        if fits or data.shape != tensor.shape:
+                            tensor.data = data.to(tensor)
                     # Batch norm's kernel writes its running statistics without moving their version, and they are put
                     # back so too: graphs that have saved them stay what they were.
                     written = exchanged or tensor._version != version
@@ -208,5 +215,10 @@ class Quiet:
                         with nullcontext() if written else version_kept(tensor):
                             tensor.detach().copy_(copy)
             without_graph(plain)
+            for tensor, grad in zip(self.trained, grads, strict=True):
+                if grad is not None and not _fits(grad, tensor):
+                    grad.data = grad.data.to(tensor)  # as `Module.to` does
+                if tensor.grad is not grad:
+                    tensor.grad = grad
 
         return restore

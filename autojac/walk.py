@@ -27,7 +27,7 @@ _C_CALLABLES: Final = (
     types.MemberDescriptorType,
 )
 # `_backward_cls` of an autograd.Function carries a number counted up per process.
-_UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
+UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
 _DEPTH: Final = 100
 _VISITS: Final = 200_000
 
@@ -229,7 +229,7 @@ class Walk:
             self.visit(base)
         for name, value in sorted(vars(kind).items()):
             dunder = name.startswith("__") and name.endswith("__")
-            if name not in _UNSTABLE and (
+            if name not in UNSTABLE and (
                 not dunder or isinstance(value, (types.FunctionType, staticmethod, classmethod))
             ):
                 self.emit(name)

@@ -435,6 +435,9 @@ def architectures(draw: Any, smooth: bool = False, grad: str | None = None) -> A
         st.sampled_from(ends),
     )
     heads = tuple(draw(st.one_of(st.lists(head, min_size=1, max_size=1), st.lists(head, min_size=1, max_size=3))))
+    if {end for _, end in heads} in ({"detached"}, {"detached", "constant"}):
+        # without any graph a function is refused
+        heads = (*heads[:-1], (heads[-1][0], "flat"))
     batch = draw(st.integers(1, 6))
     event = draw(st.sampled_from([(2,), (3,), (1,), (), (2, 2), (2, 3), (batch,), (1, 2, 1)]))
     roles = draw(st.sampled_from(["auto", "auto", "auto", "declared", "none"]))

@@ -42,6 +42,10 @@ def nightly(examples: int) -> Callable[[Any], Any]:
     return settings(max_examples=examples, **QUIET)  # type: ignore[arg-type]
 
 
+# heads and parts that are detached on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:.* of func moves? with the inputs:autojac.NoGraphWarning")
+
+
 @contextmanager
 def calm(made: Made) -> Iterator[None]:
     """The call's grad mode, and no warnings: plans may be found not to hold, loudly and rightly."""

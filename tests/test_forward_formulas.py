@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def test_no_trained_jacobian_is_pushed_through_such_an_operator(name: str) -> No
     *_, trained = planned(func, (POINT.clone().requires_grad_(),))
     assert operator in trained.structure.kernels
     for method in pushing(trained):
-        assert operator in str(method.unsupported(trained)), method
+        # a method that needs slices is ruled out before, where the graph reads several samples
+        otherwise = method.unsupported(dataclasses.replace(trained, differentiable=False))
+        assert (otherwise or operator) in str(method.unsupported(trained)), method
     with torch.no_grad():
         *_, plain = planned(func, (POINT,))
     assert build(PUSH).unsupported(plain) is None

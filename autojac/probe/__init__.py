@@ -16,7 +16,7 @@ from autojac.outline import Outline
 from autojac.probe.coupling import coupled
 from autojac.probe.features import check_declared, feature_pattern
 from autojac.probe.manners import Manners, first_call, moving_with, observe
-from autojac.probe.modes import compare_modes
+from autojac.probe.modes import compare_modes, flat_elsewhere
 from autojac.probe.pairs import Subject, price
 from autojac.probe.roles import guess_batched, resolve_batched
 from autojac.quiet import Quiet
@@ -88,6 +88,11 @@ def examine(
     compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
     flat = {output: mask for output, mask in flat.items() if output not in manners.cut}
     moving = moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()
+    if moving:
+        flat = flat_elsewhere(
+            fn, leaves, kwargs, differentiated, quiet, {output: flat[output] for output in moving}, SEED
+        )
+        moving = moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()
     cut = dict.fromkeys(manners.cut, True) | {output: bool(flat[output].all()) for output in moving}
     evidence = [manners.evidence, compared]
     if outlined is not None:

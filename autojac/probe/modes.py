@@ -22,6 +22,8 @@ MARGIN = 10.0
 """What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
 ROUNDED = 1e-3
 """A difference that shrinks to less than this share in float64 is rounding; one of formulas stays as it is."""
+SMALLER = 0.1
+"""What of a point, and of noise beside it, another one is made of at which less is saturated."""
 SIDES = 0.1
 """A finite difference takes a side if it is this much nearer to one than to the other."""
 
@@ -101,6 +103,38 @@ def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch
     """Whether a random cotangent of some elements of an output gives nothing but zeros."""
     cotangent = torch.where(elements, noise(pullback.recorded[output].detach(), generator), 0)
     return not any(bool(one.any()) for one in pullback(output, cotangent))
+
+
+def flat_elsewhere(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    inputs: Sequence[int],
+    quiet: Quiet,
+    elements: Mapping[int, Tensor],
+    seed: int,
+) -> dict[int, Tensor]:
+    """Return which of the elements have no derivative at a smaller point either: one that is saturated here has.
+
+    Args:
+        fn, leaves, kwargs, inputs, quiet, seed: as of `compare_modes`.
+        elements: for each output of interest a mask of its shape. Outputs without any such element are left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = [SMALLER * (leaves[position].detach() + noise(leaves[position], generator)) for position in inputs]
+
+    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
+        merged = [leaf.detach() for leaf in leaves]
+        for position, tensor in zip(inputs, tensors, strict=True):
+            merged[position] = tensor
+        return tuple(fn(merged, kwargs))
+
+    try:
+        _, pushed = _pushed(bound, points, [noise(point, generator) for point in points], quiet)
+        found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
+    except Exception:  # func may refuse another point, or return another shape there, which says nothing
+        return dict(elements)
+    return {output: mask for output, mask in found.items() if bool(mask.any())}
 
 
 def _pushed(

@@ -41,8 +41,7 @@ def test_fuzzed_calls_without_replays() -> None:
 @pytest.mark.parametrize("job", range(JOBS))
 def test_many_fuzzed_calls_through_replays(job: int) -> None:
     tally = fuzzed("replays", 5000 // JOBS, 1000 * (job + 1))
-    # a job is some 17 programs, and those that keep values, read literals or train batch norm get no replay
-    assert tally.replayed > 0.25 * tally.calls, tally
+    assert tally.replayed > 0.5 * tally.calls, tally
 
 
 @pytest.mark.nightly

@@ -308,6 +308,18 @@ class Reference:
         )
         return any(rows) or any(projections)
 
+    @property
+    def decides(self) -> bool:
+        """Whether a missing entry as large as the derivatives here would be seen, and not be taken for rounding."""
+        for output, projections in enumerate(self.kept):
+            size = max(seeds.size(self.problem.outputs[output]), 1)
+            for position, floor in enumerate(self.floors[output]):
+                pulled = [p.pulled[position] for p in projections if p.pulled[position].numel()]
+                largest = max((float(_largest(one)) for one in pulled), default=0.0)
+                if 0 < largest < floor * size:
+                    return False
+        return True
+
     def _slack(self, output: int, pulled: Tensor) -> float:
         """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
         return self.slack[output] * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -316,3 +317,26 @@ def test_nothing_is_said_of_arguments_that_couple(recwarn: pytest.WarningsRecord
     for by in (ids[0], ids[0], ids[0], ids[1]):
         jac(x, by)
     assert not [one for one in recwarn if issubclass(one.category, autojac.StructureChangedWarning)]
+
+
+def test_a_check_where_derivatives_are_lost_in_rounding_confirms_no_contents() -> None:
+    class Rolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("i", torch.tensor([0, 1, 2]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.nan_to_num(x)
+            return 1 + (h.roll(int(self.i[0]), 1) + h) ** 3
+
+    module, x = Rolled(), torch.randn(5, 3)
+    jac = AutoJacobian(module, on_miss="estimate", store=":memory:")
+    jac(x), jac(x)
+    module.i = module.i.roll(1)
+    jac(1e-4 * torch.randn(5, 3))
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", autojac.StructureChangedWarning)
+            J = jac(x)
+        compare(J, jacobian_blocks(module, (x.double(),)).float(), 1e-5)

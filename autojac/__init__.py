@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from autojac.autojacobian import AutoJacobian
-from autojac.checks import probe, verify
-from autojac.entries import to_scipy
+from autojac.api.autojacobian import AutoJacobian
+from autojac.api.checks import probe, verify
+from autojac.api.from_graph import jacobian_from
+from autojac.core.pattern import Pattern, Sparsity
+from autojac.core.plan import Plan, Trial
+from autojac.core.structure import Structure
 from autojac.errors import (
     AutojacError,
     AutojacWarning,
@@ -25,10 +28,7 @@ from autojac.errors import (
     UnsupportedError,
     VerificationError,
 )
-from autojac.from_graph import jacobian_from
-from autojac.plan import Plan, Trial
-from autojac.sparsity import Pattern, Sparsity
-from autojac.structure import Structure
+from autojac.sparse.csr import to_scipy
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore

@@ -32,8 +32,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from autojac import AutoJacobian, Pattern, UnsupportedError
-from autojac.coloring import apart
 from autojac.report import spy
+from autojac.sparse.colorings import apart
 
 CACHE = Path(__file__).resolve().parents[1] / "cache" / "autojac.db"
 

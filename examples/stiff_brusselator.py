@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from autojac import AutoJacobian, Pattern, UnsupportedError, to_scipy
-from autojac.coloring import orthogonal
 from autojac.report import spy
+from autojac.sparse.colorings import orthogonal
 
 CACHE = Path(__file__).resolve().parents[1] / "cache" / "autojac.db"
 A, B, DIFFUSION = 3.4, 1.0, 0.1

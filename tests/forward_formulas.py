@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from autojac.kernels import special_kernels
+from autojac.graph.special_kernels import special_kernels
 
 Function = Callable[..., tuple[Tensor, ...]]
 SECONDS = 4.0

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 import autojac
-from autojac.entry import Entry
-from autojac.hollow import solid
+from autojac.core.plan import Plan
 from autojac.methods.base import Method, registry
-from autojac.plan import Plan
-from autojac.planner import Planner
-from autojac.problem import Problem
-from autojac.replaying import Replaying
-from autojac.verify import Reference
+from autojac.planning.planner import Planner
+from autojac.planning.prepared_plan import Entry
+from autojac.problem.empty_events import solid
+from autojac.problem.problem import Problem
+from autojac.problem.reference import Reference
+from autojac.replay.replayer import Replaying
 
 Mode = Literal["replays", "methods", "estimate"]
 LAYOUTS = ("blocks", "full", "sparse", "diagonal")

@@ -10,12 +10,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian, PlanStore
-from autojac.captures import captures
-from autojac.entry import Request, Seen
-from autojac.look import look
-from autojac.options import Options
-from autojac.planner import Planner
-from autojac.problem import Problem
+from autojac.core.options import Options
+from autojac.guards.captures import captures
+from autojac.planning.first_call import look
+from autojac.planning.planner import Planner
+from autojac.planning.prepared_plan import Request, Seen
+from autojac.problem.problem import Problem
 from scenarios import Scenario
 
 

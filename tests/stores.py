@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from autojac.plan import Plan, Trial
-from autojac.sparsity import Pattern, Sparsity
+from autojac.core.pattern import Pattern, Sparsity
+from autojac.core.plan import Plan, Trial
+from autojac.core.structure import Structure
 from autojac.store import Key, PlanStore
-from autojac.structure import Structure
 
 OP = Key.of({"function": "f"})
 ENV = Key.of({"device": "cpu"})

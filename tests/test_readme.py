@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from autojac.core.options import Options
 from autojac.methods.base import registry
-from autojac.options import Options
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

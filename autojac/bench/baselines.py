@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from autojac.autodiff import load_forward_rules
+from autojac.autodiff.primitives import load_forward_rules
 from autojac.bench.workloads import Func, Workload, placed
 
 ROWS_LIMIT = 4096

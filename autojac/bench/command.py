@@ -19,7 +19,7 @@ from autojac.bench.table import show
 from autojac.bench.workloads import ALL, WORKLOADS
 from autojac.bench.zeros import RACES
 from autojac.bench.zeros import zeros as put_to_use
-from autojac.plan import EFFORTS
+from autojac.core.plan import EFFORTS
 
 
 @click.command()

@@ -16,8 +16,8 @@ import torch
 from autojac.bench.results import Startup
 from autojac.bench.run import Settings, tune
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.plan import Effort
-from autojac.search import measure
+from autojac.core.plan import Effort
+from autojac.planning.search import measure
 
 UNWANTED = ("alembic", "optuna", "torch._dynamo")
 """Modules that take long to load and that a first Jacobian from a warm store does without."""

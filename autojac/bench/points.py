@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import autojac
+from autojac.autodiff.tolerance import disagreement
 from autojac.bench.coupled import Neighbours, cloud
 from autojac.bench.results import Figure, Outcome, Promised, State, ratio
 from autojac.bench.run import Settings
-from autojac.coloring import Colorings
-from autojac.search import measure
-from autojac.tolerance import disagreement
+from autojac.planning.search import measure
+from autojac.sparse.colorings import Colorings
 
 NEIGHBOURS = 6
 COUNTS = (100_000, 1_000_000)

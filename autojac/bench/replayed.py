@@ -20,12 +20,12 @@ from autojac.bench.overhead import PAST_CHECKS
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import Settings, tune
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.entry import prepared
+from autojac.guards.function_state import Surroundings
 from autojac.methods.base import build
-from autojac.problem import Compute
-from autojac.replaying import Replaying
-from autojac.search import measure
-from autojac.surroundings import Surroundings
+from autojac.planning.prepared_plan import prepared
+from autojac.planning.search import measure
+from autojac.problem.problem import Compute
+from autojac.replay.replayer import Replaying
 
 CALLED = ("sin", "mlp-2-16-2", "mlp-10-layers")
 CALL_US, GUARD_US = 5.0, 2.0

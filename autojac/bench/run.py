@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import autojac
+from autojac.autodiff.tolerance import disagreement
 from autojac.bench.baselines import DEFAULT, WAYS, Way, reference
 from autojac.bench.results import Outcome, Race, Regret, Report, State
 from autojac.bench.workloads import Func, Workload
-from autojac.entry import Entry
+from autojac.core.plan import Effort, expression
 from autojac.methods.base import Method
-from autojac.plan import Effort, expression
-from autojac.search import measure
-from autojac.search.space import DEPTHS, candidates
-from autojac.tolerance import disagreement
+from autojac.planning.prepared_plan import Entry
+from autojac.planning.search import measure
+from autojac.planning.search.space import DEPTHS, candidates
 
 FAR = 10.0
 """Ways this many times slower than the best are not in the race: their first calls say enough."""

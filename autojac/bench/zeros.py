@@ -20,14 +20,14 @@ from autojac.bench.points import points
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way, tune, wrapped
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.coloring import Colorings, Side
-from autojac.compression import colors_of
-from autojac.entry import Entry
-from autojac.probe.features import Features, feature_pattern
-from autojac.probe.pairs import Subject
-from autojac.quiet import Quiet
-from autojac.search import measure
-from autojac.structure import Structure
+from autojac.core.sandbox import Quiet
+from autojac.core.structure import Structure
+from autojac.planning.prepared_plan import Entry
+from autojac.planning.search import measure
+from autojac.probe.feature_pattern import Features, feature_pattern
+from autojac.probe.sample_pairs import Subject
+from autojac.problem.compression import colors_of
+from autojac.sparse.colorings import Colorings, Side
 
 FEW_ROUNDS = 3
 """Enough to tell which two dense ways to race in earnest."""

@@ -10,9 +10,9 @@ import click
 import torch
 from torch import Tensor
 
-from autojac.captures import captures
+from autojac.core.options import nearest
 from autojac.errors import TargetError
-from autojac.options import nearest
+from autojac.guards.captures import captures
 
 Shapes = tuple[tuple[int, ...], ...]
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}

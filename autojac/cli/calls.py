@@ -14,9 +14,9 @@ from torch import Tensor
 from autojac.cli import arguments
 from autojac.cli.shell import blamed_on
 from autojac.cli.target import load
+from autojac.core.plan import EFFORTS
+from autojac.core.signature import Layout
 from autojac.errors import StoreError
-from autojac.plan import EFFORTS
-from autojac.signature import Layout
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import autojac
-from autojac.explain import seconds
-from autojac.plan import EFFORTS, Plan
+from autojac.core.plan import EFFORTS, Plan
+from autojac.planning.explain import seconds
 
 LINKS = (0.4, 0.3, 0.2, 0.1)
 """Lengths in metres, from the shoulder outwards."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autojac.cli.shell import Group
-from autojac.explain import seconds, size
-from autojac.plan import expression
+from autojac.core.plan import expression
+from autojac.planning.explain import seconds, size
 
 if TYPE_CHECKING:
     from rich.table import Table

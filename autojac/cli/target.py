@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from autojac.cli.shell import blamed_on
+from autojac.core.options import nearest
 from autojac.errors import TargetError
-from autojac.options import nearest
 
 FORMS = "`package.module:attribute` or `path/file.py:attribute`"
 

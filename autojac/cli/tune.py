@@ -11,8 +11,8 @@ from torch import Tensor
 
 import autojac
 from autojac.cli.calls import Calls, call_options, grad_mode, json_option, require_store, search_options, using_threads
-from autojac.explain import seconds
-from autojac.plan import Plan
+from autojac.core.plan import Plan
+from autojac.planning.explain import seconds
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore

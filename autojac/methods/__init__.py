@@ -1,1 +1,1 @@
-"""Jacobian methods, one a file, found by `autojac.methods.base.registry`."""
+"""Ways to compute a Jacobian, one per file, found by `autojac.methods.base.registry`."""

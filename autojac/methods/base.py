@@ -18,16 +18,16 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 import autojac.methods
-from autojac.autodiff import transforming
-from autojac.compression import Held
-from autojac.draws import from_one_state
+from autojac.autodiff.primitives import transforming
+from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
 from autojac.errors import StoreError
-from autojac.escapes import DataAssignedError
-from autojac.keeps import leaving
-from autojac.problem import Compute, Problem, Result
-from autojac.replaying import Replaying
-from autojac.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
-from autojac.trace import Lower
+from autojac.guards.assignments import leaving
+from autojac.guards.escapes import DataAssignedError
+from autojac.problem.compression import Held
+from autojac.problem.problem import Compute, Problem, Result
+from autojac.problem.randomness import from_one_state
+from autojac.replay.replayer import Replaying
+from autojac.replay.trace import Lower
 
 CACHE_BYTES = 32 * 2**20
 BYTES_PER_SECOND = 4e9

@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from autojac import seeds
-from autojac.layouts import from_blocks
+from autojac.autodiff import seeds
 from autojac.methods.base import WORKSPACE_MARGIN, Method, Wrapper, dispatch_cost, registry
-from autojac.problem import Compute, Problem, Result
+from autojac.problem.layouts import from_blocks
+from autojac.problem.problem import Compute, Problem, Result
 
 LARGE_BATCH = 4096
 

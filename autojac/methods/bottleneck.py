@@ -11,17 +11,17 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Bound, Pullback, load_forward_rules
-from autojac.chain import Accumulation, Product, Sweep, Way, accumulate, sweeps
-from autojac.compilation import compiled, missing
-from autojac.flow import Flow
-from autojac.graph import Graph
-from autojac.layouts import from_blocks
-from autojac.linearize import Engine, by_sample, coordinates, each, puller, pusher
+from autojac.autodiff.primitives import Bound, Pullback, load_forward_rules
+from autojac.graph.analysis import Cutter
+from autojac.graph.batch_axis.propagation import Flow
+from autojac.graph.cuts.accumulation import Accumulation, Product, Sweep, Way, accumulate, sweeps
+from autojac.graph.ir import Graph
+from autojac.graph.operators import forward_once
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
-from autojac.operators import forward_once
-from autojac.outline import Cutter
-from autojac.problem import Compute, Problem, Result
+from autojac.methods.support.engines import Engine, by_sample, coordinates, each, puller, pusher
+from autojac.problem.layouts import from_blocks
+from autojac.problem.problem import Compute, Problem, Result
+from autojac.replay.compilation import compiled, missing
 
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
@@ -41,7 +41,7 @@ class Bottleneck(Method):
         engine: as in `Pull`; what is pushed takes `vmap` over JVPs for `vmap` and `batched`.
         chunk: seeds per pass; None for all.
         cuts: `one`, or `several` where cutting sides again pays, which takes several outputs or inputs (see
-            `autojac.chain`).
+            `autojac.graph.cuts.accumulation`).
         sides: pushed or pulled, `either` as it takes fewer seeds; or `pull` all, for operators without forward mode.
         compiled: whether `torch.compile` makes one program of the sides and their product. Calls that record another
             graph, down to its numbers, run eagerly.

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from autojac.compression import colors_of, nothing_gained
-from autojac.decompression import decompressor
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result
-from autojac.sweeps import Engine, Sweep, pull_colors
+from autojac.methods.support.colored_sweeps import Engine, Sweep, pull_colors
+from autojac.problem.compression import colors_of, nothing_gained
+from autojac.problem.decompression import decompressor
+from autojac.problem.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from autojac.autodiff import load_forward_rules
-from autojac.compression import colors_of, nothing_gained
-from autojac.decompression import decompressor
+from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result
-from autojac.sweeps import Sweep, push_colors
+from autojac.methods.support.colored_sweeps import Sweep, push_colors
+from autojac.problem.compression import colors_of, nothing_gained
+from autojac.problem.decompression import decompressor
+from autojac.problem.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from autojac.compilation import lowered, missing
 from autojac.methods.base import Method, Wrapper, registry
-from autojac.problem import Compute, Problem
+from autojac.problem.problem import Compute, Problem
+from autojac.replay.compilation import lowered, missing
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from autojac.cuda_graphs import captured
 from autojac.methods.base import Method, Wrapper, registry
-from autojac.problem import Compute, Problem
+from autojac.problem.problem import Compute, Problem
+from autojac.replay.cuda_graphs import captured
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, Self, get_args
 
 from torch import Tensor
 
-from autojac.autodiff import Mode, load_forward_rules, sample_jacobian, vmap
-from autojac.layouts import from_blocks
+from autojac.autodiff.primitives import Mode, load_forward_rules, sample_jacobian, vmap
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result
+from autojac.problem.layouts import from_blocks
+from autojac.problem.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

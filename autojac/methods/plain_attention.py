@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from autojac.kernels import ATTENTION, plain_formulas
+from autojac.graph.special_kernels import ATTENTION, plain_formulas
 from autojac.methods.base import Method, Wrapper, registry
-from autojac.problem import Compute, Problem, Result
+from autojac.problem.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)

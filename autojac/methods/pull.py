@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from autojac import seeds
-from autojac.autodiff import Pullback, functional_vjp, vmap
-from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.autodiff import seeds
+from autojac.autodiff.primitives import Pullback, functional_vjp, vmap
+from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result, bind, recorded
-from autojac.seeds import SeedKind, SharedSeeds
+from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.problem.problem import Compute, Problem, Result, bind, recorded
 
 Engine = Literal["loop", "vmap", "batched"]
 PullMany = Callable[[int, Tensor, bool], Sequence[Tensor]]

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from autojac import seeds
-from autojac.autodiff import Bound, functional_jvp, load_forward_rules, push_dual, vmap
-from autojac.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.autodiff import seeds
+from autojac.autodiff.primitives import Bound, functional_jvp, load_forward_rules, push_dual, vmap
+from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result, bind
-from autojac.seeds import SeedKind, SharedSeeds
+from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.problem.problem import Compute, Problem, Result, bind
 
 Engine = Literal["loop", "vmap"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from autojac.core.structure import DRAWS_ALIKE, KEEPS
 from autojac.methods.base import Method, Wrapper, registry
-from autojac.problem import Compute, Problem
-from autojac.replaying import Replaying
-from autojac.structure import DRAWS_ALIKE, KEEPS
-from autojac.trace import Lower
+from autojac.problem.problem import Compute, Problem
+from autojac.replay.replayer import Replaying
+from autojac.replay.trace import Lower
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Replay(Wrapper):
 
     Attributes:
         inner: the method to record.
-        without: passes of `autojac.simplify` to leave out, or `hoist`, separated by commas.
+        without: passes of `autojac.replay.passes` to leave out, or `hoist`, separated by commas.
     """
 
     inner: Method

@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from autojac import seeds
-from autojac.autodiff import Mode, Pullback, push_dual
-from autojac.layouts import from_blocks
+from autojac.autodiff import seeds
+from autojac.autodiff.primitives import Mode, Pullback, push_dual
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
-from autojac.problem import Compute, Problem, Result, bind
+from autojac.problem.layouts import from_blocks
+from autojac.problem.problem import Compute, Problem, Result, bind
 
 
 @dataclass(frozen=True)

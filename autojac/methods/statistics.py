@@ -10,17 +10,17 @@ from typing import Any, ClassVar, Self, get_args
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Pullback
-from autojac.flow import Flow
-from autojac.graph import Graph
-from autojac.layouts import from_blocks
-from autojac.linearize import Engine
+from autojac.autodiff.primitives import Pullback
+from autojac.graph.analysis import Cutter
+from autojac.graph.batch_axis.propagation import Flow
+from autojac.graph.cuts.shared_tensors import Pool, pool
+from autojac.graph.ir import Graph
+from autojac.graph.operators import forward_once
 from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
-from autojac.operators import forward_once
-from autojac.outline import Cutter
-from autojac.pools import Pool, pool
-from autojac.problem import Compute, Problem, Result
-from autojac.sharing import Local, Sharing
+from autojac.methods.support.engines import Engine
+from autojac.methods.support.shared_statistics import Local, Sharing
+from autojac.problem.layouts import from_blocks
+from autojac.problem.problem import Compute, Problem, Result
 
 CHUNK = 256
 

@@ -1,4 +1,4 @@
-"""Find out what couples with what across the batch."""
+"""What couples with what across the batch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.outline import Outline
+from autojac.core.pattern import Sparsity
+from autojac.core.sandbox import Quiet
+from autojac.core.structure import Structure
+from autojac.graph.analysis import Outline
+from autojac.probe.batched_arguments import guess_batched, resolve_batched
 from autojac.probe.coupling import coupled
-from autojac.probe.features import check_declared, feature_pattern
-from autojac.probe.manners import Manners, first_call, moving_with, observe
-from autojac.probe.modes import compare_modes, flat_elsewhere
-from autojac.probe.pairs import Subject, price
-from autojac.probe.roles import guess_batched, resolve_batched
-from autojac.quiet import Quiet
-from autojac.sparsity import Sparsity
-from autojac.structure import Structure
+from autojac.probe.feature_pattern import check_declared, feature_pattern
+from autojac.probe.forward_vs_reverse import compare_modes, flat_elsewhere
+from autojac.probe.sample_pairs import Subject, price
+from autojac.probe.side_effects import Manners, first_call, moving_with, observe
 
 __all__ = ["Examined", "Manners", "check_declared", "examine", "first_call", "guess_batched", "observe"]
 

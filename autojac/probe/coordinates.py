@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autojac.probe.pairs import Subject
+from autojac.probe.sample_pairs import Subject
 
 
 class Coordinates:

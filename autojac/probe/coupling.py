@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from autojac.outline import Outline
-from autojac.probe.pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
-from autojac.probe.proof import Proof, meeting, prove
-from autojac.probe.samples import sample_graph
+from autojac.core.pattern import Sparsity
+from autojac.core.ranks import several
+from autojac.core.structure import Coupling, Structure
+from autojac.graph.analysis import Outline
+from autojac.probe.batch_axis_proof import Proof, meeting, prove
+from autojac.probe.sample_graph import sample_graph
+from autojac.probe.sample_pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
-from autojac.ranks import several
-from autojac.sparsity import Sparsity
-from autojac.structure import Coupling, Structure
 
 PATIENCE = 10.0
 """What clearing a function of false coupling may cost, in budgets of a layer: it saves that in every call."""

@@ -15,18 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autojac.autodiff import Pullback
-from autojac.limits import within
-from autojac.probe.pairs import (
-    FEWEST_SPLITS,
-    SCALES,
-    Subject,
-    cotangent_verdict,
-    differs,
-    split_masks,
-    step,
-)
-from autojac.tolerance import balanced_noise, own_scale
+from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.tolerance import balanced_noise, own_scale
+from autojac.core.time_limit import within
+from autojac.probe.sample_pairs import FEWEST_SPLITS, SCALES, Subject, cotangent_verdict, differs, split_masks, step
 
 HALVINGS = 16
 """Thresholds narrower than this power of a half of the change of an input are taken for jumps."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from autojac.coloring import Side
+from autojac.core.pattern import Indices, Pattern
 from autojac.errors import InputError, UnsupportedError
-from autojac.sparsity import Indices, Pattern
+from autojac.sparse.colorings import Side
 
 MOST = 512
 """Rows and columns beyond which a picture shows nothing but dust."""

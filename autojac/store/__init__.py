@@ -16,11 +16,11 @@ __all__ = ["Key", "PlanStore", "StoredPlan", "environment_key", "operation_key"]
 def __getattr__(name: str) -> Any:
     # SQLAlchemy takes 0.2 s to import, and keys are made without it.
     if name == "PlanStore":
-        from autojac.store.store import PlanStore  # noqa: PLC0415
+        from autojac.store.store import PlanStore
 
         return PlanStore
     if name == "StoredPlan":
-        from autojac.store.records import StoredPlan  # noqa: PLC0415
+        from autojac.store.records import StoredPlan
 
         return StoredPlan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

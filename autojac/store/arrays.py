@@ -9,8 +9,8 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from autojac.plan import Plan
-from autojac.sparsity import Indices, Pattern, unpack
+from autojac.core.pattern import Indices, Pattern, unpack
+from autojac.core.plan import Plan
 from autojac.store.models import ArraysRow, Base, PlanPatternRow
 from autojac.store.records import BadRowError, timestamp
 

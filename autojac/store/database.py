@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from autojac.store.location import on_network
 from autojac.store.models import SCHEMA_VERSIONS, Base
-from autojac.store.uninterrupted import uninterrupted
+from autojac.store.uninterruptible import uninterrupted
 
 T = TypeVar("T")
 Fault = Literal["corrupt", "missing", "readonly", "unreachable"]
@@ -197,8 +197,8 @@ class Database:
 
     def _migrate(self) -> None:
         # Alembic takes as long to import as a small search; only a missing or old schema pays for it.
-        from alembic import command  # noqa: PLC0415
-        from alembic.config import Config  # noqa: PLC0415
+        from alembic import command
+        from alembic.config import Config
 
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
@@ -219,7 +219,7 @@ class Database:
 
     @contextmanager
     def _schema_lock(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout  # noqa: PLC0415
+        from filelock import FileLock, Timeout
 
         if self.path is not None:
             file = self.path.with_name(self.path.name + ".lock")

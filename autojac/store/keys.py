@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from autojac.core.signature import Signature
 from autojac.errors import OptionError
-from autojac.signature import Signature
 
 
 @dataclass(frozen=True, eq=False)

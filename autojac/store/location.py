@@ -30,7 +30,7 @@ def default_location() -> str | None:
     """AUTOJAC_STORE, else a file in the user's cache directory; None for a user without a home."""
     if told := os.environ.get("AUTOJAC_STORE"):
         return told
-    from platformdirs import user_cache_path  # noqa: PLC0415
+    from platformdirs import user_cache_path
 
     try:
         folder = user_cache_path("autojac", appauthor=False)

@@ -10,8 +10,8 @@ from typing import Final, Generic, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from autojac.plan import EFFORTS, Plan, Trial, effort_rank
-from autojac.sparsity import Indices
+from autojac.core.pattern import Indices
+from autojac.core.plan import EFFORTS, Plan, Trial, effort_rank
 from autojac.store import arrays
 from autojac.store.keys import Key
 from autojac.store.models import Base, PlanRow, TrialRow

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from autojac.core.pattern import Pattern
+from autojac.core.plan import Plan, Trial
 from autojac.errors import AutojacError, kind_of
-from autojac.plan import Plan, Trial
-from autojac.sparsity import Pattern
 from autojac.store.keys import Key
 
 

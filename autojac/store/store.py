@@ -13,9 +13,9 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from autojac.core.pattern import Indices, pack
+from autojac.core.plan import Plan, Trial
 from autojac.errors import StoreError, StoreWarning
-from autojac.plan import Plan, Trial
-from autojac.sparsity import Indices, pack
 from autojac.store import arrays, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
 from autojac.store.keys import Key

@@ -1,0 +1,156 @@
+"""What is made of a Jacobian: its inverse, determinant and trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from autojac.api.linalg import Slogdet, as_matrices, inverse, slogdet
+from autojac.api.low_rank_factors import Factors
+from autojac.core.options import Options
+from autojac.core.signature import Layout
+from autojac.errors import InputError
+from autojac.planning.prepared_plan import Entry
+from autojac.problem.problem import Result
+
+
+class Derived(ABC):
+    """The methods of `AutoJacobian` that go on from the Jacobian; each takes one output and one input."""
+
+    func: Callable[..., Any]
+    options: Options
+    _others: dict[Layout, Self]
+
+    @abstractmethod
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]: ...
+
+    @abstractmethod
+    def _given(self, args: Sequence[Any]) -> Sequence[Any]: ...
+
+    @abstractmethod
+    def __setstate__(self, state: dict[str, Any]) -> None: ...
+
+    def inverse(self, *args: Any, **kwargs: Any) -> Any:
+        """The inverse of each sample's Jacobian, or its Moore-Penrose inverse where it is rectangular.
+
+        Zeros that all samples share choose the way (reciprocals, substitution, LU, QR); the derivative is that of a
+        general matrix.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (B, *in, *out); with `layout="full"` the inverse of the whole, (B, *in, B, *out), or (*in, B, *out) for an
+            input that all samples share. Differentiable where J is. With `has_aux=True` the pair (inverse, aux).
+
+        Raises:
+            InputError: if there are several outputs or inputs.
+            SingularJacobianError: naming the samples whose Jacobian is singular, short of full rank or not finite.
+        """
+
+        def inverted(matrices: Tensor, restore: Callable[[Tensor], Tensor]) -> Tensor:
+            return restore(inverse(matrices))
+
+        return self._of_matrices(inverted, args, kwargs)
+
+    def slogdet(self, *args: Any, **kwargs: Any) -> Any:
+        """Sign and logarithm of the absolute determinant of each sample's Jacobian, as a normalizing flow needs them.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (sign, logabsdet), each (B,); with `layout="full"` of the whole, without a batch of the one Jacobian. A
+            singular sample has sign 0 and logarithm -inf. With `has_aux=True` the pair ((sign, logabsdet), aux).
+
+        Raises:
+            InputError: if there are several outputs or inputs, or not as many rows as columns.
+        """
+
+        def determined(matrices: Tensor, restore: Callable[[Tensor], Tensor]) -> Slogdet:
+            return slogdet(matrices)
+
+        return self._of_matrices(determined, args, kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """The trace of each sample's Jacobian: the divergence of a vector field. Only the diagonal is computed.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (B,), or () without a batch. With `has_aux=True` the pair (trace, aux).
+
+        Raises:
+            InputError: if there are several outputs or inputs.
+            OutputError: if a sample has not as many outputs as inputs.
+        """
+        entry, result = self._other("diagonal")._run(self._given(args), kwargs)
+        total = _only(entry, result).sum(-1)
+        return self._beside_aux(total.squeeze(0) if entry.frame.unbatched else total, result)
+
+    def factors(self, *args: Any, **kwargs: Any) -> Factors:
+        """The whole batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
+
+        A million samples under BatchNorm have a Jacobian that no memory holds, but its factors fit: `factors @ v` is
+        J·v.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (D, U, V) of shapes (B, *out, *in), (B, *out, k) and (k, B, *in), for k shared numbers; k is 0 for
+            independent samples. Differentiable where J is.
+
+        Raises:
+            InputError: if there are several outputs or inputs.
+            UnsupportedError: if samples meet elsewhere; `layout="full"` then has all.
+        """
+        return self._other("blocks")._factors(self._given(args), kwargs)
+
+    @abstractmethod
+    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors: ...
+
+    def _of_matrices(
+        self,
+        function: Callable[[Tensor, Callable[[Tensor], Tensor]], Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
+        entry, result = source._run(self._given(args), kwargs)
+        problem, jacobian = entry.problem, _only(entry, result)
+        if entry.frame.unbatched:
+            jacobian = jacobian.squeeze(0)
+        leaf = problem.leaves[problem.inputs[0]]
+        shared = problem.layout == "full" and not leaf.batched
+        matrices, restore = as_matrices(jacobian, problem.outputs[0], leaf.event_shape, shared)
+        return self._beside_aux(function(matrices, restore), result)
+
+    def _beside_aux(self, value: Any, result: Result) -> Any:
+        return (value, result.aux) if self.options.has_aux else value
+
+    def _other(self, layout: Layout) -> Self:
+        """The same wrapper for another layout, with plans of its own."""
+        if layout == self.options.layout:
+            return self
+        if layout not in self._others:
+            other = type(self).__new__(type(self))
+            other.__setstate__({"func": self.func, "options": dataclasses.replace(self.options, layout=layout)})
+            self._others[layout] = other
+        return self._others[layout]
+
+
+def _only(entry: Entry, result: Result) -> Tensor:
+    """The one Jacobian of a call."""
+    outputs, inputs = len(result.jacobians), len(entry.problem.inputs)
+    if (outputs, inputs) != (1, 1):
+        raise InputError(
+            f"one output and one input were expected, but func has {outputs} and {inputs}: each pair has a Jacobian of "
+            "its own. Wrap a function that concatenates them"
+        )
+    return result.jacobians[0][0]

@@ -1,0 +1,134 @@
+"""A Jacobian under batch statistics as factors: block diagonal plus low rank, never formed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.tolerance import balanced_noise, disagreement
+from autojac.core.autocast import outside_autocast
+from autojac.errors import InputError, UnsupportedError, VerificationError
+from autojac.graph.analysis import Cutter
+from autojac.graph.batch_axis.propagation import Flow
+from autojac.graph.cuts.shared_tensors import Pool
+from autojac.graph.ir import Graph
+from autojac.methods.statistics import Statistics
+from autojac.problem.problem import Problem
+
+
+class Factors(NamedTuple):
+    """The whole batch's Jacobian: J[b, :, c, :] = D[b] if b = c else 0, plus the sum over k of U[b, ..., k] V[k, c].
+
+    Attributes:
+        D: (B, *out, *in), each sample's own part.
+        U: (B, *out, k), how each sample feels the k shared numbers.
+        V: (k, B, *in), how each sample moves them.
+    """
+
+    D: Tensor
+    U: Tensor
+    V: Tensor
+
+    def __matmul__(self, tangent: Tensor) -> Tensor:
+        """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries.
+
+        Raises:
+            InputError: for a tangent of another size.
+        """
+        with outside_autocast():
+            return self._times(tangent)
+
+    def _times(self, tangent: Tensor) -> Tensor:
+        out, k = self.U.shape[:-1], len(self.V)
+        batch, m, n = out[0], prod(out[1:]), prod(self.V.shape[2:])
+        if tangent.numel() != batch * n:
+            raise InputError(
+                f"a tangent of shape {(batch, *self.V.shape[2:])} was expected, one vector a sample, got "
+                f"{tuple(tangent.shape)}"
+            )
+        flat = tangent.reshape(batch, n)
+        local = (self.D.reshape(batch, m, n) @ flat[..., None]).reshape(out)
+        moved = self.V.reshape(k, batch * n) @ flat.reshape(-1)
+        return local + self.U @ moved
+
+
+def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], Factors]:
+    """What computes the factors for one kind of call, whose samples meet in shared statistics.
+
+    Raises:
+        InputError: if there are several outputs or inputs, or an input without a batch.
+    """
+    require_one(problem)
+
+    def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Pool] | None:
+        for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
+            shared = way.shared(flow, inputs, problem.differentiable)
+            if shared is not None:
+                return way, shared
+        return None
+
+    batched = [leaf.batched for leaf in problem.leaves]
+    cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
+
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Factors:
+        recording, found = cutter(leaves, kwargs)
+        if found is None or recording.graph is None:
+            why = recording.reason or "samples meet elsewhere than in tensors that all of them share"
+            raise UnsupportedError(f"this Jacobian has no factors: {why}. Ask for the blocks or for layout='full'")
+        way, shared = found
+        try:
+            factors = _multiplied_out(way, problem, recording.graph, shared, leaves)
+        except RuntimeError:  # an operator without a vmap rule
+            slow = dataclasses.replace(way, engine="loop")
+            factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
+        _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
+        return factors if problem.differentiable else Factors(*(part.detach() for part in factors))
+
+    return compute
+
+
+def require_one(problem: Problem) -> None:
+    """Raise `InputError` unless there is one output and one input, with a batch."""
+    if len(problem.outputs) != 1 or len(problem.inputs) != 1 or problem.shared_input:
+        raise InputError("factors are made of one output and one input, which carry the batch; wrap such a function")
+
+
+def without_sharing(problem: Problem, blocks: Tensor) -> Factors:
+    """The factors of independent samples: nothing is shared."""
+    require_one(problem)
+    leaf = problem.leaves[problem.inputs[0]]
+    return Factors(blocks, blocks.new_zeros(problem.batch, *problem.outputs[0], 0), blocks.new_zeros(0, *leaf.shape))
+
+
+def _multiplied_out(way: Statistics, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]) -> Factors:
+    blocks, through = way.sharing(problem, graph, shared, leaves).pieces()
+    pieces = list(through)
+    own = blocks[0][0]
+    if not pieces:
+        return without_sharing(problem, own)
+    felt = torch.cat([left[0] for left, _ in pieces]).permute(1, 2, 0)
+    reached = torch.cat([right[0] for _, right in pieces])
+    felt = felt.reshape(problem.batch, *problem.outputs[0], felt.shape[-1])
+    return Factors(own, felt.to(own.dtype), reached)
+
+
+def _check(factors: Factors, pullback: Pullback) -> None:
+    """Hold uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
+    value = pullback.recorded[0]
+    (u,) = balanced_noise([value], torch.Generator().manual_seed(0))
+    expected = pullback(0, u)[0].detach()
+    rows = u.reshape(len(u), -1)
+    D, U, V = (part.detach() for part in factors)
+    local = torch.einsum("bm,bmn->bn", rows, D.reshape(*rows.shape, -1))
+    through = torch.einsum("bm,bmk->k", rows, U.reshape(*rows.shape, -1)) @ V.reshape(len(V), local.numel())
+    found = local + through.view_as(local)
+    scale = expected.detach().abs().amax().expand(len(found), 1) + local.abs()
+    error = disagreement(found.to(expected.dtype), expected.reshape(found.shape), scale)
+    if error is not None:
+        raise VerificationError(f"the factors are off by {error:.1g} relative to a plain VJP")

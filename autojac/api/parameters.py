@@ -1,0 +1,164 @@
+"""Jacobians in a module's parameters, sample by sample."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from autojac.api.autojacobian import AutoJacobian
+from autojac.errors import InputError, OptionError, kind_of
+from autojac.guards.captures import Captures
+from autojac.planning.prepared_plan import Entry
+from autojac.problem.problem import Result
+
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_naming = threading.Lock()
+
+
+class ModuleLock:
+    """A lock on a module and all inside it: wrappers of one module, or of modules that share a layer, share locks.
+
+    Reentrant, to be used as a context manager.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._entered: list[ExitStack] = []
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Return nothing: who holds the lock changes no result."""
+        return {}
+
+    def __enter__(self) -> Self:
+        with _naming:
+            locks = {id(inner): _locks.setdefault(inner, threading.RLock()) for inner in self._module.modules()}
+        with ExitStack() as stack:
+            # one order for all threads, so that none waits for another that waits for it
+            for number in sorted(locks):
+                stack.enter_context(locks[number])
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
+
+
+@contextmanager
+def parameters_replaced(module: torch.nn.Module, replacements: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of a module's parameters, wherever each is registered, and put those back.
+
+    `torch.func.functional_call` leaves its tensors in a module whose layers are registered twice.
+
+    Args:
+        module: the module.
+        replacements: by the names of `named_parameters()`.
+    """
+    own = dict(module.named_parameters())
+    others = {id(own[name]): tensor for name, tensor in replacements.items() if tensor is not own[name]}
+    undo: list[tuple[dict[str, Any], str, Any, Tensor]] = []
+    try:
+        for inner in module.modules() if others else ():
+            for name, parameter in inner._parameters.items():
+                if id(parameter) in others:
+                    undo.append((inner._parameters, name, parameter, others[id(parameter)]))
+                    inner._parameters[name] = others[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        while undo:
+            registered, name, parameter, replacement = undo[-1]
+            # the module may have registered a parameter of its own choice meanwhile
+            if registered.get(name) is replacement:
+                registered[name] = parameter
+            undo.pop()
+
+
+class ModuleFunction:
+    """A module as a function of its parameters: `f(parameters, args, **kwargs)`.
+
+    Args:
+        module: its parameters are put aside for the length of a call, unless they are what is passed.
+
+    Attributes:
+        lock: held while they are put aside, so that no other thread calls the module or looks at it then.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.lock = ModuleLock(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Those to differentiate in, by the names of `named_parameters()`: tied ones once.
+
+        Left out are frozen ones, and those on the meta device, which a template has: they have no values.
+        """
+        with self.lock:
+            named = self.module.named_parameters()
+            found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
+        if not found:
+            raise InputError(f"{type(self.module).__name__} has no parameter that requires grad, so it has no Jacobian")
+        return found
+
+    def __autojac_originals__(self) -> tuple[Tensor, ...]:
+        """Return the module's own tensors behind the differentiated arguments, in their order."""
+        return tuple(self.parameters().values())
+
+    def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
+        with self.lock, parameters_replaced(self.module, parameters):
+            return self.module(*args, **kwargs)
+
+
+class ParameterJacobian(AutoJacobian):
+    """The wrapper that `AutoJacobian.of_parameters` makes: called with the module's own arguments.
+
+    Args:
+        module: what to differentiate in the parameters of.
+        options: those of `AutoJacobian` but for `argnums`; `in_dims` is about the module's own arguments.
+
+    Raises:
+        InputError: if it is no module or a scripted one, or when called if no parameter requires grad.
+        OptionError: for an unknown option or a value that is not accepted.
+    """
+
+    func: ModuleFunction
+
+    def __init__(self, module: torch.nn.Module, **options: Any) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(f"a torch.nn.Module was expected, got {kind_of(module)}")
+        scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+        if scripted:
+            raise InputError(
+                f"{scripted[0] or type(module).__name__} is a scripted or traced module, whose parameters TorchScript "
+                "holds itself, so that none can be put in their place. Pass the module that it was made from"
+            )
+        if "argnums" in options:
+            raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
+        in_dims = options.pop("in_dims", "auto")
+        own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
+        super().__init__(ModuleFunction(module), in_dims=(None, own), **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = self.func.lock
+
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
+        with self._lock:
+            return super()._run(args, kwargs)
+
+    def _reach(self) -> Captures:
+        with self._lock:
+            return super()._reach()
+
+    def _given(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return self.func.parameters(), tuple(args)

@@ -1,0 +1,94 @@
+"""Seeds: the tangents and cotangents that a method pushes or pulls.
+
+`shared` seeds are one per coordinate and the same for all samples (the sum trick): they suffice where samples
+are independent. `identity` seeds are one per element of the whole batch. Both are built without storing zeros
+where an expanded view does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import transforming
+
+SeedKind = Literal["shared", "identity"]
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """Number of elements of one event."""
+    return math.prod(shape)
+
+
+def shared(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
+    """All one-hot seeds of an event, each for every sample: (k, B, *event), a view of k × k numbers."""
+    count = size(event_shape)
+    eye = torch.eye(count, dtype=like.dtype, device=like.device)
+    return eye.view(count, 1, *event_shape).expand(count, batch, *event_shape)
+
+
+class SharedSeeds:
+    """Shared seeds that are made at the first call of a plan and kept."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, index: int, event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
+        """`shared(event_shape, batch, like)`, kept under `index`."""
+        made = self._made.get(index)
+        if made is None or made.dtype != like.dtype or made.device != like.device:
+            made = shared(event_shape, batch, like)
+            # what a compiler sees while it traces stands for tensors of its own
+            if not torch.compiler.is_compiling():
+                self._made[index] = made
+        return made
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """`rows`, copied if they are kept seeds themselves: what a caller writes there must not come back as seeds."""
+        if not self._made or type(rows) is not Tensor or torch.compiler.is_compiling() or transforming():
+            return rows
+        kept = [made.untyped_storage().data_ptr() for made in self._made.values()]
+        return rows.clone() if rows.untyped_storage().data_ptr() in kept else rows
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A random tangent or cotangent: the same numbers in every dtype and on every device."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:
+    """One-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
+    seeds = torch.zeros(stop - start, size(shape), dtype=like.dtype, device=like.device)
+    seeds.diagonal(offset=start).fill_(1)
+    return seeds.view(stop - start, *shape)
+
+
+def spans(count: int, chunk: int | None) -> Iterator[tuple[int, int]]:
+    """Consecutive (start, stop) of at most `chunk` seeds."""
+    step = count if chunk is None else chunk
+    for start in range(0, count, step or 1):
+        yield start, min(start + (step or 1), count)
+
+
+def collect(parts: Iterator[Sequence[Tensor]], count: int, differentiable: bool) -> list[Tensor]:
+    """Concatenate `count` rows that arrive in parts, for several tensors side by side.
+
+    Each part is written into its place and freed, except where a graph must be kept.
+    """
+    first = next(parts)
+    if len(first[0]) == count:
+        return list(first)
+    if differentiable:
+        return [torch.cat(rows) for rows in zip(first, *parts, strict=True)]
+    wholes = [rows.new_empty(count, *rows.shape[1:]) for rows in first]
+    start = 0
+    for part in itertools.chain((first,), parts):
+        for whole, rows in zip(wholes, part, strict=True):
+            whole[start : start + len(rows)] = rows
+        start += len(part[0])
+    return wholes

@@ -1,0 +1,1 @@
+"""The vocabulary of the other rooms, and how func is run without side effects."""

@@ -1,0 +1,292 @@
+"""How the arguments of a call become flat tensors with the batch on axis 0, and flat results their nest again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.core.autocast import current_autocast, inside_autocast
+from autojac.core.batch_axes import AUTO, batch_axes
+from autojac.core.options import Options
+from autojac.core.signature import Leaf
+from autojac.errors import InputError, OptionError, OutputError, kind_of
+
+CONSTANTS = "autojac constants"
+"""The keyword under which positional arguments that are no tensors reach `Frame.fn`; not a name a caller can use."""
+AUX = "autojac aux"
+"""The keyword under which a list reaches `Frame.fn` that collects what func returns beside its outputs."""
+
+
+class Frame:
+    """The layout of one kind of call, made once and used at every call.
+
+    Args:
+        func: the user's function.
+        args: positional arguments of an example call.
+        options: `argnums`, `in_dims` and `has_aux` say how to read the call.
+
+    Raises:
+        InputError: if a differentiated argument holds no real floating-point tensor.
+        OptionError: if `argnums` or `in_dims` do not fit the arguments.
+    """
+
+    def __init__(self, func: Callable[..., Any], args: Sequence[Any], options: Options) -> None:
+        self.func = func
+        # part of what a plan is kept under, as func is
+        self.autocast = current_autocast()
+        self.has_aux = options.has_aux
+        self.argnums = argnums = options.argnums
+        chosen = argnums if isinstance(argnums, tuple) else (argnums,)
+        for number in chosen:
+            if not -len(args) <= number < len(args):
+                raise OptionError(
+                    f"argnums names argument {number}, but the call has {len(args)} positional arguments. Keyword "
+                    "arguments are not differentiated: pass by position what is to be"
+                )
+        chosen = tuple(number % len(args) for number in chosen)
+        if len(set(chosen)) != len(chosen):
+            raise OptionError(f"argnums names an argument twice: {argnums!r}")
+        flat, self.spec = pytree.tree_flatten(tuple(args))
+        self.tensor_at = tuple(index for index, value in enumerate(flat) if isinstance(value, Tensor))
+        self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}
+        self.size = len(flat)
+        self.plain = all(isinstance(arg, Tensor) for arg in args)
+        self.axes = batch_axes(args, options.in_dims)
+        self.declared = tuple(axis != AUTO for axis in self.axes)
+        self.unbatched = all(axis is None for axis in self.axes)
+        # the axes to bring to the front; elsewhere the batch is there already
+        self.sources = tuple(axis if isinstance(axis, int) else 0 for axis in self.axes)
+        self.moved = any(self.sources) or self.unbatched
+        self.groups = self._groups(args, chosen)
+        self.differentiated = tuple(sorted(position for _, group in self.groups for position in group))
+        # one tensor in and one out, the usual case, costs no nesting
+        self.single = self.plain and not self.unbatched and isinstance(argnums, int)
+        self._require_floats(flat)
+        self.out_spec: pytree.TreeSpec | None = None
+
+    @property
+    def context(self) -> str:
+        """The nesting and the constants of the arguments, as text for a key."""
+        constants = [f"{index}={describe(value)}" for index, value in self.constants.items()]
+        axes = self.axes if any(self.declared) else AUTO
+        aux = " aux" if self.has_aux else ""
+        return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={axes}{aux}"
+
+    def leaves(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The tensors among the arguments, batch first."""
+        if self.plain:
+            tensors = tuple(args)
+        else:
+            flat = pytree.tree_leaves(tuple(args))
+            tensors = tuple(flat[index] for index in self.tensor_at)
+        if any(map(Tensor.is_inference, tensors)) and not torch.is_inference_mode_enabled():
+            tensors = tuple(_recordable(t) for t in tensors)
+        if not self.moved:
+            return tensors
+        if self.unbatched:
+            differentiated = set(self.differentiated)
+            return tuple(t.unsqueeze(0) if index in differentiated else t for index, t in enumerate(tensors))
+        return tuple(t.movedim(axis, 0) if axis else t for t, axis in zip(tensors, self.sources, strict=True))
+
+    def keywords(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keyword arguments, with those positional arguments that are no tensors: a time, say, may change."""
+        if kwargs and any(isinstance(value, Tensor) and value.is_inference() for value in kwargs.values()):
+            kwargs = {name: _recordable(value) for name, value in kwargs.items()}
+        if not self.constants:
+            return kwargs
+        flat = pytree.tree_leaves(tuple(args))
+        return {**kwargs, CONSTANTS: {index: flat[index] for index in self.constants}}
+
+    def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The user's function on flat tensors, its outputs flat, under the autocast of the call."""
+        if not self.autocast:
+            return self._fn(leaves, kwargs)
+        with inside_autocast(self.autocast):
+            return self._fn(leaves, kwargs)
+
+    def _fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        if self.moved:
+            leaves = self._back(leaves)
+        collected: list[Any] | None = None
+        if self.has_aux:
+            collected = kwargs.get(AUX)
+            kwargs = {name: value for name, value in kwargs.items() if name != AUX}
+        if self.plain:
+            out = self.func(*leaves, **kwargs)
+        else:
+            flat: list[Any] = [None] * self.size
+            for index, value in kwargs.get(CONSTANTS, {}).items():
+                flat[index] = value
+            kwargs = {name: value for name, value in kwargs.items() if name != CONSTANTS}
+            for index, tensor in zip(self.tensor_at, leaves, strict=True):
+                flat[index] = tensor
+            out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
+        if self.has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                what = f"{len(out)} values" if isinstance(out, tuple) else kind_of(out)
+                raise OutputError(f"has_aux=True expects func to return a pair (output, aux), but it returned {what}")
+            out, aux = out
+            if collected is not None:
+                collected.append(aux)
+        if isinstance(out, Tensor):
+            out = plain(out)
+            return (out.unsqueeze(0),) if self.unbatched else (out,)
+        values, self.out_spec = pytree.tree_flatten(out)
+        values = [plain(value) for value in values]
+        if not self.unbatched:
+            return tuple(values)
+        # what is no tensor goes on as it is, to be refused by name
+        return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
+
+    def value(self, values: Sequence[Tensor]) -> Any:
+        """The function's result from its flat outputs."""
+        if self.out_spec is None and not self.unbatched:
+            return values[0]
+        own = [value.squeeze(0) for value in values] if self.unbatched else list(values)
+        return own[0] if self.out_spec is None else pytree.tree_unflatten(own, self.out_spec)
+
+    def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
+        """The Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside."""
+        if self.single and self.out_spec is None:
+            return rows[0][0]
+        nested = [self._nest_row(row) for row in rows]
+        return nested[0] if self.out_spec is None else pytree.tree_unflatten(nested, self.out_spec)
+
+    def unnested(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
+        """The flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
+        flat = pytree.tree_leaves(jacobian)
+        order = [position for _, group in self.groups for position in group]
+        rows = []
+        for start in range(0, len(flat), len(order)):
+            at = dict(zip(order, flat[start : start + len(order)], strict=True))
+            row = [at[position] for position in self.differentiated]
+            rows.append(tuple(t.unsqueeze(0) if self.unbatched and t.layout == torch.strided else t for t in row))
+        return tuple(rows)
+
+    def roles(self, leaves: Sequence[Tensor], batched: Sequence[bool]) -> tuple[Leaf, ...]:
+        """Shape and role of each leaf."""
+        return tuple(
+            Leaf(
+                tuple(leaf.shape),
+                str(leaf.dtype).removeprefix("torch."),
+                leaf.device.type,
+                has,
+                position in self.differentiated,
+            )
+            for position, (leaf, has) in enumerate(zip(leaves, batched, strict=True))
+        )
+
+    def batched(self, guess: Sequence[bool]) -> tuple[bool, ...]:
+        """Which leaves carry the batch: as the user said, else as guessed."""
+        if self.unbatched:
+            return tuple(position in self.differentiated for position in range(len(self.axes)))
+        return tuple(has if axis == AUTO else axis is not None for axis, has in zip(self.axes, guess, strict=True))
+
+    def _back(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        if self.unbatched:
+            differentiated = set(self.differentiated)
+            return [t.squeeze(0) if index in differentiated else t for index, t in enumerate(leaves)]
+        return [t.movedim(0, axis) if axis else t for t, axis in zip(leaves, self.sources, strict=True)]
+
+    def _nest_row(self, row: Sequence[Tensor]) -> Any:
+        at = dict(zip(self.differentiated, row, strict=True))
+        if self.unbatched:
+            # a sparse matrix has no axis for the batch
+            at = {p: one.squeeze(0) if one.layout == torch.strided else one for p, one in at.items()}
+        nests = tuple(pytree.tree_unflatten([at[position] for position in group], spec) for spec, group in self.groups)
+        return nests if isinstance(self.argnums, tuple) else nests[0]
+
+    def _groups(self, args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, tuple[int, ...]]]:
+        """For each differentiated argument its nesting and the positions of its tensors among the leaves."""
+        order = {index: position for position, index in enumerate(self.tensor_at)}
+        starts = [0]
+        for arg in args:
+            starts.append(starts[-1] + len(pytree.tree_leaves(arg)))
+        groups = []
+        for number in chosen:
+            _, spec = pytree.tree_flatten(args[number])
+            indices = range(starts[number], starts[number + 1])
+            strangers = [index for index in indices if index not in order]
+            if strangers or starts[number] == starts[number + 1]:
+                what = kind_of(self.constants[strangers[0]]) if strangers else "nothing"
+                raise InputError(f"argument {number} is to be differentiated, but holds {what}; tensors were expected")
+            groups.append((spec, tuple(order[index] for index in indices)))
+        return groups
+
+    def _require_floats(self, flat: Sequence[Any]) -> None:
+        for position in self.differentiated:
+            tensor = flat[self.tensor_at[position]]
+            if tensor.is_complex():
+                raise InputError(
+                    f"tensor argument {position} is {tensor.dtype}; a real Jacobian needs real inputs. Pass "
+                    "torch.view_as_real(x) and call torch.view_as_complex inside func"
+                )
+            if not tensor.is_floating_point():
+                raise InputError(
+                    f"tensor argument {position} is {tensor.dtype}, which has no derivative; a floating-point tensor "
+                    "was expected. Where it holds indices, as an embedding takes them, name other arguments in "
+                    "argnums, or differentiate in the weights by AutoJacobian.of_parameters; pass quantities as floats"
+                )
+            if tensor.layout != torch.strided or tensor.is_meta:
+                what = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+                raise InputError(
+                    f"tensor argument {position} is {what}; a dense tensor with values was expected. Pass x.to_dense() "
+                    "or leave it out of argnums"
+                )
+        # beside a tensor that can carry the batch, a scalar is shared by all samples
+        if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
+            raise InputError(
+                "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
+                "without a batch pass in_dims=None"
+            )
+
+
+def plain(value: Any) -> Any:
+    """A tensor of a class of its own, whose arithmetic may be another, as a plain one with the same graph.
+
+    One whose class has more than one tensor inside stays what it is.
+    """
+    if type(value) is Tensor or not isinstance(value, Tensor):
+        return value
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
+
+
+@contextmanager
+def recording(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """Leave inference mode, in which autograd records nothing, with arguments that it can save."""
+    if not torch.is_inference_mode_enabled():
+        yield args, kwargs
+        return
+
+    with torch.inference_mode(False), torch.no_grad():
+        yield pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
+
+
+def _recordable(value: Any) -> Any:
+    """A tensor that autograd can save: what inference mode made is copied."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def describe(value: Any) -> Any:
+    """What of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest.
+
+    Of floats only the type counts: a time or a step size changes with every call.
+    """
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.device, value.requires_grad)
+    if isinstance(value, float):
+        return float
+    if isinstance(value, (int, str, bool, bytes, type(None), torch.dtype, torch.device)):
+        return (type(value), value)
+    flat, spec = pytree.tree_flatten(value)
+    if len(flat) == 1 and flat[0] is value:
+        return (type(value), repr(value))
+    return (str(spec), tuple(describe(item) for item in flat))

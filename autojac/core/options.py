@@ -1,0 +1,117 @@
+"""The options of `AutoJacobian`: checked once, with the nearest known name suggested for a misspelled one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from autojac.core.plan import Effort
+from autojac.core.signature import Layout
+from autojac.core.structure import Coupling, Structure
+from autojac.errors import OptionError
+
+OnMiss = Literal["tune", "estimate", "error"]
+Verify = Literal["auto", "always", "never"]
+Randomness = Literal["error", "different", "same"]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an `AutoJacobian`; its docstring explains them."""
+
+    argnums: int | tuple[int, ...] = 0
+    in_dims: Any = "auto"
+    layout: Layout = "blocks"
+    has_aux: bool = False
+    effort: Effort = "quick"
+    on_miss: OnMiss = "tune"
+    budget_s: float | None = None
+    memory_limit: int | str | None = None
+    randomness: Randomness = "error"
+    coupling: Literal["auto"] | Coupling | Structure = "auto"
+    verify: Verify = "auto"
+    store: Any = field(default=None, repr=False)  # which may be a URL with a password
+    version: str = ""
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any]) -> Self:
+        """Options from keyword arguments.
+
+        Raises:
+            OptionError: for an unknown name or a value that is not accepted.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+        options = cls(**given)
+        for name, accepted in (
+            ("layout", get_args(Layout)),
+            ("effort", get_args(Effort)),
+            ("on_miss", get_args(OnMiss)),
+            ("randomness", get_args(Randomness)),
+            ("verify", get_args(Verify)),
+        ):
+            require_choice(name, getattr(options, name), accepted)
+        if not isinstance(options.coupling, Structure):
+            require_choice("coupling", options.coupling, ("auto", *get_args(Coupling)))
+        check_budget(options.budget_s)
+        parse_bytes(options.memory_limit)
+        if not isinstance(options.has_aux, bool):
+            raise OptionError(f"has_aux must be True or False, got {options.has_aux!r}")
+        if options.has_aux and options.randomness == "same":
+            raise OptionError(
+                "has_aux and randomness='same' exclude each other: each sample would have an aux of its own"
+            )
+        if not isinstance(options.version, str):
+            raise OptionError(f"version must be a string, got {options.version!r}")
+        numbers = options.argnums if isinstance(options.argnums, tuple) else (options.argnums,)
+        if not numbers or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+            raise OptionError(f"argnums must be an int or a tuple of ints, got {options.argnums!r}")
+        return options
+
+    @property
+    def declared(self) -> Structure | None:
+        """The structure that the user declared, if any."""
+        if isinstance(self.coupling, Structure):
+            return self.coupling
+        return None if self.coupling == "auto" else Structure(self.coupling, "declared")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """` (did you mean 'x'?)` for a misspelled name, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require_choice(option: str, value: Any, accepted: Collection[str]) -> None:
+    """Raise `OptionError` unless `value` is one of `accepted`."""
+    if not isinstance(value, str) or value not in accepted:
+        listed = ", ".join(repr(choice) for choice in accepted)
+        raise OptionError(f"{option} must be one of {listed}, got {value!r}{nearest(value, accepted)}")
+
+
+def check_budget(budget_s: Any) -> None:
+    """Raise `OptionError` unless `budget_s` is None or a number of seconds."""
+    number = isinstance(budget_s, (int, float)) and not isinstance(budget_s, bool)
+    if budget_s is not None and not (number and budget_s >= 0):
+        raise OptionError(f"budget_s must be a number of seconds, zero or more, got {budget_s!r}")
+
+
+def parse_bytes(limit: int | str | None) -> int | None:
+    """Bytes in `8589934592`, `"8GiB"` or `"500 MB"`."""
+    if limit is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(limit))
+    if isinstance(limit, bool) or match is None or match[2].upper() not in UNITS:
+        raise OptionError(f"memory_limit must be bytes or a size such as '8GiB' or '500MB', got {limit!r}")
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size <= 0:
+        raise OptionError(f"memory_limit must be positive, got {limit!r}")
+    return size

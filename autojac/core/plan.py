@@ -1,0 +1,130 @@
+"""A plan: the method expression that won a search, with what was measured on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from autojac.core.pattern import Pattern
+from autojac.core.structure import Structure
+from autojac.errors import OptionError
+
+Effort = Literal["estimate", "quick", "measure", "exhaustive"]
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+TrialState = Literal["complete", "pruned", "infeasible", "rejected", "unsupported", "skipped"]
+
+
+def effort_rank(effort: str) -> int:
+    """Position of an effort in the order estimate < quick < measure < exhaustive."""
+    if effort not in EFFORTS:
+        raise OptionError(f"effort must be one of {EFFORTS}, got {effort!r}")
+    return EFFORTS.index(effort)
+
+
+def expression(spec: dict[str, Any]) -> str:
+    """A method's spec as people read it: `batch_chunk(pull(shared, vmap, chunk=16), size=8192)`."""
+    fields = [
+        expression(value) if isinstance(value, dict) else f"{name}={value}"
+        for name, value in spec.items()
+        if name != "method" and value is not None
+    ]
+    return f"{spec['method']}({', '.join(fields)})"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate's fate in a search.
+
+    Attributes:
+        method: the candidate's JSON spec.
+        state: `complete` (timed), `pruned` (hopelessly slow), `infeasible` (memory, operator or compiler
+            failure), `rejected` (wrong numbers), `unsupported` (does not apply) or `skipped` (no budget left).
+        seconds: median time of one call.
+        dispersion: relative spread of the timings (interquartile range over median).
+        memory_bytes: peak bytes allocated by one call beyond what was held before.
+        reason: why it is not `complete`, as a sentence.
+    """
+
+    method: dict[str, Any]
+    state: TrialState
+    seconds: float | None = None
+    dispersion: float | None = None
+    memory_bytes: int | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        # JSON has no nan and no infinity
+        seconds = self.seconds if self.seconds is not None and math.isfinite(self.seconds) else None
+        return {
+            "method": self.method,
+            "state": self.state,
+            "seconds": seconds,
+            "dispersion": self.dispersion,
+            "memory_bytes": self.memory_bytes,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Trial:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the Jacobian of one signature is computed on one device.
+
+    Attributes:
+        method: JSON spec of the winning method expression.
+        structure: the structure that the method relies on.
+        batched: for each tensor of the positional arguments, whether its axis 0 runs over samples.
+        effort: how hard the search was.
+        seconds: median time of one call in the final shoot-out; None if nothing was timed.
+        default_seconds: the same for torch's default method, in the same shoot-out.
+        memory_bytes: peak bytes of one call, if measured.
+        tuning_seconds: what probing and searching cost.
+        source: where the plan came from in this process: `search`, `estimate`, `store` or `neighbour`.
+        trials: every candidate's fate; empty when the plan was loaded without them.
+    """
+
+    method: dict[str, Any]
+    structure: Structure
+    batched: tuple[bool, ...]
+    effort: Effort
+    seconds: float | None = None
+    default_seconds: float | None = None
+    memory_bytes: int | None = None
+    tuning_seconds: float = 0.0
+    source: str = "search"
+    trials: tuple[Trial, ...] = ()
+
+    def __str__(self) -> str:
+        return expression(self.method)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but `trials` and `source`, as plain JSON types."""
+        return {
+            "method": self.method,
+            "structure": self.structure.to_json(),
+            "batched": list(self.batched),
+            "effort": self.effort,
+            "seconds": self.seconds,
+            "default_seconds": self.default_seconds,
+            "memory_bytes": self.memory_bytes,
+            "tuning_seconds": self.tuning_seconds,
+        }
+
+    @classmethod
+    def from_json(
+        cls,
+        data: dict[str, Any],
+        source: str = "store",
+        trials: tuple[Trial, ...] = (),
+        patterns: Callable[[str], Pattern] | None = None,
+    ) -> Plan:
+        """The plan that gave this JSON; `patterns` gives the patterns that its structure names."""
+        structure = Structure.from_json(data["structure"], patterns)
+        fields = {**data, "structure": structure, "batched": tuple(data["batched"])}
+        effort_rank(fields["effort"])
+        return cls(**fields, source=source, trials=trials)

@@ -1,0 +1,143 @@
+"""What couples with what across the batch, and how it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from autojac.core.pattern import Pattern, Sparsity
+from autojac.errors import OptionError
+
+Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
+Assurance = Literal["proved", "observed", "declared"]
+
+UPDATES_BUFFERS = "updates buffers"
+KEEPS = "keeps values in attributes or containers"
+DRAWS = "draws random numbers"
+EXCHANGES = "assigns to .data"
+DRAWS_ALIKE = "draws the same random numbers for every sample"
+"""What a call may do besides returning a value.
+
+What func keeps is put right by one more plain call; numbers drawn alike are the user's wish, and bind no method.
+"""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The dependence of a function's outputs on its inputs across the batch.
+
+    Attributes:
+        coupling: `independent` if output b depends on input b alone; `grouped` if it depends on the samples of its own
+            group, `sparse` if on some others; `statistics` if, given some tensors that all samples share, such as a
+            batch's mean and variance, it depends on b alone; else `dense`.
+        assurance: `proved` for all inputs, `observed` on samples, or `declared` by the user.
+        sliceable: whether calling the function on some of the samples gives those samples' outputs;
+            false where the output depends on the batch size or on side inputs of other samples.
+        suspect: the layers of the probe disagree, so every call is checked.
+        effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`), so that
+            func must run once, or on the whole batch.
+        kernels: operators that func runs, or may run, and that lack some derivatives which their plain formula has.
+        evidence: one line for each layer of the probe, for people.
+        sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
+            coupling allows.
+        watched: the verdict was reached with certain contents of what is not differentiated, such as masks, segment
+            ids and adjacency matrices, and nothing proves it for others.
+    """
+
+    coupling: Coupling
+    assurance: Assurance = "observed"
+    sliceable: bool = True
+    suspect: bool = False
+    effects: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    sparsity: Sparsity | None = None
+    watched: bool = False
+
+    def __post_init__(self) -> None:
+        if self.coupling not in get_args(Coupling):
+            raise OptionError(f"coupling must be one of {get_args(Coupling)}, got {self.coupling!r}")
+        if self.assurance not in get_args(Assurance):
+            raise OptionError(f"assurance must be one of {get_args(Assurance)}, got {self.assurance!r}")
+
+    @property
+    def independent(self) -> bool:
+        return self.coupling == "independent"
+
+    def fits(self, batch: int, rows: int, columns: int) -> bool:
+        """Whether its patterns are those of a batch of samples with as many outputs and inputs."""
+        features = self.sparsity.features if self.sparsity else None
+        samples = self.samples
+        return (samples is None or samples.shape == (batch, batch)) and (
+            features is None or features.shape == (rows, columns)
+        )
+
+    @property
+    def assumes(self) -> bool:
+        """Whether some entries are taken for zero, so that a method may be wrong where that does not hold."""
+        return self.independent or self.sparsity is not None
+
+    @property
+    def samples(self) -> Pattern | None:
+        """The sample graph, where samples are coupled along one."""
+        return self.sparsity.samples if self.coupling in ("grouped", "sparse") and self.sparsity else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether func draws random numbers."""
+        return DRAWS in self.effects or DRAWS_ALIKE in self.effects
+
+    def refuted(self, reason: str) -> Structure:
+        """The structure that remains after a check failed: dense, with the reason added."""
+        return replace(
+            self,
+            coupling="dense",
+            assurance="observed",
+            sliceable=False,
+            suspect=False,
+            sparsity=None,
+            watched=False,
+            evidence=(*self.evidence, reason),
+        )
+
+    def without_patterns(self, reason: str) -> Structure:
+        """The structure without its patterns, with the reason added."""
+        coupling: Coupling = "dense" if self.coupling in ("grouped", "sparse") else self.coupling
+        evidence = (*self.evidence, reason)
+        return replace(self, coupling=coupling, sparsity=None, watched=False, evidence=evidence)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types; patterns by their keys."""
+        data = {
+            "coupling": self.coupling,
+            "assurance": self.assurance,
+            "sliceable": self.sliceable,
+            "suspect": self.suspect,
+            "effects": list(self.effects),
+            "kernels": list(self.kernels),
+            "evidence": list(self.evidence),
+            "watched": self.watched,
+        }
+        return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], patterns: Callable[[str], Pattern] | None = None) -> Structure:
+        """The structure that gave this JSON.
+
+        Args:
+            data: plain JSON types.
+            patterns: gives the pattern of a key.
+
+        Raises:
+            OptionError: it names patterns and there is nothing to give them, or names them wrongly.
+        """
+        fields = {**data, **{name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}}
+        named = fields.pop("sparsity", None)
+        if named is None:
+            return cls(**fields)
+        if patterns is None:
+            raise OptionError("the structure names patterns that are not at hand; only a store that holds them has it")
+        if not isinstance(named, dict) or not named.keys() <= {"samples", "features"}:
+            raise OptionError("`sparsity` does not name the patterns of samples and features")
+        return cls(**fields, sparsity=Sparsity.from_parts({name: patterns(key) for name, key in named.items()}))

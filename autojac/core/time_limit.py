@@ -1,0 +1,192 @@
+"""A limit on how long a computation may run: probes and candidates must not hang."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeVar
+
+from autojac.core.ranks import several
+
+T = TypeVar("T")
+
+LEAVING_S = 1.0
+"""Seconds that a watching thread is given to end."""
+AGAIN_S = 1.0
+"""Code that swallows every exception is interrupted again after this long."""
+SOON_S = 1e-3
+"""Code that garbage collection runs is not interrupted: what it raises is only printed. Looked at again then."""
+
+
+def within(seconds: float, run: Callable[[], T]) -> T:
+    """`run()`, interrupted after `seconds`.
+
+    A watching thread raises an exception in this one, which is noticed between two bytecodes: loops end, while a single
+    call into torch runs to its end first. What must be put back in any case belongs outside of `run`. This is no
+    context manager, because the exception may come while a block is being left, where nothing would catch it.
+
+    One of several ranks is never interrupted: the others would wait for it.
+
+    Raises:
+        TimeoutError: `run` was interrupted.
+    """
+    if seconds == math.inf or several():
+        return run()
+
+    # of its own class, so that limits within limits tell their exceptions apart; no Exception, which func may catch
+    class Expired(BaseException):
+        pass
+
+    limit = _Limit(Expired)
+    try:
+        try:
+            # in here, since the limit that this one is within may end meanwhile
+            _watch.add(limit, seconds)
+            return run()
+        finally:
+            _watch.drop(limit)
+    except Expired:
+        _watch.drop(limit)
+        raise TimeoutError(f"did not finish within {seconds:.2g} s") from None
+
+
+def end_watch() -> None:
+    """End the thread that watches, unless some limit is still watched; the next limit starts another."""
+    _watch.end()
+
+
+class _Limit:
+    """One computation in one thread, and the exception that interrupts it."""
+
+    def __init__(self, expired: type[BaseException]) -> None:
+        self.expired = expired
+        self.thread = threading.get_ident()
+        self.lock = threading.Lock()
+        self.done = self.raised = self.collecting = False
+
+    def collects(self, phase: str, info: dict[str, int]) -> None:
+        """Called before and after each garbage collection."""
+        if threading.get_ident() == self.thread:
+            self.collecting = phase == "start"
+
+    def interrupt(self) -> float | None:
+        """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
+        with self.lock:
+            if self.done:
+                return None
+            if self.collecting:
+                return SOON_S
+            self.raised = True
+            self.throw(self.expired)
+            return AGAIN_S
+
+    def throw(self, error: type[BaseException]) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(error))
+
+    def stop(self) -> None:
+        with self.lock:
+            self.done = True
+        if not self.raised:
+            return
+
+        class Cleared(BaseException):
+            pass
+
+        # What has not arrived by now never will: another takes its place and is caught here. Were it only taken back,
+        # CPython 3.11 would look for it at every call from then on, and for ever under a profiler or a debugger.
+        try:
+            self.throw(Cleared)
+            while True:
+                pass
+        except Cleared:
+            pass
+
+
+class _Watch:
+    """The thread that watches all limits: starting one for each would cost more than most of what is watched.
+
+    Whoever adds or drops a limit changes it by single calls into C, since an exception may arrive between any two.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Start afresh: a forked process has none of its parent's threads."""
+        self.limits: dict[_Limit, float] = {}
+        self._starting = threading.Lock()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._until = math.inf
+        self._ending = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, limit: _Limit, seconds: float) -> None:
+        until = monotonic() + seconds
+        self.limits[limit] = until
+        gc.callbacks.append(limit.collects)
+        if self._thread is None or not self._thread.is_alive():
+            with self._starting:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="autojac time limits", daemon=True)
+                    self._thread.start()
+        elif until < self._until:
+            with contextlib.suppress(RuntimeError):  # it rings already
+                self._bell.release()
+
+    def drop(self, limit: _Limit) -> None:
+        self.limits.pop(limit, None)
+        with contextlib.suppress(ValueError):  # dropped already
+            gc.callbacks.remove(limit.collects)
+        limit.stop()
+
+    def end(self) -> None:
+        thread = self._thread
+        if thread is None or self.limits:
+            return
+        self._ending = True
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._bell.release()
+        thread.join(LEAVING_S)
+
+    def _ended(self) -> bool:
+        """Leave, if asked to and nothing is watched. A limit is there before its thread is looked for, in `add`."""
+        if not self._ending or self.limits:
+            return False
+        with self._starting:
+            here, self._thread = self._thread, None
+            if self.limits:
+                self._thread = here
+                return False
+            self._ending = False
+            return True
+
+    def _run(self) -> None:
+        while not self._ended():
+            # who adds a limit from here on rings; whoever did before is seen
+            self._until = math.inf
+            now = monotonic()
+            for limit, until in list(self.limits.items()):
+                if until > now:
+                    continue
+                again = limit.interrupt()
+                if again is None:
+                    self.limits.pop(limit, None)
+                else:
+                    self.limits[limit] = now + again
+            until = min(list(self.limits.values()), default=math.inf)
+            self._until = until
+            left = until - monotonic()
+            if left > 0:
+                self._bell.acquire(timeout=-1 if left == math.inf else min(left, threading.TIMEOUT_MAX))
+
+
+_watch = _Watch()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_watch.begin)

@@ -1,0 +1,240 @@
+"""What the graph of one call shows, found when first asked and kept: whether a cut exists, and how the batch runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.core.sandbox import Quiet
+from autojac.graph.batch_axis.propagation import Flow, follow
+from autojac.graph.cuts.accumulation import Accumulation, Product, accumulate, products
+from autojac.graph.cuts.shared_tensors import Pool, pool
+from autojac.graph.ir import Graph
+from autojac.graph.recorder import Recording, record
+from autojac.guards.captures import Captures
+
+Fn = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
+Cut = TypeVar("Cut")
+MOST_KEYS = 256
+
+
+class Outline:
+    """The graph of a call, without its tensors.
+
+    Args:
+        call: fn, leaves and keyword arguments; the call is made once, without a trace, when something is first asked.
+        differentiated: indices of the leaves to differentiate.
+        batched: which leaves carry the batch.
+        batch: number of samples.
+        quiet: how to evaluate without a trace.
+        captured: what func reaches, to call tensors by the names of their modules.
+    """
+
+    def __init__(
+        self,
+        call: tuple[Fn, Sequence[Tensor], Mapping[str, Any]],
+        differentiated: Sequence[int],
+        batched: Sequence[bool],
+        batch: int,
+        quiet: Quiet,
+        captured: Captures,
+    ) -> None:
+        fn, leaves, kwargs = call
+        self._call: Any = (fn, tuple(leaf.detach() for leaf in leaves), kwargs, quiet, captured.modules)
+        self.state = "something that can't be followed" if captured.opaque else captured.state
+        if any(isinstance(value, float) for value in pytree.tree_leaves(dict(kwargs))):
+            # not part of a plan's key
+            self.state = "a Python float among the arguments"
+        self._chains: dict[tuple[bool, bool], Accumulation | None] = {}
+        self._owners: dict[int, str] = {}
+        self.captured: tuple[Tensor, ...] = ()
+        self.escaped = ""
+        self.differentiated = tuple(differentiated)
+        self.batched = tuple(batched)
+        self.batch = batch
+
+    @functools.cached_property
+    def found(self) -> Flow | str:
+        """How the batch runs through the graph; or why there is none, as a sentence."""
+        if self._call is None:
+            return "func was not recorded"
+        fn, leaves, kwargs, quiet, modules = self._call
+        try:
+            with quiet():
+                recording = record(fn, leaves, kwargs, self.differentiated, named=True)
+        except Exception as error:  # whatever func raises when it is watched
+            return (
+                f"func can't be recorded, it raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            )
+        finally:
+            self._call = None
+        if recording.graph is None:
+            return recording.reason
+        self._owners = _paths(recording, modules)
+        self.captured, self.escaped = recording.captured, recording.escaped
+        return flow_of(recording.graph, self.batched, self.batch)
+
+    def close(self) -> None:
+        """Let go of the call: what was not asked by now stays unknown."""
+        self._call, self.captured = None, ()
+
+    def names(self, numbers: Sequence[int]) -> str:
+        """Tensors, for people: by module the operators that they come from, with their shapes."""
+        flow = self.flow
+        assert flow is not None
+        graph, grouped = flow.graph, dict[str, list[str]]()
+        for number in numbers:
+            place = graph.producers.get(number)
+            made = "input" if place is None else graph.operations[place].name
+            what = f"{graph.marks.get(number, made)} {graph.shapes[number]}"
+            grouped.setdefault(self._owners.get(number, ""), []).append(what)
+        lists = ((owner, ", ".join(parts)) for owner, parts in grouped.items())
+        return "; ".join(f"{owner}: {parts}" if owner else parts for owner, parts in lists)
+
+    def lines(self, rows: int, columns: int) -> list[str]:
+        """The cuts, for people.
+
+        Args:
+            rows, columns: elements of one sample's outputs and inputs.
+        """
+        lines = []
+        if self._chains and (found := self.chain(again=True) or self.chain()) is not None:
+            lines += [self._line(product, product is found.way) for product in products(found.way)]
+        if "read_pool" in vars(self) and self.read_pool is not None:
+            passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
+            lines.append(f"cut: samples meet in {self.meeting_place}: {passes}")
+        return lines
+
+    def _line(self, product: Product, whole: bool) -> str:
+        flow = self.flow
+        assert flow is not None
+        outputs = {y: f"output {place} {flow.graph.shapes[y]}" for place, y in enumerate(flow.graph.outputs)}
+        cut, sources, targets = (
+            " and ".join(outputs.get(number) or self.names([number]) for number in ends)
+            for ends in (product.cut, product.sources, product.targets)
+        )
+        between = "" if whole else f" from {sources} to {targets}"
+        instead = min(flow.width(product.sources), flow.width(product.targets))
+        passes = f"{product.late.passes} + {product.early.passes} passes instead of {instead}"
+        return f"cut: every path{between} runs through {cut}: {passes}"
+
+    @property
+    def meeting_place(self) -> str:
+        """The tensors of a pool, for people: nearest to where samples meet, unless those are more numbers."""
+        read, least = self.read_pool, self.least_pool
+        assert read is not None
+        nearest = least if least is not None and least.size <= read.size else read
+        return self.names(nearest.tensors) or "none that a derivative runs through"
+
+    @property
+    def obstacle(self) -> str:
+        """The operator at which samples first meet."""
+        flow = self.flow
+        if flow is None:
+            return str(self.reason)
+        if flow.losses:
+            place = min(flow.losses)
+            shapes = ", ".join(str(flow.graph.shapes[number]) for number in flow.graph.operations[place].sources)
+            return f"it stops at {flow.losses[place]} (operator {place} of {len(flow.graph.operations)}, of {shapes})"
+        return "an output has the batch elsewhere than in front"
+
+    @property
+    def flow(self) -> Flow | None:
+        return None if isinstance(self.found, str) else self.found
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no graph."""
+        return self.found if isinstance(self.found, str) else None
+
+    def chain(self, again: bool = False, forward: bool = True) -> Accumulation | None:
+        """The chain rule through cuts, as `accumulate` plans it; None if it has no cut, or none that one had not."""
+        key = again, forward
+        if key not in self._chains:
+            flow = self.flow
+            self._chains[key] = None
+            if flow is not None:
+                ends = inputs_of(flow.graph, self.differentiated)
+                found = accumulate(flow, ends, again=again, forward=forward)
+                self._chains[key] = None if again and found == self.chain(False, forward) else found
+        return self._chains[key]
+
+    @functools.cached_property
+    def read_pool(self) -> Pool | None:
+        """The shared tensors where they are read."""
+        flow = self.flow
+        return pool(flow, inputs_of(flow.graph, self.differentiated), least=False) if flow is not None else None
+
+    @functools.cached_property
+    def least_pool(self) -> Pool | None:
+        """As few shared elements as possible."""
+        flow = self.flow
+        return pool(flow, inputs_of(flow.graph, self.differentiated), least=True) if flow is not None else None
+
+
+class Cutter(Generic[Cut]):
+    """Records each call and finds its cut; calls of one structure are looked at once.
+
+    Args:
+        fn: the function.
+        differentiated, batched, batch: as in `Outline`.
+        find: from the flow of a graph and the numbers of its inputs to a cut.
+        differentiable: whether what is recorded stays connected to the caller's tensors.
+    """
+
+    def __init__(
+        self,
+        fn: Fn,
+        differentiated: Sequence[int],
+        batched: Sequence[bool],
+        batch: int,
+        find: Callable[[Flow, Sequence[int]], Cut | None],
+        differentiable: bool,
+    ) -> None:
+        self.fn = fn
+        self.differentiated = tuple(differentiated)
+        self.batched = tuple(batched)
+        self.batch = batch
+        self.find = find
+        self.differentiable = differentiable
+        self._known: dict[int, Cut | None] = {}
+
+    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Recording, Cut | None]:
+        """Call the function once; the cut is None where there is none, and the recording is right whatever it is."""
+        recording = record(self.fn, leaves, kwargs, self.differentiated, self.differentiable, watched=False)
+        graph = recording.graph
+        if graph is None:
+            return recording, None
+        if graph.key not in self._known:
+            if len(self._known) >= MOST_KEYS:
+                self._known.clear()
+            flow = flow_of(graph, self.batched, self.batch)
+            self._known[graph.key] = self.find(flow, inputs_of(graph, self.differentiated))
+        return recording, self._known[graph.key]
+
+
+def flow_of(graph: Graph, batched: Sequence[bool], batch: int) -> Flow:
+    """How the batch runs through a graph, which is kept without its tensors."""
+    return follow(dataclasses.replace(graph, constants=dict.fromkeys(graph.constants, _NOTHING)), batch, batched)
+
+
+def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:
+    return tuple(graph.inputs[position] for position in differentiated)
+
+
+def _paths(recording: Recording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
+    """For tensors that were made in the code of a module: its kind, and its path from the first module that has it."""
+    paths: dict[int, str] = {}
+    for root in modules:
+        for path, module in root.named_modules():
+            paths.setdefault(id(module), f"{type(module).__name__} at {path}" if path else type(module).__name__)
+    return {number: paths[owner] for number, owner in recording.owners.items() if owner in paths}
+
+
+_NOTHING = torch.empty(0)

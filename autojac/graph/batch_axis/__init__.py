@@ -1,0 +1,1 @@
+"""Where the batch axis goes, operator by operator."""

@@ -1,0 +1,216 @@
+"""Where the batch goes: follow its axis through a graph, operator by operator, by what each operator is known to do.
+
+A tensor is free (it reads no sample), along (slice b of one axis reads sample b alone, given the shared tensors) or
+shared (it reads several samples). An operator without a rule makes its result shared: that is never wrong, since a
+shared tensor may be anything; it only proves nothing and cuts nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from autojac.graph.ir import Graph, Operation, Value
+
+
+class Along(NamedTuple):
+    """Axis `axis` runs over samples: entry j belongs to sample (j // inner) % B, with `outer` turns of the batch."""
+
+    axis: int
+    outer: int = 1
+    inner: int = 1
+
+
+SHARED: Literal["shared"] = "shared"
+SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+"""Operators that read no entry of their argument."""
+UNFORESEEN = "its rule fails"
+State = Along | Literal["shared"] | None
+
+
+class Lost(Exception):
+    """The batch axis can't be followed through an operator; says why."""
+
+
+class Meets(Lost):
+    """An operator reads several samples for one result, whatever comes of it."""
+
+
+class Step:
+    """One operator with the states of the tensors that it reads."""
+
+    def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], batch: int) -> None:
+        self.graph = graph
+        self.operation = operation
+        self.states = states
+        self.batch = batch
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, defaults included."""
+        schema = self.operation.target._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        given |= {argument.name: value for argument, value in zip(schema, self.operation.args, strict=False)}
+        return given | dict(self.operation.kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def state(self, value: Any) -> State:
+        return self.states.get(value.number) if isinstance(value, Value) else None
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self.graph.shapes[value.number]
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the first output."""
+        first = next(number for number in self.operation.outputs if number is not None)
+        return self.graph.shapes[first]
+
+    def carried(self) -> list[tuple[Value, Along]]:
+        """The tensors that carry the batch."""
+        found = []
+        for number in dict.fromkeys(self.operation.sources):
+            state = self.states.get(number)
+            if isinstance(state, Along):
+                found.append((Value(number), state))
+        return found
+
+    def only(self) -> tuple[tuple[int, ...], Along]:
+        """Shape and state of the one tensor that carries the batch, which must be the first argument."""
+        carried = self.carried()
+        if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
+            raise Lost("several tensors carry the batch into it")
+        return self.shape(carried[0][0]), carried[0][1]
+
+    def axes(self, name: str, dims: int) -> set[int]:
+        """A `dim` argument as a set of axes from the front; all where it names none."""
+        given = self.arguments.get(name)
+        if given is None or (isinstance(given, (list, tuple)) and not given):
+            return set(range(dims))
+        return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How the batch runs through a graph.
+
+    Attributes:
+        states: of each tensor.
+        losses: for each operator at which samples meet, by position: why.
+        meets: some operator is known to read several samples for one result.
+    """
+
+    graph: Graph
+    batch: int
+    states: Mapping[int, State]
+    losses: Mapping[int, str]
+    meets: bool = False
+
+    @property
+    def independent(self) -> bool:
+        """Whether every output has sample b alone behind its row b."""
+        return not self.losses and not self.frontier and not self.lost_output
+
+    @functools.cached_property
+    def frontier(self) -> tuple[int, ...]:
+        """The shared tensors that operators along the batch read, in the order in which they were made."""
+        read: set[int] = set()
+        for operation in self.graph.operations:
+            if any(isinstance(self.states.get(y), Along) for y in operation.outputs if y is not None):
+                read.update(number for number in operation.sources if self.states.get(number) == SHARED)
+        return tuple(sorted(read))
+
+    @functools.cached_property
+    def pure(self) -> frozenset[int]:
+        """The tensors along the batch behind which no shared tensor stands: sample b of them reads sample b alone."""
+        tainted = {number for number, state in self.states.items() if state == SHARED}
+        for operation in self.graph.operations:
+            if not tainted.isdisjoint(operation.sources):
+                tainted.update(number for number in operation.outputs if number is not None)
+        return frozenset(
+            number for number, state in self.states.items() if isinstance(state, Along) and number not in tainted
+        )
+
+    def width(self, tensors: Iterable[int]) -> int:
+        """Elements of one sample in tensors that carry the batch."""
+        return sum(math.prod(self.graph.shapes[number]) for number in tensors) // self.batch
+
+    @property
+    def lost_output(self) -> bool:
+        """Whether an output itself is shared, or has the batch elsewhere than in front."""
+        return any(self.states.get(y) not in (Along(0), None) for y in self.graph.outputs)
+
+
+def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> Flow:
+    """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
+    # the rules are loaded where they are needed
+    from autojac.graph.batch_axis.rules import rule_of
+
+    states: dict[int, State] = {
+        number: Along(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
+    }
+    states |= dict.fromkeys(shared, SHARED)
+    losses: dict[int, str] = {}
+    meets = False
+    for place, operation in enumerate(graph.operations):
+        step = Step(graph, operation, states, batch)
+        read = {states.get(number) for number in operation.sources}
+        made: State | Sequence[State]
+        if read <= {None} or operation.name in SHAPE_ONLY:
+            made = None
+        elif not any(isinstance(state, Along) for state in read):
+            made = _spread(step)
+        else:
+            try:
+                made = rule_of(operation)(step)
+            except Lost as lost:
+                losses[place] = f"{operation.name}: {lost}"
+                meets = meets or isinstance(lost, Meets)
+                made = SHARED
+            except Exception as error:  # a call that a rule did not think of proves nothing, and stops nobody
+                losses[place] = f"{operation.name}: {UNFORESEEN}, {type(error).__name__}"
+                made = SHARED
+        for index, number in enumerate(operation.outputs):
+            if number is not None:
+                state = made[index] if isinstance(made, list) else made
+                assert state is None or state == SHARED or isinstance(state, Along)
+                states[number] = _sound(graph, number, state, batch)
+    return Flow(graph, batch, states, losses, meets)
+
+
+def _spread(step: Step) -> State:
+    """Shared tensors make shared ones, but an expanded one has an axis that may count as the batch's."""
+    if step.operation.name == "expand":
+        before, after = step.shape(step.operation.args[0]), step.out
+        before = (1,) * (len(after) - len(before)) + before
+        for axis, (old, size) in enumerate(zip(before, after, strict=True)):
+            if old == 1 and size == step.batch:
+                return Along(axis)
+    return SHARED
+
+
+def _sound(graph: Graph, number: int, state: State, batch: int) -> State:
+    """The state, if the tensor's size allows it: some operators return seeds or counters beside their result."""
+    if isinstance(state, Along):
+        shape = graph.shapes[number]
+        if state.axis >= len(shape) or shape[state.axis] != state.outer * batch * state.inner:
+            return SHARED
+    return state
+
+
+def regrouped(state: Along, before: Sequence[int], after: Sequence[int], batch: int) -> Along:
+    """The batch axis after a view in another shape."""
+    behind = state.inner * math.prod(before[state.axis + 1 :])
+    for axis, size in enumerate(after):
+        stride = math.prod(after[axis + 1 :])
+        if 0 < stride <= behind:
+            inner, rest = divmod(behind, stride)
+            if rest or size % (inner * batch):
+                break
+            return Along(axis, size // (inner * batch), inner)
+    raise Lost("a view takes the batch axis apart")

@@ -1,0 +1,270 @@
+"""The chain rule over a graph: through which cuts a Jacobian is accumulated, and which sides are pushed or pulled.
+
+Between the ends of a minimum cut's side no narrower cut exists: as many disjoint paths as the cut is wide run through
+either side (Menger), so a chain of layers is best cut once, at its narrowest place, and each operator then takes as few
+seeds as it can. A second cut pays where sides have several ends: one output may have a narrow place of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autojac.graph.batch_axis.propagation import Along, Flow
+from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
+from autojac.graph.ir import Graph, Operation, Value
+
+Ends = tuple[int, ...]
+LEVELS = 3
+"""How often a side may be cut again."""
+MOST_TO_CUT_AGAIN = 300
+"""Tensors above which sides are not cut again: finding out takes longer than it is worth."""
+MOST_PARTS = 8
+GAIN = 0.9
+"""Share of the cost below which cutting again counts as a gain: the model is no better than that."""
+PRODUCTS_A_MOVE = 16
+"""Multiplications of a matrix product that take as long as moving one number."""
+LEFT_FACTORS = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """J_{targets←sources} by one seed for each element of one end.
+
+    Attributes:
+        sources, targets: numbers of tensors.
+        mode: push the coordinates of the sources, or pull those of the targets.
+        passes: seeds.
+        cost: predicted moves of numbers, for one sample.
+    """
+
+    sources: Ends
+    targets: Ends
+    mode: Literal["push", "pull"]
+    passes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """J_{targets←cut} · J_{cut←sources}."""
+
+    sources: Ends
+    targets: Ends
+    cut: Ends
+    late: Way
+    early: Way
+    multiplication: float
+
+    @property
+    def cost(self) -> float:
+        return self.late.cost + self.early.cost + self.multiplication
+
+    @property
+    def passes(self) -> int:
+        return self.late.passes + self.early.passes
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Rows or columns of J_{targets←sources}, each in a way of its own."""
+
+    sources: Ends
+    targets: Ends
+    parts: tuple[Way, ...]
+
+    @property
+    def cost(self) -> float:
+        return sum(part.cost for part in self.parts)
+
+    @property
+    def passes(self) -> int:
+        return sum(part.passes for part in self.parts)
+
+
+Way = Sweep | Product | Beside
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How to accumulate the Jacobian of a whole graph.
+
+    Attributes:
+        way: the tree of cuts.
+        states: how the tensors at the ends of its sweeps carry the batch.
+        seeds: whole passes through the graph that its sweeps are worth.
+        width: elements of one sample in its widest cut.
+    """
+
+    way: Way
+    states: Mapping[int, Along]
+    seeds: float
+    width: int
+
+
+def accumulate(flow: Flow, inputs: Sequence[int], *, again: bool = False, forward: bool = True) -> Accumulation | None:
+    """Cut a graph where it is narrowest, by elements of one sample.
+
+    Args:
+        flow: how the batch runs through the graph.
+        inputs: numbers of the differentiated inputs.
+        again: whether the sides may be cut again where the model predicts a gain.
+        forward: whether sides may be pushed.
+
+    Returns:
+        None if nothing is narrower than the inputs and the outputs.
+    """
+    planner = _Planner(flow, inputs, forward)
+    targets = tuple(y for y in dict.fromkeys(flow.graph.outputs) if y in planner.alive)
+    if len(planner.alive) > MOST_NODES or not targets:
+        return None
+    levels = LEVELS if len(planner.alive) <= MOST_TO_CUT_AGAIN else 1
+    direct = planner.sweep(tuple(inputs), targets)
+    way: Way = planner.product(tuple(inputs), targets, 0) or direct
+    if again:
+        best = planner.way(tuple(inputs), targets, levels)
+        way = best if best.cost < GAIN * way.cost else way
+    if not list(products(way)):
+        return None
+    ends = {number for sweep in sweeps(way) for number in (*sweep.sources, *sweep.targets)}
+    found = {number: flow.states.get(number) for number in ends}
+    # an output that the flow has lost is known to be independent in another way, with the batch in front
+    states = {number: state if isinstance(state, Along) else Along(0) for number, state in found.items()}
+    seed = max(direct.cost, 1) / max(direct.passes, 1)
+    width = max(flow.width(product.cut) for product in products(way))
+    return Accumulation(way, states, sum(sweep.cost for sweep in sweeps(way)) / seed, width)
+
+
+def sweeps(way: Way) -> Iterator[Sweep]:
+    """The leaves of a tree of cuts."""
+    if isinstance(way, Sweep):
+        yield way
+    else:
+        for part in (way.late, way.early) if isinstance(way, Product) else way.parts:
+            yield from sweeps(part)
+
+
+def products(way: Way) -> Iterator[Product]:
+    """Its cuts, the outer ones first."""
+    if isinstance(way, Product):
+        yield way
+    if not isinstance(way, Sweep):
+        for part in (way.late, way.early) if isinstance(way, Product) else way.parts:
+            yield from products(part)
+
+
+class _Planner:
+    """Finds the cheapest way between two sets of tensors."""
+
+    def __init__(self, flow: Flow, inputs: Sequence[int], forward: bool) -> None:
+        self.flow = flow
+        self.forward = forward
+        self.alive = differentiable_paths(flow.graph, inputs)
+        self.operations = [op for op in flow.graph.operations if passes_derivatives(op)]
+        self._ways: dict[tuple[Ends, Ends, int], Way] = {}
+        self._found: dict[tuple[Ends, Ends, Ends], frozenset[int]] = {}
+
+    def way(self, sources: Ends, targets: Ends, levels: int) -> Way:
+        key = sources, targets, levels
+        if key not in self._ways:
+            self._ways[key] = self._cheapest(sources, targets, levels)
+        return self._ways[key]
+
+    def _cheapest(self, sources: Ends, targets: Ends, levels: int) -> Way:
+        best: Way = self.sweep(sources, targets)
+        if not levels:
+            return best
+        options: list[Way | None] = [self.product(sources, targets, levels - 1)]
+        if 1 < len(targets) <= MOST_PARTS:
+            options.append(Beside(sources, targets, tuple(self.way(sources, (t,), levels) for t in targets)))
+        if 1 < len(sources) <= MOST_PARTS:
+            options.append(Beside(sources, targets, tuple(self.way((s,), targets, levels) for s in sources)))
+        for option in options:
+            if option is not None and option.cost < GAIN * best.cost:
+                best = option
+        return best
+
+    def sweep(self, sources: Ends, targets: Ends) -> Sweep:
+        """One sweep in the cheaper direction."""
+        pull = Sweep(
+            sources,
+            targets,
+            "pull",
+            self.flow.width(set(targets) - set(sources)),
+            sum(self.flow.width((t,)) * self._moves(sources, (t,)) for t in targets),
+        )
+        push = Sweep(
+            sources,
+            targets,
+            "push",
+            self.flow.width(sources),
+            sum(self.flow.width((s,)) * self._moves((s,), targets, sources) for s in sources),
+        )
+        return push if self.forward and push.cost < pull.cost else pull
+
+    def product(self, sources: Ends, targets: Ends, levels: int) -> Product | None:
+        """The way through the narrowest cut; None if it is no narrower than both ends."""
+        narrowest = min(self.flow.width(sources), self.flow.width(targets))
+        if narrowest < 2:
+            return None
+        between = self._between(sources, targets)
+        # a derivative does not run into a source, which is given
+        links = [(one, other) for one, other in edges(self.flow.graph, between) if other not in sources]
+        starts, goals = ([n for n in ends if n in between] for ends in (sources, targets))
+        found = minimum_cut(links, {n: self._capacity(n) for n in between}, starts, goals)
+        if not found or self.flow.width(found) >= narrowest:
+            return None
+        cut = tuple(found)
+        multiplication = (
+            self.flow.width(sources) * self.flow.width(targets) * (1 + self.flow.width(cut) / PRODUCTS_A_MOVE)
+        )
+        return Product(
+            sources, targets, cut, self.way(cut, targets, levels), self.way(sources, cut, levels), multiplication
+        )
+
+    def _capacity(self, number: int) -> float:
+        graph = self.flow.graph
+        eligible = number in self.flow.pure and graph.dtypes[number].is_floating_point
+        return math.prod(graph.shapes[number]) / self.flow.batch if eligible else math.inf
+
+    def _between(self, sources: Ends, targets: Ends, given: Ends = ()) -> frozenset[int]:
+        """The tensors on paths from sources to targets that run into no source and nothing given."""
+        key = sources, targets, given
+        if key not in self._found:
+            closed = {*sources, *given}
+            reached, wanted = set(sources), set(targets)
+            for op in self.operations:
+                if not reached.isdisjoint(op.sources):
+                    reached.update(n for n in op.outputs if n is not None and n in self.alive and n not in closed)
+            for op in reversed(self.operations):
+                if any(n in wanted and n not in closed for n in op.outputs):
+                    wanted.update(op.sources)
+            self._found[key] = frozenset(reached & wanted)
+        return self._found[key]
+
+    def _moves(self, sources: Ends, targets: Ends, given: Ends = ()) -> float:
+        """What one seed from sources to targets moves, for one sample."""
+        on_path = self._between(sources, targets, given)
+        return (
+            sum(
+                work(self.flow.graph, op)
+                for op in self.operations
+                if any(n in on_path and n not in sources for n in op.outputs) and not on_path.isdisjoint(op.sources)
+            )
+            / self.flow.batch
+        )
+
+
+def work(graph: Graph, operation: Operation) -> float:
+    """Numbers that a seed moves through one operator, products of matrices counted in moves."""
+    made = sum(math.prod(graph.shapes[number]) for number in operation.outputs[:1] if number is not None)
+    read = sum(math.prod(graph.shapes[number]) for number in operation.sources[:1])
+    place = LEFT_FACTORS.get(operation.name)
+    length = 0
+    if place is not None and isinstance(operation.args[place], Value):
+        length = graph.shapes[operation.args[place].number][-1]
+    elif operation.name == "convolution":
+        length = math.prod(graph.shapes[operation.args[1].number][1:])
+    return made + read + made * length / PRODUCTS_A_MOVE

@@ -1,0 +1,131 @@
+"""Operators in which each sample reads its own copy of a tensor that all of them shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import vmap
+from autojac.graph.batch_axis.propagation import Along, Flow
+from autojac.graph.batch_axis.rules import RULES, pointwise
+from autojac.graph.ir import Operation
+
+Env = Mapping[int, Tensor]
+COUNTS = {"native_group_norm": 3}
+"""Where an operator is told how many samples there are."""
+Result = tuple[Along, tuple[int, ...]]
+StandIn = Callable[[Operation, Env], Sequence[Any]]
+
+
+def stand_in(flow: Flow, operation: Operation, tensors: Collection[int]) -> StandIn | None:
+    """The operator, reading copies (B, *shape) in the place of the shared tensors; None if it takes none.
+
+    By broadcasting where the operator does so, else by torch.vmap over the samples of all that it reads. The form is
+    that of the operator in every graph of one key: it is given the one to run, whose numbers are those of its call.
+    """
+    read = [number for number in dict.fromkeys(operation.sources) if number in tensors]
+    made = [s for number in operation.outputs if number is not None and isinstance(s := flow.states[number], Along)]
+    if len(made) < len(operation.outputs) - operation.outputs.count(None):
+        return None
+    shapes = {number: shape for number in read if (shape := _as_broadcast(flow, operation, number)) is not None}
+    if len(shapes) == len(read):
+        return functools.partial(_broadcast, made[0].axis, shapes)
+    carried = {n: state for n in operation.sources if isinstance(state := flow.states.get(n), Along)}
+    if not carried:
+        return None
+    results = [None if number is None else (made.pop(0), flow.graph.shapes[number]) for number in operation.outputs]
+    if not _slices(flow, _of_one(operation, flow.batch), carried, results):
+        return None
+    return functools.partial(_mapped, flow.batch, tuple(read), carried, results)
+
+
+def _slices(flow: Flow, operation: Operation, carried: Mapping[int, Along], results: Sequence[Result | None]) -> bool:
+    """Whether the operator of one sample's slices makes slices: what is read besides must not be as long as a batch."""
+    graph, env = flow.graph, {}
+    for number in operation.sources:
+        state = carried.get(number)
+        shape = graph.shapes[number] if state is None else _slice_shape(graph.shapes[number], state)
+        env[number] = torch.empty(shape, dtype=graph.dtypes[number], device="meta")
+    try:
+        made = operation(env)
+    except Exception:  # whatever an operator says of shapes that do not fit, or of tensors without memory
+        return False
+    return all(
+        result is None or tuple(part.shape) == _slice_shape(result[1], result[0])
+        for part, result in zip(made, results, strict=True)
+    )
+
+
+def _slice_shape(shape: tuple[int, ...], state: Along) -> tuple[int, ...]:
+    return (*shape[: state.axis], state.outer * state.inner, *shape[state.axis + 1 :])
+
+
+def _of_one(operation: Operation, batch: int) -> Operation:
+    place = COUNTS.get(operation.name)
+    if place is None:
+        return operation
+    args = (*operation.args[:place], operation.args[place] // batch, *operation.args[place + 1 :])
+    return dataclasses.replace(operation, args=args)
+
+
+def _as_broadcast(flow: Flow, operation: Operation, number: int) -> tuple[int, ...] | None:
+    """A shared tensor's shape as it is broadcast, if the operator does so along the batch."""
+    output = next(index for index in operation.outputs if index is not None)
+    state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
+    if not isinstance(state, Along) or (state.outer, state.inner) != (1, 1):
+        return None
+    if operation.name not in _broadcasting() and torch.Tag.pointwise not in operation.target.tags:
+        return None
+    padded = (1,) * (len(out) - len(shape)) + shape
+    return padded if padded[state.axis] == 1 else None
+
+
+@functools.cache
+def _broadcasting() -> frozenset[str]:
+    return frozenset(name for name, rule in RULES.items() if rule is pointwise) | {"expand"}
+
+
+def _broadcast(axis: int, shapes: Mapping[int, tuple[int, ...]], operation: Operation, env: Env) -> Sequence[Any]:
+    # the batch changes places with an axis of length one
+    given = {n: env[n].reshape(len(env[n]), *shape).transpose(0, axis + 1).squeeze(0) for n, shape in shapes.items()}
+    return operation(ChainMap(given, dict(env)))
+
+
+def _mapped(
+    batch: int,
+    copied: Sequence[int],
+    carried: Mapping[int, Along],
+    results: Sequence[Result | None],
+    operation: Operation,
+    env: Env,
+) -> Sequence[Any]:
+    numbers = (*carried, *copied)
+    operation = _of_one(operation, batch)
+    parts = [_samples_in_front(env[number], state, batch) for number, state in carried.items()]
+    parts += [env[number] for number in copied]
+
+    def one(*sample: Tensor) -> list[Tensor]:
+        made = operation(ChainMap(dict(zip(numbers, sample, strict=True)), dict(env)))
+        return [part for part, state in zip(made, results, strict=True) if state is not None]
+
+    made = iter(vmap(one)(*parts))
+    return [None if result is None else _samples_back(next(made), result[0], batch) for result in results]
+
+
+def _samples_in_front(tensor: Tensor, state: Along, batch: int) -> Tensor:
+    """(…, outer·B·inner, …) as (B, …, outer·inner, …)."""
+    axis = state.axis
+    apart: Tensor = tensor.unflatten(axis, (state.outer, batch, state.inner))
+    return apart.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
+
+
+def _samples_back(tensor: Tensor, state: Along, batch: int) -> Tensor:
+    axis = state.axis
+    apart: Tensor = tensor.unflatten(axis + 1, (state.outer, state.inner))
+    return apart.movedim(0, axis + 1).flatten(axis, axis + 2)

@@ -1,0 +1,129 @@
+"""Tensors through which samples reach each other, and what is left of a function when these are given."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from autojac.graph.batch_axis.propagation import SHARED, Along, Flow, follow
+from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut
+from autojac.graph.cuts.per_sample_copies import StandIn, stand_in
+from autojac.graph.ir import Graph
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tensors through which samples reach each other.
+
+    Attributes:
+        tensors: their numbers; each holds what all samples share.
+        still: shared tensors that are read too, but that no derivative runs through.
+        weights: what is read of differentiated inputs without a batch: no sample stands behind these.
+        size: elements of all `tensors`.
+        copied, lone: the operators along the batch that read `tensors` or `weights`, and those that read `weights`, by
+            position, each with its form that takes a copy a sample; None if some operator has no such form.
+    """
+
+    tensors: tuple[int, ...]
+    still: tuple[int, ...]
+    weights: tuple[int, ...]
+    size: int
+    copied: Mapping[int, StandIn] | None
+    lone: Mapping[int, StandIn] | None
+
+    def given(
+        self, graph: Graph, base: Mapping[int, Tensor], inputs: Sequence[int], copies: bool
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """The outputs as a function of some inputs, copies of `weights`, and of `tensors` or copies of these.
+
+        Args:
+            graph: of the call.
+            base: the other inputs, and the values of `still`.
+            inputs: numbers of the inputs that come first.
+            copies: whether each sample gets its own copy (B, *shape) of `tensors` too.
+        """
+        forms = (self.copied if copies else self.lone) or {}
+        special = {place: functools.partial(form, graph.operations[place]) for place, form in forms.items()}
+        numbers = (*inputs, *self.weights, *self.tensors)
+
+        def local(*given: Tensor) -> tuple[Tensor, ...]:
+            own = dict(zip(numbers, given, strict=True))
+            return graph.run(graph.outputs, {**base, **own}, special)
+
+        return local
+
+
+def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
+    """The shared tensors that all coupling runs through; None if it runs elsewhere too, or if there is no coupling.
+
+    Args:
+        flow: how the batch runs.
+        inputs: numbers of the differentiated inputs.
+        least: look upstream of where they are read for fewer elements.
+    """
+    flow = _weights_shared(flow, inputs)
+    graph = flow.graph
+    alive = differentiable_paths(graph, inputs)
+    met = _met(flow, alive)
+    chosen = [number for number in flow.frontier if number in met]
+    still = tuple(number for number in flow.frontier if number not in alive)
+    if flow.lost_output or not (chosen or still):
+        return None
+    weights = tuple(number for number in flow.frontier if number in alive and number not in met)
+    if least and chosen and len(met) <= MOST_NODES:
+        # of cuts alike the one nearest to where samples meet: a mean and a variance rather than what is made of them
+        sizes = {n: math.prod(graph.shapes[n]) + 1e-7 * place for place, n in enumerate(sorted(met))}
+        entries = [n for n in met if not met.issuperset(s for s in _makers(graph, n) if s in alive)]
+        chosen = minimum_cut(edges(graph, met), sizes, entries, chosen) or chosen
+    if any(graph.dtypes[number].is_complex for number in (*chosen, *weights)):
+        return None  # their elements are not what is counted
+    at_frontier = set(chosen) <= set(flow.frontier)
+    return Pool(
+        tuple(chosen),
+        still,
+        weights,
+        sum(math.prod(graph.shapes[number]) for number in chosen),
+        _forms(flow, (*chosen, *weights)) if at_frontier else None,
+        _forms(flow, weights),
+    )
+
+
+def _weights_shared(flow: Flow, inputs: Sequence[int]) -> Flow:
+    """The flow in which differentiated inputs without a batch are tensors that samples share."""
+    weights = [number for number in inputs if flow.states[number] is None]
+    if not weights:
+        return flow
+    batched = [isinstance(flow.states[number], Along) for number in flow.graph.inputs]
+    return follow(flow.graph, flow.batch, batched, weights)
+
+
+def _met(flow: Flow, alive: Collection[int]) -> set[int]:
+    """The shared tensors that a derivative reaches by way of tensors along the batch."""
+    found: set[int] = set()
+    for operation in flow.graph.operations:
+        for source in operation.sources:
+            if source in found or (source in alive and isinstance(flow.states.get(source), Along)):
+                made = (number for number in operation.outputs if number is not None and number in alive)
+                found.update(number for number in made if flow.states.get(number) == SHARED)
+    return found
+
+
+def _makers(graph: Graph, number: int) -> Sequence[int]:
+    return graph.operations[graph.producers[number]].sources
+
+
+def _forms(flow: Flow, tensors: Collection[int]) -> dict[int, StandIn] | None:
+    """For each operator along the batch that reads some of the tensors its form that takes copies."""
+    found = {}
+    for place, operation in enumerate(flow.graph.operations):
+        along = any(isinstance(flow.states.get(y), Along) for y in operation.outputs if y is not None)
+        if along and not set(tensors).isdisjoint(operation.sources):
+            form = stand_in(flow, operation, tensors)
+            if form is None:
+                return None
+            found[place] = form
+    return found

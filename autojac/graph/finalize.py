@@ -1,0 +1,106 @@
+"""From what was written down of a call to the graph that autograd would follow, or to a sentence why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autojac.errors import UnsupportedError
+from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.operators import autograd_nodes, reaches
+
+aten = torch.ops.aten
+
+
+class Notes(Protocol):
+    """What a recorder has written down."""
+
+    shapes: dict[int, tuple[int, ...]]
+    dtypes: dict[int, torch.dtype]
+    constants: dict[int, Tensor]
+    operations: list[Operation]
+    marks: dict[int, str]
+    made: list[tuple[int, Tensor]]
+    numbers: dict[int, int]
+    stale: set[int]
+    written: dict[int, str]
+    inputs: tuple[int, ...]
+    refusal: str
+    reads_data: bool
+
+    def current(self) -> Iterator[tuple[int, Tensor]]: ...
+
+
+def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
+    """What was recorded, without what no output depends on.
+
+    Args:
+        notes: of the call.
+        values, inputs: what it returned, and the tensors that stood for the differentiated leaves.
+
+    Raises:
+        UnsupportedError: if the graph is not what autograd would follow.
+    """
+    outputs = []
+    for value in values:
+        if id(value) not in notes.numbers:
+            notes.refusal = notes.refusal or "an output comes from where no operator was seen"
+            break
+        if id(value) in notes.stale:
+            notes.refusal = notes.refusal or "an output is a view of a tensor that was written in place"
+        outputs.append(notes.numbers[id(value)])
+    if notes.refusal:
+        raise UnsupportedError(notes.refusal)
+    _require_plain(notes, values, inputs)
+    operations = _reconnected(notes)
+    connected = {index for index, tensor in notes.current() if tensor.requires_grad}
+    whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
+    kept = [operations[place] for place in whole.needed(outputs, frozenset(notes.inputs))]
+    read = {index for operation in kept for index in operation.sources} | set(outputs)
+    for index in read & notes.written.keys():
+        if index in connected:
+            raise UnsupportedError(f"func {notes.written[index]}")
+    constants = {index: tensor for index, tensor in notes.constants.items() if index in read}
+    for index, tensor in constants.items():
+        if id(tensor) in notes.stale:
+            raise UnsupportedError("func writes into a captured tensor that it also reads")
+        if tensor.grad_fn is not None and reaches(tensor, inputs):
+            raise UnsupportedError(f"a tensor {notes.shapes[index]} comes from where no operator was seen")
+    drawn = frozenset(notes.written)
+    return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=notes.marks, drawn=drawn)
+
+
+def _reconnected(notes: Notes) -> list[Operation]:
+    """The operators, with what autograd saved and brought back as what it was: recorded are detached copies."""
+    functions = {index: tensor.grad_fn for index, tensor in notes.current() if tensor.grad_fn is not None}
+    sources: dict[int, int] = {}
+    operations = []
+    for operation in notes.operations:
+        if operation.target is aten.detach.default:
+            own, source = operation.outputs[0], operation.sources[0]
+            assert own is not None
+            sources[own] = source
+            if own in functions:
+                while functions.get(source) is not functions[own]:
+                    if source not in sources:
+                        raise UnsupportedError("autograd brings back a tensor that was not seen before")
+                    source = sources[source]
+                operations.append(Operation(aten.alias.default, (Value(source),), {}, operation.outputs))
+                continue
+        operations.append(operation)
+    return operations
+
+
+def _require_plain(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Refuse what differentiates otherwise than its operators do."""
+    for _, tensor in notes.made:
+        if tensor.grad_fn is not None and tensor._backward_hooks:
+            raise UnsupportedError("func hangs a hook on a tensor, which may change gradients")
+    for node in autograd_nodes(values):
+        if isinstance(node, torch._C._FunctionBase):
+            name = type(node).__name__.removesuffix("Backward")
+            raise UnsupportedError(f"func uses the custom autograd Function {name}, whose derivative is its own")

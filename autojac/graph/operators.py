@@ -1,0 +1,147 @@
+"""What is known of single aten operators: what they write, draw and read, and their forms that write nothing."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import is_custom
+from autojac.graph.ir import Graph, Operation
+
+aten = torch.ops.aten
+BLIND = {"is_same_size", "_fused_sdp_choice"}
+"""Operators that return no tensor and read no entry of one."""
+BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
+FORWARD_ONCE = BATCH_NORMS | {
+    *("native_layer_norm", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "linalg_householder_product"),
+}
+"""Operators whose forward-mode formula is right and its derivative wrong: it takes what the operator has saved, such as
+a mean or factors of a matrix, for constant. A batch norm's is right where it uses running statistics. Found by checking
+all operators against reverse mode on torch 2.13; `tests/forward_formulas.py` does so again on the torch installed."""
+PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
+"""Operators whose results share a storage and no element of it."""
+LITERALS = {"lift_fresh", "lift_fresh_copy"}
+"""What is written out in the code passes through these."""
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+"""The classes of tensors that run every operator as it is."""
+VIEWS_IN_PLACE = {
+    "transpose_": aten.transpose.int,
+    "t_": aten.t.default,
+    "unsqueeze_": aten.unsqueeze.default,
+    "squeeze_": aten.squeeze,
+}
+"""What changes a tensor's shape and no element of it."""
+
+
+_ZERO = torch._C.DispatchKey.ZeroTensor
+
+
+def call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator from within a dispatch mode.
+
+    There torch leaves out its handling of tensors that are known to be zero and have no memory: an operator that
+    consists of others (`mul.Scalar`) then reads from address 0. So for those it is switched on again.
+    """
+    if not any(isinstance(arg, Tensor) and arg._is_zerotensor() for arg in args):
+        return func(*args, **kwargs)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded.remove(_ZERO)):
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def traits(func: Any) -> tuple[str, tuple[int | str, ...], bool]:
+    """Name of an operator, the arguments that it writes into, and whether it draws random numbers."""
+    schema = func._schema
+    written = tuple(
+        argument.name if argument.kwarg_only else place
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return schema.name.removeprefix("aten::"), written, torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _looks(func: Any) -> bool:
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+    returns = [str(value.type) for value in func._schema.returns]
+    tells = bool(returns) and not any("Tensor" in kind for kind in returns)
+    return (bool(tags) and "index" not in func._schema.name) or (tells and traits(func)[0] not in BLIND)
+
+
+def reads_data(func: Any, args: Sequence[Any]) -> bool:
+    """Whether Python, or a shape, may depend on the data after an operator."""
+    if _looks(func):
+        return True
+    # a mask takes as many entries as are set
+    indices = args[1] if traits(func)[0] in ("index", "_unsafe_index") and len(args) > 1 else ()
+    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator that may draw, attention with dropout, was told not to."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and not given.get("dropout_p")
+
+
+def functional(
+    func: Any, name: str, seen: tuple[Any, Any], after: int, shape: Sequence[int], dtype: torch.dtype, held: bool
+) -> Operation | None:
+    """An in-place operator as one that makes a tensor; None if there is none."""
+    args, kwargs = seen
+    if name == "copy_":
+        return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, held)
+    packet = getattr(aten, name.removesuffix("_"), None)
+    overload = func._overloadname
+    if packet is None or not name.endswith("_") or overload not in packet.overloads():
+        return None
+    return Operation(getattr(packet, overload), args, kwargs, (after,), False, held)
+
+
+class _Copied:
+    """The value of `copy_`: the source in the shape and dtype of the target."""
+
+    _schema = aten.expand.default._schema
+    tags: tuple[Any, ...] = ()
+
+    def __call__(self, source: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return source.to(dtype).expand(shape)
+
+
+_copied = _Copied()
+
+
+def forward_once(graph: Graph) -> tuple[str, ...]:
+    """Return the operators of `FORWARD_ONCE` in a graph."""
+    return tuple(dict.fromkeys(one.name for one in graph.operations if one.name in FORWARD_ONCE))
+
+
+def autograd_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
+    todo = [value.grad_fn for value in values if value.grad_fn is not None]
+    found = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for following in map(operator.itemgetter(0), node.next_functions):
+            if following is not None and following not in found:
+                found.add(following)
+                todo.append(following)
+
+
+def custom_functions(values: Sequence[Tensor]) -> set[str]:
+    """Return the names of the `torch.autograd.Function`s in a graph."""
+    nodes = (node for node in autograd_nodes(values) if is_custom(node))
+    return {type(node).__name__.removesuffix("Backward") for node in nodes}
+
+
+def reaches(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor's graph of autograd leads back to one of the inputs."""
+    leaves = {id(x) for x in inputs}
+    functions = {x.grad_fn for x in inputs if x.grad_fn is not None}
+    return any(node in functions or id(getattr(node, "variable", None)) in leaves for node in autograd_nodes([tensor]))

@@ -1,0 +1,249 @@
+"""The only place that traces: one call of a function, recorded as a graph of aten operators.
+
+A graph is recorded anew in each call, below autograd and beside it: the call is the user's own, with its side effects
+once, its branch and its constants those of the moment. So no trace is ever stale, and what is learned from one is kept
+by the structure of the graph (`Graph.key`), not by the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import fresh_inputs
+from autojac.errors import UnsupportedError
+from autojac.graph.decompositions import decomposed
+from autojac.graph.finalize import graph_of
+from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.module_of_frame import running
+from autojac.graph.operators import (
+    LITERALS,
+    PARTITIONS,
+    PLAIN,
+    VIEWS_IN_PLACE,
+    call,
+    certain,
+    functional,
+    reads_data,
+    traits,
+)
+from autojac.guards.escapes import Watching, home
+
+MOST_OPERATIONS = 4000
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A call that ran once.
+
+    Attributes:
+        values: what the function returned, with its graph of autograd.
+        inputs: the tensors that stood for the differentiated leaves; `values` lead back to them.
+        graph: None if there is none, for the `reason`.
+        captured: the tensors that no operator of the call has made, but for literals and random numbers.
+        owners: for each tensor the id of the module in whose code it was made, where names were asked for.
+        escaped: the method by which func hands its data to other code; empty if it does not.
+    """
+
+    values: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    graph: Graph | None
+    reason: str = ""
+    captured: tuple[Tensor, ...] = ()
+    owners: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    escaped: str = ""
+
+
+def record(
+    fn: Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]],
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    differentiated: Sequence[int],
+    differentiable: bool = False,
+    named: bool = False,
+    watched: bool = True,
+) -> Recording:
+    """Call a function once and write down what it does.
+
+    Args:
+        fn: maps (leaves, kwargs) to a tuple of tensors.
+        leaves, kwargs: the call.
+        differentiated: indices of the leaves that autograd follows.
+        differentiable: whether the recorded tensors stay connected to the caller's.
+        named: write down too which module was running.
+        watched: look for what no operator shows: without it, `Graph.reads_data` says less.
+    """
+    with torch.enable_grad():
+        inputs = fresh_inputs([leaves[position] for position in differentiated], differentiable)
+        given = list(leaves)
+        for position, tensor in zip(differentiated, inputs, strict=True):
+            given[position] = tensor
+        recorder = Recorder(given, named, watched)
+        with recorder:
+            values = tuple(fn(given, kwargs))
+    recorder.finish()
+    try:
+        graph, reason = graph_of(recorder, values, inputs), ""
+    except UnsupportedError as error:
+        graph, reason = None, str(error)
+    captured = tuple(t for number, t in recorder.constants.items() if number not in recorder.passing)
+    return Recording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
+
+
+class Recorder(Watching):
+    """Writes down the operators that run under it, in-place ones as what they do to a tensor's value."""
+
+    def __init__(self, leaves: Sequence[Tensor], named: bool = False, watched: bool = True) -> None:
+        super().__init__(watched)
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.operations: list[Operation] = []
+        self.marks: dict[int, str] = {}
+        self.named = named
+        self.owners: dict[int, int] = {}
+        self.made: list[tuple[int, Tensor]] = []
+        self.numbers: dict[int, int] = {}
+        self.homes: dict[int, tuple[Any, ...]] = {}
+        self.passing: set[int] = set()
+        self.storages: dict[int, list[int]] = {}
+        self.apart: list[set[int]] = []
+        self.stale: set[int] = set()
+        self.written: dict[int, str] = {}
+        self.refusal = ""
+        self.reads_data = False
+        self.inputs = tuple(self.number(leaf) for leaf in leaves)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.refusal or len(self.operations) > MOST_OPERATIONS:
+            self.refusal = self.refusal or f"func runs more than {MOST_OPERATIONS} operators"
+            return call(func, args, kwargs)
+        name, written, draws = traits(func)
+        self.reads_data |= reads_data(func, args)
+        if not PLAIN.issuperset(types):
+            self.refusal = "func uses a subclass of torch.Tensor that runs operators its own way"
+        count = len(self.shapes)
+        several, made = decomposed(self, name, func, args, kwargs)
+        if not several:
+            made = self._one(func, name, written, draws, args, kwargs)
+        if self.named:
+            owner = running(record.__code__)
+            self.owners |= dict.fromkeys(range(count, len(self.shapes)), owner)
+        return made
+
+    def _one(
+        self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        seen = self.seen(args), {key: self.seen(value) for key, value in kwargs.items()}
+        made = call(func, args, kwargs)
+        held = not torch.is_grad_enabled()
+        if name in LITERALS:
+            self.reads_data |= bool(self.monitor.literal)
+            # what was written out in the code, made anew in each call
+            self.passing.update(value.number for value in seen[0] if type(value) is Value)
+        if draws and not certain(func, args, kwargs):
+            self._draw(made if isinstance(made, (tuple, list)) else (made,), name)
+        elif written:
+            self._write(func, name, written, args, seen, held)
+        else:
+            many = isinstance(made, (tuple, list))
+            parts = made if many else (made,)
+            outputs = tuple(self.number(part) if isinstance(part, Tensor) else None for part in parts)
+            self.operations.append(Operation(func, *seen, outputs, many, held))
+            if name in PARTITIONS:
+                self.apart.append({id(part) for part in made})
+        return made
+
+    def finish(self) -> None:
+        """Take note of what no operator has shown."""
+        self.reads_data |= bool(self.monitor.escaped)
+        held = (tensor for tensor in self.constants.values() if id(tensor) in self.homes)
+        if any(self.homes[id(tensor)] != home(tensor) for tensor in held):
+            self.refusal = self.refusal or "func gives a tensor that it holds the memory of another"
+
+    def number(self, tensor: Tensor) -> int:
+        """A number for the tensor's value as it is now."""
+        index = len(self.shapes)
+        self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
+        self.numbers[id(tensor)] = index
+        if tensor.layout == torch.strided:
+            self.homes[id(tensor)] = home(tensor)
+            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+        self.made.append((index, tensor))
+        return index
+
+    def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """A number for a tensor that no operator of the call has made."""
+        index = len(self.shapes)
+        self.shapes[index], self.dtypes[index] = tuple(shape), dtype
+        return index
+
+    def seen(self, value: Any) -> Any:
+        """An argument with its tensors as `Value`; a tensor that nobody made was captured."""
+        if isinstance(value, Tensor):
+            if id(value) not in self.numbers:
+                self._capture(value)
+            elif id(value) in self.homes and self.homes[id(value)] != home(value):
+                self.refusal = "func gives a tensor the memory of another"
+            if id(value) in self.stale:
+                self.refusal = "func reads a tensor whose memory was written in place before"
+            return Value(self.numbers[id(value)])
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.seen(part) for part in value) if type(value) in (tuple, list) else value
+        return value
+
+    def _capture(self, tensor: Tensor) -> None:
+        """A tensor that no operator of the call has made; it must not be another face of one that was."""
+        strided = tensor.layout == torch.strided
+        made = self.storages.get(tensor.untyped_storage()._cdata, ()) if strided else ()
+        if any(self.numbers[other] not in self.constants for other in made):
+            self.refusal = "func makes a tensor of another's memory where no operator is seen"
+        self.constants[self.number(tensor)] = tensor
+
+    def _draw(self, parts: Sequence[Any], name: str) -> None:
+        """Random numbers are constants of the call."""
+        for part in parts:
+            if isinstance(part, Tensor):
+                index = self.number(part)
+                # it may be written into afterwards
+                self.constants[index] = part.detach().clone()
+                self.passing.add(index)
+                self.written[index] = f"draws random numbers in the operator {name}, which has a derivative"
+
+    def _write(
+        self, func: Any, name: str, written: Sequence[int | str], args: Any, seen: tuple[Any, Any], held: bool
+    ) -> None:
+        if list(written) != [0] or not isinstance(args[0], Tensor):
+            self.refusal = f"func uses the operator {name} that writes into several tensors"
+            return
+        target, before = args[0], seen[0][0].number
+        if before in self.inputs:
+            self.refusal = "func writes into its argument"
+        elif before in self.constants and before not in self.written:
+            # a counter or a running statistic: right as long as nothing else reads it
+            self.stale.add(id(target))
+            return
+        view = VIEWS_IN_PLACE.get(name)
+        if view is not None:
+            view = getattr(view, func._overloadname) if name == "squeeze_" else view
+            self.operations.append(Operation(view, *seen, (self.number(target),), False, held))
+            return
+        siblings = set[int]().union(*(group for group in self.apart if id(target) in group))
+        sharing = self.storages.get(target.untyped_storage()._cdata, ())
+        self.stale.update(other for other in sharing if other != id(target) and other not in siblings)
+        after = self.number(target)
+        operation = functional(func, name, seen, after, self.shapes[before], self.dtypes[before], held)
+        if operation is None:
+            self.refusal = f"func writes in place by the operator {name}, which has no other form"
+            return
+        self.operations.append(operation)
+
+    def current(self) -> Iterator[tuple[int, Tensor]]:
+        """The tensors whose value is still the one that has the number."""
+        return ((index, tensor) for index, tensor in self.made if self.numbers[id(tensor)] == index)

@@ -1,0 +1,1 @@
+"""Which samples each sample reads, operator by operator."""

@@ -1,0 +1,239 @@
+"""How dependence on samples spreads through a graph: which of them stand behind each slice of each tensor.
+
+Where an operator leaves an axis alone, as the rules for the batch axis tell, its slices keep the samples behind them.
+Operators that move slices are run on numbers of slices. Along an axis that an operator mixes, or that nothing is known
+of, all slices are put together: never wrong, and dense in the worst case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from autojac.graph.batch_axis import rules
+from autojac.graph.batch_axis.propagation import SHAPE_ONLY
+from autojac.graph.ir import Graph
+from autojac.graph.sample_graph.operators import (
+    MOVES,
+    Passage,
+    moved,
+    multiplied,
+    named,
+    numbers_in,
+    scattered,
+    windowed,
+)
+from autojac.graph.sample_graph.slices import MOST_SLICES, Everything, Reach, united
+
+EVERYTHING: Literal["everything"] = "everything"
+State = Reach | Literal["everything"] | None
+VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+SELECTING = named(
+    "sort topk argsort max min median nanmedian mode kthvalue amax amin cummax cummin aminmax argmax argmin nonzero "
+    "masked_select unique_dim _unique2"
+)
+"""Operators whose result reads the samples that their values point to."""
+ADDED = {"addmm", "baddbmm", "addmv"}
+
+
+@dataclass(frozen=True)
+class Spreading:
+    """What stands behind the outputs.
+
+    Attributes:
+        samples: boolean (batch, batch): whether sample b of any output reads sample c; None if that is too much.
+        followed: positions of the operators that move or mix samples by what is known of the call.
+        losses: for operators along whose axes slices were put together, by position: the operator's name.
+        selectors: constants whose values decided who reads whom.
+        wandering: who reads whom depends on the values of samples.
+    """
+
+    samples: Any
+    followed: tuple[int, ...]
+    losses: Mapping[int, str]
+    selectors: frozenset[int]
+    wandering: bool
+
+
+def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch: int) -> Spreading:
+    """Follow the samples from the inputs, which carry them on axis 0, to the outputs.
+
+    Args:
+        graph: with its constants.
+        leaves: the call's tensors.
+        inputs: indices of the leaves whose samples are followed.
+        batch: number of samples.
+    """
+    env: dict[int, Tensor] = dict(zip(graph.inputs, leaves, strict=True))
+
+    def fixed(number: int) -> Tensor:
+        if number not in env:
+            with torch.no_grad():
+                (env[number],) = graph.run((number,), env)
+        return env[number]
+
+    states: dict[int, State] = {}
+    own = Reach.of_batch(batch)
+    for position in inputs:
+        states[graph.inputs[position]] = own
+    followed, losses = [], {}
+    selectors: set[int] = set()
+    wandering = False
+    for place, operation in enumerate(graph.operations):
+        read = {number: states[number] for number in operation.sources if states.get(number) is not None}
+        made: Sequence[State]
+        if not read or operation.name in SHAPE_ONLY:
+            continue
+        reached = {number: state for number, state in read.items() if isinstance(state, Reach)}
+        if len(reached) < len(read):
+            made = [EVERYTHING] * len(operation.outputs)
+        else:
+            passage = Passage(graph, operation, reached, fixed)
+            try:
+                made, lost = _through(passage)
+            except Exception:  # too much to write down, or an operator that refuses numbers in the place of its values
+                made, lost = [EVERYTHING] * len(passage.outputs), True
+            if lost:
+                losses[place] = operation.name
+                wandering |= passage.wandering or operation.name in SELECTING
+            elif passage.name not in VIEWS and any(y is not None and _new(y, reached) for y in made):
+                followed.append(place)
+            selectors |= passage.selectors
+        states.update(zip([y for y in operation.outputs if y is not None], made, strict=True))
+    return Spreading(_behind(graph, states, batch), tuple(followed), losses, frozenset(selectors), wandering)
+
+
+def _new(made: State, reached: Mapping[int, Reach]) -> bool:
+    return isinstance(made, Reach) and all(made.samples is not reach.samples for reach in reached.values())
+
+
+def _behind(graph: Graph, states: Mapping[int, State], batch: int) -> Any:
+    """The samples behind each sample of the outputs, itself included."""
+    parts = [Reach.of_batch(batch)]
+    try:
+        for number in graph.outputs:
+            state = states.get(number)
+            if state == EVERYTHING:
+                return None
+            if isinstance(state, Reach):
+                parts.append(state.placed({0: 0}).spread_over((0,), (batch,)) if batch > 1 else parts[0])
+        return united(parts).samples
+    except Everything:
+        return None
+
+
+def _through(passage: Passage) -> tuple[Sequence[State], bool]:
+    """What stands behind the outputs of an operator, and whether slices were put together for lack of better."""
+    operation, graph = passage.operation, passage.graph
+    if passage.name in VIEWS and operation.target._overloadname in ("", "default"):
+        (number,) = passage.reached
+        return [viewed(passage.reached[number], graph.shapes[number], graph.shapes[passage.outputs[0]])], False
+    pointwise = rules.rule_of(operation) is rules.pointwise
+    if pointwise and not (passage.name in MOVES and _chosen(passage)):
+        return [united(_broadcast(passage))] * len(passage.outputs), False
+    places = {number: _places(passage, number) for number in passage.reached} if not pointwise else {}
+    if places and all(None not in where for each in places.values() for where in each.values()):
+        return _placed(passage, places), False
+    ways: tuple[Callable[[Passage], list[Reach | None] | None], ...] = (moved, scattered, windowed, multiplied)
+    for way in ways:
+        made = way(passage)
+        if made is not None:
+            return made, False
+    return (_placed(passage, places), True) if places else ([united(_broadcast(passage))], True)
+
+
+def _chosen(passage: Passage) -> bool:
+    """Whether constants choose, entry by entry, whom a pointwise operator reads."""
+    chosen = [number for name in MOVES[passage.name] for number in numbers_in(passage.step.arguments.get(name))]
+    return bool(chosen) and not set(chosen) & set(passage.reached)
+
+
+def _places(passage: Passage, number: int) -> dict[int, list[int | None]]:
+    """For each tracked axis of an argument its places in the outputs; None where slices are mixed."""
+    reach = passage.reached[number]
+    if passage.name in ADDED and number in numbers_in(passage.step["self"]) and passage.operation.sources[1:]:
+        behind = len(passage.shape(passage.outputs[0])) - len(passage.shape(number))
+        if passage.operation.sources.count(number) == 1:
+            return {axis: [axis + behind] for axis in reach.axes}
+    return {axis: passage.kept(number, axis) for axis in reach.axes}
+
+
+def _placed(passage: Passage, places: Mapping[int, Mapping[int, list[int | None]]]) -> list[State]:
+    made: list[State] = []
+    for index in range(len(passage.outputs)):
+        parts = []
+        for number, where in places.items():
+            found = {axis: targets[index] for axis, targets in where.items()}
+            parts.append(passage.reached[number].placed({a: to for a, to in found.items() if to is not None}))
+        made.append(united(parts))
+    return made
+
+
+def _broadcast(passage: Passage) -> list[Reach]:
+    """The arguments of a pointwise operator, with their axes where they are in its output."""
+    dims = len(passage.shape(passage.outputs[0]))
+    parts = []
+    for number, reach in passage.reached.items():
+        behind = dims - len(passage.shape(number))
+        parts.append(reach.placed({axis: axis + behind for axis in reach.axes}))
+    return parts
+
+
+def viewed(reach: Reach, before: Sequence[int], after: Sequence[int]) -> Reach:
+    """Slices after a view in another shape: axes are split and merged in runs of equal size."""
+    axes: list[int] = []
+    sizes: list[int] = []
+    whole: list[int] = []
+    for old, new in _runs(before, after):
+        tracked = [axis for axis in old if axis in reach.axes]
+        if not tracked:
+            continue
+        whole += [axis for axis in old if before[axis] > 1]
+        found = [axis for axis in new if after[axis] > 1]
+        axes += found
+        sizes += [after[axis] for axis in found]
+    if math.prod(sizes) > MOST_SLICES:
+        raise Everything
+    split = reach.spread_over(whole, [before[axis] for axis in whole])
+    return Reach(tuple(axes), tuple(sizes), split.samples)
+
+
+def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The shortest runs of axes of two shapes that hold equally many elements."""
+    runs = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old: list[int] = []
+        new: list[int] = []
+        one = other = 1
+        while not (old or new) or one != other:
+            if j >= len(after) or (i < len(before) and one <= other):
+                one *= before[i]
+                old.append(i)
+                i += 1
+            else:
+                other *= after[j]
+                new.append(j)
+                j += 1
+        runs.append((old, new))
+    return runs
+
+
+def roots(graph: Graph, numbers: Sequence[int]) -> set[int]:
+    """The inputs and constants that tensors were made of, by value and not by shape alone."""
+    found: set[int] = set()
+    todo = list(numbers)
+    while todo:
+        number = todo.pop()
+        if number in found:
+            continue
+        found.add(number)
+        place = graph.producers.get(number)
+        if place is not None and graph.operations[place].name not in SHAPE_ONLY:
+            todo += graph.operations[place].sources
+    return {number for number in found if number in graph.constants or number in graph.inputs}

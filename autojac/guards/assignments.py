@@ -1,0 +1,258 @@
+"""Attributes, containers and variables that func sets: what they held before, and how to put that back.
+
+A module that keeps its last result would be left with that of a probe, or with a tensor of a transform that has ended.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.guards.tokens import SCALARS
+from autojac.guards.walker import MODULE_FIELDS
+
+MISSING: Final = object()
+CONTAINERS: Final = frozenset({dict, list, set, deque, defaultdict, OrderedDict})
+
+
+class Variables(MutableMapping[str, Any]):
+    """Some global variables, or the one variable of a cell, as a mapping."""
+
+    def __init__(self, place: dict[str, Any] | types.CellType, names: Iterable[str] = ("cell_contents",)) -> None:
+        self.place = place
+        self.names = tuple(names)
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.place, dict):
+            return self.place[name]
+        try:
+            return self.place.cell_contents
+        except ValueError:  # not assigned
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(self.place, dict):
+            self.place[name] = value
+        else:
+            self.place.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        if isinstance(self.place, dict):
+            del self.place[name]
+        else:
+            del self.place.cell_contents
+
+    def __iter__(self) -> Any:
+        return (name for name in self.names if self.get(name, MISSING) is not MISSING)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Attributes(MutableMapping[str, Any]):
+    """Attributes of a class, or those that an object holds in slots, as a mapping.
+
+    Args:
+        owner: the class or object.
+        names: gives the names of attributes that there may be.
+    """
+
+    def __init__(self, owner: Any, names: Callable[[], Iterable[str]]) -> None:
+        self.owner = owner
+        self.names = names
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.owner, type):  # as it is there: a function, and no method
+            return vars(self.owner)[name]
+        try:
+            return getattr(self.owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self.owner, name)
+
+    def __iter__(self) -> Any:
+        return (name for name in self.names() if self.get(name, MISSING) is not MISSING)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Buffers(MutableMapping[str, Any]):
+    """A module's buffers, which `Module.to` replaces: one keeps the dtype and device that func gives it."""
+
+    def __init__(self, place: dict[str, Any]) -> None:
+        self.place = place
+
+    def __getitem__(self, name: str) -> Any:
+        return self.place[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        now = self.place.get(name)
+        if isinstance(value, Tensor) and isinstance(now, Tensor):
+            value = value.to(now.device, now.dtype)  # itself where neither has changed
+        self.place[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.place[name]
+
+    def __iter__(self) -> Any:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+class Held:
+    """What places, and the containers that they hold, hold at one time.
+
+    Args:
+        places: dicts, lists, sets, deques, `Variables` and `Attributes`.
+    """
+
+    def __init__(self, places: Sequence[Any]) -> None:
+        self.places: list[Any] = []
+        self.copies: list[Any] = []
+        todo, known = list(reversed(places)), set()
+        while todo:
+            place = todo.pop()
+            if id(place) in known:
+                continue
+            known.add(id(place))
+            copy = _copied(place)
+            self.places.append(place)
+            self.copies.append(copy)
+            # one that the call before has made is reached in no other way
+            todo += [value for value in _values(copy) if type(value) in CONTAINERS]
+
+    def changed(self) -> list[Any]:
+        """The places that hold something else now."""
+        return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
+
+    def exchanged(self, kind: type) -> bool:
+        """Whether all that changed is one object of a kind, or a nest of such, in the place of another."""
+        return all(
+            isinstance(copy, dict)
+            and copy.keys() == place.keys()
+            and all(
+                isinstance(leaf, kind)
+                for name, value in place.items()
+                if not _alike(copy[name], value)
+                for leaf in pytree.tree_leaves((copy[name], value))
+            )
+            for place, copy in zip(self.places, self.copies, strict=True)
+            if not _same(copy, _copied(place))
+        )
+
+    def without_graph(self) -> None:
+        """Take the graph away from tensors that have come into the places since."""
+        known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
+        for place in self.changed():
+            if isinstance(place, MutableSet):
+                continue
+            for at, value in place.items() if isinstance(place, Mapping) else enumerate(place):
+                tensors, shape = pytree.tree_flatten(value)
+                numbers = [value if id(value) in known else _numbers(value) for value in tensors]
+                if not all(map(operator.is_, tensors, numbers)):
+                    place[at] = pytree.tree_unflatten(numbers, shape)
+
+    def restore(self) -> list[Any]:
+        """Put back what they held; returns the places in which that was not so any more."""
+        changed = []
+        for place, copy in zip(self.places, self.copies, strict=True):
+            if not _same(copy, _copied(place)):
+                changed.append(place)
+                _restored(place, copy)
+        return changed
+
+
+def _copied(place: Any) -> Any:
+    if isinstance(place, MutableMapping):
+        return dict(place)
+    return set(place) if isinstance(place, MutableSet) else list(place)
+
+
+def _values(copy: Any) -> Iterator[Any]:
+    if isinstance(copy, dict):
+        # a module's buffers are a place of their own, its parameters and hooks are none
+        yield from (value for name, value in copy.items() if name not in MODULE_FIELDS)
+    else:
+        yield from copy
+
+
+def _same(one: Any, other: Any) -> bool:
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(_equal(value, other.get(name, MISSING)) for name, value in one.items())
+    return one == other if isinstance(one, set) else all(map(_equal, one, other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # a float that is another object has been set again, and may be another number at another input
+    return one is other or (type(one) not in (float, complex) and _alike(one, other))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and type(one) in SCALARS and one == other)
+
+
+def _restored(place: Any, copy: Any) -> None:
+    if isinstance(place, MutableMapping):
+        for name in [name for name in place if name not in copy]:
+            del place[name]
+        for name, value in copy.items():
+            if place.get(name, MISSING) is not value:
+                place[name] = value
+    elif isinstance(place, MutableSet):
+        place.clear()
+        for item in copy:
+            place.add(item)
+    elif isinstance(place, (MutableSequence, deque)):
+        place.clear()
+        place.extend(copy)
+
+
+def _numbers(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
+        return value
+    try:
+        return value.detach_()
+    except RuntimeError:  # a view
+        return value.detach()
+
+
+def leaving(
+    compute: Callable[..., Any],
+    places: Sequence[Any],
+    plainly: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """A computation that leaves in `places` what one plain call of func does.
+
+    Args:
+        compute: the computation.
+        places: what func sets.
+        plainly: makes the plain call; None where func sets nothing any more in a plain call.
+    """
+
+    def left(leaves: Any, kwargs: Mapping[str, Any]) -> Any:
+        held = Held(places)
+        try:
+            result = compute(leaves, kwargs)
+        finally:
+            held.restore()
+        if plainly is not None:
+            plainly(leaves, kwargs)
+        return result
+
+    return left

@@ -1,0 +1,121 @@
+"""Which names code looks up: globals, attributes, and modules that it imports as it runs."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from autojac.guards.escapes import ESCAPES
+
+_GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
+_VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
+_STATE: Final = ESCAPES | {"grad", "grad_fn", "_version", "_grad"}
+# names computed as the code runs
+_DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a code object and those nested in it look up.
+
+    Attributes:
+        codes: these code objects.
+        scope: names looked up in the globals, then among the builtins.
+        attributes: names that may be looked up in objects: attributes and strings that could be names.
+        imported: names of modules imported inside the code, absolute ones.
+        relative: whether it imports relatively too.
+        dynamic: whether it may compute names of attributes.
+        values: names of globals and attributes that it looks up other than to call them at once.
+        state: an attribute of tensors that it looks up other than to call it at once, and that shows their values or
+            what else was done with them; empty if there is none.
+    """
+
+    codes: tuple[types.CodeType, ...]
+    scope: tuple[str, ...]
+    attributes: frozenset[str]
+    imported: tuple[str, ...]
+    relative: bool
+    dynamic: bool
+    values: frozenset[str]
+    state: str
+
+
+class _ByIdentity:
+    """A code object as a key: equal code is not the same code, and hashing it takes long."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code
+
+    def __hash__(self) -> int:
+        return id(self.code)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.code is self.code
+
+
+def used(code: types.CodeType) -> Used:
+    """What a code object looks up."""
+    return _used(_ByIdentity(code))
+
+
+@functools.lru_cache(maxsize=4096)
+def _used(key: _ByIdentity) -> Used:
+    codes = tuple(_nested(key.code))
+    scope: set[str] = set()
+    attributes: set[str] = set()
+    imported: set[str] = set()
+    values: set[str] = set()
+    relative = False
+    state = ""
+    for code in codes:
+        attributes.update(code.co_names, _strings(code.co_consts))
+        constants: list[Any] = []
+        for step in dis.get_instructions(code):
+            if step.opname in _VALUE and not _is_called(step):
+                values.add(step.argval)
+            if step.opname in _GLOBAL:
+                scope.add(step.argval)
+            elif step.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+                constants.append(step.argval)
+            elif step.opname == "LOAD_ATTR" and step.argval in _STATE and not _is_called(step):
+                state = step.argval
+            elif step.opname == "IMPORT_NAME":
+                relative = relative or constants[-2] != 0
+                imported.add(step.argval)
+                imported.update(f"{step.argval}.{name}" for name in constants[-1] or ())
+    return Used(
+        codes,
+        tuple(sorted(scope)),
+        frozenset(attributes),
+        tuple(sorted(imported)),
+        relative,
+        bool(attributes & _DYNAMIC),
+        frozenset(values),
+        state,
+    )
+
+
+def _is_called(step: dis.Instruction) -> bool:
+    """Whether what is looked up is called next: the lowest bit says so, for attributes from Python 3.12."""
+    flagged = step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_ATTR" and sys.version_info >= (3, 12))
+    return flagged and bool((step.arg or 0) & 1)
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _nested(const)
+
+
+def _strings(consts: tuple[Any, ...]) -> Iterator[str]:
+    for const in consts:
+        if isinstance(const, str) and const.isidentifier():
+            yield const
+        elif isinstance(const, (tuple, frozenset)):
+            yield from _strings(tuple(const))

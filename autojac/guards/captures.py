@@ -1,0 +1,128 @@
+"""What a callable reaches: the modules and tensors that its result may depend on."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autojac.guards.assignments import Attributes, Buffers, Variables
+from autojac.guards.compiled_functions import is_compiled
+from autojac.guards.provenance import code_names, is_library, slots
+from autojac.guards.walker import MODULE_FIELDS, UNSTABLE, Walk
+
+
+@dataclass(frozen=True)
+class Captures:
+    """What a callable reaches besides its arguments.
+
+    Attributes:
+        modules: distinct modules, submodules included.
+        tensors: distinct parameters, buffers and captured tensors, those without values left out.
+        opaque: something could not be followed, so there may be more.
+        compiled: some of it runs through torch.compile.
+        places: where func may set something: attributes, containers and variables; see `keeps`.
+        state: a value that Python may change between calls, and with it what runs; empty if there is none.
+    """
+
+    modules: tuple[torch.nn.Module, ...]
+    tensors: tuple[torch.Tensor, ...]
+    opaque: bool
+    state: str = ""
+    compiled: bool = False
+    places: tuple[Any, ...] = ()
+
+
+def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
+    """List what a callable reaches through closures, globals, defaults, attributes and helper functions.
+
+    Args:
+        func: a function, module, partial, bound method or callable object.
+        without: objects that are not looked into.
+
+    Returns:
+        The modules and tensors in the order in which they were met.
+    """
+    walk = _Reach()
+    for obj in without:
+        walk.leave_out(obj)
+    walk.visit(func)
+    # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
+    tensors = tuple(tensor for tensor in walk.tensors if not tensor.is_meta)
+    modules, places = tuple(walk.modules), tuple(walk.places)
+    return Captures(modules, tensors, walk.opaque, walk.state, walk.compiled, places)
+
+
+class _Reach(Walk):
+    """A walk that notices state besides modules and tensors: attributes and variables that hold numbers or objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ""
+        self.compiled = False
+        self.places: list[Any] = []
+
+    def _module(self, module: torch.nn.Module) -> None:
+        self.compiled = self.compiled or is_compiled(module)
+        if not is_library(type(module).__module__):
+            for name, value in vars(module).items():
+                if name not in MODULE_FIELDS:
+                    self._notice(value, f"attribute {name} of {type(module).__name__}")
+        # those of a scripted module are no dict
+        if isinstance(module._buffers, dict):
+            self.places += [vars(module), Buffers(module._buffers)]
+        super()._module(module)
+
+    def _function(self, function: types.FunctionType) -> None:
+        self.compiled = self.compiled or is_compiled(function)
+        if not is_library(function.__globals__.get("__name__")):
+            names = code_names(function.__code__)
+            self.places.append(vars(function))
+            for name in names:
+                self._notice(function.__globals__.get(name, len), f"global variable {name}")
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            try:
+                self._notice(cell.cell_contents, f"variable {name}")
+            except ValueError:  # not assigned yet
+                self.state = self.state or f"variable {name}"
+        self.places += map(Variables, function.__closure__ or ())
+        super()._function(function)
+
+    def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:
+        names = set(names)
+        if isinstance(scope, dict):
+            # globals()["name"] names nothing that the code would tell
+            self.places.append(scope if "globals" in names else Variables(scope, names))
+        super()._globals(names, scope, inside)
+
+    def _class(self, kind: type) -> None:
+        if not is_library(kind.__module__):
+            self.places.append(Attributes(kind, functools.partial(_own_names, kind)))
+        super()._class(kind)
+
+    def _instance(self, obj: Any, kind: type) -> None:
+        if not is_library(kind.__module__):
+            self.state = self.state or f"object {kind.__name__}"
+        if isinstance(state := getattr(obj, "__dict__", None), dict):
+            self.places.append(state)
+        if slots(kind) and not is_library(kind.__module__):
+            self.places.append(Attributes(obj, functools.partial(slots, kind)))
+        super()._instance(obj, kind)
+
+    def _container(self, obj: Any, kind: type) -> None:
+        if isinstance(obj, (dict, list, set, deque)):
+            self.places.append(obj)
+        super()._container(obj, kind)
+
+    def _notice(self, value: Any, name: str) -> None:
+        if not isinstance(value, (torch.nn.Module, torch.Tensor, types.ModuleType, type)) and not callable(value):
+            self.state = self.state or name
+
+
+def _own_names(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not (name.startswith("__") or name in UNSTABLE)]

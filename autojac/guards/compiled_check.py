@@ -1,0 +1,234 @@
+"""One function that tells in a microsecond or two that nothing in a list of places is another object than before.
+
+A dict costs one comparison: of the version that Python (3.11) or torch (its watchers, from 3.12) counts for it.
+Empty dicts, which are most of a module, are looked at together, tensors too. The rest is compared by identity in code
+written for these places. Nothing of the user's runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from autojac.guards.places import ABSENT, Bytes, Cells, Fields, Items, Members, Names, Pinned, Place, class_dict
+from autojac.guards.tensor_metadata import Metadata
+
+Held = tuple[Place, list[Any], list[Any]]
+"""A place with the keys and the values that it held."""
+
+_FIELDS: Final = {
+    "code": "__code__",
+    "defaults": "__defaults__",
+    "keyword defaults": "__kwdefaults__",
+    "attributes": "__dict__",
+}
+# gone, or another thread is writing there
+_UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError)
+# the user may have changed Python's own
+_BUILTINS: Final = {function.__name__: function for function in (all, any, len, list, map, operator.is_, type)} | {
+    "UNREADABLE": _UNREADABLE
+}
+
+
+@functools.cache
+def dict_version() -> Callable[[dict[Any, Any]], int] | None:
+    """What counts the changes of a dict in C; None where torch has no such thing, or it misses changes."""
+    try:
+        found: Callable[[Any], int] = torch._C._dynamo.guards.dict_version
+        return found if _sound(found) else None
+    except (AttributeError, TypeError):
+        return None
+
+
+def _sound(version: Callable[[Any], int]) -> bool:
+    """Whether every store shows: Python 3.13.0 keeps those to attributes of an instance from watchers of its dict.
+
+    Often enough for the interpreter to specialize the bytecode.
+    """
+    probe = _Probe()
+    held = vars(probe)
+    for number in range(1000):
+        before = version(held)
+        probe.stored = number + 1
+        stored = version(held)
+        held["stored"] = -1
+        written = version(held)
+        del probe.stored
+        if len({before, stored, written, version(held)}) < 4 or version(held) != version(held):
+            return False
+        probe.stored = 0
+    return True
+
+
+class _Probe:
+    def __init__(self) -> None:
+        self.stored = 0
+
+
+def checker(held: Callable[[], Sequence[Held]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
+    """Write the function that compares places with what they hold at this moment.
+
+    Args:
+        held: looks into the places.
+        places: where to look.
+        metadata: of the tensors in these places.
+    """
+    version = dict_version()
+    dicts = [place.owner for place in places if isinstance(place, Items)] if version else []
+    versions = {id(owner): version(owner) for owner in dicts} if version else {}  # before the look: a race then fails
+    draft = _Draft()
+    for place, keys, values in held():
+        draft.place(place, keys, values, versions)
+    if draft.empty:
+        draft.terms.append(f"not any({draft.constant(tuple(draft.empty))})")
+    if draft.dicts:
+        names = [draft.constant(part) for part in (version, draft.dicts, draft.versions)]
+        draft.terms.append("list(map({}, {})) == {}".format(*names))
+    if metadata.tensors:
+        draft.tensors(metadata)
+    return draft.function()
+
+
+class _Draft:
+    """The terms of the function and the objects that they name."""
+
+    def __init__(self) -> None:
+        self.terms: list[str] = []
+        self.empty: list[dict[Any, Any]] = []
+        self.dicts: list[dict[Any, Any]] = []
+        self.versions: list[int] = []
+        self._cells: list[types.CellType] = []
+        self._numbers: dict[int, int] = {}
+        self._seen: set[tuple[int, str]] = set()
+
+    def constant(self, value: Any) -> str:
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._cells)
+            self._cells.append(types.CellType(value))
+        return f"v{self._numbers[id(value)]}"
+
+    def variable(self, cell: types.CellType) -> str:
+        self._cells.append(cell)
+        return f"v{len(self._cells) - 1}"
+
+    def place(self, place: Place, keys: list[Any], values: list[Any], versions: dict[int, int]) -> None:
+        if isinstance(place, Names):
+            self._names(place.owner, keys, values)
+        elif isinstance(place, Cells):
+            for cell, value in zip(place.owner, values, strict=True):
+                if value is ABSENT:
+                    self._look(place, keys, values)
+                else:  # the written function shares the variable with the user's
+                    self.terms.append(f"{self.variable(cell)} is {self.constant(value)}")
+        elif isinstance(place, Fields):
+            self._fields(place, values)
+        elif isinstance(place, Items):
+            self._items(place, keys, values, versions)
+        elif isinstance(place, Members):
+            self._members(place, keys, values)
+        elif isinstance(place, Bytes):
+            self.terms.append(f"{self.constant(place.contents)}() == {self.constant(values[0])}")
+        elif not isinstance(place, Pinned):
+            self._look(place, keys, values)
+
+    def _names(self, scope: dict[str, Any], names: list[str], values: list[Any]) -> None:
+        for name, value in zip(names, values, strict=True):
+            if (id(scope), name) not in self._seen:
+                self._seen.add((id(scope), name))
+                where = self.constant(scope)
+                self.terms.append(
+                    f"{name!r} not in {where}" if value is ABSENT else f"{where}[{name!r}] is {self.constant(value)}"
+                )
+
+    def _fields(self, place: Fields, values: list[Any]) -> None:
+        owner = self.constant(place.owner)
+        for (name, read), value in zip(place.fields, values, strict=True):
+            known = self.constant(value)
+            if name == "class":
+                self.terms.append(f"type({owner}) is {known}")
+            elif name in _FIELDS:
+                self.terms.append(f"{owner}.{_FIELDS[name]} is {known}")
+            else:
+                self.terms.append(f"{self.constant(read)}({owner}) is {known}")
+
+    def _items(self, place: Items, keys: list[Any], values: list[Any], versions: dict[int, int]) -> None:
+        owner = place.owner
+        if not dict.__len__(owner) and type(owner) in (dict, OrderedDict):
+            self.empty.append(owner)
+        elif id(owner) not in versions:
+            self._look(place, keys, values)
+        else:
+            self.dicts.append(owner)
+            self.versions.append(versions[id(owner)])
+
+    def _members(self, place: Members, keys: list[Any], values: list[Any]) -> None:
+        kind = type(place.owner)
+        if kind in (list, set, deque):
+            owner = self.constant(place.owner)
+            self.terms.append(f"len({owner}) == {len(values)} and all(map(is_, {owner}, {self.constant(values)}))")
+        elif kind not in (tuple, frozenset):
+            self._look(place, keys, values)
+
+    def _look(self, place: Place, keys: list[Any], values: list[Any]) -> None:
+        self.terms.append(f"{self.constant(functools.partial(_same, place, keys, values))}()")
+
+    def tensors(self, metadata: Metadata) -> None:
+        tensors, again = self.constant(metadata.tensors), self.constant(metadata.same)
+        if metadata.quick is not None:
+            self.terms.append(f"({self.constant(metadata.quick)}(*{tensors}) or {again}())")
+        else:
+            self.terms.append(f"{again}()")
+        handles = class_dict(torch.utils.hooks.RemovableHandle)
+        count = types.CellType(handles.get("next_id"))
+        hooked = functools.partial(_hooks_unchanged, metadata.tensors, metadata.hooked, handles, count)
+        # counts all hooks ever made, so that tensors need no look unless there is one more
+        self.terms.append(
+            f"({self.constant(handles)}['next_id'] == {self.variable(count)} or {self.constant(hooked)}())"
+        )
+
+    def function(self) -> Callable[[], bool]:
+        code = _compiled(tuple(self.terms), len(self._cells))
+        cells = tuple(self._cells[int(name[1:])] for name in code.co_freevars)
+        return types.FunctionType(code, {"__builtins__": _BUILTINS}, "unchanged", None, cells)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(terms: tuple[str, ...], variables: int) -> types.CodeType:
+    """The code of the function: it names no objects, so that it serves every look at places of this kind."""
+    names = ", ".join(f"v{number}" for number in range(variables))
+    lines = [
+        f"def outer({names}):",
+        " def unchanged():",
+        "  try:",
+        f"   return {' and '.join(terms) or 'True'}",
+        "  except UNREADABLE:",
+        "   return False",
+        " return unchanged",
+    ]
+    scope: dict[str, Any] = {}
+    exec(compile("\n".join(lines), "<autojac guard>", "exec"), scope)
+    (code,) = (const for const in scope["outer"].__code__.co_consts if isinstance(const, types.CodeType))
+    return code
+
+
+def _same(place: Place, keys: list[Any], values: list[Any]) -> bool:
+    now, held = place.look()
+    alike = len(now) == len(keys) and len(held) == len(values)
+    return alike and all(map(operator.is_, now, keys)) and all(map(operator.is_, held, values))
+
+
+def _hooks_unchanged(
+    tensors: tuple[Tensor, ...], hooked: tuple[bool, ...], handles: dict[str, Any], count: types.CellType
+) -> bool:
+    made = handles.get("next_id")
+    if tuple(bool(tensor._backward_hooks) for tensor in tensors) != hooked:
+        return False
+    count.cell_contents = made
+    return True

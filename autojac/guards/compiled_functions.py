@@ -1,0 +1,101 @@
+"""torch's compiler around autojac, and inside of what is differentiated."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from autojac.guards.walker import HOOKS
+
+F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K", bound=type)
+P = ParamSpec("P")
+T = TypeVar("T")
+COMPILED = "torch._dynamo.eval_frame"
+"""Where torch.compile's own kind of module is defined, and how compiled code runs is decided."""
+
+_lock = threading.Lock()
+_users: list[int] = []
+_usual: list[Any] = []
+
+
+def opaque(function: F) -> F:
+    """Keep the compiler out of a function and of all that it calls: where compiled code meets it, it runs as it is.
+
+    `torch.compiler.disable` would import the compiler (1 s) and cost each call 2 µs; what it marks is marked here. A
+    torch that has other marks compiles what it can, which is slow and right.
+    """
+    marked: Any = function
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "autojac plans, measures and checks while it runs"
+    with suppress(AttributeError):
+        frames: Any = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
+def opaque_methods(kind: K) -> K:
+    """A class whose public methods, inherited ones included, are opaque to the compiler."""
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("_")):
+                opaque(value)
+    return kind
+
+
+def is_compiled(func: Any) -> bool:
+    """Whether a function or module runs through torch.compile when it is called."""
+    if isinstance(func, torch.nn.Module):
+        # a module that is compiled in place keeps what its call was compiled to
+        return type(func).__module__ == COMPILED or vars(func).get("_compiled_call_impl") is not None
+    return isinstance(func, types.FunctionType) and "_torchdynamo_orig_callable" in vars(func)
+
+
+def original(func: Any) -> Any:
+    """What torch.compile was given; a function or module that it did not make as it is."""
+    while is_compiled(func):
+        if isinstance(func, types.FunctionType):
+            func = vars(func)["_torchdynamo_orig_callable"]
+        elif type(func).__module__ == COMPILED and not any(getattr(func, hooks) for hooks in HOOKS):
+            func = func._orig_mod
+        else:
+            break
+    return func
+
+
+def eagerly(func: Callable[P, T]) -> Callable[P, T]:
+    """A function without the compiled code in it: what that was compiled from runs instead.
+
+    A compiled backward runs once, has no derivative, and no transform goes through it; and what autojac tries would
+    count among what its owner compiled it for. torch knows one stance for all threads.
+    """
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _eager():
+            return func(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    frames: Any = sys.modules[COMPILED]
+    thread = threading.get_ident()
+    with _lock:
+        if not _users:
+            _usual[:] = [frames._set_stance(frames.DynamoStance("force_eager"))]
+        _users.append(thread)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.remove(thread)
+            if not _users:
+                frames._set_stance(_usual.pop())

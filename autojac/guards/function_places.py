@@ -1,0 +1,166 @@
+"""A walk that lists where functions are kept and what they look up: code, defaults, closures, globals, modules."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from autojac.guards.bytecode import Used, used
+from autojac.guards.escapes import ESCAPES
+from autojac.guards.places import (
+    Attributes,
+    Callables,
+    Cells,
+    Fields,
+    Items,
+    Members,
+    Names,
+    Pinned,
+    Place,
+    cell_contents,
+)
+from autojac.guards.provenance import is_library
+from autojac.guards.purity import c_reason, unseen
+from autojac.guards.tokens import SCALARS
+from autojac.guards.walker import Walk
+
+_CODE: Final = tuple(
+    (name, operator.attrgetter(attribute))
+    for name, attribute in (
+        ("code", "__code__"),
+        ("defaults", "__defaults__"),
+        ("keyword defaults", "__kwdefaults__"),
+        ("attributes", "__dict__"),
+    )
+)
+_PROCESS: Final = frozenset({"sys", "os", "builtins", "gc", "time", "random"})
+
+
+class LookedUp(Walk):
+    """What functions hold and look up, by place.
+
+    Attributes:
+        places: the places, each once.
+        codes: the code of the user's functions.
+        reason: why there may be more than the places; empty if there is not.
+        called: what a person calls an object, by its id.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[Place] = []
+        self.codes: set[types.CodeType] = set()
+        self.reason = ""
+        self.called: dict[int, str] = {}
+        self._known: set[tuple[int, type]] = set()
+        self._scope: types.FunctionType | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Say why the places are not all that is read; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def _place(self, place: Place) -> None:
+        if not isinstance(place, (Names, Pinned)):
+            key = (id(place.owner), type(place))
+            if key in self._known:
+                return
+            self._known.add(key)
+        self.places.append(place)
+        if isinstance(place, Items) and isinstance(place.owner, OrderedDict) and len(dict.keys(place.owner)):
+            self.places.append(Members(place.owner, place.name))
+        for name, value in zip(*place.look(), strict=True):
+            if type(value) not in SCALARS:
+                self.called.setdefault(id(value), place.label(name))
+
+    def _function(self, function: types.FunctionType) -> None:
+        if vars(function).get("_torchdynamo_orig_callable") is not None:
+            self.refuse("it calls what torch.compile has compiled")
+            return
+        name = function.__name__
+        if function.__closure__:
+            self._place(Cells(function.__closure__, "variable {}", function.__code__.co_freevars))
+        if not is_library(function.__globals__.get("__name__")):
+            self._place(Fields(function, f"{{}} of {name}", _CODE))
+            self._place(Items(vars(function), f"attribute {{}} of {name}"))
+            self._scope = function
+        super()._function(function)
+
+    def _code(self, code: types.CodeType) -> None:
+        self.codes.add(code)
+        super()._code(code)
+
+    def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:
+        function, self._scope = self._scope, None
+        assert function is not None
+        uses = used(function.__code__)
+        scope = function.__globals__
+        stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
+        builtins: dict[str, Any] = stranger.__builtins__
+        if uses.scope:
+            self._place(Names(function.__globals__, "global {}", uses.scope))
+        if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
+            self._place(Names(builtins, "builtin {}", found))
+        held = [scope[name] for name in uses.scope if name in scope]
+        held += [value for value in cell_contents(function) if isinstance(value, types.ModuleType)]
+        for name in found:
+            if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
+                self.refuse(c_reason(builtins[name]))
+        held += [builtins[name] for name in found if not is_library(getattr(builtins[name], "__module__", "builtins"))]
+        if uses.state:
+            self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
+        if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
+            self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
+        if uses.relative:
+            self.refuse(f"{function.__name__} imports relatively as it runs; import at the top of its file")
+        for name in uses.imported:
+            if name in sys.modules:
+                self._place(Names(sys.modules, "module {}", (name,)))
+                held.append(sys.modules[name])
+            elif not is_library(name) and name.rpartition(".")[0] not in sys.modules:
+                self.refuse(f"{function.__name__} imports {name} as it runs; import at the top of its file")
+        for value in held:
+            if isinstance(value, types.ModuleType):
+                self._used_module(value, uses, ())
+            else:
+                self.visit(value)
+
+    def _used_module(self, module: Any, uses: Used, inside: tuple[int, ...]) -> None:
+        if id(module) in inside:
+            return
+        home = module.__name__
+        library = is_library(home)
+        kept = module.__dict__
+        if uses.dynamic and not library:
+            self._whole_module(module)
+            return
+        looked = tuple(sorted(name for name in uses.attributes if name in kept or not library))
+        if looked:
+            self._place(Names(kept, f"{home}.{{}}", looked))
+        for name in looked:
+            value = kept.get(name)
+            if isinstance(value, types.ModuleType):
+                self._used_module(value, uses, (*inside, id(module)))
+            elif not library or not is_library(getattr(value, "__module__", None) or "torch"):
+                self.visit(value)
+            elif name in uses.values and isinstance(value, types.BuiltinFunctionType):
+                self.refuse(c_reason(value))
+            elif unseen(home, value):
+                self.refuse(f"it may read {home}.{name}, which no guard sees")
+            elif isinstance(value, type) or not callable(value):
+                self.visit(value)
+
+    def _whole_module(self, module: Any) -> None:
+        if is_library(module.__name__):
+            if module.__name__ in _PROCESS:
+                self.refuse(f"it holds the module {module.__name__}, which shows the state of the process")
+            self._place(Callables(module.__dict__, f"{module.__name__}.{{}}"))
+            return
+        kept = module.__dict__
+        names = tuple(sorted(name for name in kept if not (name.startswith("__") and name.endswith("__"))))
+        self._place(Attributes(kept, f"{module.__name__}.{{}}"))
+        for name in names:
+            self.visit(kept[name])

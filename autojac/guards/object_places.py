@@ -1,0 +1,271 @@
+"""A walk that lists every place where what a callable does is kept: in objects, modules, tensors, containers."""
+
+from __future__ import annotations
+
+import abc
+import enum
+import functools
+import logging
+import operator
+import types
+import weakref
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.guards.escapes import ESCAPES
+from autojac.guards.function_places import LookedUp
+from autojac.guards.places import (
+    Attributes,
+    Bytes,
+    Callables,
+    Fields,
+    Items,
+    Members,
+    Pinned,
+    class_dict,
+    hidden_state,
+    slot_readers,
+    state_reader,
+)
+from autojac.guards.provenance import is_library
+from autojac.guards.purity import c_reason
+from autojac.guards.walker import HOOKS
+
+MOST_BYTES: Final = 4096
+"""An array of numpy's is compared with its copy in every call up to this size."""
+
+MOST_ITEMS: Final = 10_000
+"""A container is compared element by element in every call up to this size."""
+
+_PARTS: Final = tuple((name, operator.attrgetter(name)) for name in ("func", "args", "keywords"))
+_TENSORS: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_HOOKS_OF_ALL: Final = [
+    (name, hooks)
+    for name, hooks in sorted(vars(torch.nn.modules.module).items())
+    if name.startswith("_global_") and isinstance(hooks, dict) and ("forward" in name or "backward" in name)
+]
+_IMMUTABLE: Final = (
+    *("operator.", "re.Pattern", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
+    *("_collections._tuplegetter", "collections._tuplegetter"),
+)
+_OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading", "os"})
+# Results depend on the thread's context, which operators read unseen.
+_BY_CONTEXT: Final = frozenset({"decimal"})
+_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled"))
+# The functions by which modules compute, wherever they are called from.
+_OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.functional.{}"))
+_FIXED_TYPE: Final = 1 << 8
+"""Flag of classes made in C, whose attributes can't be set."""
+_PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
+_LOCKS: Final = ("_thread.lock", "_thread.RLock")
+
+
+class Reached(LookedUp):
+    """Everything that a callable holds: functions, as `LookedUp` lists them, and objects, modules and tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weak: list[Any] = []
+
+    def follow(self, func: Any) -> None:
+        """Visit a callable, and what of torch's is called for every module."""
+        for _, hooks in _HOOKS_OF_ALL:
+            self._place(Items(hooks, "hook of all modules"))
+            self.visit(hooks)
+        self._place(Fields(torch, "{}", (("default dtype", _default_dtype),)))
+        self._place(Items(pytree.SUPPORTED_NODES, "pytree node {}"))
+        self._library_class(Tensor)
+        # not by `_place`, which would take note of what thousands of functions are called
+        self.places += [Callables(vars(module), name) for module, name in _OF_ALL_CODE]
+        self.visit(func)
+        if any(id(referent) not in self._order for referent in self._weak):
+            self.refuse("it holds a weak reference to what nothing else of it holds")
+
+    def _named(self, label: str, /, **parts: Any) -> None:
+        for part in parts.values():
+            if isinstance(part, Tensor):
+                self._place(Pinned(None, label, part))
+        super()._named(label, **parts)
+
+    def _give_up(self, kind: type) -> None:
+        self.refuse(f"it holds a {kind.__module__}.{kind.__qualname__}, whose state can't be compared")
+        super()._give_up(kind)
+
+    def _dispatch(self, obj: Any, kind: type) -> None:
+        home = kind.__module__
+        if isinstance(obj, types.ModuleType):
+            self._whole_module(obj)
+        elif isinstance(obj, type):  # whatever the home of its metaclass
+            self._class(obj)
+        elif isinstance(obj, weakref.ref):
+            if obj() is not None:
+                self._weak.append(obj())
+        elif isinstance(obj, logging.Logger):
+            self._place(Fields(obj, "{} of a logger", _LOGGER))
+        elif isinstance(obj, torch.jit.ScriptFunction):
+            self.refuse("it calls what torch.jit.script has compiled")
+        elif isinstance(obj, (bytearray, memoryview)) or (
+            home in _OUT_OF_SIGHT and f"{home}.{kind.__qualname__}" not in _LOCKS
+        ):
+            self._give_up(kind)
+        elif home.partition(".")[0] == "numpy":
+            self._of_numpy(obj, kind)
+        elif isinstance(obj, enum.Enum):
+            self._instance(obj, kind)
+        elif isinstance(obj, functools.partial):
+            self._place(Fields(obj, f"{{}} of {self.called.get(id(obj), 'a partial')}", _PARTS))
+            self._place(Items(vars(obj), "attribute {} of a partial"))
+            self._named("partial", function=obj.func, args=obj.args, keywords=obj.keywords)
+            self.visit(vars(obj))
+        else:
+            super()._dispatch(obj, kind)
+
+    def _of_numpy(self, obj: Any, kind: type) -> None:
+        if kind.__name__ == "ndarray":
+            if obj.dtype.hasobject:
+                self._give_up(kind)
+            elif obj.nbytes > MOST_BYTES:
+                self.refuse(f"it holds an array of numpy's of {obj.nbytes} bytes; make it a tensor")
+            else:
+                self._place(Bytes(obj, self.called.get(id(obj), "array")))
+        elif kind.__name__ not in _PLAIN_NUMPY and not hasattr(kind, "dtype") and "dtypes" not in kind.__module__:
+            self._instance(obj, kind)
+
+    def _tensor(self, tensor: Tensor, by_content: bool = True) -> None:
+        if id(tensor) not in self._order:  # num_batches_tracked comes here unvisited
+            self._order[id(tensor)] = len(self._order)
+            self._alive.append(tensor)
+        self.tensors.append(tensor)
+        if type(tensor) not in _TENSORS:
+            self.refuse(f"it holds a {type(tensor).__qualname__}, a tensor of a kind of its own")
+            return
+        state = tensor.__dict__
+        self._place(Items(state, "attribute {} of a tensor"))
+        for value in state.values():
+            self.visit(value)
+        if tensor._backward_hooks:
+            self._place(Items(tensor._backward_hooks, "hook of a tensor"))
+
+    def _module(self, module: torch.nn.Module) -> None:
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            self.refuse("it calls what torch.jit has compiled")
+            return
+        if kind.__module__ == "torch._dynamo.eval_frame":
+            self.refuse("it calls what torch.compile has compiled")
+            return
+        name = kind.__name__
+        kept = vars(module)
+        self._place(Items(kept, f"attribute {{}} of {name}"))
+        self._place(Fields(module, f"{{}} of {name}", (("class", type), *self._own_fields(kind))))
+        for field, label in (("_parameters", "parameter"), ("_buffers", "buffer"), ("_modules", "module")):
+            self._place(Items(kept[field], f"{label} {{}} of {name}"))
+        for hooks in HOOKS:
+            if kept.get(hooks) is not None:
+                self._place(Items(kept[hooks], "hook"))
+        for base in kind.__mro__[:-1]:
+            if is_library(base.__module__):
+                self._library_class(base)
+                if base.__module__ == "torch.fx.graph_module" and "forward" in vars(base):
+                    self.visit(vars(base)["forward"])
+        super()._module(module)
+
+    def _own_fields(self, kind: type) -> tuple[tuple[str, Any], ...]:
+        if is_library(kind.__module__):
+            return ()
+        reader = state_reader(kind)
+        return (() if reader is None else (("__dict__", reader),)) + slot_readers(kind)
+
+    def _class(self, kind: type) -> None:
+        if isinstance(kind, abc.ABCMeta):
+            self._place(Fields(abc, "{}", (("what is registered with abstract classes", _registrations),)))
+        if kind.__module__ in _BY_CONTEXT:
+            self.refuse(f"it may compute with {kind.__module__}, whose results depend on the context of the thread")
+        if is_library(kind.__module__):
+            for base in kind.__mro__:
+                self._library_class(base)
+        else:
+            self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
+            self._place(Fields(kind, f"{{}} of class {kind.__name__}", (("class", type), ("bases", _bases))))
+            if type(kind) is not type:
+                self.visit(type(kind))
+        super()._class(kind)
+
+    def _library_class(self, kind: type) -> None:
+        if not kind.__flags__ & _FIXED_TYPE:
+            self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
+
+    def _c_callable(self, obj: Any) -> None:
+        instance = getattr(obj, "__self__", None)
+        if isinstance(instance, Tensor):
+            self._place(Pinned(None, "method of a tensor", instance))
+        self.refuse(c_reason(obj))
+        super()._c_callable(obj)
+
+    def _container(self, obj: Any, kind: type) -> None:
+        name = self.called.get(id(obj), kind.__name__)
+        if len(obj) > MOST_ITEMS:
+            self.refuse(f"it holds a {kind.__name__} of {len(obj)} elements; make it a tensor")
+            return
+        if isinstance(obj, dict):
+            self._place(Items(obj, name))
+        elif isinstance(obj, types.MappingProxyType):
+            self._give_up(kind)
+        else:
+            self._place(Members(obj, name))
+        super()._container(obj, kind)
+
+    def _instance(self, obj: Any, kind: type) -> None:
+        if kind is object:  # a sentinel
+            return
+        if _immutable(kind):
+            super()._instance(obj, kind)
+            return
+        reader = state_reader(kind)
+        slots = slot_readers(kind)
+        unread = reader is None and any("__dict__" in vars(base) for base in kind.__mro__)
+        if unread or ((reader or slots) and hidden_state(kind)):
+            self._give_up(kind)
+            return
+        name = kind.__name__
+        fields: tuple[tuple[str, Any], ...] = (("class", type),)
+        if reader is not None:
+            state = reader(obj)
+            self._place(Items(state, f"attribute {{}} of {name}"))
+            fields += (("__dict__", reader),)
+        if reader is not None or slots:
+            self._place(Fields(obj, f"attribute {{}} of {name}", fields + slots))
+        super()._instance(obj, kind)
+
+    def _reduced(self, obj: Any, kind: type) -> None:
+        if isinstance(obj, operator.methodcaller) and ESCAPES & set(obj.__reduce__()[1]):
+            self.refuse("it may read values of a tensor")
+        elif _immutable(kind):
+            super()._reduced(obj, kind)
+        else:
+            self._give_up(kind)
+
+
+def _immutable(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE)
+
+
+def _default_dtype(owner: Any) -> torch.dtype:
+    return torch.get_default_dtype()
+
+
+def _registrations(owner: Any) -> int:
+    """A count of registrations, as the object that stood for it before: places are compared by identity."""
+    token = abc.get_cache_token()
+    assert isinstance(token, int)
+    return _TOKENS.setdefault(token, token)
+
+
+_TOKENS: Final[dict[int, int]] = {}
+
+
+def _bases(kind: type) -> Any:
+    return type.__dict__["__mro__"].__get__(kind)

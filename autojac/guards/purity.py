@@ -1,0 +1,165 @@
+"""Which code of libraries reads what no list of places shows: clocks, files, random numbers, values of tensors."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+
+from autojac.guards.escapes import ESCAPES
+from autojac.guards.provenance import is_library
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Packages whose functions depend on their arguments alone, but for what is named below.
+TRUSTED: Final = _words(
+    """torch torchgen functorch autojac numpy einops opt_einsum functools collections _collections_abc contextlib abc
+    typing dataclasses operator enum copy copyreg types numbers fractions statistics itertools heapq bisect
+    math cmath re string keyword weakref _weakrefset warnings builtins"""
+)
+_C_MODULES: Final = TRUSTED | _words(
+    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref"""
+)
+# What torch itself calls for its own ends.
+_OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
+_HARMLESS: Final = _words(
+    """abs all any ascii bin callable chr delattr divmod format getattr hasattr hex isinstance issubclass iter len max
+    min next oct ord pow repr round setattr sorted sum __build_class__"""
+)
+# Parts of torch and numpy that read or set the state of the process.
+_STATE: Final = _words(
+    """torch.backends torch.cuda.memory torch.cuda.random torch.hub torch.serialization torch.distributed
+    torch.multiprocessing torch.utils.data torch.utils.benchmark torch.random numpy.random torch._dynamo
+    torch._inductor torch.mps torch.xpu torch.profiler torch.utils.cpp_extension numpy.lib.npyio numpy.lib._npyio_impl
+    torch.utils.dlpack numpy.testing torch.utils._config_module numpy._core.arrayprint numpy.core.arrayprint"""
+)
+_STATE_FUNCTIONS: Final = _words(
+    """get_rng_state set_rng_state initial_seed seed manual_seed get_num_threads get_num_interop_threads
+    set_num_threads set_default_dtype set_default_device get_default_device set_default_tensor_type
+    are_deterministic_algorithms_enabled use_deterministic_algorithms get_float32_matmul_precision
+    set_float32_matmul_precision memory_allocated memory_reserved max_memory_allocated mem_get_info current_device
+    current_stream synchronize elapsed_time utilization from_file fromfile load loadtxt genfromtxt memmap
+    get_printoptions set_printoptions frombuffer geterr seterr geterrcall seterrcall getbufsize setbufsize errstate"""
+)
+# Flags of the process that torch's own functions tell; those that follow belong to what a plan is filed under.
+_FLAG: Final = re.compile(r"_?get_.*|_?(is|are)_.*_enabled(_only)?|_?is_warn_.*|.*_sdp_enabled")
+_KEYED: Final = _words("is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_default_dtype")
+_OF_FLAGS: Final = _words("torch torch._C torch.amp.autocast_mode torch.autograd.anomaly_mode")
+_RANDOM: Final = ("torch.random", "torch.cuda.random", "torch.mps", "torch.xpu.random")
+_VALUES: Final = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range, slice, type(None))
+_OBJECTS: Final = frozenset({"collections", "re", "fractions", "types", "functools", "numpy"})
+_UNSAFE_OBJECTS: Final = ("Generator", "Event", "Stream", "StorageBase", "UntypedStorage", "RandomState")
+
+
+def package(name: str) -> str:
+    """The outermost package of a module."""
+    return name.partition(".")[0]
+
+
+def frame_reason(home: str, name: str) -> str:
+    """Why a Python function of a library, called by the user's code, may give something else next time.
+
+    Args:
+        home: the module whose globals the function uses.
+        name: the function's.
+    """
+    if home.startswith("importlib.") and name in ("_handle_fromlist", "_lock_unlock_module"):
+        return ""  # an import of what is imported already
+    if package(home) not in TRUSTED:
+        return f"it calls {name} of {home}"
+    if home == "torch._tensor" and name in ESCAPES:
+        return f"it reads values of a tensor ({name})"
+    if _of_state(home, name) and package(home) in ("torch", "numpy"):
+        return f"it calls {name} of {home}, which reads the state of the process"
+    return ""
+
+
+def _of_state(home: str, name: str) -> bool:
+    flag = home in _OF_FLAGS and name not in _KEYED and _FLAG.fullmatch(name)
+    return bool(flag) or within(home, _STATE) or name in _STATE_FUNCTIONS
+
+
+def is_foreign(home: str) -> bool:
+    """Whether a module is of a package that nothing is known of: torch may call it for the user's code."""
+    return package(home) not in TRUSTED | _OF_TORCH | sys.stdlib_module_names
+
+
+def seeds(home: str, name: str) -> bool:
+    """Whether a function sets or shows where random numbers start."""
+    return within(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
+
+
+def sets_random_state(home: str, name: str) -> bool:
+    """Whether a function makes random numbers repeat, as torch's checkpoints do around what runs again."""
+    return within(home, _RANDOM) and name.startswith("set_")
+
+
+def within(home: str, packages: Iterable[str]) -> bool:
+    """Whether a module is one of some modules or packages, or inside one."""
+    return any(home == name or home.startswith(f"{name}.") for name in packages)
+
+
+def unseen(home: str, value: Any) -> bool:
+    """Whether something in a module of a library may be used unseen by a profile function, or change by itself."""
+    if within(home, ("numpy.random",)):
+        return True
+    if isinstance(value, (dict, list, set, deque)):
+        return package(home) not in ("torch", "functorch", "numpy", "autojac")
+    seen = (types.FunctionType, types.BuiltinFunctionType, type, *_VALUES)
+    return package(home) not in TRUSTED and not isinstance(value, seen)
+
+
+def c_reason(function: Any) -> str:
+    """Why a function written in C, called by the user's code, may give something else next time."""
+    name = function.__name__
+    owner = getattr(function, "__self__", None)
+    home = getattr(function, "__module__", None)
+    if isinstance(owner, types.ModuleType) or (isinstance(home, str) and not isinstance(owner, _VALUES[:-1])):
+        return _module_function(str(home or getattr(owner, "__name__", "")), name)
+    if owner is None:  # an unbound method, such as list.append
+        owner_type = getattr(function, "__objclass__", None)
+        return "" if owner_type is None else _method(owner_type, name)
+    if isinstance(owner, type):
+        made = owner.__module__
+        safe = package(made) in _C_MODULES or not is_library(made)
+        return "" if safe and name != "__subclasses__" else f"it calls {name} of {made}.{owner.__name__}"
+    return _method(type(owner), name)
+
+
+def _module_function(home: str, name: str) -> str:
+    if home in ("builtins", "_io"):
+        return "" if name in _HARMLESS else f"it calls {name}"
+    if package(home) not in _C_MODULES:
+        return f"it calls {name} of {home}"
+    if _of_state(home, name):
+        return f"it calls {name} of {home}, which reads the state of the process"
+    return ""
+
+
+def _method(kind: type, name: str) -> str:
+    if issubclass(kind, torch._C.TensorBase):
+        return f"it reads values of a tensor ({name})" if name in ESCAPES else ""
+    bases = kind.__mro__
+    if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):
+        return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"
+    if issubclass(kind, (*_VALUES, types.GeneratorType, datetime.timedelta)):
+        return ""
+    if kind.__module__ in ("builtins", "itertools"):  # iterators made in this call; guards refuse others
+        return ""
+    if kind.__module__ == "_io":
+        return "" if kind.__name__ in ("StringIO", "BytesIO") else f"it calls {name} of a file"
+    if not is_library(kind.__module__):
+        return "" if name not in ("__reduce_ex__", "__reduce__", "__sizeof__", "__hash__") else f"it calls {name}"
+    if package(kind.__module__) in _OBJECTS | _C_MODULES or kind.__qualname__ in ("lock", "RLock"):
+        tensor_like = name in ("tofile", "dump", "dumps")
+        return f"it calls {name}" if tensor_like else ""
+    return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,156 @@
+"""The derivatives of y_b = g(x_b, s) with s = S(x) from one recorded call: of g in x and s, and of S in x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import seeds
+from autojac.graph.cuts.shared_tensors import Pool
+from autojac.graph.ir import Graph
+from autojac.methods.support.engines import Engine, puller, pusher
+from autojac.problem.problem import Problem
+
+Local = Literal["copies", "mixed", "push"]
+Piece = tuple[list[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """One recorded call and what its samples share.
+
+    Attributes:
+        problem, graph, pool, leaves: of the call.
+        local, engine, chunk: as in `Statistics`.
+    """
+
+    problem: Problem
+    graph: Graph
+    pool: Pool
+    leaves: Sequence[Tensor]
+    local: Local
+    engine: Engine
+    chunk: int
+
+    @property
+    def step(self) -> int:
+        return 1 if self.engine == "loop" else self.chunk
+
+    def pieces(self) -> tuple[list[list[Tensor]], Iterator[Piece]]:
+        """∂g/∂x as blocks; and for some elements of s at a time ∂g/∂s (k, B, m) and ∂s/∂x (k, B, *in).
+
+        For an input without a batch ∂g/∂x is (B, *out, *in), and ∂s/∂x (k, *in).
+        """
+        problem, graph, pool, batch = self.problem, self.graph, self.pool, self.problem.batch
+        base = dict(zip(graph.inputs, self.leaves, strict=True))
+        numbers = [graph.inputs[position] for position in problem.inputs]
+        xs = [self.leaves[position] for position in problem.inputs]
+
+        def gather(*given: Tensor) -> tuple[Tensor, ...]:
+            return graph.run(pool.tensors, {**base, **dict(zip(numbers, given, strict=True))})
+
+        s, pull_s = puller(gather, xs, self.engine, problem.differentiable) if pool.tensors else ((), None)
+        held = {**base, **dict(zip(pool.still, graph.run(pool.still, base), strict=True))}
+        carriers = [order for order, position in enumerate(problem.inputs) if problem.leaves[position].batched]
+        own = [xs[order] for order in carriers]
+        weights = [w.expand(batch, *w.shape) for w in graph.run(pool.weights, base)]
+        local = pool.given(graph, held, [numbers[order] for order in carriers], copies=self.local == "copies")
+        if self.local == "push":
+            blocks, parts = self._pushed(local, own, s), []
+        else:
+            copies = [t.expand(batch, *t.shape) for t in s] if self.local == "copies" else list(s)
+            values, pull = puller(local, (*own, *weights, *copies), self.engine, problem.differentiable)
+            parts = [self._each(pull, output, _coordinates(value)) for output, value in enumerate(values)]
+            blocks = [self._blocks(rows, event, base) for event, rows in zip(problem.outputs, parts, strict=True)]
+        push = pusher(
+            lambda *given: local(*own, *weights, *given), list(s), "loop" if self.engine == "loop" else "vmap"
+        )
+
+        def through() -> Iterator[Piece]:
+            for number, tensor in enumerate(s):
+                for start, stop in seeds.spans(tensor.numel(), self.step):
+                    elements = seeds.identity(tuple(tensor.shape), start, stop, tensor)
+                    assert pull_s is not None
+                    reached = pull_s(number, elements)
+                    if self.local == "copies":
+                        rows = [part[len(own) + len(weights) + number] for part in parts]
+                        felt = [part.reshape(*part.shape[:2], -1)[..., start:stop].permute(2, 1, 0) for part in rows]
+                    else:
+                        felt = [part.reshape(*part.shape[:2], -1) for part in push(number, elements)]
+                    yield felt, reached
+
+        return blocks, through()
+
+    def _pushed(
+        self, local: Callable[..., tuple[Tensor, ...]], own: Sequence[Tensor], s: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """∂g/∂x by one push for each coordinate of x: given s, one serves all samples."""
+        problem = self.problem
+        push = pusher(lambda *given: local(*given, *s), own, "loop" if self.engine == "loop" else "vmap")
+        columns = [self._each(push, order, _coordinates(x)) for order, x in enumerate(own)]
+        return [
+            [
+                part[output]
+                .movedim(0, -1)
+                .reshape(problem.batch, *event, *problem.leaves[position].event_shape)
+                .to(x.dtype)
+                for part, x, position in zip(columns, own, problem.inputs, strict=True)
+            ]
+            for output, event in enumerate(problem.outputs)
+        ]
+
+    def _blocks(self, rows: Sequence[Tensor], event: tuple[int, ...], base: Mapping[int, Tensor]) -> list[Tensor]:
+        """From rows (m, B, *shape), of inputs with a batch and of copies of weights, the blocks of every input."""
+        problem, taken = self.problem, iter(rows)
+        blocks: list[Tensor | None] = []
+        for position in problem.inputs:
+            leaf = problem.leaves[position]
+            blocks.append(
+                next(taken).movedim(0, 1).reshape(problem.batch, *event, *leaf.event_shape) if leaf.batched else None
+            )
+        for number in self.pool.weights:
+            felt = next(taken).movedim(0, 1).flatten(0, 1)
+            for order, found in self._back(number, felt, base):
+                part = found.reshape(problem.batch, *event, *found.shape[1:])
+                before = blocks[order]
+                blocks[order] = part if before is None else before + part
+        return [
+            block
+            if block is not None
+            else self.leaves[position].new_zeros(problem.batch, *event, *problem.leaves[position].event_shape)
+            for position, block in zip(problem.inputs, blocks, strict=True)
+        ]
+
+    def _back(self, number: int, felt: Tensor, base: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Cotangents of what is read of the weights, (c, *shape), as cotangents of the inputs that it is made of."""
+        graph = self.graph
+        lone = {
+            graph.inputs[p]: order for order, p in enumerate(self.problem.inputs) if not self.problem.leaves[p].batched
+        }
+        if number in lone:
+            yield lone[number], felt
+            return
+        made_of = {
+            source for place in graph.needed((number,), frozenset()) for source in graph.operations[place].sources
+        }
+        reached = [n for n in lone if n in made_of]
+
+        def read(*given: Tensor) -> tuple[Tensor, ...]:
+            return graph.run((number,), {**base, **dict(zip(reached, given, strict=True))})
+
+        engine: Engine = "vmap" if self.engine == "vmap" else "batched"
+        _, pull = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
+        yield from zip((lone[n] for n in reached), pull(0, felt), strict=True)
+
+    def _each(self, run: Callable[[int, Tensor], Sequence[Tensor]], which: int, coordinates: Tensor) -> list[Tensor]:
+        """What `run` makes of all seeds, a chunk at a time."""
+        parts = [run(which, coordinates[a:b]) for a, b in seeds.spans(len(coordinates), self.step)]
+        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+
+
+def _coordinates(value: Tensor) -> Tensor:
+    return seeds.shared(tuple(value.shape[1:]), len(value), value)

@@ -1,0 +1,73 @@
+"""A plan and the search behind it, as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autojac.core.plan import Plan, Trial, expression
+from autojac.core.signature import Signature
+
+
+def seconds(value: float | None) -> str:
+    """A duration with a readable unit."""
+    if value is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def size(count: int | None) -> str:
+    """A number of bytes with a readable unit."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Trial], cuts: Sequence[str] = ()) -> str:
+    """What was probed, what was tried, what won, and what it pays.
+
+    Args:
+        name: of the function.
+        signature, plan, trials: of the call, and of the search that made its plan.
+        cuts: a line for each narrow place that is known.
+    """
+    lines = [f"{name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"]
+    if signature.differentiable:
+        lines[0] += ", differentiable"
+    lines.append(f"plan: {plan}")
+    lines.append(f"  from {plan.source}, effort {plan.effort}, made in {seconds(plan.tuning_seconds)}")
+    if plan.seconds is not None:
+        lines.append(f"  {seconds(plan.seconds)} a call, {size(plan.memory_bytes)} at its peak")
+    if plan.seconds and plan.default_seconds:
+        ratio = plan.default_seconds / plan.seconds
+        lines.append(f"  torch's default takes {seconds(plan.default_seconds)}: {ratio:.3g} times as long")
+        saved = plan.default_seconds - plan.seconds
+        if saved > 0:
+            lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
+    structure = plan.structure
+    lines.append(f"structure: {structure.coupling}, {structure.assurance}")
+    lines += [f"  {line}" for line in (*structure.evidence, *cuts)]
+    if trials:
+        lines.append(f"candidates: {len(trials)}")
+        lines += [_row(trial) for trial in sorted(trials, key=_rank)]
+    return "\n".join(lines)
+
+
+def _rank(trial: Trial) -> tuple[bool, float]:
+    return trial.state != "complete", trial.seconds or 0.0
+
+
+def _row(trial: Trial) -> str:
+    facts = f"{seconds(trial.seconds):>8} {size(trial.memory_bytes):>9}  {expression(trial.method)}"
+    fate = None if trial.state == "complete" else trial.state
+    return f"  {facts}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
+
+
+def _arguments(signature: Signature) -> str:
+    shapes = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in signature.leaves]
+    return ", ".join(shapes) + f" on {signature.leaves[0].device}"

@@ -1,0 +1,116 @@
+"""What one function's plans need of the store: its keys, made once, and the store itself, opened when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from autojac.core.options import Options, parse_bytes
+from autojac.core.pattern import Indices
+from autojac.core.plan import Plan, Trial
+from autojac.core.signature import Signature
+from autojac.errors import StoreError
+from autojac.guards.fingerprint import fingerprint
+from autojac.methods.base import Method, build
+from autojac.store.keys import Key, environment_key, operation_key
+
+if TYPE_CHECKING:
+    from autojac.store import PlanStore
+
+Keys = tuple[Key, Key]
+"""What a plan is filed under: the operation, and the environment that it was tuned in."""
+
+_shared: dict[Any, PlanStore] = {}
+
+
+class Stored:
+    """The stored plans of one function.
+
+    Args:
+        func: the function; its fingerprint is part of every key.
+        options: `store` says where plans live; what changes a plan's choice is part of every key.
+    """
+
+    def __init__(self, func: Callable[..., Any], options: Options) -> None:
+        self.func = func
+        self.options = options
+        self.function_name = function_name(func)
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Where results are kept is no part of what computes them."""
+        return {}
+
+    @cached_property
+    def store(self) -> PlanStore:
+        """The store; one a location and process, and one a wrapper in memory."""
+        from autojac.store import PlanStore
+
+        place = self.options.store
+        if isinstance(place, PlanStore):
+            return place
+        from autojac.store.location import default_location
+
+        key = str(place) if place is not None else default_location()
+        if key == ":memory:":
+            return PlanStore(place)
+        if key not in _shared:
+            _shared[key] = PlanStore(place)
+        return _shared[key]
+
+    @property
+    def description(self) -> str:
+        return self.store.description
+
+    def find(self, keys: Keys) -> Plan | None:
+        return self.store.find(*keys)
+
+    def hints(self, keys: Keys) -> list[Method]:
+        """Methods that won on other devices, to be tried first."""
+        found = []
+        for plan in self.store.hints(keys[0]):
+            try:
+                found.append(build(plan.method))
+            except StoreError:
+                continue  # made by another version of autojac
+        return found
+
+    def trials(self, keys: Keys) -> tuple[Trial, ...]:
+        """Every candidate's fate in the search that made the stored plan."""
+        return self.store.trials(*keys)
+
+    def save(self, keys: Keys, plan: Plan) -> None:
+        self.store.save(*keys, plan, self.function_name)
+
+    def coloring(self, key: str) -> dict[str, Indices] | None:
+        return self.store.coloring(key)
+
+    def save_coloring(self, key: str, arrays: Mapping[str, Indices]) -> None:
+        self.store.save_coloring(key, arrays)
+
+    def refute(self, keys: Keys, reason: str) -> None:
+        self.store.refute(*keys, reason)
+
+    def keys(self, signature: Signature) -> Keys:
+        """What a plan is filed under: the function as it is now, the call, and the device."""
+        options = self.options
+        declared = options.declared
+        chosen = {
+            "memory_limit": parse_bytes(options.memory_limit),
+            "randomness": options.randomness,
+            "coupling": None if declared is None else declared.to_json(),
+        }
+        digest = fingerprint(self.func, options.version)
+        # Without the module: what a script defines as `__main__`, others import by the name of its file.
+        operation = operation_key(_named(self.func).__qualname__, digest, signature, chosen)
+        return operation, environment_key(signature.leaves[0].device)
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """A name for people: where the function is defined, or its class."""
+    named = _named(func)
+    return f"{getattr(named, '__module__', '?')}.{named.__qualname__}"
+
+
+def _named(func: Callable[..., Any]) -> Any:
+    return func if hasattr(func, "__qualname__") else type(func)

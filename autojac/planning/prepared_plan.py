@@ -1,0 +1,323 @@
+"""A call on its way to a plan: described, seen once, and made ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.autodiff.primitives import hooked
+from autojac.core.autocast import outside_autocast
+from autojac.core.call import AUX, Frame
+from autojac.core.options import Verify
+from autojac.core.plan import Plan
+from autojac.core.sandbox import Quiet
+from autojac.core.signature import Signature
+from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
+from autojac.guards.assignments import leaving
+from autojac.guards.captures import Captures, captures
+from autojac.guards.reads import Reads
+from autojac.guards.tensor_contents import Watch
+from autojac.methods.base import Method, reverse
+from autojac.planning.plan_repository import Keys
+from autojac.probe.side_effects import FirstCall
+from autojac.problem.empty_events import filled
+from autojac.problem.problem import Compute, Flat, Problem, Result
+from autojac.problem.randomness import leaving_state
+from autojac.replay.replayer import Replaying
+
+EARLY_CHECKS = 10
+"""Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
+CHECK_EVERY = 1000
+MOST_NUMBERS = 32
+"""Calls with Python floats that no call before had are checked this many times."""
+
+
+class Noticed(NamedTuple):
+    """What is other than at the checks so far, and a digest of the contents that decide."""
+
+    what: Literal["", "function", "arguments"]
+    contents: bytes = b""
+
+
+UNCHANGED = Noticed("")
+
+
+@dataclass
+class Entry:
+    """A plan made ready for one signature in this process."""
+
+    frame: Frame
+    problem: Problem
+    plan: Plan
+    compute: Compute
+    signature: Signature
+    quiet: Quiet
+    keys: Keys | None = None
+    calls: int = 0
+    last_check: int = 0
+    next_check: float = 1
+    unchecked: bool = False
+    constants: tuple[Tensor, ...] = ()
+    reads: Reads | None = None
+    renewals: int = 0
+    numbers: set[tuple[float, ...]] | None = None
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    loop: Compute | None = None
+    version: int = -1
+    states: set[int] = dataclasses.field(default_factory=set)
+    factored: Any = None
+    again: Any = None
+    pushes: bool = False
+    """The Jacobian is differentiable, and made by forward mode, whose derivative hangs on the operators that run."""
+    fresh: bool = False
+    """A search in this process has just found the plan."""
+    provisional: bool = False
+    """The plan was made where no derivative is finite, so that nothing could be verified."""
+
+    @property
+    def mutable(self) -> tuple[Tensor, ...]:
+        """The tensors that func writes into."""
+        return tuple(self.quiet.captured)
+
+    def finished(self, result: Result) -> Sequence[Sequence[Tensor]]:
+        """The Jacobians as the user gets them: entries become matrices."""
+        problem = self.problem
+        if problem.layout != "sparse":
+            return result.jacobians
+        return [
+            [problem.entries(output, p).matrix(values) for p, values in zip(problem.inputs, row, strict=True)]
+            for output, row in enumerate(result.jacobians)
+        ]
+
+    def fits(self, result: Result) -> bool:
+        """Whether func has returned the shapes that were planned for: they may follow from values that it reads."""
+        return [value.shape for value in result.values] == self.shapes
+
+    @functools.cached_property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the outputs."""
+        return [torch.Size((self.problem.batch, *event)) for event in self.problem.outputs]
+
+    @property
+    def usable(self) -> Compute:
+        """The plan's computation; under a caller's hooks on saved tensors a loop of plain VJPs.
+
+        torch.func refuses such hooks, and checkpointing's compute func again at every backward, even under vmap.
+        """
+        return self.plainly if hooked() else self.compute
+
+    def plainly(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        """Compute by a loop of plain VJPs."""
+        if self.loop is None:
+            self.loop = prepared(self.frame, self.problem, reverse(self.problem, "loop"))
+        return self.loop(leaves, kwargs)
+
+    def run(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        """Compute, outside the caller's autocast but for func."""
+        with outside_autocast():
+            return self.usable(leaves, kwargs)
+
+    def checked(self, verify: Verify) -> None:
+        """Set when to check next: independence is never trusted for good.
+
+        A proof covers all inputs, but not a flag, a layer or a hook that Python changes after it was made.
+        """
+        structure = self.problem.structure
+        calls = self.last_check = self.calls
+        if verify == "always" or structure.suspect:
+            self.next_check = calls + 1
+        elif not structure.assumes and not self.pushes:
+            self.next_check = math.inf
+        elif calls < 2**EARLY_CHECKS:
+            self.next_check = 2 * calls
+        else:
+            self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
+
+    @property
+    def observed(self) -> bool:
+        """Whether changes of func must be looked for before every call: a replay does so itself."""
+        return self.problem.structure.assumes and not self.unchecked and not isinstance(self.compute, Replaying)
+
+    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], state: int | None = None) -> Noticed:
+        """What is other than at the checks so far, of what the plan was made from: then it is checked again.
+
+        A replay knows what func reads. Patterns and verdicts hang on what func has captured and on all that its code
+        reads, some on other arguments too.
+
+        Args:
+            leaves, kwargs: the call.
+            state: the number of the state of what func reads; None if it is not looked at.
+        """
+        anew = False
+        if self.last_check:  # the first use is checked in any case
+            if isinstance(self.compute, Replaying):
+                anew = self.compute.anew()
+            else:
+                anew = self.observed and state is not None and state not in self.states
+        if self.reads is None:
+            return Noticed("function" if anew else "")
+        anew = self._moved(state) or anew
+        contents = self.contents(leaves, kwargs)
+        if anew:
+            return Noticed("function", contents)
+        return Noticed("arguments" if self.watch.unseen(contents) else "", contents)
+
+    def absorb(self, state: int | None) -> None:
+        """Take the state that a call has left, as far as func has changed it by itself, for one that was checked."""
+        if state is not None:
+            self.states.add(state)
+            if self.reads is not None:
+                self.reads.changed()
+
+    def _moved(self, state: int | None) -> bool:
+        """Look for the constants anew where they may be others; whether more than tensors is seen to be other."""
+        surroundings = self.problem.surroundings
+        if state is None or surroundings is None or surroundings.reason:
+            read = self.reads.changed() if self.reads is not None else ""
+            moved = bool(read)
+        else:
+            read, moved = "", self.version != surroundings.version
+            self.version = surroundings.version
+        if moved:
+            self._hold(captures(self.frame.func))
+        return read == "objects"
+
+    def contents(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bytes:
+        """A digest of all tensors whose values decide whether the plan holds."""
+        tensors = list(self.constants)
+        numbers: tuple[float, ...] = ()
+        if self.problem.structure.watched:
+            tensors += [leaves[position] for position in self.watched]
+            if kwargs:
+                values = pytree.tree_leaves(dict(kwargs))
+                tensors += [value for value in values if isinstance(value, Tensor)]
+                numbers = tuple(value for value in values if isinstance(value, float))
+        return self.watch.contents(tensors, numbers)
+
+    @functools.cached_property
+    def watched(self) -> tuple[int, ...]:
+        """The arguments by position whose values may decide what couples with what.
+
+        A float that carries the batch and goes with its sample, as slices show, is like an input: left to the schedule.
+        """
+        structure, leaves = self.problem.structure, self.problem.leaves
+        return tuple(
+            position
+            for position, leaf in enumerate(leaves)
+            if structure.watched
+            and not leaf.differentiated
+            and not (leaf.batched and structure.sliceable and leaf.dtype.startswith(("float", "bfloat", "complex")))
+        )
+
+    def renew(self, func: Callable[..., Any], captured: Captures) -> None:
+        """Look from now on at what func reaches as it is after a change."""
+        self.renewals += 1
+        self.reads = Reads(func)
+        self._hold(captured)
+
+    def _hold(self, captured: Captures) -> None:
+        # there may be constants now whose values are to be watched
+        self.again = None
+        self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
+
+    def unfamiliar(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call's Python floats, which its signature leaves out, are others than those of any call checked.
+
+        A branch may hang on them. Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        """
+        if self.numbers is None:
+            return False
+        numbers = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
+        if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
+            return False
+        self.numbers.add(numbers)
+        return True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call that needs a plan."""
+
+    frame: Frame
+    leaves: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any]
+    flags: tuple[Any, ...]
+    differentiable: bool
+    trained: tuple[Tensor, ...]
+    kinds: str
+    captured: Captures
+
+    def apart(self) -> Request:
+        """The call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
+        leaves = tuple(x.detach().requires_grad_() if x.requires_grad else x.detach() for x in self.leaves)
+        return dataclasses.replace(self, leaves=leaves)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the first call of func showed, and the flat function that draws as the user asked."""
+
+    fn: Flat
+    first: FirstCall
+    quiet: Quiet
+    signature: Signature
+    guess: tuple[bool, ...]
+    keys: Keys
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to differentiate."""
+        inputs = [leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated]
+        return not (
+            self.signature.batch and any(map(math.prod, self.signature.outputs)) and any(map(math.prod, inputs))
+        )
+
+
+def prepared(frame: Frame, problem: Problem, method: Method) -> Compute:
+    """A method made ready for all of a problem: for what has no elements, and for what func returned as aux."""
+    compute = _with_aux(frame, problem, filled(problem, method.ready), method.plain)
+    effects = problem.structure.effects
+    if UPDATES_BUFFERS in effects:
+        return compute  # func runs as it is, and once
+    if DRAWS_ALIKE in effects or KEEPS in effects:
+        compute = leaving_state(compute, problem.generators)
+        return leaving(compute, problem.places, functools.partial(_plain_call, frame, KEEPS in effects))
+    return compute
+
+
+def _plain_call(frame: Frame, keeps: bool, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
+    """Call func for what it leaves behind."""
+    with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
+        frame.fn(leaves, kwargs)
+
+
+def _with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> Compute:
+    """A computation beside which comes what func returned as aux.
+
+    Args:
+        frame: knows how func returns it.
+        problem, compute: what is computed.
+        plain: whether func runs once and as it is. If not, it sees tensors that stand for others, and runs once more.
+    """
+    if not frame.has_aux:
+        return compute
+
+    def collecting(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        collected: list[Any] = []
+        watched = {**kwargs, AUX: collected}
+        result = compute(leaves, watched if plain else kwargs)
+        if not plain:
+            with torch.set_grad_enabled(problem.differentiable):
+                frame.fn(leaves, watched)
+        aux = collected[-1]
+        return result._replace(aux=aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux))
+
+    return collecting

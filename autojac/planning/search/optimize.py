@@ -1,0 +1,174 @@
+"""Search: candidates are proposed, each is checked and then timed, and the finalists are compared in pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback
+from autojac.core.plan import Effort, effort_rank
+from autojac.core.sandbox import Quiet
+from autojac.errors import SearchError
+from autojac.methods.base import Method, build, reverse
+from autojac.planning.search import measure
+from autojac.planning.search.shoot_out import Found, shoot_out
+from autojac.planning.search.space import bare, candidates, default_methods, hopeless
+from autojac.planning.search.trial import PATIENCE_S, Progress, Subject, attempt, try_out
+from autojac.problem.problem import Problem, bind
+from autojac.problem.reference import Reference
+
+BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
+SHOOT_OUT_SHARE = 0.25
+"""Part of the budget kept for the last word."""
+FIRST_SHARE = 0.6
+"""Part of the rest after which replays and compilers have their turn."""
+
+LAST_RESORT = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
+"""One plain VJP a row: right for whatever runs under autograd."""
+
+
+def search(
+    problem: Problem,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    captured: Sequence[Tensor],
+    quiet: Quiet,
+    effort: Effort,
+    budget_s: float | None = None,
+    hints: Sequence[Method] = (),
+    progress: Progress | None = None,
+) -> Found:
+    """Find the fastest right method for a problem at one point.
+
+    Args:
+        problem: what to compute.
+        leaves, kwargs: the point at which candidates are checked and timed.
+        captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
+        quiet: how to evaluate without a trace.
+        effort: `estimate` takes the first right method of the cost model and times nothing.
+        budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
+            torch loads once a process is not counted.
+        hints: methods to try first, such as another device's winner.
+        progress: called after each trial.
+
+    Raises:
+        SearchError: if no candidate gives the right Jacobian within the limits.
+    """
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, quiet), trial=True)
+    depth = max(effort_rank(effort) - effort_rank("quick"), 0)
+    if effort != "estimate":
+        # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
+        importlib.import_module("torch._dynamo")
+        from autojac.planning.search.propose import propose
+    start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
+    subject = Subject(
+        problem,
+        leaves,
+        kwargs,
+        captured,
+        quiet,
+        effort,
+        start + (1 - SHOOT_OUT_SHARE) * allowed,
+        start + allowed,
+        Reference(problem, leaves, kwargs, quiet, trained=captured),
+        progress,
+    )
+    defaults = default_methods(problem)
+    space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
+    if not subject.reference.says:
+        # what is slow and safe, until there is something that a faster method can be compared with
+        return dataclasses.replace(_estimate(subject, [reverse(problem, "loop")]), verified=False)
+    if effort == "estimate":
+        # what records a method is worth its while only where that is timed
+        return _estimate(subject, [method for method in space if bare(method) == method])
+    dropped = hopeless(problem, space) - set(defaults) if depth < 2 else set()
+    for method in dropped:
+        subject.record(method, "skipped", reason="predicted to be far slower than the best")
+    space = [method for method in space if method not in dropped]
+    deadline = subject.deadline
+    rounds = _rounds(space)
+    for number, part in enumerate(rounds):
+        fast = fastest(subject, part)
+        first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
+        # what comes later has its part of the time, however long the first round could take
+        left = bool(number == 0 and any(rounds[1:]))
+        subject.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
+        if part:
+            propose(subject, part, first)
+    _ensure_one(subject, [*space, LAST_RESORT])
+    for method in space:
+        if method not in subject.trials:
+            subject.record(method, "skipped", reason="no budget was left for it")
+    found = shoot_out(subject, defaults)
+    while found is None:
+        _ensure_one(subject, [*space, LAST_RESORT])
+        found = shoot_out(subject, defaults)
+    return found
+
+
+def _rounds(space: Sequence[Method]) -> list[list[Method]]:
+    """Candidates as they are; recorded ones, of which those inside the fastest are tried first; compiled ones."""
+    eager = [method for method in space if not method.compiles and bare(method) == method]
+    recorded = [method for method in space if not method.compiles and method not in eager]
+    return [eager, recorded, [method for method in space if method.compiles]]
+
+
+def fastest(subject: Subject, methods: Sequence[Method]) -> list[Method]:
+    """Those whose bare methods have been timed, the fastest first."""
+    known = {method: subject.trials.get(bare(method)) for method in methods if bare(method) != method}
+    timed = {method: trial.seconds for method, trial in known.items() if trial is not None and trial.seconds}
+    return sorted(timed, key=timed.__getitem__)
+
+
+def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:
+    """Peak memory of one plain evaluation and one VJP of the first output: what a seed costs at the least."""
+
+    def one_pass() -> object:
+        bound, inputs = bind(problem, leaves, kwargs)
+        pullback = Pullback(bound, inputs, differentiable=False)
+        return pullback(0, torch.ones_like(pullback.outputs[0]), last=True)
+
+    try:
+        with quiet():
+            return measure.peak_bytes(one_pass, leaves[problem.inputs[0]].device)
+    except Exception:  # sizes of inputs and outputs have to do; the candidates find out what is wrong
+        return 0
+
+
+def _estimate(subject: Subject, space: Sequence[Method]) -> Found:
+    """The cost model's first choice that is right."""
+    for method in [*space, LAST_RESORT]:
+        if attempt(subject, method, _allowed_s(method)) is not None:
+            subject.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
+            return Found(method, None, None, None, tuple(subject.trials.values()))
+    raise _nothing_found(subject)
+
+
+def _ensure_one(subject: Subject, methods: Sequence[Method]) -> None:
+    """However short the budget, some right method must come out."""
+    for method in methods:
+        if subject.runs:
+            return
+        if method not in subject.trials or subject.trials[method].state == "skipped":
+            try_out(subject, method, _allowed_s(method))
+    if not subject.runs:
+        raise _nothing_found(subject)
+
+
+def _allowed_s(method: Method) -> float:
+    """Where any right method will do: the last resort is what the user would write, and may take what that takes."""
+    return math.inf if method == LAST_RESORT else PATIENCE_S
+
+
+def _nothing_found(subject: Subject) -> SearchError:
+    reasons = [f"{trial.method['method']}: {trial.reason}" for trial in subject.trials.values()]
+    listed = "; ".join(itertools.islice(dict.fromkeys(reasons), 6)) or "there is no candidate"
+    return SearchError(f"no method gives the right Jacobian within the limits. {listed}")

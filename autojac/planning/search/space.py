@@ -1,0 +1,98 @@
+"""The candidates of a search, and the same set as a conditional space for Optuna."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from autojac.methods.base import Method, build, registry, reverse
+from autojac.problem.problem import Problem
+
+DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
+HOPELESS = 30.0
+"""Candidates predicted this many times slower than the best are not run, except in an exhaustive search."""
+
+Pick = Callable[[str, Sequence[Any]], Any]
+
+
+def candidates(problem: Problem, depth: int) -> list[Method]:
+    """Every supported method with the settings worth timing, the most promising first."""
+    found: dict[Method, None] = {}
+    for kind in registry().values():
+        for method in kind.candidates(problem, depth):
+            if method.unsupported(problem) is None:
+                found.setdefault(method)
+    return sorted(found, key=lambda method: method.cost(problem))
+
+
+def default_methods(problem: Problem) -> list[Method]:
+    """What a torch user would write: `vmap(jacrev)`, and the plain loop of VJPs where that is wrong or fails."""
+    methods = [build({"method": "PerSample", "mode": "reverse"}), reverse(problem, "loop")]
+    return [method for method in methods if method.unsupported(problem) is None]
+
+
+def hopeless(problem: Problem, methods: Sequence[Method]) -> set[Method]:
+    """Those predicted to be too slow to be worth one run."""
+    costs = {method: method.cost(problem) for method in methods}
+    best = min(costs.values(), default=0.0)
+    return {method for method, cost in costs.items() if cost > HOPELESS * best}
+
+
+def bare(method: Method) -> Method:
+    """The method without what records it."""
+    inner = getattr(method, "inner", None)
+    if inner is None:
+        return method
+    if method.flat:
+        return bare(inner)
+    around: Any = method
+    made: Method = dataclasses.replace(around, inner=bare(inner))
+    return made
+
+
+def choose(methods: Sequence[Method], pick: Pick) -> Method:
+    """Narrow the candidates to one, a decision at a time, so that every path through the tree is a candidate.
+
+    Args:
+        methods: the candidates.
+        pick: called with a decision's name, unique along each path, and its options.
+    """
+    remaining = [(method, _flat(method.spec())) for method in methods]
+    path = ""
+    while len(remaining) > 1:
+        name = next(key for key in remaining[0][1] if len({_option(flat.get(key)) for _, flat in remaining}) > 1)
+        options = list(dict.fromkeys(_option(flat.get(name)) for _, flat in remaining))
+        chosen = pick(f"{path}{name}", options)
+        remaining = [(method, flat) for method, flat in remaining if _option(flat.get(name)) == chosen]
+        path += f"{name}={chosen} "
+    return remaining[0][0]
+
+
+def path_of(methods: Sequence[Method], target: Method) -> dict[str, Any]:
+    """The decisions by which `choose` arrives at `target`."""
+    flat = _flat(target.spec())
+    decisions: dict[str, Any] = {}
+
+    def pick(name: str, options: Sequence[Any]) -> Any:
+        decisions[name] = _option(flat.get(name.rsplit(" ", 1)[-1]))
+        return decisions[name]
+
+    choose(methods, pick)
+    return decisions
+
+
+def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested spec as one level: {"method": ..., "inner.method": ..., ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in spec.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _option(value: Any) -> Any:
+    """A field's value as an Optuna category."""
+    return "all" if value is None else value

@@ -1,0 +1,91 @@
+"""Layer 1 of the probe: what the graph of one call proves of all inputs, or shows of where samples meet."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback
+from autojac.graph.analysis import Outline
+from autojac.graph.recorder import record
+from autojac.probe.sample_pairs import Subject, cotangent_verdict
+
+
+class Proof(NamedTuple):
+    """What the graph of a call proves.
+
+    Attributes:
+        sound: samples are independent, whatever func is called with.
+        line: for `explain`.
+        meets: some operator reads several samples, so func of some samples need not be those samples of func.
+        any_values: they are whatever the values of all tensors, as long as the same operators run.
+    """
+
+    sound: bool
+    line: str
+    any_values: bool = False
+    meets: bool = False
+
+
+def prove(outline: Outline, subject: Subject) -> Proof:
+    """Whether the graph proves that samples are independent."""
+    flow = outline.flow
+    if flow is None:
+        return Proof(False, f"proof: none, {outline.reason}")
+    if outline.escaped:
+        return Proof(False, f"proof: none, func hands its data to other code by {outline.escaped}", meets=flow.meets)
+    if flow.graph.reads_data:
+        line = "proof: none, func looks at its data, so another input may take another branch"
+        return Proof(False, line, meets=flow.meets)
+    if not flow.independent:
+        return Proof(False, f"proof: none, {outline.obstacle}", meets=flow.meets)
+    with subject.quiet():
+        again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
+    if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
+        return Proof(False, "proof: none, func makes a tensor anew in each call where no operator is seen")
+    line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
+    if outline.state:
+        line += f"; but {outline.state} may change what runs, so it is checked on like an observation"
+    return Proof(not outline.state, line, any_values=True)
+
+
+def meeting(
+    outline: Outline, subject: Subject, masks: Sequence[Tensor], called: str, generator: Any
+) -> tuple[bool, str]:
+    """Whether samples meet in shared tensors alone, by the graph and by cotangents; and the line for `explain`."""
+    flow, pool = outline.flow, outline.read_pool
+    if flow is None:
+        return False, f"statistics: none found, {outline.reason}"
+    if pool is None:
+        return False, f"statistics: not alone, {outline.obstacle}"
+    least = outline.least_pool or pool
+    rows = sum(math.prod(flow.graph.shapes[y]) for y in flow.graph.outputs)
+    names = outline.meeting_place
+    if min(pool.size, least.size) >= rows:
+        return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
+    with subject.quiet():
+        recording = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated)
+        graph = recording.graph
+        if graph is None or graph.key != flow.graph.key:
+            return False, "statistics: not alone, func runs other operators from call to call"
+        base = dict(zip(graph.inputs, subject.leaves, strict=True))
+        shared = (*pool.tensors, *pool.still)
+        values = graph.run(shared, base)
+        held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
+        # differentiated or not: copies of weights must be apart whatever comes with the samples
+        carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
+        local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+        lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
+        copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
+        copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
+        xs = [*(subject.leaves[p] for p in carriers), *copies]
+        pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
+        verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
+    if verdict.coupled:
+        return False, "statistics: not alone, samples reach each other beside the shared tensors"
+    line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"
+    return True, f"{line} ({called})"

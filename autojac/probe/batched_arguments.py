@@ -1,0 +1,193 @@
+"""Where the batch is: which tensors carry it on axis 0, and whether func of some samples is those samples of func."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.autodiff.tolerance import disagreement
+from autojac.core.sandbox import Quiet
+from autojac.core.time_limit import within
+from autojac.errors import InputError, OutputError
+
+MOST_AMBIGUOUS = 4
+HANG_S = 60.0
+"""Some of the samples should take no longer than all; a loop that waits for the others never ends."""
+
+
+def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
+    """By shape alone: a tensor whose axis 0 has the outputs' length carries the batch."""
+    return tuple(leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves)
+
+
+def slice_samples(leaves: Sequence[Tensor], batched: Sequence[bool], stop: int) -> list[Tensor]:
+    """The first `stop` samples of every tensor that carries the batch."""
+    return [leaf[:stop] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
+
+
+def resolve_batched(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Tensor],
+    guess: tuple[bool, ...],
+    fixed: Sequence[bool],
+    differentiated: Sequence[int],
+    quiet: Quiet,
+    known: Mapping[int, bool],
+) -> tuple[tuple[bool, ...], str | None]:
+    """Check a guess of the roles: slicing the arguments must slice the outputs.
+
+    A tensor may have the batch's length by chance (B = n), so other assignments are tried, side inputs first.
+
+    Args:
+        fixed: which leaves have their role from the user; it is checked but not changed.
+        known: roles that earlier calls have shown, by position.
+
+    Returns:
+        The roles, and why func can't be sliced; None if it can.
+
+    Raises:
+        InputError: if a tensor to be differentiated may carry the batch or not, and nothing tells which.
+        OutputError: if func runs on slices and its outputs do not follow, for a guess.
+    """
+    batch = len(values[0])
+    if batch < 2:
+        return guess, None
+    stop = (batch + 1) // 2
+    sliced_kwargs = pytree.tree_map_only(
+        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, dict(kwargs)
+    )
+    found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, quiet)
+    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(dict(kwargs)))):
+        # keyword arguments go to func as they are, but here slices of them show the roles of the others
+        found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, quiet)
+    if found is not None:
+        return found, refusal
+    subject = (fn, leaves, kwargs, values, quiet)
+    return _settled(subject, guess, fixed, differentiated, known), refusal
+
+
+def _as_long_as(value: Tensor, batch: int) -> bool:
+    return value.layout == torch.strided and value.dim() > 0 and len(value) == batch
+
+
+def _settled(
+    subject: tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[Tensor], Quiet],
+    guess: tuple[bool, ...],
+    fixed: Sequence[bool],
+    differentiated: Sequence[int],
+    known: Mapping[int, bool],
+) -> tuple[bool, ...]:
+    """The roles where no slices showed them: by what earlier calls have, or by which rows of the outputs move."""
+    roles, leaves = list(guess), subject[1]
+    carriers = [p for p, has in enumerate(guess) if has and (fixed[p] or leaves[p].is_floating_point())]
+    for position in differentiated:
+        # something has to carry the batch: what is declared to, else the first that has the outputs' length
+        others = [p for p in carriers if p < position or fixed[p]]
+        if fixed[position] or not guess[position] or not others:
+            continue
+        if position in known:
+            roles[position] = known[position]
+        elif not _moves_own_row(*subject, position):
+            raise InputError(
+                f"tensor argument {position} has shape {tuple(subject[1][position].shape)} and the outputs have as "
+                "many rows, but func can't be called on some of the samples, so nothing shows whether this argument "
+                "carries the batch or is shared by all samples. Say so with in_dims, such as in_dims=(0, None)"
+            )
+    return tuple(roles)
+
+
+def _moves_own_row(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Tensor],
+    quiet: Quiet,
+    position: int,
+) -> bool:
+    """Whether another first row of a tensor moves the first row of the outputs, and no other."""
+    other = leaves[position].detach().clone()
+    other[0] = other[0] * 0.5 + 0.25
+    changed = [other if place == position else leaf.detach() for place, leaf in enumerate(leaves)]
+    try:
+        with quiet(), torch.enable_grad():
+            moved = within(HANG_S, lambda: [y.detach() for y in fn(changed, kwargs)])
+    except Exception:  # func may refuse what its user never passes
+        return False
+    first = any(disagreement(y[:1], value[:1]) is not None for y, value in zip(moved, values, strict=True))
+    rest = any(disagreement(y[1:], value[1:]) is not None for y, value in zip(moved, values, strict=True))
+    return first and not rest
+
+
+def _sliced(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    values: Sequence[Tensor],
+    guess: tuple[bool, ...],
+    fixed: Sequence[bool],
+    differentiated: Sequence[int],
+    quiet: Quiet,
+) -> tuple[tuple[bool, ...] | None, str | None]:
+    """The roles by which slices of the arguments give outputs of as many samples, and why they are not those slices."""
+    batch = len(values[0])
+    stop = (batch + 1) // 2
+    refusal: str | None = None
+    astray = False
+    inexact: tuple[bool, ...] | None = None
+    for assignment in _assignments(guess, fixed, differentiated):
+        try:
+            samples = slice_samples(leaves, assignment, stop)
+            samples = [x.detach().requires_grad_(i in differentiated) for i, x in enumerate(samples)]
+            # func may differentiate itself
+            with quiet(), torch.enable_grad():
+                sliced = [part.detach() for part in within(HANG_S, functools.partial(fn, samples, kwargs))]
+        except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
+            reason = next(iter(str(error).splitlines()), "")
+            refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"
+            continue
+        if any(part.dim() == 0 or len(part) != stop for part in sliced):
+            astray = True
+            continue
+        # an event may span the batch, as in x @ x.T: then only the axis follows
+        if all(
+            part.shape[1:] == whole.shape[1:] and disagreement(part, whole[:stop]) is None
+            for part, whole in zip(sliced, values, strict=True)
+        ):
+            return assignment, None
+        # right lengths may come of broadcasting: another assignment may give the right values too
+        inexact = inexact or assignment
+    if inexact is not None:
+        return inexact, "func of some samples differs from those samples of func"
+    # one sample alone is stretched by whatever else func holds of the whole batch, so it proves nothing
+    if astray and not all(fixed) and stop > 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+        raise OutputError(
+            f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "
+            "not the batch. Return (B, ...), or say with in_dims which arguments carry the batch"
+        )
+    return None, refusal or "the outputs do not follow when the arguments are sliced"
+
+
+def _assignments(
+    guess: tuple[bool, ...], fixed: Sequence[bool], differentiated: Sequence[int]
+) -> list[tuple[bool, ...]]:
+    """The guess, then the guess with some tensors taken as shared, fewest and side inputs first."""
+    carriers = [position for position, has in enumerate(guess) if has and not fixed[position]]
+    # inputs come last: an input of the batch's length is rarely shared
+    ambiguous = sorted(carriers, key=lambda position: (position in differentiated, -position))[:MOST_AMBIGUOUS]
+    found = []
+    for count in range(len(ambiguous) + 1):
+        for shared in itertools.combinations(ambiguous, count):
+            assignment = tuple(has and position not in shared for position, has in enumerate(guess))
+            if any(assignment) or not any(guess):
+                found.append(assignment)
+    return found

@@ -1,0 +1,230 @@
+"""The sample graph of an opaque function, by index-coded cotangents.
+
+VJPs with cotangents r_b and code_b · r_b on a class of samples: where exactly one of them depends on sample c, the
+gradients there are in the ratio code_b, which names it (by two digits in float32); coordinates that disagree betray
+several. Classes are drawn at random such that no two of their samples are known to depend on the same one. Of a class
+in which nothing is mixed up all is known at this point; the samples of the others are put into other classes. Passes
+grow with the number of neighbours and with the logarithm of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.tolerance import balanced_noise
+from autojac.probe.sample_pairs import GRADIENT_NOISE, Subject
+
+Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+FIRST_CLASSES = 4
+MOST_ROUNDS = 60
+DIGIT_NOISE = 128.0
+"""A digit is read if it is off by less than this many eps of the largest."""
+SLIGHT = 1e-5
+READABLE = 0.1
+"""Digits off by more than this can't be read."""
+MOST_PAIRS = 2e7
+SAMPLED = 3
+
+
+@dataclass
+class Coded:
+    """What coded cotangents have found, at any number of points.
+
+    Attributes:
+        known: boolean (batch, batch) SciPy matrix: sample b's output depends on sample c's input.
+        passes: VJPs so far.
+        refusal: why there is no graph; empty as long as there may be one.
+    """
+
+    subject: Subject
+    generator: torch.Generator
+    deadline: float
+    known: Any = None
+    passes: int = 0
+    refusal: str = ""
+
+    def __post_init__(self) -> None:
+        import scipy.sparse
+
+        batch = self.subject.batch
+        self.known = scipy.sparse.identity(batch, dtype=bool, format="csr")
+        self.random = np.random.default_rng(int(torch.randint(2**31, (), generator=self.generator)))
+        self.wide = FIRST_CLASSES
+
+    def complete_at(self, leaves: Sequence[Tensor]) -> int | None:
+        """Add what is missing at a point; how many entries that was, None if it can't be told (see `refusal`)."""
+        subject = self.subject
+
+        def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+            merged = list(leaves)
+            for position, tensor in zip(subject.inputs, inputs, strict=True):
+                merged[position] = tensor
+            return tuple(subject.fn(merged, subject.kwargs))
+
+        with subject.quiet():
+            pullback = Pullback(bound, [leaves[position] for position in subject.inputs], differentiable=False)
+            weights = balanced_noise(pullback.recorded, self.generator)
+            before = self.known.nnz
+            if not self.passes and not self._sparse(pullback, weights):
+                return None
+            rows: Ints = np.arange(subject.batch)
+            wide = self.wide
+            for _ in range(MOST_ROUNDS):
+                rows, wide = self._round(pullback, weights, rows, wide)
+                if self.refusal:
+                    return None
+                if not len(rows):
+                    return int(self.known.nnz - before)
+        self.refusal = f"{self.passes} index-coded probes did not separate the neighbours"
+        return None
+
+    def _pull(self, pullback: Pullback, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """The gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
+        self.passes += 1
+        scaled = [
+            weight * rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights
+        ]
+        pulled = pullback.pull(pullback.recorded, scaled)
+        return torch.cat([gradient.reshape(self.subject.batch, -1) for gradient in pulled], 1).cpu()
+
+    def _sparse(self, pullback: Pullback, weights: Sequence[Tensor]) -> bool:
+        """Whether some samples at random depend on few others."""
+        batch = self.subject.batch
+        few = []
+        for row in self.random.choice(batch, min(SAMPLED, batch), replace=False):
+            only = torch.zeros(batch)
+            only[int(row)] = 1
+            reached = self._pull(pullback, weights, only)
+            if not torch.isfinite(reached).all():
+                self.refusal = "derivatives are not finite"
+                return False
+            few.append(int(_alive(reached).sum()))
+        if min(few) > batch // 2:
+            self.refusal = f"a sample depends on {min(few)} of {batch}"
+            return False
+        return True
+
+    def _round(self, pullback: Pullback, weights: Sequence[Tensor], rows: Ints, wide: int) -> tuple[Ints, int]:
+        """Probe some samples in classes; those of classes in which some are mixed up, and how many classes to try."""
+        import scipy.sparse
+
+        batch = self.subject.batch
+        among = self.known[rows]
+        columns = np.bincount(among.indices, minlength=batch).astype(float)
+        if self.known.nnz > batch * max(batch // 2, 1) + batch or (columns**2).sum() > MOST_PAIRS:
+            self.refusal = "too many depend on one sample"
+            return rows, wide
+        colors = spread_colors(among, wide, self.random)
+        owners: list[Ints] = [np.zeros(0, int)]
+        reached: list[Ints] = [np.zeros(0, int)]
+        open_classes = []
+        mixed = clear = 0
+        for color in np.unique(colors):
+            if time.perf_counter() > self.deadline:
+                self.refusal = f"out of time after {self.passes} index-coded probes"
+                return rows, wide
+            members = torch.zeros(batch, dtype=torch.bool)
+            members[torch.from_numpy(rows[colors == color])] = True
+            owner, alive, single = self._decoded(pullback, weights, members)
+            if self.refusal:
+                return rows, wide
+            own = np.flatnonzero(single)
+            several = int((alive & ~single).sum())
+            mixed, clear = mixed + several, clear + len(own)
+            if several:
+                open_classes.append(color)
+            owners.append(owner[own])
+            reached.append(own)
+        pair = np.concatenate(owners), np.concatenate(reached)
+        found = scipy.sparse.coo_array((np.ones(len(pair[0]), bool), pair), shape=(batch, batch)).tocsr()
+        self.known = (self.known + found).tocsr()
+        if mixed > clear:
+            self.wide = wide = min(2 * wide, batch)
+        else:
+            wide = min(wide, 2 * len(open_classes) + 1)
+        return rows[np.isin(colors, open_classes)], wide
+
+    def _decoded(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
+        """For each sample the one of the class that reaches it; whether any does; whether it is one alone."""
+        batch = self.subject.batch
+        plain = self._pull(pullback, weights, members)
+        if not torch.isfinite(plain).all():
+            self.refusal = "derivatives are not finite"
+            return None, None, None
+        noisy = DIGIT_NOISE * torch.finfo(plain.dtype).eps
+        digits = 1 if noisy * batch < READABLE / 100 else 2
+        base = batch if digits == 1 else math.isqrt(batch - 1) + 1
+        allowed = max(noisy * base, SLIGHT)
+        if allowed > READABLE:
+            self.refusal = f"{plain.dtype} is too coarse for index-coded probes of {batch} samples"
+            return None, None, None
+        alive = _alive(plain)
+        size, top = plain.abs().max(1)
+        divisor = torch.where(alive, plain.gather(1, top[:, None])[:, 0], 1)
+        index = torch.arange(batch)
+        single, owner = alive.clone(), torch.zeros_like(index)
+        for place in [base**k for k in range(digits)]:
+            coded = self._pull(pullback, weights, members * (index // place % base + 1))
+            digit = (coded.gather(1, top[:, None])[:, 0] / divisor).round()
+            apart = (coded - digit[:, None] * plain).abs().amax(1)
+            single &= (apart <= allowed * size) & (digit >= 1) & (digit <= base)
+            owner += (digit.nan_to_num(1).long() - 1) * place
+        owner = owner.clamp(0, batch - 1)
+        single &= members[owner]
+        return owner.numpy(), alive.numpy(), single.numpy()
+
+
+def _alive(gradient: Tensor) -> Tensor:
+    """The samples with a gradient beyond rounding."""
+    size = gradient.abs()
+    if not size.numel():
+        return torch.zeros(len(size), dtype=torch.bool)
+    # each coordinate by its own scale
+    return (size > GRADIENT_NOISE * torch.finfo(size.dtype).eps * size.amax(0)).any(1)
+
+
+def spread_colors(known: Any, wide: int, random: np.random.Generator) -> Ints:
+    """Random colors of the rows, two of which share none where they have an entry in one column.
+
+    Independent sets of random priority color themselves at once (Jones and Plassmann, 1993); among the first `wide`
+    colors each row takes any that is free, so that what is not known is spread too.
+
+    Args:
+        known: boolean matrix.
+        wide: number of colors to spread over; more are used where these do not do.
+        random: where the choices come from.
+
+    Returns:
+        A color for each row.
+    """
+    batch = known.shape[0]
+    near = known @ known.T
+    one, other = near.nonzero()
+    apart = one != other
+    one, other = one[apart], other[apart]
+    colors = np.full(batch, -1)
+    priority = random.permutation(batch)
+    while (colors < 0).any():
+        open_edges = (colors[one] < 0) & (colors[other] < 0) & (priority[other] > priority[one])
+        ready = colors < 0
+        ready[one[open_edges]] = False
+        chosen = np.flatnonzero(ready)
+        width = max(wide, int(colors.max()) + 2)
+        score = random.random((len(chosen), width))
+        score[:, wide:] = -np.arange(1, width - wide + 1)
+        place = np.full(batch, -1)
+        place[chosen] = np.arange(len(chosen))
+        taken = (place[one] >= 0) & (colors[other] >= 0)
+        score[place[one[taken]], colors[other[taken]]] = -np.inf
+        colors[chosen] = score.argmax(1)
+    return colors

@@ -1,0 +1,178 @@
+"""Layer 4 of the probe: which coordinates of a sample's outputs can depend on which of its inputs.
+
+The pattern follows from the operators of a recorded call wherever there is a recording: then it holds for all inputs
+that run the same operators. Otherwise NaN in one coordinate at a time shows what it reaches. In both cases gradients at
+several points must lie within the pattern; what does not is added and said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.core.pattern import Pattern, Sparsity
+from autojac.core.time_limit import within
+from autojac.errors import OptionError
+from autojac.graph.recorder import Recording, record
+from autojac.probe.coordinates import Coordinates, few
+from autojac.probe.sample_pairs import SCALES, Subject
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+DENSEST = 0.5
+"""Share of entries above which a pattern saves nothing."""
+MOST_SAMPLES = 64
+"""Samples whose gradients are looked at, where func takes some of them alone."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What was found.
+
+    Attributes:
+        pattern: a sample's outputs by its inputs (m, n), counted through all outputs and all differentiated inputs,
+            flattened in their order; None where it is dense, too expensive to find, or can't be found.
+        evidence: the line for `explain`; empty where there is nothing to look for.
+        agreed: nothing was seen outside of the pattern before it was completed.
+        watched: another pattern may hold for other values of the tensors that are not differentiated.
+    """
+
+    pattern: Pattern | None
+    evidence: str
+    agreed: bool = True
+    watched: bool = False
+
+
+class Dense(Exception):
+    """A pattern would save nothing; says how many entries there are."""
+
+
+def feature_pattern(
+    subject: Subject,
+    differentiated: Sequence[int],
+    generator: torch.Generator,
+    *,
+    sliceable: bool,
+    draws: bool = False,
+    budget_s: float = 1.0,
+) -> Features:
+    """Find the pattern inside a sample, over all samples and, where they are coupled, over all pairs of them.
+
+    Args:
+        subject: the function and a point.
+        differentiated: indices of the leaves to differentiate.
+        generator: of other points and cotangents.
+        sliceable: whether func of some samples gives those samples' outputs.
+        draws: whether func draws random numbers, which may be indices.
+        budget_s: seconds that NaN in each coordinate may take, where there is no recording.
+    """
+    # 0.2 s to import
+    from autojac.probe.feature_pattern_blackbox import by_nan, completed
+
+    subject = few(subject, MOST_SAMPLES) if sliceable else subject
+    small = few(subject, 2) if sliceable else subject
+    values = small.values({})
+    where = Coordinates(small, differentiated, values)
+    if subject.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
+        return Features(None, "")
+    try:
+        found, reads, how = _by_operators(small, where, draws, generator)
+    except Dense as dense:
+        return Features(None, f"features: dense, {dense}")
+    recorded = found is not None
+    if found is None and not how.startswith("too much"):
+        reason = how
+        found, how = by_nan(small, where, values, sliceable, budget_s)
+        how = f"{how} ({reason})"
+    if found is None:
+        return Features(None, f"features: not found, {how}")
+    places = where.m * where.n
+    if found.nnz > DENSEST * places:
+        return Features(None, f"features: dense, {found.nnz} of {places} entries may be nonzero {how}")
+    found, added, seen = completed(subject, where, found, generator, moving=not recorded)
+    pattern = Pattern.of(found)
+    line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
+    line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
+    return Features(
+        pattern if pattern.density <= DENSEST else None, line, not added, reads or not recorded or bool(added)
+    )
+
+
+def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
+    """Hold declared patterns against a call.
+
+    Args:
+        sparsity: the declaration.
+        batch: number of samples B.
+        m, n: elements of one sample's outputs and differentiated inputs.
+
+    Raises:
+        OptionError: if a pattern has another shape.
+    """
+    wanted = {"samples": (batch, batch), "features": (m, n)}
+    meaning = {
+        "samples": "one row and one column a sample",
+        "features": "one sample's outputs by its inputs, all outputs and all differentiated inputs flattened in order",
+    }
+    for name, pattern in sparsity.parts().items():
+        if pattern.shape != wanted[name]:
+            raise OptionError(
+                f"the sparsity declared has a pattern of {name} of shape {pattern.shape}, but this call needs "
+                f"{wanted[name]}: {meaning[name]}"
+            )
+
+
+def _by_operators(
+    subject: Subject, where: Coordinates, draws: bool, generator: torch.Generator
+) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+    """The pattern that follows from the operators, whether Python sees data, and how it is known or why it is not."""
+    found, reads, how = _recorded(subject, where, draws)
+    if found is None or not reads:
+        return found, False, how
+    # another branch may run at another point
+    points = 1
+    for turn, scale in enumerate(SCALES):
+        more, _, _ = _recorded(subject.elsewhere(turn, scale, generator), where, draws)
+        if more is not None:
+            found, points = found + more, points + 1
+    return found, True, f"{how}, at {points} points since func looks at its data"
+
+
+def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+    """The same of one point, and whether func looks at its data."""
+    import scipy.sparse
+
+    from autojac.graph.dependence import TooLarge, dependence
+
+    def call() -> Recording:
+        return record(subject.fn, subject.leaves, subject.kwargs, where.differentiated)
+
+    try:
+        with subject.quiet():
+            recording = within(subject.limit_s, call)
+    except Exception as error:  # whatever func raises when it is watched, or at values that its user never passes
+        return None, False, f"func can't be recorded, it raises {type(error).__name__}"
+    graph = recording.graph
+    if graph is None:
+        return None, False, recording.reason
+    given = {id(value) for value in pytree.tree_leaves(dict(subject.kwargs)) if isinstance(value, Tensor)}
+    varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
+    try:
+        parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)
+    except TooLarge as error:
+        return None, False, f"too much to go through: {error}"
+    if tuple(math.prod(part.index.shape[1:]) for part in parts) != where.rows:
+        return None, False, "func's outputs have another shape at another point"
+    how = f"by what each of {len(graph.operations)} operators reads"
+    count = sum(part.counts()[part.index[0].reshape(-1)].sum().item() for part in parts)
+    if count > DENSEST * where.m * where.n:
+        raise Dense(f"{count} of {where.m * where.n} entries may be nonzero {how}")
+    found = scipy.sparse.vstack([part.over_samples() for part in parts], format="csr")
+    return scipy.sparse.csr_array(found), graph.reads_data, how

@@ -1,0 +1,172 @@
+"""Which entries of a sample's Jacobian an opaque function shows: by NaN, by gradients, by new values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.tolerance import balanced_noise
+from autojac.core.ranks import several
+from autojac.core.time_limit import within
+from autojac.probe.coordinates import Coordinates
+from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, Subject, differs, price, step
+
+ROUNDS = 2
+"""Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
+MOST_ELEMENTS = 1 << 22
+"""Elements of inputs and outputs in one pass over replicas of a sample."""
+
+
+MOST_PASSES = 256
+"""Evaluations among several ranks, where no clock may tell what is too dear."""
+
+
+def by_nan(
+    subject: Subject, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
+) -> tuple[scipy.sparse.csr_array | None, str]:
+    """The pattern that NaN shows: in one coordinate of all samples at a time, or of replicas of each sample at once."""
+    alone = sliceable and set(where.differentiated) <= where.batched
+    chunk = max(MOST_ELEMENTS // (where.m + where.n), 1) if alone else 1
+    cost = price(subject) * where.n
+    passes = subject.batch * -(-where.n // chunk) if alone else where.n
+    if several() and passes > MOST_PASSES:
+        return None, f"NaN in each of {where.n} coordinates would take {passes} evaluations"
+    if cost > budget_s:
+        return None, f"NaN in each of {where.n} coordinates would take {cost:.2g} s"
+    rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for replaced, base, first in _tainted(subject, where, values, alone, chunk):
+        try:
+            after = subject.values(replaced)
+        except Exception as error:  # factorizations and comparisons may refuse NaN
+            return None, f"func raises {type(error).__name__} on NaN"
+        start = 0
+        for now, before in zip(after, base, strict=True):
+            fresh = (now.isnan() & ~before.isnan()).reshape(len(now), -1).cpu()
+            lines, entries = fresh.nonzero().numpy().T
+            rows.append(entries + start)
+            columns.append(lines + first if alone else np.full(len(entries), first))
+            start += fresh.shape[1]
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    found = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(where.m, where.n))
+    return scipy.sparse.csr_array(found), f"by NaN in each of {where.n} coordinates"
+
+
+def _tainted(
+    subject: Subject, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
+) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
+    """Leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
+    numbers = where.numbers(subject.leaves)
+    for sample in range(subject.batch if alone else 1):
+        for first in range(0, where.n, chunk):
+            count = min(chunk, where.n - first)
+            replaced: dict[int, Tensor] = {}
+            for position, leaf in enumerate(subject.leaves):
+                own, many = numbers[position], leaf
+                if alone and position in where.batched:
+                    many = leaf[sample : sample + 1].expand(count, *leaf.shape[1:])
+                if own is not None and alone:
+                    chosen = torch.arange(first, first + count).reshape(-1, *[1] * (leaf.dim() - 1))
+                    many = torch.where((own[:1] == chosen).to(leaf.device), math.nan, many)
+                elif own is not None:
+                    many = torch.where((own == first).to(leaf.device), math.nan, many)
+                replaced[position] = many
+            yield replaced, [value[sample : sample + 1] for value in values] if alone else values, first
+
+
+def completed(
+    subject: Subject, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
+) -> tuple[scipy.sparse.csr_array, int, str]:
+    """A pattern with what is seen outside of it at several points, how many entries that is, and what was looked at.
+
+    A gradient of several rows tells that one of them reaches a column, not which: then all of them are taken to.
+
+    Args:
+        subject: the function and a point.
+        where: its coordinates.
+        found: the pattern, (m, n).
+        generator: of other points, rows, columns and cotangents.
+        moving: whether outputs may not move either when inputs do that can't reach them; where it follows from the
+            operators that these have no derivative, they may.
+    """
+
+    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+        merged = list(there.leaves)
+        for position, tensor in zip(where.differentiated, inputs, strict=True):
+            merged[position] = tensor
+        return tuple(subject.fn(merged, there.kwargs))
+
+    before, points = found.nnz, 0
+    for turn, scale in ((0, 0.0), *enumerate(SCALES)):
+        there = subject.elsewhere(turn, scale, generator) if scale else subject
+        inputs = [there.leaves[position] for position in where.differentiated]
+        columns = _some(found.nnz / where.m, where.n, generator)
+        try:
+            with subject.quiet():
+                pullback = within(subject.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
+                more = _with_gradients(pullback, where, found, generator)
+            if moving and scale:
+                changed = there.values(_moved(there, where, columns, scale, generator))
+                steps = [differs(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
+                outside = torch.from_numpy(~(more @ columns.numpy()))
+                more = _with_block(more, where.of_outputs(steps) & outside, columns)
+        except Exception:
+            if not scale:
+                raise
+            # values that its user never passes may be refused, or take for ever
+            continue
+        found, points = more, points + 1
+    return found, found.nnz - before, f"{ROUNDS * points} gradients at {points} points"
+
+
+def _with_gradients(
+    pullback: Pullback, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator
+) -> scipy.sparse.csr_array:
+    """A pattern with random rows by the columns where their gradient is nonzero although none of them reaches these."""
+    values = pullback.recorded
+    for _ in range(ROUNDS):
+        rows = _some(found.nnz / where.n, where.m, generator)
+        outside = torch.from_numpy(~(found.T @ rows.numpy()))
+        masks = where.as_outputs(rows, values)
+        cotangents = [noise * mask for noise, mask in zip(balanced_noise(values, generator), masks, strict=True)]
+        hit = []
+        for gradient in pullback.pull(values, cotangents):
+            # zero times an infinite derivative is NaN wherever it is: that says nothing of what it depends on
+            size = gradient.nan_to_num(0, 0, 0).abs()
+            largest = float(size.amax()) if size.numel() else 0.0
+            hit.append(size > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest)
+        found = _with_block(found, rows, where.of_inputs(hit) & outside)
+    return found
+
+
+def _moved(
+    subject: Subject, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
+) -> dict[int, Tensor]:
+    """The differentiated leaves with noise on some coordinates."""
+    masks = where.as_inputs(columns, subject.leaves)
+    leaves = [subject.leaves[position] for position in where.differentiated]
+    return {
+        position: leaf + step(leaf, scale, generator) * mask
+        for position, leaf, mask in zip(where.differentiated, leaves, masks, strict=True)
+    }
+
+
+def _some(reached: float, size: int, generator: torch.Generator) -> Tensor:
+    """A random mask that reaches about half of the other side, each of which `reached` entries of this one reach."""
+    share = 1 - 0.5 ** (1 / max(reached, 1.0))
+    mask: Tensor = torch.rand(size, generator=generator) < max(share, 1 / size)
+    return mask
+
+
+def _with_block(found: scipy.sparse.csr_array, rows: Tensor, columns: Tensor) -> scipy.sparse.csr_array:
+    """A pattern with all pairs of some rows and some columns."""
+    if not bool(rows.any()) or not bool(columns.any()):
+        return found
+    one, other = (scipy.sparse.csr_array(mask.numpy()[None]) for mask in (rows, columns))
+    return scipy.sparse.csr_array(found + one.T @ other)

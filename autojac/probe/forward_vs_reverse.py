@@ -1,0 +1,200 @@
+"""Do forward and reverse mode agree? Where they don't, a finite difference tells whom it sides with.
+
+Reverse mode's answer is the one that is returned: it is what autograd gives, and what a custom backward, `detach` or a
+`no_grad` region means. But a difference may as well be a wrong formula, so it is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.primitives import Pullback, push_dual_plainly
+from autojac.autodiff.seeds import noise
+from autojac.autodiff.tolerance import balanced_noise, own_rounding, rounding_floor, tolerance
+from autojac.core.sandbox import Quiet
+
+MARGIN = 10.0
+"""What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
+ROUNDED = 1e-3
+"""A difference that shrinks to less than this share in float64 is rounding; one of formulas stays as it is."""
+SMALLER = 0.1
+"""What of a point, and of noise beside it, another one is made of at which less is saturated."""
+SIDES = 0.1
+"""A finite difference takes a side if it is this much nearer to one than to the other."""
+
+
+def compare_modes(
+    fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], quiet: Quiet, seed: int
+) -> tuple[str, str | None, dict[int, Tensor]]:
+    """Compare uᵀJv by both modes, for a random u and v.
+
+    Args:
+        fn: maps (leaves, kwargs) to a tuple of tensors.
+        leaves, kwargs: the point.
+        inputs: indices of the leaves to differentiate.
+        quiet: how to evaluate without a trace.
+        seed: of u and v.
+
+    Returns:
+        A line of evidence; what to warn the user of, None unless the difference casts doubt on reverse mode; and for
+        each output that has any, a mask of the elements whose derivatives are exactly zero in both modes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = [leaves[position].detach() for position in inputs]
+    directions = [noise(point, generator) for point in points]
+
+    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
+        merged = [leaf.detach() for leaf in leaves]
+        for position, tensor in zip(inputs, tensors, strict=True):
+            merged[position] = tensor
+        return tuple(fn(merged, kwargs))
+
+    try:
+        values, pushed = _pushed(bound, points, directions, quiet)
+    except Exception as error:  # an operator or a custom Function without a forward formula
+        return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
+    cotangents = balanced_noise(values, generator)
+    # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
+    with quiet():
+        pullback = Pullback(bound, points, differentiable=False)
+        pulled = pullback.pull(pullback.recorded, cotangents)
+        if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
+            return "modes: not compared, something is not finite here", None, {}
+        still = {output: tangent.detach() == 0 for output, tangent in enumerate(pushed)}
+        flat = {o: mask for o, mask in still.items() if bool(mask.any()) and _is_flat(pullback, o, mask, generator)}
+        forward, size = _product(cotangents, pushed)
+        reverse, other_size = _product(pulled, directions)
+        gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
+        allowed *= max(tolerance(tensor.dtype) for tensor in (*values, *points))
+        if gap > allowed:
+            # func may compute in a lower precision than its output's: only now is it worth finding out
+            allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
+    if gap <= allowed:
+        return "modes: forward and reverse mode agree along a random direction", None, flat
+    double = _gap_in_double(bound, points, directions, cotangents, quiet)
+    rounded = (
+        double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
+    )
+    if rounded:
+        return "modes: forward and reverse mode differ by rounding alone", None, flat
+    difference, kind = _finite_difference(bound, points, directions, cotangents, quiet)
+    sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
+    nearer, farther = sorted(sides, key=lambda mode: sides[mode])
+    clear = sides[nearer] < SIDES * sides[farther]
+    sided = f"agrees with {nearer} mode" if clear else f"agrees with neither ({difference:.3g})"
+    line = (
+        f"forward and reverse mode disagree: along a random direction {forward:.3g} and {reverse:.3g}. "
+        f"A finite difference in {kind} {sided}"
+    )
+    advice = (
+        "The Jacobian is reverse mode's, as autograd gives it. If func has a no_grad region or a Function with a "
+        "gradient of its own, that is what it asks for; else one of torch's formulas is wrong"
+    )
+    confirmed = clear and nearer == "reverse"
+    return f"modes: {line}", None if confirmed else f"{line}. {advice}", flat
+
+
+def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch.Generator) -> bool:
+    """Whether a random cotangent of some elements of an output gives nothing but zeros."""
+    cotangent = torch.where(elements, noise(pullback.recorded[output].detach(), generator), 0)
+    return not any(bool(one.any()) for one in pullback(output, cotangent))
+
+
+def flat_elsewhere(
+    fn: Any,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    inputs: Sequence[int],
+    quiet: Quiet,
+    elements: Mapping[int, Tensor],
+    seed: int,
+) -> dict[int, Tensor]:
+    """Return which of the elements have no derivative at a smaller point either: one that is saturated here has.
+
+    Args:
+        fn, leaves, kwargs, inputs, quiet, seed: as of `compare_modes`.
+        elements: for each output of interest a mask of its shape. Outputs without any such element are left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = [SMALLER * (leaves[position].detach() + noise(leaves[position], generator)) for position in inputs]
+
+    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
+        merged = [leaf.detach() for leaf in leaves]
+        for position, tensor in zip(inputs, tensors, strict=True):
+            merged[position] = tensor
+        return tuple(fn(merged, kwargs))
+
+    try:
+        _, pushed = _pushed(bound, points, [noise(point, generator) for point in points], quiet)
+        found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
+    except Exception:  # func may refuse another point, or return another shape there, which says nothing
+        return dict(elements)
+    return {output: mask for output, mask in found.items() if bool(mask.any())}
+
+
+def _pushed(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], quiet: Quiet
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    # func may ask whether its input requires grad: every evaluation says that it does
+    asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
+    with quiet(), torch.enable_grad():
+        return push_dual_plainly(bound, asking, directions)
+
+
+def _rounding(
+    values: Sequence[Tensor], points: Sequence[Tensor], cotangents: Sequence[Tensor], directions: Sequence[Tensor]
+) -> float:
+    """What of uᵀJv may be rounding on the function's own scale, where the derivative vanishes by cancellation."""
+    floors = (
+        [rounding_floor(y, x) * float(v.abs().amax()) for x, v in zip(points, directions, strict=True)] for y in values
+    )
+    return sum(sum(floor) * float(u.double().norm()) for floor, u in zip(floors, cotangents, strict=True))
+
+
+def _gap_in_double(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+) -> float:
+    """How far the modes are apart in float64, where func takes that."""
+    if all(point.dtype == torch.float64 for point in points):
+        return float("inf")
+    points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
+    try:
+        _, pushed = _pushed(bound, points, directions, quiet)
+        with quiet():
+            pullback = Pullback(bound, points, differentiable=False)
+            pulled = pullback.pull(
+                pullback.recorded, [u.to(y.dtype) for u, y in zip(cotangents, pullback.recorded, strict=True)]
+            )
+    except Exception:  # weights of another dtype
+        return float("inf")
+    return abs(_product(cotangents, pushed)[0] - _product(pulled, directions)[0])
+
+
+def _finite_difference(
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+) -> tuple[float, str]:
+    """uᵀJv by a central difference, in float64 where func takes that; and the dtype's name."""
+    for dtype in (torch.float64, points[0].dtype):
+        step = torch.finfo(dtype).eps ** (1 / 3) * max(1.0, *(float(p.abs().amax()) for p in points if p.numel()))
+        moved = []
+        try:
+            for sign in (1, -1):
+                shifted = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
+                with quiet(), torch.enable_grad():
+                    moved.append([y.detach() for y in bound(*(x.requires_grad_() for x in shifted))])
+        except Exception:  # weights of another dtype
+            continue
+        slopes = [(a.double() - b.double()) / (2 * step) for a, b in zip(*moved, strict=True)]
+        return _product(cotangents, slopes)[0], str(dtype).removeprefix("torch.")
+    return float("nan"), "any dtype"
+
+
+def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float]:
+    """Inner product, and the sum of the terms' sizes."""
+    terms = [a.detach().double() * b.detach().double() for a, b in zip(left, right, strict=True)]
+    return sum(float(term.sum()) for term in terms), sum(float(term.abs().sum()) for term in terms)

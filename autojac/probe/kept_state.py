@@ -1,0 +1,51 @@
+"""Whether func keeps anything in attributes or containers from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from autojac.autodiff.tolerance import disagreement
+from autojac.core.sandbox import Quiet, restore_random_state
+from autojac.core.structure import KEEPS, UPDATES_BUFFERS
+from autojac.errors import RandomnessError
+from autojac.guards.assignments import Held
+
+UNLIKE = (
+    "func gave two different outputs for equal input and equal random state, so it has no one Jacobian. "
+    "Does it keep a counter, read a clock, or draw from a generator of its own?"
+)
+
+
+def unlike(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two evaluations gave different outputs."""
+    pairs = zip(values, others, strict=True)
+    return any(one.shape != other.shape or disagreement(other, one) is not None for one, other in pairs)
+
+
+def keeping(evaluate: Callable[[], Sequence[Tensor]], quiet: Quiet) -> tuple[tuple[str, ...], Sequence[Tensor]]:
+    """The effects of a function that has set something in `quiet.kept`, and the tensors that each call writes.
+
+    It has none if it only filled a cache, or initialised itself: then a second call sets nothing.
+
+    Raises:
+        RandomnessError: if its outputs hang on a number that it keeps.
+    """
+    later = Quiet(quiet.captured)
+    with quiet():
+        first = evaluate()
+        held = Held(quiet.kept)
+        restore_random_state(quiet.state)
+        with later():
+            second = evaluate()
+        other = unlike(first, second)
+        changed, harmless = held.changed(), later.written or not other
+        if not changed and harmless:
+            return (), later.written
+        if harmless:
+            return (KEEPS,), later.written
+        if not changed or not held.exchanged(Tensor):
+            raise RandomnessError(UNLIKE)
+        # a running mean that is replaced instead of written
+        return (KEEPS, UPDATES_BUFFERS), later.written

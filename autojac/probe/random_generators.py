@@ -1,0 +1,93 @@
+"""Which random generators func draws from, where other threads of the process may draw as well."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from autojac.core.sandbox import moved, random_state, restore_random_state
+from autojac.graph.operators import certain, traits
+from autojac.guards.escapes import Watching
+
+LOOKS = 4
+"""Evaluations in each of which a generator that no hook shows must move."""
+
+Evaluate = Callable[[], Any]
+
+
+def drawn(evaluate: Evaluate, generators: Sequence[str]) -> tuple[str, ...]:
+    """Those of the generators that func draws from itself.
+
+    Args:
+        evaluate: evaluates func.
+        generators: those that moved while it was evaluated.
+    """
+    if not generators or threading.active_count() == 1:
+        return tuple(generators)
+    found: dict[str, bool] = {}
+    if "cpu" in generators or "cuda" in generators:
+        found["cpu"] = found["cuda"] = _torch_draws(evaluate)
+    if "python" in generators:
+        found["python"] = _python_draws(evaluate)
+    if "numpy" in generators:
+        found["numpy"] = _numpy_draws(evaluate)
+    return tuple(name for name in generators if found[name])
+
+
+class _Operators(Watching):
+    """Sees the operators of this thread that draw from a generator of the process."""
+
+    def __init__(self) -> None:
+        super().__init__(watched=False)
+        self.draw = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draws = traits(func)[2] or func.namespace not in ("aten", "prims")
+        self.draw |= draws and kwargs.get("generator") is None and not certain(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _torch_draws(evaluate: Evaluate) -> bool:
+    operators = _Operators()
+    try:
+        with operators:
+            evaluate()
+    except Exception:  # it can't run under a mode: then what moved is all there is to see
+        return True
+    return operators.draw
+
+
+def _python_draws(evaluate: Evaluate) -> bool:
+    found = []
+
+    def called(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and getattr(function, "__self__", None) is random._inst:
+            found.append(function)
+
+    profiler = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        evaluate()
+    finally:
+        sys.setprofile(profiler)
+    return bool(found)
+
+
+def _numpy_draws(evaluate: Evaluate) -> bool:
+    """Whether it moves in each evaluation, and from one state always as far: its methods call no hook."""
+    for _ in range(LOOKS):
+        before = random_state(("numpy",))
+        evaluate()
+        if not moved(before, random_state(("numpy",))):
+            return False
+    state = random_state(("numpy",))
+    ends = []
+    for _ in range(2):
+        restore_random_state(state)
+        evaluate()
+        ends.append(random_state(("numpy",)))
+    return not moved(*ends)

@@ -1,0 +1,282 @@
+"""Layer 3 of the probe: which samples depend on which, where these are few.
+
+First the graph of the call is followed, operator by operator (`autojac.graph.sample_graph.propagation`): whatever the
+values, no sample reads another than those found. Where that loses the trace, index-coded cotangents find the samples
+that reach each other at several points. Either way other values in some samples must then move no output but those that
+the graph allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.core.pattern import Pattern
+from autojac.core.ranks import deadline
+from autojac.graph.analysis import Outline
+from autojac.graph.ir import Graph
+from autojac.graph.recorder import record
+from autojac.probe.coded_cotangents import Coded
+from autojac.probe.sample_pairs import SCALES, Subject, differs, step
+
+MOST_MASKS = 4
+MOST_TURNS = 5
+WORTH = 0.75
+"""A coloring with more classes than this share of the samples saves nothing."""
+
+
+@dataclass(frozen=True)
+class SampleGraph:
+    """Who depends on whom.
+
+    Attributes:
+        pattern: (batch, batch), true at (b, c) if output b may depend on sample c, and on the diagonal; None if that
+            is not known, or is so much that nothing is gained.
+        kind: `grouped` if samples depend on each other in groups, else `sparse`.
+        evidence: a line for people.
+        watched: the pattern was read from arguments that are not differentiated, or from captured floating-point
+            tensors: other contents may make another pattern.
+        suspect: NaN spreads further than the pattern allows.
+        followed: the pattern comes from what each operator does, whatever the values.
+    """
+
+    pattern: Pattern | None
+    kind: Literal["grouped", "sparse"] | None
+    evidence: str
+    watched: bool = False
+    suspect: bool = False
+    followed: bool = False
+
+    @property
+    def edgeless(self) -> bool:
+        """Whether no sample depends on another."""
+        return self.pattern is not None and bool((np.diff(self.pattern.starts) == 1).all())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A boolean (batch, batch) matrix, or None; how it was found or why not; whether it is worth looking further."""
+
+    samples: Any
+    line: str
+    watched: bool = False
+    final: bool = True
+
+
+def sample_graph(
+    outline: Outline,
+    subject: Subject,
+    generator: torch.Generator,
+    budget_s: float,
+    classes: float | None = None,
+) -> SampleGraph:
+    """The sample graph of a function whose samples are coupled.
+
+    Args:
+        outline: the graph of the call, if there is one.
+        subject: the function at its point.
+        generator: of random numbers.
+        budget_s: seconds that probes of an opaque function may take, and checks by other values.
+        classes: a coloring of the graph must have fewer, and nothing is probed for it; by default fewer than there
+            are samples.
+    """
+    found = _followed(outline, subject, generator)
+    if classes is not None and found.samples is not None and most_classes(found.samples) >= classes:
+        found = _Found(None, "more passes than another way")
+    probed = classes is None and found.samples is None and not found.final
+    if probed:
+        found = _probed(subject, generator, budget_s, found.line)
+    if found.samples is None:
+        return SampleGraph(None, None, f"samples: no graph, {found.line}")
+    pattern = Pattern.of(found.samples)
+    wrong = contradiction(subject, pattern, generator, budget_s)
+    if wrong is not None:
+        return SampleGraph(None, None, f"samples: no graph, {wrong}")
+    degrees = np.diff(pattern.starts) - 1
+    line = f"samples: a graph of {degrees.mean():.1f} neighbours, at most {degrees.max()}, {found.line}"
+    suspect = probed and _nan_escapes(subject, pattern, generator)
+    if suspect:
+        line += "; but NaN spreads further"
+    return SampleGraph(pattern, _kind(pattern), line, found.watched, suspect, not probed)
+
+
+def _followed(outline: Outline, subject: Subject, generator: torch.Generator) -> _Found:
+    """The graph by what is known of each operator."""
+    if outline.flow is None:
+        return _Found(None, str(outline.reason), final=False)
+    found, data = _spread(outline.flow.graph.key, subject)
+    if found.samples is not None and data:
+        # Python may have chosen the neighbours, or the operators, by the values
+        found = dataclasses.replace(found, watched=True)
+        for scale in SCALES:
+            try:
+                other, _ = _spread(None, _moved_to(subject, scale, generator))
+            except Exception:  # whatever func raises at values that its user never passes
+                continue
+            if other.samples is None or (other.samples != found.samples).nnz:
+                return _Found(None, "who depends on whom changes with the values")
+    return found
+
+
+def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool]:
+    """The same at one point; and whether Python saw values of the data."""
+    # scipy takes 0.2 s to import
+    from autojac.graph.sample_graph.propagation import spread
+
+    with subject.quiet():
+        graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
+    if graph is None or (key is not None and graph.key != key):
+        return _Found(None, "func runs other operators from call to call", final=False), False
+    spreading = spread(graph, subject.leaves, subject.inputs, subject.batch)
+    count = len(graph.operations)
+    lost = [f"{name} (operator {place} of {count})" for place, name in spreading.losses.items()]
+    if spreading.wandering:
+        return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
+    drawn, follows = _origins(graph, spreading.selectors, subject)
+    if drawn:
+        return _Found(None, "who depends on whom is drawn at random"), graph.reads_data
+    if spreading.samples is None or not _worth(spreading.samples):
+        line = f"all may depend on all after {lost[0]}" if lost else "most depend on most"
+        return _Found(None, line, final=False), graph.reads_data
+    names = [graph.operations[place].name for place in spreading.followed]
+    where = f"{', '.join(dict.fromkeys(names)) or 'views'} in {count} operators"
+    return _Found(spreading.samples, f"followed through {where}", follows), graph.reads_data
+
+
+def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple[bool, bool]:
+    """Whether what chose the neighbours was drawn at random, and whether another call may bring other values of it."""
+    from autojac.graph.sample_graph.propagation import roots
+
+    found = roots(graph, tuple(selectors))
+    given = {id(value) for value in pytree.tree_leaves(dict(subject.kwargs)) if isinstance(value, Tensor)}
+    follows = False
+    for number in found:
+        constant = graph.constants.get(number)
+        # captured integers belong to what a plan is filed under
+        follows |= constant is None or id(constant) in given or constant.is_floating_point()
+    return bool(found & graph.drawn), follows
+
+
+def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line: str) -> _Found:
+    """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
+    coded = Coded(subject, generator, deadline(budget_s))
+    quiet_turns = 0
+    for turn in range(2 + 2 * MOST_TURNS):
+        scale = (None, *SCALES)[turn] if turn <= len(SCALES) else SCALES[1 + turn % 2]
+        try:
+            there = subject if scale is None else _moved_to(subject, scale, generator)
+            more = coded.complete_at(there.leaves)
+        except Exception as error:  # whatever func raises when it is differentiated or moved
+            if scale is None:
+                return _Found(None, f"{line}, and probing it raises {type(error).__name__}")
+            continue
+        if more is None:
+            if scale is not None and coded.refusal == "derivatives are not finite":
+                coded.refusal = ""
+                continue
+            return _Found(None, f"{line}, and {coded.refusal}")
+        if not _worth(coded.known):
+            return _Found(None, f"{line}, and most depend on most")
+        quiet_turns = quiet_turns + 1 if turn and not more else 0
+        if turn >= len(SCALES) and quiet_turns >= 2:
+            return _Found(coded.known, f"by {coded.passes} index-coded probes at {turn + 1} points ({line})", True)
+    return _Found(None, f"{line}, and who depends on whom changes from point to point")
+
+
+def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
+    """Change some samples and look which outputs move; None if all of them may, by the pattern."""
+    end = deadline(budget_s)
+    matrix = pattern.scipy()
+    # the largest change first: it wakes what is dead here
+    elsewhere = [(scale, _moved_to(subject, scale, generator)) for scale in reversed(SCALES)]
+    bases: dict[float, tuple[Tensor, ...]] = {}
+    for _ in range(MOST_MASKS):
+        for scale, there in elsewhere:
+            mask, allowed = _mask(pattern, matrix, generator)
+            try:
+                if scale not in bases:
+                    bases[scale] = there.values({})
+                changed = there.values({p: _touched(there.leaves[p], mask, scale, generator) for p in subject.inputs})
+            except (Exception, TimeoutError):  # func may refuse values that its user never passes
+                continue
+            moved = _rows(changed, bases[scale])
+            if moved is None or bool((moved & ~allowed).any()):
+                return f"outputs move beyond it when some samples change by {scale:g}"
+            if time.perf_counter() > end:
+                return None
+    return None
+
+
+def _nan_escapes(subject: Subject, pattern: Pattern, generator: torch.Generator) -> bool:
+    mask, allowed = _mask(pattern, pattern.scipy(), generator)
+    nan = torch.full((), float("nan"))
+    try:
+        base = subject.values({})
+        changed = subject.values({p: _touched(subject.leaves[p], mask, nan, generator) for p in subject.inputs})
+    except (Exception, TimeoutError):  # func may refuse NaN
+        return False
+    spoilt = [(a.isnan() & ~b.isnan()).reshape(len(b), -1).any(1) for a, b in zip(changed, base, strict=True)]
+    return bool((torch.stack(spoilt).any(0).cpu() & ~allowed).any())
+
+
+def _mask(pattern: Pattern, matrix: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some samples, few enough that many outputs must stay; and the outputs that may move."""
+    batch = pattern.shape[0]
+    share = min(0.5, batch / max(pattern.count, 1))
+    mask = torch.rand(batch, generator=generator) < share
+    mask[int(torch.randint(batch, (), generator=generator))] = True
+    return mask, torch.from_numpy(matrix @ mask.numpy().astype(np.int32) > 0)
+
+
+def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+    rows = mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1))
+    return torch.where(rows, leaf + step(leaf, scale, generator), leaf)
+
+
+def _moved_to(subject: Subject, scale: float, generator: torch.Generator) -> Subject:
+    """The function at another point; what is not differentiated, such as indices and masks, stays."""
+    leaves = list(subject.leaves)
+    for position in subject.inputs:
+        leaves[position] = leaves[position] + step(leaves[position], scale, generator)
+    return dataclasses.replace(subject, leaves=tuple(leaves))
+
+
+def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
+    """The samples whose outputs differ beyond rounding; None if shapes do."""
+    moved = None
+    for after, before in zip(changed, base, strict=True):
+        if after.shape != before.shape:
+            return None
+        rows = differs(after, before).reshape(len(before), -1).any(1).cpu()
+        moved = rows if moved is None else moved | rows
+    return moved
+
+
+def most_classes(samples: Any) -> int:
+    """A bound on the classes of samples that do not reach each other, colored by largest degree first."""
+    degrees = np.sort(np.diff((samples + samples.T).tocsr().indptr))[::-1]
+    # Welsh and Powell, 1967; the diagonal counts for the class itself
+    return int(np.minimum(degrees, np.arange(1, len(degrees) + 1)).max(initial=0))
+
+
+def _worth(samples: Any) -> bool:
+    """Whether coloring the graph is sure to save passes."""
+    batch = samples.shape[0]
+    return bool(samples.nnz <= batch * max(batch // 2, 1) + batch) and most_classes(samples) <= WORTH * batch
+
+
+def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:
+    """Grouped if samples fall into classes, each of which depends on all of its class and on no other."""
+    # who is named by the first of their neighbours
+    named = pattern.columns[pattern.starts[:-1]]
+    inside = np.array_equal(named[pattern.rows], named[pattern.columns])
+    sizes = np.bincount(named, minlength=len(named))
+    return "grouped" if inside and np.array_equal(np.diff(pattern.starts), sizes[named]) else "sparse"

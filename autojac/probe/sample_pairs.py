@@ -1,0 +1,299 @@
+"""Layer 2 of the probe: does any sample's output depend on another sample's input?
+
+For every bit of the sample index, one mask holds the samples whose bit is set and one the others. Two samples i ≠ j
+differ in some bit, so with 2·⌈log2 B⌉ masks every ordered pair is separated by one of them: i inside, j outside.
+Three ways of using a mask, each blind to functions that the others see:
+
+* random cotangents on the samples inside: a gradient at a sample outside is coupling (blind where the derivative
+  vanishes at this point);
+* new values for the samples inside, at several scales: a changed output outside is coupling (finds what is dead
+  here and alive elsewhere);
+* NaN in the samples inside: NaN in an output outside is coupling (an upper bound, blind to nan_to_num and `where`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.seeds import noise
+from autojac.autodiff.tolerance import balance, own_scale
+from autojac.core.ranks import several
+from autojac.core.sandbox import Quiet
+from autojac.core.time_limit import within
+
+SCALES = (1e-2, 1.0, 1e3)
+FEWEST_SPLITS = 6
+GRADIENT_NOISE = 0.05
+"""Gradients below this many eps of the largest of their coordinate are rounding: a global FFT or LU leaves some."""
+VALUE_NOISE = 8.0
+"""Changes of a value below this many eps of its own scale are rounding."""
+FAR = 1e3
+"""Inputs larger than this are moved in proportion to their size, which rounding would else swallow."""
+
+Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one layer says: `coupled` is None where the layer can't be applied."""
+
+    layer: str
+    coupled: bool | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The function under probe.
+
+    Attributes:
+        fn: flat function of (leaves, kwargs).
+        leaves: the call's tensors, detached.
+        kwargs: the call's keyword arguments.
+        inputs: indices of the differentiated leaves that carry the batch.
+        sides: indices of the other leaves that carry the batch.
+        batch: number of samples.
+        quiet: how to evaluate without a trace.
+        limit_s: seconds after which an evaluation at other values is given up: a loop may never converge there.
+    """
+
+    fn: Any
+    leaves: tuple[Tensor, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[int, ...]
+    sides: tuple[int, ...]
+    batch: int
+    quiet: Quiet
+    limit_s: float = math.inf
+
+    def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Outputs with some leaves replaced; func sees grad mode and inputs as it does when it is differentiated.
+
+        It may take gradients itself, of views of its inputs.
+        """
+        leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
+        leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
+        # func may differentiate itself
+        with self.quiet(), torch.enable_grad():
+            values = within(self.limit_s, lambda: tuple(self.fn(leaves, self.kwargs)))
+        return tuple(value.detach() for value in values)
+
+    def elsewhere(self, turn: int, scale: float, generator: torch.Generator) -> Subject:
+        """The function at another point: what is read of other samples may depend on masks, indices and weights."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return _start(tensor, turn, scale, generator)
+
+        leaves = [moved(leaf) for leaf in self.leaves]
+        for position in self.sides:
+            if turn == len(SCALES) - 1 and not leaves[position].is_floating_point():
+                # other samples' indices, which are in range
+                leaves[position] = leaves[position].flip(0)
+        kwargs = pytree.tree_map_only(Tensor, moved, dict(self.kwargs))
+        return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
+
+
+def index_masks(batch: int) -> list[Tensor]:
+    """Boolean masks (B,), two for each bit of the sample index."""
+    index = torch.arange(batch)
+    bits = max(batch - 1, 0).bit_length()
+    return [mask for bit in range(bits) for mask in ((index >> bit) & 1 == 1, (index >> bit) & 1 == 0)]
+
+
+def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    """`count` random half-splits of the batch: each ordered pair is separated by a quarter of them."""
+    return [torch.randperm(batch, generator=generator) < batch // 2 for _ in range(count)]
+
+
+def price(subject: Subject) -> float:
+    """Seconds of one evaluation; next to none among several ranks, where no clock may decide how many there are."""
+    start = time.perf_counter()
+    subject.values({})
+    return 1e-9 if several() else max(time.perf_counter() - start, 1e-7)
+
+
+def masks_within(
+    subject: Subject, generator: torch.Generator, budget_s: float, cost: float
+) -> tuple[list[Tensor], str]:
+    """Masks that a layer can afford at the price of one evaluation, and how to call them."""
+    device = subject.leaves[0].device
+    exact = index_masks(subject.batch)
+    affordable = int(budget_s / cost)
+    if affordable >= len(exact):
+        return [mask.to(device) for mask in exact], f"all pairs of {subject.batch} samples in {len(exact)} masks"
+    count = max(FEWEST_SPLITS, affordable)
+    chosen = split_masks(subject.batch, count, generator)
+    return [mask.to(device) for mask in chosen], f"{count} random half-splits of {subject.batch} samples"
+
+
+def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
+    """Random cotangents inside the mask; the gradient outside must vanish."""
+
+    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+        merged = list(subject.leaves)
+        for position, tensor in zip(subject.inputs, inputs, strict=True):
+            merged[position] = tensor
+        return tuple(subject.fn(merged, subject.kwargs))
+
+    with subject.quiet():
+        pullback = Pullback(bound, [subject.leaves[position] for position in subject.inputs], differentiable=False)
+        return cotangent_verdict(pullback, [True] * len(subject.inputs), masks, called, generator)
+
+
+def cotangent_verdict(
+    pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], called: str, generator: torch.Generator
+) -> Verdict:
+    """The same for a graph that exists already, whose inputs carry the batch on axis 0 where `carriers` says so."""
+    layer = "random cotangents"
+    values = pullback.recorded
+    # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
+    blank = pullback.pull(values, [torch.zeros_like(value) for value in values])
+    silent = [torch.isfinite(gradient) for gradient in blank]
+    weights = balance(values)
+    for passes, mask in enumerate(masks, 1):
+        cotangents = [
+            noise(value, generator) * weight * _along(mask, value)
+            for value, weight in zip(values, weights, strict=True)
+        ]
+        for gradient, usable, carries in zip(pullback.pull(values, cotangents), silent, carriers, strict=True):
+            if not carries:
+                continue
+            size = torch.where(usable, gradient, 0).nan_to_num(0, 0, 0).abs()
+            if not size.numel():
+                continue
+            # each coordinate of an input by its own scale
+            largest, leak = size.amax(0), (size * _along(~mask, size)).amax(0)
+            if bool((leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest).any()):
+                share = float((leak / largest).nan_to_num(0).amax())
+                return Verdict(
+                    layer,
+                    True,
+                    f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
+                    f"other samples (pass {passes} of {called})",
+                )
+    return Verdict(layer, False, f"{layer}: no sample reaches another ({called})")
+
+
+def value_layer(
+    subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
+) -> Verdict:
+    """New values inside the mask; outputs outside must stay."""
+    layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
+    refused = 0
+    for turn, scale in enumerate(SCALES):
+        there = subject.elsewhere(turn, scale, generator)
+        try:
+            base = _accepted(there, {})
+            if base is None:
+                there, base = subject, subject.values({})
+        except TimeoutError as error:
+            return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
+        for mask in masks:
+            moved = {position: _other_values(there.leaves[position], mask, scale, generator) for position in leaves}
+            try:
+                changed = _accepted(there, moved)
+            except TimeoutError as error:
+                return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
+            if changed is None:
+                refused += 1
+            elif _moved(changed, base, ~mask):
+                return Verdict(layer, True, f"{layer}: coupled, outputs move when other samples change by {scale:g}")
+    if refused == len(SCALES) * len(masks):
+        return Verdict(layer, None, f"{layer}: not applicable, func refuses other values")
+    scales = ", ".join(f"{scale:g}" for scale in SCALES)
+    return Verdict(layer, False, f"{layer}: no output moves at scales {scales} ({called})")
+
+
+def nan_layer(subject: Subject, masks: Sequence[Tensor], called: str) -> Verdict:
+    """NaN inside the mask; outputs outside must gain none."""
+    layer = "NaN taint"
+    base = subject.values({})
+    for mask in masks:
+        replaced = {
+            position: torch.where(_along(mask, leaf) > 0, torch.full_like(leaf, float("nan")), leaf)
+            for position, leaf in enumerate(subject.leaves)
+            if position in subject.inputs
+        }
+        try:
+            changed = subject.values(replaced)
+        except Exception as error:  # factorizations and comparisons may refuse NaN
+            return Verdict(layer, None, f"{layer}: not applicable, func raises {type(error).__name__} on NaN")
+        for after, before in zip(changed, base, strict=True):
+            if after.shape != before.shape or bool((after.isnan() & ~before.isnan())[~mask].any()):
+                return Verdict(layer, True, f"{layer}: coupled, NaN spreads to other samples")
+    return Verdict(layer, False, f"{layer}: NaN stays in its sample ({called})")
+
+
+def _along(mask: Tensor, like: Tensor) -> Tensor:
+    """A sample mask, shaped to broadcast over a tensor with the batch on axis 0."""
+    return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+
+
+def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
+    """Outputs at other values; None where func refuses values that its user never passes."""
+    try:
+        return subject.values(replaced)
+    except TimeoutError:
+        raise
+    except Exception:
+        return None
+
+
+def step(leaf: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random change of a float's values, of size `scale` or in proportion to values that are far larger."""
+    far = (own_scale(leaf) / FAR).clamp(min=1) if leaf.numel() and leaf.dim() else 1.0
+    return (scale * noise(leaf, generator) * far).to(leaf.dtype)
+
+
+def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Another point to change samples at: noise for floats; for masks the given one, then none set, then all.
+
+    A float with infinities is a mask that is added.
+    """
+    leaf = leaf.detach()
+    if leaf.layout != torch.strided:
+        return leaf
+    if leaf.is_floating_point():
+        if turn and leaf.isinf().any():
+            return torch.zeros_like(leaf)
+        return leaf + step(leaf, scale, generator)
+    if leaf.dtype == torch.bool and turn:
+        return torch.full_like(leaf, turn == 2)
+    return leaf
+
+
+def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """The leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
+    if leaf.is_floating_point():
+        return leaf + step(leaf, scale, generator) * _along(mask, leaf)
+    if leaf.dtype == torch.bool:
+        return leaf ^ mask.view(-1, *[1] * (leaf.dim() - 1))
+    rows = torch.arange(len(leaf), device=leaf.device)
+    inside = rows[mask]
+    rows[mask] = inside[torch.randperm(len(inside), generator=generator).to(inside.device)]
+    return leaf[rows]
+
+
+def _moved(changed: Sequence[Tensor], base: Sequence[Tensor], rows: Tensor) -> bool:
+    return any(
+        after.shape != before.shape or bool(differs(after, before)[rows].any())
+        for after, before in zip(changed, base, strict=True)
+    )
+
+
+def differs(after: Tensor, before: Tensor) -> Tensor:
+    """Return where values moved by more than rounding, each by its own scale."""
+    finite = torch.isfinite(before)
+    rounding = VALUE_NOISE * torch.finfo(before.dtype).eps * own_scale(before)
+    moved = torch.where(finite, after - before, 0).abs() > rounding
+    return moved | (finite != torch.isfinite(after))

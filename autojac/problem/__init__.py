@@ -1,0 +1,1 @@
+"""What a method gets and gives: the problem, layouts, compression, and reference values."""

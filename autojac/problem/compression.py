@@ -1,0 +1,197 @@
+"""Compressed Jacobians: one seed for all rows (or columns) of a color, and where each entry is read from the result.
+
+Curtis, Powell & Reid (1974): rows that share no column may be pulled together, since each entry of their sum belongs to
+one of them. Samples and features are colored apart, and a seed is a color of samples with a color of features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autojac.core.pattern import Indices, Marks, Pattern
+from autojac.problem.problem import Problem
+from autojac.sparse.colorings import Colorings, Side, decoded
+
+MOST_COUPLED = 4096
+"""Samples coupled all with all, beyond which no pattern of every pair is made."""
+
+
+class Held:
+    """An array of indices as a tensor (int64), brought once to each device that asks for it."""
+
+    def __init__(self, array: Indices) -> None:
+        self.tensor = torch.from_numpy(array.astype(np.int64))
+        self._made: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device == self.tensor.device:
+            return self.tensor
+        if torch.compiler.is_compiling():
+            return self.tensor.to(device)
+        if device not in self._made:
+            self._made[device] = self.tensor.to(device)
+        return self._made[device]
+
+
+class Colors:
+    """The colors of one side of a problem: rows to pull, or columns to push.
+
+    Args:
+        side: `rows` (outputs) or `columns` (inputs).
+        samples: color of each sample, (B,); None where one serves all.
+        features: color of each feature of a sample, counted through all outputs or inputs; -1 where it needs no seed.
+
+    Attributes:
+        groups, width: colors of samples, and of features.
+        count: seeds in all: number s has samples of color s // width and features of color s % width.
+    """
+
+    def __init__(self, side: Side, samples: Indices | None, features: Indices) -> None:
+        self.side = side
+        self.samples = samples
+        self.features = features
+        self.groups = 1 if samples is None else int(samples.max(initial=0)) + 1
+        self.width = int(features.max(initial=-1)) + 1
+        self.count = self.groups * self.width
+        self.sample_colors = None if samples is None else Held(samples)
+        self.feature_colors = Held(features)
+        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
+
+    def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
+        """Seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
+
+        Args:
+            start, stop: which seeds.
+            spans: where each tensor's features lie among all, as (start, stop).
+            like: the tensors.
+        """
+        made = []
+        for (first, last), tensor in zip(spans, like, strict=True):
+            numbers = torch.arange(start, stop, device=tensor.device)
+            samples, features = self._of(tensor)
+            seed = features[numbers % self.width, first:last].view(stop - start, 1, *tensor.shape[1:])
+            if samples is None:
+                made.append(seed.expand(stop - start, *tensor.shape))
+                continue
+            own = samples[numbers // self.width]
+            made.append(own.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
+        return made
+
+    def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+        """One-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
+        kind = (tensor.device, tensor.dtype)
+        if kind in self._masks and not torch.compiler.is_compiling():
+            return self._masks[kind]
+        samples = None if self.sample_colors is None else _one_hot(self.sample_colors, self.groups, tensor)
+        made = samples, _one_hot(self.feature_colors, self.width, tensor)
+        # what a compiler sees while it traces stands for tensors of its own
+        if not torch.compiler.is_compiling():
+            self._masks[kind] = made
+        return made
+
+
+def _one_hot(colors: Held, count: int, like: Tensor) -> Tensor:
+    numbers = torch.arange(count, device=like.device)
+    return (colors.on(like.device)[None] == numbers[:, None]).to(like.dtype)
+
+
+def colors_of(problem: Problem, side: Side) -> Colors:
+    """Colors for one side of a problem: as few seeds as its layout needs."""
+    structure = problem.structure
+    samples = structure.samples if problem.batch > 1 else None
+    alike = samples is None and not structure.independent
+    features = None if structure.sparsity is None else structure.sparsity.features
+    own = problem.layout in ("blocks", "diagonal")
+    square = problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1
+    count = problem.out_size if side == "rows" else problem.in_size
+    return _colors(problem.colorings, side, samples, features, own, square, count, problem.batch if alike else 1)
+
+
+@functools.lru_cache(maxsize=32)
+def _colors(
+    colorings: Colorings,
+    side: Side,
+    samples: Pattern | None,
+    features: Pattern | None,
+    own: bool,
+    square: bool,
+    count: int,
+    batch: int,
+) -> Colors:
+    """Colors that keep apart what reads the same entries.
+
+    Args:
+        colorings: makes and keeps them.
+        side: rows or columns.
+        samples, features: the patterns; all for None of the features.
+        own: only the blocks of each sample are asked for, so samples of one color must not reach each other, but may
+            reach the same.
+        square: only the diagonals of blocks are asked for: the same for features.
+        count: number of features.
+        batch: number of samples that are coupled all with all, without a graph.
+    """
+    grouped: Indices | None = np.arange(batch, dtype=np.int32) if batch > 1 else None
+    if samples is not None:
+        grouped = colorings.apart(samples) if own else colorings.orthogonal(samples, side)
+    if features is None:
+        return Colors(side, grouped, np.arange(count, dtype=np.int32))
+    return Colors(side, grouped, colorings.apart(features) if square else colorings.orthogonal(features, side))
+
+
+def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
+    """Colors of rows and columns that read every entry of independent samples together, and which read which.
+
+    Returns:
+        Rows, columns, and for each entry of the pattern inside a sample whether it is read from the rows, (entries,).
+    """
+    sparsity = problem.structure.sparsity
+    assert sparsity is not None and sparsity.features is not None
+    return _both(problem.colorings, sparsity.features)
+
+
+@functools.lru_cache(maxsize=16)
+def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
+    rows, columns = colorings.both(features)
+    return Colors("rows", None, rows), Colors("columns", None, columns), decoded(features, rows, columns)
+
+
+def inapplicable(problem: Problem) -> str | None:
+    """Why a problem can't be colored, as a sentence; None if it can."""
+    structure = problem.structure
+    if problem.shared_input:
+        return "an input is shared by all samples, so what its columns bring would be added up over the batch"
+    if structure.sparsity is None and not (problem.layout == "sparse" and not structure.independent):
+        return "no zeros are known that colors could save"
+    if (structure.samples is None and not structure.independent) and problem.batch > MOST_COUPLED:
+        return f"samples are coupled without a graph, and {problem.batch} of them are too many to color one by one"
+    return None
+
+
+def nothing_gained(problem: Problem, side: Side) -> str | None:
+    """Why colors of one side are of no use to a problem, as a sentence; None if they are."""
+    reason = inapplicable(problem)
+    if reason is not None:
+        return reason
+    structure = problem.structure
+    kind = "VJPs of rows" if side == "rows" else "JVPs of columns"
+    plain = (problem.out_size if side == "rows" else problem.in_size) * (1 if structure.independent else problem.batch)
+    if colors_of(problem, side).count >= plain and problem.layout != "sparse":
+        return f"colors save none of the {plain} {kind}"
+    return None
+
+
+def colored(problem: Problem) -> list[str]:
+    """What colors save, for people."""
+    if problem.structure.sparsity is None or problem.shared_input:
+        return []
+    samples = 1 if problem.structure.independent else problem.batch
+    plain = {"rows": problem.out_size * samples, "columns": problem.in_size * samples}
+    sides: tuple[Side, Side] = ("rows", "columns")
+    found = [f"{colors_of(problem, side).count} of {plain[side]} {side}" for side in sides]
+    cost = f", found in {1e3 * problem.colorings.seconds:.3g} ms" if problem.colorings.seconds else ""
+    return [f"colors: passes for {' or '.join(found)}{cost}"]

@@ -1,0 +1,91 @@
+"""Outputs and inputs without elements: no method sees them, and every Jacobian has its part for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import seeds
+from autojac.problem.problem import Compute, Flat, Problem, Result, empty_rows
+
+
+class Kept:
+    """A flat function of which only some outputs are seen, and of the others the dtype."""
+
+    def __init__(self, fn: Flat, outputs: Sequence[int]) -> None:
+        self.fn = fn
+        self.outputs = outputs
+        self.dtypes: tuple[torch.dtype, ...] = ()
+
+    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        values = self.fn(leaves, kwargs)
+        self.dtypes = tuple(value.dtype for value in values)
+        return tuple(values[index] for index in self.outputs)
+
+
+def solid(problem: Problem) -> Problem:
+    """The problem without its hollow outputs and inputs: what methods and the search solve."""
+    outputs = _with_elements(problem)
+    leaves = tuple(
+        dataclasses.replace(leaf, differentiated=leaf.differentiated and seeds.size(leaf.event_shape) > 0)
+        for leaf in problem.leaves
+    )
+    if len(outputs) == len(problem.outputs) and leaves == problem.leaves:
+        return problem
+    events = tuple(problem.outputs[index] for index in outputs)
+    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events, outline=None)
+
+
+def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
+    """A computation of the whole problem, by a method that sees what has elements."""
+    inner = solid(problem)
+    if not (problem.batch and inner.out_size and inner.in_size):
+        return _zeros_alone(problem)
+    if inner is problem:
+        return prepare(problem)
+    compute, kept = prepare(inner), inner.fn
+    assert isinstance(kept, Kept)
+    outputs = _with_elements(problem)
+
+    def whole(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        found = compute(leaves, kwargs)
+        values = dict(zip(outputs, found.values, strict=True))
+        jacobians = {
+            (index, position): jacobian
+            for index, row in zip(outputs, found.jacobians, strict=True)
+            for position, jacobian in zip(inner.inputs, row, strict=True)
+        }
+        for index, event in enumerate(problem.outputs):
+            if index not in values:
+                like, dtype = found.values[0], kept.dtypes[index]
+                values[index] = like.new_empty((problem.batch, *event), dtype=dtype)
+            for position in problem.inputs:
+                if (index, position) not in jacobians:
+                    jacobians[index, position] = leaves[position].new_zeros(problem.jacobian_shape(index, position))
+        order = range(len(problem.outputs))
+        return found._replace(
+            values=tuple(values[index] for index in order),
+            jacobians=tuple(tuple(jacobians[index, position] for position in problem.inputs) for index in order),
+        )
+
+    return whole
+
+
+def _with_elements(problem: Problem) -> list[int]:
+    return [index for index, event in enumerate(problem.outputs) if seeds.size(event)]
+
+
+def _zeros_alone(problem: Problem) -> Compute:
+    """The Jacobian of a problem without elements."""
+
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        values = problem.fn(leaves, kwargs)
+        return Result(
+            values if problem.differentiable else tuple(value.detach() for value in values), empty_rows(problem, leaves)
+        )
+
+    return compute

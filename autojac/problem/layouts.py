@@ -1,0 +1,66 @@
+"""The layouts of a Jacobian: their shapes, and how rows, columns and blocks find their place in each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from autojac.core.signature import Layout, Leaf, Signature
+from autojac.errors import OutputError
+
+
+def jacobian_shape(layout: Layout, batch: int, event: Sequence[int], leaf: Leaf) -> tuple[int, ...]:
+    """Shape of the Jacobian of an output of shape (batch, *event) with respect to one tensor."""
+    if layout == "diagonal":
+        return batch, math.prod(event)
+    return (batch, *event, *(leaf.shape if layout == "full" else leaf.event_shape))
+
+
+def require_layout(signature: Signature) -> None:
+    """Raise `OutputError` unless every pair of output and input has a Jacobian of the layout asked for."""
+    if signature.layout != "diagonal":
+        return
+    for event, leaf in itertools.product(signature.outputs, signature.leaves):
+        if leaf.differentiated and math.prod(event) != math.prod(leaf.event_shape):
+            raise OutputError(
+                f"a diagonal needs as many outputs as inputs in a sample, but func maps {leaf.event_shape} to {event}. "
+                "Ask for layout='blocks', or leave that argument out of argnums"
+            )
+
+
+def embed(blocks: Tensor, event_dims: int) -> Tensor:
+    """Blocks (B, *out, *in) on the diagonal of a full Jacobian (B, *out, B, *in) that is zero elsewhere."""
+    return blocks.movedim(0, -1).diag_embed(dim1=0, dim2=1 + event_dims)
+
+
+def from_blocks(layout: Layout, blocks: Tensor, event: Sequence[int], batched: bool) -> Tensor:
+    """The blocks (B, *out, *in) of independent samples, or of a shared input, in another layout."""
+    if layout == "diagonal":
+        size = math.prod(event)
+        return blocks.reshape(len(blocks), size, size).diagonal(dim1=1, dim2=2)
+    return embed(blocks, len(event)) if layout == "full" and batched else blocks
+
+
+def own_coordinates(rows: Tensor, start: int) -> Tensor:
+    """Of seeds number `start` and on, (c, B, *event), each one's own coordinate: (c, B)."""
+    return rows.reshape(*rows.shape[:2], -1).diagonal(offset=start, dim1=0, dim2=2).T
+
+
+def own_coordinate(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
+    """Of rows (c, *event) that belong to elements of a batch of events, each one's own coordinate: (c,).
+
+    Args:
+        rows: one row for each element.
+        numbers: the elements, counted through the whole batch.
+        size: elements of one event.
+    """
+    return rows.reshape(len(rows), -1).gather(1, (numbers % size).unsqueeze(1)).squeeze(1)
+
+
+def own_sample(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
+    """Of rows (c, B, *event) that belong to elements of a batch, the part of each one's own sample: (c, *event)."""
+    return rows[torch.arange(len(rows), device=rows.device), numbers // size]

@@ -1,0 +1,84 @@
+"""Functions that draw random numbers: every evaluation of one computation draws the same.
+
+A computation may evaluate func several times: once a tangent, or once a sample. Each of these evaluations starts from
+the random state in which the computation was started, so that all see one mask; afterwards the state is where one
+evaluation leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.core.sandbox import GENERATORS, random_state, restore_random_state
+from autojac.problem.problem import Compute, Flat, Result
+
+STATE = "autojac random state"
+"""The keyword under which the random state of a computation reaches func's evaluations."""
+
+
+def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> Compute:
+    """A computation, all evaluations of which draw alike from these generators."""
+
+    def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        return compute(leaves, {STATE: random_state(generators), **kwargs})
+
+    return same
+
+
+def redrawn(fn: Flat) -> Flat:
+    """A flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
+
+    def again(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        state, kwargs = _taken(kwargs)
+        if state is not None:
+            restore_random_state(state)
+        return fn(leaves, kwargs)
+
+    return again
+
+
+def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
+    """A flat function for `randomness="same"`: every sample is a batch of one that starts from the same random state.
+
+    Args:
+        fn: the flat function.
+        batched: which leaves carry the batch.
+        generators: those that it draws from.
+    """
+
+    def one_by_one(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        state, kwargs = _taken(kwargs)
+        state = random_state(generators) if state is None else state
+        samples = next(len(leaf) for leaf, has in zip(leaves, batched, strict=True) if has)
+        parts = []
+        for b in range(samples):
+            restore_random_state(state)
+            parts.append(
+                fn([leaf[b : b + 1] if has else leaf for leaf, has in zip(leaves, batched, strict=True)], kwargs)
+            )
+        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+
+    return one_by_one
+
+
+def leaving_state(compute: Compute, generators: Sequence[str]) -> Compute:
+    """A computation that sets generators back, so that a plain call that follows draws the same numbers."""
+
+    def back(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        state = random_state(generators)
+        result = compute(leaves, kwargs)
+        restore_random_state(state)
+        return result
+
+    return back
+
+
+def _taken(kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The random state among the keyword arguments, and the others."""
+    if STATE not in kwargs:
+        return None, kwargs
+    return kwargs[STATE], {name: value for name, value in kwargs.items() if name != STATE}

@@ -1,0 +1,1 @@
+"""A method recorded once and run as a flat program."""

@@ -1,0 +1,168 @@
+"""What a program computes from captured tensors alone, kept from call to call while those stay as they are.
+
+Views of a parameter show its numbers whatever they become, so they are made again only when it gets other memory.
+Results are made again when a number differs: `p.data.mul_(2)` moves no version counter, so versions would not do.
+Comparing costs something itself, and where it costs more than computing, results are not kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from autojac.replay.codegen import Run, emit
+from autojac.replay.passes.ordering import ordered
+
+ROUNDS = 5
+WORTHWHILE = 2.0
+"""How many times dearer than comparing it must be to compute what is kept."""
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """A part of a program that reads captured tensors and constants alone.
+
+    Attributes:
+        views, results: from the captured tensors to what it hands to the rest, views first.
+        memory: positions, among the captured tensors, of those whose memory is shown by what is kept.
+        sources: positions of what `results` are computed from.
+    """
+
+    views: Run
+    results: Run | None
+    memory: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """A part of a graph that can be kept: its programs, and the nodes that it hands to the rest.
+
+    The programs are what lasts: nodes lead to every tensor of the recorded run.
+    """
+
+    hoist: Hoist
+    nodes: tuple[fx.Node, ...]
+
+
+def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
+    """The part of a graph that can be kept; None if there is none.
+
+    Args:
+        graph: what is run in each call.
+        captured: the nodes of captured tensors.
+        wanted: the outputs of the graph.
+    """
+    views, results = _kept(graph, captured)
+    if not views and not results:
+        return None
+    if results and not _pays(captured, views, results):
+        results = []
+    inside = {*views, *results}
+    used = {source for node in graph.nodes if node not in inside for source in node.all_input_nodes} | set(wanted)
+    handed = [node for node in views if node in used], [node for node in results if node in used]
+    homes = {node.meta["storage"] for node in captured}
+    shown = [node for group in handed for node in group if node.meta["storage"] in homes]
+    memory = tuple(place for place, node in enumerate(captured) if _leads(node, shown))
+    sources = tuple(place for place, node in enumerate(captured) if _leads(node, results))
+    run = emit(captured, handed[1], [*views, *results], below=True) if results else None
+    hoist = Hoist(emit(captured, handed[0], views, below=True), run, memory, sources)
+    return Part(hoist, (*handed[0], *handed[1]))
+
+
+def _kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Views of captured tensors, and results that depend on captured tensors and constants alone."""
+    unsteady = ordered(graph)
+    faces = {node for node in captured if node.meta["value"].layout == torch.strided}
+    known = set(faces)
+    views, results = [], []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.meta["role"] in ("constant", "literal"):
+            known.add(node)
+        if node.op != "call_function" or node in unsteady or node.meta["phase"]:
+            continue
+        sources = node.all_input_nodes
+        if not sources or not known.issuperset(sources):
+            continue
+        known.add(node)
+        if faces.issuperset(sources) and node.meta["storage"] in {source.meta["storage"] for source in sources}:
+            faces.add(node)
+            views.append(node)
+        else:
+            results.append(node)
+    return views, results
+
+
+def _leads(node: fx.Node, ends: Sequence[fx.Node]) -> bool:
+    todo, wanted, seen = [node], set(ends), set[fx.Node]()
+    while todo:
+        for user in todo.pop().users:
+            if user in wanted:
+                return True
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _pays(captured: Sequence[fx.Node], views: Sequence[fx.Node], results: Sequence[fx.Node]) -> bool:
+    """Whether computing takes longer than looking whether that is needed."""
+    tensors = [node.meta["value"].detach() for node in captured]
+    compute = emit(captured, list(results[-1:]), [*views, *results], below=True)
+    sources = [t for t, node in zip(tensors, captured, strict=True) if _leads(node, results)]
+    copies = [tensor.clone() for tensor in sources]
+    with torch.no_grad():
+        computing = _seconds(lambda: compute(*tensors))
+        comparing = _seconds(lambda: [torch.equal(a, b) for a, b in zip(sources, copies, strict=True)])
+    return computing > WORTHWHILE * comparing
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    run()
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+class Kept:
+    """What was hoisted, for the captured tensors as they are.
+
+    Args:
+        hoist: the programs.
+        captured: the tensors.
+    """
+
+    def __init__(self, hoist: Hoist, captured: Sequence[Tensor]) -> None:
+        self.hoist = hoist
+        self.captured = tuple(captured)
+        self.shown = tuple(captured[place] for place in hoist.memory)
+        self.sources = tuple(captured[place] for place in hoist.sources)
+        self._state = self._made()
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The captured tensors, and what is kept: all that the rest of the program reads beside its arguments."""
+        kept, memory, copies = self._state
+        if list(map(_address, self.shown)) != memory or (copies and not all(map(_same, copies, self.sources))):
+            self._state = kept, _, _ = self._made()
+        return kept
+
+    def _made(self) -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
+        memory = list(map(_address, self.shown))
+        copies = tuple(tensor.detach().clone() for tensor in self.sources)
+        with torch.no_grad():
+            made = self.hoist.views(*self.captured)
+            if self.hoist.results is not None:
+                made += self.hoist.results(*self.captured)
+        return (*self.captured, *made), memory, copies
+
+
+# nan is not equal to itself: then it is computed again
+_same = torch.equal
+_address = Tensor.data_ptr

@@ -1,0 +1,98 @@
+"""Tensors that are filled part by part, put together at once instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from autojac.replay.passes.editor import Editor, aten
+from autojac.replay.passes.node_facts import laid, name, plain
+from autojac.replay.passes.ordering import touched
+
+RANK = 8
+ROOMS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "zeros", "new_zeros", "zeros_like"}
+ROOMS |= {"full", "new_full", "full_like", "_new_zeros_with_same_feature_meta"}
+"""Operators that make memory which nothing else knows."""
+
+
+def cat_writes(graph: fx.Graph) -> None:
+    """Concatenate what is copied into the slices of fresh memory, where these make up all of it.
+
+    That leaves no write into memory, and what reads the whole is free to be simplified.
+    """
+    homes: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for storage in touched(node) if node.op == "call_function" else ():
+            homes.setdefault(storage, []).append(node)
+        for storage in node.meta.get("writes", ()):
+            if node not in homes.get(storage, ()):
+                homes.setdefault(storage, []).append(node)
+    editor = Editor(graph)
+    for storage in sorted(editor.unsteady):
+        nodes = homes.get(storage, [])
+        if nodes and name(nodes[0]) in ROOMS and nodes[0].meta["storage"] == storage:
+            _together(editor, storage, nodes)
+
+
+def _together(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
+    room, writes = nodes[0], [node for node in nodes if storage in node.meta["writes"]]
+    last = nodes.index(writes[-1])
+    parts = [_part(room, write) for write in writes]
+    targets = {write.args[0] for write in writes}
+    if not plain(room) or not room.meta["value"].is_contiguous() or None in parts:
+        return
+    # nothing looks at it before it is full, and the slices are there for the writes alone
+    if any(node is not room and node not in targets and node not in writes for node in nodes[: last + 1]):
+        return
+    if any(set(target.users) - set(writes) for target in targets - {room} if isinstance(target, fx.Node)):
+        return
+    slices: list[tuple[int, int, int, fx.Node]] = sorted(part for part in parts if part is not None)
+    axis, many = slices[0][0], room.meta["value"].dim() and room.meta["value"].size(slices[0][0])
+    ends = [0, *(end for _, _, end, _ in slices)]
+    if any(part[0] != axis for part in slices) or [start for _, start, _, _ in slices] != ends[:-1] or ends[-1] != many:
+        return
+    sources = [source for *_, source in slices]
+    if any(touched(source) & editor.unsteady or source.meta["phase"] > room.meta["phase"] for source in sources):
+        return
+    if any(write.meta["phase"] != room.meta["phase"] or write.users for write in writes):
+        return
+    _replace(editor, room, writes, sources, axis)
+
+
+def _replace(editor: Editor, room: fx.Node, writes: list[fx.Node], sources: list[fx.Node], axis: int) -> None:
+    whole = editor.make(writes[-1], aten.cat.default, sources, axis)
+    if whole is None or laid(whole.meta["value"]) != laid(room.meta["value"]):
+        return
+    # the memory of the recorded run has the same content, and views of it are there already
+    whole.meta |= {"value": room.meta["value"], "storage": room.meta["storage"]}
+    targets = {write.args[0] for write in writes}
+    for write in writes:
+        editor.graph.erase_node(write)
+    for target in targets - {room}:
+        assert isinstance(target, fx.Node)
+        editor.graph.erase_node(target)
+    room.replace_all_uses_with(whole)
+    editor.graph.erase_node(room)
+
+
+def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
+    """Axis, start and end of the slice that is written, and what is written; None for other writes."""
+    if write.target is not aten.copy_.default:
+        return None
+    target: Any = write.args[0]
+    source: Any = write.args[1]
+    if not isinstance(source, fx.Node) or not plain(source):
+        return None
+    whole, held = room.meta["value"], source.meta["value"]
+    if (held.dtype, held.device) != (whole.dtype, whole.device) or not whole.dim():
+        return None
+    if target is room:
+        axis, start, end = 0, 0, whole.size(0)
+    elif target.target is aten.slice.Tensor and target.args[0] is room and len(target.args) == 4:
+        _, axis, start, end = target.args
+        axis, end = axis % whole.dim(), min(end, whole.size(axis))
+    else:
+        return None
+    shape = [*whole.shape[:axis], end - start, *whole.shape[axis + 1 :]]
+    return (axis, start, end, source) if start >= 0 and list(held.shape) == shape else None

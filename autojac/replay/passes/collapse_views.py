@@ -1,0 +1,35 @@
+"""Views of views."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autojac.replay.passes.editor import Editor, chain, sweep
+from autojac.replay.passes.node_facts import narrowed
+
+RANK = 60
+
+
+def collapse_views(graph: fx.Graph) -> None:
+    """What only looks at memory in another way does so in one step, or not at all where it looks at all of it."""
+    sweep(graph, _collapsed)
+
+
+def _collapsed(editor: Editor, node: fx.Node) -> fx.Node | None:
+    sources = chain(editor, node)
+    value = node.meta["value"]
+    found = editor.same(value, sources) or editor.reach(node, value, sources[:-1])
+    if found is None and len(sources) > 2:
+        found = _in_two(editor, node, sources[0])
+    return found
+
+
+def _in_two(editor: Editor, node: fx.Node, first: fx.Node) -> fx.Node | None:
+    """A view with its axes in the order of memory and nothing repeated, and one step from there."""
+    value = node.meta["value"]
+    lean = narrowed(value)
+    axes = sorted(range(lean.dim()), key=lean.stride().__getitem__, reverse=True)
+    if axes != sorted(axes) and lean.shape != value.shape:
+        return None
+    between = editor.reach(node, lean.permute(axes), [first])
+    return between and editor.reach(node, value, [between])

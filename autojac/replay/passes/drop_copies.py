@@ -1,0 +1,45 @@
+"""Copies of what nobody writes into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
+from autojac.replay.passes.node_facts import acts_by_entry, laid, name, overlapping, plain, shares
+
+RANK = 40
+REDUCTIONS = {"sum", "mean", "amax", "amin", "prod"}
+COPIES = {aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+
+
+def drop_copies(graph: fx.Graph) -> None:
+    """Read the original in the place of a copy, where neither is written into, and reshape what is reshaped at once.
+
+    A copy that puts entries into another order is left out only if a single operator reads it, as others would each
+    gather the entries anew; one that repeats entries, if all that read it do so one by one.
+    """
+    sweep(graph, _original, COPIES | RESHAPES)
+
+
+def _streams(user: fx.Node) -> bool:
+    return acts_by_entry(user) or name(user) in REDUCTIONS
+
+
+def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
+    origin: Any = node.args[0] if node.args else None
+    if not isinstance(origin, fx.Node) or not plain(origin):
+        return None
+    if node.target in COPIES and not node.meta.get("wanted"):
+        ours, right = origin.meta["value"], node.meta["value"]
+        if (ours.dtype, ours.device, ours.is_conj(), ours.is_neg()) != (right.dtype, right.device, False, False):
+            return None
+        alike = laid(ours) == laid(right) or len(editor.users) == 1
+        return origin if alike or (overlapping(ours) and all(map(_streams, editor.users))) else None
+    if node.target in RESHAPES and origin.target in RESHAPES and editor.free(origin):
+        before: Any = origin.args[0]
+        if not shares(origin.meta["value"], before):
+            # the copy in between was made for a shape that nobody looks at
+            return editor.shaped(node, before, list(node.meta["value"].shape))
+    return None

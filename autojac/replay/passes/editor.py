@@ -1,0 +1,332 @@
+"""Changing a graph of operators: nodes that know what they stand for, and sweeps that put better ones in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autojac.replay.passes.node_facts import acts_by_entry, laid, name, overlapping, placed, plain, shares, values
+from autojac.replay.passes.ordering import touched, written
+from autojac.replay.passes.view_search import moves
+
+aten = torch.ops.aten
+MOST_ENTRIES = 10**6
+"""Constants are looked at up to this size."""
+LONGEST_CHAIN = 8
+"""How far views of views are looked through."""
+PLACED = {aten.as_strided.default, aten.as_strided_scatter.default, aten.set_.source_Storage_storage_offset}
+"""Operators that look at how their argument lies in its memory."""
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+"""Operators of the kind `view`, which some layouts don't permit."""
+
+TOLERANT = {
+    *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "cat", "stack", "index", "index_select", "gather"),
+    *("sum", "mean", "amax", "amin", "prod", "clone", "_to_copy", "reshape", "constant_pad_nd", "any", "all", "cumsum"),
+}
+"""Operators that take every layout, beside those that act entry by entry, and views. Kernels of others, which torch
+calls with contiguous tensors alone, read past the end of an expanded one (`native_layer_norm_backward`)."""
+
+Rule = Callable[["Editor", fx.Node], "fx.Node | None"]
+
+
+class Editor:
+    """Makes nodes for a graph and puts them in the place of others.
+
+    A replacement has the shape, dtype and device of what it replaces, its layout in memory may be another. Then what
+    uses it is made again for that layout, up to where the layouts agree again. Whatever minds its arguments' layout is
+    given a copy in the old one, or left as it is.
+
+    Args:
+        graph: changed in place.
+
+    Attributes:
+        users: of the node that a rule is asked about.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.unsteady = set(written(graph))
+        self.better: dict[fx.Node, fx.Node] = {}
+        self.shifted: dict[fx.Node, set[int]] = {}
+        self.users: dict[fx.Node, None] = {}
+        self.stale: list[fx.Node] = []
+
+    def free(self, node: fx.Node) -> bool:
+        """Whether a node is one tensor from an aten operator that may be merged, moved and left out."""
+        if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not plain(node):
+            return False
+        return _known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
+
+    def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
+        """A node before `at`, in its phase; None if the operator can't do that."""
+        value = _computed(target, args, kwargs)
+        return None if value is None else self._made(at, target, args, kwargs, value)
+
+    def shaped(self, at: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node | None:
+        """The entries of a node in another shape, by a view if its layout permits one."""
+        if list(source.meta["value"].shape) == list(shape):
+            return source
+        return self.make(at, aten.view.default, source, list(shape)) or self.make(
+            at, aten.reshape.default, source, list(shape)
+        )
+
+    def same(self, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
+        """One of the nodes that is `wanted`."""
+        place = placed(wanted)
+        return next((node for node in nodes if placed(node.meta["value"]) == place), None)
+
+    def reach(self, at: fx.Node, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
+        """A node that is `wanted`, one operator away from one of the nodes."""
+        place = placed(wanted)
+        for node in nodes:
+            for target, args in moves(node.meta["value"], wanted):
+                moved = _computed(target, (node, *args), {})
+                if moved is not None and placed(moved) == place:
+                    return self._made(at, target, (node, *args), {}, moved)
+        return None
+
+    def narrow(self, at: fx.Node, node: fx.Node, wanted: Tensor) -> fx.Node | None:
+        """A node for some entries of another one: `wanted` is a view of its value."""
+        if node.meta["role"] == "constant":
+            return self.constant(wanted)
+        if node.op == "call_function" and not self.free(node):
+            return None
+        nodes = [*chain(self, node), node]
+        return self.same(wanted, nodes) or self.reach(at, wanted, nodes)
+
+    def constant(self, value: Tensor) -> fx.Node:
+        """A tensor that is the same in every run."""
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.create_node("placeholder", "constant")
+        node.meta = {"role": "constant", "value": value, "storage": None, "order": 0, "phase": 0}
+        node.meta |= {"writes": frozenset(), "draws": False}
+        return node
+
+    def sweep(self, rule: Rule, targets: Container[Any] | None = None) -> None:
+        """Ask a rule for something better in the place of each free node, from the first to the last."""
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                self._end(node)
+            elif node.op == "call_function":
+                self.shift(node)
+                here = self._absorbed(node)
+                self.users = node.users
+                if (targets is None or here.target in targets) and self.free(here):
+                    found = rule(self, here)
+                    here = found if found is not None else here
+                if here is not node:
+                    self._replace(node, here)
+        self._clear()
+
+    def _made(self, at: fx.Node, target: Any, args: Sequence[Any], kwargs: Any, value: Tensor) -> fx.Node:
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(target, tuple(args), dict(kwargs))
+        storage = _storage(value, node.all_input_nodes)
+        node.meta = {"role": "operator", "value": value, "storage": storage, "order": at.meta["order"]}
+        node.meta |= {"phase": at.meta.get("phase", 0), "writes": frozenset(), "draws": False}
+        self.stale.append(node)
+        return node
+
+    def _replace(self, node: fx.Node, found: fx.Node) -> None:
+        old, new = node.meta["value"], found.meta["value"]
+        assert old.shape == new.shape and old.dtype == new.dtype and old.device == new.device, (node, found)
+        self.stale.append(node)
+        settled = old.stride() == new.stride() or not _spread(node)
+        if settled and placed(old) == placed(new):
+            node.replace_all_uses_with(found)
+        elif settled and laid(old) == laid(new):
+            self.shifts(node, {old.untyped_storage()._cdata})
+            node.replace_all_uses_with(found, delete_user_cb=lambda user: user.target not in PLACED)
+        else:
+            self.better[node] = found
+
+    def shifts(self, node: fx.Node, homes: set[int]) -> None:
+        """Note that what is at these places will be somewhere else, for what uses a node."""
+        for user in node.users:
+            self.shifted.setdefault(user, set()).update(homes)
+
+    def shift(self, node: fx.Node) -> None:
+        """Let a view of what has been replaced be one of the replacement."""
+        homes = self.shifted.get(node)
+        if not homes:
+            return
+        value = node.meta["value"]
+        if not isinstance(value, Tensor):
+            self.shifts(node, homes)
+        elif plain(node) and value.untyped_storage()._cdata in homes and self.free(node):
+            origin: Any = node.args[0]
+            if node.target is operator.getitem:
+                value = _run(origin.target, origin.args, origin.kwargs)[node.args[1]]
+                origin = origin.args[0]
+            else:
+                value = _run(node.target, node.args, node.kwargs)
+            self.shifts(node, homes)
+            node.meta |= {"value": value, "storage": _storage(value, [origin])}
+
+    def _absorbed(self, node: fx.Node) -> fx.Node:
+        """A node with better arguments: the same one if its own layout stays as it is."""
+        if not self.better:
+            return node
+        changed = {source: self.better[source] for source in node.all_input_nodes if source in self.better}
+        if not changed:
+            return node
+        if not _tolerant(node, changed):
+            self._conform(node, changed)
+            return node
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: changed.get(source, source))
+        if node.meta["writes"] or not isinstance(node.meta["value"], Tensor):
+            if node.meta["writes"] or self._alike(node, args, kwargs):
+                node.args, node.kwargs = args, kwargs
+            else:
+                self._conform(node, changed)
+            return node
+        target = node.target
+        value = _computed(target, args, kwargs)
+        if value is None and target in RESHAPES:
+            target, value = aten.reshape.default, _computed(aten.reshape.default, args, kwargs)
+        if value is None or value.shape != node.meta["value"].shape or value.dtype != node.meta["value"].dtype:
+            self._conform(node, changed)
+            return node
+        steady = not (self.unsteady and touched(node) & self.unsteady)
+        alike = target is node.target and laid(value) == laid(node.meta["value"])
+        sources = [changed.get(source, source) for source in node.all_input_nodes]
+        if alike and (not steady or not (_aliases(node) or any(shares(value, s) for s in sources))):
+            node.args, node.kwargs = args, kwargs
+            return node
+        if not steady:
+            self._conform(node, changed)
+            return node
+        return self._made(node, target, args, kwargs, value)
+
+    def _alike(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
+        """Whether each part of an operator with several results keeps its layout, in memory of its own."""
+        parts = _run(node.target, args, kwargs)
+        if not isinstance(parts, (tuple, list)):
+            return False
+        found: Sequence[Any] = parts
+        for user in node.users:
+            place: Any = user.args[1] if user.target is operator.getitem else 0
+            if user.target is not operator.getitem or not isinstance(found[place], Tensor):
+                return False
+            old = user.meta["value"]
+            if laid(old) != laid(found[place]) or any(shares(old, s) for s in node.all_input_nodes):
+                return False
+        return True
+
+    def _conform(self, node: fx.Node, changed: dict[fx.Node, fx.Node]) -> None:
+        """Give a node that minds layouts its arguments in the old ones, where a copy does that."""
+        for old, new in changed.items():
+            if node.target in PLACED or old.target is aten.clone.default or _aliases(old):
+                continue
+            if old.meta["value"].is_contiguous():
+                copy = self.make(node, aten.clone.default, new, memory_format=torch.contiguous_format)
+                if copy is not None and laid(copy.meta["value"]) == laid(old.meta["value"]):
+                    node.replace_input_with(old, copy)
+
+    def _end(self, output: fx.Node) -> None:
+        """Results keep their layout, or get the plain one."""
+        for old in output.all_input_nodes:
+            new = self.better.get(old)
+            if new is not None and not new.meta["value"].is_contiguous() and old.meta["value"].is_contiguous():
+                new = self.make(output, aten.clone.default, new, memory_format=torch.contiguous_format)
+                if new is not None:
+                    new.meta["phase"] = old.meta["phase"]
+            if new is not None:
+                output.replace_input_with(old, new)
+
+    def _clear(self) -> None:
+        """Erase what has been replaced."""
+        stale = set(self.stale)
+        for node in reversed(list(self.graph.nodes)):
+            if node in stale and not node.users and not (node.meta["writes"] or node.meta["draws"]):
+                stale.update(s for s in node.all_input_nodes if s.op == "call_function")
+                self.graph.erase_node(node)
+
+
+def sweep(graph: fx.Graph, rule: Rule, targets: Container[Any] | None = None) -> None:
+    """Ask a rule for something better in the place of each node that may be replaced, or of those operators alone."""
+    Editor(graph).sweep(rule, targets)
+
+
+def source(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """What a node is a view of."""
+    if not editor.free(node):
+        return None
+    origin = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(origin, fx.Node):
+        origin = origin.args[0]
+    if isinstance(origin, fx.Node) and plain(origin) and shares(node.meta["value"], origin):
+        return origin
+    return None
+
+
+def chain(editor: Editor, node: fx.Node) -> list[fx.Node]:
+    """What a node is a view of, and so on, the last one first; nothing where entries can't be told by their places."""
+    found: list[fx.Node] = []
+    at: fx.Node | None = node
+    while at is not None and len(found) < LONGEST_CHAIN:
+        at = source(editor, at)
+        if at is not None:
+            found.append(at)
+    if found and found[-1].meta["role"] != "constant" and overlapping(found[-1].meta["value"]):
+        return []
+    return found[::-1]
+
+
+def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
+    """As the tape tells memory apart: that of a constant is nobody's."""
+    home: int | None = value.untyped_storage()._cdata
+    for source in sources:
+        if shares(value, source):
+            home = source.meta["storage"]
+    return home
+
+
+def _known(target: Any) -> bool:
+    return target is operator.getitem or getattr(target, "namespace", "") in ("aten", "prims")
+
+
+def _spread(node: fx.Node) -> bool:
+    """Whether what uses a node spreads an axis of one entry over several: its step counts for their layout then."""
+    shape = node.meta["value"].shape
+    for user in node.users:
+        value = user.meta.get("value")
+        if not isinstance(value, Tensor):
+            continue
+        if _aliases(user):
+            if _spread(user):
+                return True
+        elif any(a == 1 < b for a, b in zip(reversed(shape), reversed(value.shape), strict=False)):
+            return True
+    return False
+
+
+def _aliases(node: fx.Node) -> bool:
+    return any(shares(node.meta["value"], s) for s in node.all_input_nodes) if plain(node) else False
+
+
+def _tolerant(node: fx.Node, changed: dict[fx.Node, fx.Node]) -> bool:
+    """Whether an operator does the same whatever the layout of these arguments."""
+    if node.target in PLACED or not _known(node.target) or node.target is operator.getitem or node.meta["draws"]:
+        return False
+    if node.meta["writes"]:
+        return node.target is aten.copy_.default and node.args[0] not in changed
+    return acts_by_entry(node) or _aliases(node) or name(node) in TOLERANT
+
+
+def _computed(target: Any, args: Any, kwargs: Any) -> Tensor | None:
+    value = _run(target, args, kwargs)
+    return value if isinstance(value, Tensor) else None
+
+
+def _run(target: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = values((tuple(args), dict(kwargs)))
+    try:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return target(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,66 @@
+"""Entry by entry, whatever the shape: operators look at their arguments before these are reshaped."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autojac.replay.passes.editor import Editor, aten, source, sweep
+from autojac.replay.passes.node_facts import acts_by_entry, plain
+
+RANK = 50
+MOVES = {aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int}
+MOVES |= {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.detach.default}
+
+
+def sink_views(graph: fx.Graph) -> None:
+    """Reshape the result rather than the arguments, so that views before an operator meet those after it."""
+    sweep(graph, _sunk)
+
+
+def _sunk(editor: Editor, node: fx.Node) -> fx.Node | None:
+    if not acts_by_entry(node) or not any(acts_by_entry(u) or source(editor, u) is not None for u in editor.users):
+        return None
+    tensors = [s for s in node.all_input_nodes if plain(s)]
+    if len(tensors) != len(node.all_input_nodes):
+        return None
+    if len(tensors) == 1:
+        return _after(editor, node, tensors[0])
+    return _slim(editor, node, tensors)
+
+
+def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
+    """f(view(x)) as view(f(x))."""
+    origin = source(editor, moved)
+    if (
+        moved.target not in MOVES
+        or origin is None
+        or not all(map(acts_by_entry, moved.users))
+        or origin.meta["value"].numel() != moved.meta["value"].numel()
+    ):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: origin if s is moved else s)
+    made = editor.make(node, node.target, *args, **kwargs)
+    return made and editor.make(node, moved.target, made, *moved.args[1:], **moved.kwargs)
+
+
+def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
+    """f of views with an axis of length 1 as such a view of f without that axis."""
+    shape = node.meta["value"].shape
+    thin = [axis for axis, size in enumerate(shape) if size == 1]
+    if not thin:
+        return None
+    lean: dict[fx.Node, fx.Node] = {}
+    for tensor in tensors:
+        value = tensor.meta["value"]
+        before = len(shape) - value.dim()
+        own = [axis - before for axis in thin if axis >= before]
+        if own:
+            if source(editor, tensor) is None:
+                return None
+            made = editor.shaped(node, tensor, [n for axis, n in enumerate(value.shape) if axis not in own])
+            if made is None or made.target is aten.reshape.default:
+                return None
+            lean[tensor] = made
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: lean.get(s, s))
+    made = editor.make(node, node.target, *args, **kwargs)
+    return made and editor.shaped(node, made, list(shape))

@@ -1,0 +1,217 @@
+"""A traced method at work: replayed while nothing that it read has changed, traced again when something has."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.program_function import Programs, by_programs
+from autojac.core.autocast import outside_autocast
+from autojac.errors import UnsupportedError
+from autojac.guards.function_state import MOST_STATES, Surroundings
+from autojac.problem.problem import Compute, Problem, Result
+from autojac.replay.hoisting import Kept
+from autojac.replay.trace import Lower, Trace
+from autojac.replay.tracer import Prepare, arranged, taken_down, unfixed
+
+MOST_TRACES = 8
+CALLS_A_TRACE = 200
+"""Past `MOST_TRACES` one more for so many calls: what changes all the time is not worth tracing."""
+
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A trace with the tensors that it reads beside the arguments.
+
+    Attributes:
+        trace: the programs.
+        captured: the tensors.
+        given: how many tensors a call brings.
+        version, state: of the surroundings: a count of changes, and the number of the state that was traced.
+        kept: what is kept from call to call.
+        unchanged: whether what the function reads is as it was then.
+    """
+
+    trace: Trace
+    captured: tuple[Tensor, ...]
+    given: int
+    version: int
+    state: int
+    unchanged: Callable[[], bool]
+    kept: Kept | None = None
+
+
+@dataclass
+class Replaying:
+    """What `Replay` prepares: calls are served by the trace, or by the method itself where there can be none.
+
+    Attributes:
+        problem: what is computed.
+        recorded: prepares the method as it is recorded.
+        served: prepares it as it serves calls itself.
+        surroundings: of the problem's function.
+        without: passes to leave out.
+        lower: what to make of the programs.
+    """
+
+    problem: Problem
+    recorded: Prepare
+    served: Prepare
+    surroundings: Surroundings
+    without: tuple[str, ...] = ()
+    lower: Lower | None = None
+    ready: Ready | None = None
+    traces: int = 0
+    _known: dict[int, Ready] = field(default_factory=dict, repr=False)
+    _refused: set[int] = field(default_factory=set, repr=False)
+    calls: int = 0
+    _eager: Compute | None = field(default=None, repr=False)
+
+    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        if _function_modes() or _dispatch_modes():
+            # a mode of the caller's sees each function or operator: another default device, a counter of flops
+            return self.eager(leaves, kwargs)
+        ready = self._current or self._renewed(leaves, kwargs)
+        if ready is None:
+            return self.eager(leaves, kwargs)
+        if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
+            given: Sequence[Tensor] = arranged(leaves, kwargs)
+            if kwargs and (len(given) != ready.given or unfixed(kwargs)):
+                return self.eager(leaves, kwargs)
+        else:
+            given = leaves
+        outputs = self._outputs(ready, given, leaves, kwargs)
+        return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
+
+    def at_once(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The outputs for contiguous tensors, values first; None where the whole call has to be made.
+
+        The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
+        """
+        ready = self.ready
+        if ready is None or ready.version != self.surroundings.version or _function_modes() or not ready.unchanged():
+            return None
+        return self._outputs(ready, leaves, leaves, {})
+
+    def anew(self) -> bool:
+        """Whether the next call will be traced: func reads something that it has not been traced with before."""
+        if self._current is not None:
+            return False
+        if _function_modes() or _dispatch_modes():
+            # nothing is traced, nor looked at more closely, while a caller's mode would see that
+            return self.ready is not None
+        if self._resting:
+            return False
+        number = self.surroundings.settled().number
+        return number not in self._known and number not in self._refused
+
+    @property
+    def _current(self) -> Ready | None:
+        """The trace for things as they are; None where none is at hand."""
+        ready = self.ready
+        if ready is None or ready.version != self.surroundings.version or not ready.unchanged():
+            return None
+        return ready
+
+    @property
+    def _resting(self) -> bool:
+        """Whether so much has been traced that a call must do without."""
+        return self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1)
+
+    def result(self, outputs: Sequence[Tensor]) -> Result:
+        """The same outputs, sorted."""
+        if len(outputs) == 2:
+            return Result((outputs[0],), ((outputs[1],),))
+        step = len(self.problem.inputs)
+        values = len(outputs) // (step + 1)
+        rows = tuple(tuple(outputs[at : at + step]) for at in range(values, len(outputs), step))
+        return Result(tuple(outputs[:values]), rows)
+
+    def _outputs(
+        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """What the program gives; None where an operator refuses."""
+        self.calls += 1
+        trace = ready.trace
+        try:
+            if trace.pulls:
+                return self._connected(ready, given, leaves, kwargs)
+            if ready.kept is None:
+                return trace.forward(*given, *ready.captured)
+            return trace.forward(*given, *ready.kept())
+        except Exception:
+            # func may catch what an operator raises, and take another way
+            if self.problem.structure.effects:
+                raise
+            return None
+
+    def _connected(
+        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """The outputs, with a graph."""
+        trace, surroundings = ready.trace, self.surroundings
+        inputs = (*given, *ready.captured)
+
+        def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            state = surroundings.settled()
+            captured = [state.tensors[place] for place in trace.captured]
+            if ready.state != state.number or not all(map(operator.is_, captured, ready.captured)):
+                raise UnsupportedError(
+                    "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
+                    "be had. Differentiate twice before changing what func reads"
+                )
+            with torch.enable_grad(), outside_autocast():
+                result = self.eager(leaves, kwargs)
+            return [*result.values, *(J for row in result.jacobians for J in row)], inputs
+
+        programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again)
+        return by_programs(programs, inputs)
+
+    @property
+    def eager(self) -> Compute:
+        """The method itself."""
+        if self._eager is None:
+            self._eager = self.served(self.problem)
+        return self._eager
+
+    def _renewed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
+        """A trace for things as they are now; None where there can't be one, or not yet again."""
+        surroundings = self.surroundings
+        with surroundings.lock:
+            state = surroundings.settled()
+            known = self._known.get(state.number)
+            trace = self._traced(state.number, leaves, kwargs) if known is None else known.trace
+            if trace is None:
+                self.ready = None
+                return None
+            captured = tuple(state.tensors[place] for place in trace.captured)
+            given = len(arranged(leaves, kwargs))
+            kept = None if trace.hoist is None else Kept(trace.hoist, captured)
+            self.ready = Ready(trace, captured, given, surroundings.version, state.number, state.guard.check, kept)
+            self._known[state.number] = self.ready
+            for number in sorted(self._known)[:-MOST_STATES]:
+                del self._known[number]
+            return self.ready
+
+    def _traced(self, state: int, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
+        if self._resting or state in self._refused:
+            self.calls += 1
+            return None
+        self.traces += 1
+        try:
+            trace = taken_down(self.problem, self.recorded, self.surroundings, leaves, kwargs, self.without, self.lower)
+        except Exception as error:
+            self._refused.add(state)
+            if self.problem.trial:
+                raise
+            self.surroundings.traces.append(f"replay: not possible, {error}")
+            return None
+        return trace

@@ -1,0 +1,262 @@
+"""What one run does, operator by operator, below autograd and every transform: a flat graph that can run again.
+
+A tape takes down any computation, torch.func's transforms and autograd's own backward passes included, because it sits
+beneath them, where only plain tensors and aten operators are left. It writes verbatim: in the order in which operators
+ran, in-place ones as they are. What may be changed about that is for others to find out (`autojac.replay.passes`).
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autojac.errors import UnsupportedError
+from autojac.graph.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
+from autojac.guards.escapes import Watching, home
+
+MOST_OPERATORS = 2000
+"""Loops are unrolled up to here."""
+TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_type", "sym_size", "sym_numel"}
+"""Operators that return no tensor and tell of shapes alone."""
+
+Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
+
+
+class Tape(Watching):
+    """Takes down what runs under it as an `fx.Graph` of aten operators.
+
+    Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
+    `storage`, the same for all that share memory; `order`, when it ran; `phase`, counted up by whoever runs several
+    things; `writes`, the storages that an operator writes into; and `draws`, whether it moves a random generator or may
+    raise an error, and so must run whatever becomes of its result.
+
+    Args:
+        given: the tensors that stand for the arguments of the run, no two of them the same object.
+        captured: the tensors that the function holds. Those that it reads become part of the graph.
+        most_bytes: what may be held; nothing is freed while the tape runs.
+
+    Attributes:
+        graph: without an output node.
+        reason: why what ran can't run again from the graph alone; empty if it can.
+        draws: whether random numbers were drawn.
+    """
+
+    def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.reason = ""
+        self.draws = False
+        self.phase = 0
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._nodes: dict[int, fx.Node] = {}
+        self._storages: dict[int, list[Tensor]] = {}
+        self._external: set[int] = set()
+        # a freed tensor's identity would be given to another
+        self._alive: list[Any] = []
+        self._captured = {id(tensor): tensor for tensor in captured}
+        self._homes = {id(tensor): home(tensor) for tensor in captured}
+        for tensor in given:
+            self.give(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # who watches the function need not watch this; Python inside an operator runs again in each replay
+        watching = sys.getprofile()
+        sys.setprofile(None)
+        try:
+            return self._run(func, types, args, kwargs or {})
+        finally:
+            sys.setprofile(watching)
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        if self.reason:
+            return call(func, args, kwargs)
+        if not PLAIN.issuperset(types):
+            self._refuse("func uses a subclass of torch.Tensor that runs operators its own way")
+            return call(func, args, kwargs)
+        name, _, draws = traits(func)
+        nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
+        readable = self._look(func, name, args, nodes)
+        try:
+            made = call(func, args, kwargs)
+        except Exception:
+            # who catches it takes another way where the operator succeeds
+            self._refuse(f"the operator {name} fails as it runs")
+            raise
+        if not readable:
+            return made
+        parts = made if isinstance(made, (tuple, list)) else (made,)
+        checks = not func._schema.returns
+        if not checks and not any(isinstance(part, Tensor) for part in parts):
+            return made
+        # what is written out in the code is made anew in each run, and may be written into
+        node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
+        self._describe(node, "operator", None)
+        draws = draws and not certain(func, args, kwargs)
+        self.draws |= draws
+        # what returns nothing raises an error where something is wrong
+        node.meta |= {"writes": frozenset(_written(func, name, args, kwargs)), "draws": draws or checks}
+        if name in LITERALS:
+            # torch gives the very tensor back
+            self._nodes.pop(id(made), None)
+        if isinstance(made, Tensor):
+            self._outcome(node, made)
+        else:
+            for place, part in enumerate(parts):
+                if isinstance(part, Tensor) and id(part) not in self._nodes:
+                    item = self.graph.call_function(operator.getitem, (node, place))
+                    self._describe(item, "operator", None)
+                    self._outcome(item, part)
+        if len(self.graph.nodes) > MOST_OPERATORS:
+            self._refuse(f"it runs more than {MOST_OPERATORS} operators", at_once=True)
+        return made
+
+    def give(self, tensor: Tensor) -> None:
+        """Take a tensor for an argument of what follows."""
+        self._enter(tensor, "given")
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor; one that no operator has made enters the graph as something that was there before."""
+        known = self._nodes.get(id(tensor))
+        self._require_home(tensor)
+        if known is None and id(tensor) in self._captured:
+            return self._enter(tensor, "captured")
+        if known is None:
+            known = self._face(tensor)
+        if known is None:
+            # one that is known to be zero is made in places that nobody sees
+            known = self._enter(tensor, "literal" if tensor._is_zerotensor() else "unknown")
+        return known
+
+    def finish(self) -> None:
+        """Take note of what no operator has shown."""
+        if self.monitor.escaped:
+            self._refuse(f"it reads or writes values of a tensor by {self.monitor.escaped}, where no operator is seen")
+        for tensor in self._captured.values():
+            self._require_home(tensor)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor was given or has been met."""
+        return id(tensor) in self._nodes
+
+    def _look(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
+        """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
+        if name in LITERALS:
+            (literal,) = nodes[0]
+            if maker := self.monitor.literal:
+                self._refuse(f"it reads values of a tensor: {maker} is given a list that holds one (use torch.stack)")
+            if literal.meta["role"] == "unknown":
+                # as it is now: what comes of it may be written into
+                literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
+        if name not in TELLS_SIZES and reads_data(func, args):
+            sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
+            if not all(self._certain(node, set()) for node in sources):
+                self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")
+        if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
+            self._refuse("it reads an argument's memory by positions, which may be others in another call")
+        if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
+            self._refuse("it draws from a random generator of its own")
+        return not self.reason
+
+    def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
+        """Whether a tensor is the same in every run: made of literals and numbers alone."""
+        if node.meta["role"] != "operator":
+            return bool(node.meta["role"] == "literal")
+        if node in seen:
+            return True
+        seen.add(node)
+        # what was written into is not looked through
+        calm = not node.meta.get("draws") and not node.meta.get("writes")
+        return calm and all(self._certain(source, seen) for source in node.all_input_nodes)
+
+    def _enter(self, tensor: Tensor, role: Role) -> fx.Node:
+        node = self.graph.create_node("placeholder", f"given_{len(self._nodes)}")
+        # placeholders lead, whenever they are met
+        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        if first is not None:
+            first.prepend(node)
+        self._describe(node, role, tensor)
+        self._outcome(node, tensor)
+        if role in ("given", "captured"):
+            self._external.add(_storage(tensor))
+        return node
+
+    def _face(self, tensor: Tensor) -> fx.Node | None:
+        """Another object for memory that is known, which no operator has told of: a saved tensor, say."""
+        sharing = self._storages.get(_storage(tensor), ())
+        if not sharing:
+            return None
+        alike = [other for other in sharing if _place(other) == _place(tensor)]
+        source = self._nodes[id((alike or sharing)[-1])]
+        if not alike:
+            if sharing[-1].dtype != tensor.dtype or _storage(tensor) in self._external:
+                self._refuse("it reads memory in another way where no operator is seen")
+                return source
+            places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+            source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))
+            self._describe(source, "operator", None)
+        self._outcome(source, tensor, new=not alike)
+        return source
+
+    def _describe(self, node: fx.Node, role: Role, value: Tensor | None) -> None:
+        node.meta |= {"role": role, "value": value, "storage": None, "writes": frozenset(), "draws": False}
+        node.meta |= {"order": len(self.graph.nodes), "phase": self.phase}
+
+    def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
+        """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
+        before, now = self._homes.get(id(tensor)), home(tensor)
+        if before is None or before[:2] == now[:2]:
+            # a view in place has another shape
+            self._homes[id(tensor)] = now
+        if id(tensor) in self._nodes:
+            return
+        storage = _storage(tensor)
+        if new:
+            node.meta["value"], node.meta["storage"] = tensor, storage
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+        if storage and storage not in self._storages and node.op != "placeholder":
+            self._bytes += tensor.untyped_storage().nbytes()
+            if self._bytes > self.most_bytes:
+                self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
+        if storage:
+            self._storages.setdefault(storage, []).append(tensor)
+
+    def _require_home(self, tensor: Tensor) -> None:
+        known = self._homes.get(id(tensor))
+        if known is not None and known != home(tensor):
+            self._refuse("func gives a tensor the memory of another")
+
+    def _refuse(self, reason: str, at_once: bool = False) -> None:
+        """Note why nothing will come of this, and break off what would take time or memory to no end."""
+        self.reason = self.reason or reason
+        if at_once:
+            raise UnsupportedError(reason)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; 0 for those without memory to speak of."""
+    if tensor.layout != torch.strided or tensor._is_zerotensor():
+        return 0
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _written(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """Storages that an operator writes into."""
+    written = traits(func)[1]
+    targets = [kwargs.get(at) if isinstance(at, str) else (args[at] if at < len(args) else None) for at in written]
+    if name in BATCH_NORMS:
+        # their running statistics, which the schema of some does not tell
+        targets += args[3:5] if args[5] else []
+    return {_storage(t) for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)} - {0}

@@ -1,0 +1,215 @@
+"""What a method did in one run, as programs of plain operators: forward, and where J is differentiable backward too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autojac.autodiff.program_function import Pull
+from autojac.autodiff.tolerance import disagreement
+from autojac.errors import UnsupportedError
+from autojac.replay.codegen import Run, emit
+from autojac.replay.hoisting import Hoist, Kept, Part, hoisted
+
+Lower = Callable[[Run], Run]
+Unseen = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a method does for one signature and one state of the function.
+
+    All tensors are passed flat, the inputs: the leaves of a call, the tensors among its keyword arguments, and what
+    was captured.
+
+    Attributes:
+        forward: from the inputs to the outputs, and what the backward programs read beside them.
+        outputs: how many there are, values first.
+        captured: where each captured tensor stands among those of the surroundings.
+        pulls: what pulls cotangents of the outputs back.
+        hoist: what is kept from call to call; the forward program takes it after the inputs.
+        constant: positions of the outputs that have no derivative.
+    """
+
+    forward: Run
+    outputs: int
+    captured: tuple[int, ...]
+    pulls: tuple[Pull, ...] = ()
+    constant: tuple[int, ...] = ()
+    hoist: Hoist | None = None
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """One pull through the recorded outputs.
+
+    Attributes:
+        outputs: positions of the outputs that were pulled.
+        cotangents: one for each, as they were recorded.
+        gradients: for each source what came of it, or None.
+    """
+
+    outputs: tuple[int, ...]
+    cotangents: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A simplified graph and what its tensors were in the recorded run.
+
+    Attributes:
+        graph: its output node lists the outputs, then all gradients that are tensors.
+        inputs: nodes and recorded tensors of the inputs.
+        outputs: the recorded outputs.
+        pulls: backward phases, the first one phase 1.
+        cotangents: for each pull the nodes of its cotangents.
+        sources: positions, among the inputs, of what was pulled back to.
+    """
+
+    graph: fx.Graph
+    inputs: Sequence[tuple[fx.Node, Tensor]]
+    outputs: Sequence[Tensor]
+    pulls: Sequence[Pulled]
+    cotangents: Sequence[Sequence[fx.Node]]
+    sources: Sequence[int]
+
+    def trace(self, captured: Sequence[int], unseen: Unseen, keep: bool = True, lower: Lower | None = None) -> Trace:
+        """Programs that do what was recorded, held against it in one run.
+
+        Args:
+            captured: as in `Trace`.
+            unseen: a context in which a run starts from the state that the recorded one did, and leaves no trace.
+            keep: whether to hoist what depends on captured tensors alone.
+            lower: what to make of each program, such as compiling it.
+        """
+        inputs = [tensor.detach() for _, tensor in self.inputs]
+        if any(node.op == "call_function" and node.meta["draws"] for node in self.graph.nodes):
+            # a compiler draws other numbers, and from a generator of its own
+            lower = None
+        aside = None
+        given = len(inputs) - len(captured)
+        if keep and not self.pulls and lower is None:
+            aside = hoisted(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
+        if aside is not None:
+            inputs = [*inputs[:given], *Kept(aside.hoist, inputs[given:])()]
+        made = self._programs(captured, (), aside)
+        with torch.no_grad():
+            with unseen():
+                found = made.forward(*inputs)
+            lasting = [*inputs, *self._constants()]
+            apart = _sharing(found, made.outputs, lasting)
+            if apart or lower is not None:
+                made = self._programs(captured, apart, aside, lower)
+                with unseen():
+                    found = made.forward(*inputs)
+                if _sharing(found, made.outputs, lasting):
+                    raise UnsupportedError("a compiler made two of its results one")
+            self._check(found, self.outputs)
+            left = found[made.outputs :]
+            for pull, program in zip(self.pulls, made.pulls, strict=True):
+                with unseen():
+                    pulled = program.run(*inputs, *left, *(c.detach() for c in pull.cotangents))
+                self._check(pulled, [g for g in pull.gradients if g is not None])
+        return made
+
+    @property
+    def _ends(self) -> Sequence[fx.Node]:
+        """The outputs, then all gradients that are tensors."""
+        *_, last = self.graph.nodes
+        ends: Sequence[fx.Node] = last.args[0]
+        return ends
+
+    def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for one, other in zip(found, expected, strict=False):
+            if differs(one, other):
+                raise UnsupportedError("its graph alone does not give what its recorded run gave")
+
+    def _constants(self) -> list[Tensor]:
+        return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]
+
+    def _programs(
+        self, captured: Sequence[int], apart: Sequence[int], aside: Part | None, lower: Lower | None = None
+    ) -> Trace:
+        """`apart` lists outputs to copy, since they share memory with what outlives the call."""
+        results, gradients = self._ends[: len(self.outputs)], iter(self._ends[len(self.outputs) :])
+        nodes = [node for node in self.graph.nodes if node.op == "call_function"]
+        early = [node for node in nodes if node.meta["phase"] == 0]
+        inputs = [node for node, _ in self.inputs]
+        parts = []
+        left: dict[fx.Node, None] = {}
+        for phase, pull in enumerate(self.pulls, 1):
+            pulled = [next(gradients) if g is not None else None for g in pull.gradients]
+            ending = [node for node in pulled if node is not None]
+            part = list(_closure(nodes, ending, phase))
+            needed = [*ending, *(source for node in part for source in node.all_input_nodes)]
+            left |= dict.fromkeys(n for n in needed if n.op == "call_function" and n.meta["phase"] == 0)
+            parts.append((pull, part, ending, [p for p, g in zip(self.sources, pulled, strict=True) if g is not None]))
+
+        def program(*parts: Any, **options: Any) -> Run:
+            return emit(*parts, **options, below=True) if lower is None else lower(emit(*parts, **options))
+
+        pulls = tuple(
+            Pull(
+                program([*inputs, *left, *nodes_of], ending, part),
+                pull.outputs,
+                tuple(c.stride() for c in pull.cotangents),
+                tuple(given),
+            )
+            for (pull, part, ending, given), nodes_of in zip(parts, self.cotangents, strict=True)
+        )
+        kept = aside.nodes if aside is not None else ()
+        forward = program([*inputs, *kept], [*results, *left], _leading(early, [*results, *left], kept), copied=apart)
+        constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
+        return Trace(forward, len(results), tuple(captured), pulls, constant, aside and aside.hoist)
+
+
+def differs(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are not the same but for rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return True
+    return disagreement(one.reshape(1, -1), other.reshape(1, -1)) is not None
+
+
+def _closure(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], phase: int) -> Iterator[fx.Node]:
+    """The operators of a phase, with what they need that another one has computed and this one without."""
+    wanted = {*ends, *(n for n in nodes if n.meta["phase"] == phase)}
+    for node in reversed(nodes):
+        if node in wanted and node.meta["phase"]:
+            wanted |= set(node.all_input_nodes)
+    return (node for node in nodes if node in wanted and node.meta["phase"])
+
+
+def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[fx.Node]) -> list[fx.Node]:
+    """The operators that lead to some nodes from others that are given, and those that do more than return."""
+    wanted, known = set(ends) - set(given), set(given)
+    for node in reversed(nodes):
+        if node in wanted or node.meta["draws"] or node.meta["writes"]:
+            wanted |= {node, *(source for source in node.all_input_nodes if source not in known)}
+    return [node for node in nodes if node in wanted and node not in known]
+
+
+def _sharing(found: Sequence[Tensor], outputs: int, lasting: Sequence[Tensor]) -> list[int]:
+    """Positions of the outputs that share memory with something before them, or with what outlives the call."""
+    left = found[outputs:]
+    return [
+        place
+        for place, y in enumerate(found[:outputs])
+        if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
+    ]
+
+
+def _shares(one: Tensor, lasting: Sequence[Tensor]) -> bool:
+    """Whether writing into a tensor changes others, which outlive the call, or entries of its own."""
+    if one.layout != torch.strided:
+        return False
+    if any(step == 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)):
+        return True
+    home = one.untyped_storage().data_ptr()
+    kept = (t for t in lasting if t.layout == torch.strided and not t._is_zerotensor())
+    return one.numel() > 0 and any(t.untyped_storage().data_ptr() == home for t in kept)

@@ -1,0 +1,228 @@
+"""One run of a method, taken down: what it computes, and what a loss may pull back through that."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autojac.autodiff.primitives import levels_restored, pulled_back
+from autojac.core.sandbox import Quiet, random_state, restore_random_state, uncollected, without_hooks
+from autojac.errors import UnsupportedError, kind_of
+from autojac.guards.captures import captures
+from autojac.guards.function_state import Surroundings
+from autojac.guards.process_state import unwarned
+from autojac.guards.run_monitor import Watched
+from autojac.problem.problem import Compute, Flat, Problem
+from autojac.problem.randomness import STATE
+from autojac.replay.passes import simplify
+from autojac.replay.tape import Tape
+from autojac.replay.trace import Lower, Pulled, Recorded, Trace, differs
+
+Prepare = Callable[[Problem], Compute]
+TORCHS = ("cpu", "cuda")
+"""The generators that a recording sees func draw from."""
+FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+"""Kinds of arguments that belong to a call's signature by their value."""
+
+
+def taken_down(
+    problem: Problem,
+    prepare: Prepare,
+    surroundings: Surroundings,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    without: Iterable[str] = (),
+    lower: Lower | None = None,
+) -> Trace:
+    """Run a method once, leaving no trace of that, and make programs of what it did.
+
+    Args:
+        problem: what it computes.
+        prepare: the method's own.
+        surroundings: of the problem's function.
+        leaves, kwargs: the call.
+        without: passes of `autojac.replay.passes` to leave out.
+        lower: what to make of each program, such as compiling it.
+
+    Raises:
+        UnsupportedError: if what runs can't be told from its operators alone, with the reason.
+    """
+    start = time.perf_counter()
+    state = surroundings.present
+    reason = state.guard.reason or unfixed(kwargs)
+    if reason:
+        raise UnsupportedError(reason)
+    run = _Run(problem, state.tensors, leaves, kwargs)
+    random = random_state(TORCHS)
+    try:
+        with _unseen(run.captured, problem):
+            compute = run.record(prepare, state.guard.codes)
+            before = surroundings.version
+            changed = surroundings.look()
+            if surroundings.version != before:
+                raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
+            recorded, captured, ran = run.recorded(compute)
+            simplify(recorded.graph, set(without) - {"hoist"})
+    finally:
+        if run.tape.draws and not problem.generators:
+            # func draws now, and did not when the plan was made
+            problem = dataclasses.replace(problem, generators=TORCHS)
+            restore_random_state(random)
+    with _unseen(run.captured, problem):
+        run.compare(compute)
+    unseen = functools.partial(_unseen, run.captured, problem)
+    trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
+    left = sum(node.op == "call_function" for node in recorded.graph.nodes)
+    spent = 1e3 * (time.perf_counter() - start)
+    surroundings.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
+    return trace
+
+
+def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a call, flat, in the one memory layout that programs are made for."""
+    if kwargs:
+        leaves = [*leaves, *(value for value in _values(kwargs) if isinstance(value, Tensor))]
+    return [x if x.layout != torch.strided or x.is_contiguous() else x.contiguous() for x in leaves]
+
+
+def _values(kwargs: Mapping[str, Any]) -> list[Any]:
+    """What stands in keyword arguments, but for the random state that an evaluation is to start from."""
+    return pytree.tree_leaves({name: value for name, value in kwargs.items() if name != STATE})
+
+
+def unfixed(kwargs: Mapping[str, Any]) -> str:
+    """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
+    for value in _values(kwargs):
+        if not isinstance(value, (Tensor, *FIXED)):
+            return f"{kind_of(value)} among the arguments may be another in each call; pass it as a tensor"
+    return ""
+
+
+@contextmanager
+def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
+    """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
+    buffers = [tensor for tensor in captured if not tensor.requires_grad]
+    trained = [tensor for tensor in captured if tensor.requires_grad and tensor.is_leaf]
+    quiet = Quiet(buffers, random_state(problem.generators), problem.places, trained)
+    # a parameter that autocast has converted before would be met as a stranger
+    torch.clear_autocast_cache()
+    with quiet(), without_hooks(captured), levels_restored(), unwarned():
+        yield
+    torch.clear_autocast_cache()
+
+
+class _Run:
+    """The run, with tensors of its own: an argument may be given twice, or be captured as well."""
+
+    def __init__(
+        self, problem: Problem, captured: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.problem = problem
+        self.captured = tuple(captured)
+        self.given = [x.detach().requires_grad_(x.requires_grad) for x in arranged(leaves, kwargs)]
+        self.leaves = self.given[: len(leaves)]
+        rest = iter(self.given[len(leaves) :])
+        # func runs once, so it starts from the random state that the call does
+        alone = {name: value for name, value in kwargs.items() if name != STATE}
+        self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), alone)
+        self.tape = Tape(self.given, self.captured, problem.memory_limit)
+        self.outputs: list[Tensor] = []
+        self.values = 0
+        self.sources: list[Tensor] = []
+        self.pulls: list[Pulled] = []
+
+    def record(self, prepare: Prepare, codes: frozenset[CodeType]) -> Compute:
+        """Prepare the method and run it, and pull back through the result."""
+        evaluations: list[None] = []
+        compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
+        with uncollected(), Watched(codes) as watched, self.tape:
+            result = compute(self.leaves, self.kwargs)
+            self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
+            self.values = len(result.values)
+        if self.problem.differentiable:
+            self._pull()
+        self.tape.finish()
+        reason = watched.reason or self.tape.reason
+        if self.problem.structure.draws and len(evaluations) > 1:
+            reason = reason or "it evaluates func several times, each time from the same random state"
+        if watched.repeated and self.tape.draws:
+            reason = reason or "it draws random numbers again from an earlier state, as checkpointing does"
+        if reason:
+            raise UnsupportedError(reason)
+        return compute
+
+    def _pull(self) -> None:
+        """Jacobians and values apart: most losses look at one of them only."""
+        self.sources = [t for t in (*self.given, *self.captured) if t.requires_grad and self.tape.knows(t)]
+        if any(tensor.grad_fn is not None for tensor in self.sources):
+            raise UnsupportedError("func holds a tensor that was computed from others which require grad")
+        for group in (range(self.values, len(self.outputs)), range(self.values)):
+            places = tuple(place for place in group if self.outputs[place].requires_grad)
+            if places and self.sources:
+                cotangents = tuple(torch.ones_like(self.outputs[place]) for place in places)
+                self.tape.phase += 1
+                for cotangent in cotangents:
+                    self.tape.give(cotangent)
+                with self.tape:
+                    found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
+                self.pulls.append(Pulled(places, cotangents, tuple(found)))
+
+    def compare(self, compute: Compute) -> None:
+        """A run that is looked at gives what one gives that is not: some code takes another way."""
+        result = compute(self.leaves, self.kwargs)
+        plain = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
+        for one, other in zip(self.outputs, plain, strict=True):
+            if differs(one, other):
+                raise UnsupportedError("it gives something else when it is recorded than when it is not")
+
+    def recorded(self, compute: Compute) -> tuple[Recorded, list[int], int]:
+        """What was recorded, where its captured tensors stand, and how many operators ran."""
+        graph, place_of = self.tape.graph, {id(t): place for place, t in enumerate(self.captured)}
+        ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]
+        output = graph.output(tuple(self.tape.node(tensor) for tensor in ends))
+        output.meta = {"role": "output", "order": len(graph.nodes), "writes": frozenset(), "draws": False}
+        captured = [node.meta["value"] for node in graph.nodes if node.meta["role"] == "captured"]
+        unknown = [node for node in graph.nodes if node.meta["role"] == "unknown"]
+        own = self._own_tensors(compute) if unknown else set()
+        for node in unknown:
+            self._own(node, own)
+        inputs = [(self.tape.node(tensor), tensor) for tensor in (*self.given, *captured)]
+        cotangents = [[self.tape.node(c) for c in pull.cotangents] for pull in self.pulls]
+        position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}
+        sources = [position[id(tensor)] for tensor in self.sources]
+        ran = sum(node.op == "call_function" for node in graph.nodes)
+        recorded = Recorded(graph, inputs, self.outputs, self.pulls, cotangents, sources)
+        return recorded, [place_of[id(tensor)] for tensor in captured], ran
+
+    def _own_tensors(self, compute: Compute) -> set[int]:
+        assert self.problem.surroundings is not None
+        # what func reaches is known already, and may be as much as a whole program
+        return {id(tensor) for tensor in captures(compute, without=(self.problem.surroundings.func,)).tensors}
+
+    @staticmethod
+    def _own(node: fx.Node, own: set[int]) -> None:
+        """A tensor that no operator has made is the method's own, or nobody knows where it comes from."""
+        value: Tensor = node.meta["value"]
+        if id(value) not in own:
+            raise UnsupportedError(
+                f"it reads a tensor of shape {tuple(value.shape)} that can't be found by looking through func"
+            )
+        node.meta["role"] = "constant"
+
+
+def _counted(fn: Flat, evaluations: list[None]) -> Flat:
+    def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        evaluations.append(None)
+        return fn(leaves, kwargs)
+
+    return counted

@@ -1,0 +1,1 @@
+"""Colorings and compressed sparse rows: plain index arrays, no torch graph."""

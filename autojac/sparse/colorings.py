@@ -1,0 +1,181 @@
+"""Colorings of patterns: which rows, columns or samples can share a seed, kept once they are known."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+
+from autojac.core.pattern import Indices, Pattern
+from autojac.errors import OptionError
+from autojac.sparse.bicoloring import alone, both, decoded
+from autojac.sparse.greedy_coloring import fewest
+
+__all__ = ["Backing", "Colorings", "Side", "apart", "both", "decoded", "orthogonal"]
+
+Side = Literal["rows", "columns"]
+Arrays = Mapping[str, Indices]
+KEPT: Final = 64
+"""Colorings that a process keeps at hand."""
+
+
+def orthogonal(pattern: Pattern, side: Side) -> Indices:
+    """Color the rows (or columns) so that no two of one color have an entry in the same column (or row).
+
+    Curtis, Powell & Reid, "On the estimation of sparse Jacobian matrices" (1974): the sum of the rows of one color
+    then holds every one of their entries by itself.
+
+    Args:
+        pattern: (m, n).
+        side: `rows`, to be read from pulls, or `columns`, from pushes.
+
+    Returns:
+        Colors (m,) or (n,), int32; -1 for a row (or column) without entries, which needs no seed.
+    """
+    matrix = pattern.scipy()
+    return fewest(matrix if side == "rows" else matrix.T.tocsr())
+
+
+def apart(graph: Pattern) -> Indices:
+    """Color samples so that none of one color can reach another of it, in either direction.
+
+    That is enough for the blocks of a Jacobian alone, since what other samples add to a block is then zero.
+
+    Args:
+        graph: which sample depends on which, (B, B); the diagonal does not matter.
+
+    Returns:
+        Colors (B,), int32, from 0; no sample goes without.
+
+    Raises:
+        OptionError: the graph is not square.
+    """
+    import scipy.sparse
+
+    count = graph.shape[0]
+    if graph.shape[1] != count:
+        raise OptionError(f"a graph of samples must be square, got {graph.shape[0]}x{graph.shape[1]}")
+    low, high = _edges(graph)
+    ends, edges = np.concatenate([low, high]), np.tile(np.arange(len(low), dtype=np.int32), 2)
+    ones = np.ones(len(ends), dtype=np.int8)
+    # a sample holds its edges, and neighbours share one
+    held = scipy.sparse.csr_array((ones, (ends, edges)), shape=(count, max(1, len(low))))
+    return np.maximum(fewest(held), 0)
+
+
+class Backing(Protocol):
+    """Where colorings outlive the process; a `PlanStore` is one."""
+
+    def coloring(self, key: str) -> Arrays | None:
+        """The arrays kept under a key; None if there are none."""
+
+    def save_coloring(self, key: str, arrays: Arrays) -> None:
+        """Keep arrays under a key."""
+
+
+class Colorings:
+    """The colorings of patterns, each made once; those that are read are checked before they are used.
+
+    Args:
+        backing: where to look before making one, and to keep it then.
+
+    Attributes:
+        seconds: what making them has cost.
+    """
+
+    def __init__(self, backing: Backing | None = None) -> None:
+        self._backing = backing
+        self._known: OrderedDict[str, Arrays] = OrderedDict()
+        self.seconds = 0.0
+
+    def orthogonal(self, pattern: Pattern, side: Side) -> Indices:
+        """As the function of this name."""
+        size = pattern.shape[side == "columns"]
+
+        def is_right(colors: Arrays) -> bool:
+            of_entries, places = pattern.rows, pattern.columns
+            if side == "columns":
+                of_entries, places = places, of_entries
+            return bool(alone(colors[side][of_entries], places, max(1, *pattern.shape)).all())
+
+        return self._found(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
+
+    def apart(self, graph: Pattern) -> Indices:
+        """As the function of this name."""
+
+        def is_right(found: Arrays) -> bool:
+            colors = found["samples"]
+            low, high = _edges(graph)
+            return bool((colors >= 0).all() and (colors[low] != colors[high]).all())
+
+        made = self._found(graph, "apart", {"samples": graph.shape[0]}, lambda: {"samples": apart(graph)}, is_right)
+        return made["samples"]
+
+    def both(self, pattern: Pattern) -> tuple[Indices, Indices]:
+        """As the function of this name."""
+
+        def made() -> Arrays:
+            rows, columns = both(pattern)
+            return {"rows": rows, "columns": columns}
+
+        def is_right(found: Arrays) -> bool:
+            try:
+                decoded(pattern, found["rows"], found["columns"])
+            except ValueError:
+                return False
+            return True
+
+        sizes = {"rows": pattern.shape[0], "columns": pattern.shape[1]}
+        found = self._found(pattern, "both", sizes, made, is_right)
+        return found["rows"], found["columns"]
+
+    def _found(
+        self,
+        pattern: Pattern,
+        kind: str,
+        sizes: Mapping[str, int],
+        make: Callable[[], Arrays],
+        is_right: Callable[[Arrays], bool],
+    ) -> Arrays:
+        key = f"{pattern.key}:{kind}"
+        known = self._known.get(key)
+        if known is None:
+            kept = self._backing.coloring(key) if self._backing is not None else None
+            if kept is not None and _are_colors(kept, sizes) and is_right(kept):
+                known = kept
+            else:
+                start = time.perf_counter()
+                known = make()
+                self.seconds += time.perf_counter() - start
+                if self._backing is not None:
+                    self._backing.save_coloring(key, known)
+            self._known[key] = known
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        return known
+
+
+def _edges(graph: Pattern) -> tuple[Indices, Indices]:
+    """The pairs of different samples that are joined in either direction, each once, the lower first."""
+    import scipy.sparse
+
+    matrix = graph.scipy().astype(bool)
+    edges = scipy.sparse.triu(matrix + matrix.T, k=1, format="coo")
+    return edges.row, edges.col
+
+
+def _are_colors(arrays: Arrays, sizes: Mapping[str, int]) -> bool:
+    """Whether these are color numbers of as many rows, columns or samples as there should be."""
+
+    def fits(colors: Any, size: int) -> bool:
+        return (
+            isinstance(colors, np.ndarray)
+            and colors.dtype == np.int32
+            and colors.shape == (size,)
+            and bool(((colors >= -1) & (colors < max(1, size))).all())
+        )
+
+    return set(arrays) == set(sizes) and all(fits(arrays[name], size) for name, size in sizes.items())

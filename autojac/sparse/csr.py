@@ -1,0 +1,133 @@
+"""The entries that a sparse Jacobian stores, in the order of its compressed rows."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autojac.core.pattern import Pattern, Sparsity
+from autojac.core.structure import Structure
+from autojac.errors import InputError
+from autojac.guards.process_state import unwarned
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The stored entries of one Jacobian (B·m, B·n), or (B·m, n) of an input that all samples share.
+
+    Attributes:
+        pattern: of the whole matrix.
+    """
+
+    pattern: Pattern
+
+    @functools.cached_property
+    def _made(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts of the rows, and the row and column of each entry, all int64."""
+        if device not in self._made:
+            parts = (self.pattern.starts, self.pattern.rows, self.pattern.columns)
+            starts, rows, columns = (torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
+            self._made[device] = (starts, rows, columns)
+        return self._made[device]
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The sparse CSR tensor that holds these values, differentiable in them."""
+        starts, _, columns = self.indices(values.device)
+        return torch.sparse_csr_tensor(starts, columns, values, self.pattern.shape, check_invariants=False)
+
+    def of_rows(self, rows: Tensor, start: int) -> Tensor:
+        """The entries of some dense rows (c, columns), of which the first is number `start`."""
+        first, last = (int(self.pattern.starts[number]) for number in (start, start + len(rows)))
+        _, own, columns = self.indices(rows.device)
+        return rows[own[first:last] - start, columns[first:last]]
+
+    def row(self, values: Tensor, row: int) -> Tensor:
+        """One row of the matrix, dense."""
+        start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
+        _, _, columns = self.indices(values.device)
+        blank = values.new_zeros(self.pattern.shape[1])
+        return blank.index_put((columns[start:stop],), values[start:stop])
+
+    def stored(self, row: int, device: torch.device) -> Tensor:
+        """Which columns of a row are stored: (columns,) bool."""
+        start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
+        _, _, columns = self.indices(device)
+        blank = torch.zeros(self.pattern.shape[1], dtype=torch.bool, device=device)
+        blank[columns[start:stop]] = True
+        return blank
+
+    def pull(self, values: Tensor, cotangent: Tensor) -> Tensor:
+        """A cotangent (rows,) times the matrix."""
+        _, rows, columns = self.indices(values.device)
+        return values.new_zeros(self.pattern.shape[1]).index_add(0, columns, cotangent[rows] * values)
+
+
+def sample_graph(structure: Structure, batch: int, shared: bool) -> Pattern:
+    """The samples that each sample's output depends on; of an input that all share there is but one copy."""
+    if shared:
+        return Pattern.full(batch, 1)
+    if structure.independent:
+        return Pattern.diagonal(batch)
+    samples = structure.samples
+    return Pattern.full(batch, batch) if samples is None else samples
+
+
+def feature_pattern(sparsity: Sparsity | None, rows: tuple[int, int], columns: tuple[int, int]) -> Pattern:
+    """The pattern inside a sample between the features of one output and one input, both as (start, stop)."""
+    features = None if sparsity is None else sparsity.features
+    if features is None:
+        return Pattern.full(rows[1] - rows[0], columns[1] - columns[0])
+    if (rows, columns) == ((0, features.shape[0]), (0, features.shape[1])):
+        return features
+    return Pattern.of(features.scipy()[rows[0] : rows[1], columns[0] : columns[1]])
+
+
+@functools.lru_cache(maxsize=16)
+def entries(samples: Pattern, features: Pattern) -> Entries:
+    """The entries of a whole Jacobian: those of the sample graph, each with all of the pattern inside a sample."""
+    _load_sparse()
+    if samples.shape == (1, 1):
+        return Entries(features)
+    # 0.2 s to import
+    import scipy.sparse
+
+    whole = scipy.sparse.kron(samples.scipy(), features.scipy(), format="csr")
+    whole.sort_indices()
+    return Entries(Pattern.sorted(whole))
+
+
+@functools.cache
+def _load_sparse() -> None:
+    """Make torch's first sparse matrix, which warns that they are in beta, before a user's call does."""
+    nothing = torch.zeros(2, dtype=torch.int64)
+    with unwarned():
+        torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (1, 1), check_invariants=False)
+
+
+def to_scipy(jacobian: Tensor) -> scipy.sparse.csr_array:
+    """A sparse Jacobian as SciPy takes it, for its solvers; on a CPU it shares the tensor's memory.
+
+    Args:
+        jacobian: 2-D sparse CSR, as `layout="sparse"` gives; it is detached.
+
+    Raises:
+        InputError: if it is stored in another way.
+    """
+    import scipy.sparse
+
+    if jacobian.layout != torch.sparse_csr:
+        raise InputError(f"a sparse CSR tensor was expected, got one stored as {jacobian.layout}")
+    held = jacobian.detach()
+    parts = (held.values(), held.col_indices(), held.crow_indices())
+    return scipy.sparse.csr_array(tuple(part.cpu().numpy() for part in parts), shape=tuple(held.shape))

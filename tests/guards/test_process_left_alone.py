@@ -1,0 +1,190 @@
+"""A search leaves the process as it found it, and says nothing on the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import autojac
+from autojac import AutoJacobian, ModesDisagreeWarning
+from autojac.errors import kind_of
+from autojac.guards.process_state import unwarned
+from autojac.planning.search.measure import peak_bytes
+from autojac.planning.search.propose import _quiet_optuna
+from harness import compare
+from oracle import jacobian_blocks
+
+SEARCH = """
+import logging, os, sys, threading, warnings
+import torch
+from autojac import AutoJacobian
+
+logging.getLogger("optuna").setLevel(logging.WARNING)
+
+def state():
+    loggers = {name: one.level for name, one in logging.root.manager.loggerDict.items() if hasattr(one, "level")}
+    return dict(os.environ), list(warnings.filters), loggers, threading.enumerate(), logging.root.level
+
+class Keeps(torch.nn.Module):
+    last = loss = None
+    def forward(self, x):
+        self.last = x.sin()
+        # torch warns of it where x requires grad
+        self.loss = float(x.detach().sum()) if sys.argv[1] == "quick" else float(x.sum())
+        return self.last * x.cumsum(1)
+
+before = state()
+jac = AutoJacobian(Keeps(), effort=sys.argv[1], budget_s=0.5, store=":memory:")
+for _ in range(3):
+    jac(torch.randn(16, 3, requires_grad=sys.argv[1] == "quick"))
+after = state()
+assert after[0] == before[0], set(after[0].items()) ^ set(before[0].items())
+assert after[1] == before[1], after[1]
+assert {name: after[2][name] for name in before[2]} == before[2]
+assert after[3:] == before[3:], after[3:]
+"""
+
+
+@pytest.mark.parametrize("effort", ["quick", "estimate"])
+def test_a_first_call_leaves_the_process_as_it_was_and_says_nothing(effort: str) -> None:
+    script = [sys.executable, "-c", SEARCH, effort]
+    environment = {**os.environ, "KINETO_LOG_LEVEL": ""}
+    for name in ("KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR"):
+        environment.pop(name, None)
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
+    assert (done.stderr, done.stdout, done.returncode) == ("", "", 0)
+
+
+def test_memory_that_was_there_before_is_freed_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    held: list[Tensor] = []
+
+    def run() -> Tensor:
+        held[:] = [torch.randn(2000)]
+        return held[0] * 2
+
+    run()
+    for _ in range(3):
+        assert peak_bytes(run, torch.device("cpu")) >= 8000
+    assert capfd.readouterr().err == ""
+
+
+def test_two_threads_that_ignore_warnings_leave_no_filter() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with unwarned():
+            entered.set()
+            left.wait(5)
+
+    before = list(warnings.filters)
+    thread = threading.Thread(target=other)
+    with unwarned():
+        thread.start()
+        entered.wait(5)
+        warnings.warn("not shown", UserWarning, stacklevel=1)
+    left.set()
+    thread.join()
+    assert list(warnings.filters) == before
+    with pytest.raises(UserWarning):
+        warnings.warn("shown", UserWarning, stacklevel=1)
+
+
+def test_what_optuna_logs_elsewhere_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    level, logger = optuna.logging.get_verbosity(), logging.getLogger("optuna")
+    logger.addHandler(caplog.handler)
+    try:
+        with _quiet_optuna():
+            optuna.create_study()
+            thread = threading.Thread(target=lambda: optuna.create_study(study_name="theirs"))
+            thread.start()
+            thread.join()
+        assert optuna.logging.get_verbosity() == level
+        assert [record.getMessage() for record in caplog.records if "theirs" not in record.getMessage()] == []
+        assert caplog.records
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+CANCELS = {
+    "sum of a softmax": lambda x: torch.softmax(x, -1).sum(-1, keepdim=True),
+    "unit length": lambda x: nn.functional.normalize(x, dim=-1).pow(2).sum(-1),
+    "cosine of itself": lambda x: nn.functional.cosine_similarity(x, 2 * x, dim=-1),
+    "normalized twice": lambda x: torch.logsumexp(x - torch.logsumexp(x, -1, keepdim=True), -1),
+    "sin² + cos²": lambda x: x.sin() ** 2 + x.cos() ** 2,
+}
+
+
+@pytest.mark.parametrize("name", CANCELS)
+def test_rounding_is_no_disagreement_of_modes(name: str) -> None:
+    torch.manual_seed(0)
+    for size, scale in itertools.product((1, 3, 8), (1e-3, 1.0, 1e3)):
+        x = scale * torch.randn(7, size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ModesDisagreeWarning)
+            AutoJacobian(CANCELS[name], on_miss="estimate", store=":memory:")(x)
+
+
+def test_modes_that_disagree_in_single_precision_are_told() -> None:
+    # the weights of a layer keep func from running in float64
+    for gate in (nn.Linear(3, 3), torch.exp):
+
+        def gated(x: Tensor, gate: Any = gate) -> Tensor:
+            with torch.no_grad():
+                factor = gate(x)
+            return x * factor
+
+        with pytest.warns(ModesDisagreeWarning):
+            AutoJacobian(gated, on_miss="estimate", store=":memory:")(torch.randn(5, 3))
+
+
+def test_messages_name_types_in_plain_english() -> None:
+    assert [kind_of(value) for value in (3, None, {}, 1j)] == ["an int", "None", "a dict", "a complex"]
+    x = torch.randn(4, 3)
+    for func, named in ((lambda x: 3, "an int"), (lambda x: None, "None")):
+        with pytest.raises(autojac.OutputError, match=f"is {named};"):
+            AutoJacobian(func, store=":memory:")(x)
+    with pytest.raises(autojac.InputError, match="got an int"):
+        AutoJacobian(3, store=":memory:")  # type: ignore[arg-type]
+
+
+def test_ids_of_an_embedding_are_not_to_be_made_floats() -> None:
+    with pytest.raises(autojac.InputError, match="of_parameters") as refused:
+        AutoJacobian(nn.Embedding(5, 3), store=":memory:")(torch.tensor([0, 1]))
+    assert ".float()" not in str(refused.value)
+
+
+def test_torch_compile_around_a_call_leaves_autojac_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().requires_grad_(False)
+    jac = AutoJacobian(net, on_miss="estimate", store=":memory:")
+    torch._dynamo.reset()
+    counters.clear()
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> tuple[Any, ...]:
+        y, jacobian = jac.value_and_jacobian(x)
+        return 2 * jac(x) + 1, (3 * jacobian).sum(), y
+
+    for _ in range(12):
+        x = torch.randn(5, 3, dtype=torch.float64)
+        twice, total, value = step(x)
+        right = jacobian_blocks(net, (x,), 0)
+        compare(twice, 2 * right + 1)
+        compare(total, 3 * right.sum())
+        compare(value, net(x))
+    broken = [reason for reason in counters["graph_break"] if "AutoJacobian" not in reason]
+    assert not broken
+    assert counters["frames"]["total"] < 10
+    assert "recompile_limit" not in capfd.readouterr().err
+    torch._dynamo.reset()

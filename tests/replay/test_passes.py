@@ -1,0 +1,509 @@
+"""Simplified graphs compute what was recorded, for other inputs as well, in fewer steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from autojac.methods.base import build
+from autojac.replay import tracer
+from autojac.replay.codegen import emit
+from autojac.replay.passes import passes, simplify
+from autojac.replay.passes.node_facts import laid, plain
+from autojac.replay.tape import Tape
+from harness import compare, planned
+
+aten = torch.ops.aten
+NAMES = sorted(passes())
+Step = tuple[str, int, int, int]
+Pool = list[Tensor]
+SEED = torch.eye(4, dtype=torch.float64)
+"""A tensor that no operator of a program has made and that none writes into."""
+
+
+def fresh(value: Tensor) -> Tensor:
+    return value.sin().clone()
+
+
+def matrix(value: Tensor) -> Tensor:
+    return value.reshape(1, -1) if value.dim() < 2 else value.flatten(0, -2)
+
+
+def one_hot(a: int, b: int, size: int) -> Tensor:
+    """Seeds of many kinds: the same for all rows, one after the other, sample by sample, some of them, not one-hot."""
+    eye = torch.eye(size, dtype=torch.float64)
+    kinds = (
+        lambda: eye[a % size].expand(2 + b % 3, size),
+        lambda: eye.view(size, 1, size).expand(size, 1 + b % 3, size).reshape(-1, size),
+        lambda: eye.expand(1 + b % 3, size, size).reshape(-1, size),
+        lambda: eye[a % size :],
+        lambda: eye.flip(0),
+        lambda: 2.0 * eye,
+        lambda: eye,
+        lambda: torch.ones(2, size, dtype=torch.float64),
+    )
+    return kinds[a % len(kinds)]()
+
+
+def seeded(x: Tensor, a: int, b: int) -> Tensor:
+    m = matrix(x)
+    return one_hot(a, b, m.size(0)) @ m if a % 2 else m @ one_hot(b, a, m.size(1)).T
+
+
+def batched(x: Tensor, a: int, b: int) -> Tensor:
+    m = matrix(x)[:4]
+    seeds, many = SEED[:, : m.size(0)][: m.size(0)], m.size(0)
+    if a % 3 == 0:
+        return torch.bmm(seeds.view(many, 1, many).expand(many, 2 + b % 2, many), m.expand(many, *m.shape))
+    if a % 3 == 1:
+        return torch.bmm(seeds.expand(3, many, many), torch.stack([m, 2 * m, m.cos()]))
+    return torch.bmm(m.expand(2, *m.shape), m.T.expand(2, *m.T.shape))
+
+
+def written(x: Tensor, a: int, b: int) -> Tensor:
+    """In place into an intermediate result, through a view, before and after it is read."""
+    own = x.clone()
+    before = own * 2
+    part = own.select(0, a % own.size(0)) if own.dim() else own
+    part.add_(1 + b % 3)
+    return own + before if b % 2 else own
+
+
+def assembled(x: Tensor, a: int, b: int) -> Tensor:
+    room = x.new_empty(2 + a % 2, *x.shape) if b % 2 else x.new_zeros(2 + a % 2, *x.shape)
+    for place in range(room.size(0)):
+        room[place : place + 1].copy_((x + place).unsqueeze(0))
+    return room
+
+
+def diagonal(x: Tensor, a: int, b: int) -> Tensor:
+    if not x.dim():
+        return x
+    many = x.size(-1)
+    eye = torch.eye(many, dtype=torch.float64)
+    rows = x.reshape(-1, many)
+    return (eye.view(many, 1, many) * rows if a % 2 else eye * rows.unsqueeze(1)) * (1 if b % 2 else 2)
+
+
+def pulled(x: Tensor, a: int, b: int) -> Tensor:
+    """What a method does: seeds that are pulled back all at once, or one by one."""
+    m = matrix(x).cos()
+    weight = (m.T @ m)[: 1 + a % 3]
+    many = weight.size(0)
+    pull = torch.func.vjp(lambda v: nn.functional.linear(v, weight, weight[:, 0]).tanh(), m)[1]
+    seeds = torch.eye(many, dtype=x.dtype).view(many, 1, many).expand(many, m.size(0), many)
+    if b % 2:
+        return torch.stack([pull(seed)[0] for seed in seeds], 1)
+    return torch.vmap(lambda seed: pull(seed)[0])(seeds).movedim(0, 1)
+
+
+def pushed(x: Tensor, a: int, b: int) -> Tensor:
+    m = matrix(x).cos()
+    weight = (m.T @ m)[: 1 + a % 3]
+    many = m.size(1)
+    seeds = torch.eye(many, dtype=x.dtype).view(many, 1, many).expand(many, m.size(0), many)
+
+    def push(seed: Tensor) -> Tensor:
+        tangent: Tensor = torch.func.jvp(lambda v: nn.functional.linear(v, weight, weight[:, 0]).sin(), (m,), (seed,))[
+            1
+        ]
+        return tangent
+
+    return torch.vmap(push, chunk_size=1 if b % 2 else None)(seeds)
+
+
+def paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        torch.broadcast_shapes(x.shape, y.shape)
+    except RuntimeError:
+        return x, x
+    return x, y
+
+
+def permuted(x: Tensor, a: int) -> Tensor:
+    axes = list(range(x.dim()))
+    first = a % max(1, len(axes))
+    return x.permute([*axes[first:], *axes[:first]])
+
+
+UNARY: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "sin": lambda x, a, b: x.sin(),
+    "tanh": lambda x, a, b: x.tanh(),
+    "relu": lambda x, a, b: x.relu(),
+    "once": lambda x, a, b: x * 1.0,
+    "plus zero": lambda x, a, b: x + 0,
+    "ones": lambda x, a, b: x * torch.ones(x.shape, dtype=x.dtype),
+    "zeros": lambda x, a, b: x + torch.zeros(2, *x.shape, dtype=x.dtype),
+    "nothing": lambda x, a, b: x * torch.zeros(x.shape, dtype=x.dtype),
+    "kept": lambda x, a, b: x * torch.tensor(1.0 + a, dtype=x.dtype),
+    "clone": lambda x, a, b: x.clone(),
+    "contiguous": lambda x, a, b: x.contiguous(),
+    "detach": lambda x, a, b: x.detach(),
+    "t": lambda x, a, b: matrix(x).t().t() if b % 2 else matrix(x).t(),
+    "permute": lambda x, a, b: permuted(x, a),
+    "unsqueeze": lambda x, a, b: x.unsqueeze(a % (x.dim() + 1)),
+    "squeeze": lambda x, a, b: x.squeeze(),
+    "flatten": lambda x, a, b: x.flatten(),
+    "matrix": lambda x, a, b: matrix(x),
+    "pairs": lambda x, a, b: x.reshape(2, -1) if x.numel() % 2 == 0 else x,
+    "expand": lambda x, a, b: x.expand(1 + a % 3, *x.shape),
+    "middle": lambda x, a, b: x.unsqueeze(0).expand(2, *x.shape).transpose(0, -1),
+    "select": lambda x, a, b: x.select(b % x.dim(), a % x.size(b % x.dim())) if x.dim() else x,
+    "slice": lambda x, a, b: x[a % x.size(0) :] if x.dim() else x,
+    "strided": lambda x, a, b: x[..., ::2] if x.dim() else x,
+    "split": lambda x, a, b: x.split(1 + a % 2, 0)[-1] if x.dim() else x,
+    "unbind": lambda x, a, b: x.unbind(0)[0] * x.unbind(0)[-1] if x.dim() else x,
+    "placed": lambda x, a, b: x.clone().as_strided((max(1, x.numel() // 2),), (1,), 0),
+    "sum": lambda x, a, b: x.sum(a % x.dim(), keepdim=bool(b % 2)) if x.dim() else x,
+    "amax": lambda x, a, b: x.amax(a % x.dim()) if x.dim() else x,
+    "softmax": lambda x, a, b: x.softmax(-1) if x.dim() else x,
+    "normed": lambda x, a, b: nn.functional.layer_norm(x, x.shape[-1:]) if x.dim() else x,
+    "stack": lambda x, a, b: torch.stack([x, x.cos()], a % (x.dim() + 1)),
+    "cat": lambda x, a, b: torch.cat(
+        [x.unsqueeze(a % (x.dim() + 1)), x.cos().unsqueeze(a % (x.dim() + 1))], a % (x.dim() + 1)
+    ),
+    "rows": lambda x, a, b: torch.cat([x.unsqueeze(0), x.cos().unsqueeze(0)]).movedim(0, a % (x.dim() + 1)),
+    "seeded": seeded,
+    "batched": batched,
+    "written": written,
+    "assembled": assembled,
+    "diagonal": diagonal,
+    "pulled": pulled,
+    "pushed": pushed,
+    "arange": lambda x, a, b: x + torch.arange(x.size(-1), dtype=x.dtype) if x.dim() else x,
+    "index": lambda x, a, b: x[torch.arange(x.size(0)).flip(0)] if x.dim() else x,
+    "noise": lambda x, a, b: x + torch.rand_like(x),
+    "dropout": lambda x, a, b: nn.functional.dropout(x, 0.5),
+    "empty like": lambda x, a, b: torch.zeros_like(x).add_(x.cos()),
+    # bounded, since a sine of what is large is all rounding
+    "biased": lambda x, a, b: (matrix(x)[:, 0] + matrix(x) @ matrix(x).T).tanh(),
+    "vector": lambda x, a, b: (matrix(x)[0] + (matrix(x) @ matrix(x).T @ matrix(x)).unsqueeze(1)).tanh(),
+}
+BINARY: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "add": lambda x, y, a: torch.add(*paired(x, y)),
+    "mul": lambda x, y, a: torch.mul(*paired(x, y)),
+    "sub": lambda x, y, a: torch.sub(*paired(x, y), alpha=1 + a % 2),
+    "tanh_backward": lambda x, y, a: aten.tanh_backward(*paired(x, y.tanh())),
+    "where": lambda x, y, a: torch.where(paired(x, y)[1] > 0, *paired(x, y)),
+    "mm": lambda x, y, a: (matrix(x) @ (matrix(y) if matrix(y).size(0) == matrix(x).size(1) else matrix(x).T)).tanh(),
+    "into": lambda x, y, a: fresh(x).copy_(
+        y if torch.broadcast_shapes(x.shape, paired(x, y)[1].shape) == x.shape and y.shape == x.shape else x
+    ),
+}
+
+
+def ran(program: Sequence[Step], inputs: Sequence[Tensor], held: Sequence[Tensor], half: Callable[[], None]) -> Pool:
+    """Run a program: each step takes tensors that are there by then and adds one."""
+    pool = [*inputs, *held]
+    torch.manual_seed(0)
+    for place, (name, a, b, c) in enumerate(program):
+        if place == len(program) // 2:
+            half()
+        x, y = pool[-1 - a % min(3, len(pool))], pool[b % len(pool)]
+        if name == "hold":
+            held[0].mul_(0.5).add_(x.mean())
+            made = held[0] * 2
+        elif name in UNARY:
+            made = UNARY[name](x, b, c)
+        else:
+            made = BINARY[name](x, y, c)
+        pool.append(made if 0 < made.numel() <= 600 and made.dim() <= 5 else x)
+    return [*pool[-2:], pool[len(inputs) + len(held) + len(program) // 3]]
+
+
+def recorded(program: Sequence[Step]) -> tuple[Tape, list[fx.Node], list[fx.Node]]:
+    inputs, held = drawn(1)
+    tape = Tape(inputs, held, 2**30)
+
+    def half() -> None:
+        tape.phase = 1
+
+    with torch.no_grad(), tape:
+        outputs = ran(program, inputs, held, half)
+    assert not tape.reason
+    nodes = [tape.node(y) for y in outputs]
+    output = tape.graph.output(tuple(nodes))
+    output.meta = {"role": "output", "order": len(tape.graph.nodes), "writes": frozenset(), "draws": False}
+    for node in tape.graph.nodes:
+        if node.meta["role"] == "unknown":
+            node.meta["role"] = "constant"
+    return tape, [tape.node(x) for x in inputs], [tape.node(x) for x in held]
+
+
+def drawn(seed: int) -> tuple[Pool, Pool]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((3, 2), (2,), (4, 1, 2)), ((2, 3), (4,))
+    inputs, held = (
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in group] for group in shapes
+    )
+    return inputs, held
+
+
+def checked(program: Sequence[Step], left_out: Sequence[str]) -> None:
+    tape, inputs, held = recorded(program)
+    graph = tape.graph
+    simplify(graph, left_out)
+    graph.lint()
+    *_, last = graph.nodes
+    outputs: Any = last.args[0]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            assert all(source.meta["phase"] <= node.meta["phase"] for source in node.all_input_nodes)
+            assert {"role", "value", "storage", "order", "phase", "writes", "draws"} <= set(node.meta)
+    operators = [node for node in graph.nodes if node.op == "call_function"]
+    described(graph, dict(zip((*inputs, *held), (x for group in drawn(1) for x in group), strict=True)))
+    run = emit([*inputs, *held], outputs, operators, below=True)
+    for seed in (1, 2):
+        ours, theirs = drawn(seed), drawn(seed)
+        with torch.no_grad():
+            expected = ran(program, *theirs, lambda: None)
+            drawn_after = torch.rand(1)
+            torch.manual_seed(0)
+            found = run(*ours[0], *ours[1])
+            # what draws is not left out
+            assert torch.equal(torch.rand(1), drawn_after)
+        for one, other in zip((*found, *ours[0], *ours[1]), (*expected, *theirs[0], *theirs[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, equal_nan=True)
+            assert one.is_contiguous() or not other.is_contiguous()
+
+
+def described(graph: fx.Graph, known: dict[fx.Node, Any]) -> None:
+    """What nodes say of themselves is so: how they lie in memory, and what else is there."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            known.setdefault(node, node.meta["value"])
+        if node.op != "call_function":
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        with torch.no_grad():
+            known[node] = made = node.target(*args, **kwargs)
+        said = node.meta["value"]
+        if isinstance(made, Tensor) and isinstance(said, Tensor) and not node.meta["writes"]:
+            # without elements strides say nothing
+            assert laid(made) == laid(said) or (made.shape == said.shape and not made.numel()), node
+            for source in node.all_input_nodes:
+                if plain(node) and plain(source) and known[source].numel():
+                    together = made.untyped_storage()._cdata == known[source].untyped_storage()._cdata
+                    assert together == (node.meta["storage"] == source.meta["storage"]), node
+
+
+steps = st.tuples(st.sampled_from([*UNARY, *BINARY, "hold"]), *(st.integers(0, 7) for _ in range(3)))
+programs = st.lists(steps, min_size=1, max_size=14)
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs)
+def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
+    checked(program, ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None)
+@given(programs)
+def test_each_pass_alone_leaves_the_results_as_they_are(name: str, program: list[Step]) -> None:
+    checked(program, [other for other in NAMES if other != name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None)
+@given(programs)
+def test_all_passes_but_one_leave_the_results_as_they_are(name: str, program: list[Step]) -> None:
+    checked(program, [name])
+
+
+def test_the_step_of_an_axis_that_is_spread_later_counts() -> None:
+    program: list[Step] = [("pairs", 0, 0, 0), ("pulled", 0, 0, 0), ("unsqueeze", 1, 1, 0), ("add", 2, 2, 0)]
+    program[2:2], program[-1:-1] = [("sin", 0, 0, 0)], [("sin", 0, 0, 0)] * 2
+    for left_out in ((), ("unbatch_loops",)):
+        checked(program, left_out)
+
+
+def simplified(func: Callable[..., Any], *inputs: Tensor) -> tuple[fx.Graph, Callable[..., tuple[Tensor, ...]]]:
+    """The graph of a function and what runs it."""
+    tape = Tape(inputs, (), 2**30)
+    with torch.no_grad(), tape:
+        made = func(*inputs)
+    output = tape.graph.output(tuple(tape.node(y) for y in made))
+    output.meta = {"role": "output", "order": len(tape.graph.nodes), "writes": frozenset(), "draws": False}
+    given = [tape.node(x) for x in inputs]
+    simplify(tape.graph)
+    operators = [node for node in tape.graph.nodes if node.op == "call_function"]
+    return tape.graph, emit(given, output.args[0], operators, below=True)  # type: ignore[arg-type]
+
+
+def left(graph: fx.Graph) -> list[str]:
+    return [str(node.target).removeprefix("aten.") for node in graph.nodes if node.op == "call_function"]
+
+
+def test_a_pass_that_there_is_not_can_not_be_left_out() -> None:
+    with pytest.raises(KeyError, match="nothing like it"):
+        simplify(fx.Graph(), ["nothing like it"])
+
+
+def test_equal_operators_run_once_and_like_ones_each() -> None:
+    def func(x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            x + 2,
+            x + 2.0,
+            x + 2,
+            x * 0.0,
+            x * -0.0,
+            (x > 0) + 1,
+            (x > 0) + True,
+        )
+
+    x = torch.tensor([1, -2])
+    graph, run = simplified(func, x)
+    for one, other in zip(run(x), func(x), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+        assert torch.equal(one.signbit(), other.signbit())
+    assert sorted(left(graph)) == ["add.Tensor"] * 4 + ["gt.Scalar"] + ["mul.Tensor"] * 2
+
+
+def test_what_draws_is_not_merged_and_not_left_out() -> None:
+    graph, run = simplified(lambda x: (torch.rand_like(x), torch.rand_like(x)), torch.zeros(3))
+    assert left(graph) == ["rand_like.default"] * 2
+    one, other = run(torch.zeros(3))
+    assert not torch.equal(one, other)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    def func(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        zeros = torch.zeros(2, 2)
+        return x * 0, x * torch.zeros(2), x + torch.zeros(2), x * 1, x - x, zeros @ w, w @ zeros, w * zeros
+
+    x, w = torch.tensor([[float("inf"), 1.0], [float("nan"), -0.0]]), torch.full((2, 2), float("inf"))
+    _, run = simplified(func, torch.ones(2, 2), torch.ones(2, 2))
+    for one, other in zip(run(x, w), func(x, w), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_rows_in_the_place_of_products_with_seeds_are_finite_where_the_factor_is() -> None:
+    def func(w: Tensor) -> tuple[Tensor, ...]:
+        seeds = torch.eye(2).view(2, 1, 2).expand(2, 3, 2)
+        return (torch.bmm(seeds, w.expand(2, 2, 2)),)
+
+    w = torch.tensor([[float("inf"), 1.0], [2.0, 3.0]])
+    graph, run = simplified(func, torch.ones(2, 2))
+    (found,) = run(w)
+    assert not any("mm" in name for name in left(graph))
+    torch.testing.assert_close(found, w.unsqueeze(1).expand(2, 3, 2))
+
+
+def test_tangents_that_do_not_exist_are_not_multiplied_and_zeros_of_the_function_are() -> None:
+    def func(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        pushed = torch.func.jvp(lambda v: nn.functional.linear(v, w, w[0]), (x,), (x.sin(),))[1]
+        return pushed, x @ torch.zeros(()).expand(2, 2)
+
+    x, w = torch.tensor([[float("inf"), 1.0], [2.0, 3.0]]), torch.ones(2, 2)
+    graph, run = simplified(func, torch.ones(2, 2), w)
+    finite = x.clone()
+    finite[0, 0] = 0.5
+    for one, other in zip(run(finite, w), func(finite, w), strict=True):
+        torch.testing.assert_close(one, other)
+    assert left(graph).count("mm.default") == 2
+    assert run(x, w)[1].isnan().any()
+
+
+def test_constants_are_not_held_in_place_of_what_is_written_later() -> None:
+    def func(x: Tensor) -> tuple[Tensor, ...]:
+        room = torch.zeros(3)
+        before = room + 1
+        seen = x + room
+        room.copy_(x)
+        room[1:].mul_(2)
+        return before, seen, room, torch.ones(3).add_(1) * x
+
+    _, run = simplified(func, torch.ones(3))
+    x = torch.tensor([1.0, 2.0, 3.0])
+    for _ in range(2):
+        for one, other in zip(run(x), func(x), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def network(*widths: int) -> nn.Module:
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4), nn.Softmax(-1))
+
+
+MADE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "two layers": (lambda: network(2, 16, 2), (64, 2)),
+    "three layers": (lambda: network(6, 128, 128, 6), (64, 6)),
+    "many samples": (lambda: network(3, 64, 64, 3), (1024, 3)),
+    "sine": (lambda: torch.sin, (1024, 3)),
+    "convolution": (convolutional, (32, 1, 8)),
+    "normalization": (normed, (64, 4)),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "pull": {"method": "Pull", "seeds": "shared", "engine": "vmap"},
+    "pull in a loop": {"method": "Pull", "seeds": "shared", "engine": "loop"},
+    "pull batched": {"method": "Pull", "seeds": "shared", "engine": "batched"},
+    "reverse": {"method": "PerSample", "mode": "reverse"},
+    "forward": {"method": "PerSample", "mode": "forward"},
+    "push": {"method": "Push", "seeds": "shared", "engine": "vmap"},
+    "push in a loop": {"method": "Push", "seeds": "shared", "engine": "loop"},
+}
+LEFT: dict[str, tuple[int, ...]] = {
+    "two layers": (11, 12, 11, 10, 13, 12, 12),
+    "three layers": (18, 39, 18, 18, 20, 19, 39),
+    "many samples": (18, 24, 18, 18, 20, 19, 24),
+    "sine": (3, 6, 3, 3, 6, 3, 6),
+    "convolution": (12, 21, 17, 12, 13, 12, 39),
+    "normalization": (31, 35, 43, 39, 53, 40, 98),
+}
+"""How many operators are left at most, in the order of `KINDS`."""
+CASES = [(made, kind, most) for made, counts in LEFT.items() for kind, most in zip(KINDS, counts, strict=True)]
+
+
+@pytest.mark.parametrize(("made", "kind", "most"), CASES, ids=[f"{made}, {kind}" for made, kind, _ in CASES])
+def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[fx.Graph] = []
+
+    def kept(graph: fx.Graph, without: Any = ()) -> None:
+        # what is laid out anew takes more operators, and less time
+        simplify(graph, {*without, "column_major"})
+        graphs.append(graph)
+
+    monkeypatch.setattr(tracer, "simplify", kept)
+    make, shape = MADE[made]
+    torch.manual_seed(0)
+    func = make()
+    if isinstance(func, nn.Module):
+        func.requires_grad_(False)
+    x = torch.randn(shape)
+    problem = planned(func, (x,))[2]
+    with torch.no_grad():
+        inner, replay = (
+            build(spec).prepare(problem) for spec in (KINDS[kind], {"method": "Replay", "inner": KINDS[kind]})
+        )
+        for given in (x, torch.randn(shape)):
+            compare(replay([given], {}).jacobians, inner([given], {}).jacobians, 1e-5)
+    assert graphs, problem.surroundings.lines()  # type: ignore[union-attr]
+    (graph,) = graphs
+    assert len(left(graph)) <= most
+
+
+def test_a_factor_of_few_columns_is_laid_out_by_columns() -> None:
+    w = torch.randn(64, 3, dtype=torch.float64)
+    x = torch.randn(512, 64, dtype=torch.float64)
+    for factor, copies in ((w, 1), (w.T.contiguous().T, 0), (torch.randn(64, 64, dtype=torch.float64), 0)):
+        graph, run = simplified(lambda x, w: (x @ w, (2 * x) @ w), x, factor)
+        assert left(graph).count("clone.default") == copies
+        for one, other in zip(run(-x, factor), (-x @ factor, -2 * x @ factor), strict=True):
+            torch.testing.assert_close(one, other)

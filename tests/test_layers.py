@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import rustworkx
 
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "autojac"
@@ -116,6 +117,16 @@ def test_imports_come_from_rooms_above(path: Path) -> None:
         there = room(name)
         assert there == here or RANK[there] < RANK[here], f"{here} imports {name}, which does not lie above it"
         assert there not in FORBIDDEN.get(here, ()), f"{here} must not know {name}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph: rustworkx.PyDiGraph[str, None] = rustworkx.PyDiGraph()
+    number = {name: graph.add_node(name) for name in sorted(NAMES)}
+    for path in MODULES:
+        for name in own_imports(path):
+            graph.add_edge(number[module_name(path)], number[name], None)
+    circles = [sorted(graph[node] for node in group) for group in rustworkx.strongly_connected_components(graph)]
+    assert not [group for group in circles if len(group) > 1]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=module_name)

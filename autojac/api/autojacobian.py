@@ -9,7 +9,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autojac.api.derived import Derived
 from autojac.api.low_rank_factors import Factors, factored, require_one, without_sharing
+from autojac.api.parameters import ModuleFunction, module_function
 from autojac.autodiff.primitives import hooked, saved_tensors_apart, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import Frame, describe, recording
@@ -26,7 +27,7 @@ from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Quiet, restore_random_state, without_hooks
 from autojac.core.signature import current_flags
 from autojac.core.structure import UPDATES_BUFFERS
-from autojac.errors import InputError, NoGraphWarning, StructureChangedWarning, UnsupportedError, kind_of
+from autojac.errors import InputError, NoGraphWarning, OptionError, StructureChangedWarning, UnsupportedError, kind_of
 from autojac.graph.operators import custom_functions
 from autojac.guards.captures import Captures, captures
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
@@ -98,7 +99,10 @@ class AutoJacobian(Derived):
         self._captured: Captures | None = None
         self._again: Again = never
         self._replays = self._observes = self._told = False
-        self._lock: AbstractContextManager[Any] = threading.RLock()
+        # a module is neither called nor looked at while another thread has put its parameters aside
+        module_lock = self.func.lock if isinstance(self.func, ModuleFunction) else None
+        self._alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
+        self._lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
 
     def __repr__(self) -> str:
         return f"AutoJacobian({self._planner.stored.function_name}, {len(self._entries)} plans in use)"
@@ -117,11 +121,17 @@ class AutoJacobian(Derived):
 
         Args:
             module: called with the whole batch.
-            options: those of `AutoJacobian` but for `argnums`.
-        """
-        from autojac.api.parameters import ParameterJacobian
+            options: those of `AutoJacobian` but for `argnums`; `in_dims` is about the module's own arguments.
 
-        return ParameterJacobian(module, **options)
+        Raises:
+            InputError: if it is no module or a scripted one, or when called if no parameter requires grad.
+            OptionError: for an unknown option or a value that is not accepted.
+        """
+        if "argnums" in options:
+            raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
+        in_dims = options.pop("in_dims", "auto")
+        own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
+        return AutoJacobian(module_function(module), in_dims=(None, own), **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian of func at these arguments.
@@ -196,12 +206,16 @@ class AutoJacobian(Derived):
 
     def _given(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments of func, from those of a call."""
-        return args
+        return self.func.arguments(args) if isinstance(self.func, ModuleFunction) else args
 
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
+        with self._alone:
+            return self._run_now(args, kwargs)
+
+    def _run_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
         if torch.is_inference_mode_enabled():
             with recording(args, kwargs) as call:
-                return self._run(*call)
+                return self._run_now(*call)
         if transforming():
             return self._composed(args, kwargs)
         surroundings = self._planner.surroundings
@@ -306,9 +320,10 @@ class AutoJacobian(Derived):
         return kinds, named, grad, trains, current_flags(captured.modules)
 
     def _reach(self) -> Captures:
-        if self._captured is None:
-            self._captured = captures(self.func)
-        return self._captured
+        with self._alone:
+            if self._captured is None:
+                self._captured = captures(self.func)
+            return self._captured
 
     def _entry(self, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
         entry = self._entries.get(key)

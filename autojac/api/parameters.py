@@ -11,11 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from autojac.api.autojacobian import AutoJacobian
-from autojac.errors import InputError, OptionError, kind_of
-from autojac.guards.captures import Captures
-from autojac.planning.prepared_plan import Entry
-from autojac.problem.problem import Result
+from autojac.errors import InputError, kind_of
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _naming = threading.Lock()
@@ -114,51 +110,27 @@ class ModuleFunction:
         """Return the module's own tensors behind the differentiated arguments, in their order."""
         return tuple(self.parameters().values())
 
+    def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the arguments of this function for a call of the module's."""
+        return self.parameters(), tuple(args)
+
     def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
         with self.lock, parameters_replaced(self.module, parameters):
             return self.module(*args, **kwargs)
 
 
-class ParameterJacobian(AutoJacobian):
-    """The wrapper that `AutoJacobian.of_parameters` makes: called with the module's own arguments.
-
-    Args:
-        module: what to differentiate in the parameters of.
-        options: those of `AutoJacobian` but for `argnums`; `in_dims` is about the module's own arguments.
+def module_function(module: torch.nn.Module) -> ModuleFunction:
+    """Return a module as a function of its parameters.
 
     Raises:
-        InputError: if it is no module or a scripted one, or when called if no parameter requires grad.
-        OptionError: for an unknown option or a value that is not accepted.
+        InputError: if it is no module, or a scripted one.
     """
-
-    func: ModuleFunction
-
-    def __init__(self, module: torch.nn.Module, **options: Any) -> None:
-        if not isinstance(module, torch.nn.Module):
-            raise InputError(f"a torch.nn.Module was expected, got {kind_of(module)}")
-        scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
-        if scripted:
-            raise InputError(
-                f"{scripted[0] or type(module).__name__} is a scripted or traced module, whose parameters TorchScript "
-                "holds itself, so that none can be put in their place. Pass the module that it was made from"
-            )
-        if "argnums" in options:
-            raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
-        in_dims = options.pop("in_dims", "auto")
-        own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
-        super().__init__(ModuleFunction(module), in_dims=(None, own), **options)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = self.func.lock
-
-    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]:
-        with self._lock:
-            return super()._run(args, kwargs)
-
-    def _reach(self) -> Captures:
-        with self._lock:
-            return super()._reach()
-
-    def _given(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return self.func.parameters(), tuple(args)
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"a torch.nn.Module was expected, got {kind_of(module)}")
+    scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        raise InputError(
+            f"{scripted[0] or type(module).__name__} is a scripted or traced module, whose parameters TorchScript "
+            "holds itself, so that none can be put in their place. Pass the module that it was made from"
+        )
+    return ModuleFunction(module)

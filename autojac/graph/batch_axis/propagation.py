@@ -11,88 +11,14 @@ import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
-from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.batch_axis.rules import rule_of
+from autojac.graph.batch_axis.states import SHARED, Along, Lost, Meets, State, Step
+from autojac.graph.ir import Graph
 
-
-class Along(NamedTuple):
-    """Axis `axis` runs over samples: entry j belongs to sample (j // inner) % B, with `outer` turns of the batch."""
-
-    axis: int
-    outer: int = 1
-    inner: int = 1
-
-
-SHARED: Literal["shared"] = "shared"
 SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 """Operators that read no entry of their argument."""
 UNFORESEEN = "its rule fails"
-State = Along | Literal["shared"] | None
-
-
-class Lost(Exception):
-    """The batch axis can't be followed through an operator; says why."""
-
-
-class Meets(Lost):
-    """An operator reads several samples for one result, whatever comes of it."""
-
-
-class Step:
-    """One operator with the states of the tensors that it reads."""
-
-    def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], batch: int) -> None:
-        self.graph = graph
-        self.operation = operation
-        self.states = states
-        self.batch = batch
-
-    @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments by name, defaults included."""
-        schema = self.operation.target._schema.arguments
-        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        given |= {argument.name: value for argument, value in zip(schema, self.operation.args, strict=False)}
-        return given | dict(self.operation.kwargs)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def state(self, value: Any) -> State:
-        return self.states.get(value.number) if isinstance(value, Value) else None
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return self.graph.shapes[value.number]
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the first output."""
-        first = next(number for number in self.operation.outputs if number is not None)
-        return self.graph.shapes[first]
-
-    def carried(self) -> list[tuple[Value, Along]]:
-        """The tensors that carry the batch."""
-        found = []
-        for number in dict.fromkeys(self.operation.sources):
-            state = self.states.get(number)
-            if isinstance(state, Along):
-                found.append((Value(number), state))
-        return found
-
-    def only(self) -> tuple[tuple[int, ...], Along]:
-        """Shape and state of the one tensor that carries the batch, which must be the first argument."""
-        carried = self.carried()
-        if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
-            raise Lost("several tensors carry the batch into it")
-        return self.shape(carried[0][0]), carried[0][1]
-
-    def axes(self, name: str, dims: int) -> set[int]:
-        """A `dim` argument as a set of axes from the front; all where it names none."""
-        given = self.arguments.get(name)
-        if given is None or (isinstance(given, (list, tuple)) and not given):
-            return set(range(dims))
-        return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}
 
 
 @dataclass(frozen=True)
@@ -148,9 +74,6 @@ class Flow:
 
 def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> Flow:
     """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
-    # the rules are loaded where they are needed
-    from autojac.graph.batch_axis.rules import rule_of
-
     states: dict[int, State] = {
         number: Along(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
     }
@@ -201,16 +124,3 @@ def _sound(graph: Graph, number: int, state: State, batch: int) -> State:
         if state.axis >= len(shape) or shape[state.axis] != state.outer * batch * state.inner:
             return SHARED
     return state
-
-
-def regrouped(state: Along, before: Sequence[int], after: Sequence[int], batch: int) -> Along:
-    """The batch axis after a view in another shape."""
-    behind = state.inner * math.prod(before[state.axis + 1 :])
-    for axis, size in enumerate(after):
-        stride = math.prod(after[axis + 1 :])
-        if 0 < stride <= behind:
-            inner, rest = divmod(behind, stride)
-            if rest or size % (inner * batch):
-                break
-            return Along(axis, size // (inner * batch), inner)
-    raise Lost("a view takes the batch axis apart")

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autojac.graph.batch_axis.propagation import Along, Flow
+from autojac.graph.batch_axis.propagation import Flow
+from autojac.graph.batch_axis.states import Along
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
 from autojac.graph.ir import Graph, Operation, Value
 

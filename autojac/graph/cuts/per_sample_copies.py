@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import vmap
-from autojac.graph.batch_axis.propagation import Along, Flow
+from autojac.graph.batch_axis.propagation import Flow
 from autojac.graph.batch_axis.rules import RULES, pointwise
+from autojac.graph.batch_axis.states import Along
 from autojac.graph.ir import Operation
 
 Env = Mapping[int, Tensor]

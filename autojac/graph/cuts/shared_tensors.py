@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autojac.graph.batch_axis.propagation import SHARED, Along, Flow, follow
+from autojac.graph.batch_axis.propagation import Flow, follow
+from autojac.graph.batch_axis.states import SHARED, Along
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut
 from autojac.graph.cuts.per_sample_copies import StandIn, stand_in
 from autojac.graph.ir import Graph

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.graph.batch_axis.propagation import Along, Lost, Step
 from autojac.graph.batch_axis.rules import rule_of
+from autojac.graph.batch_axis.states import Along, Lost, Step
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.sample_graph.slices import MOST_SLICES, MOST_WORK, Everything, Reach, incidence, stacked, united
 

@@ -18,7 +18,7 @@ from autojac.autodiff.primitives import (
     push_dual,
     vmap,
 )
-from autojac.graph.batch_axis.propagation import Along
+from autojac.graph.batch_axis.states import Along
 
 Engine = Literal["loop", "vmap", "batched"]
 PullMany = Callable[[int, Tensor], Sequence[Tensor]]

@@ -7,9 +7,9 @@ import pkgutil
 
 import torch
 
-from autojac.graph.batch_axis.propagation import Lost, State, Step
 from autojac.graph.batch_axis.rules.base import RULES, Rule
 from autojac.graph.batch_axis.rules.pointwise import pointwise
+from autojac.graph.batch_axis.states import Lost, State, Step
 from autojac.graph.ir import Operation
 
 __all__ = ["RULES", "pointwise", "rule_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from autojac.graph.batch_axis.propagation import State, Step
+from autojac.graph.batch_axis.states import State, Step
 
 Rule = Callable[[Step], "State | Sequence[State]"]
 RULES: dict[str, Rule] = {}

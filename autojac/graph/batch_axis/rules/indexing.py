@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from autojac.graph.batch_axis.propagation import Along, Lost, Meets, State, Step
 from autojac.graph.batch_axis.rules.base import MEET, register
+from autojac.graph.batch_axis.states import Along, Lost, Meets, State, Step
 from autojac.graph.ir import Value
 
 

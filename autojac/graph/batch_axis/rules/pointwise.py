@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autojac.graph.batch_axis.propagation import Lost, Meets, State, Step
 from autojac.graph.batch_axis.rules.base import MEET, register
+from autojac.graph.batch_axis.states import Lost, Meets, State, Step
 
 
 @register(

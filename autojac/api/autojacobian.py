@@ -7,7 +7,6 @@ import functools
 import math
 import operator
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,7 +26,15 @@ from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Quiet, restore_random_state, without_hooks
 from autojac.core.signature import current_flags
 from autojac.core.structure import UPDATES_BUFFERS
-from autojac.errors import InputError, NoGraphWarning, OptionError, StructureChangedWarning, UnsupportedError, kind_of
+from autojac.errors import (
+    InputError,
+    NoGraphWarning,
+    OptionError,
+    StructureChangedWarning,
+    UnsupportedError,
+    kind_of,
+    warn,
+)
 from autojac.graph.operators import custom_functions
 from autojac.guards.captures import Captures, captures
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
@@ -446,11 +453,10 @@ class AutoJacobian(Derived):
                     return entry, entry.run(leaves, kwargs)
             since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
             since = "func has changed, which was noticed at once" if noticed.what else since
-            warnings.warn(
+            warn(
                 f"the plan for {self._planner.stored.function_name} does not hold ({since}): {wrong}. This Jacobian "
                 f"was computed again and is right. Now in use: {entry.plan}",
                 StructureChangedWarning,
-                stacklevel=4,
             )
             with silent(modules):
                 return entry, entry.run(leaves, kwargs)
@@ -473,13 +479,12 @@ class AutoJacobian(Derived):
         functions = sorted(custom_functions(reference.pullback.recorded))
         if functions and trained_by(captures(self.func), kwargs):
             self._told = True
-            warnings.warn(
+            warn(
                 f"{self._planner.stored.function_name}: the Jacobian carries no graph, so a loss on it trains no "
                 f"parameter: the backward of {', '.join(functions)} can't be differentiated. Write that backward in "
                 "differentiable operators, without once_differentiable, detach or no_grad; call jac under "
                 "torch.no_grad() if J is not to be trained",
                 NoGraphWarning,
-                stacklevel=5,
             )
 
     def _planned_again(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from autojac.errors import (
     StructureChangedWarning,
     UnsupportedError,
     kind_of,
+    warn,
 )
 from autojac.guards.compiled_functions import opaque
 from autojac.methods.pull import Pull
@@ -163,7 +163,7 @@ def _compute(problem: Problem, pullback: Pullback, probing: bool) -> Result:
             message = (
                 "the samples were declared independent, but are not. This Jacobian was computed again and is right"
             )
-            warnings.warn(message, StructureChangedWarning, stacklevel=4)
+            warn(message, StructureChangedWarning)
         problem = _dense(problem)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -31,6 +30,7 @@ from autojac.errors import (
     SearchError,
     StoreError,
     StructureChangedWarning,
+    warn,
 )
 from autojac.graph.analysis import Outline
 from autojac.graph.special_kernels import reachable_kernels
@@ -194,9 +194,9 @@ class Planner:
                 "torch.tensor(...)? Compute that in torch operators, or return it as aux with has_aux=True if it needs "
                 "no derivative"
             )
-            warnings.warn(f"{self.stored.function_name}: {message}", NoGraphWarning, stacklevel=2)
+            warn(f"{self.stored.function_name}: {message}", NoGraphWarning)
         if found.notice is not None:
-            warnings.warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning, stacklevel=2)
+            warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning)
         return found
 
     def problem(
@@ -322,7 +322,7 @@ class Planner:
                 won = search(solid(problem), *call, effort, budget, hints, progress)
                 if structure.assurance == "declared":
                     message = "the declared pattern misses entries, and was left aside. This Jacobian is right"
-                    warnings.warn(f"{self.stored.function_name}: {message}", StructureChangedWarning, stacklevel=2)
+                    warn(f"{self.stored.function_name}: {message}", StructureChangedWarning)
         plan = Plan(
             won.method.spec(),
             structure,

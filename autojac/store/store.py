@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from autojac.core.pattern import Indices, pack
 from autojac.core.plan import Plan, Trial
-from autojac.errors import StoreError, StoreWarning
+from autojac.errors import StoreError, StoreWarning, warn
 from autojac.store import arrays, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
 from autojac.store.keys import Key
@@ -254,7 +253,7 @@ class PlanStore:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(message, StoreWarning, stacklevel=4)
+            warn(message, StoreWarning)
 
     def _require(self) -> Database:
         if self._main is not None:

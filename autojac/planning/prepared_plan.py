@@ -81,6 +81,8 @@ class Entry:
     """A search in this process has just found the plan."""
     provisional: bool = False
     """The plan was made where no derivative is finite, so that nothing could be verified."""
+    doubtful: bool = False
+    """What decides the structure has changed, and no check since then could tell whether the structure still holds."""
 
     @property
     def mutable(self) -> tuple[Tensor, ...]:
@@ -119,6 +121,14 @@ class Entry:
         if self.loop is None:
             self.loop = prepared(self.frame, self.problem, reverse(self.problem, "loop"))
         return self.loop(leaves, kwargs)
+
+    def assuming_nothing(self) -> Entry:
+        """Return what serves a call whose structure is in doubt: a loop of one plain VJP for each row."""
+        structure = self.problem.structure.refuted("in doubt: derivatives here are as small as rounding")
+        problem = dataclasses.replace(self.problem, structure=structure)
+        return dataclasses.replace(
+            self, problem=problem, loop=None, compute=prepared(self.frame, problem, reverse(problem, "loop"))
+        )
 
     def run(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         """Compute, outside the caller's autocast but for func."""

@@ -250,10 +250,11 @@ class Reference:
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
                     seen = self.evidence.cleared(whole, output, position)
                     found, scale = self.places.project(seen, output, position, projection)
-                    expected = self.places.reached(one, position, projection)
+                    expected = self._expected(projection, position)
                     if projection.coordinates is not None:
-                        scale = expected.detach().nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
-                        expected = expected[:, list(projection.coordinates)]
+                        # an entry of the diagonal is as exact as the row that it is part of
+                        reached = self.places.reached(one, position, projection)
+                        scale = reached.detach().nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
                     found, expected = self.evidence.projection(found, expected, position, projection)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
                     slack = self._slack(output, expected)
@@ -310,15 +311,20 @@ class Reference:
 
     @property
     def decides(self) -> bool:
-        """Whether a missing entry as large as the derivatives here would be seen, and not be taken for rounding."""
+        """Whether a missing entry as large as the derivatives compared would be seen, and not be taken for rounding."""
         for output, projections in enumerate(self.kept):
             size = max(seeds.size(self.problem.outputs[output]), 1)
             for position, floor in enumerate(self.floors[output]):
-                pulled = [p.pulled[position] for p in projections if p.pulled[position].numel()]
-                largest = max((float(_largest(one)) for one in pulled), default=0.0)
+                compared = [self._expected(projection, position) for projection in projections]
+                largest = max((float(_largest(one)) for one in compared if one.numel()), default=0.0)
                 if 0 < largest < floor * size:
                     return False
         return True
+
+    def _expected(self, projection: Projection, position: int) -> Tensor:
+        """The part of a projection's VJP that is compared, one row a sample."""
+        reached = self.places.reached(projection.pulled[position], position, projection)
+        return reached if projection.coordinates is None else reached[:, list(projection.coordinates)]
 
     def _slack(self, output: int, pulled: Tensor) -> float:
         """The factor on the tolerance of what was pulled, which is no more precise than the output was."""

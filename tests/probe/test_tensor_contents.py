@@ -319,24 +319,48 @@ def test_nothing_is_said_of_arguments_that_couple(recwarn: pytest.WarningsRecord
     assert not [one for one in recwarn if issubclass(one.category, autojac.StructureChangedWarning)]
 
 
-def test_a_check_where_derivatives_are_lost_in_rounding_confirms_no_contents() -> None:
-    class Rolled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("i", torch.tensor([0, 1, 2]))
+class Rolled(nn.Module):
+    """What it rolls by, and whether samples meet, may change; near zero its derivatives are lost in rounding."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.nan_to_num(x)
-            return 1 + (h.roll(int(self.i[0]), 1) + h) ** 3
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("i", torch.tensor([0, 1, 2]))
+        self.meet = False
 
-    module, x = Rolled(), torch.randn(5, 3)
-    jac = AutoJacobian(module, on_miss="estimate", store=":memory:")
-    jac(x), jac(x)
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nan_to_num(x)
+        h = h.roll(int(self.i[0]), 1) + h
+        return 1 + (h + h.roll(1, 0) if self.meet else h) ** 3
+
+
+def roll(module: Rolled) -> None:
     module.i = module.i.roll(1)
-    jac(1e-4 * torch.randn(5, 3))
-    for _ in range(3):
-        x = torch.randn(5, 3)
+
+
+def meet(module: Rolled) -> None:
+    module.meet = True
+
+
+@pytest.mark.parametrize("change", [roll, meet])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("layout", ["blocks", "full", "sparse", "diagonal"])
+def test_a_check_where_derivatives_are_lost_in_rounding_confirms_no_contents(
+    layout: str, replay: bool, change: Callable[[Rolled], None]
+) -> None:
+    module, x = Rolled(), torch.randn(5, 3)
+    method: dict[str, Any] = {"method": "ColoredPull", "engine": "batched", "chunk": None}
+    method = {"method": "Replay", "inner": method} if replay else method
+    jac = forced(module, (x,), method, layout=layout)
+    jac(x), jac(x)
+    change(module)
+    for scale in (1e-4, 1e-4, 1.0, 1e-4, 1.0):
+        x = scale * torch.randn(5, 3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", autojac.StructureChangedWarning)
             J = jac(x)
-        compare(J, jacobian_blocks(module, (x.double(),)).float(), 1e-5)
+        full = jacobian_full(module, (x.double(),)).float()
+        if layout in ("full", "sparse"):
+            compare(J.to_dense() if layout == "sparse" else J, full.reshape(J.shape), 1e-5)
+            continue
+        blocks = torch.stack([full[b, :, b] for b in range(5)])
+        compare(J, blocks if layout == "blocks" else blocks.diagonal(dim1=1, dim2=2), 1e-5)

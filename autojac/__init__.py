@@ -1,5 +1,19 @@
-"""autojac: exact batched Jacobians in PyTorch, at the lowest cost measured on the device at hand."""
+"""Exact batched Jacobians in PyTorch, at the lowest cost measured on the device at hand.
 
+Wrap a function of the whole batch once, and call the wrapper as you would call the function:
+
+    >>> import torch
+    >>> from autojac import AutoJacobian
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
+    >>> jac = AutoJacobian(model)
+    >>> J = jac(torch.randn(256, 3))  # (256, 2, 3): each sample's Jacobian
+    >>> print(jac.explain(torch.randn(256, 3)))  # doctest: +SKIP
+
+`AutoJacobian` is where to start; `jacobian_from` works on outputs that have been computed already, `probe` tells what
+couples with what across the batch, and `verify` checks a Jacobian, whoever computed it.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from autojac.api.autojacobian import AutoJacobian
@@ -31,8 +45,10 @@ from autojac.errors import (
 from autojac.sparse.csr import to_scipy
 
 if TYPE_CHECKING:
+    from autojac import report
     from autojac.store import PlanStore
 
+__version__ = "0.1.0"
 __all__ = [
     "AutoJacobian",
     "AutojacError",
@@ -61,6 +77,7 @@ __all__ = [
     "VerificationError",
     "jacobian_from",
     "probe",
+    "report",
     "to_scipy",
     "verify",
 ]
@@ -69,7 +86,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # the store brings SQLAlchemy, which costs more than the rest of autojac together
     if name == "PlanStore":
-        from autojac.store import PlanStore
-
-        return PlanStore
+        return importlib.import_module("autojac.store").PlanStore
+    if name == "report":
+        return importlib.import_module("autojac.report")
     raise AttributeError(f"module 'autojac' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names; the rooms of the package are none of the user's business."""
+    return sorted([*__all__, "__doc__", "__name__", "__version__"])

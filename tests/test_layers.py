@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("planning",),
     ("api",),
-    ("",),  # autojac/__init__.py
     ("report",),
+    ("",),  # autojac/__init__.py
     ("bench",),
     ("cli",),
     ("__main__",),

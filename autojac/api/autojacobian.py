@@ -9,7 +9,8 @@ import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from autojac.api.parameters import ModuleFunction, module_function
 from autojac.autodiff.primitives import hooked, saved_tensors_apart, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import Frame, describe, recording
-from autojac.core.options import Options, check_budget
+from autojac.core.options import OnMiss, Options, OptionValues, Randomness, Verify, check_budget
 from autojac.core.plan import Effort, Plan, effort_rank
 from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Quiet, restore_random_state, without_hooks
-from autojac.core.signature import current_flags
-from autojac.core.structure import UPDATES_BUFFERS
+from autojac.core.signature import Layout, current_flags
+from autojac.core.structure import UPDATES_BUFFERS, Coupling, Structure
 from autojac.errors import (
     InputError,
     NoGraphWarning,
@@ -49,7 +50,19 @@ from autojac.problem.problem import Result
 from autojac.problem.reference import Reference
 from autojac.replay.replayer import Replaying
 
+if TYPE_CHECKING:
+    from autojac.store import PlanStore
+
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+def require_function(func: Any) -> None:
+    """Raise `InputError` unless `func` can be called with tensors."""
+    if isinstance(func, type) and issubclass(func, torch.nn.Module):
+        name = func.__name__
+        raise InputError(f"an instance of a module was expected, got the class {name}. Create it first: {name}(...)")
+    if not callable(func):
+        raise InputError(f"a function or module was expected, got {kind_of(func)}")
 
 
 @opaque_methods
@@ -87,9 +100,28 @@ class AutoJacobian(Derived):
         OptionError: for an unknown option or a value that is not accepted.
     """
 
-    def __init__(self, func: Callable[..., Any], **options: Any) -> None:
-        if not callable(func):
-            raise InputError(f"a function or module was expected, got {kind_of(func)}")
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        *,
+        argnums: int | tuple[int, ...] = 0,
+        in_dims: Any = "auto",
+        layout: Layout = "blocks",
+        has_aux: bool = False,
+        effort: Effort = "quick",
+        on_miss: OnMiss = "tune",
+        budget_s: float | None = None,
+        memory_limit: int | str | None = None,
+        randomness: Randomness = "error",
+        coupling: Literal["auto"] | Coupling | Structure = "auto",
+        verify: Verify = "auto",
+        store: PlanStore | str | PathLike[str] | None = None,
+        version: str = "",
+        **unknown: Never,
+    ) -> None:
+        options = dict(locals())
+        options = {name: options[name] for name in Options.names()} | options["unknown"]
+        require_function(func)
         self.__setstate__({"func": func, "options": Options.checked(options)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +152,9 @@ class AutoJacobian(Derived):
         return {"func": self.func, **chosen}
 
     @staticmethod
-    def of_parameters(module: torch.nn.Module, **options: Any) -> AutoJacobian:
+    def of_parameters(
+        module: torch.nn.Module, *, in_dims: Any = "auto", **options: Unpack[OptionValues]
+    ) -> AutoJacobian:
         """Each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
 
         The wrapper is called as the module is, and returns a dict: name of the parameter → (B, *out, *param), inside
@@ -128,7 +162,8 @@ class AutoJacobian(Derived):
 
         Args:
             module: called with the whole batch.
-            options: those of `AutoJacobian` but for `argnums`; `in_dims` is about the module's own arguments.
+            in_dims: where each of the module's own arguments carries the batch, as in `AutoJacobian`.
+            options: all other options of `AutoJacobian` but `argnums`.
 
         Raises:
             InputError: if it is no module or a scripted one, or when called if no parameter requires grad.
@@ -136,7 +171,6 @@ class AutoJacobian(Derived):
         """
         if "argnums" in options:
             raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
-        in_dims = options.pop("in_dims", "auto")
         own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
         return AutoJacobian(module_function(module), in_dims=(None, own), **options)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import autojac
-from autojac.core.plan import EFFORTS, Plan
+from autojac.core.plan import EFFORTS, Effort, Plan
 from autojac.planning.explain import seconds
 
 LINKS = (0.4, 0.3, 0.2, 0.1)
@@ -72,7 +72,7 @@ class MarkerNetwork(nn.Module):
 @click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of training.")
 @click.option("--poses", type=click.IntRange(2), default=512, show_default=True, help="Poses measured.")
 @click.option("--effort", type=click.Choice(EFFORTS), default="quick", show_default=True, help="How hard to search.")
-def demo(steps: int, poses: int, effort: str) -> None:
+def demo(steps: int, poses: int, effort: Effort) -> None:
     """Train a network with tuned, verified, remembered Jacobians.
 
     It takes less than a minute. The second run finds in the store what the first one kept; AUTOJAC_STORE says where
@@ -88,7 +88,7 @@ def demo(steps: int, poses: int, effort: str) -> None:
         _tell(steps, poses, effort)
 
 
-def _tell(steps: int, poses: int, effort: str) -> None:
+def _tell(steps: int, poses: int, effort: Effort) -> None:
     arm, model = Arm(), MarkerNetwork()
     angles = draw_poses(poses)
     places = arm.places(angles)

@@ -14,7 +14,9 @@ AUTO: Final = "auto"
 """In place of an axis: infer whether axis 0 of these tensors runs over samples."""
 Axis = int | None | str
 
-EXPECTED = "in_dims must be 'auto', an int, None, or a tuple with one of these or a nest of them for each argument"
+EXPECTED = (
+    "in_dims must be 'auto', an int, None, or a tuple of these, or of nests of these, one per positional argument"
+)
 
 
 def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:

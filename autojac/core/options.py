@@ -7,12 +7,16 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from os import PathLike
+from typing import Any, Literal, Self, TypedDict, get_args
 
+from torch.utils import _pytree as pytree
+
+from autojac.core.batch_axes import AUTO, EXPECTED
 from autojac.core.plan import Effort
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
-from autojac.errors import OptionError
+from autojac.errors import OptionError, kind_of
 
 OnMiss = Literal["tune", "estimate", "error"]
 Verify = Literal["auto", "always", "never"]
@@ -40,13 +44,18 @@ class Options:
     version: str = ""
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all options, in the order of the signature of `AutoJacobian`."""
+        return tuple(option.name for option in dataclasses.fields(cls))
+
+    @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Self:
-        """Options from keyword arguments.
+        """Return options made of keyword arguments.
 
         Raises:
             OptionError: for an unknown name or a value that is not accepted.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = cls.names()
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}{nearest(name, known)}; known are {', '.join(known)}")
@@ -69,6 +78,8 @@ class Options:
             raise OptionError(
                 "has_aux and randomness='same' exclude each other: each sample would have an aux of its own"
             )
+        check_in_dims(options.in_dims)
+        check_store(options.store)
         if not isinstance(options.version, str):
             raise OptionError(f"version must be a string, got {options.version!r}")
         numbers = options.argnums if isinstance(options.argnums, tuple) else (options.argnums,)
@@ -82,6 +93,22 @@ class Options:
         if isinstance(self.coupling, Structure):
             return self.coupling
         return None if self.coupling == "auto" else Structure(self.coupling, "declared")
+
+
+class OptionValues(TypedDict, total=False):
+    """The options as keyword arguments of `of_parameters`, which has no `argnums` and an `in_dims` of its own."""
+
+    layout: Layout
+    has_aux: bool
+    effort: Effort
+    on_miss: OnMiss
+    budget_s: float | None
+    memory_limit: int | str | None
+    randomness: Randomness
+    coupling: Literal["auto"] | Coupling | Structure
+    verify: Verify
+    store: Any
+    version: str
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -102,6 +129,19 @@ def check_budget(budget_s: Any) -> None:
     number = isinstance(budget_s, (int, float)) and not isinstance(budget_s, bool)
     if budget_s is not None and not (number and budget_s >= 0):
         raise OptionError(f"budget_s must be a number of seconds, zero or more, got {budget_s!r}")
+
+
+def check_in_dims(in_dims: Any) -> None:
+    """Raise `OptionError` unless `in_dims` holds nothing but ints, None and `"auto"`; each call checks if it fits."""
+    for entry in pytree.tree_leaves(in_dims, is_leaf=lambda value: value is None):
+        if entry is not None and entry != AUTO and (not isinstance(entry, int) or isinstance(entry, bool)):
+            raise OptionError(f"{EXPECTED}; got {in_dims!r}")
+
+
+def check_store(store: Any) -> None:
+    """Raise `OptionError` unless `store` is a `PlanStore`, or says where one is."""
+    if not (store is None or isinstance(store, (str, PathLike)) or hasattr(store, "find")):
+        raise OptionError(f"store must be a PlanStore, a path, ':memory:' or a database URL, got {kind_of(store)}")
 
 
 def parse_bytes(limit: int | str | None) -> int | None:

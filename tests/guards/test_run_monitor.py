@@ -138,7 +138,7 @@ def test_code_that_the_walk_did_not_find_is_named() -> None:
     with Watched(guard.codes) as watched:
         func(X, registry["f"])
     assert "it runs helper of" in watched.reason
-    assert "test_closed" in watched.reason
+    assert "test_run_monitor" in watched.reason
 
 
 class Model(nn.Module):

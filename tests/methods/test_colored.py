@@ -348,7 +348,7 @@ def test_patterns_and_colors_are_taken_from_the_store(tmp_path: Path, monkeypatc
         raise AssertionError("this was done before")
 
     for name in ("orthogonal", "apart", "both"):
-        monkeypatch.setattr(autojac.coloring, name, never)
+        monkeypatch.setattr(sys.modules["autojac.sparse.colorings"], name, never)
     monkeypatch.setattr(sys.modules["autojac.probe"], "feature_pattern", never)
     monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "sample_graph", never)
     again = AutoJacobian(neighbours, layout="sparse", store=tmp_path / "plans.db", effort="estimate")

@@ -161,6 +161,8 @@ INDEPENDENT: dict[str, Build] = {
     "logsumexp": of(lambda x: x.logsumexp(-1), 5, 4),
     "roll inside a sample": of(lambda x: x.roll(1, -1) - x, 5, 4),
     "distances to anchors": of(lambda x: torch.cdist(x, torch.zeros(5, 4, 3)), 5, 2, 3),
+    "distances of samples to points": of(lambda x: torch.cdist(x, torch.ones(3, 4)), 5, 4),
+    "distances of points to samples": of(lambda x: torch.cdist(torch.ones(30, 4), x).T, 5, 4),
     "GLU": of(F.glu, 5, 4),
     "channel mixing": of(lambda x: (torch.ones(3, 3) @ x.mT).mT.flatten(1), 5, 4, 3),
 }
@@ -217,6 +219,8 @@ COUPLED: dict[str, Build] = {
     "transposed": of(lambda x: x + x.T, 4, 4),
     "broadcast against itself": of(lambda x: (x[:, None] - x[None]).square().sum(-1), 5, 4),
     "cdist": of(lambda x: torch.cdist(x, x), 5, 4),
+    "cdist from behind": of(lambda x: torch.cdist(x, x.sin()).T, 30, 4),
+    "cdist along features": of(lambda x: torch.cdist(torch.ones(2, 5), x.T).expand(5, 2, 4), 5, 4),
     "FFT along the batch": of(lambda x: torch.fft.fft(x, dim=0).real, 5, 4),
     "FFT of both axes": of(lambda x: torch.fft.fft2(x).abs(), 5, 4),
     "solve across samples": of(lambda x: torch.linalg.solve(torch.eye(5) + 0.1 * torch.ones(5, 5), x), 5, 4),

@@ -13,6 +13,8 @@ from autojac.core.ranks import several
 from autojac.core.structure import Coupling, Structure
 from autojac.graph.analysis import Outline
 from autojac.probe.batch_axis_proof import Proof, meeting, prove
+from autojac.probe.cancelling import SLIGHT
+from autojac.probe.rounding import only_rounding
 from autojac.probe.sample_graph import sample_graph
 from autojac.probe.sample_pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
@@ -72,12 +74,20 @@ def coupled(
     said = {verdict.coupled for verdict in verdicts}
     if meet:
         moved = any(verdict.coupled for verdict in verdicts[:2])
+        patience = PATIENCE * budget_s
+        slight = moved and not weights and not several() and _slight(verdicts, subject)
+        if slight and only_rounding(subject, masks, cost, generator, patience):
+            evidence.append(
+                "rounding: what reaches other samples vanishes with the precision, in float64 against float32, and "
+                "ends where it cancels, as in inputs that are centred by the batch. Taken for independent, but not "
+                "called on a part of the batch"
+            )
+            return Structure("independent", "observed", False, evidence=tuple(evidence), watched=True)
         shape = _shape(
             subject, outline, values, refusal, (masks, called), budget_s, generator, evidence, len(said) > 1, moved
         )
         # what NaN reaches may sleep for another reason, such as a weight that is zero
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or weights
-        patience = PATIENCE * budget_s
         if awake or several() or cost * EVALUATIONS > patience or not values_only(subject, masks, generator, patience):
             return shape
         line = (
@@ -111,6 +121,12 @@ def coupled(
 def _only_values(verdicts: Sequence[Verdict]) -> bool:
     """Check whether values of other samples move outputs, though no gradient of theirs was seen."""
     return len(verdicts) > 1 and verdicts[0].coupled is False and verdicts[1].coupled is True
+
+
+def _slight(verdicts: Sequence[Verdict], subject: Subject) -> bool:
+    """Check whether the gradients that reach other samples, if any, are of the size of rounding."""
+    leaves = [subject.leaves[position] for position in subject.inputs]
+    return verdicts[0].share <= SLIGHT * min(torch.finfo(leaf.dtype).eps for leaf in leaves)
 
 
 def _shape(

@@ -45,11 +45,15 @@ Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one layer says: `coupled` is None where the layer can't be applied."""
+    """What one layer says: `coupled` is None where the layer can't be applied.
+
+    `share` is that of the largest gradient which was seen to leak.
+    """
 
     layer: str
     coupled: bool | None
     evidence: str
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ def cotangent_verdict(
                     True,
                     f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
                     f"other samples (pass {passes} of {called})",
+                    share,
                 )
     return Verdict(layer, False, f"{layer}: no sample reaches another ({called})")
 

@@ -57,11 +57,15 @@ def matrix_vector(step: Step) -> State:
 @register("_cdist_forward _euclidean_dist")
 def distances(step: Step) -> State:
     found, dims = set(), len(step.out)
-    for value, state in step.carried():
+    # points lie along the second axis from behind: those of x1 along the result's second, those of x2 along its last
+    for value, points in ((step["x1"], 2), (step["x2"], 1)):
+        state = step.state(value)
+        if not isinstance(state, Along):
+            continue
         behind = len(step.shape(value)) - state.axis
-        if behind <= 2:
-            raise Lost("it compares samples")
-        found.add(state._replace(axis=dims - behind))
+        if behind == 1:
+            raise Meets("it sums over the batch")
+        found.add(state._replace(axis=dims - (points if behind == 2 else behind)))
     if len(found) > 1:
         raise Meets(MEET)
     return found.pop()

@@ -1,0 +1,105 @@
+"""Where the influence of other samples ends in a graph: in a difference that cancels, or in something that sleeps.
+
+NaN passes through a difference that cancels as through a weight of zero or a threshold. Both are told apart at the
+operator at which the others' influence ends: there several arguments must carry it, and each of them alone move the
+result. A threshold, a zero or a comparison ends it with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.tolerance import own_scale
+from autojac.graph.batch_axis.propagation import SHAPE_ONLY
+from autojac.graph.batch_axis.states import Along, State
+from autojac.graph.ir import Operation
+
+SLIGHT = 64.0
+"""What is above this many eps, of the largest gradient of its coordinate or of a value's own scale, is no rounding."""
+BLIND = {"where", "masked_fill", "masked_scatter", "nan_to_num", "fmax", "fmin"}
+"""Operators that may leave out the NaN that stands where something else may stand in another call."""
+
+Env = Mapping[int, Tensor]
+
+
+class Coupled(Exception):
+    """Samples are coupled, or may be."""
+
+
+def outside_of(state: State, like: Tensor, mask: Tensor) -> Tensor:
+    """The elements that samples inside the mask must not reach, to broadcast; all of a tensor without the batch."""
+    if not isinstance(state, Along):
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    along = (~mask).repeat_interleave(state.inner).repeat(state.outer)
+    return along.view(-1, *[1] * (like.dim() - 1 - state.axis))
+
+
+def rounding(tensor: Tensor) -> Tensor | float:
+    """How far float64 may round each number."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return SLIGHT * torch.finfo(tensor.dtype).eps * own_scale(tensor)
+
+
+def changed(before: Tensor, after: Tensor, granted: Tensor | float) -> Tensor:
+    """Where numbers differ by more than is granted."""
+    return (after - before).abs() > granted if before.is_floating_point() else before != after
+
+
+class Look(NamedTuple):
+    """What a change of some samples does to a graph's tensors, in float64.
+
+    Attributes:
+        states: how the batch runs through each tensor.
+        base, after: the tensors before and after.
+        scales: what rounding may change each number by.
+        outside: their elements that belong to no sample which is changed.
+        reached: those of them that depend on these samples all the same.
+    """
+
+    states: Mapping[int, State]
+    base: Env
+    after: Env
+    scales: Mapping[int, Tensor | float]
+    outside: Env
+    reached: Env
+
+    def require_cancelling(self, operation: Operation) -> None:
+        """Raise `Coupled` where the influence of other samples ends otherwise than by cancelling.
+
+        Each argument that carries it moves, alone, all that NaN in its place would reach; and where the result stays,
+        there are several.
+        """
+        made = [number for number in operation.outputs if number is not None]
+        meeting = any(not isinstance(self.states.get(number), Along) for number in made)
+        arguments = [
+            number
+            for number in dict.fromkeys(operation.sources)
+            if bool(self.reached[number].any()) or (meeting and isinstance(self.states.get(number), Along))
+        ]
+        if not arguments or operation.name in SHAPE_ONLY:
+            return
+        tensors = [self.base[number] for number in (*made, *arguments)]
+        if not all(tensor.is_floating_point() for tensor in tensors):
+            raise Coupled
+        # views leave entries out, and look at none
+        still = not any(argument.alias_info is not None for argument in operation.target._schema.arguments)
+        if still and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in made):
+            raise Coupled
+        for argument in arguments:
+            carries = self.reached[argument]
+            if isinstance(self.states.get(argument), Along):
+                carries = carries | ~self.outside[argument]
+            poisoned = operation({**self.base, argument: torch.where(carries, torch.nan, self.base[argument])})
+            moved = operation({**self.base, argument: self.after[argument]})
+            for number, spoilt, part in zip(operation.outputs, poisoned, moved, strict=True):
+                if number is not None:
+                    touched = torch.ones_like(spoilt.isnan()) if operation.name in BLIND else spoilt.isnan()
+                    if bool(
+                        (touched & self.outside[number] & ~changed(self.base[number], part, self.scales[number])).any()
+                    ):
+                        raise Coupled

@@ -481,6 +481,7 @@ class Forced(Planner):
     random: random.Random
     mode: Mode
     recovering = False
+    recovered: list[Entry]
 
     def _made(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> Entry:
         if not self.recovering:
@@ -498,7 +499,9 @@ class Forced(Planner):
         # what takes the place of a plan that was seen to be wrong is chosen by the search
         self.recovering = True
         try:
-            return super().recover(*args, **options)
+            entry = super().recover(*args, **options)
+            self.recovered.append(entry)
+            return entry
         finally:
             self.recovering = False
 
@@ -539,7 +542,7 @@ class Tally:
     """What became of the calls.
 
     Attributes:
-        due: how many of them the design lets be replayed.
+        due: how many of them the design lets be replayed, by plans that are forced.
     """
 
     calls: int = 0
@@ -580,8 +583,13 @@ class _Run:
             planner = self.jac._planner
             planner.__class__ = Forced
             assert isinstance(planner, Forced)
-            planner.random, planner.mode = random.Random(program.seed), mode
+            planner.random, planner.mode, planner.recovered = random.Random(program.seed), mode, []
         self.tally = Tally()
+
+    @property
+    def recovered(self) -> list[Entry]:
+        """What took the place of plans that were seen to be wrong: the search's choice, which need be no replay."""
+        return getattr(self.jac._planner, "recovered", [])
 
     def all(self) -> Tally:
         try:
@@ -630,11 +638,11 @@ class _Run:
         announced = any(issubclass(w.category, autojac.AutojacWarning) for w in caught)
         self.tally.announced += announced
         (entry,) = (e for e in self.jac._entries.values() if e.calls != before.get(id(e)))
-        replayed, due = isinstance(entry.compute, Replaying), program.replays(net.training)
-        if replayed and not due:
-            raise self._wrong(number, "is replayed, which none of its features says")
+        replayed, replays = isinstance(entry.compute, Replaying), program.replays(net.training)
+        if replayed and not replays:
+            raise self._wrong(number, "is replayed, while a feature of it says that it can't be")
         self.tally.replayed += replayed
-        self.tally.due += due
+        self.tally.due += replays and not any(entry is other for other in self.recovered)
         full = _full(twin, args, program.trained)
         problem = self._differs(found, full, net, twin, args, entry.plan) or _left_behind(net, twin)
         if problem is not None:

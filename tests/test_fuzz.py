@@ -11,8 +11,8 @@ from oracle import jacobian_blocks
 
 SHARE = 0.02
 """Of the calls, so many may be refused by name."""
-REPLAYED = 0.8
-"""Of the calls that the design lets be replayed, so many are: what takes the place of a wrong plan need not be."""
+REPLAYED = 0.9
+"""Of the calls that the design lets be replayed, so many are."""
 JOBS = 20
 """The nightly calls are so many tests, for as many processes."""
 

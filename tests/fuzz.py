@@ -489,7 +489,7 @@ class Forced(Planner):
                 [k for k in registry().values() if not k.wrapper] if self.mode == "methods" else [registry()["Replay"]]
             )
             found = [m for kind in kinds for m in _candidates(kind, problem)]
-            for candidate in self.random.sample(found, min(len(found), 4)):
+            for candidate in self.random.sample(found, min(len(found), 8)):
                 if candidate.unsupported(solid(problem)) is None and _right(candidate, problem, request, seen.quiet):
                     plan = dataclasses.replace(plan, method=candidate.spec())
                     return super()._made(request, seen, problem, plan, candidate)

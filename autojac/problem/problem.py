@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,8 +144,16 @@ class Problem:
 
     def entries(self, output: int, position: int) -> Entries:
         """The entries of one Jacobian in layout `sparse`."""
-        held = self.held and self.held.get((output, position))
-        return held or entries(*self.patterns(output, position))
+        key = (output, position)
+        if key not in self._entries:
+            held = self.held and self.held.get(key)
+            self._entries[key] = held or entries(*self.patterns(output, position))
+        return self._entries[key]
+
+    @functools.cached_property
+    def _entries(self) -> dict[tuple[int, int], Entries]:
+        # kept here, where a trace of a method that reads their indices finds them
+        return {}
 
     def forward_once(self, recorded: bool = False) -> tuple[str, ...]:
         """Return the operators through which a tangent is pushed that has no right derivative itself.

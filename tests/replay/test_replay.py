@@ -938,3 +938,20 @@ def test_nothing_of_the_recorded_run_is_kept(grad: bool) -> None:
     # cotangents that are the same in each run are kept, two numbers for each of 500 samples and rows
     assert held() <= before + (16000 if grad else 0)
     assert nodes() <= others
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_method_that_reads_the_indices_of_its_entries_is_replayed(trained: bool, engine: str) -> None:
+    func, x = (
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double().requires_grad_(trained),
+        torch.randn(4, 3, dtype=torch.float64),
+    )
+    jac = forced(func, (x,), replay({"method": "Pull", "seeds": "identity", "engine": engine}), layout="sparse")
+    jac(x)
+    (entry,) = jac._entries.values()
+    assert entry.problem.surroundings is not None
+    (line,) = entry.problem.surroundings.traces
+    assert "operators left" in line
+    full = torch.block_diag(*jacobian_blocks(func, (x,)))
+    compare(jac(x).to_dense(), full)

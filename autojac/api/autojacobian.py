@@ -17,10 +17,10 @@ from torch import Tensor
 
 from autojac.api.derived import Derived
 from autojac.api.low_rank_factors import Factors, factored, require_one, without_sharing
-from autojac.api.parameters import ModuleFunction, module_function
 from autojac.autodiff.primitives import hooked, saved_tensors_apart, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import Frame, describe, recording
+from autojac.core.module_function import ModuleFunction, module_function
 from autojac.core.options import OnMiss, Options, OptionValues, Randomness, Verify, check_budget
 from autojac.core.plan import Effort, Plan, effort_rank
 from autojac.core.ranks import silent
@@ -144,7 +144,8 @@ class AutoJacobian(Derived):
         self._lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
 
     def __repr__(self) -> str:
-        return f"AutoJacobian({self._planner.stored.function_name}, {len(self._entries)} plans in use)"
+        count = len(self._entries)
+        return f"AutoJacobian({self._planner.stored.function_name}, {count} plan{'' if count == 1 else 's'} in use)"
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """What another wrapper's fingerprint sees of this one: the plans found here change no result."""

@@ -42,6 +42,11 @@ class Frame:
         self.has_aux = options.has_aux
         self.argnums = argnums = options.argnums
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
+        if not args:
+            raise OptionError(
+                "the positional arguments of a call of func were expected, got none: what is to be differentiated is "
+                "passed by position, also to plan(), tune() and explain(), as in jac.explain(x)"
+            )
         for number in chosen:
             if not -len(args) <= number < len(args):
                 raise OptionError(
@@ -233,10 +238,11 @@ class Frame:
                     "argnums, or differentiate in the weights by AutoJacobian.of_parameters; pass quantities as floats"
                 )
             if tensor.layout != torch.strided or tensor.is_meta:
-                what = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+                what = "is on the meta device, without values" if tensor.is_meta else f"is stored as {tensor.layout}"
+                instead = "a tensor on a device with memory" if tensor.is_meta else "x.to_dense()"
                 raise InputError(
-                    f"tensor argument {position} is {what}; a dense tensor with values was expected. Pass x.to_dense() "
-                    "or leave it out of argnums"
+                    f"tensor argument {position} {what}; a dense tensor with values was expected. Pass {instead}, or "
+                    "leave it out of argnums"
                 )
         # beside a tensor that can carry the batch, a scalar is shared by all samples
         if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):

@@ -102,6 +102,10 @@ class Plan:
     def __str__(self) -> str:
         return expression(self.method)
 
+    def __repr__(self) -> str:
+        timed = "" if self.seconds is None else f", {self.seconds:.3g} s"
+        return f"Plan({self}, {self.structure!r}, effort={self.effort!r}, source={self.source!r}{timed})"
+
     def to_json(self) -> dict[str, Any]:
         """Everything but `trials` and `source`, as plain JSON types."""
         return {

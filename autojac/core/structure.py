@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from autojac.core.pattern import Pattern, Sparsity
@@ -60,6 +60,18 @@ class Structure:
             raise OptionError(f"coupling must be one of {get_args(Coupling)}, got {self.coupling!r}")
         if self.assurance not in get_args(Assurance):
             raise OptionError(f"assurance must be one of {get_args(Assurance)}, got {self.assurance!r}")
+
+    def __repr__(self) -> str:
+        # the evidence is for `print`
+        told = [f"{self.coupling!r}", f"{self.assurance!r}"]
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if field.name != "evidence" and value != field.default:
+                told.append(f"{field.name}={value!r}")
+        return f"Structure({', '.join(told)})"
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.coupling}, {self.assurance}", *(f"  {line}" for line in self.evidence)])
 
     @property
     def independent(self) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options, parse_bytes
 from autojac.core.pattern import Indices
 from autojac.core.plan import Plan, Trial
@@ -107,9 +112,20 @@ class Stored:
 
 
 def function_name(func: Callable[..., Any]) -> str:
-    """A name for people: where the function is defined, or its class."""
+    """Return a human-readable name: where a function is defined, a class, or what a sequence or a partial holds."""
+    if isinstance(func, ModuleFunction):
+        return f"{function_name(func.module)} in its parameters"
+    if isinstance(func, functools.partial):
+        return f"partial({function_name(func.func)})"
+    if isinstance(func, torch.nn.Sequential):
+        kinds = [type(layer).__name__ for layer in func]
+        return f"Sequential({', '.join(kinds if len(kinds) < 5 else [*kinds[:2], '...', kinds[-1]])})"
     named = _named(func)
-    return f"{getattr(named, '__module__', '?')}.{named.__qualname__}"
+    home = getattr(named, "__module__", None) or "?"
+    if named.__qualname__.endswith("<lambda>"):
+        return f"lambda at {Path(func.__code__.co_filename).name}:{func.__code__.co_firstlineno}"
+    name = named.__qualname__.removeprefix("_VariableFunctionsClass.")  # where torch keeps its own
+    return str(name) if home in ("__main__", "builtins") else f"{home}.{name}"
 
 
 def _named(func: Callable[..., Any]) -> Any:

@@ -43,6 +43,7 @@ from autojac.methods.base import Method, build, composable, registry
 from autojac.planning.first_call import look
 from autojac.planning.plan_repository import Keys, Stored
 from autojac.planning.prepared_plan import Entry, Request, Seen, prepared
+from autojac.planning.room import require_room
 from autojac.planning.search.measure import available_bytes
 from autojac.probe import Examined, examine, observe
 from autojac.problem.empty_events import solid
@@ -306,23 +307,29 @@ class Planner:
 
         structure = found.structure
         problem = self.problem(request, seen, structure, found.batched, found.outline)
+        require_room(problem)
         hints = self.stored.hints(seen.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
+        trained = lasting(request.trained, seen.quiet.captured)
+        call = (request.leaves, request.kwargs, trained, seen.quiet)
         with reporter(effort) as progress:
-            trained = lasting(request.trained, seen.quiet.captured)
-            call = (request.leaves, request.kwargs, trained, seen.quiet)
             try:
-                won = search(solid(problem), *call, effort, budget, hints, progress)
+                try:
+                    won = search(solid(problem), *call, effort, budget, hints, progress)
+                except SearchError as error:
+                    if structure.sparsity is None:
+                        raise
+                    # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
+                    structure = structure.without_patterns(f"patterns: they miss entries ({error})")
+                    problem = self.problem(request, seen, structure, found.batched, found.outline)
+                    won = search(solid(problem), *call, effort, budget, hints, progress)
+                    if structure.assurance == "declared":
+                        message = "the declared pattern misses entries, and was left aside. This Jacobian is right"
+                        warn(f"{self.stored.function_name}: {message}", StructureChangedWarning)
             except SearchError as error:
-                if structure.sparsity is None:
+                if self.options.declared is None:
                     raise
-                # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
-                structure = structure.without_patterns(f"patterns: they miss entries ({error})")
-                problem = self.problem(request, seen, structure, found.batched, found.outline)
-                won = search(solid(problem), *call, effort, budget, hints, progress)
-                if structure.assurance == "declared":
-                    message = "the declared pattern misses entries, and was left aside. This Jacobian is right"
-                    warn(f"{self.stored.function_name}: {message}", StructureChangedWarning)
+                raise SearchError(_declared_wrongly(self.options, error)) from error
         plan = Plan(
             won.method.spec(),
             structure,
@@ -372,6 +379,14 @@ class Planner:
         plan = Plan(method.spec(), structure, seen.guess, "estimate", source="estimate")
         compute = prepared(request.frame, problem, method)
         return Entry(request.frame, problem, plan, compute, seen.signature, seen.quiet, next_check=math.inf)
+
+
+def _declared_wrongly(options: Options, error: SearchError) -> str:
+    kind = repr(options.coupling) if isinstance(options.coupling, str) else "Structure(...)"
+    return (
+        f"coupling={kind} was declared for func, and no method that relies on it gives the right Jacobian here. Let "
+        f"autojac find out by coupling='auto', or declare what holds for every input ({error})"
+    )
 
 
 def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor], places: Sequence[Any]) -> Compute:

@@ -128,7 +128,7 @@ class Recorded:
     def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         for one, other in zip(found, expected, strict=False):
             if differs(one, other):
-                raise UnsupportedError("its graph alone does not give what its recorded run gave")
+                raise UnsupportedError("its recorded operators, run again, give other numbers than the recorded run")
 
     def _constants(self) -> list[Tensor]:
         return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]

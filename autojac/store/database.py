@@ -226,6 +226,7 @@ class Database:
         else:
             name = sha256(self.url.render_as_string(hide_password=True).encode()).hexdigest()[:16]
             file = Path(tempfile.gettempdir()) / f"autojac-{name}.lock"
+        file.touch()  # FileLock waits for a file that can't be made, as if another process held it
         try:
             with FileLock(file, timeout=self.timeout_s):
                 yield

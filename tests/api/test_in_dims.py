@@ -167,9 +167,9 @@ def test_auto_takes_rows_for_samples_where_no_slice_runs() -> None:
     [
         (2, "in_dims is 2 for argument 0, a tensor of shape (4, 3)"),
         (-3, "in_dims is -3 for argument 0"),
-        (0.0, "in_dims is 0.0 for argument 0"),
-        (True, "in_dims is True for argument 0"),
-        ("rows", "in_dims is 'rows'"),
+        (0.0, "got 0.0"),
+        (True, "got True"),
+        ("rows", "got 'rows'"),
         ((0,), "in_dims has 1 entries for 2 positional arguments"),
         ((0, 0, 0), "in_dims has 3 entries for 2 positional arguments"),
         ((0, {"z": 0}), "in_dims is {'z': 0} for argument 1, whose nest is another"),

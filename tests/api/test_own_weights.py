@@ -15,7 +15,7 @@ from test_parameters import by_rows, estimated
 from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, OutputError, PlanStore, StructureChangedWarning, UnsupportedError
-from autojac.api.parameters import parameters_replaced
+from autojac.core.module_function import parameters_replaced
 from harness import compare
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian
-from autojac.api.parameters import ModuleFunction
+from autojac.core.module_function import ModuleFunction
 from autojac.core.sandbox import Quiet
 from autojac.methods.pull import Pull
 from autojac.methods.statistics import Statistics

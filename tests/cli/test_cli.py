@@ -308,7 +308,7 @@ def test_a_refuted_plan_says_so(own_store: Path) -> None:
         ([*TUNE, "--device", "meta"], "it computes nothing"),
         ([*TUNE, "--budget", "soon"], "'soon' is no time"),
         ([*TUNE, "--memory-limit", "much"], "memory_limit must be bytes"),
-        ([*TUNE, "--memory-limit", "1"], "within the limits"),
+        ([*TUNE, "--memory-limit", "1"], "the Jacobian alone takes"),
         ([*TUNE, "--effort", "hard"], "'hard' is not one of"),
         ([*TUNE, "--argnums", "x"], "positions of arguments"),
         ([*TUNE, "--argnums", "1"], "argnums names argument 1"),

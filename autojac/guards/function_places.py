@@ -53,7 +53,7 @@ class LookedUp(Walk):
     def __init__(self) -> None:
         super().__init__()
         self.places: list[Place] = []
-        self.codes: set[types.CodeType] = set()
+        self._codes: dict[int, types.CodeType] = {}
         self.reason = ""
         self.called: dict[int, str] = {}
         self._known: set[tuple[int, type]] = set()
@@ -89,8 +89,13 @@ class LookedUp(Walk):
             self._scope = function
         super()._function(function)
 
+    @property
+    def codes(self) -> tuple[types.CodeType, ...]:
+        """Those of equal source, as of a cell that ran twice, are equal, and each of them runs."""
+        return tuple(self._codes.values())
+
     def _code(self, code: types.CodeType) -> None:
-        self.codes.add(code)
+        self._codes[id(code)] = code
         super()._code(code)
 
     def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:

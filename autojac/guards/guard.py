@@ -46,7 +46,7 @@ class Guard:
 
     reason: str
     tensors: tuple[Tensor, ...]
-    codes: frozenset[types.CodeType]
+    codes: tuple[types.CodeType, ...]
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self._func = func
@@ -80,7 +80,7 @@ class Guard:
         reached.follow(self._func)
         self.reason = reached.reason
         self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors}.values())
-        self.codes = frozenset(reached.codes)
+        self.codes = reached.codes
         self._places = tuple(reached.places)
         self._names = reached.called
         self._hold()

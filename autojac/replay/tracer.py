@@ -141,7 +141,7 @@ class _Run:
         self.sources: list[Tensor] = []
         self.pulls: list[Pulled] = []
 
-    def record(self, prepare: Prepare, codes: frozenset[CodeType]) -> Compute:
+    def record(self, prepare: Prepare, codes: tuple[CodeType, ...]) -> Compute:
         """Prepare the method and run it, and pull back through the result."""
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))

@@ -955,3 +955,17 @@ def test_a_method_that_reads_the_indices_of_its_entries_is_replayed(trained: boo
     assert "operators left" in line
     full = torch.block_diag(*jacobian_blocks(func, (x,)))
     compare(jac(x).to_dense(), full)
+
+
+def test_functions_of_equal_code_are_replayed() -> None:
+    """A cell of a notebook that runs twice makes two code objects that are equal."""
+    module, x = (
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double().requires_grad_(False),
+        torch.randn(4, 3, dtype=torch.float64),
+    )
+    cell = "module[0].register_forward_hook(lambda layer, args, out: out * 1.5)"
+    for _ in range(2):
+        exec(compile(cell, "<cell>", "exec"), {"module": module})
+    jac = forced(module, (x,), replay(LOOP))
+    compare(jac(x), jacobian_blocks(module, (x,)))
+    assert traces(jac) == 1

@@ -638,7 +638,8 @@ class _Run:
         announced = any(issubclass(w.category, autojac.AutojacWarning) for w in caught)
         self.tally.announced += announced
         (entry,) = (e for e in self.jac._entries.values() if e.calls != before.get(id(e)))
-        replayed, replays = isinstance(entry.compute, Replaying), program.replays(net.training)
+        served = entry.compute if isinstance(entry.compute, Replaying) else None
+        replayed, replays = served is not None and served.ready is not None, program.replays(net.training)
         if replayed and not replays:
             raise self._wrong(number, "is replayed, while a feature of it says that it can't be")
         self.tally.replayed += replayed

@@ -101,12 +101,15 @@ def test_the_default_takes_part_in_every_shoot_out(net: nn.Module, monkeypatch: 
         seen.append(len(runs))
         return true(runs, *rest)
 
+    clock = itertools.count()
+    monkeypatch.setattr(optimize.time, "monotonic", lambda: 1e-3 * next(clock))
     monkeypatch.setattr(shoot_out, "FINALISTS", 1)
     monkeypatch.setattr(measure, "interleaved", watched)
     plan = tuned(net).plan(torch.randn(64, 3, dtype=torch.float64))
     assert plan.default_seconds is not None
     # the fastest, where that needs torch.func one that does not, and the default
-    assert seen in ([2], [3], [])
+    assert len(seen) == 1
+    assert seen[0] in (2, 3)
 
 
 def test_inside_the_noise_the_default_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,20 +199,17 @@ def test_migrations_make_the_models_tables(tmp_path: Path) -> None:
 def test_a_hit_imports_neither_alembic_nor_filelock(tmp_path: Path) -> None:
     path = filled(tmp_path / "plans.db")
     script = f"""
-import sys, time
+import sys
 from autojac.store import Key
 assert "sqlalchemy" not in sys.modules, "the package is light until a store is made"
 from autojac.store import PlanStore
 op, env = Key({OP.digest!r}, {{}}), Key({ENV.digest!r}, {{}})
 store = PlanStore({str(path)!r})
-started = time.perf_counter()
 assert store.find(op, env) is not None
-print(time.perf_counter() - started)
 assert not {{"alembic", "filelock", "optuna"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], env=child_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.1  # 3 ms on an idle machine; a busy one only has to show that nothing heavy ran
 
 
 def child_env() -> dict[str, str]:

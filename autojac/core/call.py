@@ -44,8 +44,8 @@ class Frame:
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
         if not args:
             raise OptionError(
-                "the positional arguments of a call of func were expected, got none: what is to be differentiated is "
-                "passed by position, also to plan(), tune() and explain(), as in jac.explain(x)"
+                "the positional arguments of a call of func were expected, got none. To plan(), tune() and explain() "
+                "too, pass by position what is to be differentiated, as in jac.explain(x)"
             )
         for number in chosen:
             if not -len(args) <= number < len(args):

@@ -39,7 +39,6 @@ from autojac.errors import (
 from autojac.graph.operators import custom_functions
 from autojac.guards.captures import Captures, captures
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
-from autojac.guards.reads import MOST_CHANGES
 from autojac.methods.base import composable
 from autojac.planning.explain import explanation
 from autojac.planning.fast_path import Again, again, never
@@ -262,7 +261,7 @@ class AutoJacobian(Derived):
             return self._composed(args, kwargs)
         surroundings = self._planner.surroundings
         state, moved = surroundings.observe() if self._observes else (None, False)
-        if moved or (self._replays and not surroundings.steady()):
+        if moved or (self._replays and not surroundings.is_unchanged()):
             # what func holds may be others now, which require grad
             self._captured = None
         key = self._key(args, kwargs)
@@ -301,7 +300,7 @@ class AutoJacobian(Derived):
     def _absorb(self, entry: Entry) -> None:
         """Take what func has changed by itself for no change; asked until it is seen to change nothing."""
         surroundings = self._planner.surroundings
-        if surroundings.fresh and entry.observed:
+        if surroundings.is_new and entry.observed:
             entry.absorb(surroundings.absorb())
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
@@ -459,10 +458,10 @@ class AutoJacobian(Derived):
                 result = entry.plainly(leaves, kwargs)
             return entry, result
         if wrong is None and result is not None:
-            if noticed.what == "function" and entry.renewals < MOST_CHANGES:
+            if noticed.what == "function":
                 self._captured = captures(self.func)
-                if entry.reads is not None:
-                    entry.renew(self.func, self._captured)
+                if entry.contents_decide:
+                    entry.hold(self._captured)
             if not entry.last_check and entry.problem.differentiable:
                 self._tell_untrained(reference, result, kwargs)
             entry.checked(self.options.verify)

@@ -100,7 +100,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     ready = replaying.ready
     assert ready is not None
     captured = ready.captured if ready.kept is None else ready.kept()
-    forward, steady = ready.trace.forward, replaying.surroundings.steady
+    forward, steady = ready.trace.forward, replaying.surroundings.is_unchanged
     shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
     return measure.interleaved(runs, x.device, shortest, rounds, until)

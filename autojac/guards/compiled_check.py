@@ -20,7 +20,7 @@ from torch import Tensor
 from autojac.guards.places import ABSENT, Bytes, Cells, Fields, Items, Members, Names, Pinned, Place, class_dict
 from autojac.guards.tensor_metadata import Metadata
 
-Held = tuple[Place, list[Any], list[Any]]
+Reading = tuple[Place, list[Any], list[Any]]
 """A place with the keys and the values that it held."""
 
 _FIELDS: Final = {
@@ -72,19 +72,19 @@ class _Probe:
         self.stored = 0
 
 
-def checker(held: Callable[[], Sequence[Held]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
+def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
     """Write the function that compares places with what they hold at this moment.
 
     Args:
-        held: looks into the places.
+        read: reads the places.
         places: where to look.
         metadata: of the tensors in these places.
     """
     version = dict_version()
     dicts = [place.owner for place in places if isinstance(place, Items)] if version else []
-    versions = {id(owner): version(owner) for owner in dicts} if version else {}  # before the look: a race then fails
+    versions = {id(owner): version(owner) for owner in dicts} if version else {}  # before reading: a race fails
     draft = _Draft()
-    for place, keys, values in held():
+    for place, keys, values in read():
         draft.place(place, keys, values, versions)
     if draft.empty:
         draft.terms.append(f"not any({draft.constant(tuple(draft.empty))})")
@@ -219,7 +219,7 @@ def _compiled(terms: tuple[str, ...], variables: int) -> types.CodeType:
 
 
 def _same(place: Place, keys: list[Any], values: list[Any]) -> bool:
-    now, held = place.look()
+    now, held = place.read()
     alike = len(now) == len(keys) and len(held) == len(values)
     return alike and all(map(operator.is_, now, keys)) and all(map(operator.is_, held, values))
 

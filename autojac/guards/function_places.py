@@ -72,13 +72,14 @@ class LookedUp(Walk):
         self.places.append(place)
         if isinstance(place, Items) and isinstance(place.owner, OrderedDict) and len(dict.keys(place.owner)):
             self.places.append(Members(place.owner, place.name))
-        for name, value in zip(*place.look(), strict=True):
+        for name, value in zip(*place.read(), strict=True):
             if type(value) not in SCALARS:
                 self.called.setdefault(id(value), place.label(name))
 
     def _function(self, function: types.FunctionType) -> None:
         if vars(function).get("_torchdynamo_orig_callable") is not None:
             self.refuse("it calls what torch.compile has compiled")
+            super()._function(function)
             return
         name = function.__name__
         if function.__closure__:

@@ -1,27 +1,25 @@
-"""What a function reads beside its arguments, watched once for all that was traced of it."""
+"""The states of everything that a function reads besides its arguments, for all plans of that function."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autojac.guards.guard import Guard
+from autojac.guards.guard import Change, Guard
+from autojac.guards.places import Spot
 
 MOST_LINES = 8
 MOST_STATES = 4
 """States that are told apart: train and eval mode, say."""
 MOST_CHANGES = 8
 CALLS_A_CHANGE = 200
-"""Past `MOST_CHANGES` one more for so many calls: what changes all the time is left to scheduled checks."""
-
-_function_modes = torch._C._len_torch_function_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+"""Past `MOST_CHANGES` one more for so many calls: a place that changes all the time is left to scheduled checks."""
 
 
 @dataclass
@@ -29,13 +27,15 @@ class State:
     """One state of what a function reads.
 
     Attributes:
-        guard: holds it.
+        guard: tells whether the function is in it.
         number: tells it from others.
+        kind: the number of the first state that differs from it in nothing but what changes all the time.
         tensors: what the function holds in it; they may be exchanged for others like them.
     """
 
     guard: Guard
     number: int
+    kind: int
     tensors: list[Tensor]
 
 
@@ -49,7 +49,7 @@ class Surroundings:
         lock: held while something is traced or compared.
         version: counts the changes that were noticed, exchanged tensors included.
         traces: a line for each of the last traces that were made, for people.
-        fresh: the present state is new, so that the function may have brought it about itself.
+        is_new: the present state is new, so that the function may have brought it about itself.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
@@ -57,11 +57,16 @@ class Surroundings:
         self.lock = threading.RLock()
         self.version = 0
         self.traces: deque[str] = deque(maxlen=MOST_LINES)
+        self.is_new = True
         self._states: deque[State] = deque(maxlen=MOST_STATES)
         self._numbers = 0
-        self._calls = self._changes = 0
-        self._observed = -1
-        self.fresh = True
+        self._calls = 0
+        self._changes: dict[Spot, int] = {}
+        self._owners: dict[Spot, Any] = {}  # kept, so that no other object gets their ids
+        self._ignored: frozenset[Spot] = frozenset()
+        self._reconsidered = 0
+        self._tensors_matter = False
+        self._observed: Callable[[], bool] | None = None
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """What is watched is no part of what watches."""
@@ -69,95 +74,129 @@ class Surroundings:
 
     @property
     def present(self) -> State:
-        """The state as it was when last looked at."""
+        """The state as of the last comparison."""
         if not self._states:
             with self.lock:
                 if not self._states:
-                    self._enter()
+                    self._enter(None)
         return self._states[-1]
 
     def settled(self) -> State:
-        """The state as it is now."""
+        """Return the state as it is now."""
         with self.lock:
-            if not self.steady():
-                self.look()
+            if not self.is_unchanged():
+                self.refresh()
             return self.present
 
-    def steady(self) -> bool:
-        """Whether everything is as it was when last looked at: asked in every call."""
-        return bool(self._states) and self._states[-1].guard.holds()
+    def is_unchanged(self) -> bool:
+        """Check whether everything is as it was at the last comparison; quick."""
+        return bool(self._states) and self._states[-1].guard.is_unchanged()
 
-    def observe(self) -> tuple[int | None, bool]:
-        """Look at the state before a call.
+    def observe(self) -> tuple[int, bool]:
+        """Look before a call whether the function has changed, but for what changes all the time.
 
         Returns:
-            Its number, None where nothing is looked at; and whether anything is other than at the last call.
+            The kind of the state, and whether anything differs from the last call.
         """
         self._calls += 1
-        if self._changes > MOST_CHANGES + self._calls // CALLS_A_CHANGE or _function_modes() or _dispatch_modes():
-            return None, False
-        if self._observed == self.version and self.steady():
-            return self._states[-1].number, False
-        self._changes += self._observed >= 0
-        number = self.settled().number
-        self._observed, self.fresh = self.version, True
-        return number, True
+        if self._observed is not None and self._calls != self._reconsidered and self._observed():
+            return self._states[-1].kind, False
+        self.is_new = True
+        return self._observe(), True
 
-    def absorb(self) -> int | None:
+    def absorb(self) -> int:
         """Take what a call of the function has itself changed, such as a counter of its calls, for no change.
 
         Returns:
-            The number of the state after the call; None if that is not known.
+            The kind of the state after the call.
         """
-        if self._changes > MOST_CHANGES + self._calls // CALLS_A_CHANGE or _function_modes() or _dispatch_modes():
-            return None
-        # before the first look nothing is known of what a call changes
-        self.fresh = not self._states or not self.steady()
-        self._changes += self.fresh and self._observed >= 0
-        number = self.settled().number
-        self._observed = self.version
-        return number
+        self.is_new = self._observed is None or not self._observed()
+        return self._observe() if self.is_new else self._states[-1].kind
 
-    def look(self) -> str:
-        """Find out what has changed, and take it as it is now.
+    def refresh(self) -> str:
+        """Find out what has changed, and compare from now on with the state as it is now.
 
         Returns:
-            What is other than before, in a word or two; empty if nothing is but perhaps some tensors, exchanged for
-            others like them.
+            A human-readable name of what differs; empty if nothing does but perhaps some tensors, exchanged for others
+            like them.
         """
         with self.lock:
-            what = self._settled(self.present)
-            if what:
-                earlier = next((state for state in self._states if not self._settled(state)), None)
+            change = self._settle(self.present)
+            if change.what:
+                earlier = next((state for state in self._states if not self._settle(state).what), None)
                 if earlier is None:
-                    self._enter()
+                    self._enter(change)
                 else:
                     self._states.remove(earlier)
                     self._states.append(earlier)
                 self.version += 1
-            return what
+            elif change.tensors and not self._tensors_matter:
+                self._count(change.exchanged)
+            return change.what
+
+    def watch_tensors(self) -> None:
+        """Notice every tensor that is exchanged from now on, however often: the values of some decide."""
+        with self.lock:
+            if not self._tensors_matter:
+                self._tensors_matter, self._observed = True, None
+                self._changes.clear()
 
     @property
     def reason(self) -> str:
-        """Why not all that the function reads can be listed; empty if it can, or where nobody has looked."""
+        """Why not everything the function reads can be listed; empty if it can, or where nothing was listed yet."""
         return self._states[-1].guard.reason if self._states else ""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether `observe` notices everything that Python can change."""
+        return bool(self._states) and not self.reason and not self._ignored
+
     def lines(self) -> list[str]:
-        """What of the function was traced, or why nothing can be."""
+        """Say what of the function was traced, or why nothing can be."""
         reason = self.reason
         return [f"replay: not possible, {reason}"] if reason else list(self.traces)
 
-    def _settled(self, state: State) -> str:
-        """Take a state for the present one, but for tensors; else what speaks against that."""
-        change = state.guard.compare()
+    def _observe(self) -> int:
+        # a mode of the caller's, such as another default device, would see what is read of tensors
+        with self.lock, torch._C.DisableTorchFunction():
+            state = self.settled()
+            changes = {spot: count for spot, count in self._changes.items() if count > self._most_changes}
+            self._ignored = frozenset(changes)
+            self._reconsidered = CALLS_A_CHANGE * (min(changes.values(), default=0) - MOST_CHANGES)
+            self._observed = state.guard.is_unchanged_besides(self._ignored)
+            return state.kind
+
+    @property
+    def _most_changes(self) -> int:
+        return MOST_CHANGES + self._calls // CALLS_A_CHANGE
+
+    def _settle(self, state: State) -> Change:
+        """Take a state for the present one, but for tensors; else return what speaks against that."""
+        change = state.guard.diff()
         if not change.what:
             if change.tensors:
                 state.tensors = [change.tensors.get(id(tensor), tensor) for tensor in state.tensors]
                 self.version += 1
-            state.guard.renew()
-        return change.what
+            state.guard.rebase()
+        return change
 
-    def _enter(self) -> None:
+    def _enter(self, change: Change | None) -> None:
         guard = Guard(self.func)
         self._numbers += 1
-        self._states.append(State(guard, self._numbers, list(guard.tensors)))
+        kind = self._numbers if change is None else self._kind(change)
+        self._states.append(State(guard, self._numbers, kind, list(guard.tensors)))
+
+    def _kind(self, change: Change) -> int:
+        for state, spots in ((state, state.guard.diff().spots) for state in reversed(self._states)):
+            if spots and all(map(self._is_ignored, spots)):
+                return state.kind
+        self._count(change.spots)
+        return self._numbers
+
+    def _is_ignored(self, spot: Spot) -> bool:
+        return spot in self._ignored or (*spot[:2], None) in self._ignored
+
+    def _count(self, spots: Mapping[Spot, Any]) -> None:
+        for spot, owner in spots.items():
+            self._changes[spot] = self._changes.get(spot, 0) + 1
+            self._owners[spot] = owner

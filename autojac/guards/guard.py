@@ -1,77 +1,87 @@
-"""Hold a trace of a callable to what the callable was when it was traced."""
+"""Compare all that a callable reads besides its arguments with what it read before."""
 
 from __future__ import annotations
 
 import struct
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from autojac.guards.compiled_check import Held, checker
+from autojac.guards.compiled_check import Reading, checker
 from autojac.guards.object_places import Reached
-from autojac.guards.places import Place
+from autojac.guards.places import Place, Spot
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
 
+_NOWHERE: Final[Mapping[Spot, Any]] = MappingProxyType({})
+
 
 class Change(NamedTuple):
-    """What is other than it was.
+    """What differs from before.
 
     Attributes:
-        what: a short name of the first thing other than a tensor; empty if there is none.
-        tensors: where nothing else has changed, the tensor that now stands wherever another stood, by the id of that.
+        what: a human-readable name of the first difference; empty if there is none but exchanged tensors.
+        tensors: where nothing else differs, the tensor that now stands wherever another stood, by the id of that one.
+        spots: where it differs, with the objects that these ids belong to.
+        exchanged: where tensors were exchanged, likewise.
     """
 
     what: str
     tensors: dict[int, Tensor]
+    spots: Mapping[Spot, Any] = _NOWHERE
+    exchanged: Mapping[Spot, Any] = _NOWHERE
 
 
 class Guard:
-    """Everything that a callable reads besides its arguments, and whether it is still the same.
+    """Everything that a callable reads besides its arguments, and whether it is unchanged.
 
-    Not looked at: the values of tensors, which a replay reads anew; `__dict__` and hooks of torch's own modules that
-    are set past the attributes that hold them; what is computed from outside the process.
+    Not compared: the values of tensors, which a replay reads in each call; `__dict__` and hooks of torch's own modules
+    that are set past the attributes that hold them; what is computed from outside the process.
 
     Args:
         func: the callable.
 
     Attributes:
-        reason: why what `func` reads can't be listed, as a sentence; empty if it can.
+        reason: why not everything that `func` reads can be listed, as a sentence; empty if it can. What can be listed
+            is compared in any case.
         tensors: the distinct tensors that it reaches: parameters, buffers, those in closures, globals and attributes.
         codes: the code of every function of the user's that it reaches, nested functions included.
+        is_unchanged: tells whether everything is the object that it was; quick, and runs none of the user's code.
+            `rebase` replaces it.
     """
 
     reason: str
     tensors: tuple[Tensor, ...]
     codes: tuple[types.CodeType, ...]
+    is_unchanged: Callable[[], bool]
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self._func = func
         self._walk()
 
-    def holds(self) -> bool:
-        """Whether everything is the object that it was; quick, and runs none of the user's code."""
-        return self._unchanged()
+    def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
+        """Return what tells whether everything but these spots is from now on what it is now."""
+        if not spots:
+            return self.is_unchanged
+        places = [rest for place in self._places if (rest := place.without(spots)) is not None]
+        tensors = tuple(tensor for tensor in self.tensors if _spot(tensor) not in spots)
+        return checker(lambda: [(place, *place.read()) for place in places], places, Metadata(tensors))
 
-    @property
-    def check(self) -> Callable[[], bool]:
-        """What `holds` calls, for who asks in every call; to be fetched again after `renew`."""
-        return self._unchanged
-
-    def compare(self) -> Change:
-        """Tell a change from its appearance, such as an attribute set to what it was; slow."""
+    def diff(self) -> Change:
+        """Distinguish real changes from writes without effect, such as an attribute set to its old value; slow."""
         try:
-            return _Comparison(self._names, self._metadata).of(self._held)
+            return _Comparison(self._names, self._metadata).of(self._readings)
         except RuntimeError:  # another thread is writing there
             return Change("something that another thread is changing", {})
 
-    def renew(self) -> None:
-        """Take the present state as the one to hold against; where it differs, all attributes are made anew."""
-        if self.compare() == Change("", {}):
-            self._hold()
+    def rebase(self) -> None:
+        """Compare from now on with the present state; where it differs, everything is listed again."""
+        if self.diff() == Change("", {}):
+            self._compile()
         else:
             self._walk()
 
@@ -83,19 +93,19 @@ class Guard:
         self.codes = reached.codes
         self._places = tuple(reached.places)
         self._names = reached.called
-        self._hold()
+        self._compile()
 
-    def _hold(self) -> None:
+    def _compile(self) -> None:
         self._metadata = Metadata(self.tensors)
-        self._unchanged = checker(self._look, self._places, self._metadata)
+        self.is_unchanged = checker(self._read, self._places, self._metadata)
 
-    def _look(self) -> Sequence[Held]:
-        self._held = [(place, *place.look()) for place in self._places]
-        return self._held
+    def _read(self) -> Sequence[Reading]:
+        self._readings = [(place, *place.read()) for place in self._places]
+        return self._readings
 
 
 class _Comparison:
-    """One look at all places beside what they held."""
+    """One comparison of all places with what they held."""
 
     def __init__(self, names: dict[int, str], metadata: Metadata) -> None:
         self._names = names
@@ -103,37 +113,49 @@ class _Comparison:
         self._metadata = metadata
         self._now: dict[int, Tensor] = {}
         self._was: dict[int, Tensor] = {}
+        self._differing: list[str] = []
+        self._spots: dict[Spot, Any] = {}
+        self._exchanged: dict[Spot, Any] = {}
 
-    def of(self, held: Sequence[Held]) -> Change:
-        for place, keys, values in held:
-            if what := self._place(place, keys, values):
-                return Change(what, {})
+    def of(self, readings: Sequence[Reading]) -> Change:
+        for place, keys, values in readings:
+            self._place(place, keys, values)
+        self._tensors()
+        if self._differing:
+            return Change(self._differing[0], {}, self._spots)
+        if len({id(tensor) for tensor in self._now.values()}) < len(self._now):
+            return Change("a tensor that stands for two", {})
+        swapped = {number: now for number, now in self._now.items() if now is not self._was[number]}
+        return Change("", swapped, _NOWHERE, self._exchanged)
+
+    def _place(self, place: Place, keys: list[Any], values: list[Any]) -> None:
+        now, found = place.read()
+        differing = [old for old, new in zip(keys, now, strict=False) if not alike(old, new)]
+        differing += max(keys, now, key=len)[min(len(keys), len(now)) :]
+        if differing:
+            self._differs(place.label(differing[0]), place.spot(), place.owner)
+            return
+        for key, old, new in zip(keys, values, found, strict=True):
+            if id(old) in self._known and type(new) is type(old):  # isinstance would ask a stranger for its class
+                if not self._swap(old, new):
+                    self._differs(place.label(key), place.spot(key), place.owner)
+                elif new is not old:
+                    self._exchanged[place.spot(key)] = place.owner
+            elif not alike(old, new):
+                self._differs(place.label(key), place.spot(key), place.owner)
+
+    def _tensors(self) -> None:
         tensors = self._metadata.tensors
         for tensor, known, hooked in zip(tensors, self._metadata.known, self._metadata.hooked, strict=True):
             name = self._names.get(id(tensor), "a tensor")
             if described(tensor) != known:
-                return Change(f"shape, type or requires_grad of {name}", {})
-            if bool(tensor._backward_hooks) != hooked:
-                return Change(f"hook of {name}", {})
-        if len({id(tensor) for tensor in self._now.values()}) < len(self._now):
-            return Change("a tensor that stands for two", {})
-        swapped = {number: now for number, now in self._now.items() if now is not self._was[number]}
-        return Change("", swapped)
+                self._differs(f"shape, type or requires_grad of {name}", _spot(tensor), tensor)
+            elif bool(tensor._backward_hooks) != hooked:
+                self._differs(f"hook of {name}", _spot(tensor), tensor)
 
-    def _place(self, place: Place, keys: list[Any], values: list[Any]) -> str:
-        now, found = place.look()
-        for old, new in zip(keys, now, strict=False):
-            if not alike(old, new):
-                return place.label(old)
-        if len(now) != len(keys):
-            return place.label(max(keys, now, key=len)[min(len(keys), len(now))])
-        for key, old, new in zip(keys, values, found, strict=True):
-            if id(old) in self._known and type(new) is type(old):  # isinstance would ask a stranger for its class
-                if not self._swap(old, new):
-                    return place.label(key)
-            elif not alike(old, new):
-                return place.label(key)
-        return ""
+    def _differs(self, label: str, spot: Spot, owner: Any) -> None:
+        self._differing.append(label)
+        self._spots[spot] = owner
 
     def _swap(self, old: Tensor, new: Tensor) -> bool:
         """Whether a tensor may stand for another, as it does elsewhere."""
@@ -142,6 +164,10 @@ class _Comparison:
         self._was[id(old)] = old
         known = self._known[id(old)]
         return new is old or (known == described(new) and not new._backward_hooks and not new.__dict__)
+
+
+def _spot(tensor: Tensor) -> Spot:
+    return id(tensor), Tensor, None
 
 
 def alike(one: Any, other: Any) -> bool:

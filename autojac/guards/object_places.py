@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autojac.guards.compiled_functions import COMPILED
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.function_places import LookedUp
 from autojac.guards.places import (
@@ -38,7 +39,7 @@ MOST_BYTES: Final = 4096
 """An array of numpy's is compared with its copy in every call up to this size."""
 
 MOST_ITEMS: Final = 10_000
-"""A container is compared element by element in every call up to this size."""
+"""A longer container is compared in every call like any other, but nothing is replayed."""
 
 _PARTS: Final = tuple((name, operator.attrgetter(name)) for name in ("func", "args", "keywords"))
 _TENSORS: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -81,8 +82,10 @@ class Reached(LookedUp):
         # not by `_place`, which would take note of what thousands of functions are called
         self.places += [Callables(vars(module), name) for module, name in _OF_ALL_CODE]
         self.visit(func)
-        if any(id(referent) not in self._order for referent in self._weak):
-            self.refuse("it holds a weak reference to what nothing else of it holds")
+        for referent in self._weak:  # grows meanwhile
+            if id(referent) not in self._order:
+                self.refuse("it holds a weak reference to what nothing else of it holds")
+                self.visit(referent)
 
     def _named(self, label: str, /, **parts: Any) -> None:
         for part in parts.values():
@@ -153,10 +156,10 @@ class Reached(LookedUp):
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             self.refuse("it calls what torch.jit has compiled")
+            super()._module(module)
             return
-        if kind.__module__ == "torch._dynamo.eval_frame":
+        if kind.__module__ == COMPILED:
             self.refuse("it calls what torch.compile has compiled")
-            return
         name = kind.__name__
         kept = vars(module)
         self._place(Items(kept, f"attribute {{}} of {name}"))
@@ -209,7 +212,6 @@ class Reached(LookedUp):
         name = self.called.get(id(obj), kind.__name__)
         if len(obj) > MOST_ITEMS:
             self.refuse(f"it holds a {kind.__name__} of {len(obj)} elements; make it a tensor")
-            return
         if isinstance(obj, dict):
             self._place(Items(obj, name))
         elif isinstance(obj, types.MappingProxyType):
@@ -226,10 +228,11 @@ class Reached(LookedUp):
             return
         reader = state_reader(kind)
         slots = slot_readers(kind)
-        unread = reader is None and any("__dict__" in vars(base) for base in kind.__mro__)
-        if unread or ((reader or slots) and hidden_state(kind)):
+        if reader is None and any("__dict__" in vars(base) for base in kind.__mro__):
             self._give_up(kind)
             return
+        if (reader or slots) and hidden_state(kind):
+            self._give_up(kind)
         name = kind.__name__
         fields: tuple[tuple[str, Any], ...] = (("class", type),)
         if reader is not None:
@@ -243,10 +246,9 @@ class Reached(LookedUp):
     def _reduced(self, obj: Any, kind: type) -> None:
         if isinstance(obj, operator.methodcaller) and ESCAPES & set(obj.__reduce__()[1]):
             self.refuse("it may read values of a tensor")
-        elif _immutable(kind):
-            super()._reduced(obj, kind)
-        else:
+        if not _immutable(kind):
             self._give_up(kind)
+        super()._reduced(obj, kind)
 
 
 def _immutable(kind: type) -> bool:

@@ -8,13 +8,16 @@ import importlib.machinery
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor
 
 ABSENT: Final = type("Absent", (), {"__repr__": lambda self: "absent"})()
+Spot = tuple[int, type, str | None]
+"""Identifies what may change: the id of an owner, the kind of place, and a key; None stands for all of the place."""
+
 PYTHON_CACHES: Final = frozenset(
     ("__slotnames__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__")
 )
@@ -37,26 +40,38 @@ class Place:
     owner: Any
     name: str
 
-    def look(self) -> tuple[list[Any], list[Any]]:
-        """The keys and the values held now, without running any code of the user's."""
+    def read(self) -> tuple[list[Any], list[Any]]:
+        """Return the keys and the values held now, without running any code of the user's."""
         raise NotImplementedError
 
     def label(self, key: Any) -> str:
-        """What a person calls the thing at a key."""
+        """Return a human-readable name of the thing at a key."""
         return self.name.replace("{}", str(key) if type(key) in (str, int) else type(key).__name__)
+
+    def spot(self, key: Any = None) -> Spot:
+        """Return what identifies the thing at a key, as long as the owner lives; by default the whole place."""
+        return id(self.owner), type(self), key if type(key) is str else None
+
+    def without(self, spots: Collection[Spot]) -> Place | None:
+        """Return what is left of the place without some spots; None if that is nothing."""
+        owner, kind, whole = self.spot()
+        keys = {key for number, other, key in spots if number == owner and other is kind}
+        if whole in keys:
+            return None
+        return Rest(self.owner, self.name, self, frozenset(keys)) if keys else self
 
 
 class Items(Place):
     """A dict and everything in it that counts."""
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return list(dict.keys(self.owner)), list(dict.values(self.owner))
 
 
 class Attributes(Items):
     """The attributes of a class or a module, without what Python keeps there for itself."""
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         items = [(key, value) for key, value in dict.items(self.owner) if key not in PYTHON_CACHES]
         return [key for key, _ in items], [value for _, value in items]
 
@@ -64,7 +79,7 @@ class Attributes(Items):
 class Callables(Items):
     """The functions in a library's module, which may be replaced; what it imports when asked is left out."""
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         items = [(key, value) for key, value in dict.items(self.owner) if isinstance(value, _FUNCTIONS)]
         return [key for key, _ in items], [value for _, value in items]
 
@@ -75,7 +90,7 @@ class Members(Place):
     Those of a tuple too, which can't change but shows where a tensor stands.
     """
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         base = next(base for base in _BASES if issubclass(type(self.owner), base))
         values = list(base.__iter__(self.owner))
         return list(range(len(values))), values
@@ -87,7 +102,7 @@ class Names(Place):
 
     names: tuple[str, ...]
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return list(self.names), [dict.get(self.owner, name, ABSENT) for name in self.names]
 
 
@@ -97,7 +112,7 @@ class Cells(Place):
 
     names: tuple[str, ...]
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return list(self.names), [_content(cell) for cell in self.owner]
 
 
@@ -107,7 +122,7 @@ class Fields(Place):
 
     fields: tuple[tuple[str, Callable[[Any], Any]], ...]
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return [name for name, _ in self.fields], [read(self.owner) for _, read in self.fields]
 
 
@@ -119,7 +134,7 @@ class Bytes(Place):
         array = self.owner
         return repr((array.shape, array.strides, array.dtype.descr, array.tobytes()))
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return ["contents"], [self.contents()]
 
 
@@ -129,8 +144,23 @@ class Pinned(Place):
 
     tensor: Tensor
 
-    def look(self) -> tuple[list[Any], list[Any]]:
+    def read(self) -> tuple[list[Any], list[Any]]:
         return [""], [self.tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Rest(Place):
+    """A place without some of its keys."""
+
+    whole: Place
+    ignored: frozenset[str | None]
+
+    def read(self) -> tuple[list[Any], list[Any]]:
+        items = [(key, value) for key, value in zip(*self.whole.read(), strict=True) if not self._is_ignored(key)]
+        return [key for key, _ in items], [value for _, value in items]
+
+    def _is_ignored(self, key: Any) -> bool:
+        return type(key) is str and key in self.ignored
 
 
 def _content(cell: types.CellType) -> Any:

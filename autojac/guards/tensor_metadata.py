@@ -41,8 +41,9 @@ class Metadata:
         """Whether the metadata is the same, in whatever mode this runs."""
         if any(check(*self.tensors) for check in self._others):
             return True
-        if tuple(map(described, self.tensors)) != self.known:
-            return False
+        with torch._C.DisableTorchFunction():  # a mode of the caller's would see it
+            if tuple(map(described, self.tensors)) != self.known:
+                return False
         check = alike(self.tensors)
         if check is not None and self.quick is not None:
             self._others = (*self._others, check)[-MODES:]

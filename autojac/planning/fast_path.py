@@ -39,7 +39,7 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
     tensors = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_inference() and arg.is_contiguous()]
     plain = frame.plain and not frame.moved and not frame.has_aux and len(tensors) == len(args) > 0
     # patterns and verdicts may hang on the values of these
-    watched = entry.constants or (entry.reads is not None and entry.watched)
+    watched = entry.constants or (entry.contents_decide and entry.watched)
     if not plain or watched or entry.problem.layout == "sparse" or not isinstance(replaying, Replaying):
         return never
     same, steady = alike(tuple(tensors)), _global_state()

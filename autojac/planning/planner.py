@@ -361,7 +361,9 @@ class Planner:
         structure = problem.structure
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
         if structure.assumes and (structure.watched or reads_pattern):
-            entry.renew(self.func, request.captured)
+            entry.contents_decide = True
+            self.surroundings.watch_tensors()
+            entry.hold(request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
             entry.numbers = set()
         return entry

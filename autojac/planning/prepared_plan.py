@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,6 @@ from autojac.core.signature import Signature
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.guards.assignments import leaving
 from autojac.guards.captures import Captures, captures
-from autojac.guards.reads import Reads
 from autojac.guards.tensor_contents import Watch
 from autojac.methods.base import Method, reverse
 from autojac.planning.plan_repository import Keys
@@ -66,8 +65,6 @@ class Entry:
     next_check: float = 1
     unchecked: bool = False
     constants: tuple[Tensor, ...] = ()
-    reads: Reads | None = None
-    renewals: int = 0
     numbers: set[tuple[float, ...]] | None = None
     watch: Watch = dataclasses.field(default_factory=Watch)
     loop: Compute | None = None
@@ -75,6 +72,8 @@ class Entry:
     states: set[int] = dataclasses.field(default_factory=set)
     factored: Any = None
     again: Any = None
+    contents_decide: bool = False
+    """The structure was read from the values of some tensors, and is checked where these are others."""
     pushes: bool = False
     """The Jacobian is differentiable, and made by forward mode, whose derivative hangs on the operators that run."""
     fresh: bool = False
@@ -153,28 +152,27 @@ class Entry:
 
     @property
     def observed(self) -> bool:
-        """Whether changes of func must be looked for before every call: a replay does so itself."""
-        return self.problem.structure.assumes and not self.unchecked and not isinstance(self.compute, Replaying)
+        """Whether changes of func are looked for before every call that the fast path does not serve."""
+        return not self.unchecked
 
     def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], state: int | None = None) -> Noticed:
         """What is other than at the checks so far, of what the plan was made from: then it is checked again.
 
-        A replay knows what func reads. Patterns and verdicts hang on what func has captured and on all that its code
-        reads, some on other arguments too.
-
         Args:
             leaves, kwargs: the call.
-            state: the number of the state of what func reads; None if it is not looked at.
+            state: the kind of the state of what func reads; None if it was not compared.
         """
         anew = False
         if self.last_check:  # the first use is checked in any case
+            anew = state is not None and state not in self.states
             if isinstance(self.compute, Replaying):
-                anew = self.compute.anew()
-            else:
-                anew = self.observed and state is not None and state not in self.states
-        if self.reads is None:
+                anew = self.compute.anew() or anew
+        if not self.contents_decide:
             return Noticed("function" if anew else "")
-        anew = self._moved(state) or anew
+        surroundings = self.problem.surroundings
+        if surroundings is not None and self.version != surroundings.version:
+            self.version = surroundings.version
+            self.hold(captures(self.frame.func))
         contents = self.contents(leaves, kwargs)
         if anew:
             return Noticed("function", contents)
@@ -184,21 +182,6 @@ class Entry:
         """Take the state that a call has left, as far as func has changed it by itself, for one that was checked."""
         if state is not None:
             self.states.add(state)
-            if self.reads is not None:
-                self.reads.changed()
-
-    def _moved(self, state: int | None) -> bool:
-        """Look for the constants anew where they may be others; whether more than tensors is seen to be other."""
-        surroundings = self.problem.surroundings
-        if state is None or surroundings is None or surroundings.reason:
-            read = self.reads.changed() if self.reads is not None else ""
-            moved = bool(read)
-        else:
-            read, moved = "", self.version != surroundings.version
-            self.version = surroundings.version
-        if moved:
-            self._hold(captures(self.frame.func))
-        return read == "objects"
 
     def contents(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bytes:
         """A digest of all tensors whose values decide whether the plan holds."""
@@ -227,13 +210,8 @@ class Entry:
             and not (leaf.batched and structure.sliceable and leaf.dtype.startswith(("float", "bfloat", "complex")))
         )
 
-    def renew(self, func: Callable[..., Any], captured: Captures) -> None:
-        """Look from now on at what func reaches as it is after a change."""
-        self.renewals += 1
-        self.reads = Reads(func)
-        self._hold(captured)
-
-    def _hold(self, captured: Captures) -> None:
+    def hold(self, captured: Captures) -> None:
+        """Watch from now on the values of the constants that func reaches."""
         # there may be constants now whose values are to be watched
         self.again = None
         self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)

@@ -195,7 +195,9 @@ class Replaying:
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else Kept(trace.hoist, captured)
-            self.ready = Ready(trace, captured, given, surroundings.version, state.number, state.guard.check, kept)
+            self.ready = Ready(
+                trace, captured, given, surroundings.version, state.number, state.guard.is_unchanged, kept
+            )
             self._known[state.number] = self.ready
             for number in sorted(self._known)[:-MOST_STATES]:
                 del self._known[number]

@@ -68,7 +68,7 @@ def taken_down(
         with _unseen(run.captured, problem):
             compute = run.record(prepare, state.guard.codes)
             before = surroundings.version
-            changed = surroundings.look()
+            changed = surroundings.refresh()
             if surroundings.version != before:
                 raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
             recorded, captured, ran = run.recorded(compute)

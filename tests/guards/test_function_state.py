@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autojac import AutoJacobian, StructureChangedWarning
-from autojac.guards.function_state import MOST_CHANGES
+from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, Surroundings
 from harness import Counted, compare, forced
 from oracle import jacobian_blocks, jacobian_full
 
@@ -170,3 +173,145 @@ def test_what_is_changed_before_every_call_is_checked_a_few_times() -> None:
         entry_checks += entry.last_check == entry.calls
     assert MOST_CHANGES <= entry_checks <= MOST_CHANGES + 10
     assert not runs
+
+
+def test_a_place_that_keeps_changing_is_ignored_and_others_are_not() -> None:
+    held: dict[str, Any] = {"count": 1000, "rows": [1, 2], "other": 0}
+    state = Surroundings(lambda: held)
+    state.observe()
+    assert state.observe() == (1, False)
+    held["rows"].append(3)
+    assert state.observe() == (2, True)
+    for number in range(MOST_CHANGES):
+        held["count"] += 1
+        assert state.observe() == (3 + number, True)
+    assert state.is_complete
+    held["count"] += 1
+    state.observe()
+    assert not state.is_complete
+    held["count"] += 1
+    kind, changed = state.observe()
+    assert not changed
+    held["other"] = 1
+    held["count"] += 1
+    assert state.observe() == (kind + 1, True)
+    held["rows"][0] = 7
+    assert state.observe() == (kind + 2, True)
+    # later once in a while: what changed often at first may have become a setting
+    noticed = 0
+    for _ in range(3 * CALLS_A_CHANGE):
+        held["count"] += 1
+        before = kind
+        kind, _ = state.observe()
+        noticed += kind != before
+    assert 2 <= noticed <= 4
+
+
+def test_states_that_take_turns_are_known_however_often() -> None:
+    net = nn.Sequential(nn.Dropout(), Own())
+    state = Surroundings(net)
+    kinds = []
+    for training in [True, False] * (2 * MOST_CHANGES):
+        net.train(training)
+        kinds.append(state.observe()[0])
+    assert kinds == [1, 2] * (2 * MOST_CHANGES)
+    assert state.is_complete
+
+
+@pytest.mark.parametrize("matter", [True, False])
+def test_exchanged_tensors_are_noticed_for_good_where_their_values_decide(matter: bool) -> None:
+    held = {"mask": torch.ones(3, dtype=torch.bool)}
+    state = Surroundings(lambda: held)
+    if matter:
+        state.watch_tensors()
+    state.observe()
+    changes = []
+    for _ in range(3 * MOST_CHANGES):
+        held["mask"] = held["mask"].clone()
+        kind, changed = state.observe()
+        changes.append(changed)
+        assert kind == 1
+        assert state.observe() == (1, False)
+    assert all(changes) if matter else changes.count(True) == MOST_CHANGES + 1
+    assert state.is_complete == matter
+
+
+class Grown(torch.Generator):
+    """State that no guard sees, and an attribute that it does."""
+
+    coupled = False
+
+
+class Holder:
+    """Something that only a weak reference leads to."""
+
+    coupled = False
+
+
+def refused(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[], Any], str]:
+    """A function of which not all can be listed, and a change of what can."""
+    if name == "hidden state":
+        grown = Grown()
+        return lambda x: coupled(x) if grown.coupled else mixed(x), lambda: setattr(grown, "coupled", True), "Grown"
+    if name == "weak reference":
+        holder = Holder()
+        strong[:] = [holder]
+        weak = weakref.ref(holder)
+        change = functools.partial(setattr, holder, "coupled", True)
+        return lambda x: coupled(x) if getattr(weak(), "coupled", None) else mixed(x), change, "weak"
+    if name == "long list":
+        rows = [0] * 20_000
+        return lambda x: coupled(x) if rows[7] else mixed(x), lambda: rows.__setitem__(7, 1), "elements"
+    inner = Model()
+    compiled = torch.compile(inner) if name == "compiled module" else torch.compile(inner.forward)
+    return lambda x: compiled(x) * 2, lambda: setattr(inner, "coupled", True), "compiled"
+
+
+strong: list[Any] = []
+
+
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["hidden state", "weak reference", "long list", "compiled module", "compiled function"]
+)
+def test_what_can_be_listed_is_compared_where_not_all_can(name: str) -> None:
+    func, change, reason = refused(name)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    eager = functools.partial(torch.compiler.set_stance, "force_eager")
+    jac = forced(func, (x,), PULL)
+    for _ in range(5):
+        jac(x)
+    assert reason in jac._planner.surroundings.reason
+    change()
+    found = jac(x)
+    with eager():
+        compare(found.detach(), jacobian_blocks(func, (x,)))
+
+
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
+def test_changes_are_noticed_while_a_mode_of_the_callers_is_on() -> None:
+    seen: list[str] = []
+
+    class Logged(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    model, x = Model(), torch.randn(6, 3, dtype=torch.float64)
+    jac = forced(model, (x,), PULL)
+    with torch.device("cpu"):
+        for _ in range(5):
+            jac(x)
+        model.coupled = True
+        compare(jac(x).detach(), jacobian_blocks(model, (x,)))
+        for _ in range(3):
+            jac(x)
+    state = jac._planner.surroundings
+    other = nn.Parameter(model.scale.detach().clone(), requires_grad=False)
+    with Logged():
+        assert not state.observe()[1]
+        model.inner[0] = Own()
+        assert state.observe()[1]
+        model._parameters["scale"] = other
+        assert state.observe()[1]
+    assert not seen

@@ -108,22 +108,22 @@ class Subdata(Data): ...
 def held(func: Any) -> Guard:
     guard = Guard(func)
     assert guard.reason == ""
-    assert guard.holds()
-    assert guard.compare() == NOTHING
+    assert guard.is_unchanged()
+    assert guard.diff() == NOTHING
     return guard
 
 
 def noticed(guard: Guard, change: Callable[[], Any], name: str = "") -> None:
     """The change is noticed, named, and noticed again after it was taken for the present state and undone."""
     change()
-    assert not guard.holds()
-    found = guard.compare()
+    assert not guard.is_unchanged()
+    found = guard.diff()
     assert found.what
     assert name in found.what
-    assert not guard.holds()
-    guard.renew()
-    assert guard.holds()
-    assert guard.compare() == NOTHING
+    assert not guard.is_unchanged()
+    guard.rebase()
+    assert guard.is_unchanged()
+    assert guard.diff() == NOTHING
 
 
 NET_CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
@@ -211,8 +211,8 @@ def test_changes_of_a_function(name: str, wrap: Callable[[Any], Any], monkeypatc
     noticed(guard, lambda: change(monkeypatch), expected)
     monkeypatch.undo()
     TABLE["a"][0], TABLE["c"][1][0] = 1, 5
-    assert not guard.holds()
-    assert guard.compare().what
+    assert not guard.is_unchanged()
+    assert guard.diff().what
 
 
 def test_variables_of_closures() -> None:
@@ -229,20 +229,20 @@ def test_variables_of_closures() -> None:
     guard = held(outer)
     assert inner.__code__ in guard.codes
     number = int("1000")
-    assert guard.compare() == NOTHING
-    guard.renew()
-    assert guard.holds()
+    assert guard.diff() == NOTHING
+    guard.rebase()
+    assert guard.is_unchanged()
     number = 1001
-    assert not guard.holds()
-    assert guard.compare().what == "variable number"
-    guard.renew()
-    assert guard.holds()
+    assert not guard.is_unchanged()
+    assert guard.diff().what == "variable number"
+    guard.rebase()
+    assert guard.is_unchanged()
     later = 1
-    assert not guard.holds()
-    assert guard.compare().what == "variable later"
-    guard.renew()
+    assert not guard.is_unchanged()
+    assert guard.diff().what == "variable later"
+    guard.rebase()
     del later
-    assert not guard.holds()
+    assert not guard.is_unchanged()
 
 
 @pytest.mark.parametrize(
@@ -304,12 +304,12 @@ def test_stores_of_specialised_bytecode_are_noticed(make: Callable[[], Any], hot
     guard = held(lambda x: x * target.value)
     for number in range(2, 60):
         store(target, float(number))
-        assert not guard.holds()
-        assert "value" in guard.compare().what
-        guard.renew()
-        assert guard.holds()
+        assert not guard.is_unchanged()
+        assert "value" in guard.diff().what
+        guard.rebase()
+        assert guard.is_unchanged()
         store(warm, float(number))
-        assert guard.holds()
+        assert guard.is_unchanged()
 
 
 def test_augmented_stores_are_noticed() -> None:
@@ -325,9 +325,9 @@ def test_augmented_stores_are_noticed() -> None:
     guard = held(counter)
     for _ in range(1000):
         counter(WEIGHT)
-        assert not guard.holds()
-        assert guard.compare().what == "attribute count of Counter"
-        guard.renew()
+        assert not guard.is_unchanged()
+        assert guard.diff().what == "attribute count of Counter"
+        guard.rebase()
 
 
 def test_what_is_no_change() -> None:
@@ -341,16 +341,16 @@ def test_what_is_no_change() -> None:
         optimizer.step()
         net.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
         nn.Linear(2, 2).tag = loop
-        assert guard.holds()
+        assert guard.is_unchanged()
     with torch.no_grad():
-        assert guard.holds()
+        assert guard.is_unchanged()
     with torch.inference_mode():
-        assert guard.holds()
+        assert guard.is_unchanged()
     with torch.autocast("cpu"):
-        assert guard.holds()
-        assert guard.holds()
+        assert guard.is_unchanged()
+        assert guard.is_unchanged()
     seen = []
-    torch.vmap(lambda x: seen.append(guard.holds()) or x)(torch.ones(2))
+    torch.vmap(lambda x: seen.append(guard.is_unchanged()) or x)(torch.ones(2))
     assert seen == [True]
 
 
@@ -359,16 +359,16 @@ def test_what_is_as_before_is_no_change() -> None:
     guard = held(net)
     for _ in range(2):
         net.train()
-        assert guard.compare().what
+        assert guard.diff().what
         net.eval()
-        assert guard.compare() == NOTHING
-        guard.renew()
-        assert guard.holds()
+        assert guard.diff() == NOTHING
+        guard.rebase()
+        assert guard.is_unchanged()
     other = {name: value.clone() for name, value in net.state_dict().items()}
     torch.func.functional_call(net, other, (torch.ones(2, 3),))
-    assert guard.compare() == NOTHING
+    assert guard.diff() == NOTHING
     net.scale = float("1.0")
-    assert guard.compare() == NOTHING
+    assert guard.diff() == NOTHING
 
 
 def test_tensors_swapped_one_for_one() -> None:
@@ -381,24 +381,24 @@ def test_tensors_swapped_one_for_one() -> None:
     }
     old = net.rows[0].weight
     net.rows[0].weight = nn.Parameter(torch.randn(3, 3))
-    assert not guard.holds()
-    assert "weight" in guard.compare().what  # the other name still has the old one
+    assert not guard.is_unchanged()
+    assert "weight" in guard.diff().what  # the other name still has the old one
     net.rows[1].weight = net.rows[0].weight
-    found = guard.compare()
+    found = guard.diff()
     assert found.what == ""
     assert found.tensors.keys() == {id(old)}
     assert found.tensors[id(old)] is net.rows[0].weight
-    guard.renew()
-    assert guard.holds()
+    guard.rebase()
+    assert guard.is_unchanged()
     assert any(tensor is net.rows[0].weight for tensor in guard.tensors)
     assert all(tensor is not old for tensor in guard.tensors)
     net.linear.bias, net.rows[0].bias = net.rows[0].bias, net.linear.bias
-    found = guard.compare()
+    found = guard.diff()
     assert found.what == ""
     assert len(found.tensors) == 2
-    guard.renew()
+    guard.rebase()
     net.linear.bias = net.rows[0].bias
-    assert guard.compare().what
+    assert guard.diff().what
 
 
 def test_other_metadata_is_a_change_and_not_a_swap() -> None:
@@ -406,10 +406,10 @@ def test_other_metadata_is_a_change_and_not_a_swap() -> None:
     guard = held(net)
     for other in (torch.ones(3).double(), torch.ones(4), torch.ones(3, requires_grad=True), torch.ones(6)[::2]):
         net.shift = other
-        assert guard.compare().what == "buffer shift of Net"
-        guard.renew()
+        assert guard.diff().what == "buffer shift of Net"
+        guard.rebase()
         net.shift = torch.ones(3)
-        guard.renew()
+        guard.rebase()
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_what_cannot_be_compared_is_refused(make: Callable[[], Any]) -> None:
     thing = make()
     guard = Guard(lambda x: (x, thing))
     assert guard.reason
-    guard.holds()
+    guard.is_unchanged()
 
 
 def test_weak_references() -> None:
@@ -506,7 +506,7 @@ def test_modules_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         noticed(guard, lambda: settings.inner.table.append(1), "table")
         if func is not by_string:
             settings.unused += 1
-            assert guard.holds()
+            assert guard.is_unchanged()
 
 
 def test_libraries_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,7 +615,7 @@ def test_nothing_heavy_is_imported() -> None:
     lines = [
         "import sys, torch, autojac.guards.guard, autojac.guards.run_monitor",
         "guard = autojac.guards.guard.Guard(torch.nn.Linear(2, 2))",
-        "assert guard.holds() and guard.compare().what == ''",
+        "assert guard.is_unchanged() and guard.diff().what == ''",
         "print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor', 'sympy'))])",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
@@ -671,16 +671,16 @@ def test_looking_runs_nothing_of_the_users() -> None:
     guard = Guard(lambda x: (loud, items, numbers, keyed))
     assert guard.reason == ""
     before = len(calls)  # building a guard looks around; the list is read by what it holds
-    assert guard.holds()
-    assert guard.compare() == NOTHING
+    assert guard.is_unchanged()
+    assert guard.diff() == NOTHING
     assert len(calls) == before
     other = Loud()
-    guard.renew()
+    guard.rebase()
     dict.__setitem__(items, "a", other)
     list.append(numbers, 2)
     before = len(calls)
-    assert not guard.holds()
-    assert guard.compare().what
+    assert not guard.is_unchanged()
+    assert guard.diff().what
     assert len(calls) == before
 
 
@@ -690,7 +690,7 @@ def test_threads_hold_at_once() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        found.append(all(guard.holds() for _ in range(2000)))
+        found.append(all(guard.is_unchanged() for _ in range(2000)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -748,10 +748,10 @@ def test_any_change_of_something_nested_is_noticed(thing: Any, data: st.DataObje
         else:
             setattr(target, key, value)
     same = alike(old, value)
-    assert (guard.compare() == NOTHING) == same
-    assert not (guard.holds() and not same)
-    guard.renew()
-    assert guard.holds()
+    assert (guard.diff() == NOTHING) == same
+    assert not (guard.is_unchanged() and not same)
+    guard.rebase()
+    assert guard.is_unchanged()
     assert twin is not root
 
 

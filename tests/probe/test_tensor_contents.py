@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian, Structure
-from autojac.guards.reads import MOST_CHANGES
+from autojac.guards.function_state import MOST_CHANGES
 from autojac.guards.tensor_contents import SMALL, Watch
 from harness import Counted, compare, forced
 from oracle import jacobian_blocks, jacobian_full

@@ -12,14 +12,10 @@ from torch.utils import _pytree as pytree
 
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
+from autojac.core.keywords import Keywords
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.errors import InputError, OptionError, OutputError, kind_of
-
-CONSTANTS = "autojac constants"
-"""The keyword under which positional arguments that are no tensors reach `Frame.fn`; not a name a caller can use."""
-AUX = "autojac aux"
-"""The keyword under which a list reaches `Frame.fn` that collects what func returns beside its outputs."""
 
 
 class Frame:
@@ -105,7 +101,7 @@ class Frame:
         if not self.constants:
             return kwargs
         flat = pytree.tree_leaves(tuple(args))
-        return {**kwargs, CONSTANTS: {index: flat[index] for index in self.constants}}
+        return Keywords(kwargs, {index: flat[index] for index in self.constants})
 
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The user's function on flat tensors, its outputs flat, under the autocast of the call."""
@@ -117,17 +113,13 @@ class Frame:
     def _fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if self.moved:
             leaves = self._back(leaves)
-        collected: list[Any] | None = None
-        if self.has_aux:
-            collected = kwargs.get(AUX)
-            kwargs = {name: value for name, value in kwargs.items() if name != AUX}
         if self.plain:
             out = self.func(*leaves, **kwargs)
         else:
             flat: list[Any] = [None] * self.size
-            for index, value in kwargs.get(CONSTANTS, {}).items():
-                flat[index] = value
-            kwargs = {name: value for name, value in kwargs.items() if name != CONSTANTS}
+            if isinstance(kwargs, Keywords):
+                for index, value in kwargs.constants.items():
+                    flat[index] = value
             for index, tensor in zip(self.tensor_at, leaves, strict=True):
                 flat[index] = tensor
             out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
@@ -136,8 +128,8 @@ class Frame:
                 what = f"{len(out)} values" if isinstance(out, tuple) else kind_of(out)
                 raise OutputError(f"has_aux=True expects func to return a pair (output, aux), but it returned {what}")
             out, aux = out
-            if collected is not None:
-                collected.append(aux)
+            if isinstance(kwargs, Keywords) and kwargs.aux is not None:
+                kwargs.aux.append(aux)
         if isinstance(out, Tensor):
             out = plain(out)
             return (out.unsqueeze(0),) if self.unbatched else (out,)

@@ -48,7 +48,7 @@ class Outline:
         fn, leaves, kwargs = call
         self._call: Any = (fn, tuple(leaf.detach() for leaf in leaves), kwargs, quiet, captured.modules)
         self.state = "something that can't be followed" if captured.opaque else captured.state
-        if any(isinstance(value, float) for value in pytree.tree_leaves(dict(kwargs))):
+        if any(isinstance(value, float) for value in pytree.tree_leaves(kwargs)):
             # not part of a plan's key
             self.state = "a Python float among the arguments"
         self._chains: dict[tuple[bool, bool], Accumulation | None] = {}

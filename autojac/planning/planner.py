@@ -72,7 +72,7 @@ def nested() -> Iterator[bool]:
 
 def trained_by(captured: Captures, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
-    given = [value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, torch.Tensor)]
+    given = [value for value in pytree.tree_leaves(kwargs) if isinstance(value, torch.Tensor)]
     return tuple(t for t in (*captured.tensors, *given) if t.requires_grad)
 
 
@@ -364,7 +364,7 @@ class Planner:
             entry.contents_decide = True
             self.surroundings.watch_tensors()
             entry.hold(request.captured)
-        if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(dict(request.kwargs))):
+        if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(request.kwargs)):
             entry.numbers = set()
         return entry
 

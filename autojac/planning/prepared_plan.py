@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import hooked
 from autojac.core.autocast import outside_autocast
-from autojac.core.call import AUX, Frame
+from autojac.core.call import Frame
+from autojac.core.keywords import Keywords
 from autojac.core.options import Verify
 from autojac.core.plan import Plan
 from autojac.core.sandbox import Quiet
@@ -190,7 +191,7 @@ class Entry:
         if self.problem.structure.watched:
             tensors += [leaves[position] for position in self.watched]
             if kwargs:
-                values = pytree.tree_leaves(dict(kwargs))
+                values = pytree.tree_leaves(kwargs)
                 tensors += [value for value in values if isinstance(value, Tensor)]
                 numbers = tuple(value for value in values if isinstance(value, float))
         return self.watch.contents(tensors, numbers)
@@ -223,7 +224,7 @@ class Entry:
         """
         if self.numbers is None:
             return False
-        numbers = tuple(value for value in pytree.tree_leaves(dict(kwargs)) if isinstance(value, float))
+        numbers = tuple(value for value in pytree.tree_leaves(kwargs) if isinstance(value, float))
         if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
             return False
         self.numbers.add(numbers)
@@ -300,7 +301,7 @@ def _with_aux(frame: Frame, problem: Problem, compute: Compute, plain: bool) -> 
 
     def collecting(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         collected: list[Any] = []
-        watched = {**kwargs, AUX: collected}
+        watched = Keywords.of(kwargs, aux=collected)
         result = compute(leaves, watched if plain else kwargs)
         if not plain:
             with torch.set_grad_enabled(problem.differentiable):

@@ -63,10 +63,10 @@ def resolve_batched(
         return guess, None
     stop = (batch + 1) // 2
     sliced_kwargs = pytree.tree_map_only(
-        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, dict(kwargs)
+        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, kwargs
     )
     found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, quiet)
-    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(dict(kwargs)))):
+    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(kwargs))):
         # keyword arguments go to func as they are, but here slices of them show the roles of the others
         found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, quiet)
     if found is not None:

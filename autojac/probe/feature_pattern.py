@@ -162,7 +162,7 @@ def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.
     graph = recording.graph
     if graph is None:
         return None, False, recording.reason
-    given = {id(value) for value in pytree.tree_leaves(dict(subject.kwargs)) if isinstance(value, Tensor)}
+    given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
     try:
         parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)

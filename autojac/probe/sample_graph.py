@@ -156,7 +156,7 @@ def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple
     from autojac.graph.sample_graph.propagation import roots
 
     found = roots(graph, tuple(selectors))
-    given = {id(value) for value in pytree.tree_leaves(dict(subject.kwargs)) if isinstance(value, Tensor)}
+    given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
     follows = False
     for number in found:
         constant = graph.constants.get(number)

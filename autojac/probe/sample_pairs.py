@@ -103,7 +103,7 @@ class Subject:
             if turn == len(SCALES) - 1 and not leaves[position].is_floating_point():
                 # other samples' indices, which are in range
                 leaves[position] = leaves[position].flip(0)
-        kwargs = pytree.tree_map_only(Tensor, moved, dict(self.kwargs))
+        kwargs = pytree.tree_map_only(Tensor, moved, self.kwargs)
         return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
 

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.core.keywords import Keywords
 from autojac.core.sandbox import GENERATORS, random_state, restore_random_state
 from autojac.problem.problem import Compute, Flat, Result
-
-STATE = "autojac random state"
-"""The keyword under which the random state of a computation reaches func's evaluations."""
 
 
 def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> Compute:
     """A computation, all evaluations of which draw alike from these generators."""
 
     def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        return compute(leaves, {STATE: random_state(generators), **kwargs})
+        given = kwargs.random_state if isinstance(kwargs, Keywords) else None
+        return compute(leaves, Keywords.of(kwargs, random_state=given or random_state(generators)))
 
     return same
 
@@ -33,9 +32,8 @@ def redrawn(fn: Flat) -> Flat:
     """A flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
 
     def again(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        state, kwargs = _taken(kwargs)
-        if state is not None:
-            restore_random_state(state)
+        if isinstance(kwargs, Keywords) and kwargs.random_state is not None:
+            restore_random_state(kwargs.random_state)
         return fn(leaves, kwargs)
 
     return again
@@ -51,7 +49,7 @@ def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = G
     """
 
     def one_by_one(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        state, kwargs = _taken(kwargs)
+        state = kwargs.random_state if isinstance(kwargs, Keywords) else None
         state = random_state(generators) if state is None else state
         samples = next(len(leaf) for leaf, has in zip(leaves, batched, strict=True) if has)
         parts = []
@@ -75,10 +73,3 @@ def leaving_state(compute: Compute, generators: Sequence[str]) -> Compute:
         return result
 
     return back
-
-
-def _taken(kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """The random state among the keyword arguments, and the others."""
-    if STATE not in kwargs:
-        return None, kwargs
-    return kwargs[STATE], {name: value for name, value in kwargs.items() if name != STATE}

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import levels_restored, pulled_back
+from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Quiet, random_state, restore_random_state, uncollected, without_hooks
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
@@ -23,7 +24,6 @@ from autojac.guards.function_state import Surroundings
 from autojac.guards.process_state import unwarned
 from autojac.guards.run_monitor import Watched
 from autojac.problem.problem import Compute, Flat, Problem
-from autojac.problem.randomness import STATE
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
 from autojac.replay.trace import Lower, Pulled, Recorded, Trace, differs
@@ -91,18 +91,13 @@ def taken_down(
 def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a call, flat, in the one memory layout that programs are made for."""
     if kwargs:
-        leaves = [*leaves, *(value for value in _values(kwargs) if isinstance(value, Tensor))]
+        leaves = [*leaves, *(value for value in pytree.tree_leaves(kwargs) if isinstance(value, Tensor))]
     return [x if x.layout != torch.strided or x.is_contiguous() else x.contiguous() for x in leaves]
-
-
-def _values(kwargs: Mapping[str, Any]) -> list[Any]:
-    """What stands in keyword arguments, but for the random state that an evaluation is to start from."""
-    return pytree.tree_leaves({name: value for name, value in kwargs.items() if name != STATE})
 
 
 def unfixed(kwargs: Mapping[str, Any]) -> str:
     """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
-    for value in _values(kwargs):
+    for value in pytree.tree_leaves(kwargs):
         if not isinstance(value, (Tensor, *FIXED)):
             return f"{kind_of(value)} among the arguments may be another in each call; pass it as a tensor"
     return ""
@@ -133,7 +128,7 @@ class _Run:
         self.leaves = self.given[: len(leaves)]
         rest = iter(self.given[len(leaves) :])
         # func runs once, so it starts from the random state that the call does
-        alone = {name: value for name, value in kwargs.items() if name != STATE}
+        alone = Keywords.of(kwargs, random_state=None, aux=None)
         self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), alone)
         self.tape = Tape(self.given, self.captured, problem.memory_limit)
         self.outputs: list[Tensor] = []

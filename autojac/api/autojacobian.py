@@ -39,6 +39,7 @@ from autojac.errors import (
 from autojac.graph.operators import custom_functions
 from autojac.guards.captures import Captures, captures
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
+from autojac.guards.run_monitor import Watched
 from autojac.methods.base import composable
 from autojac.planning.explain import explanation
 from autojac.planning.fast_path import Again, again, never
@@ -136,7 +137,8 @@ class AutoJacobian(Derived):
         self._others = {}
         self._captured: Captures | None = None
         self._again: Again = never
-        self._replays = self._observes = self._told = False
+        self._replays = self._told = False
+        self._observes = self.options.verify != "never"
         # a module is neither called nor looked at while another thread has put its parameters aside
         module_lock = self.func.lock if isinstance(self.func, ModuleFunction) else None
         self._alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
@@ -418,7 +420,10 @@ class AutoJacobian(Derived):
         own = tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves)
         modules = self._reach().modules
         trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable) if trains else ()
-        with silent(modules):
+        # what no guard can list, such as a clock, is seen while func runs
+        surroundings = self._planner.surroundings
+        monitor = Watched(surroundings.present.guard.codes) if entry.may_rest else nullcontext()
+        with silent(modules), monitor:
             reference = Reference(
                 problem,
                 own,
@@ -464,7 +469,7 @@ class AutoJacobian(Derived):
                     entry.hold(self._captured)
             if not entry.last_check and entry.problem.differentiable:
                 self._tell_untrained(reference, result, kwargs)
-            entry.checked(self.options.verify)
+            entry.checked(self.options.verify, isinstance(monitor, Watched) and not monitor.reason)
             if reference.decides:
                 entry.watch.accept(noticed.contents)
                 entry.doubtful = False

@@ -47,7 +47,7 @@ class Outline:
     ) -> None:
         fn, leaves, kwargs = call
         self._call: Any = (fn, tuple(leaf.detach() for leaf in leaves), kwargs, quiet, captured.modules)
-        self.state = "something that can't be followed" if captured.opaque else captured.state
+        self.state = "something that can't be followed" if captured.opaque else ""
         if any(isinstance(value, float) for value in pytree.tree_leaves(kwargs)):
             # not part of a plan's key
             self.state = "a Python float among the arguments"

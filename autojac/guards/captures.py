@@ -13,8 +13,8 @@ import torch
 
 from autojac.guards.assignments import Attributes, Buffers, Variables
 from autojac.guards.compiled_functions import is_compiled
-from autojac.guards.provenance import code_names, is_library, slots
-from autojac.guards.walker import MODULE_FIELDS, UNSTABLE, Walk
+from autojac.guards.provenance import is_library, slots
+from autojac.guards.walker import UNSTABLE, Walk
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,11 @@ class Captures:
         opaque: something could not be followed, so there may be more.
         compiled: some of it runs through torch.compile.
         places: where func may set something: attributes, containers and variables; see `keeps`.
-        state: a value that Python may change between calls, and with it what runs; empty if there is none.
     """
 
     modules: tuple[torch.nn.Module, ...]
     tensors: tuple[torch.Tensor, ...]
     opaque: bool
-    state: str = ""
     compiled: bool = False
     places: tuple[Any, ...] = ()
 
@@ -55,24 +53,19 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
     tensors = tuple(tensor for tensor in walk.tensors if not tensor.is_meta)
     modules, places = tuple(walk.modules), tuple(walk.places)
-    return Captures(modules, tensors, walk.opaque, walk.state, walk.compiled, places)
+    return Captures(modules, tensors, walk.opaque, walk.compiled, places)
 
 
 class _Reach(Walk):
-    """A walk that notices state besides modules and tensors: attributes and variables that hold numbers or objects."""
+    """A walk that lists where func may set something."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = ""
         self.compiled = False
         self.places: list[Any] = []
 
     def _module(self, module: torch.nn.Module) -> None:
         self.compiled = self.compiled or is_compiled(module)
-        if not is_library(type(module).__module__):
-            for name, value in vars(module).items():
-                if name not in MODULE_FIELDS:
-                    self._notice(value, f"attribute {name} of {type(module).__name__}")
         # those of a scripted module are no dict
         if isinstance(module._buffers, dict):
             self.places += [vars(module), Buffers(module._buffers)]
@@ -81,15 +74,7 @@ class _Reach(Walk):
     def _function(self, function: types.FunctionType) -> None:
         self.compiled = self.compiled or is_compiled(function)
         if not is_library(function.__globals__.get("__name__")):
-            names = code_names(function.__code__)
             self.places.append(vars(function))
-            for name in names:
-                self._notice(function.__globals__.get(name, len), f"global variable {name}")
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            try:
-                self._notice(cell.cell_contents, f"variable {name}")
-            except ValueError:  # not assigned yet
-                self.state = self.state or f"variable {name}"
         self.places += map(Variables, function.__closure__ or ())
         super()._function(function)
 
@@ -106,8 +91,6 @@ class _Reach(Walk):
         super()._class(kind)
 
     def _instance(self, obj: Any, kind: type) -> None:
-        if not is_library(kind.__module__):
-            self.state = self.state or f"object {kind.__name__}"
         if isinstance(state := getattr(obj, "__dict__", None), dict):
             self.places.append(state)
         if slots(kind) and not is_library(kind.__module__):
@@ -118,10 +101,6 @@ class _Reach(Walk):
         if isinstance(obj, (dict, list, set, deque)):
             self.places.append(obj)
         super()._container(obj, kind)
-
-    def _notice(self, value: Any, name: str) -> None:
-        if not isinstance(value, (torch.nn.Module, torch.Tensor, types.ModuleType, type)) and not callable(value):
-            self.state = self.state or name
 
 
 def _own_names(kind: type) -> list[str]:

@@ -73,6 +73,8 @@ class Entry:
     states: set[int] = dataclasses.field(default_factory=set)
     factored: Any = None
     again: Any = None
+    rests: bool = False
+    """A proof holds as long as func is unchanged, and the guard compares everything that func reads."""
     contents_decide: bool = False
     """The structure was read from the values of some tensors, and is checked where these are others."""
     pushes: bool = False
@@ -135,21 +137,33 @@ class Entry:
         with outside_autocast():
             return self.usable(leaves, kwargs)
 
-    def checked(self, verify: Verify) -> None:
-        """Set when to check next: independence is never trusted for good.
+    def checked(self, verify: Verify, listed: bool) -> None:
+        """Set when to check next: what was observed at some points is never trusted for good.
 
-        A proof covers all inputs, but not a flag, a layer or a hook that Python changes after it was made.
+        A proof covers all inputs, and the guard notices a flag, a layer or a hook that Python changes later.
+
+        Args:
+            verify: how often the user wants checks.
+            listed: func was seen to read nothing but what the guard compares.
         """
         structure = self.problem.structure
         calls = self.last_check = self.calls
+        self.rests = listed and self.may_rest
         if verify == "always" or structure.suspect:
             self.next_check = calls + 1
-        elif not structure.assumes and not self.pushes:
+        elif self.rests or not (structure.assumes or self.pushes):
             self.next_check = math.inf
         elif calls < 2**EARLY_CHECKS:
             self.next_check = 2 * calls
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether the plan needs no further check while the guard, which compares everything, sees no change."""
+        surroundings, proved = self.problem.surroundings, self.problem.structure.assurance == "proved"
+        known = proved and not (self.contents_decide or self.pushes) and self.numbers is None
+        return known and surroundings is not None and surroundings.is_complete
 
     @property
     def observed(self) -> bool:
@@ -168,6 +182,7 @@ class Entry:
             anew = state is not None and state not in self.states
             if isinstance(self.compute, Replaying):
                 anew = self.compute.anew() or anew
+            anew = anew or (self.rests and not self.may_rest)
         if not self.contents_decide:
             return Noticed("function" if anew else "")
         surroundings = self.problem.surroundings

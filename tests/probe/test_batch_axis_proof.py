@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian
+from autojac.guards.function_state import MOST_CHANGES
+from harness import compare
+from oracle import jacobian_blocks
 from provable import COUPLED, INDEPENDENT
 from scenarios import SCENARIOS, Scenario
 
@@ -44,45 +52,84 @@ def test_no_coupled_scenario_is_proved(scenario: Scenario) -> None:
     assert autojac.probe(func, *args, argnums=scenario.argnums, **kwargs).assurance == "observed"
 
 
-def test_a_proof_is_checked_as_often_as_an_observation() -> None:
-    net = nn.Linear(3, 2)
+def data_read(x: Tensor) -> Tensor:
+    return x.sin() if bool(x[0, 0] < 1e9) else x.roll(1, 0)
 
-    class Scaled:
-        """State of its own: no proof."""
 
-        scale = 1.0
+def clock_read(x: Tensor) -> Tensor:
+    return x.softmax(-1) if time.time() > 0 else x.roll(1, 0)
 
-        def __init__(self) -> None:
-            self.shift = 0.0
 
-        def __call__(self, x: Tensor) -> Tensor:
-            return net(x) * self.scale + self.shift
+def clock_passed(x: Tensor) -> Tensor:
+    return x.softmax(-1) if max(map(float, [time.time_ns()])) > 0 else x.roll(1, 0)
 
-    func = Scaled()
+
+class Switched(nn.Module):
+    """State that Python may change, and a proof for each state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, 0) if self.on else x.softmax(-1)
+
+
+class Counting(Switched):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "assurance", "checks"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Softmax(-1)), "proved", [1]),
+        (Switched, "proved", [1]),
+        (lambda: data_read, "observed", [1, 2, 4, 8, 16, 32]),
+        (lambda: clock_read, "proved", [1, 2, 4, 8, 16, 32]),
+        (lambda: clock_passed, "proved", [1, 2, 4, 8, 16, 32]),
+        (lambda: functools.partial(lambda x, big: x.softmax(-1), big=np.ones(9999)), "proved", [1, 2, 4, 8, 16, 32]),
+        (Counting, "proved", [1, MOST_CHANGES + 3, 2 * (MOST_CHANGES + 3)]),
+    ],
+    ids=["model", "attribute", "data", "clock", "clock in an argument", "array", "counter"],
+)
+def test_a_proof_is_checked_once_where_the_guard_lists_all_that_func_reads(
+    make: Callable[[], Any], assurance: str, checks: list[int]
+) -> None:
     x = torch.randn(5, 3)
-    checks = {}
-    for name, one in (("proved", net), ("observed", func)):
-        jac = AutoJacobian(one, on_miss="estimate", store=":memory:")
-        for _ in range(5):
-            jac(x)
-        assert jac.plan(x).structure.assurance == name
-        checks[name] = jac._entries[jac._key((x,), {})].next_check
-    assert checks["proved"] == checks["observed"] == 8
+    jac = AutoJacobian(make(), on_miss="estimate", store=":memory:")
+    found = []
+    for call in range(1, 40):
+        jac(x)
+        (entry,) = jac._entries.values()
+        found += [call] * (entry.last_check == entry.calls)
+    assert entry.problem.structure.assurance == assurance
+    assert found == checks
 
 
-def test_state_that_python_may_change_takes_the_proof_back() -> None:
-    class Switched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.on = False
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
+def test_a_proof_that_was_not_checked_for_long_is_checked_when_python_changes_func() -> None:
+    model, x = Switched(), torch.randn(5, 3, dtype=torch.float64)
+    jac = AutoJacobian(model, on_miss="estimate", store=":memory:")
+    for _ in range(20):
+        jac(x)
+    model.on = True
+    compare(jac(x), jacobian_blocks(model, (x,)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x.roll(1, 0) if self.on else x.sin()
 
-    structure = autojac.probe(Switched(), torch.randn(5, 3))
-    assert structure.independent
-    assert structure.assurance == "observed"
-    assert "attribute on of Switched" in structure.evidence[-1]
+def test_a_schedule_comes_back_where_a_place_keeps_changing() -> None:
+    model, x = Switched(), torch.randn(5, 3)
+    jac = AutoJacobian(model, on_miss="estimate", store=":memory:", coupling="auto")
+    jac(x)
+    (entry,) = jac._entries.values()
+    assert entry.next_check == math.inf
+    for step in range(20):
+        model.step = step
+        jac(x)
+    assert entry.next_check == 2 * (MOST_CHANGES + 3)
 
 
 def test_a_float_among_the_arguments_takes_the_proof_back() -> None:

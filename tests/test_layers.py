@@ -16,7 +16,7 @@ PACKAGE = TOP / "autojac"
 
 # a room imports from rooms in the rows above it, and from no other room of its own row
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "torch_internals"),
     ("guards",),
     ("autodiff",),
     ("core",),
@@ -40,12 +40,12 @@ FORBIDDEN = {"probe": {"store"}, "store": {"autodiff", "guards"}}
 
 # what only some rooms may use; bench times torch's own ways, as their users write them
 RESERVED = {
-    "torch.func": {"autodiff", "bench"},
-    "torch.vmap": {"autodiff", "bench"},
-    "torch.autograd": {"autodiff", "bench"},
-    "functorch": {"autodiff", "bench"},
+    "torch.func": {"autodiff", "bench", "torch_internals"},
+    "torch.vmap": {"autodiff", "bench", "torch_internals"},
+    "torch.autograd": {"autodiff", "bench", "torch_internals"},
+    "functorch": {"autodiff", "bench", "torch_internals"},
     "torch.fx": {"replay"},
-    "torch.utils._python_dispatch": {"guards"},
+    "autojac.torch_internals.TorchDispatchMode": {"guards"},
     "optuna": {"planning.search"},
     "sqlalchemy": {"store"},
     "alembic": {"store"},

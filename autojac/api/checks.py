@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from autojac.core.autocast import outside_autocast
 from autojac.core.options import Options
@@ -23,6 +22,7 @@ from autojac.planning.prepared_plan import Request
 from autojac.problem.problem import Problem, Result
 from autojac.problem.reference import Reference
 from autojac.sparse.csr import Entries
+from autojac.torch_internals import pytree
 
 
 @opaque

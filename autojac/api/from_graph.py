@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import Pullback, transforming
 from autojac.core.autocast import outside_autocast
@@ -35,6 +34,7 @@ from autojac.probe.side_effects import check_outputs
 from autojac.problem.layouts import require_layout
 from autojac.problem.problem import Problem, Result, empty_rows
 from autojac.problem.reference import Reference
+from autojac.torch_internals import pytree
 
 FEWEST_MASKS = 6
 """Passes spent on the coupling at least; more only where the Jacobian itself takes more."""

@@ -7,7 +7,6 @@ Callers have left inference mode, in which autograd records nothing.
 from __future__ import annotations
 
 import functools
-import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,13 +14,33 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from torch._vmap_internals import _vmap
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.autograd.graph import _engine_run_backward
 
 from autojac.errors import UnsupportedError
 from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
+from autojac.torch_internals import (
+    ForceDispatchKeys,
+    batched_vmap,
+    close_transforms_to_depth,
+    dual_level,
+    enter_dual_level,
+    excluded_keys,
+    exit_dual_level,
+    forward_grad_enabled,
+    included_keys,
+    innermost_transform,
+    is_forward_grad_enabled,
+    load_forward_decompositions,
+    make_dual,
+    open_transforms,
+    preserve_version,
+    run_backward,
+    saved_tensors_hooks,
+    set_dual_level,
+    set_forward_grad_enabled,
+    set_grad_enabled,
+    set_vmap_fallback_warning,
+)
 
 Bound = Callable[..., tuple[Tensor, ...]]
 Mode = Literal["reverse", "forward"]
@@ -31,20 +50,15 @@ _forward = threading.RLock()
 """Held while a level of dual numbers is open: torch has one for all threads."""
 
 
-# asked in every call: looked up once
-_innermost = torch._C._functorch.peek_interpreter_stack
-_dual = torch.autograd.forward_ad
-
-
 def transforming() -> bool:
     """Whether the caller is inside a torch.func transform or a level of dual numbers."""
     # while torch.compile traces, the innermost interpreter is never None: what it traces may not probe either
-    if _innermost() is not None:
+    if innermost_transform() is not None:
         return True
-    if _dual._current_level < 0:
+    if dual_level() < 0:
         return False
     with _forward:  # it may be another thread's, which opened it here and is about to close it
-        return _dual._current_level >= 0
+        return dual_level() >= 0
 
 
 def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +75,7 @@ def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
 
 def hooked() -> bool:
     """Whether a caller's hooks, such as checkpointing's, see what autograd saves."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return saved_tensors_hooks(True) is not None
 
 
 def saved_tensors_apart() -> AbstractContextManager[Any]:
@@ -73,7 +87,7 @@ def saved_tensors_apart() -> AbstractContextManager[Any]:
 
 def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
     """Write into a tensor without moving its version: graphs that have saved it do not take it for changed."""
-    kept: AbstractContextManager[Any] = _unsafe_preserve_version_counter(tensor)
+    kept: AbstractContextManager[Any] = preserve_version(tensor)
     return kept
 
 
@@ -84,25 +98,24 @@ def levels_restored() -> Iterator[None]:
     Left open, every later forward mode of the process would fail, or nothing would be recorded any more. torch allows
     one dual level and tells nobody whether it is open, so it is found out by opening one.
     """
-    forward, functorch = torch.autograd.forward_ad, torch._C._functorch
-    level, stack = forward._current_level, functorch.get_interpreter_stack()
-    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    level, stack = dual_level(), open_transforms()
+    grad, forward_grad = torch.is_grad_enabled(), is_forward_grad_enabled()
+    keys = included_keys(), excluded_keys()
     try:
         # on leaving, the guard puts back which dispatch keys this thread includes and excludes
-        with torch._C._ForceDispatchKeyGuard(*keys):
+        with ForceDispatchKeys(*keys):
             yield
     finally:
-        torch._C._set_grad_enabled(grad)
-        torch._C._set_fwd_grad_enabled(forward_grad)
-        if len(functorch.get_interpreter_stack() or ()) > len(stack or ()):
-            functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(stack or ()))
+        set_grad_enabled(grad)
+        set_forward_grad_enabled(forward_grad)
+        if len(open_transforms() or ()) > len(stack or ()):
+            close_transforms_to_depth(len(stack or ()))
         if level < 0 and not stack:
             try:
-                torch._C._exit_dual_level(level=torch._C._enter_dual_level())
+                exit_dual_level(level=enter_dual_level())
             except RuntimeError:
-                torch._C._exit_dual_level(level=0)
-            forward._current_level = level
+                exit_dual_level(level=0)
+            set_dual_level(level)
 
 
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
@@ -207,10 +220,10 @@ class Pullback:
     ) -> tuple[Tensor | None, ...]:
         def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
             # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
-            return _engine_run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
+            return run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
 
         found: tuple[Tensor | None, ...] = (
-            quietly(_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents) if batched else run(*cotangents)
+            quietly(batched_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents) if batched else run(*cotangents)
         )
         return found
 
@@ -299,12 +312,11 @@ def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
     def silent(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return mapped(*args)
-        functorch: Any = torch._C._functorch
-        functorch._set_vmap_fallback_warning_enabled(False)
+        set_vmap_fallback_warning(False)
         try:
             return mapped(*args)
         finally:
-            functorch._set_vmap_fallback_warning_enabled(True)
+            set_vmap_fallback_warning(True)
 
     return silent
 
@@ -313,7 +325,7 @@ def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
 def load_forward_rules() -> None:
     """Load torch's forward-mode decompositions, which warn that they are scripted, before a user's call does."""
     with unwarned():
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
+        load_forward_decompositions()
 
 
 def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -332,9 +344,9 @@ def push_dual_plainly(
     """The same without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
-    with _forward, forward._set_fwd_grad_enabled(True), forward.dual_level() as level:
+    with _forward, forward_grad_enabled(True), forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions
-        duals = [torch._VF._make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
+        duals = [make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
         values = [primal for primal, _ in pairs]
         pushed = [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from autojac.torch_internals import is_any_autocast_enabled
+
 DEVICES = ("cpu", "cuda")
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """The kinds of devices that autocast is on for, with the dtype that it casts to."""
@@ -16,14 +18,14 @@ _nothing = nullcontext()
 
 def current_autocast() -> Autocast:
     """Return what autocast does at the moment; empty if it is off."""
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return ()
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in DEVICES if torch.is_autocast_enabled(kind))
 
 
 def outside_autocast() -> AbstractContextManager[None]:
     """Turn autocast off, so that what is computed keeps the precision of its arguments."""
-    return _turned(current_autocast(), False) if torch._C._is_any_autocast_enabled() else _nothing
+    return _turned(current_autocast(), False) if is_any_autocast_enabled() else _nothing
 
 
 def inside_autocast(autocast: Autocast) -> AbstractContextManager[None]:

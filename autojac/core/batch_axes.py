@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.errors import OptionError
+from autojac.torch_internals import pytree
 
 AUTO: Final = "auto"
 """In place of an axis: infer whether axis 0 of these tensors runs over samples."""

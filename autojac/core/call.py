@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
@@ -16,6 +15,7 @@ from autojac.core.keywords import Keywords
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.errors import InputError, OptionError, OutputError, kind_of
+from autojac.torch_internals import DisableTorchFunctionSubclass, pytree
 
 
 class Frame:
@@ -253,7 +253,7 @@ def plain(value: Any) -> Any:
         return value
     if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return value
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
 
 

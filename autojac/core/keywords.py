@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch.utils import _pytree as pytree
+from autojac.torch_internals import pytree
 
 
 class Keywords(dict[str, Any]):

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, Self, TypedDict, get_args
 
-from torch.utils import _pytree as pytree
-
 from autojac.core.batch_axes import AUTO, EXPECTED
 from autojac.core.plan import Effort
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
 from autojac.errors import OptionError, kind_of
+from autojac.torch_internals import pytree
 
 OnMiss = Literal["tune", "estimate", "error"]
 Verify = Literal["auto", "always", "never"]

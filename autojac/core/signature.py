@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from autojac.torch_internals import deterministic_algorithms, is_any_autocast_enabled, matmul_precision
+
 Layout = Literal["blocks", "full", "sparse", "diagonal"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -25,9 +27,9 @@ def current_flags(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
     return (
         torch.get_default_dtype(),
         torch.get_num_threads(),
-        torch._C._get_deterministic_algorithms(),
-        torch._C._get_float32_matmul_precision(),
-        _autocast() if torch._C._is_any_autocast_enabled() else (False, False),
+        deterministic_algorithms(),
+        matmul_precision(),
+        _autocast() if is_any_autocast_enabled() else (False, False),
         tuple([module.training for module in modules]),
     )
 

@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.core.sandbox import Quiet
 from autojac.graph.batch_axis.propagation import Flow, follow
@@ -18,6 +17,7 @@ from autojac.graph.cuts.shared_tensors import Pool, pool
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import Recording, record
 from autojac.guards.captures import Captures
+from autojac.torch_internals import pytree
 
 Fn = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 Cut = TypeVar("Cut")

@@ -12,6 +12,7 @@ from torch import Tensor
 from autojac.errors import UnsupportedError
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.operators import autograd_nodes, reaches
+from autojac.torch_internals import FunctionBase
 
 aten = torch.ops.aten
 
@@ -101,6 +102,6 @@ def _require_plain(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tens
         if tensor.grad_fn is not None and tensor._backward_hooks:
             raise UnsupportedError("func hangs a hook on a tensor, which may change gradients")
     for node in autograd_nodes(values):
-        if isinstance(node, torch._C._FunctionBase):
+        if isinstance(node, FunctionBase):
             name = type(node).__name__.removesuffix("Backward")
             raise UnsupportedError(f"func uses the custom autograd Function {name}, whose derivative is its own")

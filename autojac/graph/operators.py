@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import is_custom
 from autojac.graph.ir import Graph, Operation
+from autojac.torch_internals import DispatchKey, ForceDispatchKeys, excluded_keys, included_keys
 
 aten = torch.ops.aten
 BLIND = {"is_same_size", "_fused_sdp_choice"}
@@ -38,7 +39,7 @@ VIEWS_IN_PLACE = {
 """What changes a tensor's shape and no element of it."""
 
 
-_ZERO = torch._C.DispatchKey.ZeroTensor
+_ZERO = DispatchKey.ZeroTensor
 
 
 def call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -49,8 +50,8 @@ def call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """
     if not any(isinstance(arg, Tensor) and arg._is_zerotensor() for arg in args):
         return func(*args, **kwargs)
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded.remove(_ZERO)):
+    included, excluded = included_keys(), excluded_keys()
+    with ForceDispatchKeys(included, excluded.remove(_ZERO)):
         return func(*args, **kwargs)
 
 

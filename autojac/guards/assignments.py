@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any, Final
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.guards.tokens import SCALARS
 from autojac.guards.walker import MODULE_FIELDS
+from autojac.torch_internals import pytree
 
 MISSING: Final = object()
 CONTAINERS: Final = frozenset({dict, list, set, deque, defaultdict, OrderedDict})

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autojac.guards.places import ABSENT, Bytes, Cells, Fields, Items, Members, Names, Pinned, Place, class_dict
 from autojac.guards.tensor_metadata import Metadata
+from autojac.torch_internals import dict_version
 
 Reading = tuple[Place, list[Any], list[Any]]
 """A place with the keys and the values that it held."""
@@ -38,13 +39,9 @@ _BUILTINS: Final = {function.__name__: function for function in (all, any, len, 
 
 
 @functools.cache
-def dict_version() -> Callable[[dict[Any, Any]], int] | None:
-    """What counts the changes of a dict in C; None where torch has no such thing, or it misses changes."""
-    try:
-        found: Callable[[Any], int] = torch._C._dynamo.guards.dict_version
-        return found if _sound(found) else None
-    except (AttributeError, TypeError):
-        return None
+def change_counter() -> Callable[[dict[Any, Any]], int] | None:
+    """Return what counts the changes of a dict in C; None where torch has no such thing, or it misses changes."""
+    return dict_version if dict_version is not None and _sound(dict_version) else None
 
 
 def _sound(version: Callable[[Any], int]) -> bool:
@@ -80,7 +77,7 @@ def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], meta
         places: where to look.
         metadata: of the tensors in these places.
     """
-    version = dict_version()
+    version = change_counter()
     dicts = [place.owner for place in places if isinstance(place, Items)] if version else []
     versions = {id(owner): version(owner) for owner in dicts} if version else {}  # before reading: a race fails
     draft = _Draft()

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from autojac.guards.walker import HOOKS
+from autojac.torch_internals import eval_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K", bound=type)
@@ -35,9 +36,8 @@ def opaque(function: F) -> F:
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = "autojac plans, measures and checks while it runs"
     with suppress(AttributeError):
-        frames: Any = torch._C._dynamo.eval_frame
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(marked.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 

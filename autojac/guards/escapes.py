@@ -10,9 +10,9 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac.errors import UnsupportedError
+from autojac.torch_internals import DispatchKey, TorchDispatchMode, excluded_keys, is_wrapped_by_transform
 
 ESCAPES: Final = frozenset(
     {
@@ -30,7 +30,7 @@ _FIXED: Final = (
     *(bool, int, float, complex, str, bytes, numbers.Number, type(None), type(...), slice, type),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator),
 )
-_PYTHON: Final = torch._C.DispatchKey.Python
+_PYTHON: Final = DispatchKey.Python
 
 
 class Monitor(TorchFunctionMode):
@@ -52,7 +52,7 @@ class Monitor(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _NUMBERS:
             # the legacy constructors ask each element for its number below every dispatch mode
-            if torch._C._dispatch_tls_local_exclude_set().has(_PYTHON):
+            if excluded_keys().has(_PYTHON):
                 self.escaped = self.escaped or name
         elif name in ESCAPES:
             if not _by_autojac():
@@ -112,10 +112,9 @@ class NoData(TorchFunctionMode):
     """Raises `DataAssignedError` before torch does what it can't undo."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data":
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-            if wrapped(args[1]) and not wrapped(args[0]):
-                raise DataAssignedError("func assigns to .data, which torch.func's transforms can't do")
+        assigned = getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data"
+        if assigned and is_wrapped_by_transform(args[1]) and not is_wrapped_by_transform(args[0]):
+            raise DataAssignedError("func assigns to .data, which torch.func's transforms can't do")
         return func(*args, **kwargs) if kwargs else func(*args)
 
 

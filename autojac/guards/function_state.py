@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autojac.guards.guard import Change, Guard
 from autojac.guards.places import Spot
+from autojac.torch_internals import DisableTorchFunction
 
 MOST_LINES = 8
 MOST_STATES = 4
@@ -158,7 +158,7 @@ class Surroundings:
 
     def _observe(self) -> int:
         # a mode of the caller's, such as another default device, would see what is read of tensors
-        with self.lock, torch._C.DisableTorchFunction():
+        with self.lock, DisableTorchFunction():
             state = self.settled()
             changes = {spot: count for spot, count in self._changes.items() if count > self._most_changes}
             self._ignored = frozenset(changes)

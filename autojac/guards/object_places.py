@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.guards.compiled_functions import COMPILED
 from autojac.guards.escapes import ESCAPES
@@ -34,6 +33,7 @@ from autojac.guards.places import (
 from autojac.guards.provenance import is_library
 from autojac.guards.purity import c_reason
 from autojac.guards.walker import HOOKS
+from autojac.torch_internals import pytree
 
 MOST_BYTES: Final = 4096
 """An array of numpy's is compared with its copy in every call up to this size."""

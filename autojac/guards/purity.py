@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
-import torch
-
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.provenance import is_library
+from autojac.torch_internals import TensorBase
 
 
 def _words(text: str) -> frozenset[str]:
@@ -146,7 +145,7 @@ def _module_function(home: str, name: str) -> str:
 
 
 def _method(kind: type, name: str) -> str:
-    if issubclass(kind, torch._C.TensorBase):
+    if issubclass(kind, TensorBase):
         return f"it reads values of a tensor ({name})" if name in ESCAPES else ""
     bases = kind.__mro__
     if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):

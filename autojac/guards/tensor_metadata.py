@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.torch_internals import DisableTorchFunction, tensor_guards
+
 MODES = 4
 """Combinations of autocast, inference mode and vmap that tensors are compared quickly in."""
 
@@ -41,7 +43,7 @@ class Metadata:
         """Whether the metadata is the same, in whatever mode this runs."""
         if any(check(*self.tensors) for check in self._others):
             return True
-        with torch._C.DisableTorchFunction():  # a mode of the caller's would see it
+        with DisableTorchFunction():  # a mode of the caller's would see it
             if tuple(map(described, self.tensors)) != self.known:
                 return False
         check = alike(self.tensors)
@@ -55,12 +57,12 @@ def alike(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
 
     False says nothing: a tensor given twice, say, is never alike. Another number of tensors is a `TypeError`.
     """
-    if any(tensor.layout is not torch.strided for tensor in tensors):
+    if tensor_guards is None or any(tensor.layout is not torch.strided for tensor in tensors):
         return None
     try:
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-        made = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        made = tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         check: Callable[..., bool] = made.check
         return check if check(*tensors) else None
     except (AttributeError, TypeError, SystemError, RuntimeError):

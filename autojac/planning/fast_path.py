@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import hooked, transforming
@@ -13,6 +12,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.guards.tensor_metadata import alike
 from autojac.planning.prepared_plan import Entry
 from autojac.replay.replayer import Replaying
+from autojac.torch_internals import global_state_guard
 
 Again = Callable[[tuple[Any, ...]], tuple[Any, Any] | None]
 """From a call's positional arguments to the value and the Jacobian; None where the call has to go the long way."""
@@ -80,8 +80,7 @@ def _outside(at_once: AtOnce) -> AtOnce:
 
 def _global_state() -> Callable[[], bool] | None:
     """What tells that grad mode, autocast, default dtype, threads and precision are as now; None where torch can't."""
-    try:
-        check: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check
-        return check if check() else None
-    except (AttributeError, TypeError):
+    if global_state_guard is None:
         return None
+    check: Callable[[], bool] = global_state_guard().check
+    return check if check() else None

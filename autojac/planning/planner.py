@@ -11,7 +11,6 @@ from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import saved_tensors_apart
 from autojac.core.autocast import outside_autocast
@@ -50,6 +49,7 @@ from autojac.problem.empty_events import solid
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.replayer import Replaying
 from autojac.sparse.colorings import Colorings
+from autojac.torch_internals import pytree
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 30.0}

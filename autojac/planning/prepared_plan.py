@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import hooked
 from autojac.core.autocast import outside_autocast
@@ -32,6 +31,7 @@ from autojac.problem.empty_events import filled
 from autojac.problem.problem import Compute, Flat, Problem, Result
 from autojac.problem.randomness import leaving_state
 from autojac.replay.replayer import Replaying
+from autojac.torch_internals import pytree
 
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.tolerance import disagreement
 from autojac.core.sandbox import Quiet
 from autojac.core.time_limit import within
 from autojac.errors import InputError, OutputError
+from autojac.torch_internals import pytree
 
 MOST_AMBIGUOUS = 4
 HANG_S = 60.0

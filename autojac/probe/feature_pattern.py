@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.time_limit import within
@@ -22,6 +21,7 @@ from autojac.errors import OptionError
 from autojac.graph.recorder import Recording, record
 from autojac.probe.coordinates import Coordinates, few
 from autojac.probe.sample_pairs import SCALES, Subject
+from autojac.torch_internals import pytree
 
 if TYPE_CHECKING:
     import scipy.sparse

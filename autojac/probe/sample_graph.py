@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.core.pattern import Pattern
 from autojac.core.ranks import deadline
@@ -26,6 +25,7 @@ from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import Coded
 from autojac.probe.sample_pairs import SCALES, Subject, differs, step
+from autojac.torch_internals import pytree
 
 MOST_MASKS = 4
 MOST_TURNS = 5

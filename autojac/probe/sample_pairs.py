@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import Pullback
 from autojac.autodiff.seeds import noise
@@ -30,6 +29,7 @@ from autojac.autodiff.tolerance import balance, own_scale
 from autojac.core.ranks import several
 from autojac.core.sandbox import Quiet
 from autojac.core.time_limit import within
+from autojac.torch_internals import pytree
 
 SCALES = (1e-2, 1.0, 1e3)
 FEWEST_SPLITS = 6

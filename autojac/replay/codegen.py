@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autojac.torch_internals import BelowAutograd, OpOverload
+
 Run = Callable[..., tuple[Tensor, ...]]
 NAMED = (bool, int, str, type(None))
 """Kinds of arguments that are written out as they are."""
@@ -81,7 +83,7 @@ class _Writer:
         indent = "    "
         source = f"def program({self.header}):\n"
         if self.below:
-            source += f"    with {self.keep(_beneath, 'f')}():\n"
+            source += f"    with {self.keep(BelowAutograd, 'f')}():\n"
             indent *= 2
         source += "".join(f"{indent}{line}\n" for line in lines)
         exec(compile(source, "<autojac program>", "exec"), self.scope)
@@ -128,12 +130,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_beneath = torch._C._AutoDispatchBelowAutograd
-
-
 def callable_of(target: Any) -> Any:
     """What to call for an operator: without Python between, where torch offers that."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return target
     name = target._schema.name.removeprefix("aten::")
     if name in BOUND:

@@ -18,6 +18,7 @@ import torch
 from autojac.autodiff.primitives import compile_flat, levels_restored
 from autojac.guards.process_state import unwarned
 from autojac.replay.codegen import Run
+from autojac.torch_internals import DisableAutocast, compile_graph
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,12 +122,11 @@ class _Attempt:
 
 
 def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    with _silently(), torch.no_grad(), torch._C._DisableAutocast():
+    with _silently(), torch.no_grad(), DisableAutocast():
         from torch.fx.experimental.proxy_tensor import make_fx
 
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        made: Callable[..., tuple[torch.Tensor, ...]] = torch._inductor.compile(graph, inputs)
-    return made
+        return compile_graph(graph, inputs)
 
 
 @contextmanager

@@ -18,13 +18,11 @@ from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.hoisting import Kept
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, taken_down, unfixed
+from autojac.torch_internals import dispatch_modes, function_modes
 
 MOST_TRACES = 8
 CALLS_A_TRACE = 200
 """Past `MOST_TRACES` one more for so many calls: what changes all the time is not worth tracing."""
-
-_function_modes = torch._C._len_torch_function_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class Replaying:
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        if _function_modes() or _dispatch_modes():
+        if function_modes() or dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
             return self.eager(leaves, kwargs)
         ready = self._current or self._renewed(leaves, kwargs)
@@ -97,7 +95,7 @@ class Replaying:
         The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
         """
         ready = self.ready
-        if ready is None or ready.version != self.surroundings.version or _function_modes() or not ready.unchanged():
+        if ready is None or ready.version != self.surroundings.version or function_modes() or not ready.unchanged():
             return None
         return self._outputs(ready, leaves, leaves, {})
 
@@ -105,7 +103,7 @@ class Replaying:
         """Whether the next call will be traced: func reads something that it has not been traced with before."""
         if self._current is not None:
             return False
-        if _function_modes() or _dispatch_modes():
+        if function_modes() or dispatch_modes():
             # nothing is traced, nor looked at more closely, while a caller's mode would see that
             return self.ready is not None
         if self._resting:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from autojac.errors import UnsupportedError
 from autojac.graph.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
 from autojac.guards.escapes import Watching, home
+from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
 """Loops are unrolled up to here."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from autojac.autodiff.primitives import levels_restored, pulled_back
 from autojac.core.keywords import Keywords
@@ -27,6 +26,7 @@ from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
 from autojac.replay.trace import Lower, Pulled, Recorded, Trace, differs
+from autojac.torch_internals import pytree
 
 Prepare = Callable[[Problem], Compute]
 TORCHS = ("cpu", "cuda")

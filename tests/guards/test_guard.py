@@ -46,7 +46,7 @@ NOTHING = Change("", {})
 def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs too where torch has nothing that counts the changes of a dict."""
     if request.param == "plain":
-        monkeypatch.setattr(compiled_check, "dict_version", lambda: None)
+        monkeypatch.setattr(compiled_check, "change_counter", lambda: None)
 
 
 def scaled(x: Tensor, power: int = 1, *, offset: float = 0.5) -> Tensor:

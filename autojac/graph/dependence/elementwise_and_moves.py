@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autojac.graph.dependence.index_sets import Fixed, Reading, Rule, Sets, State, Varying, alive_of
 from autojac.graph.ir import Value
+from autojac.torch_internals import OpOverload
 
 SAME = frozenset({"clone", "alias", "detach", "_to_copy", "neg", "lift_fresh", "contiguous"})
 """Operators that keep zeros where they are."""
@@ -178,7 +179,7 @@ def _run(reading: Reading, given: dict[int, Tensor]) -> list[Tensor]:
 
     if operation.name == "_reshape_alias":
         return [filled(operation.args[0]).reshape(operation.args[1])]
-    if not isinstance(operation.target, torch._ops.OpOverload):
+    if not isinstance(operation.target, OpOverload):
         # a copy into a tensor: the source in the target's shape
         return [filled(operation.args[0]).expand(operation.args[1])]
     arguments = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
 import time
@@ -24,6 +23,7 @@ from autojac.planning.search.space import bare, candidates, default_methods, hop
 from autojac.planning.search.trial import PATIENCE_S, Progress, Subject, attempt, try_out
 from autojac.problem.problem import Problem, bind
 from autojac.problem.reference import Reference
+from autojac.torch_internals import load_compiler
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
 SHOOT_OUT_SHARE = 0.25
@@ -66,7 +66,7 @@ def search(
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
     if effort != "estimate":
         # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
-        importlib.import_module("torch._dynamo")
+        load_compiler()
         from autojac.planning.search.propose import propose
     start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
     subject = Subject(

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autojac.replay.passes.node_facts import acts_by_entry, laid, name, overlapping, placed, plain, shares, values
 from autojac.replay.passes.ordering import touched, written
 from autojac.replay.passes.view_search import moves
+from autojac.torch_internals import BelowAutograd
 
 aten = torch.ops.aten
 MOST_ENTRIES = 10**6
@@ -326,7 +327,7 @@ def _computed(target: Any, args: Any, kwargs: Any) -> Tensor | None:
 def _run(target: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = values((tuple(args), dict(kwargs)))
     try:
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch.no_grad(), BelowAutograd():
             return target(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
         return None

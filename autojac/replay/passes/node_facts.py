@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autojac.torch_internals import OpOverload
+
 BY_ENTRY = {"mish_backward", "hardswish_backward", "hardsigmoid_backward"}
 """Operators that act entry by entry and are not marked as such."""
 
@@ -14,13 +16,13 @@ BY_ENTRY = {"mish_backward", "hardswish_backward", "hardsigmoid_backward"}
 def name(node: fx.Node) -> str:
     """Of an operator, without its overload."""
     target: Any = node.target
-    return str(target._schema.name).rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+    return str(target._schema.name).rpartition("::")[2] if isinstance(target, OpOverload) else ""
 
 
 def acts_by_entry(node: fx.Node) -> bool:
     """Whether each entry of the result comes of the entries at its place."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or name(node) in BY_ENTRY)
+    return isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or name(node) in BY_ENTRY)
 
 
 def plain(node: fx.Node) -> bool:

@@ -1,0 +1,221 @@
+"""Every private name of torch that autojac uses, and nothing else: the only file that touches them.
+
+Each says what it is for, which public name would do instead, and what happens on a torch without it. Required ones are
+looked up when autojac is imported, so that a torch without one is refused by name; of the others autojac takes a
+slower way, which the suite tests as well. `tests/test_torch_internals.py` names every one that the installed torch
+lacks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["PRIVATE", "OpOverload", "PrivateName", "TorchDispatchMode", "pytree"]
+
+TESTED = "2.11 to 2.14"
+
+
+class PrivateName(NamedTuple):
+    """Why a private name is used.
+
+    Attributes:
+        use: what autojac does by it.
+        public: what a public name could do instead.
+        without: what happens on a torch that lacks it; empty where autojac can't be imported then.
+    """
+
+    use: str
+    public: str = "none"
+    without: str = ""
+
+
+PRIVATE: dict[str, PrivateName] = {
+    "torch.utils._pytree": PrivateName("flatten nests as torch.func does", "optree, whose registry is another"),
+    "torch._ops.OpOverload": PrivateName("recognize an aten operator"),
+    "torch.utils._python_dispatch.TorchDispatchMode": PrivateName("see every aten operator that runs"),
+}
+"""Every private name by its path; filled below, where each is looked up."""
+
+
+def _required(path: str, use: str, public: str = "none") -> Any:
+    PRIVATE[path] = PrivateName(use, public)
+    found = resolve(path)
+    if found is None:
+        raise ImportError(f"torch {torch.__version__} has no {path}, which autojac needs to {use}; it runs on {TESTED}")
+    return found
+
+
+def _optional(path: str, use: str, without: str, public: str = "none") -> Any:
+    PRIVATE[path] = PrivateName(use, public, without)
+    return resolve(path)
+
+
+def resolve(path: str) -> Any:
+    """Return what a dotted path leads to, or None. Modules of torch are imported only if they are loaded already."""
+    parts = path.split(".")
+    found: Any = torch
+    for depth, part in enumerate(parts[1:], start=2):
+        found = getattr(found, part, None) or sys.modules.get(".".join(parts[:depth]))
+        if found is None:
+            return None
+    return found
+
+
+# modes and transforms that are open
+innermost_transform: Callable[[], Any] = _required(
+    "torch._C._functorch.peek_interpreter_stack", "tell in 50 ns whether a torch.func transform is open"
+)
+open_transforms: Callable[[], Sequence[Any] | None] = _required(
+    "torch._C._functorch.get_interpreter_stack", "see how many transforms are open"
+)
+close_transforms_to_depth: Callable[[int], None] = _required(
+    "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth", "close transforms that a failure left open"
+)
+is_wrapped_by_transform: Callable[[Any], bool] = _required(
+    "torch._C._functorch.is_functorch_wrapped_tensor", "tell a transform's tensors from plain ones"
+)
+set_vmap_fallback_warning: Callable[[bool], None] = _required(
+    "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
+)
+function_modes: Callable[[], int] = _required(
+    "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
+)
+dispatch_modes: Callable[[], int] = _required(
+    "torch._C._len_torch_dispatch_stack", "see whether a caller's dispatch mode is open"
+)
+saved_tensors_hooks: Callable[[bool], Any] = _required(
+    "torch._C._autograd._top_saved_tensors_default_hooks", "see whether hooks such as checkpointing's are set"
+)
+is_any_autocast_enabled: Callable[[], bool] = _required(
+    "torch._C._is_any_autocast_enabled",
+    "tell in one call whether autocast is on",
+    "torch.is_autocast_enabled per device",
+)
+deterministic_algorithms: Callable[[], bool] = _required(
+    "torch._C._get_deterministic_algorithms",
+    "read the flag without Python in between",
+    "torch.are_deterministic_algorithms_enabled",
+)
+matmul_precision: Callable[[], str] = _required(
+    "torch._C._get_float32_matmul_precision",
+    "read the setting without Python in between",
+    "torch.get_float32_matmul_precision",
+)
+
+# dual numbers
+is_forward_grad_enabled: Callable[[], bool] = _required("torch._C._is_fwd_grad_enabled", "restore forward mode")
+set_forward_grad_enabled: Callable[[bool], None] = _required("torch._C._set_fwd_grad_enabled", "restore forward mode")
+set_grad_enabled: Callable[[bool], None] = _required(
+    "torch._C._set_grad_enabled", "restore grad mode", "torch.set_grad_enabled, which a function mode sees"
+)
+enter_dual_level: Callable[[], int] = _required("torch._C._enter_dual_level", "find out whether a dual level is open")
+exit_dual_level: Callable[..., None] = _required("torch._C._exit_dual_level", "close a dual level left open")
+make_dual: Callable[..., torch.Tensor] = _required(
+    "torch._VF._make_dual",
+    "make dual numbers without loading decompositions (0.2 s)",
+    "torch.autograd.forward_ad.make_dual",
+)
+forward_grad_enabled: Callable[[bool], Any] = _required(
+    "torch.autograd.forward_ad._set_fwd_grad_enabled", "switch forward mode on in the forward of a custom Function"
+)
+_required("torch.autograd.forward_ad._current_level", "see whether a dual level is open")
+
+
+def dual_level() -> int:
+    """Return the number of the open dual level, for all threads; below zero if there is none."""
+    return int(torch.autograd.forward_ad._current_level)
+
+
+def set_dual_level(level: int) -> None:
+    """Set what torch takes for the open dual level."""
+    torch.autograd.forward_ad._current_level = level
+
+
+# autograd
+batched_vmap: Callable[..., Callable[..., Any]] = _required(
+    "torch._vmap_internals._vmap", "run VJPs batched, as torch.autograd.grad(is_grads_batched=True) does"
+)
+preserve_version: Callable[[Any], Any] = _required(
+    "torch.autograd.grad_mode._unsafe_preserve_version_counter",
+    "write into a tensor that a graph has saved",
+    "torch.autograd._unsafe_preserve_version_counter",
+)
+run_backward: Callable[..., tuple[torch.Tensor | None, ...]] = _required(
+    "torch.autograd.graph._engine_run_backward", "pull without the checks of torch.autograd.grad (10 µs per VJP)"
+)
+FunctionBase: type = _required("torch._C._FunctionBase", "recognize the node of a custom autograd Function")
+TensorBase: type = _required("torch._C.TensorBase", "recognize tensor classes", "torch.Tensor")
+
+# dispatch
+DispatchKey: Any = _required("torch._C.DispatchKey", "name dispatch keys")
+included_keys: Callable[[], Any] = _required(
+    "torch._C._dispatch_tls_local_include_set", "read a thread's dispatch keys"
+)
+excluded_keys: Callable[[], Any] = _required(
+    "torch._C._dispatch_tls_local_exclude_set", "read a thread's dispatch keys"
+)
+ForceDispatchKeys: Callable[..., Any] = _required(
+    "torch._C._ForceDispatchKeyGuard", "run with dispatch keys, and restore those of the thread"
+)
+BelowAutograd: Callable[[], Any] = _required(
+    "torch._C._AutoDispatchBelowAutograd",
+    "run a flat program without autograd",
+    "torch.no_grad, 1 µs more per operator",
+)
+DisableAutocast: Callable[[], Any] = _required("torch._C._DisableAutocast", "compile outside autocast")
+DisableTorchFunction: Callable[[], Any] = _required(
+    "torch._C.DisableTorchFunction", "read a tensor's metadata unseen by a caller's mode"
+)
+DisableTorchFunctionSubclass: Callable[[], Any] = _required(
+    "torch._C.DisableTorchFunctionSubclass", "take a tensor subclass for a plain tensor"
+)
+
+# comparisons in C, of what is compared in every call
+global_state_guard: Callable[[], Any] | None = _optional(
+    "torch._C._dynamo.guards.GlobalStateGuard",
+    "compare grad mode, autocast, dtype, threads and precision in 0.1 µs",
+    "every call takes the way through its key",
+)
+tensor_guards: Callable[..., Any] | None = _optional(
+    "torch._C._dynamo.guards.TensorGuards",
+    "compare the metadata of tensors in C",
+    "metadata is compared in Python (0.5 µs per tensor), and every call takes the way through its key",
+)
+dict_version: Callable[[dict[Any, Any]], int] | None = _optional(
+    "torch._C._dynamo.guards.dict_version",
+    "count the changes of a dict in C",
+    "attributes are compared one by one (54 instead of 5 µs for ten layers)",
+)
+eval_frame: Any = _optional(
+    "torch._C._dynamo.eval_frame",
+    "keep torch.compile out of autojac without importing it",
+    "what is compiled around autojac is compiled into it, which is slow and right",
+)
+
+
+def load_compiler() -> None:
+    """Load torch's compiler (1 s), which torch itself does at the first vmapped VJP of a process."""
+    importlib.import_module("torch._dynamo")
+
+
+@functools.cache
+def load_forward_decompositions() -> None:
+    """Load torch's decompositions for forward mode (0.2 s), which few operators need."""
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def compile_graph(graph: Any, inputs: Sequence[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Let Inductor compile an fx graph of aten operators, without Dynamo around it."""
+    compiled: Callable[..., tuple[torch.Tensor, ...]] = importlib.import_module("torch._inductor").compile(
+        graph, inputs
+    )
+    return compiled

@@ -37,7 +37,7 @@ from autojac.errors import (
     warn,
 )
 from autojac.graph.operators import custom_functions
-from autojac.guards.captures import Captures, captures
+from autojac.guards.captures import Captures, captures, survey
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
 from autojac.guards.run_monitor import Watched
 from autojac.methods.base import composable
@@ -266,7 +266,7 @@ class AutoJacobian(Derived):
         if moved or (self._replays and not surroundings.is_unchanged()):
             # what func holds may be others now, which require grad
             self._captured = None
-        key = self._key(args, kwargs)
+        key = self._key(args, kwargs) if self._entries else None
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entry(key, args, kwargs)
@@ -276,7 +276,7 @@ class AutoJacobian(Derived):
         if kwargs or frame.constants:
             kwargs = frame.keywords(args, kwargs)
         entry.calls += 1
-        noticed = UNCHANGED if entry.unchecked else entry.changed(leaves, kwargs, state)
+        noticed = UNCHANGED if entry.unchecked else entry.changed(leaves, kwargs, state, self._reach)
         if noticed.what or entry.calls >= entry.next_check or (kwargs and entry.unfamiliar(kwargs)):
             entry, result = self._checked(key, entry, leaves, args, kwargs, noticed)
             entry.states.add(-1 if state is None else state)
@@ -368,6 +368,11 @@ class AutoJacobian(Derived):
                 self._captured = captures(self.func)
             return self._captured
 
+    def _reach_now(self) -> Captures:
+        """What func reaches now; what it reached before, where the guard has seen everything unchanged in this call."""
+        listed = self._observes and self._planner.surroundings.is_complete
+        return self._reach() if listed else captures(self.func)
+
     def _entry(self, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
         entry = self._entries.get(key)
         if entry is not None:
@@ -376,12 +381,12 @@ class AutoJacobian(Derived):
             entry = self._entries.get(key)
             if entry is None:
                 # what func holds may be others than the key was made from
-                self._captured = captures(self.func)
+                found = survey(self.func, self.options.version)
+                self._captured = dataclasses.replace(found, digest="")  # which may be another at the next call
                 key = self._key(args, kwargs)
                 entry = self._entries.get(key)
             if entry is None:
-                request = self._planner.request(self._reach(), args, kwargs)
-                entry = self._planner.entry(request, self._reach())
+                entry = self._planner.entry(self._planner.request(found, args, kwargs), found)
                 self._keep(key, entry)
         return entry
 
@@ -419,7 +424,7 @@ class AutoJacobian(Derived):
         problem = dataclasses.replace(entry.problem, differentiable=trains)
         own = tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves)
         modules = self._reach().modules
-        trained = lasting(trained_by(captures(self.func), kwargs), entry.mutable) if trains else ()
+        trained = lasting(trained_by(self._reach_now(), kwargs), entry.mutable) if trains else ()
         # what no guard can list, such as a clock, is seen while func runs
         surroundings = self._planner.surroundings
         monitor = Watched(surroundings.present.guard.codes) if entry.may_rest else nullcontext()
@@ -464,7 +469,7 @@ class AutoJacobian(Derived):
             return entry, result
         if wrong is None and result is not None:
             if noticed.what == "function":
-                self._captured = captures(self.func)
+                self._captured = self._reach_now()
                 if entry.contents_decide:
                     entry.hold(self._captured)
             if not entry.last_check and entry.problem.differentiable:
@@ -510,7 +515,7 @@ class AutoJacobian(Derived):
 
     def _writable(self) -> list[Tensor]:
         """What func may write into now, buffers that were put in the place of others included."""
-        return [tensor for tensor in captures(self.func).tensors if not tensor.requires_grad]
+        return [tensor for tensor in self._reach_now().tensors if not tensor.requires_grad]
 
     def _gradient_error(
         self, entry: Entry, reference: Reference, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], before: Quiet
@@ -524,7 +529,7 @@ class AutoJacobian(Derived):
         if self._told or any(jacobian.requires_grad for row in result.jacobians for jacobian in row):
             return
         functions = sorted(custom_functions(reference.pullback.recorded))
-        if functions and trained_by(captures(self.func), kwargs):
+        if functions and trained_by(self._reach_now(), kwargs):
             self._told = True
             warn(
                 f"{self._planner.stored.function_name}: the Jacobian carries no graph, so a loss on it trains no "

@@ -1,11 +1,14 @@
-"""What a callable reaches: the modules and tensors that its result may depend on."""
+"""What a callable reaches: the modules and tensors that its result may depend on, and a digest of what it computes."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +29,8 @@ class Captures:
         tensors: distinct parameters, buffers and captured tensors, those without values left out.
         opaque: something could not be followed, so there may be more.
         compiled: some of it runs through torch.compile.
-        places: where func may set something: attributes, containers and variables; see `keeps`.
+        places: where func may set something: attributes, containers and variables.
+        digest: of what the callable computes, as `fingerprint` gives it; empty where it was not asked for.
     """
 
     modules: tuple[torch.nn.Module, ...]
@@ -34,6 +38,7 @@ class Captures:
     opaque: bool
     compiled: bool = False
     places: tuple[Any, ...] = ()
+    digest: str = ""
 
 
 def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
@@ -49,11 +54,30 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     walk = _Reach()
     for obj in without:
         walk.leave_out(obj)
-    walk.visit(func)
-    # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
-    tensors = tuple(tensor for tensor in walk.tensors if not tensor.is_meta)
-    modules, places = tuple(walk.modules), tuple(walk.places)
-    return Captures(modules, tensors, walk.opaque, walk.compiled, places)
+    return walk.found(func)
+
+
+def fingerprint(func: Callable[..., Any], version: str = "") -> str:
+    """Digest a callable's code, constants, closures, defaults, modules and captured indices.
+
+    Integer and boolean tensors count by content, float tensors by shape and dtype: trained weights keep
+    the fingerprint, an edited mask changes it. `training` flags do not count; a signature carries them.
+
+    Args:
+        func: a function, module, partial, bound method or callable object.
+        version: changes the digest at will.
+
+    Returns:
+        64 hexadecimal digits, equal in every process that defines the callable alike.
+    """
+    return survey(func, version).digest
+
+
+def survey(func: Callable[..., Any], version: str = "") -> Captures:
+    """List what a callable reaches, and digest what it computes, in one walk."""
+    walk = _Survey()
+    walk.emit("version", version)
+    return dataclasses.replace(walk.found(func), digest=walk.hexdigest())
 
 
 class _Reach(Walk):
@@ -63,6 +87,13 @@ class _Reach(Walk):
         super().__init__()
         self.compiled = False
         self.places: list[Any] = []
+
+    def found(self, func: Callable[..., Any]) -> Captures:
+        """Walk over a callable, and say what was met."""
+        self.visit(func)
+        # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
+        tensors = tuple(tensor for tensor in self.tensors if not tensor.is_meta)
+        return Captures(tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places))
 
     def _module(self, module: torch.nn.Module) -> None:
         self.compiled = self.compiled or is_compiled(module)
@@ -101,6 +132,29 @@ class _Reach(Walk):
         if isinstance(obj, (dict, list, set, deque)):
             self.places.append(obj)
         super()._container(obj, kind)
+
+
+class _Survey(_Reach):
+    """The same, with a digest of everything that is met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sha = hashlib.sha256()
+
+    def emit(self, *tokens: object) -> None:
+        self._sha.update(repr(tokens).encode("utf-8", "surrogatepass"))
+
+    def content(self, tensor: torch.Tensor) -> None:
+        self.emit("content", tuple(tensor.shape))
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            return
+        # wrapped by a transform, fake or quantised: there are no bytes to read
+        with suppress(RuntimeError):
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self._sha.update(memoryview(data))
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
 
 
 def _own_names(kind: type) -> list[str]:

@@ -16,7 +16,7 @@ from autojac.core.pattern import Indices
 from autojac.core.plan import Plan, Trial
 from autojac.core.signature import Signature
 from autojac.errors import StoreError
-from autojac.guards.fingerprint import fingerprint
+from autojac.guards.captures import fingerprint
 from autojac.methods.base import Method, build
 from autojac.store.keys import Key, environment_key, operation_key
 
@@ -96,8 +96,8 @@ class Stored:
     def refute(self, keys: Keys, reason: str) -> None:
         self.store.refute(*keys, reason)
 
-    def keys(self, signature: Signature) -> Keys:
-        """What a plan is filed under: the function as it is now, the call, and the device."""
+    def keys(self, signature: Signature, digest: str = "") -> Keys:
+        """What a plan is filed under: the function, by a digest or as it is now, the call, and the device."""
         options = self.options
         declared = options.declared
         chosen = {
@@ -105,7 +105,7 @@ class Stored:
             "randomness": options.randomness,
             "coupling": None if declared is None else declared.to_json(),
         }
-        digest = fingerprint(self.func, options.version)
+        digest = digest or fingerprint(self.func, options.version)
         # Without the module: what a script defines as `__main__`, others import by the name of its file.
         operation = operation_key(_named(self.func).__qualname__, digest, signature, chosen)
         return operation, environment_key(signature.leaves[0].device)

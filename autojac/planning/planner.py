@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ class Planner:
         force: bool,
         inside: bool,
     ) -> Entry:
-        seen = look(request, captured, self.options, self.stored.keys)
+        seen = look(request, captured, self.options, functools.partial(self._keys, captured))
         if seen.empty:
             return self._empty(request, seen)
         if inside or several():
@@ -162,6 +163,11 @@ class Planner:
         start = time.perf_counter()
         found = self.examine(request, seen, wanted)
         return self._search(request, seen, found, wanted, budget_s, start)
+
+    def _keys(self, captured: Captures, signature: Signature) -> Keys:
+        # a first call may have set what the function computes with, as lazy modules do
+        unchanged = self.surroundings.is_complete and self.surroundings.is_unchanged()
+        return self.stored.keys(signature, captured.digest if unchanged else "")
 
     def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
         """Probe what couples with what."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from autojac.core.sandbox import Quiet
 from autojac.core.signature import Signature
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.guards.assignments import leaving
-from autojac.guards.captures import Captures, captures
+from autojac.guards.captures import Captures
 from autojac.guards.tensor_contents import Watch
 from autojac.methods.base import Method, reverse
 from autojac.planning.plan_repository import Keys
@@ -170,12 +170,15 @@ class Entry:
         """Whether changes of func are looked for before every call that the fast path does not serve."""
         return not self.unchecked
 
-    def changed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], state: int | None = None) -> Noticed:
+    def changed(
+        self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], state: int | None, reach: Callable[[], Captures]
+    ) -> Noticed:
         """What is other than at the checks so far, of what the plan was made from: then it is checked again.
 
         Args:
             leaves, kwargs: the call.
             state: the kind of the state of what func reads; None if it was not compared.
+            reach: gives what func reaches.
         """
         anew = False
         if self.last_check:  # the first use is checked in any case
@@ -188,7 +191,7 @@ class Entry:
         surroundings = self.problem.surroundings
         if surroundings is not None and self.version != surroundings.version:
             self.version = surroundings.version
-            self.hold(captures(self.frame.func))
+            self.hold(reach())
         contents = self.contents(leaves, kwargs)
         if anew:
             return Noticed("function", contents)

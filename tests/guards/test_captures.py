@@ -26,8 +26,7 @@ import torch
 from torch import nn
 
 from autojac import AutoJacobian
-from autojac.guards.captures import captures
-from autojac.guards.fingerprint import fingerprint
+from autojac.guards.captures import captures, fingerprint
 
 WEIGHT = torch.ones(3)
 LINEAR = nn.Linear(3, 3)
@@ -354,7 +353,7 @@ def test_fingerprints_are_equal_across_processes() -> None:
 import sys
 sys.dont_write_bytecode = True
 import torch
-from autojac.guards.fingerprint import fingerprint
+from autojac.guards.captures import fingerprint
 padding = [object() for _ in range(1000)]
 class Count(torch.autograd.Function):
     pass

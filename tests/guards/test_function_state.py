@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from autojac import AutoJacobian, StructureChangedWarning
 from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, Surroundings
+from autojac.guards.walker import Walk
 from harness import Counted, compare, forced
 from oracle import jacobian_blocks, jacobian_full
 
@@ -315,3 +316,31 @@ def test_changes_are_noticed_while_a_mode_of_the_callers_is_on() -> None:
         model._parameters["scale"] = other
         assert state.observe()[1]
     assert not seen
+
+
+def test_func_is_walked_over_twice_at_a_first_call_and_then_only_when_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Model(), torch.randn(6, 3, dtype=torch.float64)
+    walks: list[str] = []
+    visit = Walk.visit
+
+    def counted(self: Walk, obj: Any) -> None:
+        walks.extend([type(self).__name__] * (obj is model))
+        visit(self, obj)
+
+    monkeypatch.setattr(Walk, "visit", counted)
+    jac = AutoJacobian(model, store=":memory:", on_miss="estimate")
+    jac(x)
+    # the guard's looks into libraries as well, whose state is another in each process; the other's digest must not be
+    assert len(walks) == len(set(walks)) == 2
+    walks.clear()
+    for _ in range(5):
+        jac(x)
+    assert not walks
+    model.options["steps"].append(0)
+    jac(x)
+    assert len(walks) == len(set(walks)) == 2
+    walks.clear()
+    jac(x)
+    assert not walks

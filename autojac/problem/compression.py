@@ -6,7 +6,6 @@ one of them. Samples and features are colored apart, and a seed is a color of sa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,10 +108,11 @@ def colors_of(problem: Problem, side: Side) -> Colors:
     own = problem.layout in ("blocks", "diagonal")
     square = problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1
     count = problem.out_size if side == "rows" else problem.in_size
-    return _colors(problem.colorings, side, samples, features, own, square, count, problem.batch if alike else 1)
+    return problem.colorings.derived(
+        _colors, side, samples, features, own, square, count, problem.batch if alike else 1
+    )
 
 
-@functools.lru_cache(maxsize=32)
 def _colors(
     colorings: Colorings,
     side: Side,
@@ -151,10 +151,9 @@ def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
     """
     sparsity = problem.structure.sparsity
     assert sparsity is not None and sparsity.features is not None
-    return _both(problem.colorings, sparsity.features)
+    return problem.colorings.derived(_both, sparsity.features)
 
 
-@functools.lru_cache(maxsize=16)
 def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
     rows, columns = colorings.both(features)
     return Colors("rows", None, rows), Colors("columns", None, columns), decoded(features, rows, columns)

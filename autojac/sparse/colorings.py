@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ __all__ = ["Backing", "Colorings", "Side", "apart", "both", "decoded", "orthogon
 
 Side = Literal["rows", "columns"]
 Arrays = Mapping[str, Indices]
+T = TypeVar("T")
 KEPT: Final = 64
 """Colorings that a process keeps at hand."""
 
@@ -89,7 +90,18 @@ class Colorings:
     def __init__(self, backing: Backing | None = None) -> None:
         self._backing = backing
         self._known: OrderedDict[str, Arrays] = OrderedDict()
+        self._derived: OrderedDict[Any, Any] = OrderedDict()
         self.seconds = 0.0
+
+    def derived(self, make: Callable[..., T], *arguments: Any) -> T:
+        """Return `make(self, *arguments)`, kept for as long as these colorings are; the oldest are forgotten."""
+        key = (make, *arguments)
+        if key not in self._derived:
+            self._derived[key] = make(self, *arguments)
+            while len(self._derived) > KEPT:
+                self._derived.popitem(last=False)
+        made: T = self._derived[key]
+        return made
 
     def orthogonal(self, pattern: Pattern, side: Side) -> Indices:
         """As the function of this name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from hashlib import sha256
@@ -254,11 +255,12 @@ class Database:
             options = {"connect_timeout": wait} if self.url.get_backend_name() == "postgresql" else {}
             return sa.create_engine(self.url, poolclass=NullPool, connect_args=options)
         target = ":memory:" if self.path is None else f"{self.path.as_uri()}?{_URI_QUERY[mode]}"
+        timeout_s = self.timeout_s
 
         def connect() -> sqlite3.Connection:
             # No implicit transactions: `begin` says which kind each one is.
             connection = sqlite3.connect(
-                target, uri=True, timeout=self.timeout_s, isolation_level=None, check_same_thread=False
+                target, uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )
             connection.execute("PRAGMA foreign_keys=ON")
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -270,6 +272,8 @@ class Database:
 
         engine = sa.create_engine("sqlite://", creator=connect, poolclass=StaticPool if self.in_memory else NullPool)
         sa.event.listen(engine, "begin", begin)
+        if self.in_memory:  # its one connection stays open as long as the database; what is closed late warns
+            weakref.finalize(self, engine.dispose)
         return engine
 
 

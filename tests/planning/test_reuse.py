@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,12 @@ def test_weights_may_change_and_structure_may_not(searches: list[str]) -> None:
 
     cheap(doubled)(x)
     assert len(searches) == 2
+
+
+def test_a_wrapper_that_is_let_go_leaves_neither_its_store_nor_its_colorings() -> None:
+    jac = AutoJacobian(torch.sin, store=":memory:", effort="estimate", layout="sparse")
+    jac(torch.randn(4, 3))
+    kept = [weakref.ref(part) for part in (jac, jac._planner.stored.store, jac._planner.colorings)]
+    del jac
+    gc.collect()
+    assert [part() for part in kept] == [None, None, None]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+import pydoc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -34,14 +38,14 @@ class Own(nn.Module):
     by = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * x.roll(self.by, 0)
+        return x * (x.roll(self.by, 0) if self.by else x)
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.coupled = False
-        self.options = {"steps": [0]}
+        self.options: dict[str, list[int]] = {"steps": []}
         self.inner = nn.Sequential(Own())
         self.plain = lambda x: x.exp()
         self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
@@ -77,8 +81,10 @@ CHANGES: dict[str, Callable[[Model, pytest.MonkeyPatch], Any]] = {
 def test_a_change_is_noticed_in_the_next_call(change: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Model(), torch.randn(6, 3, dtype=torch.float64)
     jac = forced(model, (x,), PULL, layout=layout)
-    for _ in range(5):  # past the fourth call's check, before the eighth's
+    for _ in range(20):
         jac(x)
+    (entry,) = jac._entries.values()
+    assert entry.last_check == 1  # proved, so that no check is due but for the change
     CHANGES[change](model, monkeypatch)
     for _ in range(2):
         oracle = jacobian_blocks if layout == "blocks" else jacobian_full
@@ -103,20 +109,64 @@ def test_closures_are_looked_at_and_the_user_is_told() -> None:
         compare(jac(x), jacobian_blocks(func, (x,)))
 
 
-def test_a_parameter_that_comes_later_is_trained() -> None:
+def thaw(model: Model) -> None:
+    model.scale.requires_grad_()
+
+
+def exchange(model: Model) -> None:
+    model.scale = nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", [thaw, exchange])
+@pytest.mark.parametrize("steps", [0, 1], ids=["independent", "coupled"])
+def test_a_parameter_that_comes_later_is_trained(steps: int, change: Callable[[Model], None]) -> None:
     model, x = Model(), torch.randn(6, 3, dtype=torch.float64)
+    model.options["steps"] += [1] * steps
     jac = forced(model, (x,), PULL)
     for _ in range(5):
         assert not jac(x).requires_grad
-    model.scale = nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+    change(model)
     J = jac(x)
     compare(J.detach(), jacobian_blocks(model, (x,)))
     (ours,) = torch.autograd.grad(J.square().sum(), model.scale)
     assert ours.abs().sum() > 0
 
 
+LOOKS: dict[str, Callable[[Model], Any]] = {
+    "deep copy": copy.deepcopy,
+    "pickle": lambda model: pickle.dumps(model.inner),
+    "help": pydoc.render_doc,
+    "state dict": lambda model: model.load_state_dict(model.state_dict()),
+    "training and back": lambda model: model.train().eval(),
+    "attribute set to what it was": lambda model: setattr(model, "coupled", False),
+    "optimizer": lambda model: torch.optim.SGD(model.parameters(), 0.1).step(),
+    "parameters exchanged for a call": lambda model: torch.func.functional_call(
+        model, {"scale": torch.ones(3, dtype=torch.float64)}, (torch.ones(6, 3, dtype=torch.float64),)
+    ),
+    "warning": lambda model: warnings.warn_explicit("once", Warning, __file__, 1, registry={}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:once")
+@pytest.mark.parametrize("name", LOOKS)
+def test_what_is_no_change_costs_no_check(name: str) -> None:
+    model, x = Model().eval(), torch.randn(6, 3, dtype=torch.float64)
+    model.plain = mixed
+    jac = forced(model, (x,), PULL)
+    for _ in range(3):
+        jac(x)
+    (entry,) = jac._entries.values()
+    for _ in range(MOST_CHANGES + 2):
+        LOOKS[name](model)
+        jac(x)
+        assert entry.last_check == 1
+    assert list(jac._entries.values()) == [entry]
+    assert jac._planner.surroundings.is_complete
+
+
 def test_a_state_that_was_checked_is_not_checked_again() -> None:
     model = Model()
+    model.options["steps"].append(0)
     x = torch.randn(6, 3, dtype=torch.float64)
     counted = Counted(model.plain)
     model.plain = lambda x: torch.cat([counted(part) for part in (x,)])

@@ -39,7 +39,7 @@ from autojac.errors import (
 from autojac.graph.operators import custom_functions
 from autojac.guards.captures import Captures, captures, survey
 from autojac.guards.compiled_functions import eagerly, opaque_methods, original
-from autojac.guards.run_monitor import Watched
+from autojac.guards.run_monitor import RunMonitor
 from autojac.methods.base import composable
 from autojac.planning.explain import explanation
 from autojac.planning.fast_path import Again, again, never
@@ -244,7 +244,7 @@ class AutoJacobian(Derived):
         problem = entry.problem
         lines = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else []
         lines += colored(problem)
-        lines += problem.surroundings.lines() if problem.surroundings is not None else []
+        lines += problem.function_state.lines() if problem.function_state is not None else []
         return explanation(self._planner.stored.function_name, entry.signature, entry.plan, trials, lines)
 
     def _given(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -261,9 +261,9 @@ class AutoJacobian(Derived):
                 return self._run_now(*call)
         if transforming():
             return self._composed(args, kwargs)
-        surroundings = self._planner.surroundings
-        state, moved = surroundings.observe() if self._observes else (None, False)
-        if moved or (self._replays and not surroundings.is_unchanged()):
+        function_state = self._planner.function_state
+        state, moved = function_state.observe() if self._observes else (None, False)
+        if moved or (self._replays and not function_state.is_unchanged()):
             # what func holds may be others now, which require grad
             self._captured = None
         key = self._key(args, kwargs) if self._entries else None
@@ -301,9 +301,9 @@ class AutoJacobian(Derived):
 
     def _absorb(self, entry: Entry) -> None:
         """Take what func has changed by itself for no change; asked until it is seen to change nothing."""
-        surroundings = self._planner.surroundings
-        if surroundings.is_new and entry.observed:
-            entry.absorb(surroundings.absorb())
+        function_state = self._planner.function_state
+        if function_state.is_new and entry.observed:
+            entry.absorb(function_state.absorb())
 
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
         with recording(args, kwargs) as call:
@@ -370,7 +370,7 @@ class AutoJacobian(Derived):
 
     def _reach_now(self) -> Captures:
         """What func reaches now; what it reached before, where the guard has seen everything unchanged in this call."""
-        listed = self._observes and self._planner.surroundings.is_complete
+        listed = self._observes and self._planner.function_state.is_complete
         return self._reach() if listed else captures(self.func)
 
     def _entry(self, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
@@ -426,8 +426,8 @@ class AutoJacobian(Derived):
         modules = self._reach().modules
         trained = lasting(trained_by(self._reach_now(), kwargs), entry.mutable) if trains else ()
         # what no guard can list, such as a clock, is seen while func runs
-        surroundings = self._planner.surroundings
-        monitor = Watched(surroundings.present.guard.codes) if entry.may_rest else nullcontext()
+        function_state = self._planner.function_state
+        monitor = RunMonitor(function_state.present.guard.codes) if entry.may_rest else nullcontext()
         with silent(modules), monitor:
             reference = Reference(
                 problem,
@@ -474,7 +474,7 @@ class AutoJacobian(Derived):
                     entry.hold(self._captured)
             if not entry.last_check and entry.problem.differentiable:
                 self._tell_untrained(reference, result, kwargs)
-            entry.checked(self.options.verify, isinstance(monitor, Watched) and not monitor.reason)
+            entry.checked(self.options.verify, isinstance(monitor, RunMonitor) and not monitor.reason)
             if reference.decides:
                 entry.watch.accept(noticed.contents)
                 entry.doubtful = False

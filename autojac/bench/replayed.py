@@ -20,7 +20,7 @@ from autojac.bench.overhead import PAST_CHECKS
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import Settings, tune
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.guards.function_state import Surroundings
+from autojac.guards.function_state import FunctionState
 from autojac.methods.base import build
 from autojac.planning.prepared_plan import prepared
 from autojac.planning.search import measure
@@ -100,7 +100,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     ready = replaying.ready
     assert ready is not None
     captured = ready.captured if ready.kept is None else ready.kept()
-    forward, steady = ready.trace.forward, replaying.surroundings.is_unchanged
+    forward, steady = ready.trace.forward, replaying.function_state.is_unchanged
     shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
     return measure.interleaved(runs, x.device, shortest, rounds, until)
@@ -114,7 +114,7 @@ def served(compute: Compute) -> Replaying:
     """
     assert isinstance(compute, Replaying)
     if compute.ready is None:
-        raise RuntimeError("; ".join(compute.surroundings.lines()))
+        raise RuntimeError("; ".join(compute.function_state.lines()))
     return compute
 
 
@@ -168,8 +168,8 @@ def traced(workload: Workload, engine: str, device: str = "cpu") -> list[float]:
         jac = autojac.AutoJacobian(func, effort="estimate", store=autojac.PlanStore(":memory:"))
         # planned first, and then watched anew, so that neither signature finds the other's work done by its planning
         problems = [(jac._run((z,), {})[0].problem, z) for z in (x, x[: len(x) // 2])]
-        surroundings = Surroundings(func)
-        return list(_firsts([(dataclasses.replace(p, surroundings=surroundings), z) for p, z in problems], engine))
+        function_state = FunctionState(func)
+        return list(_firsts([(dataclasses.replace(p, function_state=function_state), z) for p, z in problems], engine))
 
 
 def _firsts(problems: Sequence[tuple[Any, Tensor]], engine: str) -> Iterator[float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import saved_tensors_apart, version_kept
-from autojac.guards.assignments import Held
+from autojac.guards.assignments import Snapshot
 from autojac.guards.escapes import home
 
 GENERATORS: Final = ("cpu", "cuda", "python", "numpy")
@@ -124,7 +124,7 @@ class Quiet:
     Args:
         captured: tensors that func reaches and might write into.
         state: random state that every evaluation starts from; generators that it does not name are left alone.
-        places: attributes, containers and variables that func might set; see `Held`.
+        places: attributes, containers and variables that func might set; see `Snapshot`.
         trained: leaves whose `.grad` a backward of func's own might write.
 
     Attributes:
@@ -189,7 +189,7 @@ class Quiet:
         plain = [tensor for tensor in self.captured if not tensor.requires_grad]
         saved = [tensor.detach().clone() for tensor in self.captured]
         memory = [(home(tensor), tensor.data) for tensor in self.captured]
-        held = Held(self.places)
+        held = Snapshot(self.places)
         grads = [tensor.grad for tensor in self.trained]
 
         def restore() -> None:

@@ -21,7 +21,7 @@ MISSING: Final = object()
 CONTAINERS: Final = frozenset({dict, list, set, deque, defaultdict, OrderedDict})
 
 
-class Variables(MutableMapping[str, Any]):
+class VariableMapping(MutableMapping[str, Any]):
     """Some global variables, or the one variable of a cell, as a mapping."""
 
     def __init__(self, place: dict[str, Any] | types.CellType, names: Iterable[str] = ("cell_contents",)) -> None:
@@ -55,7 +55,7 @@ class Variables(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class Attributes(MutableMapping[str, Any]):
+class AttributeMapping(MutableMapping[str, Any]):
     """Attributes of a class, or those that an object holds in slots, as a mapping.
 
     Args:
@@ -88,7 +88,7 @@ class Attributes(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class Buffers(MutableMapping[str, Any]):
+class BufferMapping(MutableMapping[str, Any]):
     """A module's buffers, which `Module.to` replaces: one keeps the dtype and device that func gives it."""
 
     def __init__(self, place: dict[str, Any]) -> None:
@@ -113,11 +113,11 @@ class Buffers(MutableMapping[str, Any]):
         return len(self.place)
 
 
-class Held:
+class Snapshot:
     """What places, and the containers that they hold, hold at one time.
 
     Args:
-        places: dicts, lists, sets, deques, `Variables` and `Attributes`.
+        places: dicts, lists, sets, deques, `VariableMapping` and `AttributeMapping`.
     """
 
     def __init__(self, places: Sequence[Any]) -> None:
@@ -246,7 +246,7 @@ def leaving(
     """
 
     def left(leaves: Any, kwargs: Mapping[str, Any]) -> Any:
-        held = Held(places)
+        held = Snapshot(places)
         try:
             result = compute(leaves, kwargs)
         finally:

@@ -20,7 +20,7 @@ _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getatt
 
 
 @dataclass(frozen=True)
-class Used:
+class NamesUsed:
     """What a code object and those nested in it look up.
 
     Attributes:
@@ -58,13 +58,13 @@ class _ByIdentity:
         return isinstance(other, _ByIdentity) and other.code is self.code
 
 
-def used(code: types.CodeType) -> Used:
+def names_used(code: types.CodeType) -> NamesUsed:
     """What a code object looks up."""
-    return _used(_ByIdentity(code))
+    return _names_used(_ByIdentity(code))
 
 
 @functools.lru_cache(maxsize=4096)
-def _used(key: _ByIdentity) -> Used:
+def _names_used(key: _ByIdentity) -> NamesUsed:
     codes = tuple(_nested(key.code))
     scope: set[str] = set()
     attributes: set[str] = set()
@@ -88,7 +88,7 @@ def _used(key: _ByIdentity) -> Used:
                 relative = relative or constants[-2] != 0
                 imported.add(step.argval)
                 imported.update(f"{step.argval}.{name}" for name in constants[-1] or ())
-    return Used(
+    return NamesUsed(
         codes,
         tuple(sorted(scope)),
         frozenset(attributes),

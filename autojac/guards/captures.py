@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from autojac.guards.assignments import Attributes, Buffers, Variables
+from autojac.guards.assignments import AttributeMapping, BufferMapping, VariableMapping
 from autojac.guards.compiled_functions import is_compiled
 from autojac.guards.provenance import is_library, slots
 from autojac.guards.walker import UNSTABLE, Walk
@@ -99,33 +99,33 @@ class _Reach(Walk):
         self.compiled = self.compiled or is_compiled(module)
         # those of a scripted module are no dict
         if isinstance(module._buffers, dict):
-            self.places += [vars(module), Buffers(module._buffers)]
+            self.places += [vars(module), BufferMapping(module._buffers)]
         super()._module(module)
 
     def _function(self, function: types.FunctionType) -> None:
         self.compiled = self.compiled or is_compiled(function)
         if not is_library(function.__globals__.get("__name__")):
             self.places.append(vars(function))
-        self.places += map(Variables, function.__closure__ or ())
+        self.places += map(VariableMapping, function.__closure__ or ())
         super()._function(function)
 
     def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:
         names = set(names)
         if isinstance(scope, dict):
             # globals()["name"] names nothing that the code would tell
-            self.places.append(scope if "globals" in names else Variables(scope, names))
+            self.places.append(scope if "globals" in names else VariableMapping(scope, names))
         super()._globals(names, scope, inside)
 
     def _class(self, kind: type) -> None:
         if not is_library(kind.__module__):
-            self.places.append(Attributes(kind, functools.partial(_own_names, kind)))
+            self.places.append(AttributeMapping(kind, functools.partial(_own_names, kind)))
         super()._class(kind)
 
     def _instance(self, obj: Any, kind: type) -> None:
         if isinstance(state := getattr(obj, "__dict__", None), dict):
             self.places.append(state)
         if slots(kind) and not is_library(kind.__module__):
-            self.places.append(Attributes(obj, functools.partial(slots, kind)))
+            self.places.append(AttributeMapping(obj, functools.partial(slots, kind)))
         super()._instance(obj, kind)
 
     def _container(self, obj: Any, kind: type) -> None:

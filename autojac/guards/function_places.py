@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from autojac.guards.bytecode import Used, used
+from autojac.guards.bytecode import NamesUsed, names_used
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.places import (
     Attributes,
@@ -40,7 +40,7 @@ _CODE: Final = tuple(
 _PROCESS: Final = frozenset({"sys", "os", "builtins", "gc", "time", "random"})
 
 
-class LookedUp(Walk):
+class FunctionPlaces(Walk):
     """What functions hold and look up, by place.
 
     Attributes:
@@ -102,7 +102,7 @@ class LookedUp(Walk):
     def _globals(self, names: Iterable[str], scope: Mapping[str, Any], inside: tuple[int, ...] = ()) -> None:
         function, self._scope = self._scope, None
         assert function is not None
-        uses = used(function.__code__)
+        uses = names_used(function.__code__)
         scope = function.__globals__
         stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
         builtins: dict[str, Any] = stranger.__builtins__
@@ -134,7 +134,7 @@ class LookedUp(Walk):
             else:
                 self.visit(value)
 
-    def _used_module(self, module: Any, uses: Used, inside: tuple[int, ...]) -> None:
+    def _used_module(self, module: Any, uses: NamesUsed, inside: tuple[int, ...]) -> None:
         if id(module) in inside:
             return
         home = module.__name__

@@ -23,7 +23,7 @@ CALLS_A_CHANGE = 200
 
 
 @dataclass
-class State:
+class KnownState:
     """One state of what a function reads.
 
     Attributes:
@@ -39,7 +39,7 @@ class State:
     tensors: list[Tensor]
 
 
-class Surroundings:
+class FunctionState:
     """The state of everything a function reads, with a number for each state that it was seen in.
 
     Args:
@@ -58,7 +58,7 @@ class Surroundings:
         self.version = 0
         self.traces: deque[str] = deque(maxlen=MOST_LINES)
         self.is_new = True
-        self._states: deque[State] = deque(maxlen=MOST_STATES)
+        self._states: deque[KnownState] = deque(maxlen=MOST_STATES)
         self._numbers = 0
         self._calls = 0
         self._changes: dict[Spot, int] = {}
@@ -73,7 +73,7 @@ class Surroundings:
         return {}
 
     @property
-    def present(self) -> State:
+    def present(self) -> KnownState:
         """The state as of the last comparison."""
         if not self._states:
             with self.lock:
@@ -81,7 +81,7 @@ class Surroundings:
                     self._enter(None)
         return self._states[-1]
 
-    def settled(self) -> State:
+    def settled(self) -> KnownState:
         """Return the state as it is now."""
         with self.lock:
             if not self.is_unchanged():
@@ -170,7 +170,7 @@ class Surroundings:
     def _most_changes(self) -> int:
         return MOST_CHANGES + self._calls // CALLS_A_CHANGE
 
-    def _settle(self, state: State) -> Change:
+    def _settle(self, state: KnownState) -> Change:
         """Take a state for the present one, but for tensors; else return what speaks against that."""
         change = state.guard.diff()
         if not change.what:
@@ -184,7 +184,7 @@ class Surroundings:
         guard = Guard(self.func)
         self._numbers += 1
         kind = self._numbers if change is None else self._kind(change)
-        self._states.append(State(guard, self._numbers, kind, list(guard.tensors)))
+        self._states.append(KnownState(guard, self._numbers, kind, list(guard.tensors)))
 
     def _kind(self, change: Change) -> int:
         for state, spots in ((state, state.guard.diff().spots) for state in reversed(self._states)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autojac.guards.compiled_check import Reading, checker
-from autojac.guards.object_places import Reached
+from autojac.guards.object_places import ObjectPlaces
 from autojac.guards.places import Place, Spot
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
@@ -86,7 +86,7 @@ class Guard:
             self._walk()
 
     def _walk(self) -> None:
-        reached = Reached()
+        reached = ObjectPlaces()
         reached.follow(self._func)
         self.reason = reached.reason
         self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors}.values())

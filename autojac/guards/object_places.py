@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autojac.guards.compiled_functions import COMPILED
 from autojac.guards.escapes import ESCAPES
-from autojac.guards.function_places import LookedUp
+from autojac.guards.function_places import FunctionPlaces
 from autojac.guards.places import (
     Attributes,
     Bytes,
@@ -64,8 +64,8 @@ _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 _LOCKS: Final = ("_thread.lock", "_thread.RLock")
 
 
-class Reached(LookedUp):
-    """Everything that a callable holds: functions, as `LookedUp` lists them, and objects, modules and tensors."""
+class ObjectPlaces(FunctionPlaces):
+    """Everything that a callable holds: functions, as `FunctionPlaces` lists them, and objects, modules and tensors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,10 +14,10 @@ from autojac.guards.provenance import is_library
 from autojac.guards.purity import c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
 
 
-class Watched:
+class RunMonitor:
     """While it is entered, every call of the thread is looked at.
 
-    Watched are the frames of Python functions and the calls of C functions from the user's code. What C calls by
+    RunMonitor are the frames of Python functions and the calls of C functions from the user's code. What C calls by
     itself (`map(time.time, ...)`) shows no frame: guards look at functions that are passed as values.
 
     Args:
@@ -114,25 +114,25 @@ class Watched:
         return caller is None or not is_library(_home(caller))
 
 
-_Callers = Callable[[Watched, types.FrameType | None], bool]
+_Callers = Callable[[RunMonitor, types.FrameType | None], bool]
 
 
 def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
     """Why a frame is a reason, and for which callers."""
     code, home = frame.f_code, _home(frame)
     if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
-        return Watched.by_user, ""
+        return RunMonitor.by_user, ""
     if is_library(home):
         if sets_random_state(home, code.co_name):
-            return Watched.repeats, frame_reason(home, code.co_name)
+            return RunMonitor.repeats, frame_reason(home, code.co_name)
         if seeds(home, code.co_name):
-            return Watched.by_any, frame_reason(home, code.co_name)
+            return RunMonitor.by_any, frame_reason(home, code.co_name)
         if is_foreign(home):
-            return Watched.unless_imported, frame_reason(home, code.co_name)
+            return RunMonitor.unless_imported, frame_reason(home, code.co_name)
         own = home == "torch._tensor" and code.co_name in ESCAPES
-        return Watched.by_others if own else Watched.by_user, frame_reason(home, code.co_name)
+        return RunMonitor.by_others if own else RunMonitor.by_user, frame_reason(home, code.co_name)
     name = f"{code.co_qualname} of {home or code.co_filename}"
-    return Watched.unless_imported, f"it runs {name}, which can't be found by looking through what func holds"
+    return RunMonitor.unless_imported, f"it runs {name}, which can't be found by looking through what func holds"
 
 
 def _home(frame: types.FrameType) -> str:

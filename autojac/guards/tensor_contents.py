@@ -18,7 +18,7 @@ SMALL = 1 << 12
 _State = tuple[int, int, torch.Size, tuple[int, ...]]
 
 
-class Watch:
+class TensorContents:
     """The contents of some tensors that a plan was checked with.
 
     Contents decide, not identity: an equal mask in another object needs no check.

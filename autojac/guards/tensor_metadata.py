@@ -36,7 +36,7 @@ class Metadata:
         self.tensors = tensors
         self.known = tuple(map(described, tensors))
         self.hooked = tuple(bool(tensor._backward_hooks) for tensor in tensors)
-        self.quick = alike(self.tensors)
+        self.quick = metadata_check(self.tensors)
         self._others: tuple[Callable[..., bool], ...] = ()
 
     def same(self) -> bool:
@@ -46,13 +46,13 @@ class Metadata:
         with DisableTorchFunction():  # a mode of the caller's would see it
             if tuple(map(described, self.tensors)) != self.known:
                 return False
-        check = alike(self.tensors)
+        check = metadata_check(self.tensors)
         if check is not None and self.quick is not None:
             self._others = (*self._others, check)[-MODES:]
         return True
 
 
-def alike(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
+def metadata_check(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
     """What tells in C that tensors have the metadata of these, in the modes of this moment; None where torch can't.
 
     False says nothing: a tensor given twice, say, is never alike. Another number of tensors is a `TypeError`.

@@ -32,7 +32,7 @@ class Replay(Wrapper):
     def unsupported(self, problem: Problem) -> str | None:
         if self.inner.compiles or self.inner.flat:
             return "its programs are flat or compiled already"
-        if problem.surroundings is None:
+        if problem.function_state is None:
             return "there is no function whose reads could be watched"
         if KEEPS in problem.structure.effects:
             return f"func {KEEPS}, and a program would leave there what was before"
@@ -70,9 +70,9 @@ class Replay(Wrapper):
         return self.lowered(problem, None)
 
     def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
-        assert problem.surroundings is not None
+        assert problem.function_state is not None
         without = () if self.without is None else tuple(self.without.split(","))
-        return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.surroundings, without, lower)
+        return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.function_state, without, lower)
 
 
 def _batched(method: Any) -> Method | None:

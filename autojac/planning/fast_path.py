@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import hooked, transforming
 from autojac.core.autocast import outside_autocast
-from autojac.guards.tensor_metadata import alike
+from autojac.guards.tensor_metadata import metadata_check
 from autojac.planning.prepared_plan import Entry
 from autojac.replay.replayer import Replaying
 from autojac.torch_internals import global_state_guard
@@ -42,7 +42,7 @@ def again(entry: Entry, args: Sequence[Any]) -> Again:
     watched = entry.constants or (entry.contents_decide and entry.watched)
     if not plain or watched or entry.problem.layout == "sparse" or not isinstance(replaying, Replaying):
         return never
-    same, steady = alike(tuple(tensors)), _global_state()
+    same, steady = metadata_check(tuple(tensors)), _global_state()
     if same is None or steady is None or replaying.problem.structure.effects:
         return never
     count, single = len(args), frame.single and frame.out_spec is None

@@ -34,10 +34,10 @@ from autojac.errors import (
 )
 from autojac.graph.analysis import Outline
 from autojac.graph.special_kernels import reachable_kernels
-from autojac.guards.assignments import Held
+from autojac.guards.assignments import Snapshot
 from autojac.guards.captures import Captures
 from autojac.guards.compiled_functions import eagerly
-from autojac.guards.function_state import Surroundings
+from autojac.guards.function_state import FunctionState
 from autojac.guards.process_state import as_found
 from autojac.methods.base import Method, build, composable, registry
 from autojac.planning.first_call import look
@@ -96,7 +96,7 @@ class Planner:
         self.options = options
         self.stored = Stored(func, options)
         self.colorings = Colorings(self.stored)
-        self.surroundings = Surroundings(func)
+        self.function_state = FunctionState(func)
         self.roles: dict[str, dict[int, bool]] = {}
         self.neighbours: dict[Signature, tuple[int, Plan]] = {}
 
@@ -166,7 +166,7 @@ class Planner:
 
     def _keys(self, captured: Captures, signature: Signature) -> Keys:
         # a first call may have set what the function computes with, as lazy modules do
-        unchanged = self.surroundings.is_complete and self.surroundings.is_unchanged()
+        unchanged = self.function_state.is_complete and self.function_state.is_unchanged()
         return self.stored.keys(signature, captured.digest if unchanged else "")
 
     def examine(self, request: Request, seen: Seen, effort: Effort = "quick") -> Examined:
@@ -175,7 +175,7 @@ class Planner:
         call = (seen.fn, request.leaves, request.kwargs)
         reached: tuple[str, ...] = ()
         if seen.signature.differentiable:
-            reached = reachable_kernels(self.surroundings.present.guard.codes, request.captured.modules)
+            reached = reachable_kernels(self.function_state.present.guard.codes, request.captured.modules)
         manners = observe(seen.first, *call, frame.differentiated, seen.quiet, reached)
         known = self.roles.setdefault(frame.context, {})
         found = examine(
@@ -229,7 +229,7 @@ class Planner:
             has_aux=request.frame.has_aux,
             outline=outline,
             colorings=self.colorings,
-            surroundings=self.surroundings,
+            function_state=self.function_state,
             originals=getattr(self.func, "__autojac_originals__", None),
             generators=tuple(seen.quiet.state),
             places=seen.quiet.places,
@@ -368,7 +368,7 @@ class Planner:
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
         if structure.assumes and (structure.watched or reads_pattern):
             entry.contents_decide = True
-            self.surroundings.watch_tensors()
+            self.function_state.watch_tensors()
             entry.hold(request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(request.kwargs)):
             entry.numbers = set()
@@ -402,7 +402,7 @@ def _leaving_numbers(compute: Compute, written: Sequence[torch.Tensor], places: 
 
     def computed(leaves: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Result:
         plain = [tensor for tensor in written if not tensor.requires_grad]
-        held = Held(places)
+        held = Snapshot(places)
         try:
             return compute(leaves, kwargs)
         finally:

@@ -23,7 +23,7 @@ from autojac.core.signature import Signature
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.guards.assignments import leaving
 from autojac.guards.captures import Captures
-from autojac.guards.tensor_contents import Watch
+from autojac.guards.tensor_contents import TensorContents
 from autojac.methods.base import Method, reverse
 from autojac.planning.plan_repository import Keys
 from autojac.probe.side_effects import FirstCall
@@ -67,7 +67,7 @@ class Entry:
     unchecked: bool = False
     constants: tuple[Tensor, ...] = ()
     numbers: set[tuple[float, ...]] | None = None
-    watch: Watch = dataclasses.field(default_factory=Watch)
+    watch: TensorContents = dataclasses.field(default_factory=TensorContents)
     loop: Compute | None = None
     version: int = -1
     states: set[int] = dataclasses.field(default_factory=set)
@@ -161,9 +161,9 @@ class Entry:
     @property
     def may_rest(self) -> bool:
         """Whether the plan needs no further check while the guard, which compares everything, sees no change."""
-        surroundings, proved = self.problem.surroundings, self.problem.structure.assurance == "proved"
+        function_state, proved = self.problem.function_state, self.problem.structure.assurance == "proved"
         known = proved and not (self.contents_decide or self.pushes) and self.numbers is None
-        return known and surroundings is not None and surroundings.is_complete
+        return known and function_state is not None and function_state.is_complete
 
     @property
     def observed(self) -> bool:
@@ -188,9 +188,9 @@ class Entry:
             anew = anew or (self.rests and not self.may_rest)
         if not self.contents_decide:
             return Noticed("function" if anew else "")
-        surroundings = self.problem.surroundings
-        if surroundings is not None and self.version != surroundings.version:
-            self.version = surroundings.version
+        function_state = self.problem.function_state
+        if function_state is not None and self.version != function_state.version:
+            self.version = function_state.version
             self.hold(reach())
         contents = self.contents(leaves, kwargs)
         if anew:

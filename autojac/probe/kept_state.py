@@ -10,7 +10,7 @@ from autojac.autodiff.tolerance import disagreement
 from autojac.core.sandbox import Quiet, restore_random_state
 from autojac.core.structure import KEEPS, UPDATES_BUFFERS
 from autojac.errors import RandomnessError
-from autojac.guards.assignments import Held
+from autojac.guards.assignments import Snapshot
 
 UNLIKE = (
     "func gave two different outputs for equal input and equal random state, so it has no one Jacobian. "
@@ -35,7 +35,7 @@ def keeping(evaluate: Callable[[], Sequence[Tensor]], quiet: Quiet) -> tuple[tup
     later = Quiet(quiet.captured)
     with quiet():
         first = evaluate()
-        held = Held(quiet.kept)
+        held = Snapshot(quiet.kept)
         restore_random_state(quiet.state)
         with later():
             second = evaluate()

@@ -19,7 +19,7 @@ from autojac.core.signature import Layout, Leaf
 from autojac.core.structure import Structure
 from autojac.graph.analysis import Outline
 from autojac.graph.operators import FORWARD_ONCE, forward_once
-from autojac.guards.function_state import Surroundings
+from autojac.guards.function_state import FunctionState
 from autojac.problem.layouts import jacobian_shape
 from autojac.sparse.colorings import Colorings
 from autojac.sparse.csr import Entries, entries, feature_pattern, sample_graph
@@ -59,7 +59,7 @@ class Problem:
         outline: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
-        surroundings: what func reads beside its arguments, to be watched by methods that are traced.
+        function_state: what func reads beside its arguments, to be watched by methods that are traced.
         originals: returns the tensors that stand behind the differentiated leaves now, a module's parameters: func may
             read these past its arguments, by a list or a closure or in a backward pass of its own.
         trial: whether this is a search, in which a method that can only fall back on another one is of no use.
@@ -80,7 +80,7 @@ class Problem:
     outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
-    surroundings: Surroundings | None = dataclasses.field(default=None, compare=False, repr=False)
+    function_state: FunctionState | None = dataclasses.field(default=None, compare=False, repr=False)
     originals: Callable[[], Sequence[Tensor]] | None = dataclasses.field(default=None, compare=False, repr=False)
     trial: bool = False
     generators: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.autodiff.program_function import Programs, by_programs
 from autojac.core.autocast import outside_autocast
 from autojac.errors import UnsupportedError
-from autojac.guards.function_state import MOST_STATES, Surroundings
+from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.hoisting import Kept
 from autojac.replay.trace import Lower, Trace
@@ -33,7 +33,7 @@ class Ready:
         trace: the programs.
         captured: the tensors.
         given: how many tensors a call brings.
-        version, state: of the surroundings: a count of changes, and the number of the state that was traced.
+        version, state: of the function's state: a count of changes, and the number of the state that was traced.
         kept: what is kept from call to call.
         unchanged: whether what the function reads is as it was then.
     """
@@ -55,7 +55,7 @@ class Replaying:
         problem: what is computed.
         recorded: prepares the method as it is recorded.
         served: prepares it as it serves calls itself.
-        surroundings: of the problem's function.
+        function_state: of the problem's function.
         without: passes to leave out.
         lower: what to make of the programs.
     """
@@ -63,7 +63,7 @@ class Replaying:
     problem: Problem
     recorded: Prepare
     served: Prepare
-    surroundings: Surroundings
+    function_state: FunctionState
     without: tuple[str, ...] = ()
     lower: Lower | None = None
     ready: Ready | None = None
@@ -95,7 +95,7 @@ class Replaying:
         The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
         """
         ready = self.ready
-        if ready is None or ready.version != self.surroundings.version or function_modes() or not ready.unchanged():
+        if ready is None or ready.version != self.function_state.version or function_modes() or not ready.unchanged():
             return None
         return self._outputs(ready, leaves, leaves, {})
 
@@ -108,14 +108,14 @@ class Replaying:
             return self.ready is not None
         if self._resting:
             return False
-        number = self.surroundings.settled().number
+        number = self.function_state.settled().number
         return number not in self._known and number not in self._refused
 
     @property
     def _current(self) -> Ready | None:
         """The trace for things as they are; None where none is at hand."""
         ready = self.ready
-        if ready is None or ready.version != self.surroundings.version or not ready.unchanged():
+        if ready is None or ready.version != self.function_state.version or not ready.unchanged():
             return None
         return ready
 
@@ -155,11 +155,11 @@ class Replaying:
         self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """The outputs, with a graph."""
-        trace, surroundings = ready.trace, self.surroundings
+        trace, function_state = ready.trace, self.function_state
         inputs = (*given, *ready.captured)
 
         def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            state = surroundings.settled()
+            state = function_state.settled()
             captured = [state.tensors[place] for place in trace.captured]
             if ready.state != state.number or not all(map(operator.is_, captured, ready.captured)):
                 raise UnsupportedError(
@@ -182,9 +182,9 @@ class Replaying:
 
     def _renewed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
         """A trace for things as they are now; None where there can't be one, or not yet again."""
-        surroundings = self.surroundings
-        with surroundings.lock:
-            state = surroundings.settled()
+        function_state = self.function_state
+        with function_state.lock:
+            state = function_state.settled()
             known = self._known.get(state.number)
             trace = self._traced(state.number, leaves, kwargs) if known is None else known.trace
             if trace is None:
@@ -194,7 +194,7 @@ class Replaying:
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else Kept(trace.hoist, captured)
             self.ready = Ready(
-                trace, captured, given, surroundings.version, state.number, state.guard.is_unchanged, kept
+                trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, kept
             )
             self._known[state.number] = self.ready
             for number in sorted(self._known)[:-MOST_STATES]:
@@ -207,11 +207,13 @@ class Replaying:
             return None
         self.traces += 1
         try:
-            trace = taken_down(self.problem, self.recorded, self.surroundings, leaves, kwargs, self.without, self.lower)
+            trace = taken_down(
+                self.problem, self.recorded, self.function_state, leaves, kwargs, self.without, self.lower
+            )
         except Exception as error:
             self._refused.add(state)
             if self.problem.trial:
                 raise
-            self.surroundings.traces.append(f"replay: not possible, {error}")
+            self.function_state.traces.append(f"replay: not possible, {error}")
             return None
         return trace

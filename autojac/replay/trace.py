@@ -30,7 +30,7 @@ class Trace:
     Attributes:
         forward: from the inputs to the outputs, and what the backward programs read beside them.
         outputs: how many there are, values first.
-        captured: where each captured tensor stands among those of the surroundings.
+        captured: where each captured tensor stands among those of the function's state.
         pulls: what pulls cotangents of the outputs back.
         hoist: what is kept from call to call; the forward program takes it after the inputs.
         constant: positions of the outputs that have no derivative.

@@ -19,9 +19,9 @@ from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Quiet, random_state, restore_random_state, uncollected, without_hooks
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
-from autojac.guards.function_state import Surroundings
+from autojac.guards.function_state import FunctionState
 from autojac.guards.process_state import unwarned
-from autojac.guards.run_monitor import Watched
+from autojac.guards.run_monitor import RunMonitor
 from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
@@ -38,7 +38,7 @@ FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.lay
 def taken_down(
     problem: Problem,
     prepare: Prepare,
-    surroundings: Surroundings,
+    function_state: FunctionState,
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     without: Iterable[str] = (),
@@ -49,7 +49,7 @@ def taken_down(
     Args:
         problem: what it computes.
         prepare: the method's own.
-        surroundings: of the problem's function.
+        function_state: of the problem's function.
         leaves, kwargs: the call.
         without: passes of `autojac.replay.passes` to leave out.
         lower: what to make of each program, such as compiling it.
@@ -58,7 +58,7 @@ def taken_down(
         UnsupportedError: if what runs can't be told from its operators alone, with the reason.
     """
     start = time.perf_counter()
-    state = surroundings.present
+    state = function_state.present
     reason = state.guard.reason or unfixed(kwargs)
     if reason:
         raise UnsupportedError(reason)
@@ -67,9 +67,9 @@ def taken_down(
     try:
         with _unseen(run.captured, problem):
             compute = run.record(prepare, state.guard.codes)
-            before = surroundings.version
-            changed = surroundings.refresh()
-            if surroundings.version != before:
+            before = function_state.version
+            changed = function_state.refresh()
+            if function_state.version != before:
                 raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
             recorded, captured, ran = run.recorded(compute)
             simplify(recorded.graph, set(without) - {"hoist"})
@@ -84,7 +84,7 @@ def taken_down(
     trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
     spent = 1e3 * (time.perf_counter() - start)
-    surroundings.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
+    function_state.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
     return trace
 
 
@@ -140,7 +140,7 @@ class _Run:
         """Prepare the method and run it, and pull back through the result."""
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
-        with uncollected(), Watched(codes) as watched, self.tape:
+        with uncollected(), RunMonitor(codes) as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
             self.values = len(result.values)
@@ -200,9 +200,9 @@ class _Run:
         return recorded, [place_of[id(tensor)] for tensor in captured], ran
 
     def _own_tensors(self, compute: Compute) -> set[int]:
-        assert self.problem.surroundings is not None
+        assert self.problem.function_state is not None
         # what func reaches is known already, and may be as much as a whole program
-        return {id(tensor) for tensor in captures(compute, without=(self.problem.surroundings.func,)).tensors}
+        return {id(tensor) for tensor in captures(compute, without=(self.problem.function_state.func,)).tensors}
 
     @staticmethod
     def _own(node: fx.Node, own: set[int]) -> None:

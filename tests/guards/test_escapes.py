@@ -85,7 +85,7 @@ def replayed(func: Holder, engine: str, differentiable: bool, change: Callable[[
     if ASSIGNS in entry.problem.structure.effects and differentiable:
         return "replay: not possible, it exchanges the memory of a tensor"  # no plan at all
     assert isinstance(entry.compute, Replaying)
-    return list(entry.compute.surroundings.lines())[-1]
+    return list(entry.compute.function_state.lines())[-1]
 
 
 def read_at(address: int) -> Tensor:

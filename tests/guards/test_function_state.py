@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autojac import AutoJacobian, StructureChangedWarning
-from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, Surroundings
+from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, FunctionState
 from autojac.guards.walker import Walk
 from harness import Counted, compare, forced
 from oracle import jacobian_blocks, jacobian_full
@@ -161,7 +161,7 @@ def test_what_is_no_change_costs_no_check(name: str) -> None:
         jac(x)
         assert entry.last_check == 1
     assert list(jac._entries.values()) == [entry]
-    assert jac._planner.surroundings.is_complete
+    assert jac._planner.function_state.is_complete
 
 
 def test_a_state_that_was_checked_is_not_checked_again() -> None:
@@ -228,7 +228,7 @@ def test_what_is_changed_before_every_call_is_checked_a_few_times() -> None:
 
 def test_a_place_that_keeps_changing_is_ignored_and_others_are_not() -> None:
     held: dict[str, Any] = {"count": 1000, "rows": [1, 2], "other": 0}
-    state = Surroundings(lambda: held)
+    state = FunctionState(lambda: held)
     state.observe()
     assert state.observe() == (1, False)
     held["rows"].append(3)
@@ -260,7 +260,7 @@ def test_a_place_that_keeps_changing_is_ignored_and_others_are_not() -> None:
 
 def test_states_that_take_turns_are_known_however_often() -> None:
     net = nn.Sequential(nn.Dropout(), Own())
-    state = Surroundings(net)
+    state = FunctionState(net)
     kinds = []
     for training in [True, False] * (2 * MOST_CHANGES):
         net.train(training)
@@ -272,7 +272,7 @@ def test_states_that_take_turns_are_known_however_often() -> None:
 @pytest.mark.parametrize("matter", [True, False])
 def test_exchanged_tensors_are_noticed_for_good_where_their_values_decide(matter: bool) -> None:
     held = {"mask": torch.ones(3, dtype=torch.bool)}
-    state = Surroundings(lambda: held)
+    state = FunctionState(lambda: held)
     if matter:
         state.watch_tensors()
     state.observe()
@@ -332,7 +332,7 @@ def test_what_can_be_listed_is_compared_where_not_all_can(name: str) -> None:
     jac = forced(func, (x,), PULL)
     for _ in range(5):
         jac(x)
-    assert reason in jac._planner.surroundings.reason
+    assert reason in jac._planner.function_state.reason
     change()
     found = jac(x)
     with eager():
@@ -357,7 +357,7 @@ def test_changes_are_noticed_while_a_mode_of_the_callers_is_on() -> None:
         compare(jac(x).detach(), jacobian_blocks(model, (x,)))
         for _ in range(3):
             jac(x)
-    state = jac._planner.surroundings
+    state = jac._planner.function_state
     other = nn.Parameter(model.scale.detach().clone(), requires_grad=False)
     with Logged():
         assert not state.observe()[1]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autojac.guards.guard import Guard
-from autojac.guards.run_monitor import Watched
+from autojac.guards.run_monitor import RunMonitor
 
 X = torch.ones(2, 3)
 
@@ -40,7 +40,7 @@ X = torch.ones(2, 3)
 def reason(func: Callable[[Tensor], Any], *args: Any) -> str:
     """Why a function may not be replayed: by its guard, or by its run."""
     guard = Guard(func)
-    with Watched(guard.codes) as watched:
+    with RunMonitor(guard.codes) as watched:
         func(*args or (X,))
     return guard.reason or watched.reason
 
@@ -135,7 +135,7 @@ def test_code_that_the_walk_did_not_find_is_named() -> None:
         return f(x) if f else x
 
     guard = Guard(func)
-    with Watched(guard.codes) as watched:
+    with RunMonitor(guard.codes) as watched:
         func(X, registry["f"])
     assert "it runs helper of" in watched.reason
     assert "test_run_monitor" in watched.reason
@@ -206,10 +206,10 @@ def test_what_a_checkpoint_draws_is_drawn_again() -> None:
         return torch.autograd.grad(y.sum(), x)[0]
 
     guard = Guard(func)
-    with Watched(guard.codes) as watched:
+    with RunMonitor(guard.codes) as watched:
         func(x)
     assert (guard.reason, watched.reason, watched.repeated) == ("", "", True)
-    with Watched(guard.codes) as watched:
+    with RunMonitor(guard.codes) as watched:
         helper(x)
     assert not watched.repeated
 
@@ -241,17 +241,17 @@ def test_a_profiler_that_was_there_is_there_again() -> None:
 
     sys.setprofile(profiler)
     try:
-        with Watched(()):
+        with RunMonitor(()):
             helper(X)
         assert sys.getprofile() is profiler
     finally:
         sys.setprofile(None)
-    with Watched(()):
+    with RunMonitor(()):
         assert sys.getprofile() is not None
     assert sys.getprofile() is None
     profile = cProfile.Profile()
     profile.enable()
-    with Watched(()):
+    with RunMonitor(()):
         helper(X)
     made(1.0)
     profile.disable()
@@ -260,7 +260,7 @@ def test_a_profiler_that_was_there_is_there_again() -> None:
 
 
 def test_errors_leave_no_profiler() -> None:
-    with pytest.raises(ZeroDivisionError), Watched(()):
+    with pytest.raises(ZeroDivisionError), RunMonitor(()):
         1 / 0  # noqa: B018
     assert sys.getprofile() is None
 
@@ -276,7 +276,7 @@ def test_other_threads_are_not_watched() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    with Watched(guard.codes) as watched:
+    with RunMonitor(guard.codes) as watched:
         helper(X)
         started.set()
         stopped.wait()

@@ -310,7 +310,7 @@ def test_what_can_not_be_traced_is_tried_and_checked_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(Frame, "fn", lambda frame, *call: (evaluations.append(1), true(frame, *call))[1])
     for _ in range(4):
         compare(jac(x), jacobian_blocks(func, (x,), 0))
-    assert any("not possible" in line for line in jac._planner.surroundings.traces)
+    assert any("not possible" in line for line in jac._planner.function_state.traces)
     evaluations.clear()
     for _ in range(3):
         jac(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import autojac
 from autojac import AutoJacobian, Structure
 from autojac.guards.function_state import MOST_CHANGES
-from autojac.guards.tensor_contents import SMALL, Watch
+from autojac.guards.tensor_contents import SMALL, TensorContents
 from harness import Counted, compare, forced
 from oracle import jacobian_blocks, jacobian_full
 
@@ -186,7 +186,7 @@ def test_arguments_written_in_place_are_seen() -> None:
 
 
 def test_large_arguments_are_read_where_their_version_or_memory_moved() -> None:
-    watch, mask = Watch(), torch.zeros(2 * SMALL, dtype=torch.bool)
+    watch, mask = TensorContents(), torch.zeros(2 * SMALL, dtype=torch.bool)
     before = watch.contents([mask])
     assert watch.contents([mask]) == watch.contents([mask.clone()]) == before
     mask[3] = True

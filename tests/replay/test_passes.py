@@ -494,7 +494,7 @@ def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: py
         )
         for given in (x, torch.randn(shape)):
             compare(replay([given], {}).jacobians, inner([given], {}).jacobians, 1e-5)
-    assert graphs, problem.surroundings.lines()  # type: ignore[union-attr]
+    assert graphs, problem.function_state.lines()  # type: ignore[union-attr]
     (graph,) = graphs
     assert len(left(graph)) <= most
 

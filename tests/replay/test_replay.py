@@ -46,13 +46,13 @@ def replay(inner: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 def traces(jac: autojac.AutoJacobian) -> int:
     """How often something was traced."""
-    lines = jac._planner.surroundings.traces
+    lines = jac._planner.function_state.traces
     assert not any("not possible" in line for line in lines), lines
     return len(lines)
 
 
 def served(jac: autojac.AutoJacobian) -> list[str]:
-    return list(jac._planner.surroundings.traces)
+    return list(jac._planner.function_state.traces)
 
 
 def connected(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def test_what_changes_in_each_call_is_not_traced_for_ever() -> None:
     for call in range(MOST_TRACES + 10):
         model.scale = 1.0 + call
         compare(jac(x), jacobian_blocks(model, (x,), 0))
-    assert jac._planner.surroundings.present.number > MOST_TRACES
+    assert jac._planner.function_state.present.number > MOST_TRACES
     (entry,) = jac._entries.values()
     assert entry.compute.traces == MOST_TRACES  # type: ignore[attr-defined]
 
@@ -779,13 +779,13 @@ def test_passes_can_be_left_out() -> None:
     model = net(3, 4, 2)
     x = torch.randn(5, 3, dtype=torch.float64)
     _, _, problem = planned(model, (x,))
-    assert problem.surroundings is not None
+    assert problem.function_state is not None
     left = []
     for without in (None, "hoist", *passes(), ",".join(passes())):
         with torch.no_grad():
             found = build(replay(PULL, without=without)).ready(problem)((x,), {})
         compare(found.jacobians[0][0], jacobian_blocks(model, (x,), 0))
-        left.append(int(problem.surroundings.traces[-1].split()[1]))
+        left.append(int(problem.function_state.traces[-1].split()[1]))
     assert left[0] == min(left) < left[-1] == max(left)
 
 
@@ -962,8 +962,8 @@ def test_a_method_that_reads_the_indices_of_its_entries_is_replayed(trained: boo
     jac = forced(func, (x,), replay({"method": "Pull", "seeds": "identity", "engine": engine}), layout="sparse")
     jac(x)
     (entry,) = jac._entries.values()
-    assert entry.problem.surroundings is not None
-    (line,) = entry.problem.surroundings.traces
+    assert entry.problem.function_state is not None
+    (line,) = entry.problem.function_state.traces
     assert "operators left" in line
     full = torch.block_diag(*jacobian_blocks(func, (x,)))
     compare(jac(x).to_dense(), full)

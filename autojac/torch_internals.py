@@ -1,9 +1,11 @@
-"""Every private name of torch that autojac uses, and nothing else: the only file that touches them.
+"""Every private name of torch that autojac uses, and nothing else: the only file that reaches for them.
 
 Each says what it is for, which public name would do instead, and what happens on a torch without it. Required ones are
-looked up when autojac is imported, so that a torch without one is refused by name; of the others autojac takes a
-slower way, which the suite tests as well. `tests/test_torch_internals.py` names every one that the installed torch
-lacks.
+looked up when autojac is imported, so that a torch without one is refused by name; without one of the others, autojac
+takes a slower path, which the suite tests as well. `ATTRIBUTES` lists the private attributes of torch's objects, which
+other files read where they need them, since a wrapper would cost each read a call. `tests/test_torch_internals.py`
+names everything that the installed torch lacks, and keeps what is not listed out of all other files. Operators of aten
+that are private are not listed here, but with the rules for operators.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from types import CodeType
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["PRIVATE", "OpOverload", "PrivateName", "TorchDispatchMode", "pytree"]
+__all__ = ["ATTRIBUTES", "PRIVATE", "OpOverload", "PrivateName", "TorchDispatchMode", "pytree"]
 
 TESTED = "2.11 to 2.14"
 
@@ -44,6 +48,51 @@ PRIVATE: dict[str, PrivateName] = {
     "torch.utils._python_dispatch.TorchDispatchMode": PrivateName("see every aten operator that runs"),
 }
 """Every private name by its path; filled below, where each is looked up."""
+
+
+ATTRIBUTES: Final[dict[str, PrivateName]] = {
+    "torch.Tensor._version": PrivateName("see writes into a tensor"),
+    "torch.Tensor._cdata": PrivateName("identify a tensor whatever Python object stands for it", "id"),
+    "torch.Tensor._is_zerotensor": PrivateName("recognize the zeros of forward mode, which have no memory"),
+    "torch.Tensor._backward_hooks": PrivateName("see a tensor's hooks, and set them aside for a run of autojac's own"),
+    "torch.UntypedStorage._cdata": PrivateName("identify a tensor's memory", "data_ptr, 0 for all without elements"),
+    "torch._ops.OpOverload._schema": PrivateName("read an operator's name, arguments and aliases"),
+    "torch._ops.OpOverload._overloadname": PrivateName("tell overloads of an operator apart", "the text of its str"),
+    "torch._ops.OpOverload._op": PrivateName("call an operator with less Python in between", "the operator itself"),
+    "torch.nn.Module._parameters": PrivateName("watch and exchange parameters", "named_parameters, which copies"),
+    "torch.nn.Module._buffers": PrivateName("watch buffers", "named_buffers, which copies"),
+    "torch.nn.Module._modules": PrivateName("watch children", "named_children, which drops repetitions"),
+    "torch.nn.Module._forward_hooks": PrivateName("watch hooks"),
+    "torch.nn.Module._forward_pre_hooks": PrivateName("watch hooks"),
+    "torch.nn.Module._backward_hooks": PrivateName("watch hooks"),
+    "torch.nn.Module._backward_pre_hooks": PrivateName("watch hooks"),
+    "torch.nn.Module._compiled_call_impl": PrivateName("see that a module was compiled in place"),
+    "torch.jit.ScriptModule._concrete_type": PrivateName("read the constants of a scripted module"),
+    "torch._dynamo.eval_frame.OptimizedModule._orig_mod": PrivateName("differentiate what torch.compile was given"),
+    "torch.compile()._torchdynamo_orig_callable": PrivateName("differentiate what torch.compile was given"),
+    "torch.compiler.disable()._torchdynamo_disable": PrivateName("keep torch.compile out of autojac"),
+    "torch.compiler.disable()._torchdynamo_disable_msg": PrivateName("say why in the compiler's logs"),
+    "NativeBatchNormBackward0._saved_training": PrivateName(
+        "tell whether a batch norm uses the statistics of its batch", without="every batch norm is taken to"
+    ),
+    "torch._library.custom_ops.CustomOpDef._init_fn": PrivateName("follow the user's code in a custom operator"),
+    "torch._library.custom_ops.CustomOpDef._backward_fn": PrivateName("follow the user's code in a custom operator"),
+    "torch._library.custom_ops.CustomOpDef._setup_context_fn": PrivateName(
+        "follow the user's code in a custom operator"
+    ),
+}
+"""Private attributes of torch's objects that other files read."""
+
+COMPILED_HOME: Final = "torch._dynamo.eval_frame"
+"""Module that defines what torch.compile makes of a module."""
+TENSOR_HOME: Final = "torch._tensor"
+"""Module that defines the methods of tensors that are written in Python."""
+OPERATORS_HOME: Final = OpOverload.__module__
+"""Module that defines operators, overloads and namespaces."""
+CUSTOM_OPERATOR: Final = "torch._library.custom_ops.CustomOpDef"
+"""Class of what `torch.library.custom_op` makes."""
+CUSTOM_OPERATOR_FUNCTIONS: Final = ("_init_fn", "_backward_fn", "_setup_context_fn")
+"""Its attributes that hold the user's functions."""
 
 
 def _required(path: str, use: str, public: str = "none") -> Any:
@@ -140,6 +189,11 @@ def set_dual_level(level: int) -> None:
     torch.autograd.forward_ad._current_level = level
 
 
+# nests
+broadcast_to_and_flatten: Callable[..., list[Any] | None] = _required(
+    "torch.utils._pytree._broadcast_to_and_flatten", "match in_dims with arguments as torch.vmap does"
+)
+
 # autograd
 batched_vmap: Callable[..., Callable[..., Any]] = _required(
     "torch._vmap_internals._vmap", "run VJPs batched, as torch.autograd.grad(is_grads_batched=True) does"
@@ -195,11 +249,25 @@ dict_version: Callable[[dict[Any, Any]], int] | None = _optional(
     "count the changes of a dict in C",
     "attributes are compared one by one (54 instead of 5 µs for ten layers)",
 )
-eval_frame: Any = _optional(
-    "torch._C._dynamo.eval_frame",
-    "keep torch.compile out of autojac without importing it",
-    "what is compiled around autojac is compiled into it, which is slow and right",
+
+# torch.compile around autojac
+_COMPILED_INTO: Final = "what is compiled around autojac is compiled into it, which is slow and right"
+_set_code_strategy, _FrameStrategy, _FrameAction = (
+    _optional(
+        f"torch._C._dynamo.eval_frame.{name}",
+        "keep torch.compile out of autojac without importing it (1 s)",
+        _COMPILED_INTO,
+        "torch.compiler.disable, which imports it and costs each call 2 µs",
+    )
+    for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
 )
+
+
+def skip_when_compiling(code: CodeType) -> None:
+    """Let compiled code that calls this code leave it and all that it calls as they are."""
+    with suppress(AttributeError, TypeError):  # a torch without one of the names
+        skip = _FrameAction.SKIP
+        _set_code_strategy(code, _FrameStrategy(skip, skip))
 
 
 def load_compiler() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from autojac import torch_internals
-from autojac.torch_internals import PRIVATE
+from autojac.torch_internals import ATTRIBUTES, PRIVATE
 
 PACKAGE = Path(torch_internals.__file__).parent
 # bench times torch's own ways, as their users write them
@@ -38,10 +41,90 @@ def dotted_names(path: Path) -> Iterator[str]:
                 yield ".".join([inner.id, *reversed(parts)])
 
 
+def defined_names(path: Path) -> Iterator[str]:
+    """Names of functions, classes, variables and attributes that a file defines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def foreign_attributes(path: Path) -> Iterator[str]:
+    """Private attributes that a file reads and autojac does not define, but those of Python and operators of aten."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr) and node.attr not in DEFINED:
+            owner = ast.unparse(node.value)
+            # a namedtuple's `_asdict` is public
+            if owner not in sys.stdlib_module_names and owner != "aten" and node.attr != "_asdict":
+                yield node.attr
+
+
+DEFINED = {name for path in MODULES for name in defined_names(path)}
+PRIVATE_NAME = re.compile(r"torch(\.[A-Za-z]\w*)*\._(?!_)\w")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_private_names_of_torch_stay_in_one_file(path: Path) -> None:
-    private = {name for name in dotted_names(path) if re.match(r"torch(\.[A-Za-z]\w*)*\._(?!_)\w", name)}
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value
+    }
+    private = {name for name in (*dotted_names(path), *strings) if PRIVATE_NAME.match(name)}
     assert not private, f"take these from autojac.torch_internals: {sorted(private)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_attributes_of_torch_are_listed(path: Path) -> None:
+    unknown = set(foreign_attributes(path)) - {name.rpartition(".")[2] for name in ATTRIBUTES}
+    assert not unknown, f"list these in torch_internals.ATTRIBUTES: {sorted(unknown)}"
+
+
+@torch.library.custom_op("autojac_tests::same", mutates_args=())
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+class Scripted(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def scripted() -> torch.nn.Module:
+    with warnings.catch_warnings(action="ignore"):  # which versions call deprecated
+        module: torch.nn.Module = torch.jit.script(Scripted())
+    return module
+
+
+OBJECTS: dict[str, Callable[[], Any]] = {
+    "torch.Tensor": lambda: torch.zeros(1),
+    "torch.UntypedStorage": lambda: torch.zeros(1).untyped_storage(),
+    "torch._ops.OpOverload": lambda: torch.ops.aten.add.Tensor,
+    "torch.nn.Module": torch.nn.Module,
+    "torch.jit.ScriptModule": scripted,
+    "torch._dynamo.eval_frame.OptimizedModule": lambda: torch.compile(torch.nn.Identity(), backend="eager"),
+    "torch.compile()": lambda: torch.compile(lambda x: x, backend="eager"),
+    "torch.compiler.disable()": lambda: torch.compiler.disable(lambda x: x),
+    "NativeBatchNormBackward0": lambda: torch.nn.BatchNorm1d(2)(torch.randn(3, 2)).grad_fn,
+    "torch._library.custom_ops.CustomOpDef": lambda: same,
+}
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_the_installed_torch_has_every_private_attribute(path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    assert hasattr(OBJECTS[owner](), name), ATTRIBUTES[path]
+
+
+def test_what_is_recognized_by_its_home_is_at_home_there() -> None:
+    assert type(torch.compile(torch.nn.Identity(), backend="eager")).__module__ == torch_internals.COMPILED_HOME
+    assert torch.Tensor.__iter__.__globals__["__name__"] == torch_internals.TENSOR_HOME
+    operators = torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.ops.aten
+    assert {type(one).__module__ for one in operators} == {torch_internals.OPERATORS_HOME}
+    assert f"{type(same).__module__}.{type(same).__qualname__}" == torch_internals.CUSTOM_OPERATOR
 
 
 @pytest.mark.parametrize("path", PRIVATE)
@@ -65,10 +148,18 @@ def test_a_torch_without_a_required_name_is_refused_by_name(monkeypatch: pytest.
 def test_a_name_may_be_missing_where_there_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     # what happens then is tested where each is used
     assert {path for path, name in PRIVATE.items() if name.without} == {
-        "torch._C._dynamo.eval_frame",
+        "torch._C._dynamo.eval_frame._FrameAction",
+        "torch._C._dynamo.eval_frame._FrameExecStrategy",
+        "torch._C._dynamo.eval_frame.set_code_exec_strategy",
         "torch._C._dynamo.guards.GlobalStateGuard",
         "torch._C._dynamo.guards.TensorGuards",
         "torch._C._dynamo.guards.dict_version",
     }
     monkeypatch.setattr(torch_internals, "PRIVATE", {})
     assert torch_internals._optional("torch._C._gone", "be fast", "it is slow") is None
+
+
+@pytest.mark.parametrize("name", ["_set_code_strategy", "_FrameStrategy", "_FrameAction"])
+def test_a_torch_that_compiles_otherwise_compiles_what_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, name, None)
+    torch_internals.skip_when_compiling(test_a_torch_that_compiles_otherwise_compiles_what_it_can.__code__)

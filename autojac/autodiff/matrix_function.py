@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.torch_internals import forward_grad_enabled
+
 
 @dataclass(frozen=True)
 class MatrixRule:
@@ -45,10 +47,9 @@ class _ByRule(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        forward = torch.autograd.forward_ad
         # torch calls this with forward mode off, which would cut the tangents that outer levels follow
-        with forward._set_fwd_grad_enabled(True):
-            saved = (forward.unpack_dual(t).primal for t in ctx.saved_tensors)
+        with forward_grad_enabled(True):
+            saved = (torch.autograd.forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
             pushed: Tensor = ctx.rule.push(*saved, tangent)
         return pushed
 

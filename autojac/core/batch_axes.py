@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from autojac.errors import OptionError
-from autojac.torch_internals import pytree
+from autojac.torch_internals import broadcast_to_and_flatten, pytree
 
 AUTO: Final = "auto"
 """In place of an axis: infer whether axis 0 of these tensors runs over samples."""
@@ -37,7 +37,7 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
     for number, (arg, entry) in enumerate(zip(args, per_argument, strict=True)):
         flat, spec = pytree.tree_flatten(arg)
         try:
-            entries = pytree._broadcast_to_and_flatten(entry, spec)
+            entries = broadcast_to_and_flatten(entry, spec)
         except ValueError:
             entries = None  # nests of different kinds, say a list for a dict
         if entries is None:

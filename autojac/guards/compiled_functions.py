@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from autojac.guards.walker import HOOKS
-from autojac.torch_internals import eval_frame
+from autojac.torch_internals import COMPILED_HOME, skip_when_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K", bound=type)
 P = ParamSpec("P")
 T = TypeVar("T")
-COMPILED = "torch._dynamo.eval_frame"
-"""Where torch.compile's own kind of module is defined, and how compiled code runs is decided."""
 
 _lock = threading.Lock()
 _users: list[int] = []
-_usual: list[Any] = []
+_stance: list[Any] = []
 
 
 def opaque(function: F) -> F:
@@ -35,9 +32,7 @@ def opaque(function: F) -> F:
     marked: Any = function
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = "autojac plans, measures and checks while it runs"
-    with suppress(AttributeError):
-        skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(marked.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    skip_when_compiling(marked.__code__)
     return function
 
 
@@ -54,7 +49,7 @@ def is_compiled(func: Any) -> bool:
     """Whether a function or module runs through torch.compile when it is called."""
     if isinstance(func, torch.nn.Module):
         # a module that is compiled in place keeps what its call was compiled to
-        return type(func).__module__ == COMPILED or vars(func).get("_compiled_call_impl") is not None
+        return type(func).__module__ == COMPILED_HOME or vars(func).get("_compiled_call_impl") is not None
     return isinstance(func, types.FunctionType) and "_torchdynamo_orig_callable" in vars(func)
 
 
@@ -63,7 +58,7 @@ def original(func: Any) -> Any:
     while is_compiled(func):
         if isinstance(func, types.FunctionType):
             func = vars(func)["_torchdynamo_orig_callable"]
-        elif type(func).__module__ == COMPILED and not any(getattr(func, hooks) for hooks in HOOKS):
+        elif type(func).__module__ == COMPILED_HOME and not any(getattr(func, hooks) for hooks in HOOKS):
             func = func._orig_mod
         else:
             break
@@ -86,11 +81,10 @@ def eagerly(func: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    frames: Any = sys.modules[COMPILED]
     thread = threading.get_ident()
     with _lock:
         if not _users:
-            _usual[:] = [frames._set_stance(frames.DynamoStance("force_eager"))]
+            _stance[:] = [torch.compiler.set_stance("force_eager")]
         _users.append(thread)
     try:
         yield
@@ -98,4 +92,4 @@ def _eager() -> Iterator[None]:
         with _lock:
             _users.remove(thread)
             if not _users:
-                frames._set_stance(_usual.pop())
+                _stance.pop().__exit__(None, None, None)

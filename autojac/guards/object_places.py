@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.guards.compiled_functions import COMPILED
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.function_places import FunctionPlaces
 from autojac.guards.places import (
@@ -33,7 +32,7 @@ from autojac.guards.places import (
 from autojac.guards.provenance import is_library
 from autojac.guards.purity import c_reason
 from autojac.guards.walker import HOOKS
-from autojac.torch_internals import pytree
+from autojac.torch_internals import COMPILED_HOME, pytree
 
 MOST_BYTES: Final = 4096
 """An array of numpy's is compared with its copy in every call up to this size."""
@@ -158,7 +157,7 @@ class ObjectPlaces(FunctionPlaces):
             self.refuse("it calls what torch.jit has compiled")
             super()._module(module)
             return
-        if kind.__module__ == COMPILED:
+        if kind.__module__ == COMPILED_HOME:
             self.refuse("it calls what torch.compile has compiled")
         name = kind.__name__
         kept = vars(module)

@@ -11,13 +11,15 @@ from typing import Any, Final
 
 import torch
 
+from autojac.torch_internals import CUSTOM_OPERATOR, CUSTOM_OPERATOR_FUNCTIONS
+
 _LIBRARY_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 # torch.jit numbers equally named types as the process meets them.
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
 # Library objects that keep the user's code next to caches of their own: only the code counts.
 _FOLLOWED: Final = {
-    "torch._library.custom_ops.CustomOpDef": ("_init_fn", "_backward_fn", "_setup_context_fn"),
+    CUSTOM_OPERATOR: CUSTOM_OPERATOR_FUNCTIONS,
     "triton.runtime.jit.JITFunction": ("fn",),
     "triton.runtime.autotuner.Autotuner": ("fn",),
 }

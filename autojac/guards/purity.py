@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.provenance import is_library
-from autojac.torch_internals import TensorBase
+from autojac.torch_internals import TENSOR_HOME, TensorBase
 
 
 def _words(text: str) -> frozenset[str]:
@@ -75,7 +75,7 @@ def frame_reason(home: str, name: str) -> str:
         return ""  # an import of what is imported already
     if package(home) not in TRUSTED:
         return f"it calls {name} of {home}"
-    if home == "torch._tensor" and name in ESCAPES:
+    if home == TENSOR_HOME and name in ESCAPES:
         return f"it reads values of a tensor ({name})"
     if _of_state(home, name) and package(home) in ("torch", "numpy"):
         return f"it calls {name} of {home}, which reads the state of the process"

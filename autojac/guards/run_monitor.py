@@ -12,12 +12,13 @@ from torch import Tensor
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.provenance import is_library
 from autojac.guards.purity import c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
+from autojac.torch_internals import TENSOR_HOME
 
 
 class RunMonitor:
     """While it is entered, every call of the thread is looked at.
 
-    RunMonitor are the frames of Python functions and the calls of C functions from the user's code. What C calls by
+    Watched are the frames of Python functions and the calls of C functions from the user's code. What C calls by
     itself (`map(time.time, ...)`) shows no frame: guards look at functions that are passed as values.
 
     Args:
@@ -129,7 +130,7 @@ def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
             return RunMonitor.by_any, frame_reason(home, code.co_name)
         if is_foreign(home):
             return RunMonitor.unless_imported, frame_reason(home, code.co_name)
-        own = home == "torch._tensor" and code.co_name in ESCAPES
+        own = home == TENSOR_HOME and code.co_name in ESCAPES
         return RunMonitor.by_others if own else RunMonitor.by_user, frame_reason(home, code.co_name)
     name = f"{code.co_qualname} of {home or code.co_filename}"
     return RunMonitor.unless_imported, f"it runs {name}, which can't be found by looking through what func holds"

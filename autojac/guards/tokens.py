@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import torch
 
+from autojac.torch_internals import OPERATORS_HOME
+
 SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)})
 _TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
 # Objects of these modules do their work beside the computation (logging, locking, typing).
@@ -23,7 +25,7 @@ def leaf_tokens(obj: Any) -> tuple[object, ...] | None:
         return None
     if isinstance(obj, enum.Enum):
         return "enum", kind.__qualname__, obj.name
-    if isinstance(obj, _TORCH_CONSTANTS) or kind.__module__ == "torch._ops":
+    if isinstance(obj, _TORCH_CONSTANTS) or kind.__module__ == OPERATORS_HOME:
         return "torch", str(obj)
     if isinstance(obj, types.ModuleType):
         return "module", obj.__name__

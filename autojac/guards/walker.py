@@ -22,6 +22,7 @@ from autojac.guards.provenance import (
     source_of,
 )
 from autojac.guards.tokens import SCALARS, leaf_tokens
+from autojac.torch_internals import COMPILED_HOME
 
 MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
 HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -172,7 +173,7 @@ class Walk:
         for name, child in module._modules.items():
             self.emit("child", name)
             self.visit(child)
-        if kind.__module__ == "torch._dynamo.eval_frame":  # torch.compile's wrapper: the original is its child
+        if kind.__module__ == COMPILED_HOME:  # torch.compile's wrapper: the original is its child
             return
         for hooks in HOOKS:
             self.emit(hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,12 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("by_day"):
+            if _at_night(item, *mark.args):
+                item.add_marker(pytest.mark.nightly)
     for item in items:
         drawn = getattr(item, "callspec", None)
         scenario = drawn.params.get("scenario") if drawn is not None else None
@@ -28,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _at_night(item: pytest.Item, of: int, turn: int = 0) -> bool:
+    """Check whether a combination waits for the night; tests of different turns choose different names."""
+    assert isinstance(item, pytest.Function)
+    return (zlib.crc32(item.callspec.id.encode()) + turn) % of != 0
 
 
 @pytest.fixture(autouse=True, scope="session")

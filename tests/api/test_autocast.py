@@ -73,6 +73,7 @@ def test_every_layout_is_as_exact_as_func(name: str, layout: str, trained: bool)
             hold(jac(x), func, x, layout, error)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method_is(method: dict[str, Any], trained: bool) -> None:

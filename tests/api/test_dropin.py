@@ -126,6 +126,7 @@ def test_same_as_jacrev(case: Case) -> None:
     compare(J, jacobian_full(case.func, args, case.argnums))
 
 
+@pytest.mark.by_day(3)
 @cases
 def test_value_beside_the_jacobian(case: Case) -> None:
     args = case.args()

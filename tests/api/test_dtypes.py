@@ -66,6 +66,7 @@ def network() -> nn.Module:
     return Draw(0, torch.float32).mlp(3, 8, 8, 3)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("scenario", WELL_CONDITIONED, ids=str)
 def test_jacobian_is_near_the_exact_one_of_the_rounded_problem(scenario: Scenario, dtype: torch.dtype) -> None:

@@ -84,6 +84,7 @@ PLACES: dict[str, tuple[Any, Callable[[Elsewhere], Any]]] = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("method", [None, "pull", "replicate", "chunks", "replay"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_result_is_left_wherever_it_is_kept(place: str, method: str | None) -> None:

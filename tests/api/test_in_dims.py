@@ -248,6 +248,7 @@ def scaled_by_keyword(x: Tensor, s: Tensor, *, y: Tensor) -> Tensor:
     return (x * s).sin() * y
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("options", [{}, {"coupling": "dense"}, {"coupling": "independent"}], ids=str)
 @pytest.mark.parametrize("effort", ["estimate", "quick"])
 def test_a_shared_tensor_as_long_as_the_batch_is_not_taken_for_batched(options: dict[str, Any], effort: str) -> None:

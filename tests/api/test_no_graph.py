@@ -168,6 +168,7 @@ STILL = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", STILL)
 def test_entries_that_do_not_move_in_proportion_are_no_matter_for_a_warning(name: str, dtype: torch.dtype) -> None:

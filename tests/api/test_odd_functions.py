@@ -98,6 +98,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.filterwarnings("ignore:.*output 0 of func moves with the inputs:autojac.NoGraphWarning")
 @pytest.mark.parametrize("layout", ["blocks", "full"])
 @pytest.mark.parametrize("func", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -247,6 +248,7 @@ LAID_OUT = [(name, layout) for name in MOVERS for layout in ("blocks", "full", "
 NO_DIAGONAL = [("sum", "diagonal"), ("part", "diagonal")]
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("name", "layout"), [pair for pair in LAID_OUT if pair not in NO_DIAGONAL])
 def test_writing_into_a_jacobian_changes_no_other(name: str, layout: str, batch: int) -> None:

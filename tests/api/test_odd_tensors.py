@@ -84,6 +84,7 @@ GROUPS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("name", GROUPS)
 def test_outputs_of_a_class_with_an_arithmetic_of_its_own(name: str) -> None:
     func, x = GROUPS[name], points()

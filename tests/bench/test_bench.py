@@ -188,6 +188,7 @@ def test_overhead_is_a_number_of_seconds() -> None:
     assert -1 < overhead(SETTINGS, SMALL[0], rounds=3) < 1
 
 
+@pytest.mark.nightly
 def test_fresh_processes_find_the_plan() -> None:
     fresh = startup(runs=1, effort="estimate")
     assert fresh.source == "store"
@@ -277,6 +278,7 @@ def test_asdex_says_why_it_is_left_out_or_agrees() -> None:
     torch.testing.assert_close(rival.dense(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_points_are_measured_in_processes_of_their_own() -> None:
     found = points(SETTINGS, counts=(300, 600))
     assert [outcome.state for outcome in found.outcomes] == ["right"] * 4

@@ -412,6 +412,7 @@ STATISTICS: dict[str, Callable[[int], tuple[Any, tuple[Tensor, ...]]]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("name", STATISTICS)
 def test_blocks_under_batch_statistics_are_exact(name: str, grad: bool) -> None:
@@ -649,6 +650,7 @@ for method, net, x in (
 """
 
 
+@pytest.mark.nightly
 def test_a_stored_cut_serves_another_process() -> None:
     def run(on_miss: str) -> list[list[str]]:
         command = [sys.executable, "-W", "error", "-c", SCRIPT, on_miss]

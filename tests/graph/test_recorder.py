@@ -47,6 +47,7 @@ def replayed(recording: Recording, leaves: Sequence[Tensor]) -> tuple[tuple[Tens
     return outputs, [x for x in given if x.is_floating_point()]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_a_replay_has_the_values_and_gradients_of_the_call(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(0)

@@ -172,6 +172,7 @@ def put(x: Tensor, index: Any) -> Tensor:
     return y
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize(
     ("name", "change"),
@@ -277,6 +278,7 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_patterns_follow_arguments_that_literals_read(name: str, differentiable: bool) -> None:

@@ -75,6 +75,7 @@ CHANGES: dict[str, Callable[[Model, pytest.MonkeyPatch], Any]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("layout", ["blocks", "full"])
 @pytest.mark.parametrize("change", CHANGES)

@@ -85,7 +85,7 @@ def check_right(drawn: Architecture) -> None:
 
 
 @given(architectures())
-@ordinary(100)
+@ordinary(40)
 def test_any_architecture_is_right(drawn: Architecture) -> None:
     check_right(drawn)
 
@@ -117,7 +117,7 @@ def check_probe(drawn: Architecture) -> None:
 
 
 @given(architectures())
-@ordinary(60)
+@ordinary(30)
 def test_the_probe_sees_every_live_coupling(drawn: Architecture) -> None:
     check_probe(drawn)
 
@@ -146,7 +146,7 @@ def check_candidates(drawn: Architecture) -> None:
 
 
 @given(architectures())
-@ordinary(30)
+@ordinary(10)
 def test_every_candidate_for_an_architecture_is_right_or_caught(drawn: Architecture) -> None:
     check_candidates(drawn)
 
@@ -177,7 +177,7 @@ def check_mistimed(drawn: Architecture, inverted: bool) -> None:
 
 
 @given(architectures(), st.booleans())
-@ordinary(15)
+@ordinary(8)
 def test_wrong_clocks_never_make_wrong_numbers(drawn: Architecture, inverted: bool) -> None:
     check_mistimed(drawn, inverted)
 
@@ -240,7 +240,7 @@ def check_trained(drawn: Architecture) -> None:
 
 
 @given(architectures(smooth=True, grad="on"))
-@ordinary(25)
+@ordinary(12)
 def test_a_loss_on_the_jacobian_trains_as_plain_rows_do(drawn: Architecture) -> None:
     check_trained(drawn)
 
@@ -288,7 +288,7 @@ def check_later(drawn: Architecture) -> None:
 
 
 @given(architectures())
-@ordinary(40)
+@ordinary(15)
 def test_later_calls_are_right_when_all_are_checked(drawn: Architecture) -> None:
     check_later(drawn)
 

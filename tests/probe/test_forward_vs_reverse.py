@@ -108,6 +108,7 @@ def test_what_both_modes_say_is_no_news(func: Any) -> None:
         assert any("modes" in line for line in autojac.probe(func, x).evidence)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("scenario", select(lacking=("mutates_input", "modes_differ")), ids=str)
 def test_no_false_alarm(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(3, torch.float32)

@@ -173,6 +173,7 @@ def test_its_jacobian_is_right_and_no_part_of_the_batch_is_called(dtype: torch.d
             compare(jac(y).double(), jacobian_blocks(precise, (y.double(),)), rtol=rtol)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_no_coupling_beside_it_is_taken_for_rounding(kind: str, dtype: torch.dtype) -> None:

@@ -125,6 +125,7 @@ SERVED = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("way", SERVED)
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_that_keep_samples_apart_at_first_may_couple_them_later(name: str, way: str) -> None:
@@ -157,6 +158,7 @@ def test_other_layouts_are_right_too(name: str, layout: str) -> None:
         right(jac(x, by), func, x, layout, by)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("coordinate", range(6))
 @pytest.mark.parametrize(
     "first", [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 0, 1, 1, 2])], ids=["alone", "pairs"]
@@ -271,6 +273,7 @@ CHANGES: dict[str, Callable[[Masked], Any]] = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("replayed", [False, True])
@@ -341,6 +344,7 @@ def meet(module: Rolled) -> None:
     module.meet = True
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("change", [roll, meet])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("layout", ["blocks", "full", "sparse", "diagonal"])

@@ -304,6 +304,7 @@ def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
     checked(program, ())
 
 
+@pytest.mark.by_day(2, 0)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=30, deadline=None)
 @given(programs)
@@ -311,6 +312,7 @@ def test_each_pass_alone_leaves_the_results_as_they_are(name: str, program: list
     checked(program, [other for other in NAMES if other != name])
 
 
+@pytest.mark.by_day(2, 1)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=30, deadline=None)
 @given(programs)

@@ -79,6 +79,7 @@ HIDDEN = re.compile("reads values|among the arguments|has compiled|from the same
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("most", [4, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:

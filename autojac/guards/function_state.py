@@ -22,6 +22,10 @@ CALLS_A_CHANGE = 200
 """Past `MOST_CHANGES` one more for so many calls: a place that changes all the time is left to scheduled checks."""
 
 
+MOST_SPOTS = 256
+"""Changes are counted of the places that changed last: what else they keep alive would grow for ever."""
+
+
 @dataclass
 class KnownState:
     """One state of what a function reads.
@@ -49,6 +53,7 @@ class FunctionState:
         lock: held while something is traced or compared.
         version: counts the changes that were noticed, exchanged tensors included.
         traces: a line for each of the last traces that were made, for people.
+        is_complete: `observe` notices everything that Python can change.
         is_new: the present state is new, so that the function may have brought it about itself.
     """
 
@@ -58,11 +63,11 @@ class FunctionState:
         self.version = 0
         self.traces: deque[str] = deque(maxlen=MOST_LINES)
         self.is_new = True
+        self.is_complete = False
         self._states: deque[KnownState] = deque(maxlen=MOST_STATES)
         self._numbers = 0
         self._calls = 0
-        self._changes: dict[Spot, int] = {}
-        self._owners: dict[Spot, Any] = {}  # kept, so that no other object gets their ids
+        self._changes: dict[Spot, tuple[int, Any]] = {}
         self._ignored: frozenset[Spot] = frozenset()
         self._reconsidered = 0
         self._tensors_matter = False
@@ -146,11 +151,6 @@ class FunctionState:
         """Why not everything the function reads can be listed; empty if it can, or where nothing was listed yet."""
         return self._states[-1].guard.reason if self._states else ""
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether `observe` notices everything that Python can change."""
-        return bool(self._states) and not self.reason and not self._ignored
-
     def lines(self) -> list[str]:
         """Say what of the function was traced, or why nothing can be."""
         reason = self.reason
@@ -160,10 +160,11 @@ class FunctionState:
         # a mode of the caller's, such as another default device, would see what is read of tensors
         with self.lock, DisableTorchFunction():
             state = self.settled()
-            changes = {spot: count for spot, count in self._changes.items() if count > self._most_changes}
+            changes = {spot: count for spot, (count, _) in self._changes.items() if count > self._most_changes}
             self._ignored = frozenset(changes)
             self._reconsidered = CALLS_A_CHANGE * (min(changes.values(), default=0) - MOST_CHANGES)
             self._observed = state.guard.is_unchanged_besides(self._ignored)
+            self.is_complete = not state.guard.reason and not self._ignored
             return state.kind
 
     @property
@@ -198,5 +199,8 @@ class FunctionState:
 
     def _count(self, spots: Mapping[Spot, Any]) -> None:
         for spot, owner in spots.items():
-            self._changes[spot] = self._changes.get(spot, 0) + 1
-            self._owners[spot] = owner
+            count, _ = self._changes.pop(spot, (0, owner))
+            # with the owner, so that no other object gets its id
+            self._changes[spot] = count + 1, owner
+        for spot in list(self._changes)[:-MOST_SPOTS]:
+            del self._changes[spot]

@@ -21,6 +21,7 @@ from autojac.guards.provenance import (
     slots,
     source_of,
 )
+from autojac.guards.tensor_contents import parts
 from autojac.guards.tokens import SCALARS, leaf_tokens
 from autojac.torch_internals import COMPILED_HOME
 
@@ -144,14 +145,9 @@ class Walk:
     def _tensor(self, tensor: torch.Tensor, by_content: bool = True) -> None:
         self.tensors.append(tensor)
         self.emit("tensor", tuple(tensor.shape), str(tensor.dtype), str(tensor.layout))
-        if tensor.layout is torch.sparse_coo:
-            self.content(tensor.detach().coalesce().indices())
-        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-            self.content(tensor.detach().crow_indices())
-            self.content(tensor.detach().col_indices())
-        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-            self.content(tensor.detach().ccol_indices())
-            self.content(tensor.detach().row_indices())
+        if tensor.layout is not torch.strided:
+            for indices in parts(tensor.detach())[:-1]:
+                self.content(indices)
         elif by_content and not (tensor.is_floating_point() or tensor.is_complex()):
             self.content(tensor)
 

@@ -49,6 +49,7 @@ from autojac.probe import Examined, examine, observe
 from autojac.problem.empty_events import solid
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.replayer import Replaying
+from autojac.replay.tracer import unfixed
 from autojac.sparse.colorings import Colorings
 from autojac.torch_internals import pytree
 
@@ -372,6 +373,9 @@ class Planner:
             entry.hold(request.captured)
         if structure.assumes and any(isinstance(v, float) for v in pytree.tree_leaves(request.kwargs)):
             entry.numbers = set()
+        # ranks must evaluate func equally often, whatever their guards see
+        fixed = not (unfixed(request.kwargs) or entry.contents_decide or entry.pushes or several())
+        entry.proved = fixed and structure.assurance == "proved"
         return entry
 
     def _remember(self, signature: Signature, plan: Plan) -> None:

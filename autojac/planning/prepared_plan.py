@@ -73,8 +73,10 @@ class Entry:
     states: set[int] = dataclasses.field(default_factory=set)
     factored: Any = None
     again: Any = None
+    proved: bool = False
+    """The plan holds for all calls of this signature as long as what func reads besides its arguments is unchanged."""
     rests: bool = False
-    """A proof holds as long as func is unchanged, and the guard compares everything that func reads."""
+    """No check is due: the plan is proved, and the guard compares everything that func reads."""
     contents_decide: bool = False
     """The structure was read from the values of some tensors, and is checked where these are others."""
     pushes: bool = False
@@ -161,9 +163,8 @@ class Entry:
     @property
     def may_rest(self) -> bool:
         """Whether the plan needs no further check while the guard, which compares everything, sees no change."""
-        function_state, proved = self.problem.function_state, self.problem.structure.assurance == "proved"
-        known = proved and not (self.contents_decide or self.pushes) and self.numbers is None
-        return known and function_state is not None and function_state.is_complete
+        function_state = self.problem.function_state
+        return self.proved and function_state is not None and function_state.is_complete
 
     @property
     def observed(self) -> bool:
@@ -180,15 +181,14 @@ class Entry:
             state: the kind of the state of what func reads; None if it was not compared.
             reach: gives what func reaches.
         """
-        anew = False
+        anew, function_state = False, self.problem.function_state
         if self.last_check:  # the first use is checked in any case
             anew = state is not None and state not in self.states
             if isinstance(self.compute, Replaying):
                 anew = self.compute.anew() or anew
-            anew = anew or (self.rests and not self.may_rest)
+            anew = anew or (self.rests and function_state is not None and not function_state.is_complete)
         if not self.contents_decide:
             return Noticed("function" if anew else "")
-        function_state = self.problem.function_state
         if function_state is not None and self.version != function_state.version:
             self.version = function_state.version
             self.hold(reach())

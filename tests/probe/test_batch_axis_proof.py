@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_a_proof_is_checked_once_where_the_guard_lists_all_that_func_reads(
         found += [call] * (entry.last_check == entry.calls)
     assert entry.problem.structure.assurance == assurance
     assert found == checks
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.arange(3), types.SimpleNamespace(on=False)], ids=["float", "array", "object"]
+)
+def test_a_schedule_stays_where_an_argument_may_change_and_leave_the_signature_as_it_is(value: Any) -> None:
+    x = torch.randn(5, 3)
+    jac = AutoJacobian(lambda x, value: x.softmax(-1), on_miss="estimate", store=":memory:")
+    jac(x, value=value)
+    jac(x, value=value)
+    (entry,) = jac._entries.values()
+    assert entry.next_check == 4
+    jac(x, value=3)
+    assert list(jac._entries.values())[-1].next_check == math.inf
 
 
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")

@@ -262,8 +262,12 @@ class Database:
             connection = sqlite3.connect(
                 target, uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )
-            connection.execute("PRAGMA foreign_keys=ON")
-            connection.execute("PRAGMA synchronous=NORMAL")
+            try:
+                connection.execute("PRAGMA foreign_keys=ON")
+                connection.execute("PRAGMA synchronous=NORMAL")
+            except BaseException:  # a corrupt file is opened without complaint
+                connection.close()
+                raise
             return connection
 
         def begin(connection: Connection) -> None:

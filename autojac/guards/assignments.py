@@ -1,6 +1,7 @@
-"""Attributes, containers and variables that func sets: what they held before, and how to put that back.
+"""Restore the attributes, containers and variables that func sets.
 
-A module that keeps its last result would be left with that of a probe, or with a tensor of a transform that has ended.
+Otherwise a module that keeps its last result would be left with that of a probe, or with a tensor of a transform that
+has ended.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class BufferMapping(MutableMapping[str, Any]):
 
 
 class Snapshot:
-    """What places, and the containers that they hold, hold at one time.
+    """The contents of places, and of the containers in them, at one time.
 
     Args:
         places: dicts, lists, sets, deques, `VariableMapping` and `AttributeMapping`.
@@ -136,11 +137,11 @@ class Snapshot:
             todo += [value for value in _values(copy) if type(value) in CONTAINERS]
 
     def changed(self) -> list[Any]:
-        """The places that hold something else now."""
+        """Return the places that hold something else now."""
         return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
 
     def exchanged(self, kind: type) -> bool:
-        """Whether all that changed is one object of a kind, or a nest of such, in the place of another."""
+        """Check whether every change is one object of a kind, or a nest of such, in place of another."""
         return all(
             isinstance(copy, dict)
             and copy.keys() == place.keys()
@@ -155,7 +156,7 @@ class Snapshot:
         )
 
     def without_graph(self) -> None:
-        """Take the graph away from tensors that have come into the places since."""
+        """Detach tensors that have come into the places since."""
         known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
         for place in self.changed():
             if isinstance(place, MutableSet):
@@ -167,7 +168,7 @@ class Snapshot:
                     place[at] = pytree.tree_unflatten(numbers, shape)
 
     def restore(self) -> list[Any]:
-        """Put back what they held; returns the places in which that was not so any more."""
+        """Put back the contents; return the places that held something else."""
         changed = []
         for place, copy in zip(self.places, self.copies, strict=True):
             if not _same(copy, _copied(place)):
@@ -237,7 +238,7 @@ def leaving(
     places: Sequence[Any],
     plainly: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """A computation that leaves in `places` what one plain call of func does.
+    """Wrap a computation so that it leaves in `places` what one plain call of func leaves.
 
     Args:
         compute: the computation.

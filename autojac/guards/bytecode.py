@@ -1,4 +1,4 @@
-"""Which names code looks up: globals, attributes, and modules that it imports as it runs."""
+"""Find the names that code looks up: globals, attributes, and modules that it imports as it runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from autojac.guards.escapes import ESCAPES
 _GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
 _STATE: Final = ESCAPES | {"grad", "grad_fn", "_version", "_grad"}
-# names computed as the code runs
+# what looks up names that are computed as the code runs
 _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
 
 
 @dataclass(frozen=True)
 class NamesUsed:
-    """What a code object and those nested in it look up.
+    """The names that a code object and those nested in it look up.
 
     Attributes:
         codes: these code objects.
@@ -30,9 +30,9 @@ class NamesUsed:
         imported: names of modules imported inside the code, absolute ones.
         relative: whether it imports relatively too.
         dynamic: whether it may compute names of attributes.
-        values: names of globals and attributes that it looks up other than to call them at once.
-        state: an attribute of tensors that it looks up other than to call it at once, and that shows their values or
-            what else was done with them; empty if there is none.
+        values: names of globals and attributes that it looks up other than to call them immediately.
+        state: an attribute of tensors that it looks up other than to call it immediately, and that shows their values
+            or what else was done with them; empty if there is none.
     """
 
     codes: tuple[types.CodeType, ...]
@@ -59,7 +59,7 @@ class _ByIdentity:
 
 
 def names_used(code: types.CodeType) -> NamesUsed:
-    """What a code object looks up."""
+    """Return the names that a code object looks up."""
     return _names_used(_ByIdentity(code))
 
 
@@ -101,7 +101,7 @@ def _names_used(key: _ByIdentity) -> NamesUsed:
 
 
 def _is_called(step: dis.Instruction) -> bool:
-    """Whether what is looked up is called next: the lowest bit says so, for attributes from Python 3.12."""
+    """Check whether what is looked up is called next: the lowest bit says so, for attributes from Python 3.12."""
     flagged = step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_ATTR" and sys.version_info >= (3, 12))
     return flagged and bool((step.arg or 0) & 1)
 

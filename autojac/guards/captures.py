@@ -1,4 +1,4 @@
-"""What a callable reaches: the modules and tensors that its result may depend on, and a digest of what it computes."""
+"""List the modules and tensors that a callable's result may depend on, and digest what it computes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Reach(Walk):
         self.places: list[Any] = []
 
     def found(self, func: Callable[..., Any]) -> Captures:
-        """Walk over a callable, and say what was met."""
+        """Walk over a callable, and return what was met."""
         self.visit(func)
         # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
         tensors = tuple(tensor for tensor in self.tensors if not tensor.is_meta)

@@ -1,8 +1,8 @@
-"""One function that tells in a microsecond or two that nothing in a list of places is another object than before.
+"""Generate a function that checks in a few microseconds that a list of places holds the objects it held before.
 
-A dict costs one comparison: of the version that Python (3.11) or torch (its watchers, from 3.12) counts for it.
-Empty dicts, which are most of a module, are looked at together, tensors too. The rest is compared by identity in code
-written for these places. Nothing of the user's runs.
+A dict costs one comparison, of the version that Python (3.11) or torch (its watchers, from 3.12) counts for it. Empty
+dicts, most of those of a module, are checked together, and so are tensors. Everything else is compared by identity, in
+code generated for these places. None of the user's code runs.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def change_counter() -> Callable[[dict[Any, Any]], int] | None:
 
 
 def _sound(version: Callable[[Any], int]) -> bool:
-    """Whether every store shows: Python 3.13.0 keeps those to attributes of an instance from watchers of its dict.
+    """Check whether every store is counted, also by specialized bytecode.
 
-    Often enough for the interpreter to specialize the bytecode.
+    Python 3.13.0 hides stores to attributes of an instance from watchers of its dict.
     """
     probe = _Probe()
     held = vars(probe)
@@ -70,11 +70,11 @@ class _Probe:
 
 
 def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
-    """Write the function that compares places with what they hold at this moment.
+    """Generate the function that compares places with what they hold at this moment.
 
     Args:
         read: reads the places.
-        places: where to look.
+        places: the places.
         metadata: of the tensors in these places.
     """
     version = change_counter()
@@ -185,7 +185,7 @@ class _Draft:
         handles = class_dict(torch.utils.hooks.RemovableHandle)
         count = types.CellType(handles.get("next_id"))
         hooked = functools.partial(_hooks_unchanged, metadata.tensors, metadata.hooked, handles, count)
-        # counts all hooks ever made, so that tensors need no look unless there is one more
+        # counts all hooks ever made, so that tensors need no comparison unless there is one more
         self.terms.append(
             f"({self.constant(handles)}['next_id'] == {self.variable(count)} or {self.constant(hooked)}())"
         )
@@ -198,7 +198,7 @@ class _Draft:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(terms: tuple[str, ...], variables: int) -> types.CodeType:
-    """The code of the function: it names no objects, so that it serves every look at places of this kind."""
+    """Compile the function. Its code names no objects, so that it serves all lists of places of the same kinds."""
     names = ", ".join(f"v{number}" for number in range(variables))
     lines = [
         f"def outer({names}):",

@@ -37,7 +37,7 @@ def opaque(function: F) -> F:
 
 
 def opaque_methods(kind: K) -> K:
-    """A class whose public methods, inherited ones included, are opaque to the compiler."""
+    """Make the public methods of a class, inherited ones included, opaque to the compiler."""
     for base in kind.__mro__:
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("_")):
@@ -46,7 +46,7 @@ def opaque_methods(kind: K) -> K:
 
 
 def is_compiled(func: Any) -> bool:
-    """Whether a function or module runs through torch.compile when it is called."""
+    """Check whether a function or module runs through torch.compile when it is called."""
     if isinstance(func, torch.nn.Module):
         # a module that is compiled in place keeps what its call was compiled to
         return type(func).__module__ == COMPILED_HOME or vars(func).get("_compiled_call_impl") is not None
@@ -54,7 +54,7 @@ def is_compiled(func: Any) -> bool:
 
 
 def original(func: Any) -> Any:
-    """What torch.compile was given; a function or module that it did not make as it is."""
+    """Return what torch.compile was given; a function or module that it did not make is returned as it is."""
     while is_compiled(func):
         if isinstance(func, types.FunctionType):
             func = vars(func)["_torchdynamo_orig_callable"]
@@ -66,7 +66,7 @@ def original(func: Any) -> Any:
 
 
 def eagerly(func: Callable[P, T]) -> Callable[P, T]:
-    """A function without the compiled code in it: what that was compiled from runs instead.
+    """Return a function that runs what its compiled parts were compiled from.
 
     A compiled backward runs once, has no derivative, and no transform goes through it; and what autojac tries would
     count among what its owner compiled it for. torch knows one stance for all threads.

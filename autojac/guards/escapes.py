@@ -84,7 +84,7 @@ class Monitor(TorchFunctionMode):
 
 
 def _holds_tensor(value: Any, inside: bool = False) -> bool:
-    """Whether a number in a nest of sequences may come from a tensor."""
+    """Check whether a number in a nest of sequences may come from a tensor."""
     if isinstance(value, Tensor):
         return inside
     if isinstance(value, _FIXED):
@@ -97,7 +97,7 @@ def _holds_tensor(value: Any, inside: bool = False) -> bool:
 
 
 def _by_autojac() -> bool:
-    """Whether the caller of a tensor's method is autojac itself."""
+    """Check whether the caller of a tensor's method is autojac itself."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.overrides":
         frame = frame.f_back
@@ -160,7 +160,7 @@ class Watching(TorchDispatchMode):
 
 
 def home(tensor: Tensor) -> tuple[Any, ...]:
-    """What stands behind a tensor's object: Python may put something else there, and no operator tells."""
+    """Return what stands behind a tensor's object: Python may put something else there, and no operator tells."""
     if tensor.layout != torch.strided or tensor._is_zerotensor():
         return (tensor._cdata,)
     try:

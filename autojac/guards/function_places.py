@@ -1,4 +1,4 @@
-"""A walk that lists where functions are kept and what they look up: code, defaults, closures, globals, modules."""
+"""List the places of functions and of what they look up: code, defaults, closures, globals, modules."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _PROCESS: Final = frozenset({"sys", "os", "builtins", "gc", "time", "random"})
 
 
 class FunctionPlaces(Walk):
-    """What functions hold and look up, by place.
+    """A walk that lists what functions hold and look up.
 
     Attributes:
         places: the places, each once.
         codes: the code of the user's functions.
         reason: why there may be more than the places; empty if there is not.
-        called: what a person calls an object, by its id.
+        called: a human-readable name of each object, by its id.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class FunctionPlaces(Walk):
         self._scope: types.FunctionType | None = None
 
     def refuse(self, reason: str) -> None:
-        """Say why the places are not all that is read; the first reason is kept."""
+        """Keep the first reason why the places are not everything that is read."""
         self.reason = self.reason or reason
 
     def _place(self, place: Place) -> None:
@@ -92,7 +92,7 @@ class FunctionPlaces(Walk):
 
     @property
     def codes(self) -> tuple[types.CodeType, ...]:
-        """Those of equal source, as of a cell that ran twice, are equal, and each of them runs."""
+        """The code of each of the user's functions, also where two are equal, as those of a cell that ran twice."""
         return tuple(self._codes.values())
 
     def _code(self, code: types.CodeType) -> None:

@@ -52,7 +52,7 @@ class FunctionState:
     Attributes:
         lock: held while something is traced or compared.
         version: counts the changes that were noticed, exchanged tensors included.
-        traces: a line for each of the last traces that were made, for people.
+        traces: a human-readable line for each of the last traces that were made.
         is_complete: `observe` notices everything that Python can change.
         is_new: the present state is new, so that the function may have brought it about itself.
     """
@@ -74,7 +74,7 @@ class FunctionState:
         self._observed: Callable[[], bool] | None = None
 
     def __autojac_reach__(self) -> dict[str, Any]:
-        """What is watched is no part of what watches."""
+        """Let no walk enter: what is watched is no part of what watches it."""
         return {}
 
     @property

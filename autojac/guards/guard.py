@@ -136,7 +136,7 @@ class _Comparison:
             self._differs(place.label(differing[0]), place.spot(), place.owner)
             return
         for key, old, new in zip(keys, values, found, strict=True):
-            if id(old) in self._known and type(new) is type(old):  # isinstance would ask a stranger for its class
+            if id(old) in self._known and type(new) is type(old):  # isinstance might run the object's code
                 if not self._swap(old, new):
                     self._differs(place.label(key), place.spot(key), place.owner)
                 elif new is not old:
@@ -158,7 +158,7 @@ class _Comparison:
         self._spots[spot] = owner
 
     def _swap(self, old: Tensor, new: Tensor) -> bool:
-        """Whether a tensor may stand for another, as it does elsewhere."""
+        """Check whether a tensor may replace another, as it does everywhere else."""
         if self._now.setdefault(id(old), new) is not new:
             return False
         self._was[id(old)] = old
@@ -171,7 +171,7 @@ def _spot(tensor: Tensor) -> Spot:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two objects are one, or equal constants of one type; nothing of the user's is asked."""
+    """Check whether two objects are identical, or equal constants of one type; none of the user's code runs."""
     if one is other:
         return True
     kind = type(one)

@@ -1,4 +1,4 @@
-"""A walk that lists every place where what a callable does is kept: in objects, modules, tensors, containers."""
+"""List every place where a callable's behaviour is kept: objects, modules, tensors and containers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from autojac.guards.walker import HOOKS
 from autojac.torch_internals import COMPILED_HOME, pytree
 
 MOST_BYTES: Final = 4096
-"""An array of numpy's is compared with its copy in every call up to this size."""
+"""A larger NumPy array is not compared in every call; up to this size it is, with a copy."""
 
 MOST_ITEMS: Final = 10_000
 """A longer container is compared in every call like any other, but nothing is replayed."""
@@ -71,7 +71,7 @@ class ObjectPlaces(FunctionPlaces):
         self._weak: list[Any] = []
 
     def follow(self, func: Any) -> None:
-        """Visit a callable, and what of torch's is called for every module."""
+        """Visit a callable, and what torch calls for every module and tensor."""
         for _, hooks in _HOOKS_OF_ALL:
             self._place(Items(hooks, "hook of all modules"))
             self.visit(hooks)
@@ -259,7 +259,7 @@ def _default_dtype(owner: Any) -> torch.dtype:
 
 
 def _registrations(owner: Any) -> int:
-    """A count of registrations, as the object that stood for it before: places are compared by identity."""
+    """Return a count of registrations, as one object per number: places are compared by identity."""
     token = abc.get_cache_token()
     assert isinstance(token, int)
     return _TOKENS.setdefault(token, token)

@@ -1,4 +1,4 @@
-"""Where a callable's behaviour is kept: every dict, list, cell and field that Python could change, and its names."""
+"""The places where a callable's behaviour is kept: dicts, lists, cells and fields that Python can change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Place:
 
     Attributes:
         owner: the object.
-        name: what a person calls the place; `{}` stands for the key where one is of interest.
+        name: human-readable; `{}` stands for the key where one is of interest.
     """
 
     owner: Any
@@ -118,7 +118,7 @@ class Cells(Place):
 
 @dataclass(frozen=True, eq=False)
 class Fields(Place):
-    """What is read from an object other than from its dict: a class, defaults, slots."""
+    """What an object holds outside its dict: a class, defaults, slots."""
 
     fields: tuple[tuple[str, Callable[[Any], Any]], ...]
 
@@ -127,10 +127,10 @@ class Fields(Place):
 
 
 class Bytes(Place):
-    """A small array of numpy's."""
+    """A small NumPy array."""
 
     def contents(self) -> str:
-        """All of the array as one string."""
+        """Return all of the array as one string."""
         array = self.owner
         return repr((array.shape, array.strides, array.dtype.descr, array.tobytes()))
 
@@ -171,12 +171,12 @@ def _content(cell: types.CellType) -> Any:
 
 
 def cell_contents(function: types.FunctionType) -> list[Any]:
-    """The variables of a function's closure."""
+    """Return the variables of a function's closure."""
     return [_content(cell) for cell in function.__closure__ or ()]
 
 
 def state_reader(kind: type) -> Callable[[Any], Any] | None:
-    """What reads an instance's dict past `__getattribute__`; None where a class has no dict or makes one up."""
+    """Return a reader of instances' dicts past `__getattribute__`; None where a class has no dict or makes one up."""
     for base in kind.__mro__:
         found = vars(base).get("__dict__")
         if found is not None:
@@ -186,7 +186,7 @@ def state_reader(kind: type) -> Callable[[Any], Any] | None:
 
 
 def slot_readers(kind: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
-    """What reads the slots of instances of a class; an empty slot reads as absent."""
+    """Return readers of the slots of instances of a class; an empty slot reads as absent."""
     found: dict[str, Callable[[Any], Any]] = {}
     for base in kind.__mro__:
         for name, descriptor in vars(base).items():
@@ -203,13 +203,13 @@ def _slot(descriptor: types.MemberDescriptorType, obj: Any) -> Any:
 
 
 def class_dict(kind: type) -> dict[str, Any]:
-    """The dict behind a class, of which `vars` gives a proxy only."""
+    """Return the dict behind a class, of which `vars` gives a proxy only."""
     (found,) = (item for item in gc.get_referents(vars(kind)) if type(item) is dict)
     return found
 
 
 def hidden_state(kind: type) -> bool:
-    """Whether instances hold state that is neither in a dict nor in slots: made in C, or larger than these."""
+    """Check whether instances hold state that is neither in a dict nor in slots: made in C, or larger than these."""
     if issubclass(kind, BaseException):
         return False
     if any(_in_c(base) for base in kind.__mro__ if base not in _PLAIN_C):

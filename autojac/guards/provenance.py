@@ -1,4 +1,4 @@
-"""Whose code is it: the user's, which counts line by line, or a library's, which counts by name and version."""
+"""Distinguish the user's code, which counts line by line, from a library's, which counts by name and version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FOLLOWED: Final = {
 
 
 def is_library(module_name: str | None) -> bool:
-    """Whether a module belongs to Python, to an installed package or to autojac, rather than to the user."""
+    """Check whether a module belongs to Python, to an installed package or to autojac, rather than to the user."""
     if not module_name or module_name == "__main__":
         return False
     top = module_name.partition(".")[0]
@@ -39,7 +39,7 @@ def is_library(module_name: str | None) -> bool:
 
 
 def home_of(kind: type) -> str:
-    """The module of a library's class; empty for the user's, which a script names `__main__` and others its file."""
+    """Return the module of a library's class; empty for a user's, whose `__module__` varies with who runs the file."""
     return kind.__module__ if is_library(kind.__module__) else ""
 
 
@@ -51,7 +51,7 @@ def library_version(module_name: str | None) -> str:
 
 
 def followed_fields(kind: type) -> tuple[str, ...]:
-    """The attributes that hold the user's code in a library's wrapper that keeps caches beside it."""
+    """Return the attributes that hold the user's code in a library's wrapper that keeps caches besides."""
     return _FOLLOWED.get(f"{kind.__module__}.{kind.__qualname__}", ())
 
 
@@ -69,13 +69,13 @@ def source_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
 
 
 def code_names(code: types.CodeType) -> set[str]:
-    """Names of globals and attributes that a code object and the functions nested in it use."""
+    """Return the names of globals and attributes that a code object and the functions nested in it use."""
     nested = (code_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return set(chain(code.co_names, *nested))
 
 
 def slots(kind: type) -> tuple[str, ...]:
-    """Names of the values that instances of a class keep outside `__dict__`."""
+    """Return the names of the values that instances of a class keep outside `__dict__`."""
     names = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
     flat = chain.from_iterable((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
     return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))

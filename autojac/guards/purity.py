@@ -1,4 +1,4 @@
-"""Which code of libraries reads what no list of places shows: clocks, files, random numbers, values of tensors."""
+"""Recognize library code that reads what no list of places shows: clocks, files, random numbers, tensor values."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ _UNSAFE_OBJECTS: Final = ("Generator", "Event", "Stream", "StorageBase", "Untype
 
 
 def package(name: str) -> str:
-    """The outermost package of a module."""
+    """Return the outermost package of a module."""
     return name.partition(".")[0]
 
 
 def frame_reason(home: str, name: str) -> str:
-    """Why a Python function of a library, called by the user's code, may give something else next time.
+    """Say why a Python function of a library, called by the user's code, may give something else next time.
 
     Args:
         home: the module whose globals the function uses.
@@ -88,27 +88,27 @@ def _of_state(home: str, name: str) -> bool:
 
 
 def is_foreign(home: str) -> bool:
-    """Whether a module is of a package that nothing is known of: torch may call it for the user's code."""
+    """Check whether nothing is known of a module's package: torch may call it for the user's code."""
     return package(home) not in TRUSTED | _OF_TORCH | sys.stdlib_module_names
 
 
 def seeds(home: str, name: str) -> bool:
-    """Whether a function sets or shows where random numbers start."""
+    """Check whether a function sets or shows where random numbers start."""
     return within(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
 
 
 def sets_random_state(home: str, name: str) -> bool:
-    """Whether a function makes random numbers repeat, as torch's checkpoints do around what runs again."""
+    """Check whether a function makes random numbers repeat, as torch's checkpoints do around what runs again."""
     return within(home, _RANDOM) and name.startswith("set_")
 
 
 def within(home: str, packages: Iterable[str]) -> bool:
-    """Whether a module is one of some modules or packages, or inside one."""
+    """Check whether a module is one of some modules or packages, or inside one."""
     return any(home == name or home.startswith(f"{name}.") for name in packages)
 
 
 def unseen(home: str, value: Any) -> bool:
-    """Whether something in a module of a library may be used unseen by a profile function, or change by itself."""
+    """Check whether a part of a library's module may be used unseen by a profile function, or change by itself."""
     if within(home, ("numpy.random",)):
         return True
     if isinstance(value, (dict, list, set, deque)):
@@ -118,7 +118,7 @@ def unseen(home: str, value: Any) -> bool:
 
 
 def c_reason(function: Any) -> str:
-    """Why a function written in C, called by the user's code, may give something else next time."""
+    """Say why a function written in C, called by the user's code, may give something else next time."""
     name = function.__name__
     owner = getattr(function, "__self__", None)
     home = getattr(function, "__module__", None)

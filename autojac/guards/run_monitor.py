@@ -1,4 +1,4 @@
-"""Watch a function run, and say whether all that it read is what a guard can hold it to."""
+"""Watch a function run, and say whether it read anything that no guard can compare."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from autojac.torch_internals import TENSOR_HOME
 
 
 class RunMonitor:
-    """While it is entered, every call of the thread is looked at.
+    """A context in which every call of the thread is checked against what guards can compare.
 
-    Watched are the frames of Python functions and the calls of C functions from the user's code. What C calls by
+    It sees the frames of Python functions and the calls of C functions from the user's code. What C calls by
     itself (`map(time.time, ...)`) shows no frame: guards look at functions that are passed as values.
 
     Args:
@@ -88,11 +88,11 @@ class RunMonitor:
         self.reason = reason
 
     def by_user(self, caller: types.FrameType | None) -> bool:
-        """Whether a frame is one of the user's code."""
+        """Check whether a frame runs the user's code."""
         return caller is not None and id(caller.f_code) in self._known
 
     def by_others(self, caller: types.FrameType | None) -> bool:
-        """Whether a frame is not one of those that see to it themselves."""
+        """Check whether a frame belongs to neither torch nor autojac, which see to it themselves."""
         return caller is not None and _counts(caller)
 
     def by_any(self, caller: types.FrameType | None) -> bool:
@@ -100,12 +100,12 @@ class RunMonitor:
         return True
 
     def repeats(self, caller: types.FrameType | None) -> bool:
-        """Whether the user's code sets random numbers; torch's own only makes them repeat."""
+        """Check whether the user's code sets random numbers; torch's own only makes them repeat."""
         self.repeated = True
         return self.by_user(caller)
 
     def unless_imported(self, caller: types.FrameType | None) -> bool:
-        """Whether a frame is not part of what a library imports at its first use."""
+        """Check whether a frame is not part of what a library imports at its first use."""
         while caller is not None and not _home(caller).startswith("importlib."):
             if caller is self._outside or id(caller.f_code) in self._known:
                 return True
@@ -119,7 +119,7 @@ _Callers = Callable[[RunMonitor, types.FrameType | None], bool]
 
 
 def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
-    """Why a frame is a reason, and for which callers."""
+    """Return which callers make a frame a reason, and the reason."""
     code, home = frame.f_code, _home(frame)
     if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
         return RunMonitor.by_user, ""

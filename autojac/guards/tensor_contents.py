@@ -1,4 +1,4 @@
-"""Notice contents of tensors that no check has seen: index tensors, masks, adjacency matrices, constant matrices."""
+"""Notice tensor contents that no check has seen: of index tensors, masks, adjacency matrices, constant matrices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TensorContents:
         self._digests: list[tuple[weakref.ref[Tensor], _State, bytes]] = []
 
     def contents(self, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> bytes:
-        """A digest of tensors and Python floats; empty where a tensor can't be read."""
+        """Return a digest of tensors and Python floats; empty where a tensor can't be read."""
         known, digests, whole = self._digests, [], hashlib.blake2b(repr(numbers).encode(), digest_size=16)
         for index, tensor in enumerate(tensors):
             state = _state(tensor)
@@ -47,7 +47,7 @@ class TensorContents:
         return whole.digest()
 
     def unseen(self, contents: bytes) -> bool:
-        """Whether no check has passed with these contents, though one has with others."""
+        """Check whether no check has passed with these contents, though one has with others."""
         if contents in self._checked:
             self._checked.move_to_end(contents)
             return False
@@ -61,14 +61,14 @@ class TensorContents:
 
 
 def _state(tensor: Tensor) -> _State | None:
-    """What changes when a large tensor is written into, or gets other memory; None where its content must be read."""
+    """Return what changes when a large tensor is written or gets other memory; None where its content must be read."""
     if tensor.is_inference() or tensor.layout != torch.strided or tensor.nbytes <= SMALL:
         return None
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """A digest of type, shape and entries; of a sparse matrix the stored entries and where they are."""
+    """Return a digest of type, shape and entries; of a sparse matrix the stored entries and where they are."""
     found = hashlib.blake2b(f"{tensor.dtype} {tensor.layout} {tensor.shape}".encode(), digest_size=16)
     if tensor.is_meta:
         return found.digest()

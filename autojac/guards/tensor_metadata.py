@@ -1,4 +1,4 @@
-"""What of tensors besides their values a trace was made for: types, shapes, strides, devices, what requires grad."""
+"""The metadata of tensors that a trace depends on: types, shapes, strides, devices, and which require grad."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODES = 4
 
 
 def described(tensor: Tensor) -> tuple[Any, ...]:
-    """All that a trace takes from a tensor that it reads as an input."""
+    """Return everything but the values that a trace takes from a tensor that it reads as an input."""
     strides = tensor.stride() if tensor.layout is torch.strided else ()
     kind = type(tensor), tensor.dtype, tensor.device, tensor.layout
     bits = tensor.requires_grad, tensor.is_conj(), tensor.is_neg(), tensor.is_inference()
@@ -29,7 +29,7 @@ class Metadata:
         tensors: the tensors.
         known: their metadata, in the same order.
         hooked: which of them carried hooks.
-        quick: tells in C that the metadata is the same; False says nothing. None where torch can't.
+        quick: checks in C that the metadata is unchanged; False says nothing. None where torch has no such check.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
@@ -40,7 +40,7 @@ class Metadata:
         self._others: tuple[Callable[..., bool], ...] = ()
 
     def same(self) -> bool:
-        """Whether the metadata is the same, in whatever mode this runs."""
+        """Check whether the metadata is unchanged, in whatever mode this runs."""
         if any(check(*self.tensors) for check in self._others):
             return True
         with DisableTorchFunction():  # a mode of the caller's would see it
@@ -53,7 +53,7 @@ class Metadata:
 
 
 def metadata_check(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
-    """What tells in C that tensors have the metadata of these, in the modes of this moment; None where torch can't.
+    """Return a check in C that tensors have the metadata of these, in the current modes; None where torch has none.
 
     False says nothing: a tensor given twice, say, is never alike. Another number of tensors is a `TypeError`.
     """

@@ -12,14 +12,14 @@ from autojac.torch_internals import OPERATORS_HOME
 
 SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)})
 _TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
-# Objects of these modules do their work beside the computation (logging, locking, typing).
+# Objects of these modules do their work besides the computation (logging, locking, typing).
 _INERT: Final = frozenset(
     {"logging", "threading", "_thread", "warnings", "typing", "abc", "_abc", "contextvars", "_contextvars", "os"}
 )
 
 
 def leaf_tokens(obj: Any) -> tuple[object, ...] | None:
-    """What to know of a constant, an enum member, a number of numpy's or a logger; None if obj may reach more."""
+    """Return the tokens of a constant, an enum member, a NumPy scalar or a logger; None if obj may reach more."""
     kind = type(obj)
     if isinstance(obj, type):  # one with a metaclass of `abc` or `typing` is the user's code all the same
         return None

@@ -63,13 +63,13 @@ class Walk:
         self._visits = 0
 
     def emit(self, *tokens: object) -> None:
-        """Take note of what was met; tokens are strings, numbers, bytes and containers of them."""
+        """Record what was met; tokens are strings, numbers, bytes and containers of them."""
 
     def content(self, tensor: torch.Tensor) -> None:
-        """Take note of the entries of an integer or boolean tensor."""
+        """Record the entries of an integer or boolean tensor."""
 
     def leave_out(self, obj: Any) -> None:
-        """Take an object for visited."""
+        """Mark an object as visited."""
         parts = (obj.__func__, obj.__self__) if isinstance(obj, types.MethodType) else (obj,)
         for part in parts:
             self._order.setdefault(id(part), len(self._order))
@@ -95,7 +95,7 @@ class Walk:
         self._depth += 1
         try:
             self._dispatch(obj, kind)
-        except Exception:  # looking at a stranger's attributes may run a stranger's code
+        except Exception:  # reading attributes may run any code
             self._give_up(kind)
         finally:
             self._depth -= 1

@@ -28,7 +28,7 @@ import autojac
 from autojac.core.plan import Plan
 from autojac.methods.base import Method, build, registry
 from autojac.planning.planner import Planner
-from autojac.planning.prepared_plan import Entry
+from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.empty_events import solid
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -481,21 +481,21 @@ class Forced(Planner):
     random: random.Random
     mode: Mode
     recovering = False
-    recovered: list[Entry]
+    recovered: list[PreparedPlan]
 
-    def _made(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> Entry:
+    def _make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         if not self.recovering:
             kinds = (
                 [k for k in registry().values() if not k.wrapper] if self.mode == "methods" else [registry()["Replay"]]
             )
             found = [m for kind in kinds for m in _candidates(kind, problem)]
             for candidate in self.random.sample(found, min(len(found), 8)):
-                if candidate.unsupported(solid(problem)) is None and _right(candidate, problem, request, seen.quiet):
+                if candidate.unsupported(solid(problem)) is None and _right(candidate, problem, request, seen.sandbox):
                     plan = dataclasses.replace(plan, method=candidate.spec())
-                    return super()._made(request, seen, problem, plan, candidate)
-        return super()._made(request, seen, problem, plan, method)
+                    return super()._make(request, seen, problem, plan, candidate)
+        return super()._make(request, seen, problem, plan, method)
 
-    def recover(self, *args: Any, **options: Any) -> Entry:
+    def recover(self, *args: Any, **options: Any) -> PreparedPlan:
         # what takes the place of a plan that was seen to be wrong is chosen by the search
         self.recovering = True
         try:
@@ -511,9 +511,9 @@ class Same(Planner):
 
     same: Plan
 
-    def _made(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> Entry:
+    def _make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         problem = dataclasses.replace(problem, structure=self.same.structure)
-        return super()._made(request, seen, problem, self.same, build(self.same.method))
+        return super()._make(request, seen, problem, self.same, build(self.same.method))
 
 
 def _candidates(kind: type[Method], problem: Problem) -> list[Method]:
@@ -527,8 +527,8 @@ def _right(method: Method, problem: Problem, request: Any, quiet: Any) -> bool:
     try:
         with warnings.catch_warnings(), quiet(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            reference = Reference(problem, request.leaves, request.kwargs, quiet, trained=request.trained)
-            result = method.ready(problem)(request.leaves, request.kwargs)
+            reference = Reference(problem, request.leaves, request.keywords, quiet, trained=request.trained)
+            result = method.ready(problem)(request.leaves, request.keywords)
             wrong = reference.check(result)
             if wrong is None and problem.differentiable:
                 wrong = reference.check_gradient(result)
@@ -580,16 +580,16 @@ class _Run:
         exec(compile(program.source, f"<program {program.seed}>", "exec"), self.space)
         self.jac = autojac.AutoJacobian(self.space["net"], layout=program.layout, on_miss="estimate", store=":memory:")
         if mode != "estimate":
-            planner = self.jac._planner
+            planner = self.jac._plans.planner
             planner.__class__ = Forced
             assert isinstance(planner, Forced)
             planner.random, planner.mode, planner.recovered = random.Random(program.seed), mode, []
         self.tally = Tally()
 
     @property
-    def recovered(self) -> list[Entry]:
+    def recovered(self) -> list[PreparedPlan]:
         """What took the place of plans that were seen to be wrong: the search's choice, which need be no replay."""
-        return getattr(self.jac._planner, "recovered", [])
+        return getattr(self.jac._plans.planner, "recovered", [])
 
     def all(self) -> Tally:
         try:
@@ -624,7 +624,7 @@ class _Run:
             return  # the changes left nothing that runs
         self.tally.calls += 1
         twin = copy.deepcopy(net)
-        before = {id(entry): entry.calls for entry in self.jac._entries.values()}
+        before = {id(entry): entry.schedule.calls for _, entry in self.jac._plans.items()}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -637,7 +637,7 @@ class _Run:
                 raise self._wrong(number, f"raises {type(error).__name__}: {error}") from error
         announced = any(issubclass(w.category, autojac.AutojacWarning) for w in caught)
         self.tally.announced += announced
-        (entry,) = (e for e in self.jac._entries.values() if e.calls != before.get(id(e)))
+        (entry,) = (e for _, e in self.jac._plans.items() if e.schedule.calls != before.get(id(e)))
         served = entry.compute if isinstance(entry.compute, Replaying) else None
         replayed, replays = served is not None and served.ready is not None, program.replays(net.training)
         if replayed and not replays:
@@ -698,9 +698,9 @@ class _Run:
         module, wide = _in_double(twin, args)
         exact = laid_out(_full(copy.deepcopy(module), wide, False)[number], x, layout)
         again = autojac.AutoJacobian(module, layout=layout, on_miss="estimate", store=":memory:", verify="never")
-        again._planner.__class__ = Same
-        assert isinstance(again._planner, Same)
-        again._planner.same = plan
+        again._plans.planner.__class__ = Same
+        assert isinstance(again._plans.planner, Same)
+        again._plans.planner.same = plan
         same = _outputs(again(*wide))[number]
         same = same.to_dense() if layout == "sparse" else same
         error, oracles, theirs = (float((t - exact).detach().nan_to_num().abs().max()) for t in (one, other, same))

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from autojac import AutoJacobian, PlanStore
 from autojac.core.options import Options
 from autojac.guards.captures import captures
-from autojac.planning.first_call import look
-from autojac.planning.planner import Planner
-from autojac.planning.prepared_plan import Request, Seen
+from autojac.planning.call import Call
+from autojac.planning.first_call import FirstCallReport
+from autojac.planning.prepared_plan import PreparedPlan
+from autojac.planning.problem_builder import ProblemBuilder
 from autojac.problem.problem import Problem
 from scenarios import Scenario
 
@@ -30,20 +31,25 @@ def forced(func: Any, args: Any, method: dict[str, Any], kwargs: Any = None, **o
     options = {"on_miss": "estimate", "randomness": "different", "store": PlanStore(":memory:"), **options}
     maker = AutoJacobian(func, **options)
     plan = maker.plan(*args, **(kwargs or {}))
-    (entry,) = maker._entries.values()
-    assert entry.keys is not None
-    maker._planner.stored.save(entry.keys, dataclasses.replace(plan, method=method))
+    keys = in_use(maker).keys
+    assert keys is not None
+    maker._plans.planner.stored.save(keys, dataclasses.replace(plan, method=method))
     return AutoJacobian(func, **options)
 
 
-def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[Request, Seen, Problem]:
+def in_use(jac: AutoJacobian) -> PreparedPlan:
+    """The only plan that a wrapper uses."""
+    ((_, plan),) = jac._plans.items()
+    return plan
+
+
+def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[Call, FirstCallReport, Problem]:
     """A call as its methods see it: probed, not searched."""
-    planner = Planner(func, Options.checked({"randomness": "different", "store": ":memory:", **options}))
-    reach = captures(func)
-    request = planner.request(reach, args, kwargs or {})
-    seen = look(request, reach, planner.options, planner.stored.keys)
-    found = planner.examine(request, seen)
-    return request, seen, planner.problem(request, seen, found.structure, found.batched, found.outline)
+    builder = ProblemBuilder(func, Options.checked({"randomness": "different", "store": ":memory:", **options}))
+    call = builder.describe(captures(func), args, kwargs or {})
+    report = builder.inspect(call)
+    found = builder.probe(call, report)
+    return call, report, builder.problem(call, report, found.structure, found.batched, found.outline)
 
 
 def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:

@@ -14,11 +14,10 @@ from autojac.core.pattern import Pattern
 from autojac.core.ranks import silent
 from autojac.core.structure import Structure
 from autojac.errors import VerificationError
-from autojac.guards.captures import Captures, captures
+from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque
-from autojac.planning.first_call import look
-from autojac.planning.planner import Planner
-from autojac.planning.prepared_plan import Request
+from autojac.planning.call import Call
+from autojac.planning.problem_builder import ProblemBuilder
 from autojac.problem.problem import Problem, Result
 from autojac.problem.reference import Reference
 from autojac.sparse.csr import Entries
@@ -38,12 +37,10 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
     Returns:
         The structure, with a line of evidence for each layer of the probe.
     """
-    planner = Planner(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
-    captured = captures(func)
-    request = planner.request(captured, args, kwargs)
-    with outside_autocast(), silent(captured.modules):
-        seen = look(request, captured, planner.options, planner.stored.keys)
-        return planner.examine(request, seen).structure
+    builder = ProblemBuilder(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
+    call = builder.describe(captures(func), args, kwargs)
+    with outside_autocast(), silent(call.captured.modules):
+        return builder.probe(call, builder.inspect(call)).structure
 
 
 @opaque
@@ -66,39 +63,38 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         VerificationError: if the Jacobian is wrong, with what differs.
     """
     given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
-    planner = Planner(func, Options.checked(given))
-    captured = captures(func)
-    request = dataclasses.replace(planner.request(captured, args, kwargs), differentiable=False)
-    with silent(captured.modules):
-        wrong = _wrong(jacobian, planner, captured, request, probes)
+    builder = ProblemBuilder(func, Options.checked(given))
+    call = builder.describe(captures(func), args, kwargs).without_grad()
+    with silent(call.captured.modules):
+        wrong = _wrong(jacobian, builder, call, probes)
     if wrong is not None:
         raise VerificationError(f"the Jacobian is wrong: {wrong}")
 
 
-def _wrong(jacobian: Any, planner: Planner, captured: Captures, request: Request, probes: int) -> str | None:
+def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> str | None:
     """Return why a Jacobian is wrong, as a sentence; None if it agrees."""
-    layout, kwargs = planner.options.layout, request.kwargs
-    seen = look(request, captured, planner.options, planner.stored.keys)
-    structure = Structure("independent", "declared", effects=seen.first.effects)
-    independent = planner.problem(request, seen, structure, seen.guess)
+    layout, keywords = builder.options.layout, call.keywords
+    report = builder.inspect(call)
+    structure = Structure("independent", "declared", effects=report.first.effects)
+    independent = builder.problem(call, report, structure, report.guess)
     flat = pytree.tree_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)
     if len(flat) != wanted:
         raise VerificationError(f"{wanted} Jacobians were expected, one an output and input; {len(flat)} came")
-    result = Result(seen.first.values, request.frame.unnested(jacobian))
+    result = Result(report.first.values, call.layout.unnested(jacobian))
     if layout == "sparse":
         held = _held(independent, result)
         independent = dataclasses.replace(independent, held=held)
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
         result = result._replace(jacobians=values)
-    reference = Reference(independent, request.leaves, kwargs, seen.quiet, rows=probes + 2, every=True)
-    with seen.quiet():
+    reference = Reference(independent, call.leaves, keywords, report.sandbox, rows=probes + 2, every=True)
+    with report.sandbox():
         wrong = reference.check(result)
         coupled = wrong is not None and layout in ("blocks", "diagonal") and reference.check_shapes(result) is None
     if coupled:
         dense = dataclasses.replace(independent, structure=dataclasses.replace(structure, coupling="dense"))
-        reference = Reference(dense, request.leaves, kwargs, seen.quiet, rows=probes + 2, every=True)
-        with seen.quiet():
+        reference = Reference(dense, call.leaves, keywords, report.sandbox, rows=probes + 2, every=True)
+        with report.sandbox():
             wrong = reference.check(result)
     return wrong
 

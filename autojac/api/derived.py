@@ -14,7 +14,7 @@ from autojac.api.low_rank_factors import Factors
 from autojac.core.options import Options
 from autojac.core.signature import Layout
 from autojac.errors import InputError
-from autojac.planning.prepared_plan import Entry
+from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import Result
 
 
@@ -26,10 +26,10 @@ class Derived(ABC):
     _others: dict[Layout, Self]
 
     @abstractmethod
-    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Entry, Result]: ...
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]: ...
 
     @abstractmethod
-    def _given(self, args: Sequence[Any]) -> Sequence[Any]: ...
+    def _func_args(self, args: Sequence[Any]) -> Sequence[Any]: ...
 
     @abstractmethod
     def __setstate__(self, state: dict[str, Any]) -> None: ...
@@ -89,9 +89,9 @@ class Derived(ABC):
             InputError: if there are several outputs or inputs.
             OutputError: if a sample has not as many outputs as inputs.
         """
-        entry, result = self._other("diagonal")._run(self._given(args), kwargs)
-        total = _only(entry, result).sum(-1)
-        return self._beside_aux(total.squeeze(0) if entry.frame.unbatched else total, result)
+        plan, result = self._other("diagonal")._run(self._func_args(args), kwargs)
+        total = _only(plan, result).sum(-1)
+        return self._beside_aux(total.squeeze(0) if plan.layout.unbatched else total, result)
 
     def factors(self, *args: Any, **kwargs: Any) -> Factors:
         """The whole batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
@@ -110,7 +110,7 @@ class Derived(ABC):
             InputError: if there are several outputs or inputs.
             UnsupportedError: if samples meet elsewhere; `layout="full"` then has all.
         """
-        return self._other("blocks")._factors(self._given(args), kwargs)
+        return self._other("blocks")._factors(self._func_args(args), kwargs)
 
     @abstractmethod
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors: ...
@@ -122,9 +122,9 @@ class Derived(ABC):
         kwargs: Mapping[str, Any],
     ) -> Any:
         source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
-        entry, result = source._run(self._given(args), kwargs)
-        problem, jacobian = entry.problem, _only(entry, result)
-        if entry.frame.unbatched:
+        plan, result = source._run(self._func_args(args), kwargs)
+        problem, jacobian = plan.problem, _only(plan, result)
+        if plan.layout.unbatched:
             jacobian = jacobian.squeeze(0)
         leaf = problem.leaves[problem.inputs[0]]
         shared = problem.layout == "full" and not leaf.batched
@@ -145,9 +145,9 @@ class Derived(ABC):
         return self._others[layout]
 
 
-def _only(entry: Entry, result: Result) -> Tensor:
+def _only(plan: PreparedPlan, result: Result) -> Tensor:
     """The one Jacobian of a call."""
-    outputs, inputs = len(result.jacobians), len(entry.problem.inputs)
+    outputs, inputs = len(result.jacobians), len(plan.problem.inputs)
     if (outputs, inputs) != (1, 1):
         raise InputError(
             f"one output and one input were expected, but func has {outputs} and {inputs}: each pair has a Jacobian of "

@@ -22,7 +22,7 @@ from autojac.bench.run import Settings, tune
 from autojac.bench.workloads import WORKLOADS, Workload
 from autojac.guards.function_state import FunctionState
 from autojac.methods.base import build
-from autojac.planning.prepared_plan import prepared
+from autojac.planning.prepare_compute import prepare_compute
 from autojac.planning.search import measure
 from autojac.problem.problem import Compute
 from autojac.replay.replayer import Replaying
@@ -90,8 +90,8 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     jac, x, entry = tuned.jac, tuned.x, tuned.entry
     spec = replay("loop")
     entry.plan = dataclasses.replace(entry.plan, method=spec)
-    compute = entry.compute = prepared(entry.frame, entry.problem, build(spec))
-    entry.again = None
+    compute = entry.compute = prepare_compute(entry.layout, entry.problem, build(spec))
+    entry.fast_path = None
     for _ in range(PAST_CHECKS):
         jac(x)
     # a call that is found wrong gets another plan

@@ -20,7 +20,7 @@ from autojac.bench.results import Outcome, Race, Regret, Report, State
 from autojac.bench.workloads import Func, Workload
 from autojac.core.plan import Effort, expression
 from autojac.methods.base import Method
-from autojac.planning.prepared_plan import Entry
+from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.planning.search.space import DEPTHS, candidates
 
@@ -65,7 +65,7 @@ class Tuned:
     x: Tensor
     truth: Tensor
     jac: autojac.AutoJacobian
-    entry: Entry
+    entry: PreparedPlan
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way
 from autojac.bench.workloads import WORKLOADS, Workload
 from autojac.core.sandbox import Quiet
 from autojac.core.structure import Structure
-from autojac.planning.prepared_plan import Entry
+from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.probe.feature_pattern import Features, feature_pattern
 from autojac.probe.sample_pairs import Subject
@@ -167,12 +167,12 @@ def _seconds(entrant: Entrant) -> float:
     return entrant.outcome.seconds or math.inf
 
 
-def _facts(entries: Mapping[str, Entry]) -> dict[str, str | float]:
+def _facts(entries: Mapping[str, PreparedPlan]) -> dict[str, str | float]:
     plans: dict[str, str | float] = {f"plan, {name}": str(entry.plan) for name, entry in entries.items()}
     return plans | {f"tuning s, {name}": entry.plan.tuning_seconds for name, entry in entries.items()}
 
 
-def _colors(entry: Entry) -> dict[str, float]:
+def _colors(entry: PreparedPlan) -> dict[str, float]:
     return {f"colors of {side}": colors_of(entry.problem, side).count for side in SIDES}
 
 

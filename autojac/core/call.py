@@ -18,7 +18,7 @@ from autojac.errors import InputError, OptionError, OutputError, kind_of
 from autojac.torch_internals import DisableTorchFunctionSubclass, pytree
 
 
-class Frame:
+class CallLayout:
     """The layout of one kind of call, made once and used at every call.
 
     Args:
@@ -258,7 +258,7 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def recording(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+def outside_inference_mode(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     """Leave inference mode, in which autograd records nothing, with arguments that it can save."""
     if not torch.is_inference_mode_enabled():
         yield args, kwargs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from autojac.core.plan import Plan, Trial, expression
+from autojac.core.plan import Trial, expression
 from autojac.core.signature import Signature
+from autojac.planning.plan_repository import Stored
+from autojac.planning.prepared_plan import PreparedPlan
+from autojac.problem.compression import colored
+from autojac.problem.problem import Problem
 
 
 def seconds(value: float | None) -> str:
@@ -28,15 +30,16 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
-def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Trial], cuts: Sequence[str] = ()) -> str:
-    """What was probed, what was tried, what won, and what it pays.
+def explanation(prepared: PreparedPlan, stored: Stored) -> str:
+    """Say what was probed, what was tried, what won, and what it gains.
 
     Args:
-        name: of the function.
-        signature, plan, trials: of the call, and of the search that made its plan.
-        cuts: a line for each narrow place that is known.
+        prepared: the plan.
+        stored: the stored plans of its function.
     """
-    lines = [f"{name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"]
+    signature, plan = prepared.signature, prepared.plan
+    trials = plan.trials or (stored.trials(prepared.keys) if prepared.keys else ())
+    lines = [f"{stored.function_name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"]
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")
@@ -51,11 +54,18 @@ def explanation(name: str, signature: Signature, plan: Plan, trials: Sequence[Tr
             lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
     structure = plan.structure
     lines.append(f"structure: {structure.coupling}, {structure.assurance}")
-    lines += [f"  {line}" for line in (*structure.evidence, *cuts)]
+    lines += [f"  {line}" for line in (*structure.evidence, *_graph_lines(prepared.problem))]
     if trials:
         lines.append(f"candidates: {len(trials)}")
         lines += [_row(trial) for trial in sorted(trials, key=_rank)]
     return "\n".join(lines)
+
+
+def _graph_lines(problem: Problem) -> list[str]:
+    """Say what the graph of a call shows, and what of it was colored and traced."""
+    lines = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else []
+    lines += colored(problem)
+    return lines + (problem.function_state.lines() if problem.function_state is not None else [])
 
 
 def _rank(trial: Trial) -> tuple[bool, float]:

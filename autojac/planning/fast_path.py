@@ -1,4 +1,4 @@
-"""The short way through a call like one before: its tensors alike, everything else the same, a replay to serve it."""
+"""Fast path: serve a call whose argument metadata and global state match an earlier one directly from the replay."""
 
 from __future__ import annotations
 
@@ -10,76 +10,73 @@ from torch import Tensor
 from autojac.autodiff.primitives import hooked, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.guards.tensor_metadata import metadata_check
-from autojac.planning.prepared_plan import Entry
+from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.replay.replayer import Replaying
 from autojac.torch_internals import global_state_guard
 
-Again = Callable[[tuple[Any, ...]], tuple[Any, Any] | None]
-"""From a call's positional arguments to the value and the Jacobian; None where the call has to go the long way."""
-
-AtOnce = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
+TryReplay = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
 
 
-def never(args: tuple[Any, ...]) -> None:
-    """No call before was like this one."""
+def no_fast_path(args: tuple[Any, ...]) -> None:
+    """Serve no call: none like it was served before."""
     return
 
 
-def again(entry: Entry, args: Sequence[Any]) -> Again:
-    """What serves calls like one that an entry has just served, in a few microseconds.
+def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
+    """Return what serves calls like one that a plan has just served, in a few microseconds.
 
-    All that a key is made of is compared in C at once: of the arguments shapes, strides, types, `requires_grad` and
+    All that a key is made of is compared in C in one pass: of the arguments shapes, strides, types, `requires_grad` and
     the modes that their dispatch depends on; of the process its global flags. What func reads is the replay's to watch.
 
     Args:
-        entry: what served the call.
+        plan: what served the call.
         args: its positional arguments; it had no others.
     """
-    replaying, frame = entry.compute, entry.frame
+    replaying, layout, schedule = plan.compute, plan.layout, plan.schedule
     tensors = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_inference() and arg.is_contiguous()]
-    plain = frame.plain and not frame.moved and not frame.has_aux and len(tensors) == len(args) > 0
-    # patterns and verdicts may hang on the values of these
-    watched = entry.constants or (entry.contents_decide and entry.watched)
-    if not plain or watched or entry.problem.layout == "sparse" or not isinstance(replaying, Replaying):
-        return never
-    same, steady = metadata_check(tuple(tensors)), _global_state()
+    plain = layout.plain and not layout.moved and not layout.has_aux and len(tensors) == len(args) > 0
+    # the plan may depend on the values of these
+    watched = plan.contents is not None and (plan.contents.constants or plan.contents.arguments)
+    if not plain or watched or plan.problem.layout == "sparse" or not isinstance(replaying, Replaying):
+        return no_fast_path
+    same, steady = metadata_check(tuple(tensors)), _global_state_check()
     if same is None or steady is None or replaying.problem.structure.effects:
-        return never
-    count, single = len(args), frame.single and frame.out_spec is None
-    at_once = _outside(replaying.at_once) if frame.autocast else replaying.at_once
-    differentiable = entry.problem.differentiable
+        return no_fast_path
+    count, single = len(args), layout.single and layout.out_spec is None
+    try_replay = _outside_autocast(replaying.at_once) if layout.autocast else replaying.at_once
+    differentiable = plan.problem.differentiable
 
-    def served(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    def serve(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
         # first of all: torch.compile must not trace what follows
         if transforming() or len(args) != count or not same(*args) or not steady() or (differentiable and hooked()):
             return None
-        calls = entry.calls + 1
-        if calls >= entry.next_check or entry.again is not served:
+        calls = schedule.calls + 1
+        if calls >= schedule.next_check or plan.fast_path is not serve:
             return None
-        outputs = at_once(args)
+        outputs = try_replay(args)
         if outputs is None:
             return None
-        entry.calls = calls
+        schedule.calls = calls
         if single:
             return outputs  # type: ignore[return-value]
         result = replaying.result(outputs)
-        return frame.value(result.values), frame.jacobian(result.jacobians)
+        return layout.value(result.values), layout.jacobian(result.jacobians)
 
-    return served
+    return serve
 
 
-def _outside(at_once: AtOnce) -> AtOnce:
-    """The same, outside autocast: a compiled program would be cast by it."""
+def _outside_autocast(try_replay: TryReplay) -> TryReplay:
+    """Return the same outside autocast, which would cast a compiled program."""
 
-    def served(leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    def run(leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
         with outside_autocast():
-            return at_once(leaves)
+            return try_replay(leaves)
 
-    return served
+    return run
 
 
-def _global_state() -> Callable[[], bool] | None:
-    """What tells that grad mode, autocast, default dtype, threads and precision are as now; None where torch can't."""
+def _global_state_check() -> Callable[[], bool] | None:
+    """Return a check that grad mode, autocast, default dtype, threads and precision are as now, if torch has one."""
     if global_state_guard is None:
         return None
     check: Callable[[], bool] = global_state_guard().check

@@ -1,21 +1,20 @@
-"""The first look at a call: func is evaluated, without a trace, and what it shows describes the call."""
+"""The first evaluation of a call, which leaves no trace and tells what the call needs."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
-
-import torch
+from dataclasses import dataclass
 
 from autojac.core.options import Options, Randomness
 from autojac.core.sandbox import Quiet, random_state, restore_random_state
 from autojac.core.signature import Layout, Signature, named_flags
 from autojac.core.structure import DRAWS, DRAWS_ALIKE
 from autojac.errors import InputError, OutputError, RandomnessError
-from autojac.guards.captures import Captures
+from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
-from autojac.planning.prepared_plan import Request, Seen
 from autojac.probe import first_call, guess_batched
 from autojac.probe.kept_state import keeping
 from autojac.probe.random_generators import drawn
@@ -25,54 +24,82 @@ from autojac.problem.problem import Flat
 from autojac.problem.randomness import drawn_alike, redrawn
 
 
-def look(request: Request, captured: Captures, options: Options, keys: Callable[[Signature], Keys]) -> Seen:
-    """Call func once, without a trace, and describe the call.
+@dataclass(frozen=True)
+class FirstCallReport:
+    """What the first call of func has shown.
+
+    Attributes:
+        fn: the flat function, drawing random numbers as the user asked.
+        first: its values and side effects.
+        sandbox: how to evaluate it without a trace.
+        signature, keys: of the call.
+        guess: which leaves carry the batch, as declared or by their shapes.
+    """
+
+    fn: Flat
+    first: FirstCall
+    sandbox: Quiet
+    signature: Signature
+    guess: tuple[bool, ...]
+    keys: Keys
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to differentiate."""
+        inputs = [leaf.event_shape for leaf in self.signature.leaves if leaf.differentiated]
+        return not (
+            self.signature.batch and any(map(math.prod, self.signature.outputs)) and any(map(math.prod, inputs))
+        )
+
+
+def inspect_first_call(call: Call, options: Options, keys: Callable[[Signature], Keys]) -> FirstCallReport:
+    """Call func once, without a trace, and report what that shows.
 
     Args:
-        request: the call.
-        captured: what func reaches.
+        call: the call.
         options: what of randomness and layouts is asked for.
         keys: gives the keys that plans for a signature are filed under.
 
     Raises:
         InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
     """
+    captured, differentiable = call.captured, call.is_differentiable
     trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
     quiet = Quiet(captured.tensors, None, captured.places, trained)
-    fn: Flat = request.frame.fn
-    first = _undrawn(request, quiet)
+    fn: Flat = call.layout.fn
+    first = _undrawn(call, quiet)
     if quiet.converted:
         # for good, as by the plain call that this call stands for: the next one shows what else func does
         quiet = Quiet(quiet.captured, None, quiet.places, quiet.trained)
-        first = _undrawn(request, quiet)
+        first = _undrawn(call, quiet)
     if quiet.kept:
-        first, quiet = _kept(request, first, quiet)
+        first, quiet = _kept(call, first, quiet)
     if quiet.state:
-        fn, first = _drawing(request, first, quiet, options.randomness)
-    if captured.opaque and torch.is_grad_enabled() and not request.differentiable:
+        fn, first = _drawing(call, first, quiet, options.randomness)
+    if captured.opaque and call.key.grad and not differentiable:
         # what could not be followed may hold parameters: then J must carry their graph
         with quiet():
-            values = fn([leaf.detach() for leaf in request.leaves], request.kwargs)
-        request = dataclasses.replace(request, differentiable=any(value.requires_grad for value in values))
-    signature, guess = _signature(request, first, options.layout)
+            values = fn([leaf.detach() for leaf in call.leaves], call.keywords)
+        differentiable = any(value.requires_grad for value in values)
+    signature, guess = _signature(call, first, options.layout, differentiable)
     # the tensors that func writes into are few: only these are saved around later evaluations
-    return Seen(fn, first, quiet.closer(quiet.state), signature, guess, keys(signature))
+    return FirstCallReport(fn, first, quiet.closer(quiet.state), signature, guess, keys(signature))
 
 
-def _undrawn(request: Request, quiet: Quiet) -> FirstCall:
+def _undrawn(call: Call, quiet: Quiet) -> FirstCall:
     """The first call, after which the generators that func draws from are set back, and `quiet` knows them."""
-    fn, loaded = request.frame.fn, "numpy.random" in sys.modules
+    fn, loaded = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
-    first = _first_call(fn, request, quiet)
+    first = _first_call(fn, call, quiet)
     if not loaded and "numpy.random" in sys.modules:
         # func may have drawn from what it has just imported, and whose state was not known before
         restore_random_state({name: state[name] for name in first.moved})
         state = random_state()
-        first = _first_call(fn, request, quiet)
+        first = _first_call(fn, call, quiet)
 
     def evaluate() -> None:
         with quiet():
-            evaluate_once(fn, request.leaves, request.kwargs, request.frame.differentiated)
+            evaluate_once(fn, call.leaves, call.keywords, call.layout.differentiated)
 
     generators = drawn(evaluate, first.moved)
     # no other is touched: another thread may be drawing from it
@@ -82,20 +109,20 @@ def _undrawn(request: Request, quiet: Quiet) -> FirstCall:
     return dataclasses.replace(first, effects=effects)
 
 
-def _kept(request: Request, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]:
+def _kept(call: Call, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]:
     """What a call shows that keeps something, and what it is to be evaluated in.
 
     A cache is filled and a module initialised for good, as by the plain call that this call stands for.
     """
-    fn, leaves, kwargs = request.frame.fn, request.leaves, request.kwargs
-    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, request.frame.differentiated)[0], quiet)
+    fn, leaves, kwargs = call.layout.fn, call.leaves, call.keywords
+    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], quiet)
     if found:
         return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), quiet
     # what each call writes is left to the call that makes the Jacobian
     with Quiet(written)():
         fn(leaves, kwargs)
     later = Quiet(quiet.captured, None, quiet.places, quiet.trained)
-    first = _undrawn(request, later)
+    first = _undrawn(call, later)
     later.kept = list(quiet.kept)
     if later.state:
         restore_random_state(quiet.state)
@@ -103,9 +130,9 @@ def _kept(request: Request, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, 
     return first, later
 
 
-def _drawing(request: Request, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
+def _drawing(call: Call, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
     """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
-    frame, leaves = request.frame, request.leaves
+    layout, leaves = call.layout, call.leaves
     if randomness == "error":
         raise RandomnessError(
             "func draws random numbers. Pass randomness='different' for the Jacobian of what one plain call from "
@@ -113,24 +140,24 @@ def _drawing(request: Request, first: FirstCall, quiet: Quiet, randomness: Rando
             "into eval mode"
         )
     if randomness == "different":
-        return redrawn(frame.fn), first
-    batched = frame.batched(guess_batched(leaves, len(first.values[0])))
-    fn = drawn_alike(frame.fn, batched, tuple(quiet.state))
-    alike = _first_call(fn, request, quiet)
+        return redrawn(layout.fn), first
+    batched = layout.batched(guess_batched(leaves, len(first.values[0])))
+    fn = drawn_alike(layout.fn, batched, tuple(quiet.state))
+    alike = _first_call(fn, call, quiet)
     effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in first.effects]
     return fn, dataclasses.replace(alike, effects=tuple(effects))
 
 
-def _first_call(fn: Flat, request: Request, quiet: Quiet) -> FirstCall:
-    frame, leaves = request.frame, request.leaves
-    said = frame.batched([False] * len(leaves))
+def _first_call(fn: Flat, call: Call, quiet: Quiet) -> FirstCall:
+    layout, leaves = call.layout, call.leaves
+    said = layout.batched([False] * len(leaves))
     lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
     if len(lengths) > 1:
         raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
-    guessed = [p for p in frame.differentiated if not frame.declared[p] and leaves[p].dim()]
+    guessed = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
     lengths |= {leaves[position].shape[0] for position in guessed}
     try:
-        first = first_call(fn, leaves, request.kwargs, frame.differentiated, quiet)
+        first = first_call(fn, leaves, call.keywords, layout.differentiated, quiet)
     except RuntimeError as error:
         if len(lengths) > 1:
             raise InputError(
@@ -141,27 +168,30 @@ def _first_call(fn: Flat, request: Request, quiet: Quiet) -> FirstCall:
     return first
 
 
-def _signature(request: Request, first: FirstCall, layout: Layout) -> tuple[Signature, tuple[bool, ...]]:
+def _signature(
+    call: Call, first: FirstCall, wanted: Layout, differentiable: bool
+) -> tuple[Signature, tuple[bool, ...]]:
     """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
-    frame, leaves = request.frame, request.leaves
+    layout, leaves = call.layout, call.leaves
     batch = len(first.values[0])
-    guess = frame.batched(guess_batched(leaves, batch))
+    guess = layout.batched(guess_batched(leaves, batch))
     carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
-    inputs = [tuple(leaves[position].shape) for position in frame.differentiated]
+    inputs = [tuple(leaves[position].shape) for position in layout.differentiated]
     if not carriers or any(length != batch for length in carriers):
         shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "
             "expected on axis 0 of both. Return one row a sample; for a function without a batch pass in_dims=None"
         )
+    kinds = str(list(call.key.keywords))
     signature = Signature(
-        frame.roles(leaves, guess),
+        layout.roles(leaves, guess),
         tuple(tuple(value.shape[1:]) for value in first.values),
         batch,
-        f"{frame.context} {request.kinds}",
-        "blocks" if frame.unbatched and layout == "full" else layout,
-        request.differentiable,
-        named_flags(request.flags),
+        f"{layout.context} {kinds}",
+        "blocks" if layout.unbatched and wanted == "full" else wanted,
+        differentiable,
+        named_flags(call.key.flags),
     )
     require_layout(signature)
     return signature, guess

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, PlanStore
 from autojac.core.structure import EXCHANGES
-from harness import compare, forced
+from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
 HERE = Path(__file__).parent
@@ -117,10 +117,10 @@ def stored(name: str) -> None:
             options: dict[str, Any] = {"on_miss": "estimate", "store": PlanStore(":memory:")}
             maker = AutoJacobian(CASES[name](), **options)
             plan = maker.plan(x)
-            (entry,) = maker._entries.values()
+            entry = in_use(maker)
             assert entry.keys is not None
             structure = dataclasses.replace(plan.structure, effects=effects)
-            maker._planner.stored.save(entry.keys, dataclasses.replace(plan, method=method, structure=structure))
+            maker._plans.planner.stored.save(entry.keys, dataclasses.replace(plan, method=method, structure=structure))
             jac = AutoJacobian(maker.func, **options)
             compare(jac(x), jacobian_blocks(maker.func, (x,)))
             assert jac.plan(x).method["method"] not in ("PerSample", "Push")

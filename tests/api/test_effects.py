@@ -16,7 +16,7 @@ from torch import Tensor
 
 import autojac
 from autojac import AutoJacobian
-from harness import compare, forced
+from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
 METHODS = {
@@ -337,9 +337,9 @@ def test_only_the_generators_that_func_draws_from_are_saved(kind: str) -> None:
     jac = AutoJacobian(func, store=":memory:", on_miss="estimate", randomness="different")
     x = torch.randn(4, 3, dtype=torch.float64)
     jac(x)
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     assert entry.problem.generators == generators
-    assert tuple(entry.quiet.state) == generators
+    assert tuple(entry.sandbox.state) == generators
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])

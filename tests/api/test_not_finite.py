@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autojac import AutoJacobian, PlanStore, StructureChangedWarning
 from autojac.problem.reference import Reference
-from harness import compare, forced, planned
+from harness import compare, forced, in_use, planned
 from oracle import jacobian_blocks
 
 X = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
@@ -57,13 +57,13 @@ def test_what_is_not_finite_refutes_no_plan(name: str, layout: str) -> None:
     options = {"layout": layout, "on_miss": "estimate"}
     jac = stored_plan(store, func, **options)
     plan = jac.plan(X)
-    entry = next(iter(jac._entries.values()))
+    entry = in_use(jac)
     for _ in range(3):
         assert jac(point).shape
-    assert entry is next(iter(jac._entries.values()))
-    assert entry.last_check == 0  # no verdict yet
+    assert entry is in_use(jac)
+    assert entry.schedule.last_check == 0  # no verdict yet
     jac(X)
-    assert entry.last_check == 4
+    assert entry.schedule.last_check == 4
     assert AutoJacobian(func, store=store, **options).plan(X).source == "store"
     assert plan.source == "store"
 
@@ -140,4 +140,4 @@ def test_a_loop_that_diverges_is_not_warned_about() -> None:
 def test_a_reference_tells_whether_it_says_anything() -> None:
     for point, says in ((X, True), (ONE, True), (NAN, False)):
         request, seen, problem = planned(lambda x: x.sin(), (point,))
-        assert Reference(problem, request.leaves, {}, seen.quiet).says is says
+        assert Reference(problem, request.leaves, {}, seen.sandbox).says is says

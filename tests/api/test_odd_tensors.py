@@ -59,7 +59,7 @@ def test_an_ensemble_whose_skeleton_is_on_meta(normalized: bool, trained: bool) 
         for _ in range(2):
             compare(jac(x).detach(), right)
         assert jac(x).requires_grad == trained
-        assert not [line for line in jac._planner.function_state.lines() if "meta" in line.lower()]
+        assert not [line for line in jac._plans.planner.function_state.lines() if "meta" in line.lower()]
     with torch.no_grad():
         parameters["0.weight"].mul_(2)
     right = jacobian_blocks(ensemble, (x,), 0).detach()

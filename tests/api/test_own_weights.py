@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, OutputError, PlanStore, StructureChangedWarning, UnsupportedError
 from autojac.core.module_function import parameters_replaced
-from harness import compare
+from harness import compare, in_use
 
 
 def doubles(*shape: int) -> Tensor:
@@ -229,7 +229,7 @@ def with_plan(module: nn.Module, x: Tensor, method: dict[str, Any], **options: A
     store = PlanStore(":memory:")
     maker = AutoJacobian.of_parameters(module, on_miss="estimate", store=store)
     plan = maker.plan(x)
-    (entry,) = maker._entries.values()
+    entry = in_use(maker)
     assert entry.keys is not None
     store.save(*entry.keys, dataclasses.replace(plan, method=method), "module")
     return AutoJacobian.of_parameters(module, on_miss="estimate", store=store, **options)

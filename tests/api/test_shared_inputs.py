@@ -125,7 +125,7 @@ def test_every_way_is_exact_in_the_weights(name: str, grad: bool) -> None:
         # a layer norm is not pushed through where J is differentiated
         assert {method.local for method in methods} == {"copies"} | ({"mixed"} if name != "sets" or not grad else set())
         for method in methods:
-            quiet = Quiet(seen.quiet.captured, seen.quiet.state)
+            quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
             try:
                 with quiet():
                     result = method.prepare(problem)(request.leaves, {})
@@ -135,7 +135,7 @@ def test_every_way_is_exact_in_the_weights(name: str, grad: bool) -> None:
                 with pytest.raises(RuntimeError), quiet():
                     Pull("identity", "batched").prepare(problem)(request.leaves, {})
                 continue
-            J = request.frame.jacobian(result.jacobians)
+            J = request.layout.jacobian(result.jacobians)
             try:
                 together(J, expected)
             except AssertionError as error:
@@ -152,7 +152,7 @@ def test_samples_and_weights_may_be_differentiated_together(layout: Any) -> None
     request, _, problem = planned(func, args, argnums=(0, 1), in_dims=(0, None, 0), layout=layout)
     expected = Pull("identity").prepare(problem)(request.leaves, {})
     if layout == "blocks":
-        compare(request.frame.jacobian(expected.jacobians), jacobian_blocks(func, args, (0, 1), shared=(1,)))
+        compare(request.layout.jacobian(expected.jacobians), jacobian_blocks(func, args, (0, 1), shared=(1,)))
     methods = list(Statistics.candidates(problem, 1))
     assert methods
     for method in methods:
@@ -189,7 +189,7 @@ def test_numbers_that_change_between_calls_are_those_of_the_call() -> None:
     for method in methods:
         compute = method.prepare(problem)
         for scale[0] in (2.0, 0.5):
-            J = request.frame.jacobian(compute(request.leaves, {}).jacobians)
+            J = request.layout.jacobian(compute(request.leaves, {}).jacobians)
             compare(J, jacobian_blocks(func, args, (0, 1), shared=(1,)), EXACT)
 
 

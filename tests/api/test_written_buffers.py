@@ -97,8 +97,8 @@ def test_verify_of_a_diagonal_of_a_function_that_writes(trained: bool) -> None:
 def test_a_wrong_gradient_is_seen_behind_what_is_written() -> None:
     net, x = Decayed(), torch.randn(4, 3, dtype=torch.float64)
     request, seen, problem = planned(net, (x,))
-    reference = Reference(problem, request.leaves, {}, seen.quiet, trained=request.trained)
-    with seen.quiet():
+    reference = Reference(problem, request.leaves, {}, seen.sandbox, trained=request.trained)
+    with seen.sandbox():
         result = registry()["Pull"](seeds="shared", engine="loop").prepare(problem)(request.leaves, {})  # type: ignore[call-arg]
         assert reference.check_gradient(result) is None
         ((J,),) = result.jacobians

@@ -42,7 +42,7 @@ def normal(*shape: int) -> Tensor:
 def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[tuple[Method, Any]]:
     """Each candidate of a method that applies, with what it computes."""
     request, seen, problem = planned(func, args, **options)
-    quiet = Quiet(seen.quiet.captured, seen.quiet.state)
+    quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
     results = []
     for method in kind.candidates(problem, 1):
         if method.compiles:
@@ -50,7 +50,7 @@ def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[
         assert method.unsupported(problem) is None
         with quiet():
             result = method.prepare(problem)(request.leaves, {})
-        results.append((method, request.frame.jacobian(result.jacobians)))
+        results.append((method, request.layout.jacobian(result.jacobians)))
     return results
 
 
@@ -645,8 +645,8 @@ for method, net, x in (
         plan = jac.plan(x)
         print(plan.method["method"], plan.source, plan.structure.coupling)
         if plan.source != "store":
-            keys = jac._entries[jac._key((x,), {})].keys
-            jac._planner.stored.save(keys, dataclasses.replace(plan, method=method.spec(), effort="quick"))
+            keys = in_use(jac).keys
+            jac._plans.planner.stored.save(keys, dataclasses.replace(plan, method=method.spec(), effort="quick"))
 """
 
 

@@ -20,7 +20,7 @@ from autojac import AutoJacobian
 from autojac.core.structure import EXCHANGES as ASSIGNS
 from autojac.guards.escapes import ESCAPES
 from autojac.replay.replayer import Replaying
-from harness import compare, forced
+from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
 REPLAYS = {
@@ -81,7 +81,7 @@ def replayed(func: Holder, engine: str, differentiable: bool, change: Callable[[
         at = x + 0.1 * turn
         compare(jac(at), jacobian_blocks(func, (at,)))
         change(func)
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     if ASSIGNS in entry.problem.structure.effects and differentiable:
         return "replay: not possible, it exchanges the memory of a tensor"  # no plan at all
     assert isinstance(entry.compute, Replaying)

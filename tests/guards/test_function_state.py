@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from autojac import AutoJacobian, StructureChangedWarning
 from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, FunctionState
 from autojac.guards.walker import Walk
-from harness import Counted, compare, forced
+from harness import Counted, compare, forced, in_use
 from oracle import jacobian_blocks, jacobian_full
 
 PULL = {"method": "Pull", "seeds": "shared", "engine": "loop"}
@@ -84,8 +84,8 @@ def test_a_change_is_noticed_in_the_next_call(change: str, layout: str, monkeypa
     jac = forced(model, (x,), PULL, layout=layout)
     for _ in range(20):
         jac(x)
-    (entry,) = jac._entries.values()
-    assert entry.last_check == 1  # proved, so that no check is due but for the change
+    entry = in_use(jac)
+    assert entry.schedule.last_check == 1  # proved, so that no check is due but for the change
     CHANGES[change](model, monkeypatch)
     for _ in range(2):
         oracle = jacobian_blocks if layout == "blocks" else jacobian_full
@@ -156,13 +156,13 @@ def test_what_is_no_change_costs_no_check(name: str) -> None:
     jac = forced(model, (x,), PULL)
     for _ in range(3):
         jac(x)
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     for _ in range(MOST_CHANGES + 2):
         LOOKS[name](model)
         jac(x)
-        assert entry.last_check == 1
-    assert list(jac._entries.values()) == [entry]
-    assert jac._planner.function_state.is_complete
+        assert entry.schedule.last_check == 1
+    assert in_use(jac) is entry
+    assert jac._plans.planner.function_state.is_complete
 
 
 def test_a_state_that_was_checked_is_not_checked_again() -> None:
@@ -221,8 +221,8 @@ def test_what_is_changed_before_every_call_is_checked_a_few_times() -> None:
     for step in range(60):
         model.step = step
         compare(jac(x), jacobian_blocks(model, (x,)))
-        (entry,) = jac._entries.values()
-        entry_checks += entry.last_check == entry.calls
+        entry = in_use(jac)
+        entry_checks += entry.schedule.last_check == entry.schedule.calls
     assert MOST_CHANGES <= entry_checks <= MOST_CHANGES + 10
     assert not runs
 
@@ -333,7 +333,7 @@ def test_what_can_be_listed_is_compared_where_not_all_can(name: str) -> None:
     jac = forced(func, (x,), PULL)
     for _ in range(5):
         jac(x)
-    assert reason in jac._planner.function_state.reason
+    assert reason in jac._plans.planner.function_state.reason
     change()
     found = jac(x)
     with eager():
@@ -358,7 +358,7 @@ def test_changes_are_noticed_while_a_mode_of_the_callers_is_on() -> None:
         compare(jac(x).detach(), jacobian_blocks(model, (x,)))
         for _ in range(3):
             jac(x)
-    state = jac._planner.function_state
+    state = jac._plans.planner.function_state
     other = nn.Parameter(model.scale.detach().clone(), requires_grad=False)
     with Logged():
         assert not state.observe()[1]

@@ -24,9 +24,8 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from autojac.guards.guard import Change, Guard
-from autojac.planning.prepared_plan import Entry
 from autojac.replay.replayer import Replaying
-from harness import compare, forced
+from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
 REPLAY = {"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": "loop"}}
@@ -195,8 +194,7 @@ def test_what_python_writes_into_classes_is_no_change(look: str) -> None:
     jac = forced(model, (x,), REPLAY)
     for _ in range(5):
         jac(x)
-    entry: Entry
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     assert isinstance(entry.compute, Replaying)
     traces = entry.compute.traces
     for one in (model, model.settings):

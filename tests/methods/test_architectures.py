@@ -127,8 +127,8 @@ def check_candidates(drawn: Architecture) -> None:
     expected = expected_of(made)
     with calm(made), torch.inference_mode(False):
         request, seen, problem = planned(made.func, made.args, made.kwargs, **made.options)
-        quiet = Quiet(seen.quiet.captured, seen.quiet.state)
-        reference = Reference(problem, request.leaves, request.kwargs, quiet)
+        quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
+        reference = Reference(problem, request.leaves, request.keywords, quiet)
         right = 0
         for kind in registry().values():
             for method in kind.candidates(problem, 1):
@@ -136,12 +136,12 @@ def check_candidates(drawn: Architecture) -> None:
                     continue
                 try:
                     with quiet():
-                        result = method.prepare(problem)(request.leaves, request.kwargs)
+                        result = method.prepare(problem)(request.leaves, request.keywords)
                 except Exception:  # an infeasible candidate; the reason is the search's business
                     continue
                 if reference.check(result) is None:
                     right += 1
-                    compare(request.frame.jacobian(result.jacobians), expected)
+                    compare(request.layout.jacobian(result.jacobians), expected)
         assert right
 
 

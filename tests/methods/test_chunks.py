@@ -65,9 +65,9 @@ def test_every_chunk_gives_the_same(kind: str, seeds: str, method: str, engine: 
         assert one.unsupported(problem) is not None
         return
     assert one.unsupported(problem) is None
-    result = one.prepare(problem)(request.leaves, request.kwargs)
-    compare(request.frame.jacobian(result.jacobians), expected)
-    compare(request.frame.value(result.values), request.frame.value(request.frame.fn(request.leaves, {})))
+    result = one.prepare(problem)(request.leaves, request.keywords)
+    compare(request.layout.jacobian(result.jacobians), expected)
+    compare(request.layout.value(result.values), request.layout.value(request.layout.fn(request.leaves, {})))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -75,7 +75,7 @@ def test_every_chunk_gives_the_same(kind: str, seeds: str, method: str, engine: 
 def test_every_chunk_of_samples_gives_the_same(mode: str, chunk: int) -> None:
     request, problem, expected = problem_of("independent")
     result = build({"method": "PerSample", "mode": mode, "chunk": chunk}).prepare(problem)(request.leaves, {})
-    compare(request.frame.jacobian(result.jacobians), expected)
+    compare(request.layout.jacobian(result.jacobians), expected)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -80,7 +80,7 @@ def test_passes_are_those_of_the_cheaper_sides(name: str, seeds: list[int]) -> N
     for method in Statistics.candidates(problem, 1):
         seeds.clear()
         calls = func.calls
-        with Quiet(seen.quiet.captured, seen.quiet.state)():
+        with Quiet(seen.sandbox.captured, seen.sandbox.state)():
             J = method.prepare(problem)(request.leaves, {}).jacobians[0][0]
         compare(J.detach(), expected, 1e-11)
         assert sum(seeds) == wanted[method.local] == method.passes(problem)

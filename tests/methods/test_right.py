@@ -95,18 +95,18 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
     with torch.set_grad_enabled(grad):
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         right = 0
-        quiet = Quiet(seen.quiet.captured, seen.quiet.state)
-        reference = Reference(problem, request.leaves, request.kwargs, quiet)
+        quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
+        reference = Reference(problem, request.leaves, request.keywords, quiet)
         for method in _tried(problem, scenario.name):
             try:
                 with quiet(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    result = method.prepare(problem)(request.leaves, request.kwargs)
+                    result = method.prepare(problem)(request.leaves, request.keywords)
             except Exception:  # an infeasible candidate; the reason is the search's business
                 continue
             if reference.check(result) is None:
                 right += 1
-                compare(request.frame.jacobian(result.jacobians), expected)
+                compare(request.layout.jacobian(result.jacobians), expected)
                 assert grad or not any(J.requires_grad for row in result.jacobians for J in row)
     assert right
 

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autojac
-from autojac.core.call import Frame
+from autojac.core.call import CallLayout
 from autojac.core.plan import Plan
-from autojac.planning import fast_path
+from autojac.planning.fast_path import no_fast_path
 from harness import compare, forced
 from oracle import jacobian_blocks
 
@@ -303,14 +303,14 @@ def test_another_plan_is_taken_at_once(long_ways: list[int]) -> None:
 
 def test_what_can_not_be_traced_is_tried_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluations: list[int] = []
-    true = Frame.fn
+    true = CallLayout.fn
     x = points()
     jac = forced(func, (x,), PULL)
     # a side effect, which no program has
-    monkeypatch.setattr(Frame, "fn", lambda frame, *call: (evaluations.append(1), true(frame, *call))[1])
+    monkeypatch.setattr(CallLayout, "fn", lambda frame, *call: (evaluations.append(1), true(frame, *call))[1])
     for _ in range(4):
         compare(jac(x), jacobian_blocks(func, (x,), 0))
-    assert any("not possible" in line for line in jac._planner.function_state.traces)
+    assert any("not possible" in line for line in jac._plans.planner.function_state.traces)
     evaluations.clear()
     for _ in range(3):
         jac(x)
@@ -362,4 +362,4 @@ def test_without_torchs_guards_every_call_is_made_in_full(missing: str, monkeypa
     jac = wrapped(x)
     compare(jac(x), jacobian_blocks(func, (x,), 0))
     assert len(long_ways) == 3
-    assert jac._again is fast_path.never
+    assert jac._plans.fast_path is no_fast_path

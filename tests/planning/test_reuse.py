@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian, PlanStore
-from autojac.core.call import Frame
+from autojac.core.call import CallLayout
 from autojac.planning.search import optimize
 from harness import compare
 from oracle import jacobian_blocks
@@ -48,8 +48,8 @@ def test_a_second_wrapper_finds_the_plan_and_probes_nothing(
     first = cheap(torch.sin).plan(x)
     assert first.source == "search"
     evaluations: list[int] = []
-    true = Frame.fn
-    monkeypatch.setattr(Frame, "fn", lambda self, *call: (evaluations.append(1), true(self, *call))[1])
+    true = CallLayout.fn
+    monkeypatch.setattr(CallLayout, "fn", lambda self, *call: (evaluations.append(1), true(self, *call))[1])
 
     def counted(action: Callable[[], Any]) -> int:
         evaluations.clear()
@@ -223,7 +223,7 @@ def test_weights_may_change_and_structure_may_not(searches: list[str]) -> None:
 def test_a_wrapper_that_is_let_go_leaves_neither_its_store_nor_its_colorings() -> None:
     jac = AutoJacobian(torch.sin, store=":memory:", effort="estimate", layout="sparse")
     jac(torch.randn(4, 3))
-    kept = [weakref.ref(part) for part in (jac, jac._planner.stored.store, jac._planner.colorings)]
+    kept = [weakref.ref(part) for part in (jac, jac._plans.planner.stored.store, jac._plans.planner.colorings)]
     del jac
     gc.collect()
     assert [part() for part in kept] == [None, None, None]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import autojac
 from autojac import AutoJacobian
 from autojac.guards.function_state import MOST_CHANGES
-from harness import compare
+from harness import compare, in_use
 from oracle import jacobian_blocks
 from provable import COUPLED, INDEPENDENT
 from scenarios import SCENARIOS, Scenario
@@ -105,8 +105,8 @@ def test_a_proof_is_checked_once_where_the_guard_lists_all_that_func_reads(
     found = []
     for call in range(1, 40):
         jac(x)
-        (entry,) = jac._entries.values()
-        found += [call] * (entry.last_check == entry.calls)
+        entry = in_use(jac)
+        found += [call] * (entry.schedule.last_check == entry.schedule.calls)
     assert entry.problem.structure.assurance == assurance
     assert found == checks
 
@@ -139,12 +139,12 @@ def test_a_schedule_comes_back_where_a_place_keeps_changing() -> None:
     model, x = Switched(), torch.randn(5, 3)
     jac = AutoJacobian(model, on_miss="estimate", store=":memory:", coupling="auto")
     jac(x)
-    (entry,) = jac._entries.values()
-    assert entry.next_check == math.inf
+    entry = in_use(jac)
+    assert entry.schedule.next_check == math.inf
     for step in range(20):
         model.step = step
         jac(x)
-    assert entry.next_check == 2 * (MOST_CHANGES + 3)
+    assert entry.schedule.next_check == 2 * (MOST_CHANGES + 3)
 
 
 def test_a_float_among_the_arguments_takes_the_proof_back() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.propagation import UNFORESEEN
 from autojac.graph.recorder import record
-from autojac.planning.planner import Planner
+from autojac.planning.problem_builder import ProblemBuilder
 from autojac.probe.batch_axis_proof import prove
 from autojac.probe.sample_pairs import Subject
 from harness import planned
@@ -28,8 +28,8 @@ from provable import COUPLED, INDEPENDENT
 
 def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     request, seen, problem = planned(func, (x,), in_dims=0)
-    outline = Planner.outline(request, seen, [True])
-    return prove(outline, Subject(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.quiet))[:2]
+    outline = ProblemBuilder.outline(request, seen, [True])
+    return prove(outline, Subject(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
 
 
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")

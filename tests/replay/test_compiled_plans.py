@@ -15,7 +15,7 @@ from autojac.methods.base import build, registry
 from autojac.planning.search.space import candidates
 from autojac.replay import compilation
 from autojac.replay.replayer import Replaying
-from harness import compare, forced, planned
+from harness import compare, forced, in_use, planned
 from oracle import jacobian_blocks
 
 OLD = {"method": "Compiled", "inner": {"method": "PerSample", "mode": "reverse"}}
@@ -41,7 +41,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def replaying(jac: AutoJacobian) -> Replaying:
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     assert isinstance(entry.compute, Replaying)
     return entry.compute
 

@@ -28,7 +28,7 @@ from autojac.guards.walker import Walk
 from autojac.methods.base import build, registry
 from autojac.replay.passes import passes
 from autojac.replay.replayer import MOST_TRACES
-from harness import compare, forced, planned
+from harness import compare, forced, in_use, planned
 from oracle import jacobian_blocks
 from scenarios import SCENARIOS, Scenario
 
@@ -46,13 +46,13 @@ def replay(inner: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 def traces(jac: autojac.AutoJacobian) -> int:
     """How often something was traced."""
-    lines = jac._planner.function_state.traces
+    lines = jac._plans.planner.function_state.traces
     assert not any("not possible" in line for line in lines), lines
     return len(lines)
 
 
 def served(jac: autojac.AutoJacobian) -> list[str]:
-    return list(jac._planner.function_state.traces)
+    return list(jac._plans.planner.function_state.traces)
 
 
 def connected(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
     with torch.no_grad():
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         problem = dataclasses.replace(problem, trial=True)
-        quiet = Quiet(captures(func).tensors, seen.quiet.state)
+        quiet = Quiet(captures(func).tensors, seen.sandbox.state)
         tried, refused = 0, list[str]()
         for inner in _some(problem, scenario.name, most):
             method = build(replay(inner.spec()))
@@ -98,28 +98,28 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
             with quiet():
                 try:
                     eager = inner.ready(problem)
-                    eager(request.leaves, request.kwargs)
+                    eager(request.leaves, request.keywords)
                 except Exception:  # an infeasible candidate; others are tested for their reasons
                     continue
                 tried += 1
                 try:
                     run = method.ready(problem)
-                    run(request.leaves, request.kwargs)
+                    run(request.leaves, request.keywords)
                 except autojac.UnsupportedError as refusal:
                     refused.append(str(refusal))
                     continue
-            leaves = request.frame.leaves(others)
+            leaves = request.layout.leaves(others)
             if [x.shape for x in leaves] != [x.shape for x in request.leaves]:
                 leaves = request.leaves
             with quiet():
                 for tensor in captures(func).tensors:
                     if tensor.is_floating_point() and not tensor.is_inference():
                         tensor.mul_(1.125)
-                moved = Quiet((), seen.quiet.state)
+                moved = Quiet((), seen.sandbox.state)
                 with moved():
-                    expected = eager(leaves, request.kwargs)
+                    expected = eager(leaves, request.keywords)
                 with moved():
-                    compare(run(leaves, request.kwargs).jacobians, expected.jacobians)
+                    compare(run(leaves, request.keywords).jacobians, expected.jacobians)
     # whatever runs is replayed, or autojac says why not; in scenarios that nothing hides from a guard it is replayed
     assert all(refused)
     assert len(refused) < tried or not tried or scenario.traits or any(map(HIDDEN.search, refused)), refused
@@ -362,8 +362,8 @@ def test_what_changes_in_each_call_is_not_traced_for_ever() -> None:
     for call in range(MOST_TRACES + 10):
         model.scale = 1.0 + call
         compare(jac(x), jacobian_blocks(model, (x,), 0))
-    assert jac._planner.function_state.present.number > MOST_TRACES
-    (entry,) = jac._entries.values()
+    assert jac._plans.planner.function_state.present.number > MOST_TRACES
+    entry = in_use(jac)
     assert entry.compute.traces == MOST_TRACES  # type: ignore[attr-defined]
 
 
@@ -962,7 +962,7 @@ def test_a_method_that_reads_the_indices_of_its_entries_is_replayed(trained: boo
     )
     jac = forced(func, (x,), replay({"method": "Pull", "seeds": "identity", "engine": engine}), layout="sparse")
     jac(x)
-    (entry,) = jac._entries.values()
+    entry = in_use(jac)
     assert entry.problem.function_state is not None
     (line,) = entry.problem.function_state.traces
     assert "operators left" in line

@@ -1,0 +1,112 @@
+"""One call of a function, described once for all that looks its plan up, makes it, runs it or checks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from autojac.core.call import CallLayout, describe
+from autojac.core.signature import current_flags
+from autojac.guards.captures import Captures
+from autojac.torch_internals import pytree
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+class CallKey(NamedTuple):
+    """What a plan in use is filed under: all that may make one call need another plan than the next.
+
+    Attributes:
+        arguments, keywords: shape, dtype, device and `requires_grad` of tensors, values of the rest.
+        grad: whether autograd records.
+        trains: whether it records something that the function holds.
+        flags: see `current_flags`.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: tuple[Any, ...]
+    grad: bool
+    trains: bool
+    flags: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captures) -> Self:
+        """Return the key of a call of a function that reaches `captured`; part of every call."""
+        grad = torch.is_grad_enabled()
+        return cls(
+            tuple(
+                [(x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else describe(x) for x in args]
+            ),
+            describe_keywords(kwargs) if kwargs else (),
+            grad,
+            grad and any(map(_requires_grad, captured.tensors)),
+            current_flags(captured.modules),
+        )
+
+
+def describe_keywords(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Describe each keyword argument as far as it counts for the choice of a plan."""
+    return tuple([(name, describe(value)) for name, value in kwargs.items()])
+
+
+@dataclass
+class Call:
+    """One call.
+
+    Attributes:
+        args, kwargs: as the function gets them.
+        key: what its plan is filed under.
+        layout: how its arguments become flat tensors, and its flat results a nest again.
+        leaves: the tensors among its positional arguments, batch first.
+        keywords: its keyword arguments, with the non-tensor positional ones.
+        captured: what the function reaches besides.
+    """
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    key: CallKey
+    layout: CallLayout
+    leaves: tuple[Tensor, ...]
+    keywords: Mapping[str, Any]
+    captured: Captures
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The tensors besides the inputs that a loss on a differentiable Jacobian trains."""
+        return trained_by(self.captured, self.keywords)
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the Jacobian is to carry a graph."""
+        return self.key.grad and bool(self.trained or any(map(_requires_grad, self.leaves)))
+
+    def without_grad(self) -> Call:
+        """Return the same call for a Jacobian without a graph."""
+        return dataclasses.replace(self, key=self.key._replace(grad=False))
+
+    def detached(self) -> Call:
+        """Return the call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
+        return dataclasses.replace(self, leaves=detached(self.leaves))
+
+
+def detached(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return leaves of their own that share the values, and require grad where these do."""
+    return tuple(leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves)
+
+
+def trained_by(captured: Captures, keywords: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
+    passed = [value for value in pytree.tree_leaves(keywords) if isinstance(value, Tensor)]
+    return tuple(tensor for tensor in (*captured.tensors, *passed) if tensor.requires_grad)
+
+
+def not_overwritten(trained: Sequence[Tensor], written: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return those that a call does not overwrite: what was computed there before has no gradient any more."""
+    overwritten = {id(tensor) for tensor in written if tensor.grad_fn is not None}
+    return tuple(tensor for tensor in trained if id(tensor) not in overwritten)

@@ -1,0 +1,203 @@
+"""A check of one call: its Jacobian against a VJP of func itself, and what follows where they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+from autojac.autodiff.primitives import hooked, saved_tensors_apart
+from autojac.core.ranks import silent
+from autojac.core.sandbox import GENERATORS, Quiet, restore_random_state, without_hooks
+from autojac.core.structure import UPDATES_BUFFERS
+from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
+from autojac.graph.operators import custom_functions
+from autojac.guards.run_monitor import RunMonitor
+from autojac.planning.call import Call, detached, not_overwritten, trained_by
+from autojac.planning.plans_in_use import PlansInUse
+from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
+from autojac.problem.problem import Result
+from autojac.problem.reference import Reference
+
+
+class Outcome(NamedTuple):
+    """What a plan gave, why it is wrong if it is, and whether only the gradient through it is."""
+
+    result: Result | None
+    wrong: str | None
+    only_gradient: bool = False
+
+
+class Check:
+    """Computes one call and compares the result with func; a safe method computes it again if it is wrong.
+
+    Args:
+        plans: of the function.
+        plan: computes the call.
+        call: the call.
+        difference: what was seen to have changed. Arguments are free to, and nobody is warned.
+    """
+
+    def __init__(self, plans: PlansInUse, plan: PreparedPlan, call: Call, difference: Difference = UNCHANGED) -> None:
+        self.plans = plans
+        self.plan = plan
+        self.call = call
+        self.difference = difference
+        self.own_leaves = detached(call.leaves)
+        self.updates_buffers = UPDATES_BUFFERS in plan.problem.structure.effects
+        # what a search has just found was checked with its gradient
+        first_use = plan.is_fresh and plan.schedule.calls == 1
+        self.trains = plan.problem.differentiable and not hooked() and not first_use
+        self.modules = plans.captured.modules
+
+    def run(self) -> tuple[PreparedPlan, Result]:
+        """Return the call's result, and the plan that gave it."""
+        plan, call = self.plan, self.call
+        sandbox = self._sandbox()
+        restore = sandbox.saved()
+
+        def undo() -> None:
+            restore()
+            restore_random_state(sandbox.state)
+
+        reference, is_listed = self._reference(sandbox)
+        if plan.is_provisional and reference.says:
+            return self._plan_again()
+        result, wrong, only_gradient = self._compare(reference, sandbox)
+        if not reference.says:
+            # no verdict: the next call is checked in the place of this one
+            plan.schedule.check_next_call()
+            if result is None:
+                undo()
+                result = plan.run_plainly(call.leaves, call.keywords)
+            return plan, result
+        if wrong is None and result is not None:
+            self._accept(reference, result, is_listed)
+            if not plan.is_doubtful:
+                return plan, result
+            with silent(self.modules):
+                undo()
+                whole = plan.assuming_nothing()
+                return whole, whole.run(call.leaves, call.keywords)
+        return self._replace(str(wrong), only_gradient, undo)
+
+    def _sandbox(self) -> Quiet:
+        """Return what evaluates func from the state in which this call found it."""
+        # what has changed may draw now
+        generators = GENERATORS if self.difference.what == "function" else None
+        return self.plan.sandbox.now(generators, self.plans.buffers() if self.updates_buffers else ())
+
+    def _reference(self, sandbox: Quiet) -> tuple[Reference, bool]:
+        """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
+        plan, keywords = self.plan, self.call.keywords
+        problem = dataclasses.replace(plan.problem, differentiable=self.trains)
+        reached = trained_by(self.plans.captured_now(), keywords) if self.trains else ()
+        # what no guard can list, such as a clock, is seen while func runs
+        function_state = self.plans.planner.function_state
+        monitor = RunMonitor(function_state.present.guard.codes) if plan.may_rest else nullcontext()
+        with silent(self.modules), monitor:
+            reference = Reference(
+                problem,
+                self.own_leaves,
+                keywords,
+                sandbox,
+                rows=1,
+                seed=plan.schedule.calls,
+                thorough=bool(self.difference.what),
+                trained=not_overwritten(reached, plan.written),
+            )
+        return reference, isinstance(monitor, RunMonitor) and not monitor.reason
+
+    def _compare(self, reference: Reference, sandbox: Quiet) -> Outcome:
+        """Compute the call, and compare the result and its gradient with the reference."""
+        result: Result | None = None
+        only_gradient = False
+        # no evaluation may come after the one that is returned: its graph may hold what func writes into
+        gradient_first = bool(self.plan.written or self.updates_buffers)
+        try:
+            with saved_tensors_apart():
+                early = self._gradient_error(reference, sandbox) if self.trains and gradient_first else None
+            result = self.plan.run(self.call.leaves, self.call.keywords)
+            with saved_tensors_apart():
+                wrong = reference.check(result)
+                only_gradient = wrong is None and self.trains
+                if only_gradient:
+                    wrong = early if gradient_first else self._gradient_error(reference, sandbox)
+        except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
+            if type(error).__module__ == "torch.utils.checkpoint":
+                raise  # it stops a recomputation that has saved what it needs
+            wrong = f"it raises {type(error).__name__}: {error}"
+        return Outcome(result, wrong, only_gradient)
+
+    def _gradient_error(self, reference: Reference, sandbox: Quiet) -> str | None:
+        """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
+        with sandbox(), without_hooks(reference.trained), silent(self.plans.captured.modules):
+            return reference.check_gradient(self.plan.run(self.own_leaves, self.call.keywords))
+
+    def _accept(self, reference: Reference, result: Result, is_listed: bool) -> None:
+        """Note that the plan was right."""
+        plan, difference = self.plan, self.difference
+        if difference.what == "function":
+            captured = self.plans.recapture()
+            if plan.contents is not None:
+                plan.contents.hold(captured)
+                plan.fast_path = None
+        if not plan.schedule.last_check and plan.problem.differentiable:
+            self._warn_untrained(reference, result)
+        plan.schedule_next_check(self.plans.options.verify, is_listed)
+        if reference.decides:
+            if plan.contents is not None:
+                plan.contents.accept(difference.contents)
+            plan.is_doubtful = False
+        elif plan.problem.structure.assumes:
+            # derivatives as small as rounding confirm no pattern: the next call is checked as well
+            plan.schedule.check_next_call()
+            plan.is_doubtful = plan.is_doubtful or bool(difference.what)
+
+    def _replace(self, wrong: str, only_gradient: bool, undo: Callable[[], None]) -> tuple[PreparedPlan, Result]:
+        """Put a plan that holds in the place of one that was wrong, and compute the call again."""
+        call, plans, last = self.call, self.plans, self.plan.schedule.last_check
+        # the wrong run does not count; put back now, what func writes into stays as the graph of the next run saves it
+        # but for what the forward of data-parallel modules has told the other ranks
+        with silent(self.modules):
+            undo()
+            with plans.lock:
+                again = plans.describe(call.args, call.kwargs)
+                plan = plans.planner.recover(self.plan, again, wrong, structure=not only_gradient)
+                plans.keep(call, plan)
+                if plan.contents is not None:
+                    plan.contents.accept(plan.contents.digest(call))
+            if self.difference.what != "arguments":
+                since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
+                since = "func has changed, which was noticed at once" if self.difference.what else since
+                warn(
+                    f"the plan for {plans.planner.stored.function_name} does not hold ({since}): {wrong}. This "
+                    f"Jacobian was computed again and is right. Now in use: {plan.plan}",
+                    StructureChangedWarning,
+                )
+            return plan, plan.run(call.leaves, call.keywords)
+
+    def _plan_again(self) -> tuple[PreparedPlan, Result]:
+        """Plan where something can be verified, after a plan that was made where nothing could."""
+        plan = self.plans.plan_again(self.call)
+        plan.schedule.calls = 1
+        if plan.is_provisional:
+            return plan, plan.run(self.call.leaves, self.call.keywords)
+        return Check(self.plans, plan, self.call).run()
+
+    def _warn_untrained(self, reference: Reference, result: Result) -> None:
+        """Warn, once, where parameters train and the Jacobian has no graph to them: a backward of func's makes none."""
+        plans = self.plans
+        if plans.has_warned_untrained or any(J.requires_grad for row in result.jacobians for J in row):
+            return
+        functions = sorted(custom_functions(reference.pullback.recorded))
+        if functions and trained_by(plans.captured_now(), self.call.keywords):
+            plans.has_warned_untrained = True
+            warn(
+                f"{plans.planner.stored.function_name}: the Jacobian carries no graph, so a loss on it trains no "
+                f"parameter: the backward of {', '.join(functions)} can't be differentiated. Write that backward in "
+                "differentiable operators, without once_differentiable, detach or no_grad; call jac under "
+                "torch.no_grad() if J is not to be trained",
+                NoGraphWarning,
+            )

@@ -1,0 +1,76 @@
+"""When a plan is checked: often at first, then ever more rarely, and never again where it assumes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autojac.torch_internals import pytree
+
+EARLY_CHECKS = 10
+"""Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
+CHECK_EVERY = 1000
+MOST_NUMBERS = 32
+"""Calls with Python floats that no call before had are checked this many times."""
+
+
+@dataclass
+class CheckSchedule:
+    """The calls that a plan has served, and which one is checked next.
+
+    Attributes:
+        calls: how many it has served.
+        last_check, next_check: calls by their number; 0 where none was checked yet.
+        is_off: no call is ever checked.
+        numbers: the Python floats of calls that were checked, which signatures leave out; None where none may decide.
+    """
+
+    calls: int = 0
+    last_check: int = 0
+    next_check: float = 1
+    is_off: bool = False
+    numbers: set[tuple[float, ...]] | None = None
+
+    def is_due(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether the call under way is to be checked."""
+        return self.calls >= self.next_check or (bool(keywords) and self._has_new_numbers(keywords))
+
+    def turn_off(self) -> None:
+        """Check no call any more."""
+        self.next_check, self.is_off, self.numbers = math.inf, True, None
+
+    def check_next_call(self) -> None:
+        """Check the next call, as the one under way gave no verdict."""
+        self.next_check = min(self.next_check, self.calls + 1)
+
+    def schedule_next_check(self, every_call: bool, may_fail: bool) -> None:
+        """Set when to check next, after a check that has passed.
+
+        Args:
+            every_call: check the next call already.
+            may_fail: the plan assumes what another call may refute.
+        """
+        calls = self.last_check = self.calls
+        if every_call:
+            self.next_check = calls + 1
+        elif not may_fail:
+            self.next_check = math.inf
+        elif calls < 2**EARLY_CHECKS:
+            self.next_check = 2 * calls
+        else:
+            self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
+
+    def _has_new_numbers(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether a call's Python floats differ from those of any call checked: a branch may depend on them.
+
+        Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        """
+        if self.numbers is None:
+            return False
+        numbers = tuple(value for value in pytree.tree_leaves(keywords) if isinstance(value, float))
+        if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
+            return False
+        self.numbers.add(numbers)
+        return True

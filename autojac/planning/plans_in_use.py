@@ -1,0 +1,150 @@
+"""The prepared plans of one function in this process, each for one kind of call."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from autojac.core.module_function import ModuleFunction
+from autojac.core.options import Options
+from autojac.core.plan import Effort
+from autojac.guards.captures import Captures, captures, survey
+from autojac.planning.call import Call, CallKey
+from autojac.planning.fast_path import no_fast_path
+from autojac.planning.planner import Planner
+from autojac.planning.prepared_plan import FastPath, PreparedPlan
+from autojac.replay.replayer import Replaying
+
+
+class PlansInUse:
+    """The prepared plans of one function, made when they are first needed.
+
+    Args:
+        func: the function.
+        options: the options of its `AutoJacobian`.
+
+    Attributes:
+        planner: makes plans.
+        fast_path: serves calls like the last one.
+        alone: held during a call: no other thread calls or inspects a module while its parameters are put aside.
+        lock: held while a plan is made.
+        has_warned_untrained: the user knows already that the Jacobian trains nothing.
+    """
+
+    def __init__(self, func: Callable[..., Any], options: Options) -> None:
+        self.func = func
+        self.options = options
+        self.planner = Planner(func, options)
+        self.fast_path: FastPath = no_fast_path
+        module_lock = func.lock if isinstance(func, ModuleFunction) else None
+        self.alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
+        self.lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
+        self.has_warned_untrained = False
+        self._plans: dict[CallKey, PreparedPlan] = {}
+        self._captured: Captures | None = None
+        self._observes = options.verify != "never"
+        self._replays = False
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def items(self) -> Iterable[tuple[CallKey, PreparedPlan]]:
+        """Return the plans by the keys of their calls."""
+        return self._plans.items()
+
+    def observe(self) -> int | None:
+        """Notice before a call whether the function has changed; return the kind of its state if that is known."""
+        function_state = self.planner.function_state
+        state, moved = function_state.observe() if self._observes else (None, False)
+        if moved or (self._replays and not function_state.is_unchanged()):
+            # it may hold other tensors now, which require grad
+            self._captured = None
+        return state
+
+    def absorb(self, plan: PreparedPlan) -> None:
+        """Take what a call has changed of the function itself for no change, until it is seen to change nothing."""
+        function_state = self.planner.function_state
+        if function_state.is_new and not plan.schedule.is_off:
+            plan.checked_states.add(function_state.absorb())
+
+    @property
+    def captured(self) -> Captures:
+        """What the function reaches, as far as is known."""
+        with self.alone:
+            if self._captured is None:
+                self._captured = captures(self.func)
+            return self._captured
+
+    def captured_now(self) -> Captures:
+        """Return what the function reaches now, without a walk if the guard has seen all unchanged in this call."""
+        listed = self._observes and self.planner.function_state.is_complete
+        return self.captured if listed else captures(self.func)
+
+    def recapture(self) -> Captures:
+        """Take what the function reaches now for what it reaches at the next call, and return it."""
+        self._captured = self.captured_now()
+        return self._captured
+
+    def look_up(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:
+        """Return the plan for a call, made now if there is none, and the call's description."""
+        if not self._plans:
+            return self._make(args, kwargs)
+        captured = self._captured or self.captured
+        key = CallKey.of(args, kwargs, captured)
+        plan = self._plans.get(key)
+        if plan is None:
+            return self._make(args, kwargs)
+        layout = plan.layout
+        keywords = layout.keywords(args, kwargs) if kwargs or layout.constants else kwargs
+        return plan, Call(args, kwargs, key, layout, layout.leaves(args), keywords, captured)
+
+    def tune(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], effort: Effort, budget_s: float | None
+    ) -> PreparedPlan:
+        """Search for the plan for a call, whatever is known, and use it."""
+        with self.lock:
+            call = self.describe(args, kwargs)
+            return self.keep(call, self.planner.prepare(call, effort, budget_s, force=True))
+
+    def plan_again(self, call: Call) -> PreparedPlan:
+        """Replace the plan for a call by one that is made now."""
+        with self.lock:
+            return self.keep(call, self.planner.prepare(self.describe(call.args, call.kwargs)))
+
+    def describe(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Describe a call, whatever plans there are."""
+        return self.planner.describe(self.captured, args, kwargs)
+
+    def keep(self, call: Call, plan: PreparedPlan) -> PreparedPlan:
+        """Use a plan for calls like this one from now on, and return it."""
+        if self.options.verify == "never" and not plan.is_provisional:
+            plan.schedule.turn_off()
+        before = self._plans.get(call.key)
+        if before is not None:
+            # whoever still has it checks its next call, and so takes the long way to what is in use now
+            before.schedule.next_check = 0
+        self._plans[call.key] = plan
+        self.fast_path = no_fast_path
+        self._replays = self._replays or isinstance(plan.compute, Replaying)
+        self._observes = self._observes or not plan.schedule.is_off
+        return plan
+
+    def buffers(self) -> list[Tensor]:
+        """What the function may write into now, buffers that were put in the place of others included."""
+        return [tensor for tensor in self.captured_now().tensors if not tensor.requires_grad]
+
+    def _make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:
+        with self.lock:
+            # the function may hold others than the key was made from
+            found = survey(self.func, self.options.version)
+            self._captured = dataclasses.replace(found, digest="")  # which may be another at the next call
+            call = self.planner.describe(found, args, kwargs)
+            plan = self._plans.get(call.key)
+            if plan is None:
+                plan = self.keep(call, self.planner.prepare(call))
+            return plan, call

@@ -1,0 +1,102 @@
+"""Serve a call: look its plan up, notice what has changed, run the plan, and check it when that is due."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autojac.autodiff.primitives import transforming
+from autojac.core.autocast import outside_autocast
+from autojac.core.call import outside_inference_mode
+from autojac.core.signature import current_flags
+from autojac.errors import UnsupportedError
+from autojac.guards.captures import captures
+from autojac.methods.base import composable
+from autojac.planning.call import describe_keywords
+from autojac.planning.check import Check
+from autojac.planning.fast_path import fast_path
+from autojac.planning.plans_in_use import PlansInUse
+from autojac.planning.prepare_compute import prepare_compute
+from autojac.planning.prepared_plan import UNCHANGED, PreparedPlan
+from autojac.problem.problem import Result
+
+
+def run_call(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
+    """Compute a call of a function by its plan, made now if there is none.
+
+    Args:
+        plans: of the function.
+        args, kwargs: as the function gets them.
+    """
+    with plans.alone:
+        if torch.is_inference_mode_enabled():
+            with outside_inference_mode(args, kwargs) as call:
+                return _run(plans, *call)
+        return _run(plans, args, kwargs)
+
+
+def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
+    if transforming():
+        return _run_inside_transform(plans, args, kwargs)
+    state = plans.observe()
+    plan, call = plans.look_up(args, kwargs)
+    schedule = plan.schedule
+    schedule.calls += 1
+    difference = UNCHANGED if schedule.is_off else plan.diff(call, state)
+    if difference.what or schedule.is_due(call.keywords):
+        plan, result = Check(plans, plan, call, difference).run()
+        plan.checked_states.add(-1 if state is None else state)
+        plans.absorb(plan)
+        return plan, result
+    found: Result | None = None
+    try:
+        found = plan.run(call.leaves, call.keywords)
+    except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
+        if schedule.is_off or type(error).__module__ == "torch.utils.checkpoint":
+            raise
+    if found is None or not plan.fits(found):
+        plan, found = Check(plans, plan, call).run()
+    elif not call.keywords:
+        if plan.fast_path is None:
+            plan.fast_path = fast_path(plan, args)
+        plans.fast_path = plan.fast_path
+    plans.absorb(plan)
+    return plan, found
+
+
+def _run_inside_transform(
+    plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[PreparedPlan, Result]:
+    """Compute inside a caller's transform by torch.func's own VJP, since not every plan composes with every transform.
+
+    Nothing can be probed, timed or checked there, where tensors stand for many or carry tangents.
+    """
+    if plans.options.layout == "sparse":
+        raise UnsupportedError(
+            "a torch.func transform or forward mode is under way, in which torch makes no sparse "
+            "matrices. Wrap the function with layout='blocks' or 'full' for use there"
+        )
+    reach = captures(plans.func)
+    layout = plans.planner.layout(reach, args)
+    leaves = layout.leaves(args)
+    # a structure holds for one kind of call: other flags or keywords may couple what these do not
+    named, flags = describe_keywords(kwargs), current_flags(reach.modules)
+    for key, plan in plans.items():
+        problem = plan.problem
+        shapes = [leaf.event_shape for leaf in problem.leaves]
+        same = key.keywords == named and key.flags == flags and plan.layout.context == layout.context
+        if same and len(leaves) == len(shapes) and not plan.is_provisional:
+            events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
+            if events == shapes:
+                batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
+                composed = dataclasses.replace(problem.resized(batch), differentiable=True)
+                compute = prepare_compute(plan.layout, composed, composable(composed))
+                with outside_autocast():
+                    return plan, compute(leaves, plan.layout.keywords(args, kwargs))
+    raise UnsupportedError(
+        "a torch.func transform or forward mode is under way, in which nothing can be probed. Call "
+        "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
+    )

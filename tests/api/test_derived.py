@@ -111,7 +111,6 @@ def test_all_of_them_train(x: Tensor) -> None:
     compare(torch.autograd.grad(ours, parameters), torch.autograd.grad(loss(jac(x)), parameters), rtol=1e-8)
 
 
-@pytest.mark.by_day(3)
 def test_a_trace_never_forms_the_jacobian() -> None:
     func = Counted(network(40, 40))
     jac = estimated(func, layout="full", memory_limit="1MB")

@@ -183,7 +183,7 @@ def test_as_few_colors_as_there_can_be(matrix: Matrix, colors: int) -> None:
     [
         (arrowhead(1000), 3),
         *((eisenstat(n), n // 2 + 2) for n in range(6, 19, 2)),
-        (sp.block_diag([np.ones((1, 50)), np.ones((40, 1))] * 3).toarray() > 0, 2),
+        (sp.block_diag([sp.coo_array(np.ones((1, 50))), sp.coo_array(np.ones((40, 1)))] * 3).toarray() > 0, 2),
         (np.zeros((3, 4), dtype=bool), 0),
         (np.ones((4, 3), dtype=bool), 3),
     ],
@@ -205,7 +205,7 @@ def test_known_graphs_of_samples() -> None:
     assert count(apart(Pattern.of(cyclic(100, 0, 1)))) == 2
     assert count(apart(Pattern.of(cyclic(101, 0, 1)))) == 3
     assert count(apart(Pattern.of(stencil(30, 5)))) == 2
-    assert count(apart(Pattern.of(sp.block_diag([np.ones((7, 7))] * 20)))) == 7
+    assert count(apart(Pattern.of(sp.block_diag([sp.coo_array(np.ones((7, 7)))] * 20)))) == 7
     assert count(apart(Pattern.diagonal(5))) == 1
     assert apart(Pattern.full(1, 1)).tolist() == [0]
     with pytest.raises(OptionError, match="3x4"):

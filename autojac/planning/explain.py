@@ -1,4 +1,4 @@
-"""A plan and the search behind it, as text for people."""
+"""A plan and the search behind it, as human-readable text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autojac.problem.problem import Problem
 
 
 def seconds(value: float | None) -> str:
-    """A duration with a readable unit."""
+    """Format a duration with a readable unit."""
     if value is None:
         return "-"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
@@ -21,7 +21,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """A number of bytes with a readable unit."""
+    """Format a number of bytes with a readable unit."""
     if count is None:
         return "-"
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -87,7 +87,7 @@ def inspect_first_call(call: Call, options: Options, keys: Callable[[Signature],
 
 
 def _undrawn(call: Call, quiet: Quiet) -> FirstCall:
-    """The first call, after which the generators that func draws from are set back, and `quiet` knows them."""
+    """Call func for the first time, and set back the generators that it draws from, which the sandbox then knows."""
     fn, loaded = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
     first = _first_call(fn, call, quiet)
@@ -110,7 +110,7 @@ def _undrawn(call: Call, quiet: Quiet) -> FirstCall:
 
 
 def _kept(call: Call, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]:
-    """What a call shows that keeps something, and what it is to be evaluated in.
+    """Report a call that keeps something, and return the sandbox for later ones.
 
     A cache is filled and a module initialised for good, as by the plain call that this call stands for.
     """
@@ -131,7 +131,7 @@ def _kept(call: Call, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]
 
 
 def _drawing(call: Call, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
-    """A function that draws, as `randomness` wants it evaluated, and what its first call then shows."""
+    """Return a function that draws numbers as `randomness` demands, and what its first call then shows."""
     layout, leaves = call.layout, call.leaves
     if randomness == "error":
         raise RandomnessError(
@@ -171,7 +171,7 @@ def _first_call(fn: Flat, call: Call, quiet: Quiet) -> FirstCall:
 def _signature(
     call: Call, first: FirstCall, wanted: Layout, differentiable: bool
 ) -> tuple[Signature, tuple[bool, ...]]:
-    """The signature of a call, with the roles of its tensors as declared or guessed by shape."""
+    """Return the signature of a call, with the roles of its tensors as declared or guessed by shape."""
     layout, leaves = call.layout, call.leaves
     batch = len(first.values[0])
     guess = layout.batched(guess_batched(leaves, batch))

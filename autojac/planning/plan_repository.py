@@ -1,4 +1,4 @@
-"""What one function's plans need of the store: its keys, made once, and the store itself, opened when first needed."""
+"""The stored plans of one function: their keys, and the store, opened when it is first needed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Stored:
         self.function_name = function_name(func)
 
     def __autojac_reach__(self) -> dict[str, Any]:
-        """Where results are kept is no part of what computes them."""
+        """Return nothing: where results are kept changes none of them."""
         return {}
 
     @cached_property
     def store(self) -> PlanStore:
-        """The store; one a location and process, and one a wrapper in memory."""
+        """The store: one per location and process; in memory, one per wrapper."""
         from autojac.store import PlanStore
 
         place = self.options.store
@@ -71,7 +71,7 @@ class Stored:
         return self.store.find(*keys)
 
     def hints(self, keys: Keys) -> list[Method]:
-        """Methods that won on other devices, to be tried first."""
+        """Return methods that won on other devices, to be tried first."""
         found = []
         for plan in self.store.hints(keys[0]):
             try:
@@ -81,7 +81,7 @@ class Stored:
         return found
 
     def trials(self, keys: Keys) -> tuple[Trial, ...]:
-        """Every candidate's fate in the search that made the stored plan."""
+        """Return what became of every candidate in the search that made the stored plan."""
         return self.store.trials(*keys)
 
     def save(self, keys: Keys, plan: Plan) -> None:
@@ -97,7 +97,7 @@ class Stored:
         self.store.refute(*keys, reason)
 
     def keys(self, signature: Signature, digest: str = "") -> Keys:
-        """What a plan is filed under: the function, by a digest or as it is now, the call, and the device."""
+        """Return what a plan is filed under: the function, by a digest or as it is now, the call, and the device."""
         options = self.options
         declared = options.declared
         chosen = {

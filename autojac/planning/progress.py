@@ -11,7 +11,7 @@ from autojac.core.plan import Effort, Trial, expression
 
 @contextmanager
 def reporter(effort: Effort) -> Iterator[Callable[[Trial], None] | None]:
-    """A callback that shows each trial on standard error, or None where nobody watches."""
+    """Yield a callback that shows each trial on standard error, or None where that is no terminal."""
     if effort == "estimate" or not sys.stderr.isatty():
         yield None
         return

@@ -32,7 +32,7 @@ _TRIALS: Final = Base.metadata.tables[TrialRow.__tablename__]
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class QueryResult(Generic[T]):
     """What a query found.
 
     Attributes:
@@ -46,20 +46,20 @@ class Found(Generic[T]):
     problem: str | None = None
 
 
-def find(connection: Connection, op: Key, env: Key) -> Found[Plan | None]:
+def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
     """The plan of a key pair; final and None where it is refuted."""
     row = connection.execute(sa.select(_PLANS.c.plan, _PLANS.c.refuted_reason).where(_is(op, env))).first()
     if row is None:
-        return Found(None)
+        return QueryResult(None)
     if row.refuted_reason is not None:
-        return Found(None, final=True)
+        return QueryResult(None, final=True)
     try:
-        return Found(read_plan(row.plan, arrays.Patterns(connection)))
+        return QueryResult(read_plan(row.plan, arrays.Patterns(connection)))
     except BadRowError as error:
-        return Found(None, problem=str(error))
+        return QueryResult(None, problem=str(error))
 
 
-def hints(connection: Connection, op: Key) -> Found[list[Plan]]:
+def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
     """All plans of an operation that stand, latest first."""
     query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
     plans: list[Plan] = []
@@ -70,31 +70,31 @@ def hints(connection: Connection, op: Key) -> Found[list[Plan]]:
             plans.append(read_plan(row.plan, patterns))
         except BadRowError as error:
             problem = str(error)
-    return Found(plans, problem=problem)
+    return QueryResult(plans, problem=problem)
 
 
-def trials(connection: Connection, op: Key, env: Key) -> Found[tuple[Trial, ...] | None]:
+def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial, ...] | None]:
     """The trials of a key pair; None where it has no plan."""
     plan_id = connection.execute(sa.select(_PLANS.c.id).where(_is(op, env))).scalar()
     if plan_id is None:
-        return Found(None)
+        return QueryResult(None)
     by_plan = _trials(connection, _TRIALS.c.plan_id == plan_id)
-    return Found(tuple(by_plan.value.get(plan_id, ())), problem=by_plan.problem)
+    return QueryResult(tuple(by_plan.value.get(plan_id, ())), problem=by_plan.problem)
 
 
-def stored(connection: Connection, op: Key, env: Key) -> Found[StoredPlan | None]:
+def stored(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPlan | None]:
     """The whole row of a key pair."""
     found = _stored(connection, _is(op, env))
-    return Found(found.value[0] if found.value else None, problem=found.problem)
+    return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
-def get(connection: Connection, plan_id: int) -> Found[StoredPlan | None]:
+def get(connection: Connection, plan_id: int) -> QueryResult[StoredPlan | None]:
     """The row of a number."""
     found = _stored(connection, _PLANS.c.id == plan_id)
-    return Found(found.value[0] if found.value else None, problem=found.problem)
+    return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
-def listing(connection: Connection) -> Found[list[StoredPlan]]:
+def listing(connection: Connection) -> QueryResult[list[StoredPlan]]:
     """Every row that can be read, latest first."""
     return _stored(connection, sa.true())
 
@@ -147,19 +147,19 @@ def clear(connection: Connection) -> None:
     connection.execute(sa.delete(_PLANS))
 
 
-def coloring(connection: Connection, key: str) -> Found[dict[str, Indices] | None]:
+def coloring(connection: Connection, key: str) -> QueryResult[dict[str, Indices] | None]:
     """The arrays of a coloring."""
     try:
-        return Found(arrays.coloring(connection, key))
+        return QueryResult(arrays.coloring(connection, key))
     except BadRowError as error:
-        return Found(None, problem=str(error))
+        return QueryResult(None, problem=str(error))
 
 
 def _is(op: Key, env: Key) -> sa.ColumnElement[bool]:
     return sa.and_(_PLANS.c.op_key == op.digest, _PLANS.c.env_key == env.digest)
 
 
-def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[dict[int, list[Trial]]]:
+def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[dict[int, list[Trial]]]:
     by_plan: dict[int, list[Trial]] = {}
     problem = None
     for row in connection.execute(sa.select(_TRIALS).where(condition).order_by(_TRIALS.c.plan_id, _TRIALS.c.ordinal)):
@@ -167,10 +167,10 @@ def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[
             by_plan.setdefault(row.plan_id, []).append(read_trial(row._asdict()))
         except BadRowError as error:
             problem = str(error)
-    return Found(by_plan, problem=problem)
+    return QueryResult(by_plan, problem=problem)
 
 
-def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[list[StoredPlan]]:
+def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[list[StoredPlan]]:
     by_plan = _trials(connection, _TRIALS.c.plan_id.in_(sa.select(_PLANS.c.id).where(condition)))
     plans: list[StoredPlan] = []
     patterns = arrays.Patterns(connection)
@@ -181,4 +181,4 @@ def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> Found[
             plans.append(read_stored(row._asdict(), patterns, tuple(by_plan.value.get(row.id, ()))))
         except BadRowError as error:
             problem = str(error)
-    return Found(plans, problem=problem)
+    return QueryResult(plans, problem=problem)

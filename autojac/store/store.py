@@ -85,7 +85,7 @@ class PlanStore:
     def hints(self, op: Key) -> list[Plan]:
         """Plans for the same operation in any environment, latest first: worth trying, not worth trusting."""
         kept: dict[str, Plan] = {}
-        nothing: queries.Found[list[Plan]] = queries.Found([])
+        nothing: queries.QueryResult[list[Plan]] = queries.QueryResult([])
         for base in self._bases():
             for plan in self._tell(self._safely(base, lambda connection: queries.hints(connection, op), nothing)):
                 kept.setdefault(str(plan.method), plan)
@@ -140,7 +140,7 @@ class PlanStore:
         Raises:
             StoreError: the store can't be read.
         """
-        nothing: queries.Found[list[StoredPlan]] = queries.Found([])
+        nothing: queries.QueryResult[list[StoredPlan]] = queries.QueryResult([])
         base = self._require()
         kept = self._tell(self._asked(lambda: base.read(queries.listing, nothing)))
         own = self._memory.read(queries.listing, nothing).value if self._overlaid and base is not self._memory else []
@@ -153,7 +153,7 @@ class PlanStore:
             StoreError: there is no such plan, or the store can't be read.
         """
         base, number = self._row(plan_id)
-        nothing: queries.Found[StoredPlan | None] = queries.Found(None)
+        nothing: queries.QueryResult[StoredPlan | None] = queries.QueryResult(None)
         plan = self._tell(self._asked(lambda: base.read(lambda c: queries.get(c, number), nothing)))
         if plan is None:
             raise self._unknown(plan_id)
@@ -184,10 +184,10 @@ class PlanStore:
         own = [self._main] if self._main else []
         return [*([self._memory] if self._overlaid or not own else []), *own, *self._shared]
 
-    def _first(self, query: Callable[[Connection], queries.Found[T | None]]) -> T | None:
+    def _first(self, query: Callable[[Connection], queries.QueryResult[T | None]]) -> T | None:
         if self._main is None:
             self._warn("fault", f"{self._name} can't be used ({self._fault}); plans live in memory for this process")
-        nothing: queries.Found[T | None] = queries.Found(None)
+        nothing: queries.QueryResult[T | None] = queries.QueryResult(None)
         for base in self._bases():
             found = self._safely(base, query, nothing)
             value = self._tell(found)
@@ -245,7 +245,7 @@ class PlanStore:
             self._read_only = True
             self._warn("fault", f"{self._name} can't be written ({self._fault}); new plans live in memory")
 
-    def _tell(self, found: queries.Found[T]) -> T:
+    def _tell(self, found: queries.QueryResult[T]) -> T:
         if found.problem:
             self._warn("row", f"{self._name} holds a row that can't be used: {found.problem}; it is passed over")
         return found.value

@@ -119,10 +119,10 @@ def test_a_schedule_stays_where_an_argument_may_change_and_leave_the_signature_a
     jac = AutoJacobian(lambda x, value: x.softmax(-1), on_miss="estimate", store=":memory:")
     jac(x, value=value)
     jac(x, value=value)
-    (entry,) = jac._entries.values()
-    assert entry.next_check == 4
+    entry = in_use(jac)
+    assert entry.schedule.next_check == 4
     jac(x, value=3)
-    assert list(jac._entries.values())[-1].next_check == math.inf
+    assert [plan.schedule.next_check for _, plan in jac._plans.items()][-1] == math.inf
 
 
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")

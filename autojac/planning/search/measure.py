@@ -39,12 +39,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def once(run: Run, device: torch.device) -> float:
-    """Seconds of one call, host and device."""
+    """Time one call, host and device."""
     return _block(run, device, 1)
 
 
 def _block(run: Run, device: torch.device, calls: int) -> float:
-    """Seconds a call, over several calls in a row."""
+    """Return the seconds per call, over several calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -54,7 +54,7 @@ def _block(run: Run, device: torch.device, calls: int) -> float:
 
 
 def repeat(run: Run, device: torch.device, shortest_s: float, blocks: int) -> Timing:
-    """Median over blocks of calls, each block doubled until it lasts `shortest_s`."""
+    """Take the median over blocks of calls, after doubling the block until it lasts `shortest_s`."""
     calls = 1
     first = _block(run, device, calls)
     while first * calls < shortest_s:
@@ -64,7 +64,7 @@ def repeat(run: Run, device: torch.device, shortest_s: float, blocks: int) -> Ti
 
 
 def summary(samples: Sequence[float]) -> Timing:
-    """Median and relative interquartile range of several timings."""
+    """Return the median and the relative interquartile range of several timings."""
     median = statistics.median(samples)
     if len(samples) < 2:
         return Timing(median, 0.0)
@@ -75,7 +75,7 @@ def summary(samples: Sequence[float]) -> Timing:
 def interleaved(
     runs: Sequence[Run], device: torch.device, shortest_s: float, rounds: int, until: float
 ) -> list[list[float]]:
-    """Seconds a call of each run in each round, taken in turn so that drift hits all alike.
+    """Time each run in each round, in turn, so that drift affects all alike; return seconds per call.
 
     Every other round goes backwards. Stops early, after a whole round, once `time.monotonic()` passes `until`.
     """
@@ -96,7 +96,7 @@ def interleaved(
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes that one call holds at a time beyond what was held before it."""
+    """Return the peak memory of one call, beyond what was allocated before it."""
     # garbage that goes meanwhile would count against the call; collecting it first takes up to 0.3 s
     with uncollected():
         return _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
@@ -146,9 +146,9 @@ def _silent_profiler() -> Iterator[None]:
 
 @functools.cache
 def _log_level() -> tuple[ctypes.c_int, int]:
-    """Where the least severity stands of what torch's C++ code logs, and what it is when nothing is measured.
+    """Return the variable of the least severity that torch's C++ code logs, and its usual value.
 
-    A number of our own where its library does not show it.
+    A variable of our own where torch's library does not export it.
     """
     level = ctypes.c_int()
     with suppress(OSError, ValueError, StopIteration):
@@ -158,7 +158,7 @@ def _log_level() -> tuple[ctypes.c_int, int]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a computation may still take on the device."""
+    """Return the memory that a computation may still take on the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)

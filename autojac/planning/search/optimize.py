@@ -18,21 +18,21 @@ from autojac.core.sandbox import Quiet
 from autojac.errors import SearchError
 from autojac.methods.base import Method, build, reverse
 from autojac.planning.search import measure
-from autojac.planning.search.shoot_out import Found, shoot_out
-from autojac.planning.search.space import bare, candidates, default_methods, hopeless
-from autojac.planning.search.trial import PATIENCE_S, Progress, Subject, attempt, try_out
+from autojac.planning.search.shoot_out import SearchResult, shoot_out
+from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
+from autojac.planning.search.trial import PATIENCE_S, Progress, SearchSession, attempt, try_out
 from autojac.problem.problem import Problem, bind
 from autojac.problem.reference import Reference
 from autojac.torch_internals import load_compiler
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
 SHOOT_OUT_SHARE = 0.25
-"""Part of the budget kept for the last word."""
+"""Share of the budget that is kept for the shoot-out."""
 FIRST_SHARE = 0.6
-"""Part of the rest after which replays and compilers have their turn."""
+"""Share of the rest after which replays and compilers have their turn."""
 
 LAST_RESORT = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
-"""One plain VJP a row: right for whatever runs under autograd."""
+"""One plain VJP per row: right for whatever runs under autograd."""
 
 
 def search(
@@ -45,7 +45,7 @@ def search(
     budget_s: float | None = None,
     hints: Sequence[Method] = (),
     progress: Progress | None = None,
-) -> Found:
+) -> SearchResult:
     """Find the fastest right method for a problem at one point.
 
     Args:
@@ -69,7 +69,7 @@ def search(
         load_compiler()
         from autojac.planning.search.propose import propose
     start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
-    subject = Subject(
+    session = SearchSession(
         problem,
         leaves,
         kwargs,
@@ -83,53 +83,55 @@ def search(
     )
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
-    if not subject.reference.says:
+    if not session.reference.says:
         # what is slow and safe, until there is something that a faster method can be compared with
-        return dataclasses.replace(_estimate(subject, [reverse(problem, "loop")]), verified=False)
+        return dataclasses.replace(_estimate(session, [reverse(problem, "loop")]), verified=False)
     if effort == "estimate":
         # what records a method is worth its while only where that is timed
-        return _estimate(subject, [method for method in space if bare(method) == method])
+        return _estimate(session, [method for method in space if without_replay(method) == method])
     dropped = hopeless(problem, space) - set(defaults) if depth < 2 else set()
     for method in dropped:
-        subject.record(method, "skipped", reason="predicted to be far slower than the best")
+        session.record(method, "skipped", reason="predicted to be far slower than the best")
     space = [method for method in space if method not in dropped]
-    deadline = subject.deadline
+    deadline = session.deadline
     rounds = _rounds(space)
     for number, part in enumerate(rounds):
-        fast = fastest(subject, part)
+        fast = fastest(session, part)
         first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
         # what comes later has its part of the time, however long the first round could take
         left = bool(number == 0 and any(rounds[1:]))
-        subject.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
+        session.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
         if part:
-            propose(subject, part, first)
-    _ensure_one(subject, [*space, LAST_RESORT])
+            propose(session, part, first)
+    _ensure_one(session, [*space, LAST_RESORT])
     for method in space:
-        if method not in subject.trials:
-            subject.record(method, "skipped", reason="no budget was left for it")
-    found = shoot_out(subject, defaults)
+        if method not in session.trials:
+            session.record(method, "skipped", reason="no budget was left for it")
+    found = shoot_out(session, defaults)
     while found is None:
-        _ensure_one(subject, [*space, LAST_RESORT])
-        found = shoot_out(subject, defaults)
+        _ensure_one(session, [*space, LAST_RESORT])
+        found = shoot_out(session, defaults)
     return found
 
 
 def _rounds(space: Sequence[Method]) -> list[list[Method]]:
-    """Candidates as they are; recorded ones, of which those inside the fastest are tried first; compiled ones."""
-    eager = [method for method in space if not method.compiles and bare(method) == method]
+    """Split candidates into eager ones, recorded ones and compiled ones, to be tried in this order."""
+    eager = [method for method in space if not method.compiles and without_replay(method) == method]
     recorded = [method for method in space if not method.compiles and method not in eager]
     return [eager, recorded, [method for method in space if method.compiles]]
 
 
-def fastest(subject: Subject, methods: Sequence[Method]) -> list[Method]:
-    """Those whose bare methods have been timed, the fastest first."""
-    known = {method: subject.trials.get(bare(method)) for method in methods if bare(method) != method}
+def fastest(session: SearchSession, methods: Sequence[Method]) -> list[Method]:
+    """Return the methods that were timed without their recording, the fastest first."""
+    known = {
+        method: session.trials.get(without_replay(method)) for method in methods if without_replay(method) != method
+    }
     timed = {method: trial.seconds for method, trial in known.items() if trial is not None and trial.seconds}
     return sorted(timed, key=timed.__getitem__)
 
 
 def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:
-    """Peak memory of one plain evaluation and one VJP of the first output: what a seed costs at the least."""
+    """Measure the peak memory of one plain evaluation and one VJP of the first output: the least that a seed costs."""
 
     def one_pass() -> object:
         bound, inputs = bind(problem, leaves, kwargs)
@@ -143,32 +145,32 @@ def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str,
         return 0
 
 
-def _estimate(subject: Subject, space: Sequence[Method]) -> Found:
-    """The cost model's first choice that is right."""
+def _estimate(session: SearchSession, space: Sequence[Method]) -> SearchResult:
+    """Take the cost model's first choice that is right."""
     for method in [*space, LAST_RESORT]:
-        if attempt(subject, method, _allowed_s(method)) is not None:
-            subject.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
-            return Found(method, None, None, None, tuple(subject.trials.values()))
-    raise _nothing_found(subject)
+        if attempt(session, method, _allowed_s(method)) is not None:
+            session.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
+            return SearchResult(method, None, None, None, tuple(session.trials.values()))
+    raise _nothing_found(session)
 
 
-def _ensure_one(subject: Subject, methods: Sequence[Method]) -> None:
-    """However short the budget, some right method must come out."""
+def _ensure_one(session: SearchSession, methods: Sequence[Method]) -> None:
+    """Find at least one right method, however short the budget."""
     for method in methods:
-        if subject.runs:
+        if session.runs:
             return
-        if method not in subject.trials or subject.trials[method].state == "skipped":
-            try_out(subject, method, _allowed_s(method))
-    if not subject.runs:
-        raise _nothing_found(subject)
+        if method not in session.trials or session.trials[method].state == "skipped":
+            try_out(session, method, _allowed_s(method))
+    if not session.runs:
+        raise _nothing_found(session)
 
 
 def _allowed_s(method: Method) -> float:
-    """Where any right method will do: the last resort is what the user would write, and may take what that takes."""
+    """Return the limit where any right method will do; none for the last resort, which the user would write too."""
     return math.inf if method == LAST_RESORT else PATIENCE_S
 
 
-def _nothing_found(subject: Subject) -> SearchError:
-    reasons = [f"{trial.method['method']}: {trial.reason}" for trial in subject.trials.values()]
+def _nothing_found(session: SearchSession) -> SearchError:
+    reasons = [f"{trial.method['method']}: {trial.reason}" for trial in session.trials.values()]
     listed = "; ".join(itertools.islice(dict.fromkeys(reasons), 6)) or "there is no candidate"
     return SearchError(f"no method gives the right Jacobian within the limits. {listed}")

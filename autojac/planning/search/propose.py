@@ -13,12 +13,12 @@ import optuna
 from autojac.guards.process_state import unwarned
 from autojac.methods.base import Method
 from autojac.planning.search.space import choose, path_of
-from autojac.planning.search.trial import Subject, try_out
+from autojac.planning.search.trial import SearchSession, try_out
 
 BRUTE_FORCE_LIMIT = 128
 
 
-def propose(subject: Subject, space: Sequence[Method], first: Sequence[Method]) -> None:
+def propose(session: SearchSession, space: Sequence[Method], first: Sequence[Method]) -> None:
     """Let Optuna walk the space until it is exhausted or time is up."""
     brute = len(space) <= BRUTE_FORCE_LIMIT
     with _quiet_optuna():
@@ -33,23 +33,23 @@ def propose(subject: Subject, space: Sequence[Method], first: Sequence[Method]) 
 
         def objective(trial: optuna.Trial) -> float:
             method = choose(space, trial.suggest_categorical)
-            known = subject.trials.get(method)
-            outcome = known if known is not None else try_out(subject, method)
+            known = session.trials.get(method)
+            outcome = known if known is not None else try_out(session, method)
             if outcome.state == "complete" and outcome.seconds is not None:
                 return outcome.seconds
             raise optuna.TrialPruned
 
         def stop(current: optuna.Study, _: Any) -> None:
-            if subject.out_of_time or subject.trials.keys() >= set(space):
+            if session.out_of_time or session.trials.keys() >= set(space):
                 current.stop()
 
-        if not subject.out_of_time:
+        if not session.out_of_time:
             study.optimize(objective, n_trials=None if brute else 3 * BRUTE_FORCE_LIMIT, callbacks=[stop])
 
 
 @contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """Optuna without what it logs in this thread; its level, and what others log, belong to its own users."""
+    """Silence what Optuna logs in this thread; its level, and what others log, belong to its own users."""
     thread = threading.get_ident()
 
     def others(record: logging.LogRecord) -> bool:

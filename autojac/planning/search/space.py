@@ -17,7 +17,7 @@ Pick = Callable[[str, Sequence[Any]], Any]
 
 
 def candidates(problem: Problem, depth: int) -> list[Method]:
-    """Every supported method with the settings worth timing, the most promising first."""
+    """List every supported method with the settings worth timing, the most promising first."""
     found: dict[Method, None] = {}
     for kind in registry().values():
         for method in kind.candidates(problem, depth):
@@ -27,27 +27,27 @@ def candidates(problem: Problem, depth: int) -> list[Method]:
 
 
 def default_methods(problem: Problem) -> list[Method]:
-    """What a torch user would write: `vmap(jacrev)`, and the plain loop of VJPs where that is wrong or fails."""
+    """List what a torch user would write: `vmap(jacrev)`, and the plain loop of VJPs where that is wrong or fails."""
     methods = [build({"method": "PerSample", "mode": "reverse"}), reverse(problem, "loop")]
     return [method for method in methods if method.unsupported(problem) is None]
 
 
 def hopeless(problem: Problem, methods: Sequence[Method]) -> set[Method]:
-    """Those predicted to be too slow to be worth one run."""
+    """Return the methods that are predicted to be too slow to be worth one run."""
     costs = {method: method.cost(problem) for method in methods}
     best = min(costs.values(), default=0.0)
     return {method for method, cost in costs.items() if cost > HOPELESS * best}
 
 
-def bare(method: Method) -> Method:
-    """The method without what records it."""
+def without_replay(method: Method) -> Method:
+    """Return the method without its recording."""
     inner = getattr(method, "inner", None)
     if inner is None:
         return method
     if method.flat:
-        return bare(inner)
+        return without_replay(inner)
     around: Any = method
-    made: Method = dataclasses.replace(around, inner=bare(inner))
+    made: Method = dataclasses.replace(around, inner=without_replay(inner))
     return made
 
 
@@ -70,7 +70,7 @@ def choose(methods: Sequence[Method], pick: Pick) -> Method:
 
 
 def path_of(methods: Sequence[Method], target: Method) -> dict[str, Any]:
-    """The decisions by which `choose` arrives at `target`."""
+    """Return the decisions by which `choose` arrives at `target`."""
     flat = _flat(target.spec())
     decisions: dict[str, Any] = {}
 
@@ -83,7 +83,7 @@ def path_of(methods: Sequence[Method], target: Method) -> dict[str, Any]:
 
 
 def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested spec as one level: {"method": ..., "inner.method": ..., ...}."""
+    """Flatten a nested spec to one level: {"method": ..., "inner.method": ..., ...}."""
     flat: dict[str, Any] = {}
     for name, value in spec.items():
         if isinstance(value, dict):
@@ -94,5 +94,5 @@ def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _option(value: Any) -> Any:
-    """A field's value as an Optuna category."""
+    """Return a field's value as an Optuna category."""
     return "all" if value is None else value

@@ -1,4 +1,4 @@
-"""One candidate: prepared, checked against the reference, then timed and weighed."""
+"""One candidate: prepared, checked against the reference, then timed, and its memory measured."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ LONG_S = 0.05
 """A first run this long is timing enough: what is close is compared again in the shoot-out."""
 PRUNE_RATIO = 2.0
 LEAST_S = 1.0
-"""What a candidate is allowed at the least, however little of the budget is left."""
+"""Seconds that every candidate is allowed, however little of the budget is left."""
 PATIENCE_S = 60.0
-"""What a candidate is allowed while nothing is known of any other, when a hang can't be told from a hard problem."""
+"""Seconds that a candidate is allowed while no other was timed, when a hang can't be told from a hard problem."""
 
 Progress = Callable[[Trial], None]
 
 
 @dataclass
-class Subject:
+class SearchSession:
     """One search: the problem at one point, and all that is known of its candidates so far."""
 
     problem: Problem
@@ -64,7 +64,7 @@ class Subject:
         return time.monotonic() > self.deadline
 
     def allowed_s(self, method: Method) -> float:
-        """Seconds after which a candidate is given up."""
+        """Return the seconds after which a candidate is given up."""
         left = max(self.end - time.monotonic(), LEAST_S)
         # a compiler that is interrupted may leave more behind than can be put back
         patient = method.compiles or not math.isfinite(self.best)
@@ -86,101 +86,101 @@ class Attempt:
     seconds: float
 
 
-def attempt(subject: Subject, method: Method, allowed_s: float | None = None) -> Attempt | None:
+def attempt(session: SearchSession, method: Method, allowed_s: float | None = None) -> Attempt | None:
     """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails.
 
     Args:
-        subject: the search.
+        session: the search.
         method: the candidate.
         allowed_s: seconds after which it is given up; what the budget leaves by default.
     """
-    problem = subject.problem
+    problem = session.problem
     needed = problem.result_bytes + method.workspace(problem)
     if needed > problem.memory_limit:
         reason = f"needs at least {needed / 2**30:.2g} GiB of the {problem.memory_limit / 2**30:.2g} GiB allowed"
-        subject.record(method, "infeasible", reason=reason)
+        session.record(method, "infeasible", reason=reason)
         return None
 
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.ready(problem)
         start = time.perf_counter()
-        result = compute(subject.leaves, subject.kwargs)
-        measure.synchronize(subject.device)
+        result = compute(session.leaves, session.kwargs)
+        measure.synchronize(session.device)
         seconds = time.perf_counter() - start
-        wrong = subject.reference.check(result)
+        wrong = session.reference.check(result)
         if wrong is None and problem.differentiable:
-            wrong = subject.reference.check_gradient(result)
+            wrong = session.reference.check_gradient(result)
         return compute, seconds, wrong
 
     try:
-        with subject.quiet(), unwarned(), levels_restored():
-            allowed_s = subject.allowed_s(method) if allowed_s is None else allowed_s
+        with session.quiet(), unwarned(), levels_restored():
+            allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
-        subject.record(method, "infeasible", reason=_first_line(error))
+        session.record(method, "infeasible", reason=_first_line(error))
         return None
     if wrong is not None:
-        subject.record(method, "rejected", reason=wrong)
+        session.record(method, "rejected", reason=wrong)
         return None
     return Attempt(compute, seconds)
 
 
-def try_out(subject: Subject, method: Method, allowed_s: float | None = None) -> Trial:
+def try_out(session: SearchSession, method: Method, allowed_s: float | None = None) -> Trial:
     """Check a candidate, then time it unless its first run is already hopeless."""
-    right = attempt(subject, method, allowed_s)
+    right = attempt(session, method, allowed_s)
     if right is None:
-        return subject.trials[method]
-    run = _as_used(subject, right.compute)
+        return session.trials[method]
+    run = _as_used(session, right.compute)
 
     def timed() -> tuple[measure.Timing, bool]:
         # a run that alone outlasts the budget is not repeated
-        dear = right.seconds > LONG_S and time.monotonic() + right.seconds > subject.deadline
-        first = right.seconds if dear else measure.once(run, subject.device)
-        if first > PRUNE_RATIO * subject.best and not dear:
-            first = min(first, measure.once(run, subject.device))
-        hopeless = first > PRUNE_RATIO * subject.best
-        if first < LONG_S and not hopeless and not subject.out_of_time:
-            return measure.repeat(run, subject.device, SHORTEST_S[subject.effort], BLOCKS), False
+        dear = right.seconds > LONG_S and time.monotonic() + right.seconds > session.deadline
+        first = right.seconds if dear else measure.once(run, session.device)
+        if first > PRUNE_RATIO * session.best and not dear:
+            first = min(first, measure.once(run, session.device))
+        hopeless = first > PRUNE_RATIO * session.best
+        if first < LONG_S and not hopeless and not session.out_of_time:
+            return measure.repeat(run, session.device, SHORTEST_S[session.effort], BLOCKS), False
         return measure.summary([first]), hopeless
 
     try:
-        with subject.quiet(), unwarned(), levels_restored():
-            timing, hopeless = within(max(subject.allowed_s(method), 4 * right.seconds), timed)
+        with session.quiet(), unwarned(), levels_restored():
+            timing, hopeless = within(max(session.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
-        return subject.record(method, "infeasible", reason=_first_line(error))
+        return session.record(method, "infeasible", reason=_first_line(error))
     if hopeless:
-        subject.slow[method] = run
-        return subject.record(method, "pruned", seconds=timing.seconds, reason="already twice the best after warm-up")
-    subject.best = min(subject.best, timing.seconds)
-    subject.runs[method] = run
-    return subject.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion)
+        session.slow[method] = run
+        return session.record(method, "pruned", seconds=timing.seconds, reason="already twice the best after warm-up")
+    session.best = min(session.best, timing.seconds)
+    session.runs[method] = run
+    return session.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion)
 
 
-def weigh(subject: Subject, method: Method) -> bool:
-    """Measure a timed candidate's peak memory in a run of its own; whether it stays within the limit."""
-    trial = subject.trials[method]
+def measure_memory(session: SearchSession, method: Method) -> bool:
+    """Measure a timed candidate's peak memory in a run of its own; tell whether it stays within the limit."""
+    trial = session.trials[method]
     try:
-        with subject.quiet(), unwarned():
-            memory = measure.peak_bytes(subject.runs[method], subject.device)
+        with session.quiet(), unwarned():
+            memory = measure.peak_bytes(session.runs[method], session.device)
     except Exception as error:  # it ran before, and may not run any more
-        subject.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))
-        del subject.runs[method]
+        session.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))
+        del session.runs[method]
         return False
-    limit = subject.problem.memory_limit
+    limit = session.problem.memory_limit
     if memory <= limit:
-        subject.trials[method] = dataclasses.replace(trial, memory_bytes=memory)
+        session.trials[method] = dataclasses.replace(trial, memory_bytes=memory)
         return True
     reason = f"took {memory / 2**30:.2g} GiB of the {limit / 2**30:.2g} GiB allowed"
-    subject.trials[method] = dataclasses.replace(trial, state="infeasible", memory_bytes=memory, reason=reason)
-    del subject.runs[method]
+    session.trials[method] = dataclasses.replace(trial, state="infeasible", memory_bytes=memory, reason=reason)
+    del session.runs[method]
     return False
 
 
-def _as_used(subject: Subject, compute: Compute) -> measure.Run:
-    """What a training step does with the Jacobian: with a graph, the backward through it too."""
-    leaves, kwargs = subject.leaves, subject.kwargs
-    sources = [*subject.reference.connected, *(x for x in subject.captured if x.requires_grad)]
-    if not subject.problem.differentiable or not sources or subject.reference.once:
+def _as_used(session: SearchSession, compute: Compute) -> measure.Run:
+    """Return what a training step does with the Jacobian: with a graph, the backward through it too."""
+    leaves, kwargs = session.leaves, session.kwargs
+    sources = [*session.reference.connected, *(x for x in session.captured if x.requires_grad)]
+    if not session.problem.differentiable or not sources or session.reference.once:
         return lambda: compute(leaves, kwargs)
 
     def step() -> Result:

@@ -84,7 +84,7 @@ def frame_reason(home: str, name: str) -> str:
 
 def _of_state(home: str, name: str) -> bool:
     flag = home in _OF_FLAGS and name not in _KEYED and _FLAG.fullmatch(name)
-    return bool(flag) or within(home, _STATE) or name in _STATE_FUNCTIONS
+    return bool(flag) or is_inside(home, _STATE) or name in _STATE_FUNCTIONS
 
 
 def is_foreign(home: str) -> bool:
@@ -94,22 +94,22 @@ def is_foreign(home: str) -> bool:
 
 def seeds(home: str, name: str) -> bool:
     """Check whether a function sets or shows where random numbers start."""
-    return within(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
+    return is_inside(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
 
 
 def sets_random_state(home: str, name: str) -> bool:
     """Check whether a function makes random numbers repeat, as torch's checkpoints do around what runs again."""
-    return within(home, _RANDOM) and name.startswith("set_")
+    return is_inside(home, _RANDOM) and name.startswith("set_")
 
 
-def within(home: str, packages: Iterable[str]) -> bool:
+def is_inside(home: str, packages: Iterable[str]) -> bool:
     """Check whether a module is one of some modules or packages, or inside one."""
     return any(home == name or home.startswith(f"{name}.") for name in packages)
 
 
 def unseen(home: str, value: Any) -> bool:
     """Check whether a part of a library's module may be used unseen by a profile function, or change by itself."""
-    if within(home, ("numpy.random",)):
+    if is_inside(home, ("numpy.random",)):
         return True
     if isinstance(value, (dict, list, set, deque)):
         return package(home) not in ("torch", "functorch", "numpy", "autojac")

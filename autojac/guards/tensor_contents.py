@@ -73,7 +73,7 @@ def _digest(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return found.digest()
     try:
-        for part in parts(tensor):
+        for part in dense_parts(tensor):
             found.update(_bytes(part))
     except (RuntimeError, TypeError, NotImplementedError):  # wrapped by a transform, or quantized: there are no bytes
         return b""
@@ -88,7 +88,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return found
 
 
-def parts(tensor: Tensor) -> Sequence[Tensor]:
+def dense_parts(tensor: Tensor) -> Sequence[Tensor]:
     """Return the dense tensors that a tensor is made of: of a sparse one the indices, then the values."""
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import enum
 import types
 from typing import Any, Final
@@ -50,3 +51,14 @@ def _numpy_tokens(obj: Any) -> tuple[object, ...] | None:
     if callable(obj) and hasattr(obj, "__name__") and not isinstance(obj, type):
         return "numpy", obj.__name__
     return ("numpy", str(obj)) if type(obj).__qualname__.endswith("DType") else None
+
+
+def reduce(obj: Any) -> Any:
+    """Return what pickle would write of an object."""
+    reducer = copyreg.dispatch_table.get(type(obj))
+    return reducer(obj) if reducer else obj.__reduce_ex__(2)
+
+
+def sort_key(item: Any) -> str:
+    """Return what the elements of a set are sorted by within a type, the same in every process."""
+    return repr(item) if type(item) in SCALARS else str(getattr(item, "__qualname__", ""))

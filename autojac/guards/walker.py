@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import types
 import weakref
@@ -21,8 +20,8 @@ from autojac.guards.provenance import (
     slots,
     source_of,
 )
-from autojac.guards.tensor_contents import parts
-from autojac.guards.tokens import SCALARS, leaf_tokens
+from autojac.guards.tensor_contents import dense_parts
+from autojac.guards.tokens import SCALARS, leaf_tokens, reduce, sort_key
 from autojac.torch_internals import COMPILED_HOME
 
 MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
@@ -146,7 +145,7 @@ class Walk:
         self.tensors.append(tensor)
         self.emit("tensor", tuple(tensor.shape), str(tensor.dtype), str(tensor.layout))
         if tensor.layout is not torch.strided:
-            for indices in parts(tensor.detach())[:-1]:
+            for indices in dense_parts(tensor.detach())[:-1]:
                 self.content(indices)
         elif by_content and not (tensor.is_floating_point() or tensor.is_complex()):
             self.content(tensor)
@@ -258,7 +257,7 @@ class Walk:
         elif isinstance(obj, (set, frozenset)):
             if any(type(item) not in SCALARS for item in obj):
                 self.opaque = True  # nothing orders functions or tensors
-            for item in sorted(obj, key=lambda item: (type(item).__qualname__, _sort_key(item))):
+            for item in sorted(obj, key=lambda item: (type(item).__qualname__, sort_key(item))):
                 self.visit(item)
         elif all(type(item) in SCALARS for item in obj):
             self.emit(list(obj))
@@ -292,14 +291,9 @@ class Walk:
             self._give_up(kind)
             return
         try:
-            reducer = copyreg.dispatch_table.get(kind)
-            reduced = reducer(obj) if reducer else obj.__reduce_ex__(2)
+            reduced = reduce(obj)
         except Exception:  # whatever an object raises that can't be pickled
             self._give_up(kind)
             return
         self.emit("reduced", kind.__module__, kind.__qualname__)
         self.visit(reduced)
-
-
-def _sort_key(item: Any) -> str:
-    return repr(item) if type(item) in SCALARS else str(getattr(item, "__qualname__", ""))

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-HEAVY = {"alembic", "click", "networkx", "optuna", "plotly", "rich", "rustworkx", "scipy", "sqlalchemy"}
+HEAVY = {"alembic", "click", "optuna", "plotly", "rich", "rustworkx", "scipy", "sqlalchemy"}
 
 LOADED_BEYOND_TORCH = """
 import json, sys, torch

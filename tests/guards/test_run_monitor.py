@@ -24,8 +24,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-import networkx
 import numpy as np
+import platformdirs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "threads": (lambda x: threading.current_thread(), "thread"),
     "uuid": (lambda x: uuid.uuid4(), "uuid"),
     "pickle": (lambda x: pickle.loads(pickle.dumps(1)), "pickle"),
-    "another library": (lambda x: networkx.Graph(), "networkx"),
+    "another library": (lambda x: platformdirs.user_cache_path("x"), "platformdirs"),
     "identity": (lambda x: id(x), "id"),
     "identity behind map": (lambda x: list(map(id, [1])), "id"),
     "hash": (lambda x: hash("a"), "hash"),

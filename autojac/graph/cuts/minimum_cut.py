@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Literal
 
 from autojac.graph.ir import Graph, Operation
 
@@ -41,21 +42,41 @@ def minimum_cut(
     sizes: Mapping[int, float],
     sources: Iterable[int],
     sinks: Iterable[int],
+    nearest: Literal["sources", "sinks"] = "sinks",
 ) -> list[int] | None:
-    """The vertices of least total size without which no path leads from a source to a sink; None if there are none."""
-    # 0.14 s to import
-    import networkx
+    """Return the vertices of least total size without which no path leads from a source to a sink; None if none do.
 
-    network = networkx.DiGraph()
-    for number, size in sizes.items():
-        network.add_edge((number, 0), (number, 1), **({} if math.isinf(size) else {"capacity": size}))
-    network.add_edges_from(((one, 1), (other, 0)) for one, other in links)
-    network.add_edges_from(("source", (number, 0)) for number in sources)
-    network.add_edges_from(((number, 1), "sink") for number in sinks)
-    if "source" not in network or "sink" not in network:
+    The minimum cut of the graph in which each vertex is an edge of its size (Ford & Fulkerson, 1956).
+
+    Args:
+        links: edges, which are never cut.
+        sizes: whole numbers, or infinity for what must not be cut.
+        sources, sinks: vertices, which may be cut themselves.
+        nearest: which of several smallest cuts.
+    """
+    if not sizes:
         return None
-    try:
-        _, (near, _) = networkx.minimum_cut(network, "source", "sink")
-    except networkx.NetworkXUnbounded:
+    # 0.2 s to import
+    import numpy as np
+    from scipy.sparse import csgraph, csr_array
+
+    enters = {number: 2 + 2 * place for place, number in enumerate(sizes)}
+    ends = [(enters[number], enters[number] + 1, size) for number, size in sizes.items()]
+    ends += [(enters[one] + 1, enters[other], math.inf) for one, other in dict.fromkeys(links)]
+    ends += [(0, enters[number], math.inf) for number in dict.fromkeys(sources)]
+    ends += [(enters[number] + 1, 1, math.inf) for number in dict.fromkeys(sinks)]
+    limit = 1 + sum(int(size) for size in sizes.values() if not math.isinf(size))
+    if limit > np.iinfo(np.int32).max:
         return None
-    return sorted(number for number in sizes if (number, 0) in near and (number, 1) not in near)
+    tails, heads, room = zip(*((tail, head, int(min(size, limit))) for tail, head, size in ends), strict=True)
+    count = 2 + 2 * len(enters)
+    capacity = csr_array((np.array(room, dtype=np.int32), (tails, heads)), shape=(count, count))
+    found = csgraph.maximum_flow(capacity, 0, 1)
+    if not 0 < found.flow_value < limit:
+        return None
+    open_edges = (capacity - csr_array(found.flow)) > 0
+    if nearest == "sources":
+        near = set(csgraph.breadth_first_order(open_edges, 0, return_predecessors=False).tolist())
+        return sorted(number for number, place in enters.items() if place in near and place + 1 not in near)
+    near = set(csgraph.breadth_first_order(open_edges.T.tocsr(), 1, return_predecessors=False).tolist())
+    return sorted(number for number, place in enters.items() if place not in near and place + 1 in near)

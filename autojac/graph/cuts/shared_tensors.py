@@ -76,10 +76,10 @@ def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
         return None
     weights = tuple(number for number in flow.frontier if number in alive and number not in met)
     if least and chosen and len(met) <= MOST_NODES:
-        # of cuts alike the one nearest to where samples meet: a mean and a variance rather than what is made of them
-        sizes = {n: math.prod(graph.shapes[n]) + 1e-7 * place for place, n in enumerate(sorted(met))}
+        # of equal cuts the one nearest to where samples meet: a mean and a variance rather than what is made of them
+        sizes = {n: math.prod(graph.shapes[n]) for n in met}
         entries = [n for n in met if not met.issuperset(s for s in _makers(graph, n) if s in alive)]
-        chosen = minimum_cut(edges(graph, met), sizes, entries, chosen) or chosen
+        chosen = minimum_cut(edges(graph, met), sizes, entries, chosen, nearest="sources") or chosen
     if any(graph.dtypes[number].is_complex for number in (*chosen, *weights)):
         return None  # their elements are not what is counted
     at_frontier = set(chosen) <= set(flow.frontier)

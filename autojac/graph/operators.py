@@ -12,22 +12,14 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import is_custom
 from autojac.graph.ir import Graph, Operation
+from autojac.graph.operator_facts import Kind, facts_of, names_with
 from autojac.torch_internals import DispatchKey, ForceDispatchKeys, excluded_keys, included_keys
 
 aten = torch.ops.aten
-BLIND = {"is_same_size", "_fused_sdp_choice"}
-"""Operators that return no tensor and read no entry of one."""
-BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
-FORWARD_ONCE = BATCH_NORMS | {
-    *("native_layer_norm", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "linalg_householder_product"),
-}
-"""Operators whose forward-mode formula is right and its derivative wrong: it takes what the operator has saved, such as
-a mean or factors of a matrix, for constant. A batch norm's is right where it uses running statistics. Found by checking
-all operators against reverse mode on torch 2.13; `tests/forward_formulas.py` does so again on the torch installed."""
-PARTITIONS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "chunk"}
-"""Operators whose results share a storage and no element of it."""
-LITERALS = {"lift_fresh", "lift_fresh_copy"}
-"""What is written out in the code passes through these."""
+BATCH_NORMS = names_with("batch_norm")
+FORWARD_ONCE = names_with("forward_formula_once")
+PARTITIONS = names_with("partition")
+LITERALS = names_with("literal")
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 """The classes of tensors that run every operator as it is."""
 VIEWS_IN_PLACE = {
@@ -72,7 +64,7 @@ def _looks(func: Any) -> bool:
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
     returns = [str(value.type) for value in func._schema.returns]
     tells = bool(returns) and not any("Tensor" in kind for kind in returns)
-    return (bool(tags) and "index" not in func._schema.name) or (tells and traits(func)[0] not in BLIND)
+    return (bool(tags) and "index" not in func._schema.name) or (tells and facts_of(func).kind is not Kind.SIZES)
 
 
 def reads_data(func: Any, args: Sequence[Any]) -> bool:

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import own_scale
-from autojac.graph.batch_axis.propagation import SHAPE_ONLY
 from autojac.graph.batch_axis.states import Along, State
 from autojac.graph.ir import Operation
+from autojac.graph.operator_facts import Kind, facts_of
 
 SLIGHT = 64.0
 """What is above this many eps, of the largest gradient of its coordinate or of a value's own scale, is no rounding."""
-BLIND = {"where", "masked_fill", "masked_scatter", "nan_to_num", "fmax", "fmin"}
-"""Operators that may leave out the NaN that stands where something else may stand in another call."""
 
 Env = Mapping[int, Tensor]
 
@@ -81,7 +79,8 @@ class Look(NamedTuple):
             for number in dict.fromkeys(operation.sources)
             if bool(self.reached[number].any()) or (meeting and isinstance(self.states.get(number), Along))
         ]
-        if not arguments or operation.name in SHAPE_ONLY:
+        facts = facts_of(operation.target)
+        if not arguments or facts.kind is Kind.FACTORY:
             return
         tensors = [self.base[number] for number in (*made, *arguments)]
         if not all(tensor.is_floating_point() for tensor in tensors):
@@ -98,7 +97,7 @@ class Look(NamedTuple):
             moved = operation({**self.base, argument: self.after[argument]})
             for number, spoilt, part in zip(operation.outputs, poisoned, moved, strict=True):
                 if number is not None:
-                    touched = torch.ones_like(spoilt.isnan()) if operation.name in BLIND else spoilt.isnan()
+                    touched = torch.ones_like(spoilt.isnan()) if facts.drops_nan else spoilt.isnan()
                     if bool(
                         (touched & self.outside[number] & ~changed(self.base[number], part, self.scales[number])).any()
                     ):

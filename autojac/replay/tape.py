@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from autojac.errors import UnsupportedError
-from autojac.graph.operators import BATCH_NORMS, BLIND, LITERALS, PLAIN, call, certain, reads_data, traits
+from autojac.graph.operators import BATCH_NORMS, LITERALS, PLAIN, call, certain, reads_data, traits
 from autojac.guards.escapes import Watching, home
 from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
 """Loops are unrolled up to here."""
-TELLS_SIZES = BLIND | {"_has_same_storage_numel", "_has_compatible_shallow_copy_type", "sym_size", "sym_numel"}
 """Operators that return no tensor and tell of shapes alone."""
 
 Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
@@ -154,7 +153,7 @@ class Tape(Watching):
             if literal.meta["role"] == "unknown":
                 # as it is now: what comes of it may be written into
                 literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
-        if name not in TELLS_SIZES and reads_data(func, args):
+        if reads_data(func, args):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
             if not all(self._certain(node, set()) for node in sources):
                 self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")

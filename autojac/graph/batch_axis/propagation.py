@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from autojac.graph.batch_axis.rules import rule_of
 from autojac.graph.batch_axis.states import SHARED, Along, Lost, Meets, State, Step
 from autojac.graph.ir import Graph
+from autojac.graph.operator_facts import Kind, facts_of
 
-SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-"""Operators that read no entry of their argument."""
 UNFORESEEN = "its rule fails"
 
 
@@ -84,7 +83,7 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
         step = Step(graph, operation, states, batch)
         read = {states.get(number) for number in operation.sources}
         made: State | Sequence[State]
-        if read <= {None} or operation.name in SHAPE_ONLY:
+        if read <= {None} or facts_of(operation.target).kind is Kind.FACTORY:
             made = None
         elif not any(isinstance(state, Along) for state in read):
             made = _spread(step)

@@ -16,6 +16,7 @@ from autojac.graph.batch_axis.propagation import Flow
 from autojac.graph.batch_axis.states import Along
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
 from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.operator_facts import Kind, facts_of
 
 Ends = tuple[int, ...]
 LEVELS = 3
@@ -27,7 +28,6 @@ GAIN = 0.9
 """Share of the cost below which cutting again counts as a gain: the model is no better than that."""
 PRODUCTS_A_MOVE = 16
 """Multiplications of a matrix product that take as long as moving one number."""
-LEFT_FACTORS = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 
 
 @dataclass(frozen=True)
@@ -262,10 +262,10 @@ def work(graph: Graph, operation: Operation) -> float:
     """Numbers that a seed moves through one operator, products of matrices counted in moves."""
     made = sum(math.prod(graph.shapes[number]) for number in operation.outputs[:1] if number is not None)
     read = sum(math.prod(graph.shapes[number]) for number in operation.sources[:1])
-    place = LEFT_FACTORS.get(operation.name)
-    length = 0
-    if place is not None and isinstance(operation.args[place], Value):
-        length = graph.shapes[operation.args[place].number][-1]
-    elif operation.name == "convolution":
+    facts, length = facts_of(operation.target), 0
+    if facts.kind is Kind.PRODUCT:
+        left = operation.args[1 if facts.addend else 0]
+        length = graph.shapes[left.number][-1] if isinstance(left, Value) else 0
+    elif facts.kind is Kind.CONVOLUTION:
         length = math.prod(graph.shapes[operation.args[1].number][1:])
     return made + read + made * length / PRODUCTS_A_MOVE

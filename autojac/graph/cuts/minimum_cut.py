@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
 from autojac.graph.ir import Graph, Operation
+from autojac.graph.operator_facts import facts_of
 
 MOST_NODES = 2000
 """A minimum cut through more tensors takes longer than it is worth."""
-DETACHING = {"detach", "argmax", "argmin", "floor", "ceil", "round", "sign", "zeros_like", "ones_like"}
 
 
 def passes_derivatives(operation: Operation) -> bool:
     """Whether a derivative runs through an operator."""
-    return not operation.held and operation.name not in DETACHING
+    return not operation.held and facts_of(operation.target).has_derivative
 
 
 def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:

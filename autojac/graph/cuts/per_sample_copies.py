@@ -13,13 +13,11 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import vmap
 from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.batch_axis.rules import RULES, pointwise
 from autojac.graph.batch_axis.states import Along
 from autojac.graph.ir import Operation
+from autojac.graph.operator_facts import Axes, facts_of
 
 Env = Mapping[int, Tensor]
-COUNTS = {"native_group_norm": 3}
-"""Where an operator is told how many samples there are."""
 Result = tuple[Along, tuple[int, ...]]
 StandIn = Callable[[Operation, Env], Sequence[Any]]
 
@@ -68,9 +66,10 @@ def _slice_shape(shape: tuple[int, ...], state: Along) -> tuple[int, ...]:
 
 
 def _of_one(operation: Operation, batch: int) -> Operation:
-    place = COUNTS.get(operation.name)
-    if place is None:
+    counted = facts_of(operation.target).batch_size
+    if not counted:
         return operation
+    place = [argument.name for argument in operation.target._schema.arguments].index(counted)
     args = (*operation.args[:place], operation.args[place] // batch, *operation.args[place + 1 :])
     return dataclasses.replace(operation, args=args)
 
@@ -81,15 +80,10 @@ def _as_broadcast(flow: Flow, operation: Operation, number: int) -> tuple[int, .
     state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
     if not isinstance(state, Along) or (state.outer, state.inner) != (1, 1):
         return None
-    if operation.name not in _broadcasting() and torch.Tag.pointwise not in operation.target.tags:
+    if operation.name != "expand" and facts_of(operation.target).axes is not Axes.BROADCAST:
         return None
     padded = (1,) * (len(out) - len(shape)) + shape
     return padded if padded[state.axis] == 1 else None
-
-
-@functools.cache
-def _broadcasting() -> frozenset[str]:
-    return frozenset(name for name, rule in RULES.items() if rule is pointwise) | {"expand"}
 
 
 def _broadcast(axis: int, shapes: Mapping[int, tuple[int, ...]], operation: Operation, env: Env) -> Sequence[Any]:

@@ -16,10 +16,10 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from autojac.graph.batch_axis.propagation import SHAPE_ONLY
 from autojac.graph.dependence.dispatch import rule_of
 from autojac.graph.dependence.index_sets import Fixed, Reading, Sets, State, TooLarge, Varying
 from autojac.graph.ir import Graph
+from autojac.graph.operator_facts import Kind, facts_of
 from autojac.graph.operators import traits
 
 __all__ = ["TooLarge", "dependence"]
@@ -73,10 +73,10 @@ def _made(reading: Reading, read: Sequence[State]) -> list[State]:
     if all(isinstance(state, Fixed) for state in read) and not traits(operation.target)[2]:
         parts = operation({n: s.value for n in operation.sources if isinstance(s := reading.states[n], Fixed)})
         return [Fixed(part) if isinstance(part, Tensor) else Varying() for part in parts]
-    if operation.name in SHAPE_ONLY:
+    if facts_of(operation.target).kind is Kind.FACTORY:
         like = {n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in operation.sources}
         return [Fixed(operation(like)[0])]
-    if operation.held or operation.name == "detach":
+    if operation.held or not facts_of(operation.target).has_derivative:
         return [Varying()] * count
     try:
         made = rule_of(reading)(reading)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.graph.dependence.index_sets import Fixed, Reading, Rule, Sets, State, Varying, alive_of
+from autojac.graph.dependence.index_sets import Fixed, Reading, Sets, State, Varying, alive_of
 from autojac.graph.ir import Value
+from autojac.graph.operator_facts import MOVING, Axes
 from autojac.torch_internals import OpOverload
 
-SAME = frozenset({"clone", "alias", "detach", "_to_copy", "neg", "lift_fresh", "contiguous"})
-"""Operators that keep zeros where they are."""
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -30,32 +29,31 @@ def constant(reading: Reading) -> State:
 
 def masked(reading: Reading) -> State:
     """A product of constants, or a constant moved about: zero wherever a captured factor is."""
-    name, sources = reading.operation.name, reading.operation.sources
+    facts, sources = reading.facts, reading.operation.sources
     alive = [found for number in sources if (found := alive_of(reading.states[number])) is not None]
     if not alive:
         return Varying()
-    if name == "mul":
+    if facts.factors:
         return Varying(functools.reduce(torch.logical_and, alive).expand(reading.out))
     if len(sources) > 1 or reading.operation.many:
         return Varying()
-    return Varying(alive[0] if name in SAME else _run(reading, {sources[0]: alive[0].double()})[0] != 0)
+    return Varying(
+        alive[0] if facts.kind not in MOVING else _run(reading, {sources[0]: alive[0].double()}, fillers=True)[0] != 0
+    )
 
 
-def pointwise(reading: Reading) -> State:
-    """Element by element, broadcast."""
+def pointwise(reading: Reading) -> State | Sequence[State]:
+    """Element by element, broadcast; where captured selectors choose among the arguments, elements are moved."""
+    facts = reading.facts
+    if facts.selectors and all(_known(reading, reading[name]) for name in facts.selectors):
+        return moving(reading)
     total: Sets | None = None
     for _, state in reading.sets():
         wide = Sets(state.matrix, state.index.expand(reading.out))
         total = wide if total is None else reading.union(total, wide)
     assert total is not None
-    return total
-
-
-def times(reading: Reading) -> State:
-    """A product element by element has no derivative where a captured factor is zero."""
-    total = pointwise(reading)
-    assert isinstance(total, Sets)
-    for number in reading.operation.sources:
+    # a product has no derivative where a captured factor is zero
+    for number in reading.operation.sources if facts.factors else ():
         alive = alive_of(reading.states[number])
         if alive is not None:
             total = Sets(total.matrix, torch.where(alive, total.index, 0))
@@ -80,62 +78,41 @@ def moving(reading: Reading) -> State | Sequence[State]:
     return [Sets(matrix, part.round().long()) for part in _run(reading, given)]
 
 
-def choosing(*names: str) -> Rule:
-    """Elements are chosen by a mask among the arguments: moved about if it is captured, else any of them."""
-
-    def rule(reading: Reading) -> State | Sequence[State]:
-        return moving(reading) if all(_known(reading, reading[name]) for name in names) else pointwise(reading)
-
-    return rule
-
-
-def indexed(which: str, index: str, axis: str | int | None) -> Rule:
-    """Elements are chosen by number along an axis; where the numbers may change, any element along it is meant."""
-
-    def rule(reading: Reading) -> State | Sequence[State]:
-        if _known(reading, reading[index]):
-            return moving(reading)
-        state = reading.state(reading[which])
-        if not isinstance(state, Sets) or len(reading.sets()) > 1:
-            return unknown(reading)
-        dims = state.index.dim()
-        given = reading[axis] % max(dims, 1) if isinstance(axis, str) else axis
-        if dims == 0 or given is None:
-            return unknown(reading)
-        return _anywhere(reading, reading[which], state, [given])
-
-    return rule
-
-
-def index(reading: Reading) -> State | Sequence[State]:
-    """x[..., index, ...] with integers, or with captured masks."""
-    state = reading.state(reading["self"])
-    loose = [axis for axis, part in enumerate(reading["indices"]) if part is not None and not _known(reading, part)]
-    parts = [part for part in reading["indices"] if part is not None]
-    if not loose:
+def gathering(reading: Reading) -> State | Sequence[State]:
+    """Elements are chosen by number or by a mask; where numbers may change, any element along their axes is meant."""
+    facts, value = reading.facts, reading.operation.args[0]
+    chosen = [reading[name] for name in facts.selectors]
+    if _known(reading, chosen):
         return moving(reading)
-    if not isinstance(state, Sets) or any(reading.graph.dtypes[part.number] in _MASKS for part in parts):
+    state = reading.state(value)
+    if not isinstance(state, Sets) or len(reading.sets()) > 1:
         return unknown(reading)
-    return _anywhere(reading, reading["self"], state, loose)
+    dims = state.index.dim()
+    if isinstance(chosen[0], (tuple, list)):
+        parts = [(axis, part) for axis, part in enumerate(chosen[0]) if part is not None]
+        loose = [axis for axis, part in parts if not _known(reading, part)]
+        if any(reading.graph.dtypes[part.number] in _MASKS for _, part in parts):
+            return unknown(reading)
+        return _anywhere(reading, value, state, loose)
+    axis = reading[facts.along] % max(dims, 1) if isinstance(facts.along, str) else facts.along
+    return unknown(reading) if dims == 0 or axis is None else _anywhere(reading, value, state, [axis])
 
 
 def placing(reading: Reading) -> State:
     """Elements of a source go to numbered places of a tensor, instead of what is there or onto it."""
-    given, name = reading.arguments, reading.operation.name
-    chosen = given.get("indices", given.get("index"))
+    given, facts = reading.arguments, reading.facts
+    chosen = given[facts.selectors[0]]
     if not _known(reading, chosen):
         return unknown(reading)
     chosen = _value(reading, chosen)
     places = torch.arange(math.prod(reading.out)).reshape(reading.out)
-    if "indices" in given:
+    replaces = facts.overwrites and not given.get("accumulate") and given.get("reduce") is None
+    if isinstance(chosen, list):
         places = places[tuple(slice(None) if part is None else part for part in chosen)]
-        replaces = not given["accumulate"]
-    elif name.startswith("index"):
-        places = places.index_select(given["dim"], chosen)
-        replaces = name == "index_copy"
-    else:
+    elif facts.axes is Axes.INDEXED:
         places = places.gather(given["dim"], chosen)
-        replaces = name == "scatter" and given.get("reduce") is None
+    else:
+        places = places.index_select(given["dim"], chosen)
     total: Sets | None = None
     own = reading.state(given["self"])
     if isinstance(own, Sets):
@@ -143,10 +120,10 @@ def placing(reading: Reading) -> State:
         if replaces:
             kept.reshape(-1)[places.reshape(-1)] = 0
         total = Sets(own.matrix, kept)
-    other = reading.state(next((given[key] for key in ("src", "source", "values") if key in given), None))
+    other = reading.state(given.get(facts.source))
     if isinstance(other, Sets):
         read = other.index
-        if name.startswith("scatter"):
+        if facts.axes is Axes.INDEXED:
             read = read[tuple(slice(size) for size in chosen.shape)]
         put = reading.gathered(places, Sets(other.matrix, read.expand(places.shape)), reading.out)
         total = put if total is None else reading.union(total, put)
@@ -160,8 +137,8 @@ def _anywhere(reading: Reading, value: Value, state: Sets, axes: Collection[int]
     return [Sets(mixed.matrix, part.round().long()) for part in _run(reading, {value.number: wide})]
 
 
-def _run(reading: Reading, given: dict[int, Tensor]) -> list[Tensor]:
-    """The operator on numbers of sets: everything else that is a float becomes zero, the empty set."""
+def _run(reading: Reading, given: dict[int, Tensor], fillers: bool = False) -> list[Tensor]:
+    """The operator on numbers of sets: every other float becomes zero, the empty set, as fillers do unless kept."""
     graph, operation = reading.graph, reading.operation
 
     def filled(value: Any) -> Any:
@@ -186,7 +163,7 @@ def _run(reading: Reading, given: dict[int, Tensor]) -> list[Tensor]:
     for argument in operation.target._schema.arguments:
         value = reading.arguments.get(argument.name, argument.default_value)
         # what fills gaps depends on nothing
-        number = argument.name == "value" and not isinstance(value, Value)
+        number = not fillers and argument.name in reading.facts.fillers and not isinstance(value, Value)
         arguments[argument.name] = 0 if number else filled(value)
     positional = [arguments.pop(a.name) for a in operation.target._schema.arguments if not a.kwarg_only]
     made = operation.target(*positional, **arguments)

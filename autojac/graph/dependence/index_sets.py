@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.operator_facts import facts_of
 
 MOST_WORK = 100_000_000
 """Elements and entries that are gone through before it is given up: some seconds."""
@@ -75,6 +76,7 @@ class Reading:
 
     Attributes:
         work: elements and entries gone through so far, by this operator and all before it.
+        facts: what the table of operators says of this one.
     """
 
     def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], columns: int) -> None:
@@ -83,6 +85,7 @@ class Reading:
         self.states = states
         self.columns = columns
         self.work = 0
+        self.facts = facts_of(operation.target)
         schema = operation.target._schema.arguments
         given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
         given |= {argument.name: value for argument, value in zip(schema, operation.args, strict=False)}

@@ -59,7 +59,12 @@ def behind(lead: int | Callable[[Reading, int], int]) -> Rule:
     return rule
 
 
-def group_norm(reading: Reading) -> State | Sequence[State]:
+def normalization(reading: Reading) -> State | Sequence[State]:
+    """Results read their whole group: the last axes, or groups of channels."""
+    if "normalized_shape" in reading.arguments:
+        return behind(lambda reading, dims: dims - len(reading["normalized_shape"]))(reading)
+    if "group" not in reading.arguments:
+        return unknown(reading)
     sets = reading.sets()
     if len(sets) > 1 or sets[0][0] != reading[next(iter(reading.arguments))]:
         return unknown(reading)
@@ -71,24 +76,22 @@ def group_norm(reading: Reading) -> State | Sequence[State]:
     return [Sets(mixed.matrix, wide), Sets(mixed.matrix, few), Sets(mixed.matrix, few)]
 
 
-def product(left: str, right: str) -> Rule:
+def product(reading: Reading) -> State:
     """A product of (stacks of) matrices, or of a matrix and a vector; zeros of a captured factor cut paths."""
-
-    def rule(reading: Reading) -> State:
-        total: Sets | None = None
-        for name, other, turned in ((left, right, False), (right, left, True)):
-            state = reading.state(reading[name])
-            if isinstance(state, Sets):
-                part = _factor(reading, state, reading[other], turned)
-                total = part if total is None else reading.union(total, part)
-        added = reading.state(reading["self"]) if "self" not in (left, right) else None
-        if isinstance(added, Sets):
-            part = Sets(added.matrix, added.index.expand(reading.out))
+    assert reading.facts.factors is not None
+    left, right = reading.facts.factors
+    total: Sets | None = None
+    for name, other, turned in ((left, right, False), (right, left, True)):
+        state = reading.state(reading[name])
+        if isinstance(state, Sets):
+            part = _factor(reading, state, reading[other], turned)
             total = part if total is None else reading.union(total, part)
-        assert total is not None
-        return total
-
-    return rule
+    added = reading.state(reading.arguments.get(reading.facts.addend))
+    if isinstance(added, Sets):
+        part = Sets(added.matrix, added.index.expand(reading.out))
+        total = part if total is None else reading.union(total, part)
+    assert total is not None
+    return total
 
 
 def _factor(reading: Reading, state: Sets, other: Value, turned: bool) -> Sets:

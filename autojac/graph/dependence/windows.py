@@ -38,7 +38,7 @@ def convolution(reading: Reading) -> State:
 def pooling(reading: Reading) -> State | Sequence[State]:
     """Windows of each channel by itself."""
     _, state = reading.sets()[0]
-    dims = next(int(letter) for letter in reading.operation.name if letter.isdigit())
+    dims = reading.facts.window_axes
     kernel = _each(reading["kernel_size"], [1], dims)
     out, shape = reading.out, tuple(state.index.shape)
     stride, padding, dilation = (

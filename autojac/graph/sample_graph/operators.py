@@ -17,51 +17,10 @@ from torch import Tensor
 from autojac.graph.batch_axis.rules import rule_of
 from autojac.graph.batch_axis.states import Along, Lost, Step
 from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.operator_facts import Axes, Kind, facts_of
 from autojac.graph.sample_graph.slices import MOST_SLICES, MOST_WORK, Everything, Reach, incidence, stacked, united
 
 aten = torch.ops.aten
-
-
-def named(names: str) -> frozenset[str]:
-    """Names of operators."""
-    return frozenset(names.split())
-
-
-MOVES = {
-    **dict.fromkeys(("index_select", "gather", "take"), ("index",)),
-    **dict.fromkeys(("index", "embedding"), ("indices",)),
-    **dict.fromkeys(("masked_fill", "masked_select"), ("mask",)),
-    "where": ("condition",),
-    **dict.fromkeys(
-        named(
-            "slice select roll flip cat stack constant_pad_nd unfold split split_with_sizes unsafe_split "
-            "unsafe_split_with_sizes chunk unbind repeat diagonal diag_embed tril triu slice_scatter select_scatter "
-            "diagonal_scatter pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d replication_pad1d "
-            "replication_pad2d im2col native_channel_shuffle"
-        ),
-        (),
-    ),
-}
-"""Operators whose every entry is one of an argument's or a constant, with the arguments that say which."""
-ALIKE = named(
-    "index_select gather index slice select roll flip cat stack constant_pad_nd unfold split split_with_sizes "
-    "unsafe_split unsafe_split_with_sizes chunk unbind diagonal"
-)
-"""Those of them that do the same to every slice of the axes that they leave alone."""
-FILLED_WITH = {"masked_fill": ("value",), "constant_pad_nd": ("value",), "where": ("self", "other")}
-"""Arguments that may be a number to fill with."""
-SCATTERS = {
-    **dict.fromkeys(("index_add", "index_copy", "index_reduce"), ("index", "source")),
-    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), ("index", "src")),
-    "index_put": ("indices", "values"),
-}
-"""Operators that bring entries of a source to where an index says: names of the index and the source."""
-WINDOWS = {"avg_pool2d": 2, "avg_pool3d": 3, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3}
-"""Pooling operators, with the number of axes that they run along."""
-PRODUCTS = {"mm": ("self", "mat2"), "mv": ("self", "vec"), "_sparse_mm": ("sparse", "dense")} | dict.fromkeys(
-    ("addmm", "_sparse_addmm"), ("mat1", "mat2")
-)
-"""Products with a matrix that may be sparse, with the names of the two factors."""
 
 
 class Passage:
@@ -84,6 +43,7 @@ class Passage:
         self.operation = operation
         self.reached = reached
         self.fixed = fixed
+        self.facts = facts_of(operation.target)
         self.step = Step(graph, operation, {}, 0)
         self.outputs = [number for number in operation.outputs if number is not None]
         self.selectors: set[int] = set()
@@ -132,15 +92,16 @@ class Passage:
 def moved(passage: Passage) -> list[Reach | None] | None:
     """Operators that move entries; None if it is none, or moves them by what samples say."""
     name, step = passage.name, passage.step
-    if name not in MOVES or not passage.select(*MOVES[name]):
+    facts = passage.facts
+    if not facts.moves_entries or not passage.select(*facts.selectors):
         return None
     sources = {
         number
         for argument, value in step.arguments.items()
-        if argument not in MOVES[name]
+        if argument not in facts.selectors
         for number in numbers_in(value)
     }
-    narrow = _narrowed(passage, sources) if name in ALIKE else {}
+    narrow = _narrowed(passage, sources) if facts.kind is not Kind.POINTWISE else {}
     if any(_size(passage.shape(y), set(narrow.values())) > MOST_SLICES for y in passage.outputs):
         return None
     offsets: dict[int, int] = {}
@@ -164,9 +125,9 @@ def moved(passage: Passage) -> list[Reach | None] | None:
         return torch.from_numpy(np.asarray(rows, dtype=np.float64)).expand(shape)
 
     given = {
-        argument: _replaced(value, numbered, argument in MOVES[name]) for argument, value in step.arguments.items()
+        argument: _replaced(value, numbered, argument in facts.selectors) for argument, value in step.arguments.items()
     }
-    for argument in FILLED_WITH.get(name, ()):
+    for argument in facts.fillers:
         if not isinstance(step.arguments[argument], Value):
             given[argument] = 0
     made = _called(passage.operation, given)
@@ -218,21 +179,18 @@ def _uniform(passage: Passage, axis: int) -> bool:
 
 def scattered(passage: Passage) -> list[Reach | None] | None:
     """Operators that bring entries to indexed places, where they are added or replace what was there."""
-    name, step = passage.name, passage.step
-    if name not in SCATTERS:
-        return None
-    by, source = SCATTERS[name]
-    if not passage.select(by):
+    facts, step = passage.facts, passage.step
+    if facts.kind is not Kind.SCATTER or not passage.select(*facts.selectors):
         return None
     (target,) = numbers_in(step["self"])
     shape, dims = passage.shape(target), len(passage.shape(target))
-    brought = next(numbers_in(step.arguments.get(source)), -1)
+    brought = next(numbers_in(step.arguments.get(facts.source)), -1)
     parts = [passage.reached[number] for number in (target, brought) if number in passage.reached]
     # counted from the end, where the axes of target and source agree
     tracked = {axis - len(passage.shape(target)) for axis in (parts[0].axes if target in passage.reached else ())}
     if brought in passage.reached:
         tracked |= {axis - len(passage.shape(brought)) for axis in passage.reached[brought].axes}
-    if name == "index_put":
+    if "indices" in facts.selectors:
         used = [axis for axis, index in enumerate(step["indices"]) if index is not None]
         alone = {axis - dims for axis in range(used[-1] + 1, dims)} if used == list(range(len(used))) else set()
         pick: Callable[[Tensor], Tensor] = lambda places: aten.index.Tensor(places, _values(passage, step["indices"]))  # noqa: E731
@@ -241,7 +199,7 @@ def scattered(passage: Passage) -> list[Reach | None] | None:
         index = passage.fixed(number).cpu()
         axis = step["dim"] % max(dims, 1)
         alone = {other - dims for other in range(dims) if other != axis}
-        if name.startswith("scatter"):
+        if facts.axes is Axes.INDEXED:
             alone = {other for other in alone if _uniform(passage, other)}
             for other in alone - tracked:
                 index = index.narrow(other, 0, 1)
@@ -261,7 +219,7 @@ def scattered(passage: Passage) -> list[Reach | None] | None:
         own = torch.from_numpy(reach.numbers(len(passage.shape(brought))))
         full = [1 if axis - own.dim() in narrow else size for axis, size in enumerate(passage.shape(brought))]
         own = own.expand(full)
-        if name.startswith("scatter"):
+        if facts.axes is Axes.INDEXED:
             own = own[tuple(slice(size) for size in into.shape)]
         pairs = torch.broadcast_tensors(into, own)
         if pairs[0].numel() > MOST_WORK:
@@ -273,19 +231,19 @@ def scattered(passage: Passage) -> list[Reach | None] | None:
 
 def windowed(passage: Passage) -> list[Reach | None] | None:
     """Convolution and pooling along a tracked axis: each slice of the output reads a window."""
-    step, name = passage.step, passage.name
+    step, facts = passage.step, passage.facts
     number = passage.operation.sources[0]
-    if number not in passage.reached or (name not in WINDOWS and name != "convolution"):
+    if number not in passage.reached or facts.kind not in (Kind.WINDOW, Kind.CONVOLUTION):
         return None
     reach, shape, out = passage.reached[number], passage.shape(number), passage.shape(passage.outputs[0])
-    if name == "convolution":
+    if facts.kind is Kind.CONVOLUTION:
         if step.operation.args[0] != Value(number) or list(passage.reached) != [number] or len(out) != len(shape):
             return None
         (weight,) = numbers_in(step["weight"])
         kernel, first = passage.shape(weight)[2:], 2
         reach = reach.without([axis for axis in reach.axes if axis == 1])
     else:
-        kernel, first = step["kernel_size"], len(shape) - WINDOWS[name]
+        kernel, first = step["kernel_size"], len(shape) - facts.window_axes
     transposed = bool(step.arguments.get("transposed"))
     count = len(shape) - first
     sizes = [_each(given, count) for given in (kernel, step["stride"] or kernel, step["padding"])]
@@ -304,19 +262,19 @@ def windowed(passage: Passage) -> list[Reach | None] | None:
 
 def multiplied(passage: Passage) -> list[Reach | None] | None:
     """Products with a constant sparse matrix, whose entries tell which slices are read."""
-    if passage.name not in PRODUCTS:
+    if passage.facts.kind is not Kind.PRODUCT or passage.facts.factors is None:
         return None
-    left, right = (next(numbers_in(passage.step.arguments.get(name)), -1) for name in PRODUCTS[passage.name])
+    left, right = (next(numbers_in(passage.step.arguments.get(name)), -1) for name in passage.facts.factors)
     if left < 0 or left in passage.reached or right not in passage.reached or 0 not in passage.reached[right].axes:
         return None
     matrix = passage.fixed(left)
-    if matrix.layout == torch.strided:
+    if matrix.layout == torch.strided or matrix.dim() != 2:
         return None
     passage.selectors.add(left)
     rows, columns = matrix.detach().to_sparse_coo().coalesce().indices().cpu().numpy()
     found = [_along(passage.reached[right], 0, rows, columns, length=matrix.shape[0])]
-    if passage.name in ("addmm", "_sparse_addmm"):
-        (added,) = numbers_in(passage.step["self"])
+    if passage.facts.addend:
+        (added,) = numbers_in(passage.step[passage.facts.addend])
         if added in passage.reached:
             behind = len(passage.shape(passage.outputs[0])) - len(passage.shape(added))
             reach = passage.reached[added]

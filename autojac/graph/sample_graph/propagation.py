@@ -15,15 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from autojac.graph.batch_axis import rules
-from autojac.graph.batch_axis.propagation import SHAPE_ONLY
 from autojac.graph.ir import Graph
+from autojac.graph.operator_facts import Axes, Kind, facts_of
 from autojac.graph.sample_graph.operators import (
-    MOVES,
     Passage,
     moved,
     multiplied,
-    named,
     numbers_in,
     scattered,
     windowed,
@@ -32,13 +29,6 @@ from autojac.graph.sample_graph.slices import MOST_SLICES, Everything, Reach, un
 
 EVERYTHING: Literal["everything"] = "everything"
 State = Reach | Literal["everything"] | None
-VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-SELECTING = named(
-    "sort topk argsort max min median nanmedian mode kthvalue amax amin cummax cummin aminmax argmax argmin nonzero "
-    "masked_select unique_dim _unique2"
-)
-"""Operators whose result reads the samples that their values point to."""
-ADDED = {"addmm", "baddbmm", "addmv"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch:
     for place, operation in enumerate(graph.operations):
         read = {number: states[number] for number in operation.sources if states.get(number) is not None}
         made: Sequence[State]
-        if not read or operation.name in SHAPE_ONLY:
+        if not read or facts_of(operation.target).kind is Kind.FACTORY:
             continue
         reached = {number: state for number, state in read.items() if isinstance(state, Reach)}
         if len(reached) < len(read):
@@ -100,8 +90,8 @@ def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch:
                 made, lost = [EVERYTHING] * len(passage.outputs), True
             if lost:
                 losses[place] = operation.name
-                wandering |= passage.wandering or operation.name in SELECTING
-            elif passage.name not in VIEWS and any(y is not None and _new(y, reached) for y in made):
+                wandering |= passage.wandering or passage.facts.by_value
+            elif passage.facts.kind is not Kind.VIEW and any(y is not None and _new(y, reached) for y in made):
                 followed.append(place)
             selectors |= passage.selectors
         states.update(zip([y for y in operation.outputs if y is not None], made, strict=True))
@@ -129,12 +119,12 @@ def _behind(graph: Graph, states: Mapping[int, State], batch: int) -> Any:
 
 def _through(passage: Passage) -> tuple[Sequence[State], bool]:
     """What stands behind the outputs of an operator, and whether slices were put together for lack of better."""
-    operation, graph = passage.operation, passage.graph
-    if passage.name in VIEWS and operation.target._overloadname in ("", "default"):
+    facts, graph = passage.facts, passage.graph
+    if facts.kind is Kind.VIEW:
         (number,) = passage.reached
         return [viewed(passage.reached[number], graph.shapes[number], graph.shapes[passage.outputs[0]])], False
-    pointwise = rules.rule_of(operation) is rules.pointwise
-    if pointwise and not (passage.name in MOVES and _chosen(passage)):
+    pointwise = facts.axes is Axes.BROADCAST
+    if pointwise and not _chosen(passage):
         return [united(_broadcast(passage))] * len(passage.outputs), False
     places = {number: _places(passage, number) for number in passage.reached} if not pointwise else {}
     if places and all(None not in where for each in places.values() for where in each.values()):
@@ -149,14 +139,15 @@ def _through(passage: Passage) -> tuple[Sequence[State], bool]:
 
 def _chosen(passage: Passage) -> bool:
     """Whether constants choose, entry by entry, whom a pointwise operator reads."""
-    chosen = [number for name in MOVES[passage.name] for number in numbers_in(passage.step.arguments.get(name))]
+    chosen = [number for name in passage.facts.selectors for number in numbers_in(passage.step.arguments.get(name))]
     return bool(chosen) and not set(chosen) & set(passage.reached)
 
 
 def _places(passage: Passage, number: int) -> dict[int, list[int | None]]:
     """For each tracked axis of an argument its places in the outputs; None where slices are mixed."""
     reach = passage.reached[number]
-    if passage.name in ADDED and number in numbers_in(passage.step["self"]) and passage.operation.sources[1:]:
+    addend = passage.step.arguments.get(passage.facts.addend)
+    if number in numbers_in(addend) and passage.operation.sources[1:]:
         behind = len(passage.shape(passage.outputs[0])) - len(passage.shape(number))
         if passage.operation.sources.count(number) == 1:
             return {axis: [axis + behind] for axis in reach.axes}
@@ -234,6 +225,6 @@ def roots(graph: Graph, numbers: Sequence[int]) -> set[int]:
             continue
         found.add(number)
         place = graph.producers.get(number)
-        if place is not None and graph.operations[place].name not in SHAPE_ONLY:
+        if place is not None and facts_of(graph.operations[place].target).kind is not Kind.FACTORY:
             todo += graph.operations[place].sources
     return {number for number in found if number in graph.constants or number in graph.inputs}

@@ -5,26 +5,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-import torch
-
 from autojac.graph.batch_axis.rules.base import RULES, Rule
-from autojac.graph.batch_axis.rules.pointwise import pointwise
 from autojac.graph.batch_axis.states import Lost, State, Step
 from autojac.graph.ir import Operation
+from autojac.graph.operator_facts import Axes, facts_of
 
-__all__ = ["RULES", "pointwise", "rule_of"]
+__all__ = ["RULES", "rule_of"]
 
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")
 
 
 def rule_of(operation: Operation) -> Rule:
-    """The rule of an operator; one that raises `Lost` where there is none."""
-    if operation.name in RULES:
-        return RULES[operation.name]
-    if torch.Tag.pointwise in operation.target.tags:
-        return pointwise
-    return unknown
+    """Return the rule of an operator; one that raises `Lost` where there is none."""
+    axes = facts_of(operation.target).axes
+    return RULES.get(operation.name if axes is Axes.OWN else axes, unknown)
 
 
 def unknown(step: Step) -> State:

@@ -1,27 +1,30 @@
-"""The registry of rules: what each aten operator does to the batch axis. One that is not registered proves nothing."""
+"""The registry of rules: what operators do to the batch axis. One without a rule proves nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from autojac.graph.batch_axis.states import State, Step
+from autojac.graph.operator_facts import OPERATORS, Axes
 
 Rule = Callable[[Step], "State | Sequence[State]"]
-RULES: dict[str, Rule] = {}
+RULES: dict[Axes | str, Rule] = {}
+"""By what the table of operator facts says of axes, or by name for operators with `Axes.OWN`."""
 MEET = "samples meet in it"
 
 
-def register(names: str) -> Callable[[Rule], Rule]:
+def register(key: Axes | str) -> Callable[[Rule], Rule]:
     """Make a function the rule of some operators.
 
     Args:
-        names: of aten operators, without overloads, separated by spaces.
+        key: what their rows say of axes; or, for rows with `Axes.OWN`, the names of operators, separated by spaces.
     """
 
     def keep(rule: Rule) -> Rule:
-        for name in names.split():
-            assert name not in RULES, f"two rules for {name}"
-            RULES[name] = rule
+        for one in key.split() if isinstance(key, str) else [key]:
+            assert one not in RULES, f"two rules for {one}"
+            assert isinstance(one, Axes) or OPERATORS[one].axes is Axes.OWN, f"{one} needs a row with Axes.OWN"
+            RULES[one] = rule
         return rule
 
     return keep

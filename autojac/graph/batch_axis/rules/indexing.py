@@ -7,6 +7,7 @@ import torch
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Along, Lost, Meets, State, Step
 from autojac.graph.ir import Value
+from autojac.graph.operator_facts import Axes
 
 
 @register("embedding")
@@ -17,7 +18,7 @@ def embedding(step: Step) -> State:
     return state
 
 
-@register("gather scatter scatter_add scatter_reduce")
+@register(Axes.INDEXED)
 def gathering(step: Step) -> State:
     """gather, scatter and their kin: every tensor that carries the batch does so on one axis, which is not `dim`."""
     found = {state for _, state in step.carried()}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Along, Lost, Meets, State, Step
 from autojac.graph.ir import Value
+from autojac.graph.operator_facts import Axes
 
 
-@register(
-    "linalg_inv_ex linalg_cholesky_ex linalg_qr _linalg_eigh linalg_lu_factor_ex linalg_lu _linalg_det "
-    "_linalg_slogdet _linalg_svd tril triu linalg_matrix_exp cholesky_solve cholesky_inverse"
-)
+@register(Axes.TRAILING)
 def matrices(step: Step) -> State:
     """Linear algebra on the last two axes of one tensor or of several with the same leading axes."""
     found, ranks = set(), set()

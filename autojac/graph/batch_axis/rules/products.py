@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-from autojac.graph.batch_axis.rules.base import MEET, Rule, register
+from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Along, Lost, Meets, State, Step
-from autojac.graph.ir import Value
+from autojac.graph.operator_facts import Axes, facts_of
 
 
-def product(left: str, right: str) -> Rule:
-    """A product of (stacks of) matrices: two axes are kept, one is summed over."""
-
-    def rule(step: Step) -> State:
-        a, b = step[left], step[right]
-        dims = len(step.shape(a))
-        one, other = step.state(a), step.state(b)
-        carried = [state for state in (one, other) if isinstance(state, Along)]
-        if dims == 3 and all(state.axis == 0 for state in carried):
-            if len(set(carried)) > 1:
-                raise Meets(MEET)
-            return _beside(step, carried[0])
-        if isinstance(one, Along) and isinstance(other, Along):
+@register(Axes.FACTORS)
+def product(step: Step) -> State:
+    """A product of two matrices, two stacks of these, or a matrix or vector and a vector: one axis is summed over."""
+    left, right = (step[name] for name in facts_of(step.operation.target).factors or ())
+    dims, own, other = len(step.shape(left)), step.state(left), step.state(right)
+    carried = [state for state in (own, other) if isinstance(state, Along)]
+    if carried and dims == 3 and all(state.axis == 0 for state in carried):
+        if len(set(carried)) > 1:
             raise Meets(MEET)
-        if isinstance(one, Along):
-            if one.axis == dims - 1:
-                raise Meets("it sums over the batch")
-            return _beside(step, one)
-        if not isinstance(other, Along):
-            raise Lost("only what is added carries the batch")
-        if other.axis == dims - 2:
+        return _with_addend(step, carried[0])
+    if isinstance(own, Along) and isinstance(other, Along):
+        raise Meets(MEET)
+    if isinstance(own, Along):
+        if own.axis == dims - 1:
             raise Meets("it sums over the batch")
-        return _beside(step, other)
+        return _with_addend(step, own)
+    if not isinstance(other, Along):
+        raise Lost("only what is added carries the batch")
+    if other.axis == max(len(step.shape(right)) - 2, 0):
+        raise Meets("it sums over the batch")
+    return _with_addend(step, other)
 
-    return rule
 
-
-def _beside(step: Step, state: Along) -> State:
+def _with_addend(step: Step, state: Along) -> State:
     """The same, unless what is added to a product carries the batch elsewhere."""
-    added = step.arguments.get("self") if step.operation.name in ("addmm", "baddbmm", "addmv") else None
-    added_state = step.state(added) if isinstance(added, Value) else None
-    if isinstance(added_state, Along):
-        assert isinstance(added, Value)
-        if added_state._replace(axis=added_state.axis + len(step.out) - len(step.shape(added))) != state:
+    added = step.arguments.get(facts_of(step.operation.target).addend)
+    other = step.state(added)
+    if added is not None and isinstance(other, Along):
+        behind = len(step.out) - len(step.shape(added))
+        if other._replace(axis=other.axis + behind) != state:
             raise Meets(MEET)
     return state
-
-
-@register("mv addmv")
-def matrix_vector(step: Step) -> State:
-    matrix, vector = (step["self"], step["vec"]) if step.operation.name == "mv" else (step["mat"], step["vec"])
-    state = step.state(matrix)
-    if isinstance(step.state(vector), Along) or not isinstance(state, Along) or state.axis == 1:
-        raise Meets("it sums over the batch")
-    return _beside(step, state)
 
 
 @register("_cdist_forward _euclidean_dist")
@@ -69,8 +56,3 @@ def distances(step: Step) -> State:
     if len(found) > 1:
         raise Meets(MEET)
     return found.pop()
-
-
-register("mm bmm")(product("self", "mat2"))
-register("addmm")(product("mat1", "mat2"))
-register("baddbmm")(product("batch1", "batch2"))

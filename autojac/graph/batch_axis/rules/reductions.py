@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Along, Lost, Meets, State, Step
+from autojac.graph.operator_facts import Axes
 
 
-@register(
-    "sum mean amax amin prod var std var_mean std_mean logsumexp norm linalg_vector_norm argmax argmin any all "
-    "max min median nanmedian mode kthvalue count_nonzero nansum aminmax"
-)
+@register(Axes.REDUCED)
 def reduction(step: Step) -> State:
     """A reduction over axes other than the batch's."""
     shape, state = step.only()
@@ -22,10 +20,7 @@ def reduction(step: Step) -> State:
     return state._replace(axis=state.axis - sum(axis < state.axis for axis in gone))
 
 
-@register(
-    "cumsum cumprod logcumsumexp cummax cummin _softmax _log_softmax softmax log_softmax sort topk flip roll "
-    "_fft_r2c _fft_c2c argsort glu _fft_c2r"
-)
+@register(Axes.NAMED)
 def inside(step: Step) -> State:
     """Something along one or more other axes, which keep their place (and maybe not their length)."""
     shape, state = step.only()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Lost, Meets, State, Step, regrouped
+from autojac.graph.operator_facts import Axes
 
 
-@register("view _unsafe_view reshape _reshape_alias")
+@register(Axes.REGROUPED)
 def view(step: Step) -> State:
-    if step.operation.target._overloadname not in ("", "default"):
-        raise Lost("a view as another dtype")
     shape, state = step.only()
     return regrouped(state, shape, step.out, step.batch)
 

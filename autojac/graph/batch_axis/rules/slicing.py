@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import Lost, Meets, State, Step
+from autojac.graph.operator_facts import Axes
 
 
 @register("select")
@@ -24,7 +25,7 @@ def slicing(step: Step) -> State:
     return state
 
 
-@register("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk")
+@register(Axes.SPLIT)
 def splitting(step: Step) -> State:
     shape, state = step.only()
     if step["dim"] % len(shape) == state.axis:

@@ -521,13 +521,13 @@ def _candidates(kind: type[Method], problem: Problem) -> list[Method]:
     return [method for method in found if not method.compiles]
 
 
-def _right(method: Method, problem: Problem, request: Any, quiet: Any) -> bool:
+def _right(method: Method, problem: Problem, request: Any, sandbox: Any) -> bool:
     """Whether a search would find a method right at this point."""
     problem = dataclasses.replace(problem, trial=True)
     try:
-        with warnings.catch_warnings(), quiet(), torch.random.fork_rng():
+        with warnings.catch_warnings(), sandbox(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            reference = Reference(problem, request.leaves, request.keywords, quiet, trained=request.trained)
+            reference = Reference(problem, request.leaves, request.keywords, sandbox, trained=request.trained)
             result = method.ready(problem)(request.leaves, request.keywords)
             wrong = reference.check(result)
             if wrong is None and problem.differentiable:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 import torch
 
 from autojac.api.derived import Derived
-from autojac.api.low_rank_factors import Factors, factored, require_one, without_sharing
+from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
@@ -208,7 +208,7 @@ class AutoJacobian(Derived):
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
         return run_call(self._plans, args, kwargs)
 
-    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors:
+    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LowRankJacobian:
         with outside_inference_mode(args, kwargs) as call:
             plan, described = self._plans.look_up(*call)
             if plan.problem.structure.independent:
@@ -218,5 +218,5 @@ class AutoJacobian(Derived):
             if plan.factors is None:
                 plan.factors = factored(plan.problem)
             with outside_autocast():
-                factors: Factors = plan.factors(described.leaves, described.keywords)
+                factors: LowRankJacobian = plan.factors(described.leaves, described.keywords)
             return factors

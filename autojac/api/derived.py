@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.api.linalg import Slogdet, as_matrices, inverse, slogdet
-from autojac.api.low_rank_factors import Factors
+from autojac.api.low_rank_factors import LowRankJacobian
 from autojac.core.options import Options
 from autojac.core.signature import Layout
 from autojac.errors import InputError
@@ -93,7 +93,7 @@ class Derived(ABC):
         total = _only(plan, result).sum(-1)
         return self._beside_aux(total.squeeze(0) if plan.layout.unbatched else total, result)
 
-    def factors(self, *args: Any, **kwargs: Any) -> Factors:
+    def factors(self, *args: Any, **kwargs: Any) -> LowRankJacobian:
         """The whole batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
 
         A million samples under BatchNorm have a Jacobian that no memory holds, but its factors fit: `factors @ v` is
@@ -113,7 +113,7 @@ class Derived(ABC):
         return self._other("blocks")._factors(self._func_args(args), kwargs)
 
     @abstractmethod
-    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Factors: ...
+    def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LowRankJacobian: ...
 
     def _of_matrices(
         self,

@@ -13,7 +13,7 @@ from autojac.autodiff.primitives import Pullback, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO, Axis, batch_axes
 from autojac.core.options import Options, parse_bytes
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.signature import Leaf, Signature
 from autojac.core.structure import Structure
 from autojac.errors import (
@@ -147,7 +147,7 @@ def _compute(problem: Problem, pullback: Pullback, probing: bool) -> Result:
             problem = _dense(problem)
     reasons = []
     while True:
-        reference = Reference(problem, pullback.inputs, {}, Quiet(()), pullback=pullback)
+        reference = Reference(problem, pullback.inputs, {}, Sandbox(()), pullback=pullback)
         for method in _methods(problem):
             try:
                 result = method.of_graph(problem, pullback)

@@ -22,7 +22,7 @@ from autojac.methods.statistics import Statistics
 from autojac.problem.problem import Problem
 
 
-class Factors(NamedTuple):
+class LowRankJacobian(NamedTuple):
     """The whole batch's Jacobian: J[b, :, c, :] = D[b] if b = c else 0, plus the sum over k of U[b, ..., k] V[k, c].
 
     Attributes:
@@ -58,7 +58,7 @@ class Factors(NamedTuple):
         return local + self.U @ moved
 
 
-def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], Factors]:
+def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], LowRankJacobian]:
     """What computes the factors for one kind of call, whose samples meet in shared statistics.
 
     Raises:
@@ -76,7 +76,7 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
     batched = [leaf.batched for leaf in problem.leaves]
     cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
 
-    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Factors:
+    def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> LowRankJacobian:
         recording, found = cutter(leaves, kwargs)
         if found is None or recording.graph is None:
             why = recording.reason or "samples meet elsewhere than in tensors that all of them share"
@@ -88,7 +88,7 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
             slow = dataclasses.replace(way, engine="loop")
             factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
         _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
-        return factors if problem.differentiable else Factors(*(part.detach() for part in factors))
+        return factors if problem.differentiable else LowRankJacobian(*(part.detach() for part in factors))
 
     return compute
 
@@ -99,14 +99,18 @@ def require_one(problem: Problem) -> None:
         raise InputError("factors are made of one output and one input, which carry the batch; wrap such a function")
 
 
-def without_sharing(problem: Problem, blocks: Tensor) -> Factors:
+def without_sharing(problem: Problem, blocks: Tensor) -> LowRankJacobian:
     """The factors of independent samples: nothing is shared."""
     require_one(problem)
     leaf = problem.leaves[problem.inputs[0]]
-    return Factors(blocks, blocks.new_zeros(problem.batch, *problem.outputs[0], 0), blocks.new_zeros(0, *leaf.shape))
+    return LowRankJacobian(
+        blocks, blocks.new_zeros(problem.batch, *problem.outputs[0], 0), blocks.new_zeros(0, *leaf.shape)
+    )
 
 
-def _multiplied_out(way: Statistics, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]) -> Factors:
+def _multiplied_out(
+    way: Statistics, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]
+) -> LowRankJacobian:
     blocks, through = way.sharing(problem, graph, shared, leaves).pieces()
     pieces = list(through)
     own = blocks[0][0]
@@ -115,10 +119,10 @@ def _multiplied_out(way: Statistics, problem: Problem, graph: Graph, shared: Poo
     felt = torch.cat([left[0] for left, _ in pieces]).permute(1, 2, 0)
     reached = torch.cat([right[0] for _, right in pieces])
     felt = felt.reshape(problem.batch, *problem.outputs[0], felt.shape[-1])
-    return Factors(own, felt.to(own.dtype), reached)
+    return LowRankJacobian(own, felt.to(own.dtype), reached)
 
 
-def _check(factors: Factors, pullback: Pullback) -> None:
+def _check(factors: LowRankJacobian, pullback: Pullback) -> None:
     """Hold uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
     value = pullback.recorded[0]
     (u,) = balanced_noise([value], torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from autojac.bench.points import points
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way, tune, wrapped
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
@@ -114,7 +114,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
 
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
     """The pattern of a function without a batch, from nothing."""
-    subject = Subject(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Quiet(()))
+    subject = Subject(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Sandbox(()))
     return feature_pattern(subject, (0,), torch.Generator().manual_seed(0), sliceable=False)
 
 

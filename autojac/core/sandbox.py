@@ -1,6 +1,6 @@
 """Evaluation without a trace: random state, captured tensors and what func sets are put back.
 
-Probing, tuning and checking call func many times. `Quiet` gives each of those calls the same random state, the same
+Probing, tuning and checking call func many times. `Sandbox` gives each of those calls the same random state, the same
 captured tensors and the same attributes, and puts all back afterwards.
 """
 
@@ -72,7 +72,7 @@ def _same_state(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Without garbage collection, in which code runs and memory goes that is not the function's."""
     enabled = gc.isenabled()
     gc.disable()
@@ -118,7 +118,7 @@ def _fits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device
 
 
-class Quiet:
+class Sandbox:
     """Evaluations of func that leave random state, captured tensors and what func sets as they were.
 
     Args:
@@ -150,7 +150,7 @@ class Quiet:
         self.converted = False
         self.kept: list[Any] = []
 
-    def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Quiet:
+    def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Sandbox:
         """The same from the random state as it is now, of these generators or else of those that are known.
 
         Args:
@@ -160,11 +160,11 @@ class Quiet:
         state = random_state(self.state if generators is None else generators)
         known = {id(tensor) for tensor in self.captured}
         captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in known)]
-        return Quiet(captured, state, self.places, self.trained)
+        return Sandbox(captured, state, self.places, self.trained)
 
-    def closer(self, state: State) -> Quiet:
+    def closer(self, state: State) -> Sandbox:
         """The same for what evaluations so far have done, which is little; with another random state."""
-        return Quiet(self.written, state, self.kept, self.trained)
+        return Sandbox(self.written, state, self.kept, self.trained)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.graph.batch_axis.propagation import Flow, follow
 from autojac.graph.cuts.accumulation import Accumulation, Product, accumulate, products
 from autojac.graph.cuts.shared_tensors import Pool, pool
@@ -32,7 +32,7 @@ class Outline:
         differentiated: indices of the leaves to differentiate.
         batched: which leaves carry the batch.
         batch: number of samples.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         captured: what func reaches, to call tensors by the names of their modules.
     """
 
@@ -42,11 +42,11 @@ class Outline:
         differentiated: Sequence[int],
         batched: Sequence[bool],
         batch: int,
-        quiet: Quiet,
+        sandbox: Sandbox,
         captured: Captures,
     ) -> None:
         fn, leaves, kwargs = call
-        self._call: Any = (fn, tuple(leaf.detach() for leaf in leaves), kwargs, quiet, captured.modules)
+        self._call: Any = (fn, tuple(leaf.detach() for leaf in leaves), kwargs, sandbox, captured.modules)
         self.state = "something that can't be followed" if captured.opaque else ""
         if any(isinstance(value, float) for value in pytree.tree_leaves(kwargs)):
             # not part of a plan's key
@@ -64,9 +64,9 @@ class Outline:
         """How the batch runs through the graph; or why there is none, as a sentence."""
         if self._call is None:
             return "func was not recorded"
-        fn, leaves, kwargs, quiet, modules = self._call
+        fn, leaves, kwargs, sandbox, modules = self._call
         try:
-            with quiet():
+            with sandbox():
                 recording = record(fn, leaves, kwargs, self.differentiated, named=True)
         except Exception as error:  # whatever func raises when it is watched
             return (

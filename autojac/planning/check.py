@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from autojac.autodiff.primitives import hooked, saved_tensors_apart
 from autojac.core.ranks import silent
-from autojac.core.sandbox import GENERATORS, Quiet, restore_random_state, without_hooks
+from autojac.core.sandbox import GENERATORS, Sandbox, restore_random_state, without_hooks
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
 from autojac.graph.operators import custom_functions
@@ -82,13 +82,13 @@ class Check:
                 return whole, whole.run(call.leaves, call.keywords)
         return self._replace(str(wrong), only_gradient, undo)
 
-    def _sandbox(self) -> Quiet:
+    def _sandbox(self) -> Sandbox:
         """Return what evaluates func from the state in which this call found it."""
         # what has changed may draw now
         generators = GENERATORS if self.difference.what == "function" else None
         return self.plan.sandbox.now(generators, self.plans.buffers() if self.updates_buffers else ())
 
-    def _reference(self, sandbox: Quiet) -> tuple[Reference, bool]:
+    def _reference(self, sandbox: Sandbox) -> tuple[Reference, bool]:
         """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
         plan, keywords = self.plan, self.call.keywords
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
@@ -109,7 +109,7 @@ class Check:
             )
         return reference, isinstance(monitor, RunMonitor) and not monitor.reason
 
-    def _compare(self, reference: Reference, sandbox: Quiet) -> Outcome:
+    def _compare(self, reference: Reference, sandbox: Sandbox) -> Outcome:
         """Compute the call, and compare the result and its gradient with the reference."""
         result: Result | None = None
         only_gradient = False
@@ -130,7 +130,7 @@ class Check:
             wrong = f"it raises {type(error).__name__}: {error}"
         return Outcome(result, wrong, only_gradient)
 
-    def _gradient_error(self, reference: Reference, sandbox: Quiet) -> str | None:
+    def _gradient_error(self, reference: Reference, sandbox: Sandbox) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
         with sandbox(), without_hooks(reference.trained), silent(self.plans.captured.modules):
             return reference.check_gradient(self.plan.run(self.own_leaves, self.call.keywords))

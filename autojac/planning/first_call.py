@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autojac.core.options import Options, Randomness
-from autojac.core.sandbox import Quiet, random_state, restore_random_state
+from autojac.core.sandbox import Sandbox, random_state, restore_random_state
 from autojac.core.signature import Layout, Signature, named_flags
 from autojac.core.structure import DRAWS, DRAWS_ALIKE
 from autojac.errors import InputError, OutputError, RandomnessError
@@ -38,7 +38,7 @@ class FirstCallReport:
 
     fn: Flat
     first: FirstCall
-    sandbox: Quiet
+    sandbox: Sandbox
     signature: Signature
     guess: tuple[bool, ...]
     keys: Keys
@@ -65,72 +65,72 @@ def inspect_first_call(call: Call, options: Options, keys: Callable[[Signature],
     """
     captured, differentiable = call.captured, call.is_differentiable
     trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
-    quiet = Quiet(captured.tensors, None, captured.places, trained)
+    sandbox = Sandbox(captured.tensors, None, captured.places, trained)
     fn: Flat = call.layout.fn
-    first = _undrawn(call, quiet)
-    if quiet.converted:
+    first = _undrawn(call, sandbox)
+    if sandbox.converted:
         # for good, as by the plain call that this call stands for: the next one shows what else func does
-        quiet = Quiet(quiet.captured, None, quiet.places, quiet.trained)
-        first = _undrawn(call, quiet)
-    if quiet.kept:
-        first, quiet = _kept(call, first, quiet)
-    if quiet.state:
-        fn, first = _drawing(call, first, quiet, options.randomness)
+        sandbox = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
+        first = _undrawn(call, sandbox)
+    if sandbox.kept:
+        first, sandbox = _kept(call, first, sandbox)
+    if sandbox.state:
+        fn, first = _drawing(call, first, sandbox, options.randomness)
     if captured.opaque and call.key.grad and not differentiable:
         # what could not be followed may hold parameters: then J must carry their graph
-        with quiet():
+        with sandbox():
             values = fn([leaf.detach() for leaf in call.leaves], call.keywords)
         differentiable = any(value.requires_grad for value in values)
     signature, guess = _signature(call, first, options.layout, differentiable)
     # the tensors that func writes into are few: only these are saved around later evaluations
-    return FirstCallReport(fn, first, quiet.closer(quiet.state), signature, guess, keys(signature))
+    return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
 
 
-def _undrawn(call: Call, quiet: Quiet) -> FirstCall:
+def _undrawn(call: Call, sandbox: Sandbox) -> FirstCall:
     """Call func for the first time, and set back the generators that it draws from, which the sandbox then knows."""
     fn, loaded = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
-    first = _first_call(fn, call, quiet)
+    first = _first_call(fn, call, sandbox)
     if not loaded and "numpy.random" in sys.modules:
         # func may have drawn from what it has just imported, and whose state was not known before
         restore_random_state({name: state[name] for name in first.moved})
         state = random_state()
-        first = _first_call(fn, call, quiet)
+        first = _first_call(fn, call, sandbox)
 
     def evaluate() -> None:
-        with quiet():
+        with sandbox():
             evaluate_once(fn, call.leaves, call.keywords, call.layout.differentiated)
 
     generators = drawn(evaluate, first.moved)
     # no other is touched: another thread may be drawing from it
-    quiet.state = {name: state[name] for name in generators}
-    restore_random_state(quiet.state)
+    sandbox.state = {name: state[name] for name in generators}
+    restore_random_state(sandbox.state)
     effects = tuple(effect for effect in first.effects if effect != DRAWS or generators)
     return dataclasses.replace(first, effects=effects)
 
 
-def _kept(call: Call, first: FirstCall, quiet: Quiet) -> tuple[FirstCall, Quiet]:
+def _kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sandbox]:
     """Report a call that keeps something, and return the sandbox for later ones.
 
     A cache is filled and a module initialised for good, as by the plain call that this call stands for.
     """
     fn, leaves, kwargs = call.layout.fn, call.leaves, call.keywords
-    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], quiet)
+    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], sandbox)
     if found:
-        return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), quiet
+        return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), sandbox
     # what each call writes is left to the call that makes the Jacobian
-    with Quiet(written)():
+    with Sandbox(written)():
         fn(leaves, kwargs)
-    later = Quiet(quiet.captured, None, quiet.places, quiet.trained)
+    later = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
     first = _undrawn(call, later)
-    later.kept = list(quiet.kept)
+    later.kept = list(sandbox.kept)
     if later.state:
-        restore_random_state(quiet.state)
-        later.state = quiet.state
+        restore_random_state(sandbox.state)
+        later.state = sandbox.state
     return first, later
 
 
-def _drawing(call: Call, first: FirstCall, quiet: Quiet, randomness: Randomness) -> tuple[Flat, FirstCall]:
+def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomness) -> tuple[Flat, FirstCall]:
     """Return a function that draws numbers as `randomness` demands, and what its first call then shows."""
     layout, leaves = call.layout, call.leaves
     if randomness == "error":
@@ -142,13 +142,13 @@ def _drawing(call: Call, first: FirstCall, quiet: Quiet, randomness: Randomness)
     if randomness == "different":
         return redrawn(layout.fn), first
     batched = layout.batched(guess_batched(leaves, len(first.values[0])))
-    fn = drawn_alike(layout.fn, batched, tuple(quiet.state))
-    alike = _first_call(fn, call, quiet)
+    fn = drawn_alike(layout.fn, batched, tuple(sandbox.state))
+    alike = _first_call(fn, call, sandbox)
     effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in first.effects]
     return fn, dataclasses.replace(alike, effects=tuple(effects))
 
 
-def _first_call(fn: Flat, call: Call, quiet: Quiet) -> FirstCall:
+def _first_call(fn: Flat, call: Call, sandbox: Sandbox) -> FirstCall:
     layout, leaves = call.layout, call.leaves
     said = layout.batched([False] * len(leaves))
     lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
@@ -157,7 +157,7 @@ def _first_call(fn: Flat, call: Call, quiet: Quiet) -> FirstCall:
     guessed = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
     lengths |= {leaves[position].shape[0] for position in guessed}
     try:
-        first = first_call(fn, leaves, call.keywords, layout.differentiated, quiet)
+        first = first_call(fn, leaves, call.keywords, layout.differentiated, sandbox)
     except RuntimeError as error:
         if len(lengths) > 1:
             raise InputError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autojac.core.call import CallLayout
 from autojac.core.keywords import Keywords
-from autojac.core.sandbox import Quiet, without_graph
+from autojac.core.sandbox import Sandbox, without_graph
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.guards.assignments import Snapshot, leaving
 from autojac.methods.base import Method
@@ -34,7 +34,7 @@ def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Com
     return compute
 
 
-def leave_no_graph(compute: Compute, problem: Problem, sandbox: Quiet) -> Compute:
+def leave_no_graph(compute: Compute, problem: Problem, sandbox: Sandbox) -> Compute:
     """Detach what func writes or sets after each call, as a call of func leaves it that records no graph."""
     writes = sandbox.captured or UPDATES_BUFFERS in problem.structure.effects
     if not writes or problem.differentiable or isinstance(compute, Replaying):

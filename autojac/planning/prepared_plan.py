@@ -16,7 +16,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.core.call import CallLayout
 from autojac.core.options import Verify
 from autojac.core.plan import Plan
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.signature import Signature
 from autojac.methods.base import reverse
 from autojac.planning.call import Call
@@ -67,7 +67,7 @@ class PreparedPlan:
     plan: Plan
     compute: Compute
     signature: Signature
-    sandbox: Quiet
+    sandbox: Sandbox
     keys: Keys | None = None
     schedule: CheckSchedule = dataclasses.field(default_factory=CheckSchedule)
     contents: ContentsWatch | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autojac.core.pattern import Sparsity
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.graph.analysis import Outline
 from autojac.probe.batched_arguments import guess_batched, resolve_batched
@@ -57,7 +57,7 @@ def examine(
     manners: Manners,
     guess: tuple[bool, ...],
     differentiated: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
     *,
     fixed: Sequence[bool],
     known: Mapping[int, bool] = MappingProxyType({}),
@@ -73,7 +73,7 @@ def examine(
         manners: what `observe` saw.
         guess: which leaves carry the batch.
         differentiated: indices of the leaves to differentiate.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         fixed: for each leaf, whether the user declared if it carries the batch.
         known: which leaves were seen to carry the batch, or not to, in earlier calls, by position.
         declared: coupling declared by the user; then nothing is probed for it.
@@ -84,15 +84,15 @@ def examine(
     outline: Outline | None = None
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
-    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, quiet, known)
-    compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, quiet, SEED)
+    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, sandbox, known)
+    compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, sandbox, SEED)
     flat = {output: mask for output, mask in flat.items() if output not in manners.cut}
-    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()
+    moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, flat) if flat else ()
     if moving:
         flat = flat_elsewhere(
-            fn, leaves, kwargs, differentiated, quiet, {output: flat[output] for output in moving}, SEED
+            fn, leaves, kwargs, differentiated, sandbox, {output: flat[output] for output in moving}, SEED
         )
-        moving = moving_with(fn, leaves, kwargs, differentiated, quiet, flat) if flat else ()
+        moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, flat) if flat else ()
     cut = dict.fromkeys(manners.cut, True) | {output: bool(flat[output].all()) for output in moving}
     evidence = [manners.evidence, compared]
     if outlined is not None:
@@ -118,7 +118,7 @@ def examine(
             declared.watched or declared.assumes,
         )
         return Examined(structure, batched, notice, outline, cut)
-    subject = Subject(fn, held, kwargs, inputs, sides, len(values[0]), quiet)
+    subject = Subject(fn, held, kwargs, inputs, sides, len(values[0]), sandbox)
     generator = torch.Generator().manual_seed(SEED)
     cost = price(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))

@@ -43,7 +43,7 @@ def prove(outline: Outline, subject: Subject) -> Proof:
         return Proof(False, line, meets=flow.meets)
     if not flow.independent:
         return Proof(False, f"proof: none, {outline.obstacle}", meets=flow.meets)
-    with subject.quiet():
+    with subject.sandbox():
         again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
     if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
         return Proof(False, "proof: none, func makes a tensor anew in each call where no operator is seen")
@@ -67,7 +67,7 @@ def meeting(
     names = outline.meeting_place
     if min(pool.size, least.size) >= rows:
         return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
-    with subject.quiet():
+    with subject.sandbox():
         recording = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated)
         graph = recording.graph
         if graph is None or graph.key != flow.graph.key:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import disagreement
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
 from autojac.errors import InputError, OutputError
 from autojac.torch_internals import pytree
@@ -40,7 +40,7 @@ def resolve_batched(
     guess: tuple[bool, ...],
     fixed: Sequence[bool],
     differentiated: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
     known: Mapping[int, bool],
 ) -> tuple[tuple[bool, ...], str | None]:
     """Check a guess of the roles: slicing the arguments must slice the outputs.
@@ -65,13 +65,13 @@ def resolve_batched(
     sliced_kwargs = pytree.tree_map_only(
         Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, kwargs
     )
-    found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, quiet)
+    found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, sandbox)
     if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(kwargs))):
         # keyword arguments go to func as they are, but here slices of them show the roles of the others
-        found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, quiet)
+        found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, sandbox)
     if found is not None:
         return found, refusal
-    subject = (fn, leaves, kwargs, values, quiet)
+    subject = (fn, leaves, kwargs, values, sandbox)
     return _settled(subject, guess, fixed, differentiated, known), refusal
 
 
@@ -80,7 +80,7 @@ def _as_long_as(value: Tensor, batch: int) -> bool:
 
 
 def _settled(
-    subject: tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[Tensor], Quiet],
+    subject: tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[Tensor], Sandbox],
     guess: tuple[bool, ...],
     fixed: Sequence[bool],
     differentiated: Sequence[int],
@@ -110,7 +110,7 @@ def _moves_own_row(
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     values: Sequence[Tensor],
-    quiet: Quiet,
+    sandbox: Sandbox,
     position: int,
 ) -> bool:
     """Whether another first row of a tensor moves the first row of the outputs, and no other."""
@@ -118,7 +118,7 @@ def _moves_own_row(
     other[0] = other[0] * 0.5 + 0.25
     changed = [other if place == position else leaf.detach() for place, leaf in enumerate(leaves)]
     try:
-        with quiet(), torch.enable_grad():
+        with sandbox(), torch.enable_grad():
             moved = within(HANG_S, lambda: [y.detach() for y in fn(changed, kwargs)])
     except Exception:  # func may refuse what its user never passes
         return False
@@ -135,7 +135,7 @@ def _sliced(
     guess: tuple[bool, ...],
     fixed: Sequence[bool],
     differentiated: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
 ) -> tuple[tuple[bool, ...] | None, str | None]:
     """The roles by which slices of the arguments give outputs of as many samples, and why they are not those slices."""
     batch = len(values[0])
@@ -148,7 +148,7 @@ def _sliced(
             samples = slice_samples(leaves, assignment, stop)
             samples = [x.detach().requires_grad_(i in differentiated) for i, x in enumerate(samples)]
             # func may differentiate itself
-            with quiet(), torch.enable_grad():
+            with sandbox(), torch.enable_grad():
                 sliced = [part.detach() for part in within(HANG_S, functools.partial(fn, samples, kwargs))]
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")

@@ -71,7 +71,7 @@ class Coded:
                 merged[position] = tensor
             return tuple(subject.fn(merged, subject.kwargs))
 
-        with subject.quiet():
+        with subject.sandbox():
             pullback = Pullback(bound, [leaves[position] for position in subject.inputs], differentiable=False)
             weights = balanced_noise(pullback.recorded, self.generator)
             before = self.known.nnz

@@ -155,7 +155,7 @@ def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.
         return record(subject.fn, subject.leaves, subject.kwargs, where.differentiated)
 
     try:
-        with subject.quiet():
+        with subject.sandbox():
             recording = within(subject.limit_s, call)
     except Exception as error:  # whatever func raises when it is watched, or at values that its user never passes
         return None, False, f"func can't be recorded, it raises {type(error).__name__}"

@@ -108,7 +108,7 @@ def completed(
         inputs = [there.leaves[position] for position in where.differentiated]
         columns = _some(found.nnz / where.m, where.n, generator)
         try:
-            with subject.quiet():
+            with subject.sandbox():
                 pullback = within(subject.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:

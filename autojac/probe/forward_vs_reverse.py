@@ -16,7 +16,7 @@ from torch import Tensor
 from autojac.autodiff.primitives import Pullback, push_dual_plainly
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balanced_noise, own_rounding, rounding_floor, tolerance
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 
 MARGIN = 10.0
 """What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
@@ -29,7 +29,7 @@ SIDES = 0.1
 
 
 def compare_modes(
-    fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], quiet: Quiet, seed: int
+    fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], sandbox: Sandbox, seed: int
 ) -> tuple[str, str | None, dict[int, Tensor]]:
     """Compare uᵀJv by both modes, for a random u and v.
 
@@ -37,7 +37,7 @@ def compare_modes(
         fn: maps (leaves, kwargs) to a tuple of tensors.
         leaves, kwargs: the point.
         inputs: indices of the leaves to differentiate.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         seed: of u and v.
 
     Returns:
@@ -55,12 +55,12 @@ def compare_modes(
         return tuple(fn(merged, kwargs))
 
     try:
-        values, pushed = _pushed(bound, points, directions, quiet)
+        values, pushed = _pushed(bound, points, directions, sandbox)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
     cotangents = balanced_noise(values, generator)
     # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
-    with quiet():
+    with sandbox():
         pullback = Pullback(bound, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)
         if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
@@ -76,13 +76,13 @@ def compare_modes(
             allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
     if gap <= allowed:
         return "modes: forward and reverse mode agree along a random direction", None, flat
-    double = _gap_in_double(bound, points, directions, cotangents, quiet)
+    double = _gap_in_double(bound, points, directions, cotangents, sandbox)
     rounded = (
         double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
     )
     if rounded:
         return "modes: forward and reverse mode differ by rounding alone", None, flat
-    difference, kind = _finite_difference(bound, points, directions, cotangents, quiet)
+    difference, kind = _finite_difference(bound, points, directions, cotangents, sandbox)
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
     clear = sides[nearer] < SIDES * sides[farther]
@@ -110,14 +110,14 @@ def flat_elsewhere(
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     inputs: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
     elements: Mapping[int, Tensor],
     seed: int,
 ) -> dict[int, Tensor]:
     """Return which of the elements have no derivative at a smaller point either: one that is saturated here has.
 
     Args:
-        fn, leaves, kwargs, inputs, quiet, seed: as of `compare_modes`.
+        fn, leaves, kwargs, inputs, sandbox, seed: as of `compare_modes`.
         elements: for each output of interest a mask of its shape. Outputs without any such element are left out.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def flat_elsewhere(
         return tuple(fn(merged, kwargs))
 
     try:
-        _, pushed = _pushed(bound, points, [noise(point, generator) for point in points], quiet)
+        _, pushed = _pushed(bound, points, [noise(point, generator) for point in points], sandbox)
         found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
     except Exception:  # func may refuse another point, or return another shape there, which says nothing
         return dict(elements)
@@ -138,11 +138,11 @@ def flat_elsewhere(
 
 
 def _pushed(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], quiet: Quiet
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], sandbox: Sandbox
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     # func may ask whether its input requires grad: every evaluation says that it does
     asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
-    with quiet(), torch.enable_grad():
+    with sandbox(), torch.enable_grad():
         return push_dual_plainly(bound, asking, directions)
 
 
@@ -157,15 +157,15 @@ def _rounding(
 
 
 def _gap_in_double(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], sandbox: Sandbox
 ) -> float:
     """How far the modes are apart in float64, where func takes that."""
     if all(point.dtype == torch.float64 for point in points):
         return float("inf")
     points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
     try:
-        _, pushed = _pushed(bound, points, directions, quiet)
-        with quiet():
+        _, pushed = _pushed(bound, points, directions, sandbox)
+        with sandbox():
             pullback = Pullback(bound, points, differentiable=False)
             pulled = pullback.pull(
                 pullback.recorded, [u.to(y.dtype) for u, y in zip(cotangents, pullback.recorded, strict=True)]
@@ -176,7 +176,7 @@ def _gap_in_double(
 
 
 def _finite_difference(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], quiet: Quiet
+    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], sandbox: Sandbox
 ) -> tuple[float, str]:
     """uᵀJv by a central difference, in float64 where func takes that; and the dtype's name."""
     for dtype in (torch.float64, points[0].dtype):
@@ -185,7 +185,7 @@ def _finite_difference(
         try:
             for sign in (1, -1):
                 shifted = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
-                with quiet(), torch.enable_grad():
+                with sandbox(), torch.enable_grad():
                     moved.append([y.detach() for y in bound(*(x.requires_grad_() for x in shifted))])
         except Exception:  # weights of another dtype
             continue

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from autojac.autodiff.tolerance import disagreement
-from autojac.core.sandbox import Quiet, restore_random_state
+from autojac.core.sandbox import Sandbox, restore_random_state
 from autojac.core.structure import KEEPS, UPDATES_BUFFERS
 from autojac.errors import RandomnessError
 from autojac.guards.assignments import Snapshot
@@ -24,19 +24,19 @@ def unlike(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return any(one.shape != other.shape or disagreement(other, one) is not None for one, other in pairs)
 
 
-def keeping(evaluate: Callable[[], Sequence[Tensor]], quiet: Quiet) -> tuple[tuple[str, ...], Sequence[Tensor]]:
-    """The effects of a function that has set something in `quiet.kept`, and the tensors that each call writes.
+def keeping(evaluate: Callable[[], Sequence[Tensor]], sandbox: Sandbox) -> tuple[tuple[str, ...], Sequence[Tensor]]:
+    """The effects of a function that has set something in `sandbox.kept`, and the tensors that each call writes.
 
     It has none if it only filled a cache, or initialised itself: then a second call sets nothing.
 
     Raises:
         RandomnessError: if its outputs hang on a number that it keeps.
     """
-    later = Quiet(quiet.captured)
-    with quiet():
+    later = Sandbox(sandbox.captured)
+    with sandbox():
         first = evaluate()
-        held = Snapshot(quiet.kept)
-        restore_random_state(quiet.state)
+        held = Snapshot(sandbox.kept)
+        restore_random_state(sandbox.state)
         with later():
             second = evaluate()
         other = unlike(first, second)

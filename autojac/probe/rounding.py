@@ -130,7 +130,7 @@ def _look_at(there: Subject, masks: Sequence[Tensor], scale: float, generator: t
 
 
 def _recorded(there: Subject, leaves: Sequence[Tensor]) -> tuple[Recording, Graph]:
-    with there.quiet():
+    with there.sandbox():
         recording = within(there.limit_s, lambda: record(there.fn, leaves, there.kwargs, there.inputs))
     if recording.graph is None:
         raise Coupled

@@ -131,7 +131,7 @@ def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool]:
     # scipy takes 0.2 s to import
     from autojac.graph.sample_graph.propagation import spread
 
-    with subject.quiet():
+    with subject.sandbox():
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False

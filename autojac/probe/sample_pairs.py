@@ -27,7 +27,7 @@ from autojac.autodiff.primitives import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balance, own_scale
 from autojac.core.ranks import several
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
 from autojac.torch_internals import pytree
 
@@ -67,7 +67,7 @@ class Subject:
         inputs: indices of the differentiated leaves that carry the batch.
         sides: indices of the other leaves that carry the batch.
         batch: number of samples.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         limit_s: seconds after which an evaluation at other values is given up: a loop may never converge there.
     """
 
@@ -77,7 +77,7 @@ class Subject:
     inputs: tuple[int, ...]
     sides: tuple[int, ...]
     batch: int
-    quiet: Quiet
+    sandbox: Sandbox
     limit_s: float = math.inf
 
     def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class Subject:
         leaves = [replaced.get(position, leaf) for position, leaf in enumerate(self.leaves)]
         leaves = [x.detach().clone().requires_grad_() if i in self.inputs else x.detach() for i, x in enumerate(leaves)]
         # func may differentiate itself
-        with self.quiet(), torch.enable_grad():
+        with self.sandbox(), torch.enable_grad():
             values = within(self.limit_s, lambda: tuple(self.fn(leaves, self.kwargs)))
         return tuple(value.detach() for value in values)
 
@@ -149,7 +149,7 @@ def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, gener
             merged[position] = tensor
         return tuple(subject.fn(merged, subject.kwargs))
 
-    with subject.quiet():
+    with subject.sandbox():
         pullback = Pullback(bound, [subject.leaves[position] for position in subject.inputs], differentiable=False)
         return cotangent_verdict(pullback, [True] * len(subject.inputs), masks, called, generator)
 

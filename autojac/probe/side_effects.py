@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.core.sandbox import Quiet, moved, random_state, same_bits
+from autojac.core.sandbox import Sandbox, moved, random_state, same_bits
 from autojac.core.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.graph.special_kernels import ATTENTION, special_kernels
@@ -67,7 +67,7 @@ def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any],
 
 
 def first_call(
-    fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int], quiet: Quiet
+    fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int], sandbox: Sandbox
 ) -> FirstCall:
     """Call func once, without a trace, and see what it returns and does.
 
@@ -75,13 +75,13 @@ def first_call(
         MutationError: if func writes into an argument.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
-    with quiet(), Monitor() as monitor:
+    with sandbox(), Monitor() as monitor:
         before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
         generators = moved(before, random_state())
     check_outputs(values)
-    exchanges = monitor.exchanges or quiet.exchanged
-    done = (UPDATES_BUFFERS if quiet.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
+    exchanges = monitor.exchanges or sandbox.exchanged
+    done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
     return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators)
 
 
@@ -91,25 +91,25 @@ def observe(
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     differentiated: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
     reached: Sequence[str] = (),
 ) -> Manners:
     """Call func again from the same state and compare.
 
     Args:
         first: the first call.
-        fn, leaves, kwargs, differentiated, quiet: the call.
+        fn, leaves, kwargs, differentiated, sandbox: the call.
         reached: operators that lack derivatives, which another branch of func may run.
 
     Raises:
         RandomnessError: if equal inputs and equal random state give different outputs.
     """
-    with quiet():
+    with sandbox():
         second, nodes = evaluate_once(fn, leaves, kwargs, differentiated)
     if unlike(first.values, second):
         raise RandomnessError(UNLIKE)
     cut = without_graph_to(second, nodes)
-    moving = moving_with(fn, leaves, kwargs, differentiated, quiet, dict.fromkeys(cut)) if cut else ()
+    moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, dict.fromkeys(cut)) if cut else ()
     if moving and len(cut) == len(second):
         raise OutputError(
             "the outputs of func move with its input, but none has a graph to it, so every derivative would be zero. "
@@ -149,13 +149,13 @@ def moving_with(
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     differentiated: Sequence[int],
-    quiet: Quiet,
+    sandbox: Sandbox,
     elements: Mapping[int, Tensor | None],
 ) -> tuple[int, ...]:
     """Return which outputs move in proportion to a small step of the inputs; a jump, as of `round`, does not.
 
     Args:
-        fn, leaves, kwargs, differentiated, quiet: the call.
+        fn, leaves, kwargs, differentiated, sandbox: the call.
         elements: for each output of interest which of its elements to look at, a mask of its shape; None for all.
     """
     generator = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def moving_with(
             leaf.detach() + size * (1 + leaf.detach().abs()) * step if position in differentiated else leaf.detach()
             for position, (leaf, step) in enumerate(zip(leaves, steps, strict=True))
         ]
-        with quiet(), torch.no_grad():
+        with sandbox(), torch.no_grad():
             values: Sequence[Tensor] = fn(moved, kwargs)
         return {n: values[n].detach()[... if mask is None else mask] for n, mask in elements.items()}
 

@@ -118,7 +118,7 @@ def _values(there: Subject, masks: Sequence[Tensor], generator: torch.Generator)
         return tuple(there.fn(merged, there.kwargs))
 
     inputs = [there.leaves[position] for position in there.inputs]
-    with there.quiet():
+    with there.sandbox():
         pullback = within(there.limit_s, lambda: Pullback(bound, inputs, differentiable=False))
         values = pullback.recorded
         whole = pullback.pull(values, balanced_noise(values, generator))

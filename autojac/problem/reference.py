@@ -15,7 +15,7 @@ from autojac.autodiff.primitives import Pullback, gradient
 from autojac.autodiff.tolerance import balance, disagreement, own_rounding, rounding_floor, tolerance
 from autojac.core.autocast import outside_autocast
 from autojac.core.pattern import Pattern
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.errors import UnsupportedError
 from autojac.graph.special_kernels import plain_formulas
@@ -38,7 +38,7 @@ class Reference:
     Args:
         problem: the function and its structure.
         leaves, kwargs: the point.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         rows: how many single rows of the Jacobian are compared besides the projections.
         seed: of the random projections.
         pullback: of a graph that exists already, in the place of an evaluation.
@@ -57,7 +57,7 @@ class Reference:
         problem: Problem,
         leaves: Sequence[Tensor],
         kwargs: Mapping[str, Any],
-        quiet: Quiet,
+        sandbox: Sandbox,
         rows: int = ROWS,
         seed: int = 0,
         pullback: Pullback | None = None,
@@ -79,7 +79,7 @@ class Reference:
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
         # a fused kernel may lack the second derivative by which a differentiable result is checked
         kernels = problem.structure.kernels if problem.differentiable else ()
-        with outside_autocast(), quiet(), plain_formulas(kernels):
+        with outside_autocast(), sandbox(), plain_formulas(kernels):
             self.pullback = pullback or recorded(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
             pairs = zip(problem.inputs, self.pullback.inputs, strict=True) if problem.originals is not None else ()

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from autojac.autodiff.primitives import levels_restored, pulled_back
 from autojac.core.keywords import Keywords
-from autojac.core.sandbox import Quiet, random_state, restore_random_state, uncollected, without_hooks
+from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.function_state import FunctionState
@@ -108,10 +108,10 @@ def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
     """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
     buffers = [tensor for tensor in captured if not tensor.requires_grad]
     trained = [tensor for tensor in captured if tensor.requires_grad and tensor.is_leaf]
-    quiet = Quiet(buffers, random_state(problem.generators), problem.places, trained)
+    sandbox = Sandbox(buffers, random_state(problem.generators), problem.places, trained)
     # a parameter that autocast has converted before would be met as a stranger
     torch.clear_autocast_cache()
-    with quiet(), without_hooks(captured), levels_restored(), unwarned():
+    with sandbox(), without_hooks(captured), levels_restored(), unwarned():
         yield
     torch.clear_autocast_cache()
 
@@ -140,7 +140,7 @@ class _Run:
         """Prepare the method and run it, and pull back through the result."""
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
-        with uncollected(), RunMonitor(codes) as watched, self.tape:
+        with gc_disabled(), RunMonitor(codes) as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
             self.values = len(result.values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autojac import AutoJacobian
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.base import registry
 from autojac.problem.reference import Reference
 from harness import compare, planned
@@ -104,7 +104,7 @@ def test_the_gradient_through_every_candidate_agrees(coupled: bool) -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     request, _, problem = planned(func, (x,))
     assert problem.differentiable
-    reference = Reference(problem, request.leaves, {}, Quiet(()), trained=request.trained)
+    reference = Reference(problem, request.leaves, {}, Sandbox(()), trained=request.trained)
     right: list[Tensor] = []
     for kind in registry().values():
         for method in kind.candidates(problem, 1):
@@ -122,7 +122,7 @@ def test_the_gradient_through_every_candidate_agrees(coupled: bool) -> None:
 def test_a_wrong_graph_is_caught() -> None:
     model, x = network(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     request, _, problem = planned(model, (x,))
-    reference = Reference(problem, request.leaves, {}, Quiet(()), trained=request.trained)
+    reference = Reference(problem, request.leaves, {}, Sandbox(()), trained=request.trained)
     result = registry()["PerSample"](mode="reverse").prepare(problem)(request.leaves, {})  # type: ignore[call-arg]
     J = result.jacobians[0][0]
     detached = result._replace(jacobians=((J.detach() + 0 * J,),))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian
 from autojac.core.module_function import ModuleFunction
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.pull import Pull
 from autojac.methods.statistics import Statistics
 from harness import compare, planned
@@ -125,14 +125,14 @@ def test_every_way_is_exact_in_the_weights(name: str, grad: bool) -> None:
         # a layer norm is not pushed through where J is differentiated
         assert {method.local for method in methods} == {"copies"} | ({"mixed"} if name != "sets" or not grad else set())
         for method in methods:
-            quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
+            sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
             try:
-                with quiet():
+                with sandbox():
                     result = method.prepare(problem)(request.leaves, {})
             except RuntimeError:
                 # torch differentiates a batched gradient through group norm for no method
                 assert name == "images" and grad and method.engine == "batched"
-                with pytest.raises(RuntimeError), quiet():
+                with pytest.raises(RuntimeError), sandbox():
                     Pull("identity", "batched").prepare(problem)(request.leaves, {})
                 continue
             J = request.layout.jacobian(result.jacobians)

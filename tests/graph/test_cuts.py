@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, UnsupportedError
-from autojac.api.low_rank_factors import Factors
-from autojac.core.sandbox import Quiet
+from autojac.api.low_rank_factors import LowRankJacobian
+from autojac.core.sandbox import Sandbox
 from autojac.graph.cuts.accumulation import products
 from autojac.methods import bottleneck
 from autojac.methods.base import Method
@@ -42,13 +42,13 @@ def normal(*shape: int) -> Tensor:
 def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[tuple[Method, Any]]:
     """Each candidate of a method that applies, with what it computes."""
     request, seen, problem = planned(func, args, **options)
-    quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
+    sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
     results = []
     for method in kind.candidates(problem, 1):
         if method.compiles:
             continue
         assert method.unsupported(problem) is None
-        with quiet():
+        with sandbox():
             result = method.prepare(problem)(request.leaves, {})
         results.append((method, request.layout.jacobian(result.jacobians)))
     return results
@@ -604,11 +604,11 @@ def test_factors_of_independent_samples_and_of_none() -> None:
     compare(D, x.cos().diag_embed(), EXACT)
     assert U.shape == (5, 3, 0) and V.shape == (0, 5, 3)
     v = normal(5, 3)
-    compare(Factors(D, U, V) @ v, x.cos() * v, EXACT)
+    compare(LowRankJacobian(D, U, V) @ v, x.cos() * v, EXACT)
     with pytest.raises(InputError, match=r"shape \(5, 3\) was expected, .* got \(15, 2\)"):
-        Factors(D, U, V) @ normal(15, 2)
+        LowRankJacobian(D, U, V) @ normal(15, 2)
     nobody = normal(0, 3)
-    compare(Factors(D[:0], U[:0], V[:, :0]) @ nobody, nobody, EXACT)
+    compare(LowRankJacobian(D[:0], U[:0], V[:, :0]) @ nobody, nobody, EXACT)
     with pytest.raises(UnsupportedError, match="no factors"):
         AutoJacobian(lambda x: x.roll(1, 0), on_miss="estimate", store=":memory:").factors(x)
     with pytest.raises(InputError, match="one output and one input"):

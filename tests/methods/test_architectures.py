@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import autojac
 from architectures import Architecture, Around, Made, architectures, chain
 from autojac import AutoJacobian
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.base import registry
 from autojac.planning.search import measure
 from autojac.problem.reference import Reference
@@ -127,15 +127,15 @@ def check_candidates(drawn: Architecture) -> None:
     expected = expected_of(made)
     with calm(made), torch.inference_mode(False):
         request, seen, problem = planned(made.func, made.args, made.kwargs, **made.options)
-        quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
-        reference = Reference(problem, request.leaves, request.keywords, quiet)
+        sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
+        reference = Reference(problem, request.leaves, request.keywords, sandbox)
         right = 0
         for kind in registry().values():
             for method in kind.candidates(problem, 1):
                 if "Compiled" in repr(method) or method.unsupported(problem) is not None:
                     continue
                 try:
-                    with quiet():
+                    with sandbox():
                         result = method.prepare(problem)(request.leaves, request.keywords)
                 except Exception:  # an infeasible candidate; the reason is the search's business
                     continue

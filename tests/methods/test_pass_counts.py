@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.statistics import Statistics
 from autojac.methods.support import engines, shared_statistics
 from harness import Counted, compare, planned
@@ -80,7 +80,7 @@ def test_passes_are_those_of_the_cheaper_sides(name: str, seeds: list[int]) -> N
     for method in Statistics.candidates(problem, 1):
         seeds.clear()
         calls = func.calls
-        with Quiet(seen.sandbox.captured, seen.sandbox.state)():
+        with Sandbox(seen.sandbox.captured, seen.sandbox.state)():
             J = method.prepare(problem)(request.leaves, {}).jacobians[0][0]
         compare(J.detach(), expected, 1e-11)
         assert sum(seeds) == wanted[method.local] == method.passes(problem)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import autojac
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.base import Method, registry
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -95,11 +95,11 @@ def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> N
     with torch.set_grad_enabled(grad):
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         right = 0
-        quiet = Quiet(seen.sandbox.captured, seen.sandbox.state)
-        reference = Reference(problem, request.leaves, request.keywords, quiet)
+        sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
+        reference = Reference(problem, request.leaves, request.keywords, sandbox)
         for method in _tried(problem, scenario.name):
             try:
-                with quiet(), warnings.catch_warnings():
+                with sandbox(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     result = method.prepare(problem)(request.leaves, request.keywords)
             except Exception:  # an infeasible candidate; the reason is the search's business

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import autojac
 from autojac import AutoJacobian
 from autojac.autodiff.primitives import levels_restored, transforming
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
 from autojac.planning.search import measure, optimize, propose, shoot_out
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
@@ -277,7 +277,7 @@ def test_one_compiled_candidate_is_right_and_differentiable(net: nn.Module) -> N
     method = build(
         {"method": "Compiled", "inner": {"method": "Replay", "inner": {"method": "PerSample", "mode": "reverse"}}}
     )
-    reference = optimize.Reference(problem, request.leaves, {}, Quiet(()), trained=request.trained)
+    reference = optimize.Reference(problem, request.leaves, {}, Sandbox(()), trained=request.trained)
     result = method.prepare(problem)(request.leaves, {})
     assert reference.check(result) is None
     assert reference.check_gradient(result) is None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import autojac
 from autojac import AutoJacobian, StructureChangedWarning
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.methods.base import registry
 from autojac.probe.rounding import only_rounding
@@ -301,7 +301,7 @@ def test_no_program_of_which_a_derivative_reaches_another_sample_is_cleared(mode
             found: Tensor = y if mode == "alone" else kernel + 1e-9 * y if mode == "added" else kernel * y
             return found
 
-        subject = Subject(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Quiet([]))
+        subject = Subject(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
         cleared = only_rounding(subject, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
         counts[cleared] += 1
         for scale in (0.1, 1.0, 10.0) if cleared else ():

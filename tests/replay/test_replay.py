@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import autojac
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.guards.captures import captures
 from autojac.guards.walker import Walk
 from autojac.methods.base import build, registry
@@ -89,13 +89,13 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
     with torch.no_grad():
         request, seen, problem = planned(func, args, kwargs, argnums=scenario.argnums)
         problem = dataclasses.replace(problem, trial=True)
-        quiet = Quiet(captures(func).tensors, seen.sandbox.state)
+        sandbox = Sandbox(captures(func).tensors, seen.sandbox.state)
         tried, refused = 0, list[str]()
         for inner in _some(problem, scenario.name, most):
             method = build(replay(inner.spec()))
             if method.unsupported(problem) is not None:
                 continue
-            with quiet():
+            with sandbox():
                 try:
                     eager = inner.ready(problem)
                     eager(request.leaves, request.keywords)
@@ -111,11 +111,11 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
             leaves = request.layout.leaves(others)
             if [x.shape for x in leaves] != [x.shape for x in request.leaves]:
                 leaves = request.leaves
-            with quiet():
+            with sandbox():
                 for tensor in captures(func).tensors:
                     if tensor.is_floating_point() and not tensor.is_inference():
                         tensor.mul_(1.125)
-                moved = Quiet((), seen.sandbox.state)
+                moved = Sandbox((), seen.sandbox.state)
                 with moved():
                     expected = eager(leaves, request.keywords)
                 with moved():

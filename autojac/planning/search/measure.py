@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
-from autojac.core.sandbox import uncollected
+from autojac.core.sandbox import gc_disabled
 
 Run = Callable[[], Any]
 
@@ -98,7 +98,7 @@ def interleaved(
 def peak_bytes(run: Run, device: torch.device) -> int:
     """Return the peak memory of one call, beyond what was allocated before it."""
     # garbage that goes meanwhile would count against the call; collecting it first takes up to 0.3 s
-    with uncollected():
+    with gc_disabled():
         return _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import Pullback
 from autojac.core.plan import Effort, effort_rank
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.errors import SearchError
 from autojac.methods.base import Method, build, reverse
 from autojac.planning.search import measure
@@ -40,7 +40,7 @@ def search(
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
     captured: Sequence[Tensor],
-    quiet: Quiet,
+    sandbox: Sandbox,
     effort: Effort,
     budget_s: float | None = None,
     hints: Sequence[Method] = (),
@@ -52,7 +52,7 @@ def search(
         problem: what to compute.
         leaves, kwargs: the point at which candidates are checked and timed.
         captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
-        quiet: how to evaluate without a trace.
+        sandbox: how to evaluate without a trace.
         effort: `estimate` takes the first right method of the cost model and times nothing.
         budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
             torch loads once a process is not counted.
@@ -62,7 +62,7 @@ def search(
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, quiet), trial=True)
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, sandbox), trial=True)
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
     if effort != "estimate":
         # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
@@ -74,11 +74,11 @@ def search(
         leaves,
         kwargs,
         captured,
-        quiet,
+        sandbox,
         effort,
         start + (1 - SHOOT_OUT_SHARE) * allowed,
         start + allowed,
-        Reference(problem, leaves, kwargs, quiet, trained=captured),
+        Reference(problem, leaves, kwargs, sandbox, trained=captured),
         progress,
     )
     defaults = default_methods(problem)
@@ -130,7 +130,7 @@ def fastest(session: SearchSession, methods: Sequence[Method]) -> list[Method]:
     return sorted(timed, key=timed.__getitem__)
 
 
-def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], quiet: Quiet) -> int:
+def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], sandbox: Sandbox) -> int:
     """Measure the peak memory of one plain evaluation and one VJP of the first output: the least that a seed costs."""
 
     def one_pass() -> object:
@@ -139,7 +139,7 @@ def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str,
         return pullback(0, torch.ones_like(pullback.outputs[0]), last=True)
 
     try:
-        with quiet():
+        with sandbox():
             return measure.peak_bytes(one_pass, leaves[problem.inputs[0]].device)
     except Exception:  # sizes of inputs and outputs have to do; the candidates find out what is wrong
         return 0

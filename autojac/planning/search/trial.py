@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import gradient, levels_restored
 from autojac.core.plan import Effort, Trial, TrialState
-from autojac.core.sandbox import Quiet
+from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
 from autojac.guards.process_state import unwarned
 from autojac.methods.base import Method
@@ -44,7 +44,7 @@ class SearchSession:
     leaves: Sequence[Tensor]
     kwargs: Mapping[str, Any]
     captured: Sequence[Tensor]
-    quiet: Quiet
+    sandbox: Sandbox
     effort: Effort
     deadline: float
     end: float
@@ -113,7 +113,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         return compute, seconds, wrong
 
     try:
-        with session.quiet(), unwarned(), levels_restored():
+        with session.sandbox(), unwarned(), levels_restored():
             allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
@@ -144,7 +144,7 @@ def try_out(session: SearchSession, method: Method, allowed_s: float | None = No
         return measure.summary([first]), hopeless
 
     try:
-        with session.quiet(), unwarned(), levels_restored():
+        with session.sandbox(), unwarned(), levels_restored():
             timing, hopeless = within(max(session.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
         return session.record(method, "infeasible", reason=_first_line(error))
@@ -160,7 +160,7 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
     """Measure a timed candidate's peak memory in a run of its own; tell whether it stays within the limit."""
     trial = session.trials[method]
     try:
-        with session.quiet(), unwarned():
+        with session.sandbox(), unwarned():
             memory = measure.peak_bytes(session.runs[method], session.device)
     except Exception as error:  # it ran before, and may not run any more
         session.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))

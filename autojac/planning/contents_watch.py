@@ -30,11 +30,11 @@ class ContentsWatch:
         self.hold(captured)
 
     def hold(self, captured: Captures) -> None:
-        """TensorContents from now on the constants that func reaches."""
+        """Watch from now on the constants that func reaches."""
         self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
 
     def refresh(self, captured: Captures) -> bool:
-        """TensorContents what func reaches now if it has changed since; tell whether it has."""
+        """Watch what func reaches now if it has changed since; tell whether it has."""
         function_state = self._problem.function_state
         if function_state is None or self._version == function_state.version:
             return False

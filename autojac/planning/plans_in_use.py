@@ -47,6 +47,7 @@ class PlansInUse:
         self.has_warned_untrained = False
         self._plans: dict[CallKey, PreparedPlan] = {}
         self._captured: Captures | None = None
+        self._version = 0
         self._observes = options.verify != "never"
         self._replays = False
 
@@ -61,9 +62,11 @@ class PlansInUse:
         """Notice before a call whether the function has changed; return the kind of its state if that is known."""
         function_state = self.planner.function_state
         state, moved = function_state.observe() if self._observes else (None, False)
+        # a call may have changed the function itself, which was taken for no change after it
+        moved = moved or self._version != function_state.version
         if moved or (self._replays and not function_state.is_unchanged()):
             # it may hold other tensors now, which require grad
-            self._captured = None
+            self._captured, self._version = None, function_state.version
         return state
 
     def absorb(self, plan: PreparedPlan) -> None:

@@ -173,3 +173,29 @@ def test_what_changes_all_the_time_is_checked_a_few_times_only() -> None:
         jac(x)
     # func keeps a count, which one more plain call in each leaves right
     assert func.calls == before + 20
+
+
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
+@pytest.mark.parametrize("layout", ["blocks", "full", "sparse"])
+def test_an_index_that_func_exchanges_in_each_call_decides_the_next_one(layout: str) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near = INDEX.roll(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * x[self.near]
+            self.near = self.near.roll(1)
+            return y
+
+    model, x = Turning(), torch.randn(6, 2, dtype=torch.float64)
+    jac = AutoJacobian(model, layout=layout, store=":memory:", on_miss="estimate")
+    for _ in range(20):
+        near = model.near
+        whole = jacobian_full(lambda x, near=near: x * x[near], (x,))
+        found = jac(x)
+        assert torch.equal(model.near, near.roll(1))
+        if layout == "blocks":
+            whole = whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        found = found.to_dense() if layout == "sparse" else found
+        torch.testing.assert_close(found.reshape(whole.shape), whole)

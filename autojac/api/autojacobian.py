@@ -1,4 +1,4 @@
-"""The one composer: wrap a function, and every call uses the plan that was tuned and is checked for it."""
+"""Wrap a function: every call uses the plan that was tuned for it and is checked."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class AutoJacobian(Derived):
     def of_parameters(
         module: torch.nn.Module, *, in_dims: Any = "auto", **options: Unpack[OptionValues]
     ) -> AutoJacobian:
-        """Each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
+        """Return each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
 
         The wrapper is called as the module is, and returns a dict: name of the parameter → (B, *out, *param), inside
         the nest of the outputs. Tied parameters appear once, those that don't require grad are left out.
@@ -141,7 +141,7 @@ class AutoJacobian(Derived):
         return AutoJacobian(module_function(module), in_dims=(None, own), **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The Jacobian of func at these arguments.
+        """Return the Jacobian of func at these arguments.
 
         Returns:
             J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
@@ -161,7 +161,7 @@ class AutoJacobian(Derived):
         return (jacobian, result.aux) if self.options.has_aux else jacobian
 
     def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone.
+        """Return func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone.
 
         Returns:
             (y, J), or (y, J, aux) for `has_aux=True`.
@@ -175,7 +175,7 @@ class AutoJacobian(Derived):
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for such a call; made now if there is none."""
+        """Return the plan for such a call; made now if there is none."""
         with outside_inference_mode(self._func_args(args), kwargs) as call:
             return self._plans.look_up(*call)[0].plan
 
@@ -197,7 +197,7 @@ class AutoJacobian(Derived):
             return self._plans.tune(*call, effort, budget_s).plan
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
-        """For people: the plan, what was probed, every candidate with its time and memory or why it was rejected."""
+        """Explain the plan: what was probed, and every candidate with its time and memory or why it was rejected."""
         with outside_inference_mode(self._func_args(args), kwargs) as call:
             plan, _ = self._plans.look_up(*call)
         return explanation(plan, self._plans.planner.stored)

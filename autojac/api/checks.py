@@ -27,7 +27,7 @@ from autojac.torch_internals import pytree
 @opaque
 def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto",
           **kwargs: Any) -> Structure:  # fmt: skip
-    """What couples with what across the batch of a function, found without leaving a trace.
+    """Return what couples with what across the batch of a function, found without leaving a trace.
 
     Args:
         func: a function or module of tensors with the batch on axis 0.
@@ -100,7 +100,7 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
 
 
 def _held(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
-    """The entries that sparse Jacobians hold, whatever is known of the function."""
+    """Return the entries that sparse Jacobians hold, whatever is known of the function."""
     held = {}
     for output, row in enumerate(result.jacobians):
         for position, matrix in zip(problem.inputs, row, strict=True):

@@ -35,7 +35,7 @@ class Derived(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
     def inverse(self, *args: Any, **kwargs: Any) -> Any:
-        """The inverse of each sample's Jacobian, or its Moore-Penrose inverse where it is rectangular.
+        """Return the inverse of each sample's Jacobian, or its Moore-Penrose inverse where it is rectangular.
 
         Zeros that all samples share choose the way (reciprocals, substitution, LU, QR); the derivative is that of a
         general matrix.
@@ -58,7 +58,7 @@ class Derived(ABC):
         return self._of_matrices(inverted, args, kwargs)
 
     def slogdet(self, *args: Any, **kwargs: Any) -> Any:
-        """Sign and logarithm of the absolute determinant of each sample's Jacobian, as a normalizing flow needs them.
+        """Return sign and logarithm of each sample's absolute Jacobian determinant, as a normalizing flow needs them.
 
         Args:
             args, kwargs: the call.
@@ -77,7 +77,7 @@ class Derived(ABC):
         return self._of_matrices(determined, args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """The trace of each sample's Jacobian: the divergence of a vector field. Only the diagonal is computed.
+        """Return the trace of each sample's Jacobian: the divergence of a vector field. Only the diagonal is computed.
 
         Args:
             args, kwargs: the call.
@@ -94,7 +94,7 @@ class Derived(ABC):
         return self._beside_aux(total.squeeze(0) if plan.layout.unbatched else total, result)
 
     def factors(self, *args: Any, **kwargs: Any) -> LowRankJacobian:
-        """The whole batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
+        """Return the batch's Jacobian as block diagonal plus low rank, where samples meet in shared statistics alone.
 
         A million samples under BatchNorm have a Jacobian that no memory holds, but its factors fit: `factors @ v` is
         J·v.
@@ -135,7 +135,7 @@ class Derived(ABC):
         return (value, result.aux) if self.options.has_aux else value
 
     def _other(self, layout: Layout) -> Self:
-        """The same wrapper for another layout, with plans of its own."""
+        """Return the same wrapper for another layout, with plans of its own."""
         if layout == self.options.layout:
             return self
         if layout not in self._others:
@@ -146,7 +146,7 @@ class Derived(ABC):
 
 
 def _only(plan: PreparedPlan, result: Result) -> Tensor:
-    """The one Jacobian of a call."""
+    """Return the one Jacobian of a call."""
     outputs, inputs = len(result.jacobians), len(plan.problem.inputs)
     if (outputs, inputs) != (1, 1):
         raise InputError(

@@ -53,7 +53,7 @@ def jacobian_from(
     allow_unused: bool = False,
     memory_limit: int | str | None = None,
 ) -> Any:
-    """The Jacobian of outputs that were computed already with respect to tensors that they were computed from.
+    """Return the Jacobian of outputs that were computed already with respect to tensors that they were computed from.
 
     Reverse mode through the graph as it is: func is neither needed nor called. What couples with what is probed on that
     graph, and the result is checked against plain VJPs before it is returned.
@@ -172,7 +172,7 @@ def _dense(problem: Problem) -> Problem:
 
 
 def _methods(problem: Problem) -> Sequence[Pull]:
-    """Those that need no func, the most promising first; the plain loop needs no rule of any operator."""
+    """Return those that need no func, the most promising first; the plain loop needs no rule of any operator."""
     fitting = [m for m in Pull.candidates(problem, 0) if m.plain and m.unsupported(problem) is None]
     allowed = [m for m in fitting if problem.result_bytes + m.workspace(problem) <= problem.memory_limit]
     ranked = sorted(allowed, key=lambda method: method.cost(problem))
@@ -215,7 +215,7 @@ def _require_used(pullback: Pullback) -> None:
 
 
 def _carries(x: Tensor, axis: Axis, batch: int) -> bool:
-    """Whether axis 0 of an input runs over samples."""
+    """Check whether axis 0 of an input runs over samples."""
     if axis == AUTO:
         return x.dim() > 0 and len(x) == batch and not isinstance(x, torch.nn.Parameter)
     if axis is None:

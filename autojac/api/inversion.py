@@ -16,7 +16,7 @@ shape, since the 1-norms grow with the size faster than the rounding does.
 
 
 def triangles(matrices: Tensor) -> tuple[bool, bool]:
-    """Whether every matrix is upper triangular, and whether every one is lower triangular."""
+    """Check whether every matrix is upper triangular, and whether every one is lower triangular."""
     # reshape infers no -1 beside an axis of length 0
     pattern = matrices.ne(0).reshape(prod(matrices.shape[:-2]), *matrices.shape[-2:]).any(0)
     below, above = torch.stack([pattern.tril(-1).any(), pattern.triu(1).any()]).tolist()
@@ -24,7 +24,7 @@ def triangles(matrices: Tensor) -> tuple[bool, bool]:
 
 
 def largest(matrices: Tensor) -> Tensor:
-    """The largest magnitude in each matrix, NaN where there is one."""
+    """Return the largest magnitude in each matrix, NaN where there is one."""
     return matrices.abs().amax((-2, -1)) if matrices.numel() else matrices.new_zeros(matrices.shape[:-2])
 
 
@@ -40,7 +40,7 @@ def _norm(matrices: Tensor) -> Tensor:
 
 
 def solve(matrices: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse of each matrix, or the Moore-Penrose inverse of a rectangular one; and which matrices have none.
+    """Return the inverse or Moore-Penrose inverse of each matrix, and which matrices have none.
 
     A matrix has none if it has a zero pivot, if its inverse overflows `stored`, or if 1 / (|A|₁ |A⁻¹|₁) is below 4 eps
     (`MARGIN`) after a scaling of its rows and columns. So units don't count, and diagonal matrices fail by a zero only.

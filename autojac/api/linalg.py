@@ -58,7 +58,7 @@ def inverse(matrices: Tensor) -> Tensor:
 
 
 def slogdet(matrices: Tensor) -> Slogdet:
-    """Sign and logarithm of the absolute value of each determinant.
+    """Return sign and logarithm of the absolute value of each determinant.
 
     Diagonal and triangular matrices (by the zeros that all of them share) need no LU. Half precision is computed in
     float32 and rounded back. Singular matrices are no error: a zero pivot gives sign 0 and logarithm -inf as in torch,
@@ -172,7 +172,7 @@ def _inverse_push(matrices: Tensor, inverses: Tensor, tangent: Tensor) -> Tensor
 
 
 def _inverse_pull(matrices: Tensor, inverses: Tensor, cotangent: Tensor) -> Tensor:
-    """The adjoint of `_inverse_push`, which is the same formula for the transposed matrices."""
+    """Return the adjoint of `_inverse_push`, which is the same formula for the transposed matrices."""
     return _inverse_push(matrices.mT, inverses.mT, cotangent)
 
 
@@ -201,7 +201,7 @@ def _slogdet_push(matrices: Tensor, _: Tensor, tangent: Tensor) -> Tensor:
 
 
 def _refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacobianError:
-    """The error that names the samples."""
+    """Return the error that names the samples."""
     samples = [tuple(flags.flatten().nonzero().flatten().tolist()) for flags in (singular, not_finite)]
     flaws = ["singular" if square else "short of full rank", "not finite"]
     advice = [

@@ -59,7 +59,7 @@ class LowRankJacobian(NamedTuple):
 
 
 def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], LowRankJacobian]:
-    """What computes the factors for one kind of call, whose samples meet in shared statistics.
+    """Return what computes the factors for one kind of call, whose samples meet in shared statistics.
 
     Raises:
         InputError: if there are several outputs or inputs, or an input without a batch.
@@ -100,7 +100,7 @@ def require_one(problem: Problem) -> None:
 
 
 def without_sharing(problem: Problem, blocks: Tensor) -> LowRankJacobian:
-    """The factors of independent samples: nothing is shared."""
+    """Return the factors of independent samples: nothing is shared."""
     require_one(problem)
     leaf = problem.leaves[problem.inputs[0]]
     return LowRankJacobian(
@@ -123,7 +123,7 @@ def _multiplied_out(
 
 
 def _check(factors: LowRankJacobian, pullback: Pullback) -> None:
-    """Hold uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
+    """Check uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
     value = pullback.recorded[0]
     (u,) = balanced_noise([value], torch.Generator().manual_seed(0))
     expected = pullback(0, u)[0].detach()

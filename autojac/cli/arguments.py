@@ -55,7 +55,7 @@ def argnums(text: str | int) -> int | tuple[int, ...]:
 
 
 def device_named(text: str) -> torch.device:
-    """The device, if it is there.
+    """Return the device, if it is there.
 
     Raises:
         TargetError: it is not.

@@ -139,7 +139,7 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 
 def grad_mode(grad: bool | None, args: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """The grad mode that makes J differentiable or not; by default the target's parameters decide."""
+    """Return the grad mode that makes J differentiable or not; by default the target's parameters decide."""
     if grad is None:
         return nullcontext()
     for arg in args:
@@ -149,7 +149,7 @@ def grad_mode(grad: bool | None, args: Sequence[Tensor]) -> AbstractContextManag
 
 
 def require_store(location: str | None) -> PlanStore:
-    """The store at a location, found to be writable.
+    """Return the store at a location, found to be writable.
 
     Raises:
         StoreError: plans can't be kept there.

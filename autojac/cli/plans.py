@@ -121,7 +121,7 @@ def remove_plans(numbers: tuple[int, ...], everything: bool, location: str | Non
 
 
 def trials_table(trials: Any) -> Table:
-    """Every candidate's fate, the fastest first."""
+    """Return every candidate's fate, the fastest first."""
     from rich.table import Table
     from rich.text import Text
 

@@ -108,7 +108,7 @@ def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
 
 
 def _account(error: BaseException) -> tuple[str, bool]:
-    """What was raised and where in the user's code, and whether by a `raise` of theirs."""
+    """Return what was raised and where in the user's code, and whether by a `raise` of theirs."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if not frame.filename.startswith((str(Path(__file__).parents[1]), "<"))]
     own = [frame for frame in outside if "site-packages" not in frame.filename]

@@ -21,7 +21,7 @@ FORMS = "`package.module:attribute` or `path/file.py:attribute`"
 
 
 def load(text: str) -> Callable[..., Any]:
-    """The function or module that `package.module:attribute` or `path/file.py:attribute` names.
+    """Return the function or module that `package.module:attribute` or `path/file.py:attribute` names.
 
     What can be called without arguments, and is no module instance, is a factory: it is called once.
 

@@ -114,28 +114,28 @@ def explain(
 
 
 def serving(func: Callable[..., Any], args: Sequence[Tensor], store: PlanStore, options: dict[str, Any]) -> Plan:
-    """The plan that another program finds, looked up as it would: one of higher effort is not replaced."""
+    """Return the plan that another program finds, looked up as it would: one of higher effort is not replaced."""
     return autojac.AutoJacobian(func, store=store, **{**options, "on_miss": "error"}).plan(*args)
 
 
 def is_kept(plan: Plan, served: Plan) -> bool:
-    """Whether the plan that is served is the one just found."""
+    """Check whether the plan that is served is the one just found."""
     return (plan.method, plan.effort) == (served.method, served.effort)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """A plan with its trials, for programs."""
+    """Return a plan with its trials, for programs."""
     trials = [trial.to_json() for trial in plan.trials]
     return {**plan.to_json(), "expression": str(plan), "source": plan.source, "trials": trials}
 
 
 def tried(plan: Plan) -> int:
-    """How many candidates were run."""
+    """Return how many candidates were run."""
     return sum(trial.state != "skipped" for trial in plan.trials)
 
 
 def pace(plan: Plan) -> str:
-    """How fast a plan was measured to be, in words."""
+    """Return how fast a plan was measured to be, in words."""
     if plan.seconds is None:
         return "not timed"
     measured = f"{seconds(plan.seconds)} a call"

@@ -20,7 +20,7 @@ EXPECTED = (
 
 
 def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
-    """The batch axis of every tensor among the arguments, counted from the front; `AUTO` where it is to be inferred.
+    """Return the batch axis of every tensor argument, counted from the front; `AUTO` where it is to be inferred.
 
     Args:
         args: positional arguments of a call.

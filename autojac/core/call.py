@@ -79,7 +79,7 @@ class CallLayout:
         return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={axes}{aux}"
 
     def leaves(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The tensors among the arguments, batch first."""
+        """Return the tensors among the arguments, batch first."""
         if self.plain:
             tensors = tuple(args)
         else:
@@ -95,7 +95,7 @@ class CallLayout:
         return tuple(t.movedim(axis, 0) if axis else t for t, axis in zip(tensors, self.sources, strict=True))
 
     def keywords(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The keyword arguments, with those positional arguments that are no tensors: a time, say, may change."""
+        """Return the keyword arguments with the non-tensor positional ones, which may change, as a time does."""
         if kwargs and any(isinstance(value, Tensor) and value.is_inference() for value in kwargs.values()):
             kwargs = {name: _recordable(value) for name, value in kwargs.items()}
         if not self.constants:
@@ -104,7 +104,7 @@ class CallLayout:
         return Keywords(kwargs, {index: flat[index] for index in self.constants})
 
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The user's function on flat tensors, its outputs flat, under the autocast of the call."""
+        """Call the user's function on flat tensors under the autocast of the call; return its outputs flat."""
         if not self.autocast:
             return self._fn(leaves, kwargs)
         with inside_autocast(self.autocast):
@@ -137,25 +137,25 @@ class CallLayout:
         values = [plain(value) for value in values]
         if not self.unbatched:
             return tuple(values)
-        # what is no tensor goes on as it is, to be refused by name
+        # non-tensors go on as they are, to be refused by name
         return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
 
     def value(self, values: Sequence[Tensor]) -> Any:
-        """The function's result from its flat outputs."""
+        """Return the function's result from its flat outputs."""
         if self.out_spec is None and not self.unbatched:
             return values[0]
         own = [value.squeeze(0) for value in values] if self.unbatched else list(values)
         return own[0] if self.out_spec is None else pytree.tree_unflatten(own, self.out_spec)
 
     def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
-        """The Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside."""
+        """Return the Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside."""
         if self.single and self.out_spec is None:
             return rows[0][0]
         nested = [self._nest_row(row) for row in rows]
         return nested[0] if self.out_spec is None else pytree.tree_unflatten(nested, self.out_spec)
 
     def unnested(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
-        """The flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
+        """Return the flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
         flat = pytree.tree_leaves(jacobian)
         order = [position for _, group in self.groups for position in group]
         rows = []
@@ -166,7 +166,7 @@ class CallLayout:
         return tuple(rows)
 
     def roles(self, leaves: Sequence[Tensor], batched: Sequence[bool]) -> tuple[Leaf, ...]:
-        """Shape and role of each leaf."""
+        """Return shape and role of each leaf."""
         return tuple(
             Leaf(
                 tuple(leaf.shape),
@@ -179,7 +179,7 @@ class CallLayout:
         )
 
     def batched(self, guess: Sequence[bool]) -> tuple[bool, ...]:
-        """Which leaves carry the batch: as the user said, else as guessed."""
+        """Return which leaves carry the batch: as the user said, else as guessed."""
         if self.unbatched:
             return tuple(position in self.differentiated for position in range(len(self.axes)))
         return tuple(has if axis == AUTO else axis is not None for axis, has in zip(self.axes, guess, strict=True))
@@ -199,7 +199,7 @@ class CallLayout:
         return nests if isinstance(self.argnums, tuple) else nests[0]
 
     def _groups(self, args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, tuple[int, ...]]]:
-        """For each differentiated argument its nesting and the positions of its tensors among the leaves."""
+        """Return for each differentiated argument its nesting and the positions of its tensors among the leaves."""
         order = {index: position for position, index in enumerate(self.tensor_at)}
         starts = [0]
         for arg in args:
@@ -236,7 +236,7 @@ class CallLayout:
                     f"tensor argument {position} {what}; a dense tensor with values was expected. Pass {instead}, or "
                     "leave it out of argnums"
                 )
-        # beside a tensor that can carry the batch, a scalar is shared by all samples
+        # besides a tensor that can carry the batch, a scalar is shared by all samples
         if not self.unbatched and not any(flat[index].dim() for index in self.tensor_at):
             raise InputError(
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
@@ -245,7 +245,7 @@ class CallLayout:
 
 
 def plain(value: Any) -> Any:
-    """A tensor of a class of its own, whose arithmetic may be another, as a plain one with the same graph.
+    """Return a tensor of a subclass, whose arithmetic may differ, as a plain one with the same graph.
 
     One whose class has more than one tensor inside stays what it is.
     """
@@ -269,12 +269,12 @@ def outside_inference_mode(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _recordable(value: Any) -> Any:
-    """A tensor that autograd can save: what inference mode made is copied."""
+    """Return a tensor that autograd can save; one made in inference mode is copied."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def describe(value: Any) -> Any:
-    """What of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest.
+    """Return what of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest.
 
     Of floats only the type counts: a time or a step size changes with every call.
     """

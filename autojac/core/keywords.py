@@ -39,7 +39,7 @@ class Keywords(dict[str, Any]):
         return cls(keywords, **context)
 
     def __bool__(self) -> bool:
-        """Whether a call has arguments besides the tensors among its positional ones."""
+        """Check whether a call has arguments besides the tensors among its positional ones."""
         return len(self) > 0 or bool(self.constants)
 
 

@@ -95,7 +95,7 @@ class ModuleFunction:
         self.__init__(**state)  # type: ignore[misc]
 
     def parameters(self) -> dict[str, Tensor]:
-        """Those to differentiate in, by the names of `named_parameters()`: tied ones once.
+        """Return the parameters to differentiate in, by the names of `named_parameters()`: tied ones once.
 
         Left out are frozen ones, and those on the meta device, which a template has: they have no values.
         """

@@ -144,7 +144,7 @@ def check_store(store: Any) -> None:
 
 
 def parse_bytes(limit: int | str | None) -> int | None:
-    """Bytes in `8589934592`, `"8GiB"` or `"500 MB"`."""
+    """Return the bytes in `8589934592`, `"8GiB"` or `"500 MB"`."""
     if limit is None:
         return None
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(limit))

@@ -36,7 +36,7 @@ class Pattern:
 
     @classmethod
     def of(cls, matrix: Any) -> Self:
-        """The entries of a dense or sparse matrix that are stored and not zero.
+        """Return the entries of a dense or sparse matrix that are stored and not zero.
 
         Args:
             matrix: 2-D; a SciPy sparse matrix or array, a torch tensor (strided, CSR or COO), or an array.
@@ -64,19 +64,19 @@ class Pattern:
 
     @classmethod
     def sorted(cls, csr: Any) -> Self:
-        """Every stored entry of a SciPy CSR matrix whose rows are sorted and free of duplicates."""
+        """Return every stored entry of a SciPy CSR matrix whose rows are sorted and free of duplicates."""
         rows, columns = (int(size) for size in csr.shape)
         return cls((rows, columns), csr.indptr.astype(np.int64), csr.indices.astype(np.int32))
 
     @classmethod
     def full(cls, rows: int, columns: int) -> Self:
-        """Every entry."""
+        """Return every entry."""
         starts = np.arange(rows + 1, dtype=np.int64) * columns
         return cls((rows, columns), starts, np.tile(np.arange(columns, dtype=np.int32), rows))
 
     @classmethod
     def diagonal(cls, size: int) -> Self:
-        """The diagonal of a square matrix."""
+        """Return the diagonal of a square matrix."""
         return cls((size, size), np.arange(size + 1, dtype=np.int64), np.arange(size, dtype=np.int32))
 
     @property
@@ -101,7 +101,7 @@ class Pattern:
         return self.rows.astype(np.int64) * self.shape[1] + self.columns
 
     def scipy(self) -> scipy.sparse.csr_array:
-        """The pattern as a SciPy matrix of ones (int8), which shares its indices."""
+        """Return the pattern as a SciPy matrix of ones (int8), which shares its indices."""
         import scipy.sparse
 
         ones = np.ones(self.count, dtype=np.int8)
@@ -125,12 +125,12 @@ class Pattern:
         return f"Pattern({self.shape[0]}x{self.shape[1]}, {self.count} entries)"
 
     def to_bytes(self) -> bytes:
-        """The pattern as a compressed archive of plain arrays, without anything that could run."""
+        """Return the pattern as a compressed archive of plain arrays, without anything that could run."""
         return pack(shape=np.array(self.shape, dtype=np.int64), starts=self.starts, columns=self.columns)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The pattern in such an archive.
+        """Return the pattern in such an archive.
 
         Raises:
             ValueError: if it does not hold one.
@@ -165,11 +165,11 @@ class Sparsity:
     features: Pattern | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of its patterns, which the store holds beside the plan."""
+        """Return the keys of its patterns, which the store holds besides the plan."""
         return {name: pattern.key for name, pattern in self.parts().items()}
 
     def parts(self) -> dict[str, Pattern]:
-        """The patterns that it has, by name."""
+        """Return the patterns that it has, by name."""
         named = {"samples": self.samples, "features": self.features}
         return {name: pattern for name, pattern in named.items() if pattern is not None}
 
@@ -179,14 +179,14 @@ class Sparsity:
 
 
 def pack(**arrays: Any) -> bytes:
-    """Plain arrays as a compressed archive."""
+    """Return plain arrays as a compressed archive."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
 def unpack(data: bytes, *names: str) -> dict[str, Any]:
-    """The arrays of an archive, by name; all of them if none is named.
+    """Return the arrays of an archive, by name; all of them if none is named.
 
     Raises:
         ValueError: if it is none, or lacks one of them.

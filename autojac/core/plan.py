@@ -17,14 +17,14 @@ TrialState = Literal["complete", "pruned", "infeasible", "rejected", "unsupporte
 
 
 def effort_rank(effort: str) -> int:
-    """Position of an effort in the order estimate < quick < measure < exhaustive."""
+    """Return the position of an effort in the order estimate < quick < measure < exhaustive."""
     if effort not in EFFORTS:
         raise OptionError(f"effort must be one of {EFFORTS}, got {effort!r}")
     return EFFORTS.index(effort)
 
 
 def expression(spec: dict[str, Any]) -> str:
-    """A method's spec as people read it: `batch_chunk(pull(shared, vmap, chunk=16), size=8192)`."""
+    """Return a method's spec as people read it: `batch_chunk(pull(shared, vmap, chunk=16), size=8192)`."""
     fields = [
         expression(value) if isinstance(value, dict) else f"{name}={value}"
         for name, value in spec.items()
@@ -107,7 +107,7 @@ class Plan:
         return f"Plan({self}, {self.structure!r}, effort={self.effort!r}, source={self.source!r}{timed})"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but `trials` and `source`, as plain JSON types."""
+        """Return everything but `trials` and `source`, as plain JSON types."""
         return {
             "method": self.method,
             "structure": self.structure.to_json(),
@@ -127,7 +127,7 @@ class Plan:
         trials: tuple[Trial, ...] = (),
         patterns: Callable[[str], Pattern] | None = None,
     ) -> Plan:
-        """The plan that gave this JSON; `patterns` gives the patterns that its structure names."""
+        """Return the plan that gave this JSON; `patterns` gives the patterns that its structure names."""
         structure = Structure.from_json(data["structure"], patterns)
         fields = {**data, "structure": structure, "batched": tuple(data["batched"])}
         effort_rank(fields["effort"])

@@ -1,4 +1,4 @@
-"""Evaluation without a trace: random state, captured tensors and what func sets are put back.
+"""Evaluation without side effects: random state, captured tensors and what func sets are restored.
 
 Probing, tuning and checking call func many times. `Sandbox` gives each of those calls the same random state, the same
 captured tensors and the same attributes, and puts all back afterwards.
@@ -27,7 +27,7 @@ State = Mapping[str, Any]
 
 
 def random_state(generators: Iterable[str] = GENERATORS) -> State:
-    """The state of generators, by name. NumPy's has none before it is imported, nor a GPU's before it is used."""
+    """Return the state of generators by name: NumPy has none before it is imported, a GPU none before it is used."""
     state: dict[str, Any] = {}
     for name in generators:
         if name == "cpu":
@@ -56,7 +56,7 @@ def restore_random_state(state: State) -> None:
 
 
 def moved(one: State, other: State) -> tuple[str, ...]:
-    """The generators that were drawn from between two states; one that was only imported was not."""
+    """Return the generators that were drawn from between two states; one that was only imported was not."""
     return tuple(name for name in one if not _same_state(one[name], other[name]))
 
 
@@ -73,7 +73,7 @@ def _same_state(one: Any, other: Any) -> bool:
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Without garbage collection, in which code runs and memory goes that is not the function's."""
+    """Disable garbage collection, which runs code and frees memory that is not the function's."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def same_bits(copy: Tensor, leaf: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, nan included."""
+    """Check whether two tensors hold the same bytes, nan included."""
     if not copy.numel() or copy.layout != torch.strided:
         return True
     # a single element counts as contiguous whatever its strides, but can't be viewed as bytes with them
@@ -151,7 +151,7 @@ class Sandbox:
         self.kept: list[Any] = []
 
     def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Sandbox:
-        """The same from the random state as it is now, of these generators or else of those that are known.
+        """Return a sandbox that starts from the current random state of these generators, or else of those known.
 
         Args:
             generators: names of generators.
@@ -163,7 +163,7 @@ class Sandbox:
         return Sandbox(captured, state, self.places, self.trained)
 
     def closer(self, state: State) -> Sandbox:
-        """The same for what evaluations so far have done, which is little; with another random state."""
+        """Return a sandbox that restores only what evaluations so far have changed, with another random state."""
         return Sandbox(self.written, state, self.kept, self.trained)
 
     @contextmanager

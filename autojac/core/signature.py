@@ -15,7 +15,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def bucket(batch: int) -> int:
-    """The smallest power of two that holds `batch` samples; batch sizes of one bucket share a plan."""
+    """Return the smallest power of two that holds `batch` samples; batch sizes of one bucket share a plan."""
     return 1 << (batch - 1).bit_length() if batch > 0 else 0
 
 
@@ -23,7 +23,7 @@ FLAG_NAMES = ("default_dtype", "threads", "deterministic", "matmul_precision", "
 
 
 def current_flags(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
-    """Whatever besides shapes changes numerics or speed, in the order of `FLAG_NAMES`: read at every call."""
+    """Return what besides shapes changes numerics or speed, in the order of `FLAG_NAMES`; part of every call."""
     return (
         torch.get_default_dtype(),
         torch.get_num_threads(),
@@ -35,13 +35,13 @@ def current_flags(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
 
 
 def _autocast() -> tuple[Any, Any]:
-    """The dtype that autocast casts to on the CPU and on CUDA, or False."""
+    """Return the dtype that autocast casts to on the CPU and on CUDA, or False."""
     cpu, cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     return cpu and torch.get_autocast_dtype("cpu"), cuda and torch.get_autocast_dtype("cuda")
 
 
 def named_flags(flags: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
-    """Flags as JSON values with their names, for a key."""
+    """Return flags as JSON values with their names, for a key."""
     dtype, threads, deterministic, precision, autocast, training = flags
     modes = "".join("t" if mode else "e" for mode in training)
     plain = (str(dtype), threads, deterministic, precision, str(autocast), modes)
@@ -94,13 +94,13 @@ class Signature:
     flags: tuple[tuple[str, Any], ...]
 
     def bucketed(self) -> Signature:
-        """The signature with its batch size rounded up to its bucket: what a stored plan is keyed by."""
+        """Return the signature with its batch size rounded up to its bucket: what a stored plan is keyed by."""
         size = bucket(self.batch)
         leaves = tuple(replace(leaf, shape=(size, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves)
         return replace(self, leaves=leaves, batch=size)
 
     def without_batch(self) -> Signature:
-        """The signature with its batch size left open: what neighbouring shapes have in common."""
+        """Return the signature with its batch size left open: what neighbouring shapes have in common."""
         leaves = tuple(replace(leaf, shape=(-1, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves)
         return replace(self, leaves=leaves, batch=-1)
 

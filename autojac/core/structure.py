@@ -78,7 +78,7 @@ class Structure:
         return self.coupling == "independent"
 
     def fits(self, batch: int, rows: int, columns: int) -> bool:
-        """Whether its patterns are those of a batch of samples with as many outputs and inputs."""
+        """Check whether its patterns are those of a batch of samples with as many outputs and inputs."""
         features = self.sparsity.features if self.sparsity else None
         samples = self.samples
         return (samples is None or samples.shape == (batch, batch)) and (
@@ -101,7 +101,7 @@ class Structure:
         return DRAWS in self.effects or DRAWS_ALIKE in self.effects
 
     def refuted(self, reason: str) -> Structure:
-        """The structure that remains after a check failed: dense, with the reason added."""
+        """Return the structure that remains after a check failed: dense, with the reason added."""
         return replace(
             self,
             coupling="dense",
@@ -114,13 +114,13 @@ class Structure:
         )
 
     def without_patterns(self, reason: str) -> Structure:
-        """The structure without its patterns, with the reason added."""
+        """Return the structure without its patterns, with the reason added."""
         coupling: Coupling = "dense" if self.coupling in ("grouped", "sparse") else self.coupling
         evidence = (*self.evidence, reason)
         return replace(self, coupling=coupling, sparsity=None, watched=False, evidence=evidence)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON types; patterns by their keys."""
+        """Return plain JSON types; patterns by their keys."""
         data = {
             "coupling": self.coupling,
             "assurance": self.assurance,
@@ -135,7 +135,7 @@ class Structure:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], patterns: Callable[[str], Pattern] | None = None) -> Structure:
-        """The structure that gave this JSON.
+        """Return the structure that gave this JSON.
 
         Args:
             data: plain JSON types.

@@ -34,7 +34,7 @@ class CheckSchedule:
     numbers: set[tuple[float, ...]] | None = None
 
     def is_due(self, keywords: Mapping[str, Any]) -> bool:
-        """Whether the call under way is to be checked."""
+        """Check whether the call under way is to be checked."""
         return self.calls >= self.next_check or (bool(keywords) and self._has_new_numbers(keywords))
 
     def turn_off(self) -> None:
@@ -63,7 +63,7 @@ class CheckSchedule:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
     def _has_new_numbers(self, keywords: Mapping[str, Any]) -> bool:
-        """Whether a call's Python floats differ from those of any call checked: a branch may depend on them.
+        """Check whether a call's Python floats differ from those of any call checked: a branch may depend on them.
 
         Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
         """

@@ -55,7 +55,7 @@ class ContentsWatch:
         return self._contents.contents(tensors, numbers)
 
     def is_new(self, digest: bytes) -> bool:
-        """Whether no check has passed with these values, though one has with others."""
+        """Check whether no check has passed with these values, though one has with others."""
         return self._contents.unseen(digest)
 
     def accept(self, digest: bytes) -> None:

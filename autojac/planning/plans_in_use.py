@@ -138,7 +138,7 @@ class PlansInUse:
         return plan
 
     def buffers(self) -> list[Tensor]:
-        """What the function may write into now, buffers that were put in the place of others included."""
+        """Return what the function may write into now, buffers that were put in the place of others included."""
         return [tensor for tensor in self.captured_now().tensors if not tensor.requires_grad]
 
     def _make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:

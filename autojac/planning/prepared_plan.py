@@ -99,7 +99,7 @@ class PreparedPlan:
         return self.layout.jacobian(matrices)
 
     def fits(self, result: Result) -> bool:
-        """Whether func has returned the shapes that were planned for: they may follow from values that it reads."""
+        """Check whether func has returned the planned shapes: they may follow from values that it reads."""
         return [value.shape for value in result.values] == self._shapes
 
     @functools.cached_property

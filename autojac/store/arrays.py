@@ -28,7 +28,7 @@ class Patterns:
         self._read: dict[str, Pattern] = {}
 
     def __call__(self, key: str) -> Pattern:
-        """The pattern of a key.
+        """Return the pattern of a key.
 
         Raises:
             BadRowError: it is not stored, or not what the key says.
@@ -48,7 +48,7 @@ class Patterns:
 
 
 def packed(plan: Plan) -> dict[str, bytes]:
-    """The patterns of a plan by their keys, as they are stored."""
+    """Return the patterns of a plan by their keys, as they are stored."""
     sparsity = plan.structure.sparsity
     return {pattern.key: pattern.to_bytes() for pattern in (sparsity.parts() if sparsity else {}).values()}
 
@@ -82,7 +82,7 @@ def clear(connection: Connection) -> None:
 
 
 def coloring(connection: Connection, key: str) -> dict[str, Indices] | None:
-    """The arrays of a coloring; None if there is none.
+    """Return the arrays of a coloring; None if there is none.
 
     Args:
         connection: to the database.

@@ -30,7 +30,7 @@ class NewerSchemaError(Exception):
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What kind of fault a database error is."""
+    """Return what kind of fault a database error is."""
     text = str(getattr(error, "orig", None) or error).lower()
     if "not a database" in text or "malformed" in text:
         return "corrupt"
@@ -119,7 +119,7 @@ class Database:
             return work(connection)
 
     def _find_schema(self, connection: Connection) -> bool:
-        """Whether there are tables to read; notes whether they are this version's."""
+        """Check whether there are tables to read; note whether they are this version's."""
         version = self._schema_version(connection)
         self._current = version == SCHEMA_VERSIONS[-1]
         if version is not None and version not in SCHEMA_VERSIONS:

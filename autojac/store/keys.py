@@ -50,7 +50,7 @@ class Key:
 
 
 def operation_key(function_name: str, fingerprint: str, signature: Signature, options: dict[str, Any]) -> Key:
-    """The key of what is computed: function, shapes and roles of its tensors, flags, options.
+    """Return the key of what is computed: function, shapes and roles of its tensors, flags, options.
 
     Batch sizes count by their power-of-two bucket; devices count by kind, so that `cuda:0` and `cuda:1`
     share a plan (which card it is, is the environment's business).
@@ -73,7 +73,7 @@ def operation_key(function_name: str, fingerprint: str, signature: Signature, op
 
 
 def environment_key(device: str) -> Key:
-    """The key of where it is computed: processor, accelerator, torch.
+    """Return the key of where it is computed: processor, accelerator, torch.
 
     Args:
         device: a torch device, e.g. `cpu` or `cuda:0`.

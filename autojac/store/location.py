@@ -41,12 +41,12 @@ def default_location() -> str | None:
 
 
 def shared_urls() -> list[URL]:
-    """The read-only databases of AUTOJAC_PLAN_PATH, in order."""
+    """Return the read-only databases of AUTOJAC_PLAN_PATH, in order."""
     return [_file_url(entry) for entry in os.environ.get("AUTOJAC_PLAN_PATH", "").split(os.pathsep) if entry]
 
 
 def database_url(location: str) -> URL:
-    """The URL of a path, of `:memory:`, or of what is a URL already.
+    """Return the URL of a path, of `:memory:`, or of what is a URL already.
 
     Raises:
         sqlalchemy.exc.ArgumentError: it is none of these; the message does not repeat it.
@@ -68,7 +68,7 @@ def _file_url(path: str) -> URL:
 
 
 def shown(location: str | URL) -> str:
-    """A location for people, without a password: the one way in which locations are shown.
+    """Return a human-readable location, without a password: the one way in which locations are shown.
 
     Of a URL, it is the scheme, the user, the host and the database, each only where nothing hints at a misplaced
     password, and of the query what says where a server is. Of what can't be parsed, it is the scheme.
@@ -99,12 +99,12 @@ def shown(location: str | URL) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """A message with each URL of a database in it as it is shown."""
+    """Return a message with each URL of a database in it as it is shown."""
     return re.sub(r"\b(?!https?:)[\w+]+://(?:.*[@?])?\S*", lambda found: shown(found[0]), text, flags=re.S)
 
 
 def hider(location: str | URL) -> Callable[[str], str]:
-    """What takes a location's secrets out of others' messages: drivers and SQLAlchemy quote what they can't use."""
+    """Return what removes a location's secrets from messages: drivers and SQLAlchemy quote what they can't use."""
     try:
         url = database_url(location) if isinstance(location, str) else location
     except ArgumentError:
@@ -121,7 +121,7 @@ def hider(location: str | URL) -> Callable[[str], str]:
 
 
 def _forms(secret: str) -> set[str]:
-    """How a secret may be spelled in a message."""
+    """Return how a secret may be spelled in a message."""
     return {secret, quote(secret, safe=""), quote(secret), quote_plus(secret), repr(secret)[1:-1]}
 
 
@@ -138,7 +138,7 @@ def _plain(*parts: str) -> bool:
 
 
 def on_network(path: Path) -> bool:
-    """Whether a file lies on a file system that processes on several machines may share."""
+    """Check whether a file lies on a file system that processes on several machines may share."""
     kind = _file_system(path)
     return kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")
 

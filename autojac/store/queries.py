@@ -47,7 +47,7 @@ class QueryResult(Generic[T]):
 
 
 def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
-    """The plan of a key pair; final and None where it is refuted."""
+    """Return the plan of a key pair; final and None where it is refuted."""
     row = connection.execute(sa.select(_PLANS.c.plan, _PLANS.c.refuted_reason).where(_is(op, env))).first()
     if row is None:
         return QueryResult(None)
@@ -60,7 +60,7 @@ def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
 
 
 def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
-    """All plans of an operation that stand, latest first."""
+    """Return all plans of an operation that stand, latest first."""
     query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
     plans: list[Plan] = []
     patterns = arrays.Patterns(connection)
@@ -74,7 +74,7 @@ def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
 
 
 def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial, ...] | None]:
-    """The trials of a key pair; None where it has no plan."""
+    """Return the trials of a key pair; None where it has no plan."""
     plan_id = connection.execute(sa.select(_PLANS.c.id).where(_is(op, env))).scalar()
     if plan_id is None:
         return QueryResult(None)
@@ -83,19 +83,19 @@ def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial
 
 
 def stored(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPlan | None]:
-    """The whole row of a key pair."""
+    """Return the whole row of a key pair."""
     found = _stored(connection, _is(op, env))
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
 def get(connection: Connection, plan_id: int) -> QueryResult[StoredPlan | None]:
-    """The row of a number."""
+    """Return the row of a number."""
     found = _stored(connection, _PLANS.c.id == plan_id)
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
 def listing(connection: Connection) -> QueryResult[list[StoredPlan]]:
-    """Every row that can be read, latest first."""
+    """Return every row that can be read, latest first."""
     return _stored(connection, sa.true())
 
 
@@ -148,7 +148,7 @@ def clear(connection: Connection) -> None:
 
 
 def coloring(connection: Connection, key: str) -> QueryResult[dict[str, Indices] | None]:
-    """The arrays of a coloring."""
+    """Return the arrays of a coloring."""
     try:
         return QueryResult(arrays.coloring(connection, key))
     except BadRowError as error:

@@ -48,7 +48,7 @@ def timestamp() -> str:
 
 
 def plan_values(op: Key, env: Key, plan: Plan, function_name: str) -> dict[str, Any]:
-    """The columns of a plan's row."""
+    """Return the columns of a plan's row."""
     written = timestamp()
     return {
         "op_key": op.digest,
@@ -67,7 +67,7 @@ def plan_values(op: Key, env: Key, plan: Plan, function_name: str) -> dict[str, 
 
 
 def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """The columns of a plan's trial rows."""
+    """Return the columns of a plan's trial rows."""
     return [
         {
             "plan_id": plan_id,
@@ -81,7 +81,7 @@ def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
 
 
 def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial, ...] = ()) -> Plan:
-    """The plan in a row's JSON; `patterns` gives those that it names.
+    """Return the plan in a row's JSON; `patterns` gives those that it names.
 
     Raises:
         BadRowError: it is not one.
@@ -103,7 +103,7 @@ def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial
 
 
 def read_trial(row: Mapping[str, Any]) -> Trial:
-    """The trial in a row.
+    """Return the trial in a row.
 
     Raises:
         BadRowError: it is not one.
@@ -118,7 +118,7 @@ def read_trial(row: Mapping[str, Any]) -> Trial:
 
 
 def read_stored(row: Mapping[str, Any], patterns: Callable[[str], Pattern], trials: tuple[Trial, ...]) -> StoredPlan:
-    """The stored plan in a row.
+    """Return the stored plan in a row.
 
     Raises:
         BadRowError: it is not one.
@@ -146,7 +146,7 @@ def _encode(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with NaN and infinity, which JSON does not have, replaced by None."""
+    """Return the value with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -66,7 +66,7 @@ class PlanStore:
         return functools.partial(PlanStore, timeout_s=self._timeout_s), (self._location,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanStore:
-        """The store itself: it is a place, and its copies would be too."""
+        """Return the store itself: it is a place, and its copies would be too."""
         return self
 
     @property
@@ -79,7 +79,7 @@ class PlanStore:
         return self._name
 
     def find(self, op: Key, env: Key) -> Plan | None:
-        """The plan for an operation in an environment, without its trials; None if there is none to trust."""
+        """Return the plan for an operation in an environment, without its trials; None if there is none to trust."""
         return self._first(lambda connection: queries.find(connection, op, env))
 
     def hints(self, op: Key) -> list[Plan]:
@@ -92,7 +92,7 @@ class PlanStore:
         return list(kept.values())
 
     def trials(self, op: Key, env: Key) -> tuple[Trial, ...]:
-        """The trials of the search that made a plan, in the order they were run."""
+        """Return the trials of the search that made a plan, in the order they were run."""
         return self._first(lambda connection: queries.trials(connection, op, env)) or ()
 
     def save(self, op: Key, env: Key, plan: Plan, function_name: str) -> None:
@@ -117,7 +117,7 @@ class PlanStore:
         self._write(lambda connection: queries.refute(connection, op, env, reason, standing))
 
     def coloring(self, key: str) -> dict[str, Indices] | None:
-        """The arrays of a coloring; None if there is none that can be read.
+        """Return the arrays of a coloring; None if there is none that can be read.
 
         Args:
             key: the pattern's key, a colon, and the kind of coloring.
@@ -135,7 +135,7 @@ class PlanStore:
         self._write(lambda connection: arrays.save_coloring(connection, key, data))
 
     def listing(self) -> list[StoredPlan]:
-        """Every plan kept, latest first, with its trials.
+        """Return every plan kept, latest first, with its trials.
 
         Raises:
             StoreError: the store can't be read.
@@ -288,7 +288,7 @@ class _Fault:
 
 
 def _attempt(action: Callable[[], T]) -> T | _Fault:
-    """What an action returns, or the fault of a database that it raised.
+    """Return what an action returns, or the fault of a database that it raised.
 
     To be handled outside of the `except`: whatever is raised inside, a warning too, carries the fault as its context,
     and so the message as a driver wrote it, passwords included.

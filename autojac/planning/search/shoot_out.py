@@ -85,7 +85,7 @@ def shoot_out(session: SearchSession, defaults: Sequence[Method]) -> SearchResul
 
 
 def _fits(session: SearchSession, method: Method) -> bool:
-    """Whether a default can race: it ran, it is within the memory limit, and a round of it within the budget."""
+    """Check whether a default can race: it ran, it is within the memory limit, and a round of it within the budget."""
     if method in session.runs:
         return session.trials[method].memory_bytes is not None or measure_memory(session, method)
     seconds = session.trials[method].seconds if method in session.slow else None
@@ -107,7 +107,7 @@ def _found(
 
 
 def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` beats `other` in paired rounds by more than noise."""
+    """Check whether `one` beats `other` in paired rounds by more than noise."""
     ratios = [a / b for a, b in zip(one, other, strict=True)]
     noise = NOISE if len(ratios) >= ENOUGH_ROUNDS else FEW_ROUNDS_NOISE
     return statistics.median(ratios) < 1 - noise and sum(ratio < 1 for ratio in ratios) > 0.6 * len(ratios)

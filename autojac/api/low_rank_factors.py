@@ -14,9 +14,9 @@ from autojac.autodiff.primitives import Pullback
 from autojac.autodiff.tolerance import balanced_noise, disagreement
 from autojac.core.autocast import outside_autocast
 from autojac.errors import InputError, UnsupportedError, VerificationError
-from autojac.graph.analysis import Cutter
-from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.cuts.shared_tensors import Pool
+from autojac.graph.analysis import RecordAndCut
+from autojac.graph.batch_axis.propagation import BatchFlow
+from autojac.graph.cuts.shared_tensors import SharedTensors
 from autojac.graph.ir import Graph
 from autojac.methods.statistics import Statistics
 from autojac.problem.problem import Problem
@@ -66,7 +66,7 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
     """
     require_one(problem)
 
-    def find(flow: Flow, inputs: Sequence[int]) -> tuple[Statistics, Pool] | None:
+    def find(flow: BatchFlow, inputs: Sequence[int]) -> tuple[Statistics, SharedTensors] | None:
         for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
             shared = way.shared(flow, inputs, problem.differentiable)
             if shared is not None:
@@ -74,7 +74,7 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
         return None
 
     batched = [leaf.batched for leaf in problem.leaves]
-    cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
+    cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
 
     def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> LowRankJacobian:
         recording, found = cutter(leaves, kwargs)
@@ -109,7 +109,7 @@ def without_sharing(problem: Problem, blocks: Tensor) -> LowRankJacobian:
 
 
 def _multiplied_out(
-    way: Statistics, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]
+    way: Statistics, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]
 ) -> LowRankJacobian:
     blocks, through = way.sharing(problem, graph, shared, leaves).pieces()
     pieces = list(through)

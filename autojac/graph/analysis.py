@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autojac.core.sandbox import Sandbox
-from autojac.graph.batch_axis.propagation import Flow, follow
-from autojac.graph.cuts.accumulation import Accumulation, Product, accumulate, products
-from autojac.graph.cuts.shared_tensors import Pool, pool
+from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
+from autojac.graph.cuts.accumulation import Accumulation, ChainProduct, accumulate, products
+from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import Recording, record
 from autojac.guards.captures import Captures
@@ -24,7 +24,7 @@ Cut = TypeVar("Cut")
 MOST_KEYS = 256
 
 
-class Outline:
+class GraphAnalysis:
     """The graph of a call, without its tensors.
 
     Args:
@@ -60,7 +60,7 @@ class Outline:
         self.batch = batch
 
     @functools.cached_property
-    def found(self) -> Flow | str:
+    def found(self) -> BatchFlow | str:
         """How the batch runs through the graph; or why there is none, as a sentence."""
         if self._call is None:
             return "func was not recorded"
@@ -105,13 +105,13 @@ class Outline:
         """
         lines = []
         if self._chains and (found := self.chain(again=True) or self.chain()) is not None:
-            lines += [self._line(product, product is found.way) for product in products(found.way)]
+            lines += [self._line(product, product is found.tree) for product in products(found.tree)]
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
             lines.append(f"cut: samples meet in {self.meeting_place}: {passes}")
         return lines
 
-    def _line(self, product: Product, whole: bool) -> str:
+    def _line(self, product: ChainProduct, whole: bool) -> str:
         flow = self.flow
         assert flow is not None
         outputs = {y: f"output {place} {flow.graph.shapes[y]}" for place, y in enumerate(flow.graph.outputs)}
@@ -145,7 +145,7 @@ class Outline:
         return "an output has the batch elsewhere than in front"
 
     @property
-    def flow(self) -> Flow | None:
+    def flow(self) -> BatchFlow | None:
         return None if isinstance(self.found, str) else self.found
 
     @property
@@ -166,24 +166,24 @@ class Outline:
         return self._chains[key]
 
     @functools.cached_property
-    def read_pool(self) -> Pool | None:
+    def read_pool(self) -> SharedTensors | None:
         """The shared tensors where they are read."""
         flow = self.flow
-        return pool(flow, inputs_of(flow.graph, self.differentiated), least=False) if flow is not None else None
+        return find_shared_tensors(flow, inputs_of(flow.graph, self.differentiated), least=False) if flow else None
 
     @functools.cached_property
-    def least_pool(self) -> Pool | None:
+    def least_pool(self) -> SharedTensors | None:
         """As few shared elements as possible."""
         flow = self.flow
-        return pool(flow, inputs_of(flow.graph, self.differentiated), least=True) if flow is not None else None
+        return find_shared_tensors(flow, inputs_of(flow.graph, self.differentiated), least=True) if flow else None
 
 
-class Cutter(Generic[Cut]):
+class RecordAndCut(Generic[Cut]):
     """Records each call and finds its cut; calls of one structure are looked at once.
 
     Args:
         fn: the function.
-        differentiated, batched, batch: as in `Outline`.
+        differentiated, batched, batch: as in `GraphAnalysis`.
         find: from the flow of a graph and the numbers of its inputs to a cut.
         differentiable: whether what is recorded stays connected to the caller's tensors.
     """
@@ -194,7 +194,7 @@ class Cutter(Generic[Cut]):
         differentiated: Sequence[int],
         batched: Sequence[bool],
         batch: int,
-        find: Callable[[Flow, Sequence[int]], Cut | None],
+        find: Callable[[BatchFlow, Sequence[int]], Cut | None],
         differentiable: bool,
     ) -> None:
         self.fn = fn
@@ -219,9 +219,10 @@ class Cutter(Generic[Cut]):
         return recording, self._known[graph.key]
 
 
-def flow_of(graph: Graph, batched: Sequence[bool], batch: int) -> Flow:
+def flow_of(graph: Graph, batched: Sequence[bool], batch: int) -> BatchFlow:
     """How the batch runs through a graph, which is kept without its tensors."""
-    return follow(dataclasses.replace(graph, constants=dict.fromkeys(graph.constants, _NOTHING)), batch, batched)
+    graph = dataclasses.replace(graph, constants=dict.fromkeys(graph.constants, _NOTHING))
+    return propagate_batch_axis(graph, batch, batched)
 
 
 def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:

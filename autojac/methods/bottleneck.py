@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import Bound, Pullback, load_forward_rules
-from autojac.graph.analysis import Cutter
-from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.cuts.accumulation import Accumulation, Product, Sweep, Way, accumulate, sweeps
+from autojac.graph.analysis import RecordAndCut
+from autojac.graph.batch_axis.propagation import BatchFlow
+from autojac.graph.cuts.accumulation import (
+    Accumulation,
+    AccumulationTree,
+    ChainProduct,
+    JacobianSweep,
+    accumulate,
+    sweeps,
+)
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
 from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
@@ -113,7 +120,7 @@ class Bottleneck(Method):
         found = self._found(problem)
         if found is None:
             return float("inf")
-        passes = sum(-(-sweep.passes // self._step(sweep.passes)) for sweep in sweeps(found.way))
+        passes = sum(-(-sweep.passes // self._step(sweep.passes)) for sweep in sweeps(found.tree))
         count = round(found.seeds)
         made = problem.result_bytes / BYTES_PER_SECOND
         # the call itself is watched, then both sides run it again
@@ -126,7 +133,7 @@ class Bottleneck(Method):
         if found is None:
             return 0
         factors = problem.item_bytes * problem.batch * found.width * (problem.in_size + problem.out_size)
-        return factors + max(self._step(sweep.passes) for sweep in sweeps(found.way)) * problem.seed_bytes
+        return factors + max(self._step(sweep.passes) for sweep in sweeps(found.tree)) * problem.seed_bytes
 
     def _step(self, count: int) -> int:
         return 1 if self.engine == "loop" else min(self.chunk or count, count) or 1
@@ -134,11 +141,11 @@ class Bottleneck(Method):
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
 
-        def find(flow: Flow, ends: Sequence[int]) -> Accumulation | None:
+        def find(flow: BatchFlow, ends: Sequence[int]) -> Accumulation | None:
             forward = self.pushes and not (problem.differentiable and forward_once(flow.graph))
             return accumulate(flow, ends, again=self.cuts == "several", forward=forward)
 
-        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
+        cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
         eager = functools.partial(self._jacobians, problem)
         nothing = missing(problem.leaves[problem.inputs[0]].device)
@@ -168,7 +175,7 @@ class Bottleneck(Method):
         constants: Mapping[int, Tensor] | None = None,
     ) -> Jacobians:
         base = dict(zip(graph.inputs, leaves, strict=True)) | dict(constants or {})
-        factor = _Accumulator(self, problem, graph, found, base).factor(found.way)
+        factor = _Accumulator(self, problem, graph, found, base).factor(found.tree)
         jacobians = []
         for output, event in zip(graph.outputs, problem.outputs, strict=True):
             row = []
@@ -227,23 +234,23 @@ class _Accumulator:
         self.base = dict(base)
         self.values = {number: self.base[number] for number in (graph.inputs[position] for position in problem.inputs)}
 
-    def factor(self, way: Way) -> Factor:
-        if isinstance(way, Sweep):
+    def factor(self, way: AccumulationTree) -> Factor:
+        if isinstance(way, JacobianSweep):
             return self._pull(way) if way.mode == "pull" else self._push(way)
-        if isinstance(way, Product):
+        if isinstance(way, ChainProduct):
             # first, because it leaves the values at which the later one starts
             early = self.factor(way.early)
             return self._product(way, self.factor(way.late), early)
         return {pair: blocks for part in way.parts for pair, blocks in self.factor(part).items()}
 
-    def _product(self, way: Product, late: Factor, early: Factor) -> Factor:
+    def _product(self, way: ChainProduct, late: Factor, early: Factor) -> Factor:
         # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
         left = {t: _joined([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
         right = {s: _joined([early[h, s] for h in way.cut], 1) for s in way.sources}
         made = {(t, s): left[t] @ right[s].to(left[t].dtype) for t in left for s in right}
         return made | {(t, s): early[t, s] for t in way.targets if t in way.cut for s in right}
 
-    def _pull(self, sweep: Sweep) -> Factor:
+    def _pull(self, sweep: JacobianSweep) -> Factor:
         sources, wanted = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
         found = self._trivial(sweep)
         if not wanted:
@@ -260,7 +267,7 @@ class _Accumulator:
                     found[target, source] = by_sample(part, self.states[source], self.batch).transpose(0, 1)
         return found
 
-    def _push(self, sweep: Sweep) -> Factor:
+    def _push(self, sweep: JacobianSweep) -> Factor:
         sources, targets = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
         found = self._trivial(sweep)
         if not targets:
@@ -274,7 +281,7 @@ class _Accumulator:
                 found[target, source] = by_sample(part, self.states[target], self.batch).permute(1, 2, 0)
         return found
 
-    def _trivial(self, sweep: Sweep) -> Factor:
+    def _trivial(self, sweep: JacobianSweep) -> Factor:
         """The derivatives of sources that are targets as well."""
         found: Factor = {}
         for target in set(sweep.targets) & set(sweep.sources):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import Pullback
-from autojac.graph.analysis import Cutter
-from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.cuts.shared_tensors import Pool, pool
+from autojac.graph.analysis import RecordAndCut
+from autojac.graph.batch_axis.propagation import BatchFlow
+from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
 from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
@@ -66,12 +66,12 @@ class Statistics(Method):
             return "samples meet elsewhere than in tensors that all of them share"
         return self._obstacle(found) or super().unsupported(problem)
 
-    def _obstacle(self, found: Pool) -> str | None:
+    def _obstacle(self, found: SharedTensors) -> str | None:
         if self.local == "copies" and found.copied is None:
             return "a shared tensor is used by an operator that takes no copy of it for each sample"
         if self.local == "push" and found.weights:
             return "an input is shared by all samples, and pushing its elements would take as many passes"
-        if found.lone is None:
+        if found.weights_only is None:
             return "an input that is shared is used by an operator that takes no copy of it for each sample"
         return None
 
@@ -86,7 +86,7 @@ class Statistics(Method):
                 yield cls(method.local, "vmap", 16)
                 yield cls(method.local, "loop")
 
-    def _found(self, problem: Problem) -> Pool | None:
+    def _found(self, problem: Problem) -> SharedTensors | None:
         outline = problem.outline
         if outline is None:
             return None
@@ -114,7 +114,7 @@ class Statistics(Method):
     def prepare(self, problem: Problem) -> Compute:
         batched = [leaf.batched for leaf in problem.leaves]
         find = functools.partial(self.shared, differentiable=problem.differentiable)
-        cutter = Cutter(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
+        cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
         fallback: Any = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
@@ -132,19 +132,19 @@ class Statistics(Method):
 
         return compute
 
-    def shared(self, flow: Flow, inputs: Sequence[int], differentiable: bool) -> Pool | None:
+    def shared(self, flow: BatchFlow, inputs: Sequence[int], differentiable: bool) -> SharedTensors | None:
         """The pool of a graph, if this method's way applies to it."""
         if differentiable and self.pushes and forward_once(flow.graph):
             return None
-        found = pool(flow, inputs, least=self.local != "copies")
+        found = find_shared_tensors(flow, inputs, least=self.local != "copies")
         return found if found is not None and self._obstacle(found) is None else None
 
-    def sharing(self, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]) -> Sharing:
+    def sharing(self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]) -> Sharing:
         """One recorded call, to be differentiated this method's way."""
         return Sharing(problem, graph, shared, leaves, self.local, self.engine, self.chunk)
 
     def _jacobians(
-        self, problem: Problem, graph: Graph, shared: Pool, leaves: Sequence[Tensor]
+        self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], ...]:
         blocks, pieces = self.sharing(problem, graph, shared, leaves).pieces()
         jacobians = [

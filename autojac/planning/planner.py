@@ -31,7 +31,7 @@ from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.room import require_room
-from autojac.probe import Examined
+from autojac.probe import ProbeResult
 from autojac.problem.empty_events import solid
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import unfixed
@@ -170,7 +170,7 @@ class Planner(ProblemBuilder):
         self,
         call: Call,
         report: FirstCallReport,
-        found: Examined,
+        found: ProbeResult,
         effort: Effort,
         budget_s: float | None,
         start: float,

@@ -11,7 +11,7 @@ from autojac.core.plan import Effort
 from autojac.core.signature import Signature
 from autojac.core.structure import Structure
 from autojac.errors import ModesDisagreeWarning, NoGraphWarning, warn
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.special_kernels import reachable_kernels
 from autojac.guards.captures import Captures
 from autojac.guards.compiled_functions import eagerly
@@ -20,7 +20,7 @@ from autojac.planning.call import Call, CallKey
 from autojac.planning.first_call import FirstCallReport, inspect_first_call
 from autojac.planning.plan_repository import Keys, Stored
 from autojac.planning.search.measure import available_bytes
-from autojac.probe import Examined, examine, observe
+from autojac.probe import ProbeResult, examine, observe
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings
 
@@ -67,7 +67,7 @@ class ProblemBuilder:
 
         return inspect_first_call(call, self.options, keys)
 
-    def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> Examined:
+    def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> ProbeResult:
         """Find out what couples with what."""
         layout = call.layout
         point = (report.fn, call.leaves, call.keywords)
@@ -99,7 +99,7 @@ class ProblemBuilder:
         report: FirstCallReport,
         structure: Structure,
         batched: Sequence[bool],
-        outline: Outline | None = None,
+        outline: GraphAnalysis | None = None,
     ) -> Problem:
         """State the problem that methods solve; those that cut a graph need to know what it looks like."""
         signature = report.signature
@@ -123,9 +123,9 @@ class ProblemBuilder:
         )
 
     @staticmethod
-    def outline(call: Call, report: FirstCallReport, batched: Sequence[bool]) -> Outline:
+    def outline(call: Call, report: FirstCallReport, batched: Sequence[bool]) -> GraphAnalysis:
         """Return the graph of a call, to be recorded when it is first asked for."""
-        return Outline(
+        return GraphAnalysis(
             (report.fn, call.leaves, call.keywords),
             call.layout.differentiated,
             batched,
@@ -134,7 +134,7 @@ class ProblemBuilder:
             call.captured,
         )
 
-    def _warn(self, found: Examined) -> None:
+    def _warn(self, found: ProbeResult) -> None:
         """Tell the user what was found that they may not expect."""
         if found.cut:
             parts = [f"{'' if whole else 'some entries of '}output {n}" for n, whole in sorted(found.cut.items())]

@@ -15,15 +15,15 @@ from torch import Tensor
 from autojac.core.pattern import Sparsity
 from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batched_arguments import guess_batched, resolve_batched
 from autojac.probe.coupling import coupled
 from autojac.probe.feature_pattern import check_declared, feature_pattern
 from autojac.probe.forward_vs_reverse import compare_modes, flat_elsewhere
-from autojac.probe.sample_pairs import Subject, price
-from autojac.probe.side_effects import Manners, first_call, moving_with, observe
+from autojac.probe.sample_pairs import ProbePoint, price
+from autojac.probe.side_effects import SideEffects, first_call, moving_with, observe
 
-__all__ = ["Examined", "Manners", "check_declared", "examine", "first_call", "guess_batched", "observe"]
+__all__ = ["ProbeResult", "SideEffects", "check_declared", "examine", "first_call", "guess_batched", "observe"]
 
 SEED = 0x0A070
 HANG_S = 2.0
@@ -32,7 +32,7 @@ HANG_RATIO = 50.0
 
 
 @dataclass(frozen=True)
-class Examined:
+class ProbeResult:
     """What a probe found.
 
     Attributes:
@@ -46,7 +46,7 @@ class Examined:
     structure: Structure
     batched: tuple[bool, ...]
     notice: str | None = None
-    outline: Outline | None = None
+    outline: GraphAnalysis | None = None
     cut: Mapping[int, bool] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ def examine(
     fn: Any,
     leaves: Sequence[Tensor],
     kwargs: Mapping[str, Any],
-    manners: Manners,
+    manners: SideEffects,
     guess: tuple[bool, ...],
     differentiated: Sequence[int],
     sandbox: Sandbox,
@@ -63,8 +63,8 @@ def examine(
     known: Mapping[int, bool] = MappingProxyType({}),
     declared: Structure | None = None,
     budget_s: float = 1.0,
-    outlined: Callable[[Sequence[bool]], Outline] | None = None,
-) -> Examined:
+    outlined: Callable[[Sequence[bool]], GraphAnalysis] | None = None,
+) -> ProbeResult:
     """Probe a flat function at one point.
 
     Args:
@@ -81,7 +81,7 @@ def examine(
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
     """
     values = manners.values
-    outline: Outline | None = None
+    outline: GraphAnalysis | None = None
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, sandbox, known)
@@ -117,8 +117,8 @@ def examine(
             # nothing is proved of what the user promises
             declared.watched or declared.assumes,
         )
-        return Examined(structure, batched, notice, outline, cut)
-    subject = Subject(fn, held, kwargs, inputs, sides, len(values[0]), sandbox)
+        return ProbeResult(structure, batched, notice, outline, cut)
+    subject = ProbePoint(fn, held, kwargs, inputs, sides, len(values[0]), sandbox)
     generator = torch.Generator().manual_seed(SEED)
     cost = price(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
@@ -126,12 +126,14 @@ def examine(
     structure = dataclasses.replace(
         found, effects=manners.effects, kernels=manners.kernels, evidence=(*evidence, *found.evidence)
     )
-    return Examined(_featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut)
+    return ProbeResult(
+        _featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut
+    )
 
 
 def _featured(
     structure: Structure,
-    subject: Subject,
+    subject: ProbePoint,
     differentiated: Sequence[int],
     generator: torch.Generator,
     budget_s: float,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from autojac.autodiff.primitives import Pullback
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.recorder import record
-from autojac.probe.sample_pairs import Subject, cotangent_verdict
+from autojac.probe.sample_pairs import ProbePoint, cotangent_verdict
 
 
 class Proof(NamedTuple):
@@ -31,7 +31,7 @@ class Proof(NamedTuple):
     meets: bool = False
 
 
-def prove(outline: Outline, subject: Subject) -> Proof:
+def prove(outline: GraphAnalysis, subject: ProbePoint) -> Proof:
     """Whether the graph proves that samples are independent."""
     flow = outline.flow
     if flow is None:
@@ -54,7 +54,7 @@ def prove(outline: Outline, subject: Subject) -> Proof:
 
 
 def meeting(
-    outline: Outline, subject: Subject, masks: Sequence[Tensor], called: str, generator: Any
+    outline: GraphAnalysis, subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
 ) -> tuple[bool, str]:
     """Whether samples meet in shared tensors alone, by the graph and by cotangents; and the line for `explain`."""
     flow, pool = outline.flow, outline.read_pool
@@ -73,14 +73,14 @@ def meeting(
         if graph is None or graph.key != flow.graph.key:
             return False, "statistics: not alone, func runs other operators from call to call"
         base = dict(zip(graph.inputs, subject.leaves, strict=True))
-        shared = (*pool.tensors, *pool.still)
+        shared = (*pool.tensors, *pool.without_derivative)
         values = graph.run(shared, base)
         held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
         # differentiated or not: copies of weights must be apart whatever comes with the samples
         carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
         local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
         lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
-        copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.lone is not None else 0
+        copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
         copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
         xs = [*(subject.leaves[p] for p in carriers), *copies]
         pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)

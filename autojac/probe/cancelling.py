@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import own_scale
-from autojac.graph.batch_axis.states import Along, State
+from autojac.graph.batch_axis.states import BatchAxis, State
 from autojac.graph.ir import Operation
 from autojac.graph.operator_facts import Kind, facts_of
 
@@ -30,7 +30,7 @@ class Coupled(Exception):
 
 def outside_of(state: State, like: Tensor, mask: Tensor) -> Tensor:
     """The elements that samples inside the mask must not reach, to broadcast; all of a tensor without the batch."""
-    if not isinstance(state, Along):
+    if not isinstance(state, BatchAxis):
         return torch.ones((), dtype=torch.bool, device=like.device)
     along = (~mask).repeat_interleave(state.inner).repeat(state.outer)
     return along.view(-1, *[1] * (like.dim() - 1 - state.axis))
@@ -73,11 +73,11 @@ class Look(NamedTuple):
         there are several.
         """
         made = [number for number in operation.outputs if number is not None]
-        meeting = any(not isinstance(self.states.get(number), Along) for number in made)
+        meeting = any(not isinstance(self.states.get(number), BatchAxis) for number in made)
         arguments = [
             number
             for number in dict.fromkeys(operation.sources)
-            if bool(self.reached[number].any()) or (meeting and isinstance(self.states.get(number), Along))
+            if bool(self.reached[number].any()) or (meeting and isinstance(self.states.get(number), BatchAxis))
         ]
         facts = facts_of(operation.target)
         if not arguments or facts.kind is Kind.FACTORY:
@@ -91,7 +91,7 @@ class Look(NamedTuple):
             raise Coupled
         for argument in arguments:
             carries = self.reached[argument]
-            if isinstance(self.states.get(argument), Along):
+            if isinstance(self.states.get(argument), BatchAxis):
                 carries = carries | ~self.outside[argument]
             poisoned = operation({**self.base, argument: torch.where(carries, torch.nan, self.base[argument])})
             moved = operation({**self.base, argument: self.after[argument]})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import Pullback
 from autojac.autodiff.tolerance import balanced_noise
-from autojac.probe.sample_pairs import GRADIENT_NOISE, Subject
+from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint
 
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -46,7 +46,7 @@ class Coded:
         refusal: why there is no graph; empty as long as there may be one.
     """
 
-    subject: Subject
+    subject: ProbePoint
     generator: torch.Generator
     deadline: float
     known: Any = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autojac.probe.sample_pairs import Subject
+from autojac.probe.sample_pairs import ProbePoint
 
 
 class Coordinates:
@@ -21,7 +21,7 @@ class Coordinates:
         outputs: the function's values.
     """
 
-    def __init__(self, subject: Subject, differentiated: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, subject: ProbePoint, differentiated: Sequence[int], outputs: Sequence[Tensor]) -> None:
         self.differentiated = tuple(differentiated)
         self.batched = frozenset((*subject.inputs, *subject.sides))
         inputs = [subject.leaves[position] for position in self.differentiated]
@@ -71,7 +71,7 @@ class Coordinates:
         return [part.reshape(y.shape[1:]).to(y.device) for part, y in zip(parts, outputs, strict=True)]
 
 
-def few(subject: Subject, count: int) -> Subject:
+def few(subject: ProbePoint, count: int) -> ProbePoint:
     """The function of the first samples."""
     if subject.batch <= count:
         return subject

@@ -11,12 +11,12 @@ from torch import Tensor
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import several
 from autojac.core.structure import Coupling, Structure
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batch_axis_proof import Proof, meeting, prove
 from autojac.probe.cancelling import SLIGHT
 from autojac.probe.rounding import only_rounding
 from autojac.probe.sample_graph import sample_graph
-from autojac.probe.sample_pairs import Subject, Verdict, gradient_layer, masks_within, nan_layer, value_layer
+from autojac.probe.sample_pairs import ProbePoint, Verdict, gradient_layer, masks_within, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
 
 PATIENCE = 10.0
@@ -24,8 +24,8 @@ PATIENCE = 10.0
 
 
 def coupled(
-    subject: Subject,
-    outline: Outline | None,
+    subject: ProbePoint,
+    outline: GraphAnalysis | None,
     values: Sequence[Tensor],
     refusal: str | None,
     weights: bool,
@@ -123,15 +123,15 @@ def _only_values(verdicts: Sequence[Verdict]) -> bool:
     return len(verdicts) > 1 and verdicts[0].coupled is False and verdicts[1].coupled is True
 
 
-def _slight(verdicts: Sequence[Verdict], subject: Subject) -> bool:
+def _slight(verdicts: Sequence[Verdict], subject: ProbePoint) -> bool:
     """Check whether the gradients that reach other samples, if any, are of the size of rounding."""
     leaves = [subject.leaves[position] for position in subject.inputs]
     return verdicts[0].share <= SLIGHT * min(torch.finfo(leaf.dtype).eps for leaf in leaves)
 
 
 def _shape(
-    subject: Subject,
-    outline: Outline | None,
+    subject: ProbePoint,
+    outline: GraphAnalysis | None,
     values: Sequence[Tensor],
     refusal: str | None,
     masked: tuple[Sequence[Tensor], str],
@@ -172,7 +172,7 @@ def _shape(
     )
 
 
-def _fewer_than(outline: Outline, subject: Subject, values: Sequence[Tensor]) -> float | None:
+def _fewer_than(outline: GraphAnalysis, subject: ProbePoint, values: Sequence[Tensor]) -> float | None:
     """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
     pools = [pool.size for pool in (outline.read_pool, outline.least_pool) if pool is not None]
     shared = min(pools, default=0)

@@ -20,7 +20,7 @@ from autojac.core.time_limit import within
 from autojac.errors import OptionError
 from autojac.graph.recorder import Recording, record
 from autojac.probe.coordinates import Coordinates, few
-from autojac.probe.sample_pairs import SCALES, Subject
+from autojac.probe.sample_pairs import SCALES, ProbePoint
 from autojac.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Dense(Exception):
 
 
 def feature_pattern(
-    subject: Subject,
+    subject: ProbePoint,
     differentiated: Sequence[int],
     generator: torch.Generator,
     *,
@@ -130,7 +130,7 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
 
 
 def _by_operators(
-    subject: Subject, where: Coordinates, draws: bool, generator: torch.Generator
+    subject: ProbePoint, where: Coordinates, draws: bool, generator: torch.Generator
 ) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """The pattern that follows from the operators, whether Python sees data, and how it is known or why it is not."""
     found, reads, how = _recorded(subject, where, draws)
@@ -139,13 +139,13 @@ def _by_operators(
     # another branch may run at another point
     points = 1
     for turn, scale in enumerate(SCALES):
-        more, _, _ = _recorded(subject.elsewhere(turn, scale, generator), where, draws)
+        more, _, _ = _recorded(subject.at_other_point(turn, scale, generator), where, draws)
         if more is not None:
             found, points = found + more, points + 1
     return found, True, f"{how}, at {points} points since func looks at its data"
 
 
-def _recorded(subject: Subject, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """The same of one point, and whether func looks at its data."""
     import scipy.sparse
 

@@ -16,7 +16,7 @@ from autojac.autodiff.tolerance import balanced_noise
 from autojac.core.ranks import several
 from autojac.core.time_limit import within
 from autojac.probe.coordinates import Coordinates
-from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, Subject, differs, price, step
+from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, ProbePoint, differs, price, step
 
 ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
@@ -29,7 +29,7 @@ MOST_PASSES = 256
 
 
 def by_nan(
-    subject: Subject, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
+    subject: ProbePoint, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
 ) -> tuple[scipy.sparse.csr_array | None, str]:
     """The pattern that NaN shows: in one coordinate of all samples at a time, or of replicas of each sample at once."""
     alone = sliceable and set(where.differentiated) <= where.batched
@@ -59,7 +59,7 @@ def by_nan(
 
 
 def _tainted(
-    subject: Subject, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
+    subject: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
 ) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
     """Leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
     numbers = where.numbers(subject.leaves)
@@ -81,7 +81,7 @@ def _tainted(
 
 
 def completed(
-    subject: Subject, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
+    subject: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
 ) -> tuple[scipy.sparse.csr_array, int, str]:
     """A pattern with what is seen outside of it at several points, how many entries that is, and what was looked at.
 
@@ -104,7 +104,7 @@ def completed(
 
     before, points = found.nnz, 0
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):
-        there = subject.elsewhere(turn, scale, generator) if scale else subject
+        there = subject.at_other_point(turn, scale, generator) if scale else subject
         inputs = [there.leaves[position] for position in where.differentiated]
         columns = _some(found.nnz / where.m, where.n, generator)
         try:
@@ -146,7 +146,7 @@ def _with_gradients(
 
 
 def _moved(
-    subject: Subject, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
+    subject: ProbePoint, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
 ) -> dict[int, Tensor]:
     """The differentiated leaves with noise on some coordinates."""
     masks = where.as_inputs(columns, subject.leaves)

@@ -27,7 +27,7 @@ from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import Recording, record
 from autojac.probe.cancelling import SLIGHT, Coupled, Env, Look, changed, outside_of, rounding
-from autojac.probe.sample_pairs import SCALES, Subject, step
+from autojac.probe.sample_pairs import SCALES, ProbePoint, step
 
 SHRINKS = 2.0**-23
 """What passes between samples in float64 is at most this share of what does in float32: 64 times the ratio of eps."""
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def only_rounding(
-    subject: Subject, masks: Sequence[Tensor], cost: float, generator: torch.Generator, budget_s: float
+    subject: ProbePoint, masks: Sequence[Tensor], cost: float, generator: torch.Generator, budget_s: float
 ) -> bool:
     """Check that nothing but rounding passes between samples, at several points.
 
@@ -77,7 +77,7 @@ def only_rounding(
     def look() -> None:
         _look_at(subject, masks, 1.0, generator, moving=False)
         for turn, scale in enumerate(SCALES):
-            _look_at(subject.elsewhere(turn, scale, generator), masks, scale, generator, moving=True)
+            _look_at(subject.at_other_point(turn, scale, generator), masks, scale, generator, moving=True)
 
     try:
         within(budget_s, look)
@@ -86,7 +86,9 @@ def only_rounding(
     return True
 
 
-def _look_at(there: Subject, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool) -> None:
+def _look_at(
+    there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool
+) -> None:
     """Raise `Coupled` unless what passes between samples vanishes with the precision, and where it ends it cancels."""
     recording, graph = _recorded(there, there.leaves)
     carriers = (*there.inputs, *there.sides)
@@ -129,7 +131,7 @@ def _look_at(there: Subject, masks: Sequence[Tensor], scale: float, generator: t
             look.require_cancelling(operation)
 
 
-def _recorded(there: Subject, leaves: Sequence[Tensor]) -> tuple[Recording, Graph]:
+def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[Recording, Graph]:
     with there.sandbox():
         recording = within(there.limit_s, lambda: record(there.fn, leaves, there.kwargs, there.inputs))
     if recording.graph is None:
@@ -163,7 +165,7 @@ def _noise(
     return most
 
 
-def _numbers(graph: Graph, there: Subject) -> tuple[int, ...]:
+def _numbers(graph: Graph, there: ProbePoint) -> tuple[int, ...]:
     """The graph's tensors; raise `Coupled` where the operators might mean something else in another precision."""
     if any(operation.target.namespace != "aten" or operation.name == "nextafter" for operation in graph.operations):
         raise Coupled

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from autojac.core.pattern import Pattern
 from autojac.core.ranks import deadline
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import Coded
-from autojac.probe.sample_pairs import SCALES, Subject, differs, step
+from autojac.probe.sample_pairs import SCALES, ProbePoint, differs, step
 from autojac.torch_internals import pytree
 
 MOST_MASKS = 4
@@ -72,8 +72,8 @@ class _Found:
 
 
 def sample_graph(
-    outline: Outline,
-    subject: Subject,
+    outline: GraphAnalysis,
+    subject: ProbePoint,
     generator: torch.Generator,
     budget_s: float,
     classes: float | None = None,
@@ -108,7 +108,7 @@ def sample_graph(
     return SampleGraph(pattern, _kind(pattern), line, found.watched, suspect, not probed)
 
 
-def _followed(outline: Outline, subject: Subject, generator: torch.Generator) -> _Found:
+def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Generator) -> _Found:
     """The graph by what is known of each operator."""
     if outline.flow is None:
         return _Found(None, str(outline.reason), final=False)
@@ -126,16 +126,16 @@ def _followed(outline: Outline, subject: Subject, generator: torch.Generator) ->
     return found
 
 
-def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool]:
+def _spread(key: int | None, subject: ProbePoint) -> tuple[_Found, bool]:
     """The same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
-    from autojac.graph.sample_graph.propagation import spread
+    from autojac.graph.sample_graph.propagation import propagate_samples
 
     with subject.sandbox():
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False
-    spreading = spread(graph, subject.leaves, subject.inputs, subject.batch)
+    spreading = propagate_samples(graph, subject.leaves, subject.inputs, subject.batch)
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in spreading.losses.items()]
     if spreading.wandering:
@@ -151,7 +151,7 @@ def _spread(key: int | None, subject: Subject) -> tuple[_Found, bool]:
     return _Found(spreading.samples, f"followed through {where}", follows), graph.reads_data
 
 
-def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple[bool, bool]:
+def _origins(graph: Graph, selectors: frozenset[int], subject: ProbePoint) -> tuple[bool, bool]:
     """Whether what chose the neighbours was drawn at random, and whether another call may bring other values of it."""
     from autojac.graph.sample_graph.propagation import roots
 
@@ -165,7 +165,7 @@ def _origins(graph: Graph, selectors: frozenset[int], subject: Subject) -> tuple
     return bool(found & graph.drawn), follows
 
 
-def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line: str) -> _Found:
+def _probed(subject: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
     """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
     coded = Coded(subject, generator, deadline(budget_s))
     quiet_turns = 0
@@ -191,7 +191,7 @@ def _probed(subject: Subject, generator: torch.Generator, budget_s: float, line:
     return _Found(None, f"{line}, and who depends on whom changes from point to point")
 
 
-def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
+def contradiction(subject: ProbePoint, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
     """Change some samples and look which outputs move; None if all of them may, by the pattern."""
     end = deadline(budget_s)
     matrix = pattern.scipy()
@@ -215,7 +215,7 @@ def contradiction(subject: Subject, pattern: Pattern, generator: torch.Generator
     return None
 
 
-def _nan_escapes(subject: Subject, pattern: Pattern, generator: torch.Generator) -> bool:
+def _nan_escapes(subject: ProbePoint, pattern: Pattern, generator: torch.Generator) -> bool:
     mask, allowed = _mask(pattern, pattern.scipy(), generator)
     nan = torch.full((), float("nan"))
     try:
@@ -241,7 +241,7 @@ def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch
     return torch.where(rows, leaf + step(leaf, scale, generator), leaf)
 
 
-def _moved_to(subject: Subject, scale: float, generator: torch.Generator) -> Subject:
+def _moved_to(subject: ProbePoint, scale: float, generator: torch.Generator) -> ProbePoint:
     """The function at another point; what is not differentiated, such as indices and masks, stays."""
     leaves = list(subject.leaves)
     for position in subject.inputs:

@@ -57,7 +57,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProbePoint:
     """The function under probe.
 
     Attributes:
@@ -92,7 +92,7 @@ class Subject:
             values = within(self.limit_s, lambda: tuple(self.fn(leaves, self.kwargs)))
         return tuple(value.detach() for value in values)
 
-    def elsewhere(self, turn: int, scale: float, generator: torch.Generator) -> Subject:
+    def at_other_point(self, turn: int, scale: float, generator: torch.Generator) -> ProbePoint:
         """The function at another point: what is read of other samples may depend on masks, indices and weights."""
 
         def moved(tensor: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tens
     return [torch.randperm(batch, generator=generator) < batch // 2 for _ in range(count)]
 
 
-def price(subject: Subject) -> float:
+def price(subject: ProbePoint) -> float:
     """Seconds of one evaluation; next to none among several ranks, where no clock may decide how many there are."""
     start = time.perf_counter()
     subject.values({})
@@ -127,7 +127,7 @@ def price(subject: Subject) -> float:
 
 
 def masks_within(
-    subject: Subject, generator: torch.Generator, budget_s: float, cost: float
+    subject: ProbePoint, generator: torch.Generator, budget_s: float, cost: float
 ) -> tuple[list[Tensor], str]:
     """Masks that a layer can afford at the price of one evaluation, and how to call them."""
     device = subject.leaves[0].device
@@ -140,7 +140,7 @@ def masks_within(
     return [mask.to(device) for mask in chosen], f"{count} random half-splits of {subject.batch} samples"
 
 
-def gradient_layer(subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
+def gradient_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
     """Random cotangents inside the mask; the gradient outside must vanish."""
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -190,13 +190,13 @@ def cotangent_verdict(
 
 
 def value_layer(
-    subject: Subject, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
+    subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
 ) -> Verdict:
     """New values inside the mask; outputs outside must stay."""
     layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
     refused = 0
     for turn, scale in enumerate(SCALES):
-        there = subject.elsewhere(turn, scale, generator)
+        there = subject.at_other_point(turn, scale, generator)
         try:
             base = _accepted(there, {})
             if base is None:
@@ -219,7 +219,7 @@ def value_layer(
     return Verdict(layer, False, f"{layer}: no output moves at scales {scales} ({called})")
 
 
-def nan_layer(subject: Subject, masks: Sequence[Tensor], called: str) -> Verdict:
+def nan_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str) -> Verdict:
     """NaN inside the mask; outputs outside must gain none."""
     layer = "NaN taint"
     base = subject.values({})
@@ -244,7 +244,7 @@ def _along(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 
-def _accepted(subject: Subject, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
+def _accepted(subject: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
     """Outputs at other values; None where func refuses values that its user never passes."""
     try:
         return subject.values(replaced)

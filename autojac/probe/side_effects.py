@@ -35,7 +35,7 @@ class FirstCall:
 
 
 @dataclass(frozen=True)
-class Manners:
+class SideEffects:
     """What two plain calls of func showed: the first call, fused operators, and the line for `explain`."""
 
     values: tuple[Tensor, ...]
@@ -93,7 +93,7 @@ def observe(
     differentiated: Sequence[int],
     sandbox: Sandbox,
     reached: Sequence[str] = (),
-) -> Manners:
+) -> SideEffects:
     """Call func again from the same state and compare.
 
     Args:
@@ -121,7 +121,7 @@ def observe(
     kernels = special_kernels(second, reached)
     named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
     uses = f", it {'may use' if reached else 'uses'} {' and '.join(named)}" if named else ""
-    return Manners(
+    return SideEffects(
         first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}", moving
     )
 

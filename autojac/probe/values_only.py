@@ -18,7 +18,7 @@ from torch import Tensor
 from autojac.autodiff.primitives import Pullback
 from autojac.autodiff.tolerance import balanced_noise, own_scale
 from autojac.core.time_limit import within
-from autojac.probe.sample_pairs import FEWEST_SPLITS, SCALES, Subject, cotangent_verdict, differs, split_masks, step
+from autojac.probe.sample_pairs import FEWEST_SPLITS, SCALES, ProbePoint, cotangent_verdict, differs, split_masks, step
 
 HALVINGS = 16
 """Thresholds narrower than this power of a half of the change of an input are taken for jumps."""
@@ -30,7 +30,7 @@ class Derivative(Exception):
     """Other samples have a derivative at some point, or may have one."""
 
 
-def values_only(subject: Subject, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float) -> bool:
+def values_only(subject: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float) -> bool:
     """Check that outputs have no derivative in other samples' inputs wherever these move them.
 
     Args:
@@ -45,7 +45,7 @@ def values_only(subject: Subject, masks: Sequence[Tensor], generator: torch.Gene
 
     def look() -> None:
         for turn, scale in enumerate(SCALES):
-            _look_at(subject.elsewhere(turn, scale, generator), masks, scale, generator)
+            _look_at(subject.at_other_point(turn, scale, generator), masks, scale, generator)
 
     try:
         within(budget_s, look)
@@ -54,7 +54,7 @@ def values_only(subject: Subject, masks: Sequence[Tensor], generator: torch.Gene
     return True
 
 
-def _look_at(there: Subject, masks: Sequence[Tensor], scale: float, generator: torch.Generator) -> None:
+def _look_at(there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator) -> None:
     """Raise `Derivative` if one is seen where other samples change by `scale`."""
     base = _values(there, masks, generator)
     worst, way = 0.0, None
@@ -75,8 +75,8 @@ def _look_at(there: Subject, masks: Sequence[Tensor], scale: float, generator: t
 
 
 def _follow(
-    start: Subject,
-    stop: Subject,
+    start: ProbePoint,
+    stop: ProbePoint,
     output: int,
     place: int,
     ends: tuple[float, float],
@@ -100,7 +100,7 @@ def _follow(
             start, low = middle, value
 
 
-def _moved(there: Subject, mask: Tensor, scale: float, generator: torch.Generator) -> Subject:
+def _moved(there: ProbePoint, mask: Tensor, scale: float, generator: torch.Generator) -> ProbePoint:
     leaves = list(there.leaves)
     for position in there.inputs:
         rows = mask.view(-1, *[1] * (leaves[position].dim() - 1))
@@ -108,7 +108,7 @@ def _moved(there: Subject, mask: Tensor, scale: float, generator: torch.Generato
     return dataclasses.replace(there, leaves=tuple(leaves))
 
 
-def _values(there: Subject, masks: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
+def _values(there: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
     """The outputs at a point; raise `Derivative` unless gradients are finite there and stay in their samples."""
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from autojac.autodiff.primitives import Bound, Pullback
 from autojac.core.pattern import Pattern
 from autojac.core.signature import Layout, Leaf
 from autojac.core.structure import Structure
-from autojac.graph.analysis import Outline
+from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.operators import FORWARD_ONCE, forward_once
 from autojac.guards.function_state import FunctionState
 from autojac.problem.layouts import jacobian_shape
@@ -77,7 +77,7 @@ class Problem:
     memory_limit: int
     pass_bytes: int = 0
     has_aux: bool = False
-    outline: Outline | None = dataclasses.field(default=None, compare=False, repr=False)
+    outline: GraphAnalysis | None = dataclasses.field(default=None, compare=False, repr=False)
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
     function_state: FunctionState | None = dataclasses.field(default=None, compare=False, repr=False)

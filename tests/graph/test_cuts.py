@@ -214,7 +214,7 @@ def widths(func: Any, *args: Any) -> dict[bool, list[int]]:
     assert outline is not None and outline.flow is not None
     found = {again: outline.chain(again=again) for again in (False, True)}
     return {
-        again: [outline.flow.width(product.cut) for product in products(chain.way)]
+        again: [outline.flow.width(product.cut) for product in products(chain.tree)]
         for again, chain in found.items()
         if chain is not None
     }

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from autojac.graph.batch_axis.propagation import follow
+from autojac.graph.batch_axis.propagation import propagate_batch_axis
 from autojac.graph.batch_axis.rules import RULES
-from autojac.graph.batch_axis.states import Along
+from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.dependence import dependence
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import OPERATORS, ROWS, Axes, Kind
 from autojac.graph.recorder import record
-from autojac.graph.sample_graph.propagation import spread
+from autojac.graph.sample_graph.propagation import propagate_samples
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Any]
@@ -259,17 +259,17 @@ def test_the_batch_is_where_the_rules_say(name: str) -> None:
         moved: Function = lambda x, axis=axis: function(x.movedim(0, axis))  # type: ignore[misc]  # noqa: E731
         x = torch.randn(front, dtype=torch.float64)
         graph = recorded(moved, x)
-        flow = follow(graph, batch, [True])
+        flow = propagate_batch_axis(graph, batch, [True])
         state = flow.states[graph.outputs[0]]
         out = graph.shapes[graph.outputs[0]]
         # (outputs, samples)
         reads = truly(function, shape).unflatten(1, shape).movedim(axis + 1, 1).flatten(2).any(-1)
-        if isinstance(state, Along) and graph.outputs[0] in flow.pure:
+        if isinstance(state, BatchAxis) and graph.outputs[0] in flow.pure:
             slices = torch.arange(out[state.axis]) // state.inner % batch
             owner = slices.reshape(-1, *[1] * (len(out) - 1 - state.axis)).expand(out).reshape(-1)
             assert not bool((reads & (owner[:, None] != torch.arange(batch))).any()), (axis, state)
         if out and out[0] == batch:
-            samples = spread(graph, [x], [0], batch).samples
+            samples = propagate_samples(graph, [x], [0], batch).samples
             if samples is not None:
                 told = torch.from_numpy(samples.toarray())
                 assert not bool((reads.reshape(batch, -1, batch).any(1) & ~told).any()), axis
@@ -281,7 +281,7 @@ def test_the_batch_is_where_the_rules_say(name: str) -> None:
 def test_volumes_keep_the_batch_in_front(name: str) -> None:
     shape, function = CASES[name]
     graph = recorded(function, torch.randn(shape, dtype=torch.float64))
-    assert follow(graph, shape[0], [True]).independent
+    assert propagate_batch_axis(graph, shape[0], [True]).independent
 
 
 def test_padding_with_ones_does_not_count_as_zero() -> None:

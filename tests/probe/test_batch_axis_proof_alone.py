@@ -20,7 +20,7 @@ from autojac.graph.batch_axis.propagation import UNFORESEEN
 from autojac.graph.recorder import record
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.probe.batch_axis_proof import prove
-from autojac.probe.sample_pairs import Subject
+from autojac.probe.sample_pairs import ProbePoint
 from harness import planned
 from programs import program
 from provable import COUPLED, INDEPENDENT
@@ -29,7 +29,7 @@ from provable import COUPLED, INDEPENDENT
 def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     request, seen, problem = planned(func, (x,), in_dims=0)
     outline = ProblemBuilder.outline(request, seen, [True])
-    return prove(outline, Subject(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
+    return prove(outline, ProbePoint(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
 
 
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")

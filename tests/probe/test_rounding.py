@@ -21,7 +21,7 @@ from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.methods.base import registry
 from autojac.probe.rounding import only_rounding
-from autojac.probe.sample_pairs import Subject, index_masks
+from autojac.probe.sample_pairs import ProbePoint, index_masks
 from harness import compare, planned
 from oracle import jacobian_blocks, jacobian_full
 from programs import program
@@ -301,7 +301,7 @@ def test_no_program_of_which_a_derivative_reaches_another_sample_is_cleared(mode
             found: Tensor = y if mode == "alone" else kernel + 1e-9 * y if mode == "added" else kernel * y
             return found
 
-        subject = Subject(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
+        subject = ProbePoint(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
         cleared = only_rounding(subject, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
         counts[cleared] += 1
         for scale in (0.1, 1.0, 10.0) if cleared else ():

@@ -18,8 +18,8 @@ import autojac
 from autojac.core.pattern import Pattern
 from autojac.core.structure import Structure
 from autojac.graph.recorder import record
-from autojac.graph.sample_graph.propagation import spread, viewed
-from autojac.graph.sample_graph.slices import Reach
+from autojac.graph.sample_graph.propagation import propagate_samples, viewed
+from autojac.graph.sample_graph.slices import SliceSamples
 from autojac.probe.coded_cotangents import spread_colors
 from autojac.probe.sample_graph import SampleGraph, sample_graph
 from harness import Counted
@@ -449,7 +449,7 @@ def test_what_is_followed_contains_what_any_point_shows(program: tuple[Func, int
     x = points((batch, 2))
     recording = record(lambda leaves, kwargs: (func(leaves[0]),), [x], {}, [0])
     assert recording.graph is not None
-    samples = spread(recording.graph, [x], [0], batch).samples
+    samples = propagate_samples(recording.graph, [x], [0], batch).samples
     assert samples is not None
     for scale in (0.0, 0.3, 1.0):
         assert not (truth(func, x + scale * torch.randn_like(x)) & ~samples.toarray()).any()
@@ -469,7 +469,7 @@ def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.D
     axes = [axis for axis, size in enumerate(before) if size > 1 and data.draw(st.booleans())]
     sizes = [before[axis] for axis in axes]
     count = int(np.prod(sizes, dtype=int))
-    own = Reach.of_batch(count)
+    own = SliceSamples.of_batch(count)
     reach = own.taken(np.arange(count), axes, sizes)
     numbers = np.broadcast_to(reach.numbers(len(before)), before).reshape(after)
     made = viewed(reach, before, after)

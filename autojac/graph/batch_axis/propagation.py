@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autojac.graph.batch_axis.rules import rule_of
-from autojac.graph.batch_axis.states import SHARED, Along, Lost, Meets, State, Step
+from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Kind, facts_of
 
@@ -21,7 +21,7 @@ UNFORESEEN = "its rule fails"
 
 
 @dataclass(frozen=True)
-class Flow:
+class BatchFlow:
     """How the batch runs through a graph.
 
     Attributes:
@@ -46,7 +46,7 @@ class Flow:
         """The shared tensors that operators along the batch read, in the order in which they were made."""
         read: set[int] = set()
         for operation in self.graph.operations:
-            if any(isinstance(self.states.get(y), Along) for y in operation.outputs if y is not None):
+            if any(isinstance(self.states.get(y), BatchAxis) for y in operation.outputs if y is not None):
                 read.update(number for number in operation.sources if self.states.get(number) == SHARED)
         return tuple(sorted(read))
 
@@ -58,7 +58,7 @@ class Flow:
             if not tainted.isdisjoint(operation.sources):
                 tainted.update(number for number in operation.outputs if number is not None)
         return frozenset(
-            number for number, state in self.states.items() if isinstance(state, Along) and number not in tainted
+            number for number, state in self.states.items() if isinstance(state, BatchAxis) and number not in tainted
         )
 
     def width(self, tensors: Iterable[int]) -> int:
@@ -68,29 +68,29 @@ class Flow:
     @property
     def lost_output(self) -> bool:
         """Whether an output itself is shared, or has the batch elsewhere than in front."""
-        return any(self.states.get(y) not in (Along(0), None) for y in self.graph.outputs)
+        return any(self.states.get(y) not in (BatchAxis(0), None) for y in self.graph.outputs)
 
 
-def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> Flow:
+def propagate_batch_axis(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> BatchFlow:
     """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
     states: dict[int, State] = {
-        number: Along(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
+        number: BatchAxis(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
     }
     states |= dict.fromkeys(shared, SHARED)
     losses: dict[int, str] = {}
     meets = False
     for place, operation in enumerate(graph.operations):
-        step = Step(graph, operation, states, batch)
+        context = RuleContext(graph, operation, states, batch)
         read = {states.get(number) for number in operation.sources}
         made: State | Sequence[State]
         if read <= {None} or facts_of(operation.target).kind is Kind.FACTORY:
             made = None
-        elif not any(isinstance(state, Along) for state in read):
-            made = _spread(step)
+        elif not any(isinstance(state, BatchAxis) for state in read):
+            made = _spread(context)
         else:
             try:
-                made = rule_of(operation)(step)
-            except Lost as lost:
+                made = rule_of(operation)(context)
+            except BatchAxisLost as lost:
                 losses[place] = f"{operation.name}: {lost}"
                 meets = meets or isinstance(lost, Meets)
                 made = SHARED
@@ -100,25 +100,25 @@ def follow(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection
         for index, number in enumerate(operation.outputs):
             if number is not None:
                 state = made[index] if isinstance(made, list) else made
-                assert state is None or state == SHARED or isinstance(state, Along)
+                assert state is None or state == SHARED or isinstance(state, BatchAxis)
                 states[number] = _sound(graph, number, state, batch)
-    return Flow(graph, batch, states, losses, meets)
+    return BatchFlow(graph, batch, states, losses, meets)
 
 
-def _spread(step: Step) -> State:
+def _spread(context: RuleContext) -> State:
     """Shared tensors make shared ones, but an expanded one has an axis that may count as the batch's."""
-    if step.operation.name == "expand":
-        before, after = step.shape(step.operation.args[0]), step.out
+    if context.operation.name == "expand":
+        before, after = context.shape(context.operation.args[0]), context.out
         before = (1,) * (len(after) - len(before)) + before
         for axis, (old, size) in enumerate(zip(before, after, strict=True)):
-            if old == 1 and size == step.batch:
-                return Along(axis)
+            if old == 1 and size == context.batch:
+                return BatchAxis(axis)
     return SHARED
 
 
 def _sound(graph: Graph, number: int, state: State, batch: int) -> State:
     """The state, if the tensor's size allows it: some operators return seeds or counters beside their result."""
-    if isinstance(state, Along):
+    if isinstance(state, BatchAxis):
         shape = graph.shapes[number]
         if state.axis >= len(shape) or shape[state.axis] != state.outer * batch * state.inner:
             return SHARED

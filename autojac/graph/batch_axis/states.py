@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from autojac.graph.ir import Graph, Operation, Value
 
 
-class Along(NamedTuple):
+class BatchAxis(NamedTuple):
     """Axis `axis` runs over samples: entry j belongs to sample (j // inner) % B, with `outer` turns of the batch."""
 
     axis: int
@@ -19,18 +19,18 @@ class Along(NamedTuple):
 
 
 SHARED: Literal["shared"] = "shared"
-State = Along | Literal["shared"] | None
+State = BatchAxis | Literal["shared"] | None
 
 
-class Lost(Exception):
+class BatchAxisLost(Exception):
     """The batch axis can't be followed through an operator; says why."""
 
 
-class Meets(Lost):
+class Meets(BatchAxisLost):
     """An operator reads several samples for one result, whatever comes of it."""
 
 
-class Step:
+class RuleContext:
     """One operator with the states of the tensors that it reads."""
 
     def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], batch: int) -> None:
@@ -62,20 +62,20 @@ class Step:
         first = next(number for number in self.operation.outputs if number is not None)
         return self.graph.shapes[first]
 
-    def carried(self) -> list[tuple[Value, Along]]:
+    def carried(self) -> list[tuple[Value, BatchAxis]]:
         """The tensors that carry the batch."""
         found = []
         for number in dict.fromkeys(self.operation.sources):
             state = self.states.get(number)
-            if isinstance(state, Along):
+            if isinstance(state, BatchAxis):
                 found.append((Value(number), state))
         return found
 
-    def only(self) -> tuple[tuple[int, ...], Along]:
+    def only(self) -> tuple[tuple[int, ...], BatchAxis]:
         """Shape and state of the one tensor that carries the batch, which must be the first argument."""
         carried = self.carried()
         if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
-            raise Lost("several tensors carry the batch into it")
+            raise BatchAxisLost("several tensors carry the batch into it")
         return self.shape(carried[0][0]), carried[0][1]
 
     def axes(self, name: str, dims: int) -> set[int]:
@@ -86,7 +86,7 @@ class Step:
         return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}
 
 
-def regrouped(state: Along, before: Sequence[int], after: Sequence[int], batch: int) -> Along:
+def regrouped(state: BatchAxis, before: Sequence[int], after: Sequence[int], batch: int) -> BatchAxis:
     """The batch axis after a view in another shape."""
     behind = state.inner * math.prod(before[state.axis + 1 :])
     for axis, size in enumerate(after):
@@ -95,5 +95,5 @@ def regrouped(state: Along, before: Sequence[int], after: Sequence[int], batch: 
             inner, rest = divmod(behind, stride)
             if rest or size % (inner * batch):
                 break
-            return Along(axis, size // (inner * batch), inner)
-    raise Lost("a view takes the batch axis apart")
+            return BatchAxis(axis, size // (inner * batch), inner)
+    raise BatchAxisLost("a view takes the batch axis apart")

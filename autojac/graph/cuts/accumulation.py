@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.batch_axis.states import Along
+from autojac.graph.batch_axis.propagation import BatchFlow
+from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.operator_facts import Kind, facts_of
@@ -31,7 +31,7 @@ PRODUCTS_A_MOVE = 16
 
 
 @dataclass(frozen=True)
-class Sweep:
+class JacobianSweep:
     """J_{targets←sources} by one seed for each element of one end.
 
     Attributes:
@@ -49,14 +49,14 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Product:
+class ChainProduct:
     """J_{targets←cut} · J_{cut←sources}."""
 
     sources: Ends
     targets: Ends
     cut: Ends
-    late: Way
-    early: Way
+    late: AccumulationTree
+    early: AccumulationTree
     multiplication: float
 
     @property
@@ -69,12 +69,12 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Stacked:
     """Rows or columns of J_{targets←sources}, each in a way of its own."""
 
     sources: Ends
     targets: Ends
-    parts: tuple[Way, ...]
+    parts: tuple[AccumulationTree, ...]
 
     @property
     def cost(self) -> float:
@@ -85,7 +85,7 @@ class Beside:
         return sum(part.passes for part in self.parts)
 
 
-Way = Sweep | Product | Beside
+AccumulationTree = JacobianSweep | ChainProduct | Stacked
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,21 @@ class Accumulation:
     """How to accumulate the Jacobian of a whole graph.
 
     Attributes:
-        way: the tree of cuts.
+        tree: the tree of cuts.
         states: how the tensors at the ends of its sweeps carry the batch.
         seeds: whole passes through the graph that its sweeps are worth.
         width: elements of one sample in its widest cut.
     """
 
-    way: Way
-    states: Mapping[int, Along]
+    tree: AccumulationTree
+    states: Mapping[int, BatchAxis]
     seeds: float
     width: int
 
 
-def accumulate(flow: Flow, inputs: Sequence[int], *, again: bool = False, forward: bool = True) -> Accumulation | None:
+def accumulate(
+    flow: BatchFlow, inputs: Sequence[int], *, again: bool = False, forward: bool = True
+) -> Accumulation | None:
     """Cut a graph where it is narrowest, by elements of one sample.
 
     Args:
@@ -123,7 +125,7 @@ def accumulate(flow: Flow, inputs: Sequence[int], *, again: bool = False, forwar
         return None
     levels = LEVELS if len(planner.alive) <= MOST_TO_CUT_AGAIN else 1
     direct = planner.sweep(tuple(inputs), targets)
-    way: Way = planner.product(tuple(inputs), targets, 0) or direct
+    way: AccumulationTree = planner.product(tuple(inputs), targets, 0) or direct
     if again:
         best = planner.way(tuple(inputs), targets, levels)
         way = best if best.cost < GAIN * way.cost else way
@@ -132,71 +134,71 @@ def accumulate(flow: Flow, inputs: Sequence[int], *, again: bool = False, forwar
     ends = {number for sweep in sweeps(way) for number in (*sweep.sources, *sweep.targets)}
     found = {number: flow.states.get(number) for number in ends}
     # an output that the flow has lost is known to be independent in another way, with the batch in front
-    states = {number: state if isinstance(state, Along) else Along(0) for number, state in found.items()}
+    states = {number: state if isinstance(state, BatchAxis) else BatchAxis(0) for number, state in found.items()}
     seed = max(direct.cost, 1) / max(direct.passes, 1)
     width = max(flow.width(product.cut) for product in products(way))
     return Accumulation(way, states, sum(sweep.cost for sweep in sweeps(way)) / seed, width)
 
 
-def sweeps(way: Way) -> Iterator[Sweep]:
+def sweeps(way: AccumulationTree) -> Iterator[JacobianSweep]:
     """The leaves of a tree of cuts."""
-    if isinstance(way, Sweep):
+    if isinstance(way, JacobianSweep):
         yield way
     else:
-        for part in (way.late, way.early) if isinstance(way, Product) else way.parts:
+        for part in (way.late, way.early) if isinstance(way, ChainProduct) else way.parts:
             yield from sweeps(part)
 
 
-def products(way: Way) -> Iterator[Product]:
+def products(way: AccumulationTree) -> Iterator[ChainProduct]:
     """Its cuts, the outer ones first."""
-    if isinstance(way, Product):
+    if isinstance(way, ChainProduct):
         yield way
-    if not isinstance(way, Sweep):
-        for part in (way.late, way.early) if isinstance(way, Product) else way.parts:
+    if not isinstance(way, JacobianSweep):
+        for part in (way.late, way.early) if isinstance(way, ChainProduct) else way.parts:
             yield from products(part)
 
 
 class _Planner:
     """Finds the cheapest way between two sets of tensors."""
 
-    def __init__(self, flow: Flow, inputs: Sequence[int], forward: bool) -> None:
+    def __init__(self, flow: BatchFlow, inputs: Sequence[int], forward: bool) -> None:
         self.flow = flow
         self.forward = forward
         self.alive = differentiable_paths(flow.graph, inputs)
         self.operations = [op for op in flow.graph.operations if passes_derivatives(op)]
-        self._ways: dict[tuple[Ends, Ends, int], Way] = {}
+        self._ways: dict[tuple[Ends, Ends, int], AccumulationTree] = {}
         self._found: dict[tuple[Ends, Ends, Ends], frozenset[int]] = {}
 
-    def way(self, sources: Ends, targets: Ends, levels: int) -> Way:
+    def way(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
         key = sources, targets, levels
         if key not in self._ways:
             self._ways[key] = self._cheapest(sources, targets, levels)
         return self._ways[key]
 
-    def _cheapest(self, sources: Ends, targets: Ends, levels: int) -> Way:
-        best: Way = self.sweep(sources, targets)
+    def _cheapest(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
+        best: AccumulationTree = self.sweep(sources, targets)
         if not levels:
             return best
-        options: list[Way | None] = [self.product(sources, targets, levels - 1)]
+        options: list[AccumulationTree | None] = [self.product(sources, targets, levels - 1)]
         if 1 < len(targets) <= MOST_PARTS:
-            options.append(Beside(sources, targets, tuple(self.way(sources, (t,), levels) for t in targets)))
+            options.append(Stacked(sources, targets, tuple(self.way(sources, (t,), levels) for t in targets)))
         if 1 < len(sources) <= MOST_PARTS:
-            options.append(Beside(sources, targets, tuple(self.way((s,), targets, levels) for s in sources)))
+            options.append(Stacked(sources, targets, tuple(self.way((s,), targets, levels) for s in sources)))
         for option in options:
             if option is not None and option.cost < GAIN * best.cost:
                 best = option
         return best
 
-    def sweep(self, sources: Ends, targets: Ends) -> Sweep:
+    def sweep(self, sources: Ends, targets: Ends) -> JacobianSweep:
         """One sweep in the cheaper direction."""
-        pull = Sweep(
+        pull = JacobianSweep(
             sources,
             targets,
             "pull",
             self.flow.width(set(targets) - set(sources)),
             sum(self.flow.width((t,)) * self._moves(sources, (t,)) for t in targets),
         )
-        push = Sweep(
+        push = JacobianSweep(
             sources,
             targets,
             "push",
@@ -205,7 +207,7 @@ class _Planner:
         )
         return push if self.forward and push.cost < pull.cost else pull
 
-    def product(self, sources: Ends, targets: Ends, levels: int) -> Product | None:
+    def product(self, sources: Ends, targets: Ends, levels: int) -> ChainProduct | None:
         """The way through the narrowest cut; None if it is no narrower than both ends."""
         narrowest = min(self.flow.width(sources), self.flow.width(targets))
         if narrowest < 2:
@@ -221,7 +223,7 @@ class _Planner:
         multiplication = (
             self.flow.width(sources) * self.flow.width(targets) * (1 + self.flow.width(cut) / PRODUCTS_A_MOVE)
         )
-        return Product(
+        return ChainProduct(
             sources, targets, cut, self.way(cut, targets, levels), self.way(sources, cut, levels), multiplication
         )
 

@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import vmap
-from autojac.graph.batch_axis.propagation import Flow
-from autojac.graph.batch_axis.states import Along
+from autojac.graph.batch_axis.propagation import BatchFlow
+from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.ir import Operation
 from autojac.graph.operator_facts import Axes, facts_of
 
 Env = Mapping[int, Tensor]
-Result = tuple[Along, tuple[int, ...]]
-StandIn = Callable[[Operation, Env], Sequence[Any]]
+Result = tuple[BatchAxis, tuple[int, ...]]
+PerSampleForm = Callable[[Operation, Env], Sequence[Any]]
 
 
-def stand_in(flow: Flow, operation: Operation, tensors: Collection[int]) -> StandIn | None:
+def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[int]) -> PerSampleForm | None:
     """The operator, reading copies (B, *shape) in the place of the shared tensors; None if it takes none.
 
     By broadcasting where the operator does so, else by torch.vmap over the samples of all that it reads. The form is
     that of the operator in every graph of one key: it is given the one to run, whose numbers are those of its call.
     """
     read = [number for number in dict.fromkeys(operation.sources) if number in tensors]
-    made = [s for number in operation.outputs if number is not None and isinstance(s := flow.states[number], Along)]
+    made = [s for number in operation.outputs if number is not None and isinstance(s := flow.states[number], BatchAxis)]
     if len(made) < len(operation.outputs) - operation.outputs.count(None):
         return None
     shapes = {number: shape for number in read if (shape := _as_broadcast(flow, operation, number)) is not None}
     if len(shapes) == len(read):
         return functools.partial(_broadcast, made[0].axis, shapes)
-    carried = {n: state for n in operation.sources if isinstance(state := flow.states.get(n), Along)}
+    carried = {n: state for n in operation.sources if isinstance(state := flow.states.get(n), BatchAxis)}
     if not carried:
         return None
     results = [None if number is None else (made.pop(0), flow.graph.shapes[number]) for number in operation.outputs]
@@ -44,7 +44,9 @@ def stand_in(flow: Flow, operation: Operation, tensors: Collection[int]) -> Stan
     return functools.partial(_mapped, flow.batch, tuple(read), carried, results)
 
 
-def _slices(flow: Flow, operation: Operation, carried: Mapping[int, Along], results: Sequence[Result | None]) -> bool:
+def _slices(
+    flow: BatchFlow, operation: Operation, carried: Mapping[int, BatchAxis], results: Sequence[Result | None]
+) -> bool:
     """Whether the operator of one sample's slices makes slices: what is read besides must not be as long as a batch."""
     graph, env = flow.graph, {}
     for number in operation.sources:
@@ -61,7 +63,7 @@ def _slices(flow: Flow, operation: Operation, carried: Mapping[int, Along], resu
     )
 
 
-def _slice_shape(shape: tuple[int, ...], state: Along) -> tuple[int, ...]:
+def _slice_shape(shape: tuple[int, ...], state: BatchAxis) -> tuple[int, ...]:
     return (*shape[: state.axis], state.outer * state.inner, *shape[state.axis + 1 :])
 
 
@@ -74,11 +76,11 @@ def _of_one(operation: Operation, batch: int) -> Operation:
     return dataclasses.replace(operation, args=args)
 
 
-def _as_broadcast(flow: Flow, operation: Operation, number: int) -> tuple[int, ...] | None:
+def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[int, ...] | None:
     """A shared tensor's shape as it is broadcast, if the operator does so along the batch."""
     output = next(index for index in operation.outputs if index is not None)
     state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
-    if not isinstance(state, Along) or (state.outer, state.inner) != (1, 1):
+    if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):
         return None
     if operation.name != "expand" and facts_of(operation.target).axes is not Axes.BROADCAST:
         return None
@@ -95,7 +97,7 @@ def _broadcast(axis: int, shapes: Mapping[int, tuple[int, ...]], operation: Oper
 def _mapped(
     batch: int,
     copied: Sequence[int],
-    carried: Mapping[int, Along],
+    carried: Mapping[int, BatchAxis],
     results: Sequence[Result | None],
     operation: Operation,
     env: Env,
@@ -113,14 +115,14 @@ def _mapped(
     return [None if result is None else _samples_back(next(made), result[0], batch) for result in results]
 
 
-def _samples_in_front(tensor: Tensor, state: Along, batch: int) -> Tensor:
+def _samples_in_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     """(…, outer·B·inner, …) as (B, …, outer·inner, …)."""
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis, (state.outer, batch, state.inner))
     return apart.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
 
 
-def _samples_back(tensor: Tensor, state: Along, batch: int) -> Tensor:
+def _samples_back(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis + 1, (state.outer, state.inner))
     return apart.movedim(0, axis + 1).flatten(axis, axis + 2)

@@ -9,32 +9,33 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autojac.graph.batch_axis.propagation import Flow, follow
-from autojac.graph.batch_axis.states import SHARED, Along
+from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
+from autojac.graph.batch_axis.states import SHARED, BatchAxis
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut
-from autojac.graph.cuts.per_sample_copies import StandIn, stand_in
+from autojac.graph.cuts.per_sample_copies import PerSampleForm, per_sample_form
 from autojac.graph.ir import Graph
 
 
 @dataclass(frozen=True)
-class Pool:
+class SharedTensors:
     """Tensors through which samples reach each other.
 
     Attributes:
         tensors: their numbers; each holds what all samples share.
-        still: shared tensors that are read too, but that no derivative runs through.
+        without_derivative: shared tensors that are read too, but that no derivative runs through.
         weights: what is read of differentiated inputs without a batch: no sample stands behind these.
         size: elements of all `tensors`.
-        copied, lone: the operators along the batch that read `tensors` or `weights`, and those that read `weights`, by
-            position, each with its form that takes a copy a sample; None if some operator has no such form.
+        copied, weights_only: the operators along the batch that read `tensors` or `weights`, and those that read
+            `weights`, by position, each with its form that takes one copy per sample; None if some operator has no
+            such form.
     """
 
     tensors: tuple[int, ...]
-    still: tuple[int, ...]
+    without_derivative: tuple[int, ...]
     weights: tuple[int, ...]
     size: int
-    copied: Mapping[int, StandIn] | None
-    lone: Mapping[int, StandIn] | None
+    copied: Mapping[int, PerSampleForm] | None
+    weights_only: Mapping[int, PerSampleForm] | None
 
     def given(
         self, graph: Graph, base: Mapping[int, Tensor], inputs: Sequence[int], copies: bool
@@ -43,11 +44,11 @@ class Pool:
 
         Args:
             graph: of the call.
-            base: the other inputs, and the values of `still`.
+            base: the other inputs, and the values of `without_derivative`.
             inputs: numbers of the inputs that come first.
             copies: whether each sample gets its own copy (B, *shape) of `tensors` too.
         """
-        forms = (self.copied if copies else self.lone) or {}
+        forms = (self.copied if copies else self.weights_only) or {}
         special = {place: functools.partial(form, graph.operations[place]) for place, form in forms.items()}
         numbers = (*inputs, *self.weights, *self.tensors)
 
@@ -58,7 +59,7 @@ class Pool:
         return local
 
 
-def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
+def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> SharedTensors | None:
     """The shared tensors that all coupling runs through; None if it runs elsewhere too, or if there is no coupling.
 
     Args:
@@ -83,7 +84,7 @@ def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
     if any(graph.dtypes[number].is_complex for number in (*chosen, *weights)):
         return None  # their elements are not what is counted
     at_frontier = set(chosen) <= set(flow.frontier)
-    return Pool(
+    return SharedTensors(
         tuple(chosen),
         still,
         weights,
@@ -93,21 +94,21 @@ def pool(flow: Flow, inputs: Sequence[int], least: bool) -> Pool | None:
     )
 
 
-def _weights_shared(flow: Flow, inputs: Sequence[int]) -> Flow:
+def _weights_shared(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
     """The flow in which differentiated inputs without a batch are tensors that samples share."""
     weights = [number for number in inputs if flow.states[number] is None]
     if not weights:
         return flow
-    batched = [isinstance(flow.states[number], Along) for number in flow.graph.inputs]
-    return follow(flow.graph, flow.batch, batched, weights)
+    batched = [isinstance(flow.states[number], BatchAxis) for number in flow.graph.inputs]
+    return propagate_batch_axis(flow.graph, flow.batch, batched, weights)
 
 
-def _met(flow: Flow, alive: Collection[int]) -> set[int]:
+def _met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
     """The shared tensors that a derivative reaches by way of tensors along the batch."""
     found: set[int] = set()
     for operation in flow.graph.operations:
         for source in operation.sources:
-            if source in found or (source in alive and isinstance(flow.states.get(source), Along)):
+            if source in found or (source in alive and isinstance(flow.states.get(source), BatchAxis)):
                 made = (number for number in operation.outputs if number is not None and number in alive)
                 found.update(number for number in made if flow.states.get(number) == SHARED)
     return found
@@ -117,13 +118,13 @@ def _makers(graph: Graph, number: int) -> Sequence[int]:
     return graph.operations[graph.producers[number]].sources
 
 
-def _forms(flow: Flow, tensors: Collection[int]) -> dict[int, StandIn] | None:
+def _forms(flow: BatchFlow, tensors: Collection[int]) -> dict[int, PerSampleForm] | None:
     """For each operator along the batch that reads some of the tensors its form that takes copies."""
     found = {}
     for place, operation in enumerate(flow.graph.operations):
-        along = any(isinstance(flow.states.get(y), Along) for y in operation.outputs if y is not None)
+        along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.outputs if y is not None)
         if along and not set(tensors).isdisjoint(operation.sources):
-            form = stand_in(flow, operation, tensors)
+            form = per_sample_form(flow, operation, tensors)
             if form is None:
                 return None
             found[place] = form

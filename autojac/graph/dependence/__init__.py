@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.dispatch import rule_of
-from autojac.graph.dependence.index_sets import Fixed, Reading, Sets, State, TooLarge, Varying
+from autojac.graph.dependence.index_sets import Constant, DependenceContext, IndexSets, State, TooLarge, Unknown
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Kind, facts_of
 from autojac.graph.operators import traits
@@ -25,7 +25,9 @@ from autojac.graph.operators import traits
 __all__ = ["TooLarge", "dependence"]
 
 
-def dependence(graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()) -> list[Sets]:
+def dependence(
+    graph: Graph, columns: Sequence[Tensor | None], count: int, varying: Collection[int] = ()
+) -> list[IndexSets]:
     """For each output of a graph the inputs that its elements may have a derivative for.
 
     Args:
@@ -46,41 +48,44 @@ def dependence(graph: Graph, columns: Sequence[Tensor | None], count: int, varyi
     none = scipy.sparse.csr_array((1, count), dtype=bool)
     matrix = scipy.sparse.csr_array(scipy.sparse.vstack([none, single], format="csr"))
     states: dict[int, State] = {
-        number: Varying() if column is None else Sets(matrix, column.cpu().contiguous() + 1)
+        number: Unknown() if column is None else IndexSets(matrix, column.cpu().contiguous() + 1)
         for number, column in zip(graph.inputs, columns, strict=True)
     }
     for number, tensor in graph.constants.items():
         learned = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or number in varying
-        states[number] = Varying() if learned else Fixed(tensor.detach())
+        states[number] = Unknown() if learned else Constant(tensor.detach())
     work = 0
     with torch.no_grad():
         for operation in graph.operations:
             read = [states[number] for number in operation.sources]
-            reading = Reading(graph, operation, states, count)
-            reading.spend(work + sum(math.prod(shape) for shape in reading.shapes))
-            for made, state in zip(operation.outputs, _made(reading, read), strict=True):
+            context = DependenceContext(graph, operation, states, count)
+            context.spend(work + sum(math.prod(shape) for shape in context.shapes))
+            for made, state in zip(operation.outputs, _made(context, read), strict=True):
                 if made is not None:
                     states[made] = state
-            work = reading.work
+            work = context.work
     ends = ((graph.shapes[number], states[number]) for number in graph.outputs)
-    return [s if isinstance(s, Sets) else Sets(none, torch.zeros(shape, dtype=torch.int64)) for shape, s in ends]
+    return [
+        state if isinstance(state, IndexSets) else IndexSets(none, torch.zeros(shape, dtype=torch.int64))
+        for shape, state in ends
+    ]
 
 
-def _made(reading: Reading, read: Sequence[State]) -> list[State]:
+def _made(context: DependenceContext, read: Sequence[State]) -> list[State]:
     """What is known of the results of an operator."""
-    operation, graph = reading.operation, reading.graph
+    operation, graph = context.operation, context.graph
     count = len(operation.outputs)
-    if all(isinstance(state, Fixed) for state in read) and not traits(operation.target)[2]:
-        parts = operation({n: s.value for n in operation.sources if isinstance(s := reading.states[n], Fixed)})
-        return [Fixed(part) if isinstance(part, Tensor) else Varying() for part in parts]
+    if all(isinstance(state, Constant) for state in read) and not traits(operation.target)[2]:
+        parts = operation({n: s.value for n in operation.sources if isinstance(s := context.states[n], Constant)})
+        return [Constant(part) if isinstance(part, Tensor) else Unknown() for part in parts]
     if facts_of(operation.target).kind is Kind.FACTORY:
         like = {n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in operation.sources}
-        return [Fixed(operation(like)[0])]
+        return [Constant(operation(like)[0])]
     if operation.held or not facts_of(operation.target).has_derivative:
-        return [Varying()] * count
+        return [Unknown()] * count
     try:
-        made = rule_of(reading)(reading)
-        states = [made] * count if isinstance(made, (Fixed, Varying, Sets)) else list(made)
+        made = rule_of(context)(context)
+        states = [made] * count if isinstance(made, (Constant, Unknown, IndexSets)) else list(made)
         return [
             state if number is None else _fitting(state, graph, number)
             for number, state in zip(operation.outputs, states, strict=True)
@@ -88,18 +93,18 @@ def _made(reading: Reading, read: Sequence[State]) -> list[State]:
     except TooLarge:
         raise
     except Exception:  # an operator in a form that its rule does not foresee
-        whole = reading.everything()
-        return [Varying() if number is None else _fitting(whole, graph, number) for number in operation.outputs]
+        whole = context.everything()
+        return [Unknown() if number is None else _fitting(whole, graph, number) for number in operation.outputs]
 
 
 def _fitting(state: State, graph: Graph, number: int) -> State:
     """The state of a result: integers have no derivative, and a lone set stands for that of all elements."""
     dtype, shape = graph.dtypes[number], graph.shapes[number]
-    if not isinstance(state, Sets):
+    if not isinstance(state, IndexSets):
         return state
     if not (dtype.is_floating_point or dtype.is_complex):
-        return Varying()
+        return Unknown()
     index = state.index.reshape(()).expand(shape) if state.index.numel() == 1 else state.index
     if tuple(index.shape) != shape:
         raise ValueError(f"sets of shape {tuple(index.shape)} for a tensor {shape}")
-    return Sets(state.matrix, index.contiguous())
+    return IndexSets(state.matrix, index.contiguous())

@@ -14,7 +14,7 @@ from autojac.graph.dependence.elementwise_and_moves import (
     pointwise,
     unknown,
 )
-from autojac.graph.dependence.index_sets import Reading, Rule, Sets
+from autojac.graph.dependence.index_sets import DependenceContext, IndexSets, Rule
 from autojac.graph.dependence.reductions_and_products import (
     behind,
     distances,
@@ -41,13 +41,13 @@ RULES: dict[Kind, Rule] = {
     Kind.DISTANCE: distances,
     Kind.REDUCTION: mixing,
     Kind.SCAN: mixing,
-    Kind.MATRIX: behind(lambda reading, dims: max(dims - 2, 0)),
+    Kind.MATRIX: behind(lambda context, dims: max(dims - 2, 0)),
     Kind.NORMALIZATION: normalization,
 }
 
 
-def rule_of(reading: Reading) -> Rule:
+def rule_of(context: DependenceContext) -> Rule:
     """Return the rule of an operator; the one that mixes everything where nothing is known."""
-    if not any(isinstance(reading.states[number], Sets) for number in reading.operation.sources):
-        return masked if reading.facts.keeps_zeros else constant
-    return RULES.get(reading.facts.kind, unknown)
+    if not any(isinstance(context.states[number], IndexSets) for number in context.operation.sources):
+        return masked if context.facts.keeps_zeros else constant
+    return RULES.get(context.facts.kind, unknown)

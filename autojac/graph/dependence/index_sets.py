@@ -24,14 +24,14 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Constant:
     """A tensor whose value is the same in every call, as far as one can know: captured, and no parameter."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
-class Varying:
+class Unknown:
     """A tensor that may have another value in the next call, and no derivative with respect to the inputs.
 
     Attributes:
@@ -42,7 +42,7 @@ class Varying:
 
 
 @dataclass(frozen=True)
-class Sets:
+class IndexSets:
     """The inputs behind each element of a tensor.
 
     Attributes:
@@ -67,11 +67,11 @@ class Sets:
         return scipy.sparse.csr_array(chosen @ self.matrix)
 
 
-State = Fixed | Varying | Sets
-Rule = Callable[["Reading"], "State | Sequence[State]"]
+State = Constant | Unknown | IndexSets
+Rule = Callable[["DependenceContext"], "State | Sequence[State]"]
 
 
-class Reading:
+class DependenceContext:
     """One operator, with what is known of the tensors that it reads.
 
     Attributes:
@@ -117,12 +117,12 @@ class Reading:
         named = given if isinstance(given, (list, tuple)) else [given]
         return sorted({axis % dims for axis in named}) if dims else []
 
-    def sets(self) -> list[tuple[Value, Sets]]:
+    def sets(self) -> list[tuple[Value, IndexSets]]:
         """The tensors that depend on inputs."""
         found = []
         for number in dict.fromkeys(self.operation.sources):
             state = self.states[number]
-            if isinstance(state, Sets):
+            if isinstance(state, IndexSets):
                 found.append((Value(number), state))
         return found
 
@@ -131,7 +131,7 @@ class Reading:
         if self.work > MOST_WORK:
             raise TooLarge(f"more than {MOST_WORK:.0e} elements and entries to go through")
 
-    def union(self, one: Sets, other: Sets) -> Sets:
+    def union(self, one: IndexSets, other: IndexSets) -> IndexSets:
         """Element by element, of tensors of one shape."""
         if one.matrix is other.matrix and torch.equal(one.index, other.index):
             return one
@@ -141,9 +141,11 @@ class Reading:
         left, right = (pairs // width).numpy(), (pairs % width).numpy()
         # the pair of two empty sets may be missing, or not the first: it is put in front in any case
         matrix = self.after_empty(one.matrix[left] + other.matrix[right])
-        return Sets(matrix, index + 1)
+        return IndexSets(matrix, index + 1)
 
-    def gathered(self, groups: Tensor, source: Sets, shape: Sequence[int], members: Tensor | None = None) -> Sets:
+    def gathered(
+        self, groups: Tensor, source: IndexSets, shape: Sequence[int], members: Tensor | None = None
+    ) -> IndexSets:
         """For each element of a tensor the union over all elements that name it.
 
         Args:
@@ -161,9 +163,9 @@ class Reading:
         choice = scipy.sparse.csr_array((ones, (chosen, rows)), shape=(count, width))
         self.spend(int(np.diff(source.matrix.indptr)[rows].sum()))
         matrix = self.after_empty(choice @ source.matrix)
-        return Sets(matrix, torch.arange(1, count + 1).reshape(tuple(shape)))
+        return IndexSets(matrix, torch.arange(1, count + 1).reshape(tuple(shape)))
 
-    def mixed(self, source: Sets, axes: Collection[int]) -> Sets:
+    def mixed(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
         """The union along some axes, which are kept with length 1."""
         shape = tuple(source.index.shape)
         if all(shape[axis] == 1 for axis in axes):
@@ -172,14 +174,14 @@ class Reading:
         groups = torch.arange(math.prod(kept)).reshape(kept).expand(shape)
         return self.gathered(groups, source, kept)
 
-    def everything(self) -> Sets | Varying:
+    def everything(self) -> IndexSets | Unknown:
         """The union of all that is read."""
         total = None
         for _, state in self.sets():
-            whole = Sets(state.matrix, state.index.reshape(-1))
+            whole = IndexSets(state.matrix, state.index.reshape(-1))
             whole = self.gathered(torch.zeros(whole.index.numel(), dtype=torch.int64), whole, (1,))
             total = whole if total is None else self.union(total, whole)
-        return Varying() if total is None else total
+        return Unknown() if total is None else total
 
     def after_empty(self, matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
         """The rows of a matrix behind an empty one."""
@@ -196,9 +198,9 @@ class Reading:
 
 def alive_of(state: State) -> Tensor | None:
     """Where a constant may be other than zero; None where that is everywhere, or not known."""
-    if isinstance(state, Varying):
+    if isinstance(state, Unknown):
         return state.alive
-    if not isinstance(state, Fixed) or state.value.layout != torch.strided:
+    if not isinstance(state, Constant) or state.value.layout != torch.strided:
         return None
     alive = (state.value != 0).cpu()
     # one that is zero throughout waits to be filled

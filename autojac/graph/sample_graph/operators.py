@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from autojac.graph.batch_axis.rules import rule_of
-from autojac.graph.batch_axis.states import Along, Lost, Step
+from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, RuleContext
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.operator_facts import Axes, Kind, facts_of
-from autojac.graph.sample_graph.slices import MOST_SLICES, MOST_WORK, Everything, Reach, incidence, stacked, united
+from autojac.graph.sample_graph.slices import MOST_SLICES, MOST_WORK, SliceSamples, TooDense, incidence, stacked, united
 
 aten = torch.ops.aten
 
 
-class Passage:
+class SampleContext:
     """One operator, with what stands behind its arguments.
 
     Args:
@@ -37,14 +37,14 @@ class Passage:
     """
 
     def __init__(
-        self, graph: Graph, operation: Operation, reached: Mapping[int, Reach], fixed: Callable[[int], Tensor]
+        self, graph: Graph, operation: Operation, reached: Mapping[int, SliceSamples], fixed: Callable[[int], Tensor]
     ) -> None:
         self.graph = graph
         self.operation = operation
         self.reached = reached
         self.fixed = fixed
         self.facts = facts_of(operation.target)
-        self.step = Step(graph, operation, {}, 0)
+        self.call = RuleContext(graph, operation, {}, 0)
         self.outputs = [number for number in operation.outputs if number is not None]
         self.selectors: set[int] = set()
         self.wandering = False
@@ -58,7 +58,7 @@ class Passage:
 
     def select(self, *names: str) -> bool:
         """Whether the arguments that say where entries go are constants; they are noted."""
-        chosen = {number for name in names for number in numbers_in(self.step.arguments.get(name))}
+        chosen = {number for name in names for number in numbers_in(self.call.arguments.get(name))}
         if not chosen.isdisjoint(self.reached):
             self.wandering = True
             return False
@@ -68,14 +68,14 @@ class Passage:
     def kept(self, number: int, axis: int) -> list[int | None]:
         """For each output the axis whose slice j reads slice j of an argument's axis, and no other."""
         length = self.shape(number)[axis]
-        alone: dict[int, Any] = {number: Along(axis)}
-        together: dict[int, Any] = {other: Along(axis) for other, reach in self.reached.items() if axis in reach.axes}
+        alone: dict[int, Any] = {number: BatchAxis(axis)}
+        together: dict[int, Any] = {y: BatchAxis(axis) for y, reach in self.reached.items() if axis in reach.axes}
         for states in (alone, together):
             if number not in states or any(self.shape(other)[axis] != length for other in states):
                 continue
             try:
-                made = rule_of(self.operation)(Step(self.graph, self.operation, states, length))
-            except Lost:
+                made = rule_of(self.operation)(RuleContext(self.graph, self.operation, states, length))
+            except BatchAxisLost:
                 continue
             each = made if isinstance(made, list) else [made] * len(self.operation.outputs)
             pairs = zip(self.operation.outputs, each, strict=False)
@@ -83,64 +83,64 @@ class Passage:
         return [None] * len(self.outputs)
 
     def _axis(self, number: int, state: object, length: int) -> int | None:
-        if not isinstance(state, Along) or (state.outer, state.inner) != (1, 1):
+        if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):
             return None
         shape = self.shape(number)
         return state.axis if state.axis < len(shape) and shape[state.axis] == length else None
 
 
-def moved(passage: Passage) -> list[Reach | None] | None:
+def moved(context: SampleContext) -> list[SliceSamples | None] | None:
     """Operators that move entries; None if it is none, or moves them by what samples say."""
-    name, step = passage.name, passage.step
-    facts = passage.facts
-    if not facts.moves_entries or not passage.select(*facts.selectors):
+    name, call = context.name, context.call
+    facts = context.facts
+    if not facts.moves_entries or not context.select(*facts.selectors):
         return None
     sources = {
         number
-        for argument, value in step.arguments.items()
+        for argument, value in call.arguments.items()
         if argument not in facts.selectors
         for number in numbers_in(value)
     }
-    narrow = _narrowed(passage, sources) if facts.kind is not Kind.POINTWISE else {}
-    if any(_size(passage.shape(y), set(narrow.values())) > MOST_SLICES for y in passage.outputs):
+    narrow = _narrowed(context, sources) if facts.kind is not Kind.POINTWISE else {}
+    if any(_size(context.shape(y), set(narrow.values())) > MOST_SLICES for y in context.outputs):
         return None
     offsets: dict[int, int] = {}
     total = 0
-    for number in passage.reached:
+    for number in context.reached:
         offsets[number] = total
-        total += passage.reached[number].slices
+        total += context.reached[number].slices
 
     def numbered(number: int, selector: bool) -> Tensor:
         if selector:
-            value = passage.fixed(number)
+            value = context.fixed(number)
             if name == "gather":
                 for axis in narrow:
                     value = value.narrow(axis, 0, 1)
             return value.cpu()
-        shape = [1 if axis in narrow else size for axis, size in enumerate(passage.shape(number))]
+        shape = [1 if axis in narrow else size for axis, size in enumerate(context.shape(number))]
         if number not in offsets:
             return torch.zeros(shape, dtype=torch.float64)
         # 0 is what pads and fills, and reads nothing; doubles are exact and every operator takes them
-        rows = passage.reached[number].numbers(len(shape)) + (offsets[number] + 1)
+        rows = context.reached[number].numbers(len(shape)) + (offsets[number] + 1)
         return torch.from_numpy(np.asarray(rows, dtype=np.float64)).expand(shape)
 
     given = {
-        argument: _replaced(value, numbered, argument in facts.selectors) for argument, value in step.arguments.items()
+        argument: _replaced(value, numbered, argument in facts.selectors) for argument, value in call.arguments.items()
     }
     for argument in facts.fillers:
-        if not isinstance(step.arguments[argument], Value):
+        if not isinstance(call.arguments[argument], Value):
             given[argument] = 0
-    made = _called(passage.operation, given)
+    made = _called(context.operation, given)
     parts = made if isinstance(made, (tuple, list)) else (made,)
-    rows = stacked(list(passage.reached.values()))
-    whole = Reach((), (), rows)
+    rows = stacked(list(context.reached.values()))
+    whole = SliceSamples((), (), rows)
     return [_read(part, whole) for part in parts if part is not None]
 
 
-def _read(part: Tensor, whole: Reach) -> Reach:
+def _read(part: Tensor, whole: SliceSamples) -> SliceSamples:
     """The slices of a tensor of numbers, told apart along the axes on which they differ."""
     if not part.numel():
-        return Reach.nothing(whole.samples.shape[1])
+        return SliceSamples.nothing(whole.samples.shape[1])
     rows = part.long().numpy() - 1
     axes = []
     for axis, size in enumerate(rows.shape):
@@ -153,54 +153,54 @@ def _read(part: Tensor, whole: Reach) -> Reach:
     return whole.taken(rows.ravel(), axes, [rows.shape[axis] for axis in axes])
 
 
-def _narrowed(passage: Passage, sources: set[int]) -> dict[int, int]:
+def _narrowed(context: SampleContext, sources: set[int]) -> dict[int, int]:
     """Axes that an operator leaves alone and along which nothing is told apart, with their places in the output."""
-    dims = {len(passage.shape(number)) for number in sources}
+    dims = {len(context.shape(number)) for number in sources}
     if len(dims) != 1:
         return {}
     found = {}
     for axis in range(dims.pop()):
-        sizes = {passage.shape(number)[axis] for number in sources}
-        if len(sizes) != 1 or sizes == {1} or any(axis in reach.axes for reach in passage.reached.values()):
+        sizes = {context.shape(number)[axis] for number in sources}
+        if len(sizes) != 1 or sizes == {1} or any(axis in reach.axes for reach in context.reached.values()):
             continue
-        places = {place for number in sources for place in passage.kept(number, axis)}
+        places = {place for number in sources for place in context.kept(number, axis)}
         place = places.pop() if len(places) == 1 else None
-        if place is not None and (passage.name != "gather" or _uniform(passage, axis)):
+        if place is not None and (context.name != "gather" or _uniform(context, axis)):
             found[axis] = place
     return found
 
 
-def _uniform(passage: Passage, axis: int) -> bool:
+def _uniform(context: SampleContext, axis: int) -> bool:
     """Whether an index is the same all along an axis."""
-    (number,) = numbers_in(passage.step["index"])
-    index = passage.fixed(number)
+    (number,) = numbers_in(context.call["index"])
+    index = context.fixed(number)
     return index.shape[axis] > 0 and bool((index == index.narrow(axis, 0, 1)).all())
 
 
-def scattered(passage: Passage) -> list[Reach | None] | None:
+def scattered(context: SampleContext) -> list[SliceSamples | None] | None:
     """Operators that bring entries to indexed places, where they are added or replace what was there."""
-    facts, step = passage.facts, passage.step
-    if facts.kind is not Kind.SCATTER or not passage.select(*facts.selectors):
+    facts, call = context.facts, context.call
+    if facts.kind is not Kind.SCATTER or not context.select(*facts.selectors):
         return None
-    (target,) = numbers_in(step["self"])
-    shape, dims = passage.shape(target), len(passage.shape(target))
-    brought = next(numbers_in(step.arguments.get(facts.source)), -1)
-    parts = [passage.reached[number] for number in (target, brought) if number in passage.reached]
+    (target,) = numbers_in(call["self"])
+    shape, dims = context.shape(target), len(context.shape(target))
+    brought = next(numbers_in(call.arguments.get(facts.source)), -1)
+    parts = [context.reached[number] for number in (target, brought) if number in context.reached]
     # counted from the end, where the axes of target and source agree
-    tracked = {axis - len(passage.shape(target)) for axis in (parts[0].axes if target in passage.reached else ())}
-    if brought in passage.reached:
-        tracked |= {axis - len(passage.shape(brought)) for axis in passage.reached[brought].axes}
+    tracked = {axis - len(context.shape(target)) for axis in (parts[0].axes if target in context.reached else ())}
+    if brought in context.reached:
+        tracked |= {axis - len(context.shape(brought)) for axis in context.reached[brought].axes}
     if "indices" in facts.selectors:
-        used = [axis for axis, index in enumerate(step["indices"]) if index is not None]
+        used = [axis for axis, index in enumerate(call["indices"]) if index is not None]
         alone = {axis - dims for axis in range(used[-1] + 1, dims)} if used == list(range(len(used))) else set()
-        pick: Callable[[Tensor], Tensor] = lambda places: aten.index.Tensor(places, _values(passage, step["indices"]))  # noqa: E731
+        pick: Callable[[Tensor], Tensor] = lambda places: aten.index.Tensor(places, _values(context, call["indices"]))  # noqa: E731
     else:
-        (number,) = numbers_in(step["index"])
-        index = passage.fixed(number).cpu()
-        axis = step["dim"] % max(dims, 1)
+        (number,) = numbers_in(call["index"])
+        index = context.fixed(number).cpu()
+        axis = call["dim"] % max(dims, 1)
         alone = {other - dims for other in range(dims) if other != axis}
         if facts.axes is Axes.INDEXED:
-            alone = {other for other in alone if _uniform(passage, other)}
+            alone = {other for other in alone if _uniform(context, other)}
             for other in alone - tracked:
                 index = index.narrow(other, 0, 1)
             pick = lambda places: places.gather(axis, index)  # noqa: E731
@@ -210,44 +210,44 @@ def scattered(passage: Passage) -> list[Reach | None] | None:
     axes = [axis for axis in range(dims) if axis - dims not in narrow and shape[axis] > 1]
     sizes = [shape[axis] for axis in axes]
     if math.prod(sizes) > MOST_SLICES:
-        raise Everything
+        raise TooDense
     places = torch.arange(math.prod(sizes)).reshape([shape[a] if a in axes else 1 for a in range(dims)])
-    found = [passage.reached[target].spread_over(axes, sizes)] if target in passage.reached else []
-    if brought in passage.reached:
+    found = [context.reached[target].spread_over(axes, sizes)] if target in context.reached else []
+    if brought in context.reached:
         into = pick(places)
-        reach = passage.reached[brought]
-        own = torch.from_numpy(reach.numbers(len(passage.shape(brought))))
-        full = [1 if axis - own.dim() in narrow else size for axis, size in enumerate(passage.shape(brought))]
+        reach = context.reached[brought]
+        own = torch.from_numpy(reach.numbers(len(context.shape(brought))))
+        full = [1 if axis - own.dim() in narrow else size for axis, size in enumerate(context.shape(brought))]
         own = own.expand(full)
         if facts.axes is Axes.INDEXED:
             own = own[tuple(slice(size) for size in into.shape)]
         pairs = torch.broadcast_tensors(into, own)
         if pairs[0].numel() > MOST_WORK:
-            raise Everything
+            raise TooDense
         rows, columns = (pair.reshape(-1).numpy() for pair in pairs)
         found.append(reach.mixed(incidence(rows, columns, math.prod(sizes), reach.slices), axes, sizes))
     return [united(found)]
 
 
-def windowed(passage: Passage) -> list[Reach | None] | None:
+def windowed(context: SampleContext) -> list[SliceSamples | None] | None:
     """Convolution and pooling along a tracked axis: each slice of the output reads a window."""
-    step, facts = passage.step, passage.facts
-    number = passage.operation.sources[0]
-    if number not in passage.reached or facts.kind not in (Kind.WINDOW, Kind.CONVOLUTION):
+    call, facts = context.call, context.facts
+    number = context.operation.sources[0]
+    if number not in context.reached or facts.kind not in (Kind.WINDOW, Kind.CONVOLUTION):
         return None
-    reach, shape, out = passage.reached[number], passage.shape(number), passage.shape(passage.outputs[0])
+    reach, shape, out = context.reached[number], context.shape(number), context.shape(context.outputs[0])
     if facts.kind is Kind.CONVOLUTION:
-        if step.operation.args[0] != Value(number) or list(passage.reached) != [number] or len(out) != len(shape):
+        if call.operation.args[0] != Value(number) or list(context.reached) != [number] or len(out) != len(shape):
             return None
-        (weight,) = numbers_in(step["weight"])
-        kernel, first = passage.shape(weight)[2:], 2
+        (weight,) = numbers_in(call["weight"])
+        kernel, first = context.shape(weight)[2:], 2
         reach = reach.without([axis for axis in reach.axes if axis == 1])
     else:
-        kernel, first = step["kernel_size"], len(shape) - facts.window_axes
-    transposed = bool(step.arguments.get("transposed"))
+        kernel, first = call["kernel_size"], len(shape) - facts.window_axes
+    transposed = bool(call.arguments.get("transposed"))
     count = len(shape) - first
-    sizes = [_each(given, count) for given in (kernel, step["stride"] or kernel, step["padding"])]
-    dilation = _each(step.arguments.get("dilation") or 1, count)
+    sizes = [_each(given, count) for given in (kernel, call["stride"] or kernel, call["padding"])]
+    dilation = _each(call.arguments.get("dilation") or 1, count)
     for place, (size, stride, padding, gap) in enumerate(zip(*sizes, dilation, strict=True)):
         axis = first + place
         if axis not in reach.axes:
@@ -257,37 +257,37 @@ def windowed(passage: Passage) -> list[Reach | None] | None:
         inside = (position >= 0) & (position < long)
         pair = np.broadcast_to(np.arange(short)[:, None], position.shape)[inside], position[inside]
         reach = _along(reach, axis, *(reversed(pair) if transposed else pair), length=out[axis])
-    return [reach] * len(passage.outputs)
+    return [reach] * len(context.outputs)
 
 
-def multiplied(passage: Passage) -> list[Reach | None] | None:
+def multiplied(context: SampleContext) -> list[SliceSamples | None] | None:
     """Products with a constant sparse matrix, whose entries tell which slices are read."""
-    if passage.facts.kind is not Kind.PRODUCT or passage.facts.factors is None:
+    if context.facts.kind is not Kind.PRODUCT or context.facts.factors is None:
         return None
-    left, right = (next(numbers_in(passage.step.arguments.get(name)), -1) for name in passage.facts.factors)
-    if left < 0 or left in passage.reached or right not in passage.reached or 0 not in passage.reached[right].axes:
+    left, right = (next(numbers_in(context.call.arguments.get(name)), -1) for name in context.facts.factors)
+    if left < 0 or left in context.reached or right not in context.reached or 0 not in context.reached[right].axes:
         return None
-    matrix = passage.fixed(left)
+    matrix = context.fixed(left)
     if matrix.layout == torch.strided or matrix.dim() != 2:
         return None
-    passage.selectors.add(left)
+    context.selectors.add(left)
     rows, columns = matrix.detach().to_sparse_coo().coalesce().indices().cpu().numpy()
-    found = [_along(passage.reached[right], 0, rows, columns, length=matrix.shape[0])]
-    if passage.facts.addend:
-        (added,) = numbers_in(passage.step[passage.facts.addend])
-        if added in passage.reached:
-            behind = len(passage.shape(passage.outputs[0])) - len(passage.shape(added))
-            reach = passage.reached[added]
+    found = [_along(context.reached[right], 0, rows, columns, length=matrix.shape[0])]
+    if context.facts.addend:
+        (added,) = numbers_in(context.call[context.facts.addend])
+        if added in context.reached:
+            behind = len(context.shape(context.outputs[0])) - len(context.shape(added))
+            reach = context.reached[added]
             found.append(reach.placed({axis: axis + behind for axis in reach.axes}))
     return [united(found)]
 
 
-def _along(reach: Reach, axis: int, rows: Any, columns: Any, *, length: int) -> Reach:
+def _along(reach: SliceSamples, axis: int, rows: Any, columns: Any, *, length: int) -> SliceSamples:
     """Slices along one axis mixed: slice `rows[e]` reads slice `columns[e]`, the other axes stay."""
     place = reach.axes.index(axis)
     before, behind = math.prod(reach.sizes[:place]), math.prod(reach.sizes[place + 1 :])
     if before * behind * len(rows) > MOST_WORK:
-        raise Everything
+        raise TooDense
     old, outer, inner = reach.sizes[place], np.arange(before)[:, None, None], np.arange(behind)[None, None]
     into = ((outer * length + rows[None, :, None]) * behind + inner).ravel()
     read = ((outer * old + columns[None, :, None]) * behind + inner).ravel()
@@ -295,7 +295,7 @@ def _along(reach: Reach, axis: int, rows: Any, columns: Any, *, length: int) -> 
     mixed = reach.mixed(incidence(into, read, math.prod(sizes), reach.slices), reach.axes, sizes)
     # a length of one tells nothing apart
     kept = [(a, size) for a, size in zip(mixed.axes, sizes, strict=True) if size > 1]
-    return Reach(tuple(a for a, _ in kept), tuple(size for _, size in kept), mixed.samples)
+    return SliceSamples(tuple(a for a, _ in kept), tuple(size for _, size in kept), mixed.samples)
 
 
 def numbers_in(value: Any) -> Iterator[int]:
@@ -307,8 +307,8 @@ def numbers_in(value: Any) -> Iterator[int]:
             yield from numbers_in(part)
 
 
-def _values(passage: Passage, indices: Sequence[Any]) -> list[Tensor | None]:
-    return [None if index is None else passage.fixed(index.number).cpu() for index in indices]
+def _values(context: SampleContext, indices: Sequence[Any]) -> list[Tensor | None]:
+    return [None if index is None else context.fixed(index.number).cpu() for index in indices]
 
 
 def _replaced(value: Any, by: Callable[[int, bool], Tensor], selector: bool) -> Any:

@@ -18,21 +18,21 @@ from torch import Tensor
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Axes, Kind, facts_of
 from autojac.graph.sample_graph.operators import (
-    Passage,
+    SampleContext,
     moved,
     multiplied,
     numbers_in,
     scattered,
     windowed,
 )
-from autojac.graph.sample_graph.slices import MOST_SLICES, Everything, Reach, united
+from autojac.graph.sample_graph.slices import MOST_SLICES, SliceSamples, TooDense, united
 
-EVERYTHING: Literal["everything"] = "everything"
-State = Reach | Literal["everything"] | None
+ALL_SAMPLES: Literal["everything"] = "everything"
+State = SliceSamples | Literal["everything"] | None
 
 
 @dataclass(frozen=True)
-class Spreading:
+class SampleFlow:
     """What stands behind the outputs.
 
     Attributes:
@@ -50,7 +50,7 @@ class Spreading:
     wandering: bool
 
 
-def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch: int) -> Spreading:
+def propagate_samples(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch: int) -> SampleFlow:
     """Follow the samples from the inputs, which carry them on axis 0, to the outputs.
 
     Args:
@@ -68,7 +68,7 @@ def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch:
         return env[number]
 
     states: dict[int, State] = {}
-    own = Reach.of_batch(batch)
+    own = SliceSamples.of_batch(batch)
     for position in inputs:
         states[graph.inputs[position]] = own
     followed, losses = [], {}
@@ -79,103 +79,104 @@ def spread(graph: Graph, leaves: Sequence[Tensor], inputs: Sequence[int], batch:
         made: Sequence[State]
         if not read or facts_of(operation.target).kind is Kind.FACTORY:
             continue
-        reached = {number: state for number, state in read.items() if isinstance(state, Reach)}
+        reached = {number: state for number, state in read.items() if isinstance(state, SliceSamples)}
         if len(reached) < len(read):
-            made = [EVERYTHING] * len(operation.outputs)
+            made = [ALL_SAMPLES] * len(operation.outputs)
         else:
-            passage = Passage(graph, operation, reached, fixed)
+            context = SampleContext(graph, operation, reached, fixed)
             try:
-                made, lost = _through(passage)
+                made, lost = _through(context)
             except Exception:  # too much to write down, or an operator that refuses numbers in the place of its values
-                made, lost = [EVERYTHING] * len(passage.outputs), True
+                made, lost = [ALL_SAMPLES] * len(context.outputs), True
             if lost:
                 losses[place] = operation.name
-                wandering |= passage.wandering or passage.facts.by_value
-            elif passage.facts.kind is not Kind.VIEW and any(y is not None and _new(y, reached) for y in made):
+                wandering |= context.wandering or context.facts.by_value
+            elif context.facts.kind is not Kind.VIEW and any(y is not None and _new(y, reached) for y in made):
                 followed.append(place)
-            selectors |= passage.selectors
+            selectors |= context.selectors
         states.update(zip([y for y in operation.outputs if y is not None], made, strict=True))
-    return Spreading(_behind(graph, states, batch), tuple(followed), losses, frozenset(selectors), wandering)
+    return SampleFlow(_behind(graph, states, batch), tuple(followed), losses, frozenset(selectors), wandering)
 
 
-def _new(made: State, reached: Mapping[int, Reach]) -> bool:
-    return isinstance(made, Reach) and all(made.samples is not reach.samples for reach in reached.values())
+def _new(made: State, reached: Mapping[int, SliceSamples]) -> bool:
+    return isinstance(made, SliceSamples) and all(made.samples is not reach.samples for reach in reached.values())
 
 
 def _behind(graph: Graph, states: Mapping[int, State], batch: int) -> Any:
     """The samples behind each sample of the outputs, itself included."""
-    parts = [Reach.of_batch(batch)]
+    parts = [SliceSamples.of_batch(batch)]
     try:
         for number in graph.outputs:
             state = states.get(number)
-            if state == EVERYTHING:
+            if state == ALL_SAMPLES:
                 return None
-            if isinstance(state, Reach):
+            if isinstance(state, SliceSamples):
                 parts.append(state.placed({0: 0}).spread_over((0,), (batch,)) if batch > 1 else parts[0])
         return united(parts).samples
-    except Everything:
+    except TooDense:
         return None
 
 
-def _through(passage: Passage) -> tuple[Sequence[State], bool]:
+def _through(context: SampleContext) -> tuple[Sequence[State], bool]:
     """What stands behind the outputs of an operator, and whether slices were put together for lack of better."""
-    facts, graph = passage.facts, passage.graph
+    facts, graph = context.facts, context.graph
     if facts.kind is Kind.VIEW:
-        (number,) = passage.reached
-        return [viewed(passage.reached[number], graph.shapes[number], graph.shapes[passage.outputs[0]])], False
+        (number,) = context.reached
+        return [viewed(context.reached[number], graph.shapes[number], graph.shapes[context.outputs[0]])], False
     pointwise = facts.axes is Axes.BROADCAST
-    if pointwise and not _chosen(passage):
-        return [united(_broadcast(passage))] * len(passage.outputs), False
-    places = {number: _places(passage, number) for number in passage.reached} if not pointwise else {}
+    if pointwise and not _chosen(context):
+        return [united(_broadcast(context))] * len(context.outputs), False
+    places = {number: _places(context, number) for number in context.reached} if not pointwise else {}
     if places and all(None not in where for each in places.values() for where in each.values()):
-        return _placed(passage, places), False
-    ways: tuple[Callable[[Passage], list[Reach | None] | None], ...] = (moved, scattered, windowed, multiplied)
-    for way in ways:
-        made = way(passage)
+        return _placed(context, places), False
+    rules: tuple[Callable[[SampleContext], list[SliceSamples | None] | None], ...]
+    rules = (moved, scattered, windowed, multiplied)
+    for rule in rules:
+        made = rule(context)
         if made is not None:
             return made, False
-    return (_placed(passage, places), True) if places else ([united(_broadcast(passage))], True)
+    return (_placed(context, places), True) if places else ([united(_broadcast(context))], True)
 
 
-def _chosen(passage: Passage) -> bool:
+def _chosen(context: SampleContext) -> bool:
     """Whether constants choose, entry by entry, whom a pointwise operator reads."""
-    chosen = [number for name in passage.facts.selectors for number in numbers_in(passage.step.arguments.get(name))]
-    return bool(chosen) and not set(chosen) & set(passage.reached)
+    chosen = [number for name in context.facts.selectors for number in numbers_in(context.call.arguments.get(name))]
+    return bool(chosen) and not set(chosen) & set(context.reached)
 
 
-def _places(passage: Passage, number: int) -> dict[int, list[int | None]]:
+def _places(context: SampleContext, number: int) -> dict[int, list[int | None]]:
     """For each tracked axis of an argument its places in the outputs; None where slices are mixed."""
-    reach = passage.reached[number]
-    addend = passage.step.arguments.get(passage.facts.addend)
-    if number in numbers_in(addend) and passage.operation.sources[1:]:
-        behind = len(passage.shape(passage.outputs[0])) - len(passage.shape(number))
-        if passage.operation.sources.count(number) == 1:
+    reach = context.reached[number]
+    addend = context.call.arguments.get(context.facts.addend)
+    if number in numbers_in(addend) and context.operation.sources[1:]:
+        behind = len(context.shape(context.outputs[0])) - len(context.shape(number))
+        if context.operation.sources.count(number) == 1:
             return {axis: [axis + behind] for axis in reach.axes}
-    return {axis: passage.kept(number, axis) for axis in reach.axes}
+    return {axis: context.kept(number, axis) for axis in reach.axes}
 
 
-def _placed(passage: Passage, places: Mapping[int, Mapping[int, list[int | None]]]) -> list[State]:
+def _placed(context: SampleContext, places: Mapping[int, Mapping[int, list[int | None]]]) -> list[State]:
     made: list[State] = []
-    for index in range(len(passage.outputs)):
+    for index in range(len(context.outputs)):
         parts = []
         for number, where in places.items():
             found = {axis: targets[index] for axis, targets in where.items()}
-            parts.append(passage.reached[number].placed({a: to for a, to in found.items() if to is not None}))
+            parts.append(context.reached[number].placed({a: to for a, to in found.items() if to is not None}))
         made.append(united(parts))
     return made
 
 
-def _broadcast(passage: Passage) -> list[Reach]:
+def _broadcast(context: SampleContext) -> list[SliceSamples]:
     """The arguments of a pointwise operator, with their axes where they are in its output."""
-    dims = len(passage.shape(passage.outputs[0]))
+    dims = len(context.shape(context.outputs[0]))
     parts = []
-    for number, reach in passage.reached.items():
-        behind = dims - len(passage.shape(number))
+    for number, reach in context.reached.items():
+        behind = dims - len(context.shape(number))
         parts.append(reach.placed({axis: axis + behind for axis in reach.axes}))
     return parts
 
 
-def viewed(reach: Reach, before: Sequence[int], after: Sequence[int]) -> Reach:
+def viewed(reach: SliceSamples, before: Sequence[int], after: Sequence[int]) -> SliceSamples:
     """Slices after a view in another shape: axes are split and merged in runs of equal size."""
     axes: list[int] = []
     sizes: list[int] = []
@@ -189,9 +190,9 @@ def viewed(reach: Reach, before: Sequence[int], after: Sequence[int]) -> Reach:
         axes += found
         sizes += [after[axis] for axis in found]
     if math.prod(sizes) > MOST_SLICES:
-        raise Everything
+        raise TooDense
     split = reach.spread_over(whole, [before[axis] for axis in whole])
-    return Reach(tuple(axes), tuple(sizes), split.samples)
+    return SliceSamples(tuple(axes), tuple(sizes), split.samples)
 
 
 def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

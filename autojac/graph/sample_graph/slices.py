@@ -19,12 +19,12 @@ MOST_WORK = 150_000_000
 """Entries that one operator may cost before its result counts as reading everything: some seconds."""
 
 
-class Everything(Exception):
+class TooDense(Exception):
     """Too many samples are read to write them down."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class SliceSamples:
     """The samples that slices of a tensor read.
 
     Attributes:
@@ -58,21 +58,21 @@ class Reach:
         """The slice that each entry of the tensor lies in, with length 1 where slices are not told apart."""
         return np.arange(self.slices).reshape([self.length(axis) for axis in range(dims)])
 
-    def taken(self, rows: Ints, axes: Sequence[int], sizes: Sequence[int]) -> Reach:
+    def taken(self, rows: Ints, axes: Sequence[int], sizes: Sequence[int]) -> SliceSamples:
         """Slices (as many as `rows`) that each are one of these; -1 is one that reads nothing."""
-        return Reach(tuple(axes), tuple(sizes), _take(self.samples, rows))
+        return SliceSamples(tuple(axes), tuple(sizes), _take(self.samples, rows))
 
-    def mixed(self, matrix: scipy.sparse.csr_array, axes: Sequence[int], sizes: Sequence[int]) -> Reach:
+    def mixed(self, matrix: scipy.sparse.csr_array, axes: Sequence[int], sizes: Sequence[int]) -> SliceSamples:
         """Slices that each read several of these: those in its row of the matrix.
 
         Raises:
-            Everything: if that is too much work.
+            TooDense: if that is too much work.
         """
         if int(np.diff(self.samples.indptr)[matrix.indices].sum()) > MOST_WORK:
-            raise Everything
-        return Reach(tuple(axes), tuple(sizes), matrix @ self.samples)
+            raise TooDense
+        return SliceSamples(tuple(axes), tuple(sizes), matrix @ self.samples)
 
-    def placed(self, where: Mapping[int, int]) -> Reach:
+    def placed(self, where: Mapping[int, int]) -> SliceSamples:
         """The same with axes elsewhere: `where` maps those kept; along the others slices are put together."""
         lost = [axis for axis in self.axes if axis not in where]
         if lost:
@@ -81,11 +81,11 @@ class Reach:
         order = sorted(range(len(target)), key=target.__getitem__)
         axes = tuple(target[k] for k in order)
         if order == list(range(len(order))):
-            return Reach(axes, self.sizes, self.samples)
+            return SliceSamples(axes, self.sizes, self.samples)
         rows = np.arange(self.slices).reshape(self.sizes).transpose(order).ravel()
         return self.taken(rows, axes, [self.sizes[k] for k in order])
 
-    def without(self, lost: Iterable[int]) -> Reach:
+    def without(self, lost: Iterable[int]) -> SliceSamples:
         """Slices put together along some axes."""
         gone = set(lost)
         kept = [axis for axis in self.axes if axis not in gone]
@@ -94,25 +94,25 @@ class Reach:
         into = np.broadcast_to(np.arange(math.prod(sizes)).reshape(shape), self.sizes).ravel()
         return self.mixed(incidence(into, np.arange(self.slices), math.prod(sizes), self.slices), kept, sizes)
 
-    def spread_over(self, axes: Sequence[int], sizes: Sequence[int]) -> Reach:
+    def spread_over(self, axes: Sequence[int], sizes: Sequence[int]) -> SliceSamples:
         """The same with slices told apart along more axes.
 
         Raises:
-            Everything: if there are too many.
+            TooDense: if there are too many.
         """
         if tuple(axes) == self.axes:
             return self
         if math.prod(sizes) > MOST_SLICES:
-            raise Everything
+            raise TooDense
         shape = [self.length(axis) for axis in axes]
         rows = np.broadcast_to(np.arange(self.slices).reshape(shape), sizes).ravel()
         degrees = np.diff(self.samples.indptr)
         if len(degrees) and math.prod(sizes) // max(self.slices, 1) * int(degrees.sum()) > MOST_WORK:
-            raise Everything
+            raise TooDense
         return self.taken(rows, axes, sizes)
 
 
-def united(parts: Sequence[Reach]) -> Reach:
+def united(parts: Sequence[SliceSamples]) -> SliceSamples:
     """What slices read that read from all of these, told apart along the axes of any."""
     distinct = list({(part.axes, id(part.samples)): part for part in parts}.values())
     if len(distinct) == 1:
@@ -121,12 +121,12 @@ def united(parts: Sequence[Reach]) -> Reach:
     axes = sorted(sizes)
     lengths = [sizes[axis] for axis in axes]
     if math.prod(lengths) > MOST_SLICES:
-        raise Everything
+        raise TooDense
     aligned = [part.spread_over(axes, lengths).samples for part in distinct]
-    return Reach(tuple(axes), tuple(lengths), functools.reduce(lambda one, other: one + other, aligned))
+    return SliceSamples(tuple(axes), tuple(lengths), functools.reduce(lambda one, other: one + other, aligned))
 
 
-def stacked(parts: Sequence[Reach]) -> scipy.sparse.csr_array:
+def stacked(parts: Sequence[SliceSamples]) -> scipy.sparse.csr_array:
     """The slices of several, one after the other."""
     return scipy.sparse.vstack([part.samples for part in parts], format="csr") if len(parts) > 1 else parts[0].samples
 
@@ -154,7 +154,7 @@ def _take(matrix: scipy.sparse.csr_array, rows: Ints) -> scipy.sparse.csr_array:
     starts = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(counts, out=starts[1:])
     if starts[-1] > MOST_WORK:
-        raise Everything
+        raise TooDense
     first = matrix.indptr[safe] if matrix.shape[0] else safe
     if len(counts) and counts.min() == counts.max() == 1:
         return csr(starts, matrix.indices[first], matrix.shape[1])

@@ -18,7 +18,7 @@ from autojac.autodiff.primitives import (
     push_dual,
     vmap,
 )
-from autojac.graph.batch_axis.states import Along
+from autojac.graph.batch_axis.states import BatchAxis
 
 Engine = Literal["loop", "vmap", "batched"]
 PullMany = Callable[[int, Tensor], Sequence[Tensor]]
@@ -75,14 +75,14 @@ def each(run: Callable[[Tensor], Sequence[Tensor]], rows: Tensor, step: int | No
     return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
-def coordinates(tensor: Tensor, state: Along, batch: int) -> Tensor:
+def coordinates(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     """One-hot seeds (k, *shape) of a tensor that carries the batch along an axis, each for every sample."""
     axis, outer, inner = state
     event = (*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
     return seeds.shared(event, batch, tensor).movedim(1, axis + 2).reshape(-1, *tensor.shape)
 
 
-def by_sample(rows: Tensor, state: Along, batch: int) -> Tensor:
+def by_sample(rows: Tensor, state: BatchAxis, batch: int) -> Tensor:
     """Rows (c, *shape) of such a tensor as (c, B, k), elements in the order of `coordinates`."""
     axis, outer, inner = state
     apart = rows.reshape(*rows.shape[: axis + 1], outer, batch, inner, *rows.shape[axis + 2 :])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.graph.cuts.shared_tensors import Pool
+from autojac.graph.cuts.shared_tensors import SharedTensors
 from autojac.graph.ir import Graph
 from autojac.methods.support.engines import Engine, puller, pusher
 from autojac.problem.problem import Problem
@@ -30,7 +30,7 @@ class Sharing:
 
     problem: Problem
     graph: Graph
-    pool: Pool
+    pool: SharedTensors
     leaves: Sequence[Tensor]
     local: Local
     engine: Engine
@@ -54,7 +54,7 @@ class Sharing:
             return graph.run(pool.tensors, {**base, **dict(zip(numbers, given, strict=True))})
 
         s, pull_s = puller(gather, xs, self.engine, problem.differentiable) if pool.tensors else ((), None)
-        held = {**base, **dict(zip(pool.still, graph.run(pool.still, base), strict=True))}
+        held = {**base, **dict(zip(pool.without_derivative, graph.run(pool.without_derivative, base), strict=True))}
         carriers = [order for order, position in enumerate(problem.inputs) if problem.leaves[position].batched]
         own = [xs[order] for order in carriers]
         weights = [w.expand(batch, *w.shape) for w in graph.run(pool.weights, base)]

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from autojac.graph.batch_axis.rules.base import RULES, Rule
-from autojac.graph.batch_axis.states import Lost, State, Step
+from autojac.graph.batch_axis.states import BatchAxisLost, RuleContext, State
 from autojac.graph.ir import Operation
 from autojac.graph.operator_facts import Axes, facts_of
 
@@ -17,10 +17,10 @@ for _found in pkgutil.iter_modules(__path__):
 
 
 def rule_of(operation: Operation) -> Rule:
-    """Return the rule of an operator; one that raises `Lost` where there is none."""
+    """Return the rule of an operator; one that raises `BatchAxisLost` where there is none."""
     axes = facts_of(operation.target).axes
     return RULES.get(operation.name if axes is Axes.OWN else axes, unknown)
 
 
-def unknown(step: Step) -> State:
-    raise Lost("no rule for this operator")
+def unknown(context: RuleContext) -> State:
+    raise BatchAxisLost("no rule for this operator")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from autojac.graph.batch_axis.states import State, Step
+from autojac.graph.batch_axis.states import RuleContext, State
 from autojac.graph.operator_facts import OPERATORS, Axes
 
-Rule = Callable[[Step], "State | Sequence[State]"]
+Rule = Callable[[RuleContext], "State | Sequence[State]"]
 RULES: dict[Axes | str, Rule] = {}
 """By what the table of operator facts says of axes, or by name for operators with `Axes.OWN`."""
 MEET = "samples meet in it"

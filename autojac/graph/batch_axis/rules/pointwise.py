@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
-from autojac.graph.batch_axis.states import Lost, Meets, State, Step
+from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.operator_facts import Axes
 
 
 @register(Axes.BROADCAST)
-def pointwise(step: Step) -> State:
+def pointwise(context: RuleContext) -> State:
     """Broadcast, entry by entry."""
-    found, dims = set(), len(step.out)
-    for value, state in step.carried():
-        shape = step.shape(value)
+    found, dims = set(), len(context.out)
+    for value, state in context.carried():
+        shape = context.shape(value)
         axis = state.axis + dims - len(shape)
-        if shape[state.axis] != step.out[axis]:
-            raise Lost("the batch is broadcast")
+        if shape[state.axis] != context.out[axis]:
+            raise BatchAxisLost("the batch is broadcast")
         found.add(state._replace(axis=axis))
     if len(found) > 1:
         raise Meets(MEET)
@@ -23,6 +23,6 @@ def pointwise(step: Step) -> State:
 
 
 @register(Axes.KEPT)
-def same(step: Step) -> State:
+def same(context: RuleContext) -> State:
     """Shape and order are kept."""
-    return step.only()[1]
+    return context.only()[1]

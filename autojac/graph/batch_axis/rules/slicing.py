@@ -3,69 +3,69 @@
 from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
-from autojac.graph.batch_axis.states import Lost, Meets, State, Step
+from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.operator_facts import Axes
 
 
 @register("select")
-def select(step: Step) -> State:
-    shape, state = step.only()
-    axis = step["dim"] % len(shape)
+def select(context: RuleContext) -> State:
+    shape, state = context.only()
+    axis = context["dim"] % len(shape)
     if axis == state.axis:
-        raise Lost("it takes one sample out of the batch")
+        raise BatchAxisLost("it takes one sample out of the batch")
     return state._replace(axis=state.axis - (axis < state.axis))
 
 
 @register("slice")
-def slicing(step: Step) -> State:
-    shape, state = step.only()
-    axis = (step["dim"] or 0) % len(shape)
-    if axis == state.axis and (step["step"] != 1 or shape[axis] != step.out[axis]):
-        raise Lost("it takes some samples out of the batch")
+def slicing(context: RuleContext) -> State:
+    shape, state = context.only()
+    axis = (context["dim"] or 0) % len(shape)
+    if axis == state.axis and (context["step"] != 1 or shape[axis] != context.out[axis]):
+        raise BatchAxisLost("it takes some samples out of the batch")
     return state
 
 
 @register(Axes.SPLIT)
-def splitting(step: Step) -> State:
-    shape, state = step.only()
-    if step["dim"] % len(shape) == state.axis:
-        raise Lost("it takes the batch apart")
+def splitting(context: RuleContext) -> State:
+    shape, state = context.only()
+    if context["dim"] % len(shape) == state.axis:
+        raise BatchAxisLost("it takes the batch apart")
     return state
 
 
 @register("unbind")
-def unbind(step: Step) -> State:
-    shape, state = step.only()
-    axis = step["dim"] % len(shape)
+def unbind(context: RuleContext) -> State:
+    shape, state = context.only()
+    axis = context["dim"] % len(shape)
     if axis == state.axis:
-        raise Lost("it takes the batch apart")
+        raise BatchAxisLost("it takes the batch apart")
     return state._replace(axis=state.axis - (axis < state.axis))
 
 
 @register("cat")
-def cat(step: Step) -> State:
-    found = {state for _, state in step.carried()}
-    axis = step["dim"] % len(step.out)
+def cat(context: RuleContext) -> State:
+    found = {state for _, state in context.carried()}
+    axis = context["dim"] % len(context.out)
     if len(found) > 1 or axis in {state.axis for state in found}:
         raise Meets(MEET)
     return found.pop()
 
 
 @register("stack")
-def stack(step: Step) -> State:
-    found = {state for _, state in step.carried()}
+def stack(context: RuleContext) -> State:
+    found = {state for _, state in context.carried()}
     if len(found) > 1:
         raise Meets(MEET)
     state = found.pop()
-    return state._replace(axis=state.axis + (step["dim"] % len(step.out) <= state.axis))
+    return state._replace(axis=state.axis + (context["dim"] % len(context.out) <= state.axis))
 
 
 @register("constant_pad_nd")
-def pad(step: Step) -> State:
+def pad(context: RuleContext) -> State:
     """Pairs of numbers, the last axis first."""
-    shape, state = step.only()
-    amounts = step["pad"] if "pad" in step.arguments else step["padding"]
+    shape, state = context.only()
+    amounts = context["pad"] if "pad" in context.arguments else context["padding"]
     behind = 2 * (len(shape) - 1 - state.axis)
     if any(amounts[behind : behind + 2]):
-        raise Lost("the batch is padded")
+        raise BatchAxisLost("the batch is padded")
     return state

@@ -121,7 +121,7 @@ def test_probing_leaves_no_trace() -> None:
 
 
 def test_large_batches_are_split_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autojac.planning.planner.PROBE_BUDGET_S", {"quick": 0.0})
+    monkeypatch.setattr("autojac.planning.problem_builder.PROBE_BUDGET_S", {"quick": 0.0})
     structure = autojac.probe(lambda x: x - x.mean(0), torch.randn(4096, 2))
     assert not structure.independent
     structure = autojac.probe(torch.sin, torch.randn(4096, 2))

@@ -383,7 +383,7 @@ def test_several_inputs_and_outputs_share_a_graph() -> None:
 
 @pytest.mark.parametrize("func", [EXACT["roll by 1"][0], OPAQUE["roll"]], ids=["followed", "probed"])
 def test_evaluations_do_not_grow_with_the_batch(func: Func, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autojac.planning.planner.PROBE_BUDGET_S", {"quick": 60.0})
+    monkeypatch.setattr("autojac.planning.problem_builder.PROBE_BUDGET_S", {"quick": 60.0})
     counts = []
     for batch in (64, 1024):
         counted = Counted(func)

@@ -17,14 +17,8 @@ from torch import Tensor
 
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Axes, Kind, facts_of
-from autojac.graph.sample_graph.operators import (
-    SampleContext,
-    moved,
-    multiplied,
-    numbers_in,
-    scattered,
-    windowed,
-)
+from autojac.graph.sample_graph.combinations import multiplied, scattered, windowed
+from autojac.graph.sample_graph.operators import SampleContext, moved, numbers_in
 from autojac.graph.sample_graph.slices import MOST_SLICES, SliceSamples, TooDense, united
 
 ALL_SAMPLES: Literal["everything"] = "everything"

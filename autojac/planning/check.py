@@ -176,7 +176,8 @@ class Check:
                     f"Jacobian was computed again and is right. Now in use: {plan.plan}",
                     StructureChangedWarning,
                 )
-            return plan, plan.run(call.leaves, call.keywords)
+            with silent(self.modules):  # again: planning has lifted the silence
+                return plan, plan.run(call.leaves, call.keywords)
 
     def _plan_again(self) -> tuple[PreparedPlan, Result]:
         """Plan where something can be verified, after a plan that was made where nothing could."""

@@ -15,7 +15,7 @@ from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
 from autojac.graph.cuts.accumulation import Accumulation, ChainProduct, accumulate, products
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
-from autojac.graph.recorder import Recording, record
+from autojac.graph.recorder import FunctionRecording, record
 from autojac.guards.captures import Captures
 from autojac.torch_internals import pytree
 
@@ -205,7 +205,7 @@ class RecordAndCut(Generic[Cut]):
         self.differentiable = differentiable
         self._known: dict[int, Cut | None] = {}
 
-    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Recording, Cut | None]:
+    def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[FunctionRecording, Cut | None]:
         """Call the function once; the cut is None where there is none, and the recording is right whatever it is."""
         recording = record(self.fn, leaves, kwargs, self.differentiated, self.differentiable, watched=False)
         graph = recording.graph
@@ -229,7 +229,7 @@ def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:
     return tuple(graph.inputs[position] for position in differentiated)
 
 
-def _paths(recording: Recording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
+def _paths(recording: FunctionRecording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
     """For tensors that were made in the code of a module: its kind, and its path from the first module that has it."""
     paths: dict[int, str] = {}
     for root in modules:

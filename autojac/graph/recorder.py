@@ -38,7 +38,7 @@ MOST_OPERATIONS = 4000
 
 
 @dataclass(frozen=True)
-class Recording:
+class FunctionRecording:
     """A call that ran once.
 
     Attributes:
@@ -67,7 +67,7 @@ def record(
     differentiable: bool = False,
     named: bool = False,
     watched: bool = True,
-) -> Recording:
+) -> FunctionRecording:
     """Call a function once and write down what it does.
 
     Args:
@@ -92,7 +92,7 @@ def record(
     except UnsupportedError as error:
         graph, reason = None, str(error)
     captured = tuple(t for number, t in recorder.constants.items() if number not in recorder.passing)
-    return Recording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
+    return FunctionRecording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
 
 
 class Recorder(Watching):

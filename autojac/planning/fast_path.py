@@ -43,7 +43,7 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
     if same is None or steady is None or replaying.problem.structure.effects:
         return no_fast_path
     count, single = len(args), layout.single and layout.out_spec is None
-    try_replay = _outside_autocast(replaying.at_once) if layout.autocast else replaying.at_once
+    try_replay = _outside_autocast(replaying.try_replay) if layout.autocast else replaying.try_replay
     differentiable = plan.problem.differentiable
 
     def serve(args: tuple[Any, ...]) -> tuple[Any, Any] | None:

@@ -164,7 +164,7 @@ class PreparedPlan:
         if self.schedule.last_check:  # the first use is checked in any case
             changed = state is not None and state not in self.checked_states
             if isinstance(self.compute, Replaying):
-                changed = self.compute.anew() or changed
+                changed = self.compute.needs_retrace() or changed
             changed = changed or (self.rests and not self._guard_is_complete)
         contents = self.contents
         if contents is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.time_limit import within
 from autojac.errors import OptionError
-from autojac.graph.recorder import Recording, record
+from autojac.graph.recorder import FunctionRecording, record
 from autojac.probe.coordinates import Coordinates, few
 from autojac.probe.sample_pairs import SCALES, ProbePoint
 from autojac.torch_internals import pytree
@@ -151,7 +151,7 @@ def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
 
     from autojac.graph.dependence import TooLarge, dependence
 
-    def call() -> Recording:
+    def call() -> FunctionRecording:
         return record(subject.fn, subject.leaves, subject.kwargs, where.differentiated)
 
     try:

@@ -25,7 +25,7 @@ from autojac.core.time_limit import within
 from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
-from autojac.graph.recorder import Recording, record
+from autojac.graph.recorder import FunctionRecording, record
 from autojac.probe.cancelling import SLIGHT, Coupled, Env, Look, changed, outside_of, rounding
 from autojac.probe.sample_pairs import SCALES, ProbePoint, step
 
@@ -131,7 +131,7 @@ def _look_at(
             look.require_cancelling(operation)
 
 
-def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[Recording, Graph]:
+def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionRecording, Graph]:
     with there.sandbox():
         recording = within(there.limit_s, lambda: record(there.fn, leaves, there.kwargs, there.inputs))
     if recording.graph is None:

@@ -17,7 +17,7 @@ from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.hoisting import Kept
 from autojac.replay.trace import Lower, Trace
-from autojac.replay.tracer import Prepare, arranged, taken_down, unfixed
+from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
 from autojac.torch_internals import dispatch_modes, function_modes
 
 MOST_TRACES = 8
@@ -27,7 +27,7 @@ CALLS_A_TRACE = 200
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A trace with the tensors that it reads beside the arguments.
+    """A trace with the tensors that it reads besides the arguments.
 
     Attributes:
         trace: the programs.
@@ -77,7 +77,7 @@ class Replaying:
         if function_modes() or dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
             return self.eager(leaves, kwargs)
-        ready = self._current or self._renewed(leaves, kwargs)
+        ready = self._unchanged_trace or self._refresh(leaves, kwargs)
         if ready is None:
             return self.eager(leaves, kwargs)
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
@@ -89,8 +89,8 @@ class Replaying:
         outputs = self._outputs(ready, given, leaves, kwargs)
         return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
 
-    def at_once(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The outputs for contiguous tensors, values first; None where the whole call has to be made.
+    def try_replay(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Return the outputs for contiguous tensors, values first; None where the whole call has to be made.
 
         The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
         """
@@ -99,33 +99,33 @@ class Replaying:
             return None
         return self._outputs(ready, leaves, leaves, {})
 
-    def anew(self) -> bool:
-        """Whether the next call will be traced: func reads something that it has not been traced with before."""
-        if self._current is not None:
+    def needs_retrace(self) -> bool:
+        """Check whether the next call will be traced: func reads something that it has not been traced with before."""
+        if self._unchanged_trace is not None:
             return False
         if function_modes() or dispatch_modes():
             # nothing is traced, nor looked at more closely, while a caller's mode would see that
             return self.ready is not None
-        if self._resting:
+        if self._is_past_limit:
             return False
         number = self.function_state.settled().number
         return number not in self._known and number not in self._refused
 
     @property
-    def _current(self) -> Ready | None:
-        """The trace for things as they are; None where none is at hand."""
+    def _unchanged_trace(self) -> Ready | None:
+        """The ready trace, while what func reads is as it was traced; None otherwise."""
         ready = self.ready
         if ready is None or ready.version != self.function_state.version or not ready.unchanged():
             return None
         return ready
 
     @property
-    def _resting(self) -> bool:
-        """Whether so much has been traced that a call must do without."""
+    def _is_past_limit(self) -> bool:
+        """Whether func has been traced so often that this call must do without a new trace."""
         return self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1)
 
     def result(self, outputs: Sequence[Tensor]) -> Result:
-        """The same outputs, sorted."""
+        """Return flat outputs as values and Jacobians."""
         if len(outputs) == 2:
             return Result((outputs[0],), ((outputs[1],),))
         step = len(self.problem.inputs)
@@ -136,7 +136,7 @@ class Replaying:
     def _outputs(
         self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor] | None:
-        """What the program gives; None where an operator refuses."""
+        """Run the program; return None where an operator raises."""
         self.calls += 1
         trace = ready.trace
         try:
@@ -154,7 +154,7 @@ class Replaying:
     def _connected(
         self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor]:
-        """The outputs, with a graph."""
+        """Run the program so that autograd can differentiate its outputs."""
         trace, function_state = ready.trace, self.function_state
         inputs = (*given, *ready.captured)
 
@@ -175,18 +175,18 @@ class Replaying:
 
     @property
     def eager(self) -> Compute:
-        """The method itself."""
+        """The method itself, without replay."""
         if self._eager is None:
             self._eager = self.served(self.problem)
         return self._eager
 
-    def _renewed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
-        """A trace for things as they are now; None where there can't be one, or not yet again."""
+    def _refresh(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
+        """Find or make a trace for the current state of func; return None where there can't be one, or not yet."""
         function_state = self.function_state
         with function_state.lock:
             state = function_state.settled()
             known = self._known.get(state.number)
-            trace = self._traced(state.number, leaves, kwargs) if known is None else known.trace
+            trace = self._try_trace(state.number, leaves, kwargs) if known is None else known.trace
             if trace is None:
                 self.ready = None
                 return None
@@ -201,13 +201,13 @@ class Replaying:
                 del self._known[number]
             return self.ready
 
-    def _traced(self, state: int, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
-        if self._resting or state in self._refused:
+    def _try_trace(self, state: int, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
+        if self._is_past_limit or state in self._refused:
             self.calls += 1
             return None
         self.traces += 1
         try:
-            trace = taken_down(
+            trace = trace_method(
                 self.problem, self.recorded, self.function_state, leaves, kwargs, self.without, self.lower
             )
         except Exception as error:

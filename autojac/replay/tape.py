@@ -22,7 +22,6 @@ from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
 """Loops are unrolled up to here."""
-"""Operators that return no tensor and tell of shapes alone."""
 
 Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
 

@@ -45,7 +45,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Pulled:
+class RecordedVjp:
     """One pull through the recorded outputs.
 
     Attributes:
@@ -60,7 +60,7 @@ class Pulled:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedGraph:
     """A simplified graph and what its tensors were in the recorded run.
 
     Attributes:
@@ -75,7 +75,7 @@ class Recorded:
     graph: fx.Graph
     inputs: Sequence[tuple[fx.Node, Tensor]]
     outputs: Sequence[Tensor]
-    pulls: Sequence[Pulled]
+    pulls: Sequence[RecordedVjp]
     cotangents: Sequence[Sequence[fx.Node]]
     sources: Sequence[int]
 
@@ -109,7 +109,7 @@ class Recorded:
                 with unseen():
                     found = made.forward(*inputs)
                 if _sharing(found, made.outputs, lasting):
-                    raise UnsupportedError("a compiler made two of its results one")
+                    raise UnsupportedError("Inductor returned aliased outputs")
             self._check(found, self.outputs)
             left = found[made.outputs :]
             for pull, program in zip(self.pulls, made.pulls, strict=True):

@@ -1,4 +1,4 @@
-"""One run of a method, taken down: what it computes, and what a loss may pull back through that."""
+"""One run of a method, traced: what it computes, and what a loss may pull back through that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from autojac.guards.run_monitor import RunMonitor
 from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
-from autojac.replay.trace import Lower, Pulled, Recorded, Trace, differs
+from autojac.replay.trace import Lower, RecordedGraph, RecordedVjp, Trace, differs
 from autojac.torch_internals import pytree
 
 Prepare = Callable[[Problem], Compute]
@@ -35,7 +35,7 @@ FIXED = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.lay
 """Kinds of arguments that belong to a call's signature by their value."""
 
 
-def taken_down(
+def trace_method(
     problem: Problem,
     prepare: Prepare,
     function_state: FunctionState,
@@ -134,7 +134,7 @@ class _Run:
         self.outputs: list[Tensor] = []
         self.values = 0
         self.sources: list[Tensor] = []
-        self.pulls: list[Pulled] = []
+        self.pulls: list[RecordedVjp] = []
 
     def record(self, prepare: Prepare, codes: tuple[CodeType, ...]) -> Compute:
         """Prepare the method and run it, and pull back through the result."""
@@ -170,7 +170,7 @@ class _Run:
                     self.tape.give(cotangent)
                 with self.tape:
                     found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
-                self.pulls.append(Pulled(places, cotangents, tuple(found)))
+                self.pulls.append(RecordedVjp(places, cotangents, tuple(found)))
 
     def compare(self, compute: Compute) -> None:
         """A run that is looked at gives what one gives that is not: some code takes another way."""
@@ -180,7 +180,7 @@ class _Run:
             if differs(one, other):
                 raise UnsupportedError("it gives something else when it is recorded than when it is not")
 
-    def recorded(self, compute: Compute) -> tuple[Recorded, list[int], int]:
+    def recorded(self, compute: Compute) -> tuple[RecordedGraph, list[int], int]:
         """What was recorded, where its captured tensors stand, and how many operators ran."""
         graph, place_of = self.tape.graph, {id(t): place for place, t in enumerate(self.captured)}
         ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]
@@ -196,7 +196,7 @@ class _Run:
         position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}
         sources = [position[id(tensor)] for tensor in self.sources]
         ran = sum(node.op == "call_function" for node in graph.nodes)
-        recorded = Recorded(graph, inputs, self.outputs, self.pulls, cotangents, sources)
+        recorded = RecordedGraph(graph, inputs, self.outputs, self.pulls, cotangents, sources)
         return recorded, [place_of[id(tensor)] for tensor in captured], ran
 
     def _own_tensors(self, compute: Compute) -> set[int]:

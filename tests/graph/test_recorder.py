@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autojac.graph.recorder import Recording, record
+from autojac.graph.recorder import FunctionRecording, record
 from scenarios import SCENARIOS, Scenario
 
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
@@ -24,7 +24,7 @@ REFUSED = {
 }
 
 
-def recorded(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Recording, list[Tensor]]:
+def recorded(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[FunctionRecording, list[Tensor]]:
     flat, spec = pytree.tree_flatten(args)
     places = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
 
@@ -39,7 +39,7 @@ def recorded(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Recor
     return record(fn, leaves, kwargs, floats), leaves
 
 
-def replayed(recording: Recording, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+def replayed(recording: FunctionRecording, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     assert recording.graph is not None, recording.reason
     graph = recording.graph
     given = [leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf for leaf in leaves]

@@ -44,7 +44,7 @@ def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
-    """What an operator makes do with of its arguments, for a result that is a repetition of the one for all."""
+    """Yield for each argument the smallest slice that suffices; the full result is a broadcast of what it gives."""
     if acts_by_entry(node) and node.target is not aten.clone.default:
         for source in filter(plain, node.all_input_nodes):
             yield source, _lean(source.meta["value"])

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback, transforming
+from autojac.autodiff.open_modes import transforming
+from autojac.autodiff.pullback import Pullback
 from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO, Axis, batch_axes
 from autojac.core.options import Options, parse_bytes

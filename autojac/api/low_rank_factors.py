@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise, disagreement
 from autojac.core.autocast import outside_autocast
 from autojac.errors import InputError, UnsupportedError, VerificationError

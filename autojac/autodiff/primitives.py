@@ -1,4 +1,4 @@
-"""The only place that calls torch.func and torch.autograd.
+"""torch.func and forward mode, as methods call them.
 
 Everything here takes a *bound* function: positional tensors to differentiate in, a tuple of tensors out.
 Callers have left inference mode, in which autograd records nothing.
@@ -7,289 +7,24 @@ Callers have left inference mode, in which autograd records nothing.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from autojac.errors import UnsupportedError
+from autojac.autodiff.open_modes import alone, forward_lock
 from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
 from autojac.torch_internals import (
-    ForceDispatchKeys,
-    batched_vmap,
-    close_transforms_to_depth,
-    dual_level,
-    enter_dual_level,
-    excluded_keys,
-    exit_dual_level,
     forward_grad_enabled,
-    included_keys,
-    innermost_transform,
-    is_forward_grad_enabled,
     load_forward_decompositions,
     make_dual,
-    open_transforms,
-    preserve_version,
-    run_backward,
-    saved_tensors_hooks,
-    set_dual_level,
-    set_forward_grad_enabled,
-    set_grad_enabled,
     set_vmap_fallback_warning,
 )
 
 Bound = Callable[..., tuple[Tensor, ...]]
 Mode = Literal["reverse", "forward"]
-
-
-_forward = threading.RLock()
-"""Held while a level of dual numbers is open: torch has one for all threads."""
-
-
-def transforming() -> bool:
-    """Whether the caller is inside a torch.func transform or a level of dual numbers."""
-    # while torch.compile traces, the innermost interpreter is never None: what it traces may not probe either
-    if innermost_transform() is not None:
-        return True
-    if dual_level() < 0:
-        return False
-    with _forward:  # it may be another thread's, which opened it here and is about to close it
-        return dual_level() >= 0
-
-
-def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
-    """A transform that opens a level of dual numbers, in one thread at a time."""
-
-    def locked(*args: Any) -> Any:
-        if torch.compiler.is_compiling():  # a lock can't be traced
-            return transform(*args)
-        with _forward:
-            return transform(*args)
-
-    return locked
-
-
-def hooked() -> bool:
-    """Whether a caller's hooks, such as checkpointing's, see what autograd saves."""
-    return saved_tensors_hooks(True) is not None
-
-
-def saved_tensors_apart() -> AbstractContextManager[Any]:
-    """Keep a caller's hooks on saved tensors, such as checkpointing's, from seeing what an evaluation saves."""
-    if not hooked():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-
-
-def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Write into a tensor without moving its version: graphs that have saved it do not take it for changed."""
-    kept: AbstractContextManager[Any] = preserve_version(tensor)
-    return kept
-
-
-@contextmanager
-def levels_restored() -> Iterator[None]:
-    """Close what a failure leaves open: a compilation that breaks off forgets its dual level and its grad mode.
-
-    Left open, every later forward mode of the process would fail, or nothing would be recorded any more. torch allows
-    one dual level and tells nobody whether it is open, so it is found out by opening one.
-    """
-    level, stack = dual_level(), open_transforms()
-    grad, forward_grad = torch.is_grad_enabled(), is_forward_grad_enabled()
-    keys = included_keys(), excluded_keys()
-    try:
-        # on leaving, the guard puts back which dispatch keys this thread includes and excludes
-        with ForceDispatchKeys(*keys):
-            yield
-    finally:
-        set_grad_enabled(grad)
-        set_forward_grad_enabled(forward_grad)
-        if len(open_transforms() or ()) > len(stack or ()):
-            close_transforms_to_depth(len(stack or ()))
-        if level < 0 and not stack:
-            try:
-                exit_dual_level(level=enter_dual_level())
-            except RuntimeError:
-                exit_dual_level(level=0)
-            set_dual_level(level)
-
-
-def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
-    """Distinct autograd nodes for `inputs`, so that aliases and captured inputs are told apart.
-
-    With `differentiable` the nodes stay connected to the caller's tensors, without it they are leaves.
-    """
-    if not differentiable:
-        return tuple(x.detach().requires_grad_() for x in inputs)
-    return tuple(x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs)
-
-
-class Pullback:
-    """One plain evaluation of `fn`, recorded for any number of VJPs.
-
-    Args:
-        fn: bound function.
-        inputs: tensors to differentiate.
-        differentiable: whether the VJPs carry a graph themselves.
-        repeatable: whether `fn` may run once more where a backward through it runs only once, as one does that frees
-            or overwrites what it has saved.
-        fresh: give `fn` nodes of their own for `inputs`; without it, these tensors themselves.
-    """
-
-    def __init__(
-        self,
-        fn: Bound,
-        inputs: Sequence[Tensor],
-        differentiable: bool,
-        repeatable: bool = True,
-        fresh: bool = True,
-    ) -> None:
-        self.differentiable = self.keeps = differentiable
-        self.fn: Bound | None = fn
-        self.repeatable, self.pulled, self.once = repeatable, False, False
-        with torch.enable_grad():
-            self.inputs = fresh_inputs(inputs, differentiable) if fresh else tuple(inputs)
-            self.recorded = fn(*self.inputs)
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The function's values; with their graph only if `differentiable`."""
-        return self.recorded if self.differentiable else tuple(y.detach() for y in self.recorded)
-
-    @classmethod
-    def of_graph(cls, outputs: Sequence[Tensor], inputs: Sequence[Tensor], differentiable: bool) -> Self:
-        """The pullback of a graph that exists already; it is kept, whatever is pulled."""
-        pullback = cls.__new__(cls)
-        pullback.differentiable, pullback.keeps = differentiable, True
-        pullback.fn, pullback.repeatable, pullback.pulled, pullback.once = None, True, False, False
-        pullback.inputs, pullback.recorded = tuple(inputs), tuple(outputs)
-        return pullback
-
-    def __call__(self, output: int, cotangent: Tensor, *, batched: bool = False, last: bool = False) -> list[Tensor]:
-        """VJP of one output for every input; zeros where it does not depend on the input.
-
-        Args:
-            output: index of the output.
-            cotangent: shape of that output, with one more leading axis if `batched`.
-            batched: pull all cotangents along the leading axis at once (`is_grads_batched`).
-            last: the graph is not needed any more.
-        """
-        return self.pull((self.recorded[output],), (cotangent,), batched=batched, last=last)
-
-    def pull(
-        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool = False, last: bool = False
-    ) -> list[Tensor]:
-        """VJP of several outputs together."""
-        lead = cotangents[0].shape[:1] if batched else torch.Size()
-        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
-        if not pairs:
-            return [x.new_zeros((*lead, *x.shape)) for x in self.inputs]
-        recorded, keep = tuple(y for y, _ in pairs), self.keeps or not last
-        cotangents = [c for _, c in pairs]
-        with torch.enable_grad():
-            if self.once:
-                gradients = self._back(self._again(recorded), cotangents, batched, keep)
-            else:
-                try:
-                    gradients = self._back(recorded, cotangents, batched, keep)
-                except Exception as error:
-                    # checkpointing stops a recomputation in this way
-                    if not self.pulled or self.fn is None or type(error).__module__ == "torch.utils.checkpoint":
-                        raise
-                    if not self.repeatable:
-                        raise UnsupportedError(
-                            f"a second backward through func raises {type(error).__name__}: {error}. Where one "
-                            "backward uses up what func has saved, each row takes an evaluation of its own, but func "
-                            "does more than return: it draws, or moves its buffers. Put the module into eval mode"
-                        ) from error
-                    gradients = self._back(self._again(recorded), cotangents, batched, keep)
-                    self.once = True
-        self.pulled = True
-        # torch's own materialize_grads would forget the leading axis of batched cotangents
-        return [
-            x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
-            for x, gradient in zip(self.inputs, gradients, strict=True)
-        ]
-
-    def _back(
-        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool, keep: bool
-    ) -> tuple[Tensor | None, ...]:
-        def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
-            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
-            return run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
-
-        found: tuple[Tensor | None, ...] = (
-            quietly(batched_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents) if batched else run(*cotangents)
-        )
-        return found
-
-    def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same outputs by another evaluation."""
-        assert self.fn is not None
-        places = {id(y): place for place, y in enumerate(self.recorded)}
-        values = self.fn(*self.inputs)
-        return tuple(values[places[id(y)]] for y in outputs)
-
-    def unused(self) -> list[int]:
-        """Return the inputs that no output leads back to, by their numbers; nothing is pulled."""
-        reached: set[Any] = set()
-        visited: set[Any] = set()
-        waiting = [_edge(y) for y in self.recorded if y.requires_grad]
-        while waiting:
-            edge = waiting.pop()
-            reached.add(edge)
-            if edge[0] not in visited:
-                visited.add(edge[0])
-                waiting += [following for following in edge[0].next_functions if following[0] is not None]
-        return [number for number, x in enumerate(self.inputs) if _edge(x) not in reached]
-
-    def hidden(self) -> list[int]:
-        """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
-        unused = self.unused() if any(y.requires_grad for y in self.recorded) else []
-        leaves = [self.inputs[number] for number in unused]
-        before = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        try:
-            if unused:
-                outputs = [y for y in self.recorded if y.requires_grad]
-                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
-            return [number for number, leaf in zip(unused, leaves, strict=True) if leaf.grad is not None]
-        finally:
-            for leaf, gradient in zip(leaves, before, strict=True):
-                leaf.grad = gradient
-
-    @contextmanager
-    def without_graph(self) -> Iterator[None]:
-        """Pull gradients that carry no graph themselves."""
-        differentiable, self.differentiable = self.differentiable, False
-        keeps, self.keeps = self.keeps, True
-        try:
-            yield
-        finally:
-            self.differentiable, self.keeps = differentiable, keeps
-
-    def free(self) -> None:
-        """Give back what the graph holds: pull zeros a last time."""
-        outputs = [y for y in self.recorded if y.requires_grad]
-        self.keeps = False
-        self.differentiable = False
-        self.pull(outputs, [torch.zeros_like(y) for y in outputs], last=True)
-
-
-def is_custom(node: Any) -> bool:
-    """Whether a node of a graph is a `torch.autograd.Function` that somebody wrote in Python."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Where a tensor stands in the graph: its node, and which of the node's results it is."""
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
 
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
@@ -344,7 +79,7 @@ def push_dual_plainly(
     """The same without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
-    with _forward, forward_grad_enabled(True), forward.dual_level() as level:
+    with forward_lock, forward_grad_enabled(True), forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions
         duals = [make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
@@ -372,19 +107,3 @@ def sample_jacobian(
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of one graph for one shape: a graph break is an error, not a slow plan."""
     return torch.compile(fn, fullgraph=True, dynamic=False)
-
-
-def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
-    """Gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
-    if not scalar.requires_grad:
-        return [torch.zeros_like(x) for x in sources]
-    return list(
-        torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
-
-
-def pulled_back(
-    outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""
-    return torch.autograd.grad(outputs, sources, cotangents, retain_graph=True, allow_unused=True)

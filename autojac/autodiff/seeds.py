@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import transforming
+from autojac.autodiff.open_modes import transforming
 
 SeedKind = Literal["shared", "identity"]
 

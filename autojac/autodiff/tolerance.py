@@ -105,13 +105,14 @@ def own_rounding(
     both = [a + b for a, b in zip(one, other, strict=True)]
     found = []
     for a, b, together in zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True):
-        gap, size = (_largest(tensor) for tensor in (a + b - together, together))
+        gap, size = (largest(tensor) for tensor in (a + b - together, together))
         relative = min(NOISE_MARGIN * gap / size, MOST_NOISE) if size > 0 else 0.0
         found.append((NOISE_MARGIN * gap, max(relative / tolerance(together.dtype), 1.0)))
     return found
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude of a tensor; zero if it is empty."""
     return float(tensor.detach().nan_to_num(0, 0, 0).abs().amax()) if tensor.numel() else 0.0
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import saved_tensors_apart, version_kept
+from autojac.autodiff.open_modes import saved_tensors_apart, version_kept
 from autojac.guards.assignments import Snapshot
 from autojac.guards.escapes import home
 

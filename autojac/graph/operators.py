@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import is_custom
+from autojac.autodiff.pullback import is_custom
 from autojac.graph.ir import Graph, Operation
 from autojac.graph.operator_facts import Kind, facts_of, names_with
 from autojac.torch_internals import DispatchKey, ForceDispatchKeys, excluded_keys, included_keys

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import fresh_inputs
+from autojac.autodiff.pullback import fresh_inputs
 from autojac.errors import UnsupportedError
 from autojac.graph.decompositions import decomposed
 from autojac.graph.finalize import graph_of

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 import autojac.methods
-from autojac.autodiff.primitives import transforming
+from autojac.autodiff.open_modes import transforming
 from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
 from autojac.errors import StoreError
 from autojac.guards.assignments import leaving

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Bound, Pullback, load_forward_rules
+from autojac.autodiff.primitives import Bound, load_forward_rules
+from autojac.autodiff.pullback import Pullback
 from autojac.graph.analysis import RecordAndCut
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.accumulation import (

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import Pullback, functional_vjp, vmap
+from autojac.autodiff.primitives import functional_vjp, vmap
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample

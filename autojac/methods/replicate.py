@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import Mode, Pullback, push_dual
+from autojac.autodiff.primitives import Mode, push_dual
+from autojac.autodiff.pullback import Pullback
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result, bind

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, get_args
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.graph.analysis import RecordAndCut
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors

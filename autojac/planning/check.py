@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from autojac.autodiff.primitives import hooked, saved_tensors_apart
+from autojac.autodiff.open_modes import hooked, saved_tensors_apart
 from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Sandbox, restore_random_state, without_hooks
 from autojac.core.structure import UPDATES_BUFFERS

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autojac.autodiff.primitives import hooked, transforming
+from autojac.autodiff.open_modes import hooked, transforming
 from autojac.core.autocast import outside_autocast
 from autojac.guards.tensor_metadata import metadata_check
 from autojac.planning.prepared_plan import FastPath, PreparedPlan

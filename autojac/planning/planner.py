@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any
 
-from autojac.autodiff.primitives import saved_tensors_apart
+from autojac.autodiff.open_modes import saved_tensors_apart
 from autojac.core.autocast import outside_autocast
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, effort_rank

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import hooked
+from autojac.autodiff.open_modes import hooked
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import CallLayout
 from autojac.core.options import Verify

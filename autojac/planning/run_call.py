@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autojac.autodiff.primitives import transforming
+from autojac.autodiff.open_modes import transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.signature import current_flags

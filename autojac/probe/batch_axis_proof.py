@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.recorder import record
 from autojac.probe.sample_pairs import ProbePoint, cotangent_verdict

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise
 from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint
 

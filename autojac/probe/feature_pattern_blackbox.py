@@ -11,7 +11,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise
 from autojac.core.ranks import several
 from autojac.core.time_limit import within

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback, push_dual_plainly
+from autojac.autodiff.primitives import push_dual_plainly
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balanced_noise, own_rounding, rounding_floor, tolerance
 from autojac.core.sandbox import Sandbox

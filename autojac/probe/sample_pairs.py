@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balance, own_scale
 from autojac.core.ranks import several

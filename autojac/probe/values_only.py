@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise, own_scale
 from autojac.core.time_limit import within
 from autojac.probe.sample_pairs import FEWEST_SPLITS, SCALES, ProbePoint, cotangent_verdict, differs, split_masks, step

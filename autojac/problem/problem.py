@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import Bound, Pullback
+from autojac.autodiff.primitives import Bound
+from autojac.autodiff.pullback import Pullback
 from autojac.core.pattern import Pattern
 from autojac.core.signature import Layout, Leaf
 from autojac.core.structure import Structure

@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from autojac.autodiff.primitives import compile_flat, levels_restored
+from autojac.autodiff.open_modes import levels_restored
+from autojac.autodiff.primitives import compile_flat
 from autojac.guards.process_state import unwarned
 from autojac.replay.codegen import Run
 from autojac.torch_internals import DisableAutocast, compile_graph

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.autodiff.primitives import levels_restored, pulled_back
+from autojac.autodiff.open_modes import levels_restored
+from autojac.autodiff.pullback import pulled_back
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
 from autojac.errors import UnsupportedError, kind_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import AutoJacobian
-from autojac.autodiff.primitives import levels_restored, transforming
+from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
 from autojac.planning.search import measure, optimize, propose, shoot_out

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import Pullback, functional_jvp, functional_vjp, push_dual, vmap
+from autojac.autodiff.primitives import functional_jvp, functional_vjp, push_dual, vmap
+from autojac.autodiff.pullback import Pullback
 from autojac.problem.compression import Colors
 from autojac.problem.problem import Problem, bind
 

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import (
-    Bound,
-    Pullback,
-    functional_jvp,
-    functional_vjp,
-    load_forward_rules,
-    push_dual,
-    vmap,
-)
+from autojac.autodiff.primitives import Bound, functional_jvp, functional_vjp, load_forward_rules, push_dual, vmap
+from autojac.autodiff.pullback import Pullback
 from autojac.graph.batch_axis.states import BatchAxis
 
 Engine = Literal["loop", "vmap", "batched"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Pullback
+from autojac.autodiff.pullback import Pullback
 from autojac.core.plan import Effort, effort_rank
 from autojac.core.sandbox import Sandbox
 from autojac.errors import SearchError

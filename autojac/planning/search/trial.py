@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import gradient, levels_restored
+from autojac.autodiff.open_modes import levels_restored
+from autojac.autodiff.pullback import gradient
 from autojac.core.plan import Effort, Trial, TrialState
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
@@ -180,7 +181,7 @@ def _as_used(session: SearchSession, compute: Compute) -> measure.Run:
     """Return what a training step does with the Jacobian: with a graph, the backward through it too."""
     leaves, kwargs = session.leaves, session.kwargs
     sources = [*session.reference.connected, *(x for x in session.captured if x.requires_grad)]
-    if not session.problem.differentiable or not sources or session.reference.once:
+    if not session.problem.differentiable or not sources or session.reference.gradient.once:
         return lambda: compute(leaves, kwargs)
 
     def step() -> Result:

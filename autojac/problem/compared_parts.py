@@ -1,0 +1,180 @@
+"""What of a Jacobian is compared with plain VJPs: single rows, and random projections."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import seeds
+from autojac.autodiff.pullback import Pullback
+from autojac.autodiff.tolerance import balance
+from autojac.core.pattern import Pattern
+from autojac.problem.finite_evidence import Evidence
+from autojac.problem.locations import Places, Projection
+from autojac.problem.problem import Problem
+
+SAMPLES = 3
+CLASSES = 8
+"""Classes of a coloring of samples, or of coordinates, that one check looks at."""
+
+
+class ComparedParts:
+    """Rows and random projections of a Jacobian at one point, drawn and pulled.
+
+    Blocks of a coupled function are not the whole Jacobian, so there each projection lives on one sample and only that
+    sample's rows are compared.
+
+    Args:
+        problem: the function and its structure.
+        pullback: of one evaluation.
+        generator: what rows and projections are drawn from.
+        rows: how many single rows are compared besides the projections.
+        thorough: look at every class of a coloring, since one edge of a graph may have moved.
+        every: look at every sample of a coupled function, not at a few, and at every coordinate of a diagonal.
+        keep: pull the projections now, and keep them.
+
+    Attributes:
+        weights: for each output, such that each of its coordinates counts alike.
+        rows: (output, row, what is pulled).
+        kept: for each output its projections, if they are kept.
+        scaled: pairs of projections whose samples differ by factors, of samples that are taken for apart.
+    """
+
+    def __init__(
+        self, problem: Problem, pullback: Pullback, generator: torch.Generator, rows: int, *, thorough: bool,
+        every: bool, keep: bool,
+    ) -> None:  # fmt: skip
+        self.problem = problem
+        self.pullback = pullback
+        self.generator = generator
+        self.every = every
+        self.places = Places(problem)
+        self.classes = None if thorough else CLASSES
+        self.values = pullback.outputs
+        self.evidence = Evidence.at(problem, pullback.inputs, self.values)
+        self.weights = [balance([value])[0] for value in self.values]
+        self.rows = [
+            (output, row, self._single(output, row))
+            for output in range(len(self.values))
+            for row in self._chosen(output, rows)
+        ]
+        with pullback.without_graph():
+            self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
+            self.scaled = list(self._scaled())
+
+    def expected(self, projection: Projection, position: int) -> Tensor:
+        """Return the part of a projection's VJP that is compared, one row per sample."""
+        reached = self.places.reached(projection.pulled[position], position, projection)
+        return reached if projection.coordinates is None else reached[:, list(projection.coordinates)]
+
+    def says(self) -> bool:
+        """Whether any derivative that a plain VJP gave here is finite."""
+        rows = (
+            self.evidence.says(self.places.kept(one, output, row, position), position)
+            for output, row, pulled in self.rows
+            for position, one in enumerate(pulled)
+        )
+        projections = (
+            self.evidence.says(self.places.reached(one, position, projection), position, projection)
+            for projection in itertools.chain.from_iterable(self.kept)
+            for position, one in enumerate(projection.pulled)
+            if bool(projection.cotangent.any())
+        )
+        return any(rows) or any(projections)
+
+    def projections(self, output: int) -> Iterable[Projection]:
+        """Random projections of one output's Jacobian."""
+        return self.kept[output] if self.kept else self._projections(output)
+
+    def _projections(self, output: int) -> Iterator[Projection]:
+        value, layout = self.values[output], self.problem.layout
+        if not value.numel():
+            return
+        whole = layout in ("full", "sparse")
+        some: Sequence[Sequence[int] | None] = (None,)
+        if not whole and (self.problem.shared_input or not self.problem.structure.independent):
+            some = self._apart(len(value))
+        places: Sequence[Sequence[int] | None] = self._coordinates(value) if layout == "diagonal" else (None,)
+        for samples, coordinates in itertools.product(some, places):
+            cotangent = _alone(self._noise(output), samples)
+            if coordinates is not None:
+                kept = torch.zeros_like(value[0]).flatten()
+                kept[list(coordinates)] = 1
+                cotangent = cotangent * kept.view_as(value[0])
+            cotangent = self.evidence.seeded(output, cotangent)
+            yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
+
+    def _coordinates(self, value: Tensor) -> list[list[int]]:
+        """Sets of coordinates that don't reach each other, as far as is known, so that each shows its own diagonal."""
+        count, sparsity = value[0].numel(), self.problem.structure.sparsity
+        if self.every:
+            return [[coordinate] for coordinate in range(count)]
+        alone = len(self.problem.outputs) == len(self.problem.inputs) == 1
+        if sparsity is None or sparsity.features is None or not alone:
+            return [[int(torch.randint(count, (), generator=self.generator))]]
+        return self._classes(sparsity.features)
+
+    def _apart(self, batch: int) -> list[list[int]]:
+        """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
+        drawn = torch.randperm(batch, generator=self.generator)
+        few = batch if self.every else SAMPLES
+        if self.evidence.samples is not None:
+            drawn = drawn[self.evidence.samples.cpu()[drawn]]
+        graph = self.problem.structure.samples
+        if graph is None:
+            return [[sample] for sample in drawn[:few].tolist()]
+        return self._classes(graph)
+
+    def _classes(self, graph: Pattern) -> list[list[int]]:
+        """Some classes of a coloring that keeps apart what reaches each other."""
+        colors = torch.from_numpy(self.problem.colorings.apart(graph))
+        # an edge that is missing joins samples of one color, or does no harm
+        shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[: self.classes].tolist()
+        return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
+
+    def _chosen(self, output: int, rows: int) -> list[int]:
+        """Row numbers to compare: the first, the last, and others at random."""
+        numbers = self.evidence.numbers(output)
+        count = self.values[output].numel() if numbers is None else len(numbers)
+        if not rows or not count:
+            return []
+        drawn = torch.randint(count, (max(rows - 2, 0),), generator=self.generator).tolist()
+        places = sorted({0, count - 1, *drawn})
+        return places if numbers is None else numbers[places].tolist()
+
+    def _noise(self, output: int) -> Tensor:
+        """A random cotangent of one output."""
+        return seeds.noise(self.values[output], self.generator) * self.weights[output]
+
+    def _single(self, output: int, row: int) -> list[Tensor]:
+        value = self.values[output]
+        return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
+
+    def _scaled(self) -> Iterator[tuple[int, Projection, Projection, Tensor]]:
+        """Yield, for samples that are taken for apart, two projections: in the other each sample has a factor.
+
+        A diagonal can't show that one sample reaches another at a coordinate that no projection looked at.
+        """
+        structure, layout = self.problem.structure, self.problem.layout
+        graph = structure.samples
+        if layout != "diagonal" or self.problem.batch < 2 or not (structure.independent or graph is not None):
+            return
+        classes = [None] if structure.independent or graph is None else self._classes(graph)
+        for output, samples in itertools.product(range(len(self.values)), classes):
+            one = self.evidence.seeded(output, _alone(self._noise(output), samples))
+            factors = (0.5 + torch.rand(len(one), generator=self.generator)).to(one)
+            other = one * factors.view(-1, *[1] * (one.dim() - 1))
+            first, second = (Projection(samples, None, u, self.pullback(output, u)) for u in (one, other))
+            yield output, first, second, factors if samples is None else factors[samples]
+
+
+def _alone(cotangent: Tensor, samples: Sequence[int] | None) -> Tensor:
+    """A cotangent on some samples alone."""
+    if samples is None:
+        return cotangent
+    alone = torch.zeros_like(cotangent)
+    alone[samples] = cotangent[samples]
+    return alone

@@ -1,0 +1,139 @@
+"""The gradient through a Jacobian, compared with that through rows which plain VJPs give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import seeds
+from autojac.autodiff.pullback import gradient
+from autojac.autodiff.tolerance import disagreement, largest, own_rounding
+from autojac.core.structure import UPDATES_BUFFERS
+from autojac.problem.compared_parts import ComparedParts
+from autojac.problem.finite_evidence import only
+from autojac.problem.problem import Result
+
+
+class GradientReference:
+    """What the gradient through a right Jacobian must satisfy: that of a random sum of the rows compared.
+
+    Args:
+        parts: what of the Jacobian is compared.
+        sources: what is differentiated in, in groups: a tensor and the original that it stands for are one.
+        slack: the factor on the tolerance of what was pulled from an output.
+
+    Attributes:
+        once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
+    """
+
+    def __init__(
+        self, parts: ComparedParts, sources: Sequence[Sequence[Tensor]], slack: Callable[[int, Tensor], float]
+    ) -> None:
+        self.parts = parts
+        self.sources = sources
+        self.slack = slack
+        self.once = False
+        self._known: TrainedRows | None = None
+
+    def prepare(self) -> TrainedRows | None:
+        """Differentiate the rows, unless that is done; None where there is nothing that can be asked for."""
+        self._known = self._known or self._differentiate()
+        return self._known
+
+    def check(self, result: Result) -> str | None:
+        """Say why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'."""
+        known = self.prepare()
+        if known is None:
+            return None
+        rows = [
+            self.parts.places.row(result.jacobians[output][position], output, row, position)
+            for output, row, position in known.where
+        ]
+        found = known.pull(rows, known.weights)
+        wrong = self._compare(found, known.right, [1.0] * len(found))
+        if wrong is not None:
+            # as for J itself; a derivative of it may be less precise than it is
+            wrong = self._compare(found, known.right, known.slacks or self._slacks(known))
+        return wrong
+
+    def _differentiate(self) -> TrainedRows | None:
+        """The gradient through the rows compared; None where there is none that can be asked for."""
+        where, rows, weights = [], [], []
+        for output, row, pulled in self.parts.rows:
+            for position, one in enumerate(pulled):
+                kept = self.parts.places.kept(one, output, row, position)
+                if bool(torch.isfinite(kept).all()):
+                    where.append((output, row, position))
+                    rows.append(kept.reshape(1, -1))
+                    scale = self.parts.weights[output].flatten()[row].to(kept)
+                    weights.append(seeds.noise(kept.reshape(1, -1), self.parts.generator) * scale)
+        if not self.sources or not rows or self.once:
+            return None
+        known = TrainedRows(self.sources, where, rows, weights)
+        try:
+            known.right = known.pull(rows, weights)
+        except RuntimeError:
+            self.once = True
+            return None
+        if UPDATES_BUFFERS in self.parts.problem.structure.effects:
+            known.slacks = self._slacks(known)
+        return known
+
+    def _slacks(self, known: TrainedRows) -> list[float]:
+        return [relative for _, relative in own_rounding(known.pull, known.rows, self.parts.generator)]
+
+    def _compare(self, found: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]) -> str | None:
+        for mine, theirs, own in zip(found, right, slacks, strict=True):
+            counted = torch.isfinite(theirs)
+            if not self.parts.evidence.whole:
+                # zero times what is NaN elsewhere
+                counted &= torch.isfinite(mine)
+            one, other = only(None if bool(counted.all()) else counted, mine, theirs)
+            slack = max(own, *(self.slack(output, other) for output in range(len(self.parts.values))))
+            error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=slack)
+            if error is not None:
+                return f"the gradient through J is off by {error:.1g} relative"
+        return None
+
+
+@dataclass
+class TrainedRows:
+    """A gradient through rows of the Jacobian, as plain VJPs give it.
+
+    Attributes:
+        sources: what is differentiated in, in groups.
+        where: output, row and position of each of the rows.
+        rows: with their graphs.
+        weights: (1, n) cotangents of the rows.
+        right: the gradient in each group.
+        slacks: factors on the tolerance of each; empty as long as nothing asked for them.
+    """
+
+    sources: Sequence[Sequence[Tensor]]
+    where: Sequence[tuple[int, int, int]]
+    rows: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    right: Sequence[Tensor] = ()
+    slacks: Sequence[float] = ()
+
+    def pull(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient through some rows in the places of these."""
+        pairs = zip(rows, weights, strict=True)
+        total = torch.stack([(row.reshape(1, -1) * weight).sum() for row, weight in pairs]).sum()
+        return _gradients(total, self.sources)
+
+
+def _gradients(scalar: Tensor, sources: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Gradients of a scalar, added up within each group of sources."""
+    parts = iter(gradient(scalar, list(itertools.chain(*sources))))
+    return [torch.stack([next(parts) for _ in group]).sum(0) for group in sources]
+
+
+def _magnitude_floor(gradients: Sequence[Tensor]) -> float:
+    """Rounding that the largest of several gradients lends to the others: they sum over the same terms."""
+    top = max(map(largest, gradients))
+    return top * torch.finfo(gradients[0].dtype).eps * 64

@@ -142,7 +142,7 @@ def test_no_thread_looks_at_parameters_that_another_has_put_aside() -> None:
     module, x = MODULES["mlp"](), torch.randn(4, 3, dtype=torch.float64)
     jac = estimated(module)
     jac(x)
-    for look in (jac.func.parameters, lambda: jac(x), lambda: jac.plan(x), jac._reach):
+    for look in (jac.func.parameters, lambda: jac(x), lambda: jac.plan(x), lambda: jac._plans.captured):
         thread = threading.Thread(target=look)
         with jac.func.lock:  # as during a call
             thread.start()

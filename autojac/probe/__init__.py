@@ -17,10 +17,10 @@ from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batched_arguments import guess_batched, resolve_batched
-from autojac.probe.coupling import coupled
+from autojac.probe.coupling import PairProbe
 from autojac.probe.feature_pattern import check_declared, feature_pattern
 from autojac.probe.forward_vs_reverse import compare_modes, flat_elsewhere
-from autojac.probe.sample_pairs import ProbePoint, price
+from autojac.probe.sample_pairs import ProbePoint, time_one_call
 from autojac.probe.side_effects import SideEffects, first_call, moving_with, observe
 
 __all__ = ["ProbeResult", "SideEffects", "check_declared", "examine", "first_call", "guess_batched", "observe"]
@@ -29,6 +29,8 @@ SEED = 0x0A070
 HANG_S = 2.0
 HANG_RATIO = 50.0
 """An evaluation at other values is given up after this many times the usual, and after `HANG_S` at the earliest."""
+
+Call = tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[int], Sandbox]
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,9 @@ def examine(
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in leaves)
     batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, sandbox, known)
-    compared, notice, flat = compare_modes(fn, leaves, kwargs, differentiated, sandbox, SEED)
-    flat = {output: mask for output, mask in flat.items() if output not in manners.cut}
-    moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, flat) if flat else ()
-    if moving:
-        flat = flat_elsewhere(
-            fn, leaves, kwargs, differentiated, sandbox, {output: flat[output] for output in moving}, SEED
-        )
-        moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, flat) if flat else ()
-    cut = dict.fromkeys(manners.cut, True) | {output: bool(flat[output].all()) for output in moving}
+    call = fn, leaves, kwargs, differentiated, sandbox
+    compared, notice, flat = compare_modes(*call, SEED)
+    cut = _without_derivative(call, manners.cut, flat)
     evidence = [manners.evidence, compared]
     if outlined is not None:
         outline = outlined(batched)
@@ -104,30 +100,52 @@ def examine(
             sizes = [value[0].numel() for value in values if len(value)]
             events = [held[p].numel() // (len(held[p]) if batched[p] else 1) for p in differentiated if held[p].numel()]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        line = f"coupling: declared {declared.coupling} by the user"
-        structure = Structure(
-            declared.coupling,
-            "declared",
-            declared.sliceable and refusal is None,
-            False,
-            manners.effects,
-            manners.kernels,
-            (*declared.evidence, *evidence, line),
-            declared.sparsity,
-            # nothing is proved of what the user promises
-            declared.watched or declared.assumes,
-        )
+        structure = _declared(declared, manners, evidence, refusal is None)
         return ProbeResult(structure, batched, notice, outline, cut)
     subject = ProbePoint(fn, held, kwargs, inputs, sides, len(values[0]), sandbox)
     generator = torch.Generator().manual_seed(SEED)
-    cost = price(subject)
+    cost = time_one_call(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
-    found = coupled(subject, outline, values, refusal, len(inputs) < len(differentiated), cost, budget_s, generator)
+    weights = len(inputs) < len(differentiated)
+    pairs = PairProbe(subject, outline, values, weights, cost, budget_s, generator)
+    found = pairs.structure(refusal)
     structure = dataclasses.replace(
         found, effects=manners.effects, kernels=manners.kernels, evidence=(*evidence, *found.evidence)
     )
     return ProbeResult(
         _featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut
+    )
+
+
+def _without_derivative(call: Call, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:
+    """Return the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
+
+    Args:
+        call: fn, leaves, kwargs, the indices of the leaves to differentiate, and the sandbox.
+        outputs: those without a graph, which move.
+        flat: for other outputs a mask of the elements whose derivatives are zero in both modes.
+    """
+    flat = {output: mask for output, mask in flat.items() if output not in outputs}
+    moving = moving_with(*call, flat) if flat else ()
+    if moving:
+        flat = flat_elsewhere(*call, {output: flat[output] for output in moving}, SEED)
+        moving = moving_with(*call, flat) if flat else ()
+    return dict.fromkeys(outputs, True) | {output: bool(flat[output].all()) for output in moving}
+
+
+def _declared(declared: Structure, manners: SideEffects, evidence: Sequence[str], sliceable: bool) -> Structure:
+    """Return the structure that the user declares, with what was seen of the function."""
+    return Structure(
+        declared.coupling,
+        "declared",
+        declared.sliceable and sliceable,
+        False,
+        manners.effects,
+        manners.kernels,
+        (*declared.evidence, *evidence, f"coupling: declared {declared.coupling} by the user"),
+        declared.sparsity,
+        # nothing is proved of what the user promises
+        declared.watched or declared.assumes,
     )
 
 

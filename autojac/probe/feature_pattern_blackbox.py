@@ -16,7 +16,7 @@ from autojac.autodiff.tolerance import balanced_noise
 from autojac.core.ranks import several
 from autojac.core.time_limit import within
 from autojac.probe.coordinates import Coordinates
-from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, ProbePoint, differs, price, step
+from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, ProbePoint, differs, step, time_one_call
 
 ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
@@ -34,7 +34,7 @@ def by_nan(
     """The pattern that NaN shows: in one coordinate of all samples at a time, or of replicas of each sample at once."""
     alone = sliceable and set(where.differentiated) <= where.batched
     chunk = max(MOST_ELEMENTS // (where.m + where.n), 1) if alone else 1
-    cost = price(subject) * where.n
+    cost = time_one_call(subject) * where.n
     passes = subject.batch * -(-where.n // chunk) if alone else where.n
     if several() and passes > MOST_PASSES:
         return None, f"NaN in each of {where.n} coordinates would take {passes} evaluations"

@@ -83,7 +83,18 @@ def compare_modes(
     )
     if rounded:
         return "modes: forward and reverse mode differ by rounding alone", None, flat
-    difference, kind = _finite_difference(bound, points, directions, cotangents, sandbox)
+    compared = bound, points, directions, cotangents, sandbox
+    return *_disagreement(compared, forward, reverse), flat
+
+
+def _disagreement(compared: Any, forward: float, reverse: float) -> tuple[str, str | None]:
+    """Return evidence that the modes disagree, and a warning unless a finite difference confirms reverse mode.
+
+    Args:
+        compared: the function, its inputs, their directions, the cotangents, and the sandbox.
+        forward, reverse: the derivative along the direction by either mode.
+    """
+    difference, kind = _finite_difference(*compared)
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
     clear = sides[nearer] < SIDES * sides[farther]
@@ -97,7 +108,7 @@ def compare_modes(
         "gradient of its own, that is what it asks for; else one of torch's formulas is wrong"
     )
     confirmed = clear and nearer == "reverse"
-    return f"modes: {line}", None if confirmed else f"{line}. {advice}", flat
+    return f"modes: {line}", None if confirmed else f"{line}. {advice}"
 
 
 def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch.Generator) -> bool:

@@ -32,7 +32,6 @@ from autojac.core.time_limit import within
 from autojac.torch_internals import pytree
 
 SCALES = (1e-2, 1.0, 1e3)
-FEWEST_SPLITS = 6
 GRADIENT_NOISE = 0.05
 """Gradients below this many eps of the largest of their coordinate are rounding: a global FFT or LU leaves some."""
 VALUE_NOISE = 8.0
@@ -107,37 +106,14 @@ class ProbePoint:
         return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
 
-def index_masks(batch: int) -> list[Tensor]:
-    """Boolean masks (B,), two for each bit of the sample index."""
-    index = torch.arange(batch)
-    bits = max(batch - 1, 0).bit_length()
-    return [mask for bit in range(bits) for mask in ((index >> bit) & 1 == 1, (index >> bit) & 1 == 0)]
+def time_one_call(subject: ProbePoint) -> float:
+    """Return the seconds of one evaluation.
 
-
-def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tensor]:
-    """`count` random half-splits of the batch: each ordered pair is separated by a quarter of them."""
-    return [torch.randperm(batch, generator=generator) < batch // 2 for _ in range(count)]
-
-
-def price(subject: ProbePoint) -> float:
-    """Seconds of one evaluation; next to none among several ranks, where no clock may decide how many there are."""
+    Next to none among several ranks, where no clock may decide how many evaluations there are.
+    """
     start = time.perf_counter()
     subject.values({})
     return 1e-9 if several() else max(time.perf_counter() - start, 1e-7)
-
-
-def masks_within(
-    subject: ProbePoint, generator: torch.Generator, budget_s: float, cost: float
-) -> tuple[list[Tensor], str]:
-    """Masks that a layer can afford at the price of one evaluation, and how to call them."""
-    device = subject.leaves[0].device
-    exact = index_masks(subject.batch)
-    affordable = int(budget_s / cost)
-    if affordable >= len(exact):
-        return [mask.to(device) for mask in exact], f"all pairs of {subject.batch} samples in {len(exact)} masks"
-    count = max(FEWEST_SPLITS, affordable)
-    chosen = split_masks(subject.batch, count, generator)
-    return [mask.to(device) for mask in chosen], f"{count} random half-splits of {subject.batch} samples"
 
 
 def gradient_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:

@@ -18,7 +18,8 @@ from torch import Tensor
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise, own_scale
 from autojac.core.time_limit import within
-from autojac.probe.sample_pairs import FEWEST_SPLITS, SCALES, ProbePoint, cotangent_verdict, differs, split_masks, step
+from autojac.probe.masks import FEWEST_SPLITS, split_masks
+from autojac.probe.sample_pairs import SCALES, ProbePoint, cotangent_verdict, differs, step
 
 HALVINGS = 16
 """Thresholds narrower than this power of a half of the change of an input are taken for jumps."""

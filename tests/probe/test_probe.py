@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import autojac
-from autojac.probe.sample_pairs import index_masks, split_masks
+from autojac.probe.masks import index_masks, split_masks
 from harness import Counted
 from scenarios import SCENARIOS, Scenario
 

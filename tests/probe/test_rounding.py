@@ -20,8 +20,9 @@ from autojac import AutoJacobian, StructureChangedWarning
 from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.methods.base import registry
+from autojac.probe.masks import index_masks
 from autojac.probe.rounding import only_rounding
-from autojac.probe.sample_pairs import ProbePoint, index_masks
+from autojac.probe.sample_pairs import ProbePoint
 from harness import compare, planned
 from oracle import jacobian_blocks, jacobian_full
 from programs import program

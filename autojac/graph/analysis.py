@@ -85,7 +85,7 @@ class GraphAnalysis:
         self._call, self.captured = None, ()
 
     def names(self, numbers: Sequence[int]) -> str:
-        """Tensors, for people: by module the operators that they come from, with their shapes."""
+        """Return tensors in human-readable form: by module the operators that they come from, with their shapes."""
         flow = self.flow
         assert flow is not None
         graph, grouped = flow.graph, dict[str, list[str]]()
@@ -98,7 +98,7 @@ class GraphAnalysis:
         return "; ".join(f"{owner}: {parts}" if owner else parts for owner, parts in lists)
 
     def lines(self, rows: int, columns: int) -> list[str]:
-        """The cuts, for people.
+        """Return the cuts in human-readable form.
 
         Args:
             rows, columns: elements of one sample's outputs and inputs.
@@ -126,7 +126,7 @@ class GraphAnalysis:
 
     @property
     def meeting_place(self) -> str:
-        """The tensors of a pool, for people: nearest to where samples meet, unless those are more numbers."""
+        """The shared tensors in human-readable form: nearest to where samples meet, unless those are more numbers."""
         read, least = self.read_pool, self.least_pool
         assert read is not None
         nearest = least if least is not None and least.size <= read.size else read
@@ -220,7 +220,7 @@ class RecordAndCut(Generic[Cut]):
 
 
 def flow_of(graph: Graph, batched: Sequence[bool], batch: int) -> BatchFlow:
-    """How the batch runs through a graph, which is kept without its tensors."""
+    """Return how the batch runs through a graph, which is kept without its tensors."""
     graph = dataclasses.replace(graph, constants=dict.fromkeys(graph.constants, _NOTHING))
     return propagate_batch_axis(graph, batch, batched)
 

@@ -68,7 +68,7 @@ def _looks(func: Any) -> bool:
 
 
 def reads_data(func: Any, args: Sequence[Any]) -> bool:
-    """Whether Python, or a shape, may depend on the data after an operator."""
+    """Check whether Python, or a shape, may depend on the data after an operator."""
     if _looks(func):
         return True
     # a mask takes as many entries as are set
@@ -77,7 +77,7 @@ def reads_data(func: Any, args: Sequence[Any]) -> bool:
 
 
 def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operator that may draw, attention with dropout, was told not to."""
+    """Check whether an operator that may draw, attention with dropout, was told not to."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return "dropout_p" in names and not given.get("dropout_p")
@@ -134,7 +134,7 @@ def custom_functions(values: Sequence[Tensor]) -> set[str]:
 
 
 def reaches(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a tensor's graph of autograd leads back to one of the inputs."""
+    """Check whether a tensor's graph of autograd leads back to one of the inputs."""
     leaves = {id(x) for x in inputs}
     functions = {x.grad_fn for x in inputs if x.grad_fn is not None}
     return any(node in functions or id(getattr(node, "variable", None)) in leaves for node in autograd_nodes([tensor]))

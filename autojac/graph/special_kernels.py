@@ -45,7 +45,7 @@ def special_kernels(values: Sequence[Tensor], reached: Sequence[str] = ()) -> tu
 
 
 def _saves_for_derivative(node: Any) -> bool:
-    """Whether what the operator has saved depends on a differentiated tensor: its first argument makes that."""
+    """Check whether what the operator has saved depends on a differentiated tensor: its first argument makes that."""
     # a batch norm that uses running statistics is a plain rescaling
     return getattr(node, "_saved_training", True) and node.next_functions[0][0] is not None
 

@@ -156,7 +156,7 @@ def _featured(
     generator: torch.Generator,
     budget_s: float,
 ) -> Structure:
-    """The structure with the pattern inside a sample, where it saves something."""
+    """Return the structure with the pattern inside a sample, where it saves something."""
     start = time.perf_counter()
     found = feature_pattern(
         subject,

@@ -32,7 +32,7 @@ class Proof(NamedTuple):
 
 
 def prove(outline: GraphAnalysis, subject: ProbePoint) -> Proof:
-    """Whether the graph proves that samples are independent."""
+    """Check whether the graph proves that samples are independent."""
     flow = outline.flow
     if flow is None:
         return Proof(False, f"proof: none, {outline.reason}")
@@ -46,7 +46,7 @@ def prove(outline: GraphAnalysis, subject: ProbePoint) -> Proof:
     with subject.sandbox():
         again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
     if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
-        return Proof(False, "proof: none, func makes a tensor anew in each call where no operator is seen")
+        return Proof(False, "proof: none, func creates a new tensor in each call where no operator is seen")
     line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
     if outline.state:
         line += f"; but {outline.state} may change what runs, so it is checked on like an observation"
@@ -86,6 +86,6 @@ def meeting(
         pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
         verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:
-        return False, "statistics: not alone, samples reach each other beside the shared tensors"
+        return False, "statistics: not alone, samples also reach each other outside the shared tensors"
     line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"
     return True, f"{line} ({called})"

@@ -28,7 +28,7 @@ def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
 
 
 def slice_samples(leaves: Sequence[Tensor], batched: Sequence[bool], stop: int) -> list[Tensor]:
-    """The first `stop` samples of every tensor that carries the batch."""
+    """Return the first `stop` samples of every tensor that carries the batch."""
     return [leaf[:stop] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
 
 
@@ -113,7 +113,7 @@ def _moves_own_row(
     sandbox: Sandbox,
     position: int,
 ) -> bool:
-    """Whether another first row of a tensor moves the first row of the outputs, and no other."""
+    """Check whether another first row of a tensor moves the first row of the outputs, and no other."""
     other = leaves[position].detach().clone()
     other[0] = other[0] * 0.5 + 0.25
     changed = [other if place == position else leaf.detach() for place, leaf in enumerate(leaves)]
@@ -180,7 +180,7 @@ def _sliced(
 def _assignments(
     guess: tuple[bool, ...], fixed: Sequence[bool], differentiated: Sequence[int]
 ) -> list[tuple[bool, ...]]:
-    """The guess, then the guess with some tensors taken as shared, fewest and side inputs first."""
+    """Return the guess, then the guess with some tensors taken as shared, fewest and side inputs first."""
     carriers = [position for position, has in enumerate(guess) if has and not fixed[position]]
     # inputs come last: an input of the batch's length is rarely shared
     ambiguous = sorted(carriers, key=lambda position: (position in differentiated, -position))[:MOST_AMBIGUOUS]

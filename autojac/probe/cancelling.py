@@ -37,7 +37,7 @@ def outside_of(state: State, like: Tensor, mask: Tensor) -> Tensor:
 
 
 def rounding(tensor: Tensor) -> Tensor | float:
-    """How far float64 may round each number."""
+    """Return how far float64 may round each number."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     return SLIGHT * torch.finfo(tensor.dtype).eps * own_scale(tensor)

@@ -89,7 +89,7 @@ class Coded:
         return None
 
     def _pull(self, pullback: Pullback, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """The gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
+        """Return the gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
         self.passes += 1
         scaled = [
             weight * rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights
@@ -98,7 +98,7 @@ class Coded:
         return torch.cat([gradient.reshape(self.subject.batch, -1) for gradient in pulled], 1).cpu()
 
     def _sparse(self, pullback: Pullback, weights: Sequence[Tensor]) -> bool:
-        """Whether some samples at random depend on few others."""
+        """Check whether some samples at random depend on few others."""
         batch = self.subject.batch
         few = []
         for row in self.random.choice(batch, min(SAMPLED, batch), replace=False):
@@ -185,7 +185,7 @@ class Coded:
 
 
 def _alive(gradient: Tensor) -> Tensor:
-    """The samples with a gradient beyond rounding."""
+    """Return the samples with a gradient beyond rounding."""
     size = gradient.abs()
     if not size.numel():
         return torch.zeros(len(size), dtype=torch.bool)

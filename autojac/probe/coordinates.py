@@ -72,7 +72,7 @@ class Coordinates:
 
 
 def few(subject: ProbePoint, count: int) -> ProbePoint:
-    """The function of the first samples."""
+    """Return the function of the first samples."""
     if subject.batch <= count:
         return subject
     batched = (*subject.inputs, *subject.sides)

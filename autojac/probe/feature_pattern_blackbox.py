@@ -148,7 +148,7 @@ def _with_gradients(
 def _moved(
     subject: ProbePoint, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """The differentiated leaves with noise on some coordinates."""
+    """Return the differentiated leaves with noise on some coordinates."""
     masks = where.as_inputs(columns, subject.leaves)
     leaves = [subject.leaves[position] for position in where.differentiated]
     return {

@@ -24,7 +24,7 @@ MARGIN = 10.0
 ROUNDED = 1e-3
 """A difference that shrinks to less than this share in float64 is rounding; one of formulas stays as it is."""
 SMALLER = 0.1
-"""What of a point, and of noise beside it, another one is made of at which less is saturated."""
+"""What of a point, and of noise besides it, another one is made of at which less is saturated."""
 SIDES = 0.1
 """A finite difference takes a side if it is this much nearer to one than to the other."""
 
@@ -112,7 +112,7 @@ def _disagreement(compared: Any, forward: float, reverse: float) -> tuple[str, s
 
 
 def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch.Generator) -> bool:
-    """Whether a random cotangent of some elements of an output gives nothing but zeros."""
+    """Check whether a random cotangent of some elements of an output gives nothing but zeros."""
     cotangent = torch.where(elements, noise(pullback.recorded[output].detach(), generator), 0)
     return not any(bool(one.any()) for one in pullback(output, cotangent))
 
@@ -171,7 +171,7 @@ def _rounding(
 def _gap_in_double(
     bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], sandbox: Sandbox
 ) -> float:
-    """How far the modes are apart in float64, where func takes that."""
+    """Return how far the modes are apart in float64, where func takes that."""
     if all(point.dtype == torch.float64 for point in points):
         return float("inf")
     points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))

@@ -19,13 +19,13 @@ UNLIKE = (
 
 
 def unlike(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether two evaluations gave different outputs."""
+    """Check whether two evaluations gave different outputs."""
     pairs = zip(values, others, strict=True)
     return any(one.shape != other.shape or disagreement(other, one) is not None for one, other in pairs)
 
 
 def keeping(evaluate: Callable[[], Sequence[Tensor]], sandbox: Sandbox) -> tuple[tuple[str, ...], Sequence[Tensor]]:
-    """The effects of a function that has set something in `sandbox.kept`, and the tensors that each call writes.
+    """Return the effects of a function that has set something in `sandbox.kept`, and the tensors that each call writes.
 
     It has none if it only filled a cache, or initialised itself: then a second call sets nothing.
 

@@ -78,7 +78,7 @@ def _python_draws(evaluate: Evaluate) -> bool:
 
 
 def _numpy_draws(evaluate: Evaluate) -> bool:
-    """Whether it moves in each evaluation, and from one state always as far: its methods call no hook."""
+    """Check whether it moves in each evaluation, and from one state always as far: its methods call no hook."""
     for _ in range(LOOKS):
         before = random_state(("numpy",))
         evaluate()

@@ -140,7 +140,7 @@ def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionReco
 
 
 def _same(graph: Graph, other: Graph) -> bool:
-    """Whether two calls did the same with their inputs."""
+    """Check whether two calls did the same with their inputs."""
     if graph.exact != other.exact:
         return False
     pairs = ((tensor, other.constants[number]) for number, tensor in graph.constants.items())

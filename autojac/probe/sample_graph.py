@@ -41,7 +41,7 @@ class SampleGraph:
         pattern: (batch, batch), true at (b, c) if output b may depend on sample c, and on the diagonal; None if that
             is not known, or is so much that nothing is gained.
         kind: `grouped` if samples depend on each other in groups, else `sparse`.
-        evidence: a line for people.
+        evidence: a human-readable line.
         watched: the pattern was read from arguments that are not differentiated, or from captured floating-point
             tensors: other contents may make another pattern.
         suspect: NaN spreads further than the pattern allows.
@@ -78,7 +78,7 @@ def sample_graph(
     budget_s: float,
     classes: float | None = None,
 ) -> SampleGraph:
-    """The sample graph of a function whose samples are coupled.
+    """Return the sample graph of a function whose samples are coupled.
 
     Args:
         outline: the graph of the call, if there is one.
@@ -109,7 +109,7 @@ def sample_graph(
 
 
 def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Generator) -> _Found:
-    """The graph by what is known of each operator."""
+    """Return the graph by what is known of each operator."""
     if outline.flow is None:
         return _Found(None, str(outline.reason), final=False)
     found, data = _spread(outline.flow.graph.key, subject)
@@ -242,7 +242,7 @@ def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch
 
 
 def _moved_to(subject: ProbePoint, scale: float, generator: torch.Generator) -> ProbePoint:
-    """The function at another point; what is not differentiated, such as indices and masks, stays."""
+    """Return the function at another point; what is not differentiated, such as indices and masks, stays."""
     leaves = list(subject.leaves)
     for position in subject.inputs:
         leaves[position] = leaves[position] + step(leaves[position], scale, generator)
@@ -250,7 +250,7 @@ def _moved_to(subject: ProbePoint, scale: float, generator: torch.Generator) -> 
 
 
 def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
-    """The samples whose outputs differ beyond rounding; None if shapes do."""
+    """Return the samples whose outputs differ beyond rounding; None if shapes do."""
     moved = None
     for after, before in zip(changed, base, strict=True):
         if after.shape != before.shape:
@@ -268,7 +268,7 @@ def most_classes(samples: Any) -> int:
 
 
 def _worth(samples: Any) -> bool:
-    """Whether coloring the graph is sure to save passes."""
+    """Check whether coloring the graph is sure to save passes."""
     batch = samples.shape[0]
     return bool(samples.nnz <= batch * max(batch // 2, 1) + batch) and most_classes(samples) <= WORTH * batch
 

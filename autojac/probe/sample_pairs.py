@@ -216,7 +216,7 @@ def nan_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str) -> Verd
 
 
 def _along(mask: Tensor, like: Tensor) -> Tensor:
-    """A sample mask, shaped to broadcast over a tensor with the batch on axis 0."""
+    """Shape a sample mask to broadcast over a tensor with the batch on axis 0."""
     return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 

@@ -184,13 +184,13 @@ def moving_with(
             found |= {n for n in elements if _proportional(here[n], half[n], whole[n], back[n])}
             if len(found) == len(elements):
                 break
-    except Exception:  # func may refuse what lies beside its input, which says nothing
+    except Exception:  # func may refuse what lies near its input, which says nothing
         pass
     return tuple(sorted(found))
 
 
 def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor) -> bool:
-    """Whether most elements that move do so in proportion to a step: half as far, and as far the other way."""
+    """Check whether most elements that move do so in proportion to a step: half as far, and as far the other way."""
     if not here.numel() or any(other.shape != here.shape for other in (half, whole, back)):
         return False
     one, two, opposite = ((other.double() - here.double()).nan_to_num(0, 0, 0) for other in (half, whole, back))
@@ -202,7 +202,7 @@ def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor) -> bo
 
 
 def check_outputs(values: Sequence[Any]) -> int:
-    """The number of samples that all outputs agree on.
+    """Return the number of samples that all outputs agree on.
 
     Raises:
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.

@@ -110,7 +110,7 @@ def _moved(there: ProbePoint, mask: Tensor, scale: float, generator: torch.Gener
 
 
 def _values(there: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
-    """The outputs at a point; raise `Derivative` unless gradients are finite there and stay in their samples."""
+    """Return the outputs at a point; raise `Derivative` unless gradients are finite there and stay in their samples."""
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
         merged = list(there.leaves)

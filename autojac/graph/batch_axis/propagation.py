@@ -117,7 +117,7 @@ def _spread(context: RuleContext) -> State:
 
 
 def _sound(graph: Graph, number: int, state: State, batch: int) -> State:
-    """The state, if the tensor's size allows it: some operators return seeds or counters beside their result."""
+    """Return the state, if the tensor's size allows it: some operators also return seeds or counters."""
     if isinstance(state, BatchAxis):
         shape = graph.shapes[number]
         if state.axis >= len(shape) or shape[state.axis] != state.outer * batch * state.inner:

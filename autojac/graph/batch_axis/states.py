@@ -63,7 +63,7 @@ class RuleContext:
         return self.graph.shapes[first]
 
     def carried(self) -> list[tuple[Value, BatchAxis]]:
-        """The tensors that carry the batch."""
+        """Return the tensors that carry the batch."""
         found = []
         for number in dict.fromkeys(self.operation.sources):
             state = self.states.get(number)
@@ -87,7 +87,7 @@ class RuleContext:
 
 
 def regrouped(state: BatchAxis, before: Sequence[int], after: Sequence[int], batch: int) -> BatchAxis:
-    """The batch axis after a view in another shape."""
+    """Return the batch axis after a view in another shape."""
     behind = state.inner * math.prod(before[state.axis + 1 :])
     for axis, size in enumerate(after):
         stride = math.prod(after[axis + 1 :])

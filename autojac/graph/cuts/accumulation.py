@@ -141,7 +141,7 @@ def accumulate(
 
 
 def sweeps(way: AccumulationTree) -> Iterator[JacobianSweep]:
-    """The leaves of a tree of cuts."""
+    """Return the leaves of a tree of cuts."""
     if isinstance(way, JacobianSweep):
         yield way
     else:
@@ -208,7 +208,7 @@ class _Planner:
         return push if self.forward and push.cost < pull.cost else pull
 
     def product(self, sources: Ends, targets: Ends, levels: int) -> ChainProduct | None:
-        """The way through the narrowest cut; None if it is no narrower than both ends."""
+        """Return the way through the narrowest cut; None if it is no narrower than both ends."""
         narrowest = min(self.flow.width(sources), self.flow.width(targets))
         if narrowest < 2:
             return None
@@ -233,7 +233,7 @@ class _Planner:
         return math.prod(graph.shapes[number]) / self.flow.batch if eligible else math.inf
 
     def _between(self, sources: Ends, targets: Ends, given: Ends = ()) -> frozenset[int]:
-        """The tensors on paths from sources to targets that run into no source and nothing given."""
+        """Return the tensors on paths from sources to targets that run into no source and nothing given."""
         key = sources, targets, given
         if key not in self._found:
             closed = {*sources, *given}
@@ -248,7 +248,7 @@ class _Planner:
         return self._found[key]
 
     def _moves(self, sources: Ends, targets: Ends, given: Ends = ()) -> float:
-        """What one seed from sources to targets moves, for one sample."""
+        """Return what one seed from sources to targets moves, for one sample."""
         on_path = self._between(sources, targets, given)
         return (
             sum(

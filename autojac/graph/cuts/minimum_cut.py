@@ -14,12 +14,12 @@ MOST_NODES = 2000
 
 
 def passes_derivatives(operation: Operation) -> bool:
-    """Whether a derivative runs through an operator."""
+    """Check whether a derivative runs through an operator."""
     return not operation.held and facts_of(operation.target).has_derivative
 
 
 def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
-    """The tensors that a derivative in the inputs can reach."""
+    """Return the tensors that a derivative in the inputs can reach."""
     found = set(inputs)
     for operation in graph.operations:
         if passes_derivatives(operation) and not found.isdisjoint(operation.sources):

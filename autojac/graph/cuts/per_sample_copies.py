@@ -23,7 +23,7 @@ PerSampleForm = Callable[[Operation, Env], Sequence[Any]]
 
 
 def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[int]) -> PerSampleForm | None:
-    """The operator, reading copies (B, *shape) in the place of the shared tensors; None if it takes none.
+    """Return the operator, reading copies (B, *shape) in the place of the shared tensors; None if it takes none.
 
     By broadcasting where the operator does so, else by torch.vmap over the samples of all that it reads. The form is
     that of the operator in every graph of one key: it is given the one to run, whose numbers are those of its call.

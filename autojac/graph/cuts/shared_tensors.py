@@ -40,7 +40,7 @@ class SharedTensors:
     def given(
         self, graph: Graph, base: Mapping[int, Tensor], inputs: Sequence[int], copies: bool
     ) -> Callable[..., tuple[Tensor, ...]]:
-        """The outputs as a function of some inputs, copies of `weights`, and of `tensors` or copies of these.
+        """Return the outputs as a function of some inputs, copies of `weights`, and of `tensors` or copies of these.
 
         Args:
             graph: of the call.
@@ -95,7 +95,7 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
 
 
 def _weights_shared(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
-    """The flow in which differentiated inputs without a batch are tensors that samples share."""
+    """Return the flow in which differentiated inputs without a batch are tensors that samples share."""
     weights = [number for number in inputs if flow.states[number] is None]
     if not weights:
         return flow
@@ -104,7 +104,7 @@ def _weights_shared(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
 
 
 def _met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
-    """The shared tensors that a derivative reaches by way of tensors along the batch."""
+    """Return the shared tensors that a derivative reaches by way of tensors along the batch."""
     found: set[int] = set()
     for operation in flow.graph.operations:
         for source in operation.sources:

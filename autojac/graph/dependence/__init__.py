@@ -72,7 +72,7 @@ def dependence(
 
 
 def _made(context: DependenceContext, read: Sequence[State]) -> list[State]:
-    """What is known of the results of an operator."""
+    """Return what is known of the results of an operator."""
     operation, graph = context.operation, context.graph
     count = len(operation.outputs)
     if all(isinstance(state, Constant) for state in read) and not traits(operation.target)[2]:
@@ -98,7 +98,7 @@ def _made(context: DependenceContext, read: Sequence[State]) -> list[State]:
 
 
 def _fitting(state: State, graph: Graph, number: int) -> State:
-    """The state of a result: integers have no derivative, and a lone set stands for that of all elements."""
+    """Return the state of a result: integers have no derivative, and a lone set stands for that of all elements."""
     dtype, shape = graph.dtypes[number], graph.shapes[number]
     if not isinstance(state, IndexSets):
         return state

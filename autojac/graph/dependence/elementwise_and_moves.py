@@ -171,7 +171,7 @@ def _run(context: DependenceContext, given: dict[int, Tensor], fillers: bool = F
 
 
 def _known(context: DependenceContext, value: Any) -> bool:
-    """Whether the tensors in an argument are the same in every call."""
+    """Check whether the tensors in an argument are the same in every call."""
     if isinstance(value, Value):
         return isinstance(context.states[value.number], Constant)
     return all(_known(context, part) for part in value) if isinstance(value, (tuple, list)) else True

@@ -54,11 +54,11 @@ class IndexSets:
     index: Tensor
 
     def counts(self) -> Tensor:
-        """How many inputs each set has: (sets,)."""
+        """Return how many inputs each set has: (sets,)."""
         return torch.from_numpy(np.diff(self.matrix.indptr))
 
     def over_samples(self) -> scipy.sparse.csr_array:
-        """The sets of a sample's elements, each united over all samples along axis 0."""
+        """Return the sets of a sample's elements, each united over all samples along axis 0."""
         lines = self.index.reshape(len(self.index), -1)
         width = self.matrix.shape[0]
         codes = torch.unique(torch.arange(lines.shape[1]) * width + lines)
@@ -118,7 +118,7 @@ class DependenceContext:
         return sorted({axis % dims for axis in named}) if dims else []
 
     def sets(self) -> list[tuple[Value, IndexSets]]:
-        """The tensors that depend on inputs."""
+        """Return the tensors that depend on inputs."""
         found = []
         for number in dict.fromkeys(self.operation.sources):
             state = self.states[number]
@@ -166,7 +166,7 @@ class DependenceContext:
         return IndexSets(matrix, torch.arange(1, count + 1).reshape(tuple(shape)))
 
     def mixed(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
-        """The union along some axes, which are kept with length 1."""
+        """Return the union along some axes, which are kept with length 1."""
         shape = tuple(source.index.shape)
         if all(shape[axis] == 1 for axis in axes):
             return source
@@ -175,7 +175,7 @@ class DependenceContext:
         return self.gathered(groups, source, kept)
 
     def everything(self) -> IndexSets | Unknown:
-        """The union of all that is read."""
+        """Return the union of all that is read."""
         total = None
         for _, state in self.sets():
             whole = IndexSets(state.matrix, state.index.reshape(-1))
@@ -184,7 +184,7 @@ class DependenceContext:
         return Unknown() if total is None else total
 
     def after_empty(self, matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-        """The rows of a matrix behind an empty one."""
+        """Return the rows of a matrix behind an empty one."""
         self.spend(int(matrix.nnz))
         starts = np.concatenate([np.zeros(1, matrix.indptr.dtype), matrix.indptr])
         shape = (matrix.shape[0] + 1, matrix.shape[1])

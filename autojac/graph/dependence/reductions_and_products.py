@@ -95,7 +95,7 @@ def product(context: DependenceContext) -> State:
 
 
 def _factor(context: DependenceContext, state: IndexSets, other: Value, turned: bool) -> IndexSets:
-    """What one factor gives to a product; it is the right one if `turned`, and then all is transposed."""
+    """Return what one factor gives to a product; it is the right one if `turned`, and then all is transposed."""
     index, shape = state.index, context.shape(other)
     if index.dim() == 1:
         index = index[:, None] if turned else index[None]
@@ -142,7 +142,7 @@ def parts(context: DependenceContext) -> State:
 
 
 def _entries(state: State) -> Tensor | None:
-    """The places of a constant matrix that may be other than zero, (axes, entries); None for all."""
+    """Return the places of a constant matrix that may be other than zero, (axes, entries); None for all."""
     if isinstance(state, Constant) and state.value.layout != torch.strided:
         value = state.value.to_sparse_coo().coalesce()
         kept: Tensor = value.indices()[:, value.values() != 0]

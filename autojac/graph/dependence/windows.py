@@ -73,7 +73,7 @@ def adaptive(context: DependenceContext) -> State | Sequence[State]:
 
 
 def _tapped(context: DependenceContext, source: IndexSets, taps: Tensor, options: Sequence[Any]) -> IndexSets:
-    """The union over the taps of a kernel that are set, of a tensor of (lines, 1, *space)."""
+    """Return the union over the taps of a kernel that are set, of a tensor of (lines, 1, *space)."""
     numbers, moved = source.index.double(), []
     for place in taps.nonzero().tolist():
         kernel = torch.zeros(1, 1, *taps.shape, dtype=torch.float64)

@@ -57,7 +57,7 @@ class SampleContext:
         return self.graph.shapes[number]
 
     def select(self, *names: str) -> bool:
-        """Whether the arguments that say where entries go are constants; they are noted."""
+        """Check whether the arguments that say where entries go are constants; they are noted."""
         chosen = {number for name in names for number in numbers_in(self.call.arguments.get(name))}
         if not chosen.isdisjoint(self.reached):
             self.wandering = True
@@ -138,7 +138,7 @@ def moved(context: SampleContext) -> list[SliceSamples | None] | None:
 
 
 def _read(part: Tensor, whole: SliceSamples) -> SliceSamples:
-    """The slices of a tensor of numbers, told apart along the axes on which they differ."""
+    """Return the slices of a tensor of numbers, told apart along the axes on which they differ."""
     if not part.numel():
         return SliceSamples.nothing(whole.samples.shape[1])
     rows = part.long().numpy() - 1
@@ -171,14 +171,14 @@ def _narrowed(context: SampleContext, sources: set[int]) -> dict[int, int]:
 
 
 def is_uniform(context: SampleContext, axis: int) -> bool:
-    """Whether an index is the same all along an axis."""
+    """Check whether an index is the same all along an axis."""
     (number,) = numbers_in(context.call["index"])
     index = context.fixed(number)
     return index.shape[axis] > 0 and bool((index == index.narrow(axis, 0, 1)).all())
 
 
 def numbers_in(value: Any) -> Iterator[int]:
-    """The tensors in an argument."""
+    """Return the tensors in an argument."""
     if isinstance(value, Value):
         yield value.number
     elif isinstance(value, (tuple, list)):

@@ -97,7 +97,7 @@ def _new(made: State, reached: Mapping[int, SliceSamples]) -> bool:
 
 
 def _behind(graph: Graph, states: Mapping[int, State], batch: int) -> Any:
-    """The samples behind each sample of the outputs, itself included."""
+    """Return the samples behind each sample of the outputs, itself included."""
     parts = [SliceSamples.of_batch(batch)]
     try:
         for number in graph.outputs:
@@ -112,7 +112,7 @@ def _behind(graph: Graph, states: Mapping[int, State], batch: int) -> Any:
 
 
 def _through(context: SampleContext) -> tuple[Sequence[State], bool]:
-    """What stands behind the outputs of an operator, and whether slices were put together for lack of better."""
+    """Return what stands behind the outputs of an operator, and whether slices were put together for lack of better."""
     facts, graph = context.facts, context.graph
     if facts.kind is Kind.VIEW:
         (number,) = context.reached
@@ -133,7 +133,7 @@ def _through(context: SampleContext) -> tuple[Sequence[State], bool]:
 
 
 def _chosen(context: SampleContext) -> bool:
-    """Whether constants choose, entry by entry, whom a pointwise operator reads."""
+    """Check whether constants choose, entry by entry, whom a pointwise operator reads."""
     chosen = [number for name in context.facts.selectors for number in numbers_in(context.call.arguments.get(name))]
     return bool(chosen) and not set(chosen) & set(context.reached)
 
@@ -161,7 +161,7 @@ def _placed(context: SampleContext, places: Mapping[int, Mapping[int, list[int |
 
 
 def _broadcast(context: SampleContext) -> list[SliceSamples]:
-    """The arguments of a pointwise operator, with their axes where they are in its output."""
+    """Return the arguments of a pointwise operator, with their axes where they are in its output."""
     dims = len(context.shape(context.outputs[0]))
     parts = []
     for number, reach in context.reached.items():
@@ -190,7 +190,7 @@ def viewed(reach: SliceSamples, before: Sequence[int], after: Sequence[int]) -> 
 
 
 def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of axes of two shapes that hold equally many elements."""
+    """Return the shortest runs of axes of two shapes that hold equally many elements."""
     runs = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -211,7 +211,7 @@ def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], 
 
 
 def roots(graph: Graph, numbers: Sequence[int]) -> set[int]:
-    """The inputs and constants that tensors were made of, by value and not by shape alone."""
+    """Return the inputs and constants that tensors were made of, by value and not by shape alone."""
     found: set[int] = set()
     todo = list(numbers)
     while todo:

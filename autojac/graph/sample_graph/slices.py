@@ -51,11 +51,11 @@ class SliceSamples:
         return math.prod(self.sizes)
 
     def length(self, axis: int) -> int:
-        """How many slices are told apart along an axis."""
+        """Return how many slices are told apart along an axis."""
         return dict(zip(self.axes, self.sizes, strict=True)).get(axis, 1)
 
     def numbers(self, dims: int) -> Ints:
-        """The slice that each entry of the tensor lies in, with length 1 where slices are not told apart."""
+        """Return the slice that each entry of the tensor lies in, with length 1 where slices are not told apart."""
         return np.arange(self.slices).reshape([self.length(axis) for axis in range(dims)])
 
     def taken(self, rows: Ints, axes: Sequence[int], sizes: Sequence[int]) -> SliceSamples:
@@ -113,7 +113,7 @@ class SliceSamples:
 
 
 def united(parts: Sequence[SliceSamples]) -> SliceSamples:
-    """What slices read that read from all of these, told apart along the axes of any."""
+    """Return what slices read that read from all of these, told apart along the axes of any."""
     distinct = list({(part.axes, id(part.samples)): part for part in parts}.values())
     if len(distinct) == 1:
         return distinct[0]
@@ -127,19 +127,19 @@ def united(parts: Sequence[SliceSamples]) -> SliceSamples:
 
 
 def stacked(parts: Sequence[SliceSamples]) -> scipy.sparse.csr_array:
-    """The slices of several, one after the other."""
+    """Return the slices of several, one after the other."""
     return scipy.sparse.vstack([part.samples for part in parts], format="csr") if len(parts) > 1 else parts[0].samples
 
 
 def incidence(rows: Ints, columns: Ints, height: int, width: int) -> scipy.sparse.csr_array:
-    """The boolean matrix with these entries."""
+    """Return the boolean matrix with these entries."""
     ones = np.ones(len(rows), dtype=bool)
     pair = (rows.astype(np.int32), columns.astype(np.int32))
     return scipy.sparse.coo_array((ones, pair), shape=(height, width)).tocsr()
 
 
 def csr(starts: Ints, columns: Ints, width: int) -> scipy.sparse.csr_array:
-    """The boolean matrix with these rows."""
+    """Return the boolean matrix with these rows."""
     ones = np.ones(len(columns), dtype=bool)
     kind = np.int32 if len(columns) < 2**31 else np.int64
     shape = (len(starts) - 1, width)

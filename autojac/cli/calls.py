@@ -108,7 +108,7 @@ class Calls:
         return cls(target, func, tuple(arguments.make_arguments(shape, dtypes or (usual,), where) for shape in shapes))
 
     def describe(self, args: Sequence[Tensor]) -> str:
-        """Shapes, dtypes and device of a call, for people."""
+        """Shapes, dtypes and device of a call, human-readable."""
         shapes = ", ".join(f"{tuple(arg.shape)} {str(arg.dtype).removeprefix('torch.')}" for arg in args)
         return f"{shapes} on {args[0].device}"
 

@@ -90,7 +90,7 @@ def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
 
     Args:
         target: as the user named it.
-        call: the arguments that it is called with, for people.
+        call: the arguments that it is called with, human-readable.
 
     Raises:
         TargetError: torch or Python found that the call does not fit the target.

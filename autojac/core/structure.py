@@ -38,7 +38,7 @@ class Structure:
         effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`), so that
             func must run once, or on the whole batch.
         kernels: operators that func runs, or may run, and that lack some derivatives which their plain formula has.
-        evidence: one line for each layer of the probe, for people.
+        evidence: one line for each layer of the probe, human-readable.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.
         watched: the verdict was reached with certain contents of what is not differentiated, such as masks, segment

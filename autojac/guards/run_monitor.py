@@ -133,7 +133,10 @@ def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
         own = home == TENSOR_HOME and code.co_name in ESCAPES
         return RunMonitor.by_others if own else RunMonitor.by_user, frame_reason(home, code.co_name)
     name = f"{code.co_qualname} of {home or code.co_filename}"
-    return RunMonitor.unless_imported, f"it runs {name}, which can't be found by looking through what func holds"
+    return (
+        RunMonitor.unless_imported,
+        f"it calls {name}, which is not reachable from func's closures, globals or attributes",
+    )
 
 
 def _home(frame: types.FrameType) -> str:

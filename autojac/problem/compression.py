@@ -185,7 +185,7 @@ def nothing_gained(problem: Problem, side: Side) -> str | None:
 
 
 def colored(problem: Problem) -> list[str]:
-    """What colors save, for people."""
+    """What colors save, human-readable."""
     if problem.structure.sparsity is None or problem.shared_input:
         return []
     samples = 1 if problem.structure.independent else problem.batch

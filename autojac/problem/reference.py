@@ -229,7 +229,7 @@ class Reference:
 
 
 def named(samples: Sequence[int]) -> str:
-    """Some samples, for people."""
+    """Some samples, human-readable."""
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
 
 

@@ -155,7 +155,7 @@ class Tape(Watching):
         if reads_data(func, args):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
             if not all(self._certain(node, set()) for node in sources):
-                self._refuse(f"it reads values of a tensor by the operator {name}: another input may take another way")
+                self._refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
         if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
             self._refuse("it reads an argument's memory by positions, which may be others in another call")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
@@ -194,7 +194,7 @@ class Tape(Watching):
         source = self._nodes[id((alike or sharing)[-1])]
         if not alike:
             if sharing[-1].dtype != tensor.dtype or _storage(tensor) in self._external:
-                self._refuse("it reads memory in another way where no operator is seen")
+                self._refuse("it reads or writes a tensor's memory where no operator is seen")
                 return source
             places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
             source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))

@@ -211,7 +211,8 @@ class _Run:
         value: Tensor = node.meta["value"]
         if id(value) not in own:
             raise UnsupportedError(
-                f"it reads a tensor of shape {tuple(value.shape)} that can't be found by looking through func"
+                f"it reads a tensor of shape {tuple(value.shape)} that is not reachable from func's closures, globals "
+                "or attributes"
             )
         node.meta["role"] = "constant"
 

@@ -19,7 +19,7 @@ from autojac.errors import OptionError
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """A digest to look up by, with the fields it was made from for people to read.
+    """A digest to look up by, with the fields it was made from to be read by people.
 
     Attributes:
         digest: sha256 of `fields` as canonical JSON.

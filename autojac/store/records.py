@@ -26,7 +26,7 @@ class StoredPlan:
     Attributes:
         id: number of the row; negative for a plan that only this process's memory holds.
         function_name: the function it was made for.
-        op, env: what it computes and where; `.fields` are for people.
+        op, env: what it computes and where; `.fields` are human-readable.
         plan: the plan, with its trials.
         created_at, updated_at: in UTC.
         refuted_reason: why it may not be used any more; None if it may.

@@ -137,7 +137,7 @@ def test_code_that_the_walk_did_not_find_is_named() -> None:
     guard = Guard(func)
     with RunMonitor(guard.codes) as watched:
         func(X, registry["f"])
-    assert "it runs helper of" in watched.reason
+    assert "it calls helper of" in watched.reason
     assert "test_run_monitor" in watched.reason
 
 

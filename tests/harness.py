@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian, PlanStore
 from autojac.core.options import Options
 from autojac.guards.captures import captures
+from autojac.methods.support import engines
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.prepared_plan import PreparedPlan
@@ -84,3 +88,19 @@ class Counted:
     @property
     def calls(self) -> int:
         return len(self.batches)
+
+
+def seeds_counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[int]:
+    """Return a list that gets the number of seeds of every pull, and of every push by a pusher that `module` makes."""
+    counts: list[int] = []
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            counts.append(len(next(arg for arg in args if isinstance(arg, Tensor))))
+            return run(*args, **options)
+
+        return counted
+
+    monkeypatch.setattr(engines.Pulls, "one", counting(engines.Pulls.one))
+    monkeypatch.setattr(module, "pusher", lambda *args: counting(engines.pusher(*args)))
+    return counts

@@ -23,6 +23,7 @@ from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES
 from autojac.errors import StoreError
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
+from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.compression import Held
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.problem.randomness import from_one_state
@@ -247,7 +248,10 @@ def _or_plainly(problem: Problem, compute: Compute) -> Compute:
             if transforming():
                 raise
         if not loop:
-            loop.append(reverse(problem, "loop").laid_out(problem))
+            kind = seeds_for(problem)
+            mode = ReverseMode(kind)
+            apart = problem.layout == "sparse" and kind == "shared"
+            loop.append(_from_blocks(problem, mode.prepare) if apart else mode.prepare(problem))
         return loop[0](leaves, kwargs)
 
     return either
@@ -271,17 +275,6 @@ def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Com
         return result._replace(jacobians=tuple(tuple(map(taken, row, kept)) for row, kept in pairs))
 
     return sparse
-
-
-def composable(problem: Problem) -> Method:
-    """The method to use under a caller's transform: right for the structure, and torch.func all the way down."""
-    return reverse(problem, "vmap")
-
-
-def reverse(problem: Problem, engine: str) -> Method:
-    """Reverse mode by the fewest seeds that are right for the structure."""
-    whole = not problem.structure.independent or problem.shared_input
-    return build({"method": "Pull", "seeds": "identity" if whole else "shared", "engine": engine})
 
 
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import Bound, load_forward_rules
-from autojac.autodiff.pullback import Pullback
-from autojac.graph.analysis import RecordAndCut
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.accumulation import (
     Accumulation,
@@ -25,10 +23,11 @@ from autojac.graph.cuts.accumulation import (
 )
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
-from autojac.methods.base import BYTES_PER_SECOND, Method, build, dispatch_cost, traffic_cost
+from autojac.methods.base import BYTES_PER_SECOND, Method, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import Engine, by_sample, coordinates, each, puller, pusher
+from autojac.methods.support.recorded_call import by_cut
 from autojac.problem.layouts import from_blocks
-from autojac.problem.problem import Compute, Problem, Result
+from autojac.problem.problem import Compute, Problem
 from autojac.replay.compilation import compiled, missing
 
 LEAST_WIDTH = 4
@@ -140,32 +139,14 @@ class Bottleneck(Method):
         return 1 if self.engine == "loop" else min(self.chunk or count, count) or 1
 
     def prepare(self, problem: Problem) -> Compute:
-        batched = [leaf.batched for leaf in problem.leaves]
-
         def find(flow: BatchFlow, ends: Sequence[int]) -> Accumulation | None:
             forward = self.pushes and not (problem.differentiable and forward_once(flow.graph))
             return accumulate(flow, ends, again=self.cuts == "several", forward=forward)
 
-        cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
-        fallback: Any = build({"method": "Pull", "seeds": "shared", "engine": "loop"})
         eager = functools.partial(self._jacobians, problem)
         nothing = missing(problem.leaves[problem.inputs[0]].device)
         multiplied = _CompiledOnce(eager, problem.trial) if self.compiled and nothing is None else eager
-
-        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            recording, found = cutter(leaves, kwargs)
-            if found is None or recording.graph is None:
-                # another branch than the one that was planned for: what was recorded is still a graph of autograd's
-                pullback = Pullback.of_graph(recording.values, recording.inputs, problem.differentiable)
-                result: Result = fallback.of_graph(problem, pullback)
-                return result
-            values = recording.values if problem.differentiable else tuple(y.detach() for y in recording.values)
-            graph = recording.graph
-            # its graph of autograd is not needed any more
-            del recording
-            return Result(values, multiplied(graph, found, leaves))
-
-        return compute
+        return by_cut(problem, find, multiplied, "shared")
 
     def _jacobians(
         self,
@@ -258,12 +239,10 @@ class _Accumulator:
             return found
         # functorch pulls through all targets of one function, even with nothing but zeros
         for group in [[t] for t in wanted] if self.method.engine == "vmap" else [wanted]:
-            values, pull = puller(
-                self._between(sources, group), self._at(sources), self.method.engine, self.differentiable
-            )
-            self.values.update(zip(group, values, strict=True))
+            pulls = puller(self._between(sources, group), self._at(sources), self.method.engine, self.differentiable)
+            self.values.update(zip(group, pulls.values, strict=True))
             for order, target in enumerate(group):
-                rows = self._each(functools.partial(pull, order), values[order], target)
+                rows = self._each(functools.partial(pulls.one, order), pulls.values[order], target)
                 for source, part in zip(sources, rows, strict=True):
                     found[target, source] = by_sample(part, self.states[source], self.batch).transpose(0, 1)
         return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
-from autojac.methods.support.colored_sweeps import Sweep, pull_colors, push_colors
+from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors, push_colors
 from autojac.problem.compression import both_sides, colors_of, inapplicable
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
@@ -77,7 +77,7 @@ class ColoredBoth(Method):
     def prepare(self, problem: Problem) -> Compute:
         if self.engine == "vmap":
             load_forward_rules()
-        sweep = Sweep(self.engine, self.chunk)
+        sweep = SweepOptions(self.engine, self.chunk)
         rows, columns, from_rows = both_sides(problem)
         readers = [
             [decompressor(problem, (rows, columns), output, position, from_rows) for position in problem.inputs]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.methods.support.colored_sweeps import Engine, Sweep, pull_colors
+from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors
+from autojac.methods.support.engines import Engine
 from autojac.problem.compression import colors_of, nothing_gained
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
@@ -67,7 +68,7 @@ class ColoredPull(Method):
         ]
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, compressed = pull_colors(problem, colors, Sweep(self.engine, self.chunk), leaves, kwargs)
+            values, compressed = pull_colors(problem, colors, SweepOptions(self.engine, self.chunk), leaves, kwargs)
             return Result(
                 values,
                 tuple(tuple(read([c]) for read, c in zip(row, compressed, strict=True)) for row in readers),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.methods.support.colored_sweeps import Sweep, push_colors
+from autojac.methods.support.colored_sweeps import SweepOptions, push_colors
 from autojac.problem.compression import colors_of, nothing_gained
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
@@ -74,7 +74,7 @@ class ColoredPush(Method):
         ]
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, compressed = push_colors(problem, colors, Sweep(self.engine, self.chunk), leaves, kwargs)
+            values, compressed = push_colors(problem, colors, SweepOptions(self.engine, self.chunk), leaves, kwargs)
             # like reverse mode, whatever func's output is
             dtypes = [leaves[position].dtype for position in problem.inputs]
             return Result(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import Bound, functional_jvp, load_forward_rules, push_dual, vmap
+from autojac.autodiff.primitives import Bound, load_forward_rules
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.methods.support.engines import only, push
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
 from autojac.problem.problem import Compute, Problem, Result, bind
 
@@ -113,15 +114,14 @@ class Push(Method):
         diagonal = problem.layout == "diagonal"
         values: tuple[Tensor, ...] = ()
 
-        def alone(tensor: Tensor) -> tuple[Tensor, ...]:
-            return bound(*inputs[:order], tensor, *inputs[order + 1 :])
+        alone = only(bound, inputs, order)
 
         def parts() -> Iterator[Sequence[Tensor]]:
             nonlocal values
             for start, stop in seeds.spans(count, 1 if self.engine == "loop" else self.chunk):
                 chosen = tangents[start:stop] if tangents is not None else None
                 chosen = seeds.identity(shape, start, stop, inputs[order]) if chosen is None else chosen
-                values, pushed = self._push(alone, inputs[order], chosen, problem.structure.draws)
+                values, pushed = push(alone, (inputs[order],), (chosen,), self.engine, problem.structure.draws)
                 if whole_batch and problem.layout != "full":
                     pushed = [own_sample(rows, numbers[start:stop], size) for rows in pushed]
                     if diagonal:
@@ -136,18 +136,6 @@ class Push(Method):
             self._arrange(problem, rows.to(inputs[order].dtype), event, position)
             for rows, event in zip(pushed_all, problem.outputs, strict=True)
         )
-
-    def _push(
-        self, alone: Bound, source: Tensor, tangents: Tensor, draws: bool
-    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """Values, and for each output its tangents (c, B, *out)."""
-        if self.engine == "loop":
-            values, pushed = push_dual(alone, (source,), (tangents[0],))
-            return tuple(values), [tangent.unsqueeze(0) for tangent in pushed]
-        # a draw belongs to the batch, not to a tangent
-        push = vmap(lambda seed: functional_jvp(alone, (source,), (seed,)), draws=draws)
-        outputs, pushed = push(tangents)
-        return tuple(output[0] for output in outputs), list(pushed)
 
     def _arrange(self, problem: Problem, rows: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """Columns, in the order of the seeds, as a Jacobian of the problem's layout."""

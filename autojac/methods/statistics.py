@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, get_args
+from typing import ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
 
-from autojac.autodiff.pullback import Pullback
-from autojac.graph.analysis import RecordAndCut
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
-from autojac.methods.base import Method, build, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import Engine
+from autojac.methods.support.recorded_call import by_cut
 from autojac.methods.support.shared_statistics import Local, Sharing
 from autojac.problem.layouts import from_blocks
-from autojac.problem.problem import Compute, Problem, Result
+from autojac.problem.problem import Compute, Problem
 
 CHUNK = 256
 
@@ -112,25 +111,8 @@ class Statistics(Method):
         return local + step * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        batched = [leaf.batched for leaf in problem.leaves]
         find = functools.partial(self.shared, differentiable=problem.differentiable)
-        cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
-        fallback: Any = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
-
-        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            recording, shared = cutter(leaves, kwargs)
-            if shared is None or recording.graph is None:
-                # another branch than the one that was planned for: what was recorded is still a graph of autograd's
-                pullback = Pullback.of_graph(recording.values, recording.inputs, problem.differentiable)
-                result: Result = fallback.of_graph(problem, pullback)
-                return result
-            values = recording.values if problem.differentiable else tuple(y.detach() for y in recording.values)
-            graph = recording.graph
-            # its graph of autograd is not needed any more
-            del recording
-            return Result(values, self._jacobians(problem, graph, shared, leaves))
-
-        return compute
+        return by_cut(problem, find, functools.partial(self._jacobians, problem), "identity")
 
     def shared(self, flow: BatchFlow, inputs: Sequence[int], differentiable: bool) -> SharedTensors | None:
         """The pool of a graph, if this method's way applies to it."""

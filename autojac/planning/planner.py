@@ -21,7 +21,8 @@ from autojac.core.structure import Structure
 from autojac.core.time_limit import end_watch
 from autojac.errors import PlanMissError, SearchError, StoreError, StructureChangedWarning, warn
 from autojac.guards.process_state import as_found
-from autojac.methods.base import Method, build, composable, registry
+from autojac.methods.base import Method, build, registry
+from autojac.methods.pull import Pull
 from autojac.planning.call import Call, not_overwritten
 from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
@@ -246,7 +247,7 @@ class Planner(ProblemBuilder):
         """Return the plan for a Jacobian without elements."""
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
         problem = self.problem(call, report, structure, report.guess)
-        method = composable(problem)
+        method = Pull.suiting(problem, "vmap")
         plan = Plan(method.spec(), structure, report.guess, "estimate", source="estimate")
         compute = prepare_compute(call.layout, problem, method)
         schedule = CheckSchedule(next_check=math.inf)

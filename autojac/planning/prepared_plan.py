@@ -18,7 +18,7 @@ from autojac.core.options import Verify
 from autojac.core.plan import Plan
 from autojac.core.sandbox import Sandbox
 from autojac.core.signature import Signature
-from autojac.methods.base import reverse
+from autojac.methods.pull import Pull
 from autojac.planning.call import Call
 from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
@@ -119,14 +119,14 @@ class PreparedPlan:
     def run_plainly(self, leaves: Sequence[Tensor], keywords: Mapping[str, Any]) -> Result:
         """Compute by a loop of plain VJPs."""
         if self._loop is None:
-            self._loop = prepare_compute(self.layout, self.problem, reverse(self.problem, "loop"))
+            self._loop = prepare_compute(self.layout, self.problem, Pull.suiting(self.problem, "loop"))
         return self._loop(leaves, keywords)
 
     def assuming_nothing(self) -> PreparedPlan:
         """Return what serves a call whose structure is in doubt: a loop of one plain VJP for each row."""
         structure = self.problem.structure.refuted("in doubt: derivatives here are as small as rounding")
         problem = dataclasses.replace(self.problem, structure=structure)
-        compute = prepare_compute(self.layout, problem, reverse(problem, "loop"))
+        compute = prepare_compute(self.layout, problem, Pull.suiting(problem, "loop"))
         return dataclasses.replace(self, problem=problem, compute=compute, _loop=None)
 
     def schedule_next_check(self, verify: Verify, is_listed: bool) -> None:

@@ -14,7 +14,7 @@ from autojac.core.call import outside_inference_mode
 from autojac.core.signature import current_flags
 from autojac.errors import UnsupportedError
 from autojac.guards.captures import captures
-from autojac.methods.base import composable
+from autojac.methods.pull import Pull
 from autojac.planning.call import describe_keywords
 from autojac.planning.check import Check
 from autojac.planning.fast_path import fast_path
@@ -93,7 +93,7 @@ def _run_inside_transform(
             if events == shapes:
                 batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
                 composed = dataclasses.replace(problem.resized(batch), differentiable=True)
-                compute = prepare_compute(plan.layout, composed, composable(composed))
+                compute = prepare_compute(plan.layout, composed, Pull.suiting(composed, "vmap"))
                 with outside_autocast():
                     return plan, compute(leaves, plan.layout.keywords(args, kwargs))
     raise UnsupportedError(

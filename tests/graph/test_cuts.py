@@ -24,7 +24,7 @@ from autojac.methods import bottleneck
 from autojac.methods.base import Method
 from autojac.methods.bottleneck import Bottleneck
 from autojac.methods.statistics import Statistics
-from harness import Counted, compare, planned
+from harness import Counted, compare, planned, seeds_counted
 from oracle import jacobian_blocks, jacobian_full
 
 EXACT = 1e-12
@@ -249,23 +249,7 @@ def test_a_second_cut_where_it_pays() -> None:
 def test_passes_are_as_few_as_the_cuts_are_wide(
     func: Any, x: Tensor, again: bool, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted: list[int] = []
-
-    def counting(make: Any) -> Any:
-        def made(*args: Any) -> Any:
-            made_of = make(*args)
-            run = made_of[1] if isinstance(made_of, tuple) else made_of
-
-            def count(place: int, rows: Tensor) -> Any:
-                counted.append(len(rows))
-                return run(place, rows)
-
-            return (made_of[0], count) if isinstance(made_of, tuple) else count
-
-        return made
-
-    for name in ("puller", "pusher"):
-        monkeypatch.setattr(bottleneck, name, counting(getattr(bottleneck, name)))
+    counted = seeds_counted(monkeypatch, bottleneck)
     request, _, problem = planned(Counted(func), (x,))
     with torch.no_grad():
         compute = Bottleneck(cuts="several" if again else "one").prepare(problem)

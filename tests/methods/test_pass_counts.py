@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch.nn import functional as F
 
 from autojac.core.sandbox import Sandbox
 from autojac.methods.statistics import Statistics
-from autojac.methods.support import engines, shared_statistics
-from harness import Counted, compare, planned
+from autojac.methods.support import shared_statistics
+from harness import Counted, compare, planned, seeds_counted
 from oracle import jacobian_blocks
 
 W = torch.linspace(-1, 1, 12, dtype=torch.float64)
@@ -50,24 +49,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int, int, int]
 
 
 @pytest.fixture
-def seeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Seeds of every pull and push."""
-    counts: list[int] = []
-
-    def counted(run: Any) -> Any:
-        def counting(which: int, given: Tensor) -> Any:
-            counts.append(len(given))
-            return run(which, given)
-
-        return counting
-
-    def puller(*args: Any) -> Any:
-        values, pull = engines.puller(*args)
-        return values, counted(pull)
-
-    monkeypatch.setattr(shared_statistics, "puller", puller)
-    monkeypatch.setattr(shared_statistics, "pusher", lambda *args: counted(engines.pusher(*args)))
-    yield counts
+    return seeds_counted(monkeypatch, shared_statistics)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.primitives import functional_jvp, functional_vjp, push_dual, vmap
-from autojac.autodiff.pullback import Pullback
+from autojac.methods.support.engines import Engine, puller, push
 from autojac.problem.compression import Colors
 from autojac.problem.problem import Problem, bind
 
-Engine = Literal["loop", "vmap", "batched"]
-
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepOptions:
     """How seeds go through a function.
 
     Attributes:
@@ -36,37 +33,24 @@ class Sweep:
 
 
 def pull_colors(
-    problem: Problem, colors: Colors, sweep: Sweep, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """One VJP a color: the values, and for each input what all seeds brought, (seeds, B, *event)."""
-    bound, inputs = bind(problem, leaves, kwargs)
     spans = [problem.rows(output) for output in range(len(problem.outputs))]
-    if sweep.engine == "vmap":
-        values, vjp = functional_vjp(bound, inputs)
-
-        def pull(cotangents: list[Tensor], last: bool) -> Sequence[Tensor]:
-            pulled: Sequence[Tensor] = vmap(lambda *own: vjp(own))(*cotangents)
-            return pulled
-    else:
-        pullback = Pullback(bound, inputs, problem.differentiable, not problem.structure.effects)
-        values = pullback.outputs
-
-        def pull(cotangents: list[Tensor], last: bool) -> Sequence[Tensor]:
-            if sweep.engine == "batched":
-                return pullback.pull(pullback.recorded, cotangents, batched=True, last=last)
-            return [one[None] for one in pullback.pull(pullback.recorded, [c[0] for c in cotangents], last=last)]
+    bound, inputs = bind(problem, leaves, kwargs)
+    pulls = puller(bound, inputs, sweep.engine, problem.differentiable, not problem.structure.effects)
 
     def parts() -> Iterator[Sequence[Tensor]]:
         for start, stop in seeds.spans(colors.count, sweep.step):
-            yield pull(colors.seeds(start, stop, spans, values), stop == colors.count)
+            yield pulls.all(colors.seeds(start, stop, spans, pulls.values), last=stop == colors.count)
 
     if not colors.count:
-        return values, [x.new_zeros(0, *x.shape) for x in inputs]
-    return values, seeds.collect(parts(), colors.count, problem.differentiable)
+        return pulls.values, [x.new_zeros(0, *x.shape) for x in inputs]
+    return pulls.values, seeds.collect(parts(), colors.count, problem.differentiable)
 
 
 def push_colors(
-    problem: Problem, colors: Colors, sweep: Sweep, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """One JVP a color: the values, and for each output what all seeds brought, (seeds, B, *event)."""
     bound, inputs = bind(problem, leaves, kwargs)
@@ -79,20 +63,13 @@ def push_colors(
         nonlocal values
         for start, stop in seeds.spans(colors.count, sweep.step):
             tangents = colors.seeds(start, stop, spans, inputs)
-            if sweep.engine == "loop":
-                found, pushed = push_dual(bound, inputs, [t[0] for t in tangents])
-                values = tuple(found)
-                yield [one[None] for one in pushed]
-                continue
-            # a draw belongs to the batch, not to a tangent
-            push = vmap(lambda *own: functional_jvp(bound, inputs, own), draws=problem.structure.draws)
-            found, pushed = push(*tangents)
-            values = tuple(value[0] for value in found)
-            yield list(pushed)
+            values, pushed = push(bound, inputs, tangents, sweep.engine, problem.structure.draws)
+            yield pushed
 
     if not colors.count:
         with torch.set_grad_enabled(problem.differentiable):
             values = problem.fn(leaves, kwargs)
         return values, [y.new_zeros(0, *y.shape) for y in values]
+    # in this order: what is pushed gives the values too
     compressed = seeds.collect(parts(), colors.count, problem.differentiable)
     return values, compressed

@@ -53,7 +53,8 @@ class Sharing:
         def gather(*given: Tensor) -> tuple[Tensor, ...]:
             return graph.run(pool.tensors, {**base, **dict(zip(numbers, given, strict=True))})
 
-        s, pull_s = puller(gather, xs, self.engine, problem.differentiable) if pool.tensors else ((), None)
+        pulls_s = puller(gather, xs, self.engine, problem.differentiable) if pool.tensors else None
+        s = () if pulls_s is None else pulls_s.values
         held = {**base, **dict(zip(pool.without_derivative, graph.run(pool.without_derivative, base), strict=True))}
         carriers = [order for order, position in enumerate(problem.inputs) if problem.leaves[position].batched]
         own = [xs[order] for order in carriers]
@@ -63,8 +64,8 @@ class Sharing:
             blocks, parts = self._pushed(local, own, s), []
         else:
             copies = [t.expand(batch, *t.shape) for t in s] if self.local == "copies" else list(s)
-            values, pull = puller(local, (*own, *weights, *copies), self.engine, problem.differentiable)
-            parts = [self._each(pull, output, _coordinates(value)) for output, value in enumerate(values)]
+            pulls = puller(local, (*own, *weights, *copies), self.engine, problem.differentiable)
+            parts = [self._each(pulls.one, output, _coordinates(value)) for output, value in enumerate(pulls.values)]
             blocks = [self._blocks(rows, event, base) for event, rows in zip(problem.outputs, parts, strict=True)]
         push = pusher(
             lambda *given: local(*own, *weights, *given), list(s), "loop" if self.engine == "loop" else "vmap"
@@ -74,8 +75,8 @@ class Sharing:
             for number, tensor in enumerate(s):
                 for start, stop in seeds.spans(tensor.numel(), self.step):
                     elements = seeds.identity(tuple(tensor.shape), start, stop, tensor)
-                    assert pull_s is not None
-                    reached = pull_s(number, elements)
+                    assert pulls_s is not None
+                    reached = pulls_s.one(number, elements)
                     if self.local == "copies":
                         rows = [part[len(own) + len(weights) + number] for part in parts]
                         felt = [part.reshape(*part.shape[:2], -1)[..., start:stop].permute(2, 1, 0) for part in rows]
@@ -143,8 +144,8 @@ class Sharing:
             return graph.run((number,), {**base, **dict(zip(reached, given, strict=True))})
 
         engine: Engine = "vmap" if self.engine == "vmap" else "batched"
-        _, pull = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
-        yield from zip((lone[n] for n in reached), pull(0, felt), strict=True)
+        pulls = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
+        yield from zip((lone[n] for n in reached), pulls.one(0, felt), strict=True)
 
     def _each(self, run: Callable[[int, Tensor], Sequence[Tensor]], which: int, coordinates: Tensor) -> list[Tensor]:
         """What `run` makes of all seeds, a chunk at a time."""

@@ -16,7 +16,8 @@ from autojac.autodiff.pullback import Pullback
 from autojac.core.plan import Effort, effort_rank
 from autojac.core.sandbox import Sandbox
 from autojac.errors import SearchError
-from autojac.methods.base import Method, build, reverse
+from autojac.methods.base import Method
+from autojac.methods.pull import Pull
 from autojac.planning.search import measure
 from autojac.planning.search.shoot_out import SearchResult, shoot_out
 from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
@@ -31,7 +32,7 @@ SHOOT_OUT_SHARE = 0.25
 FIRST_SHARE = 0.6
 """Share of the rest after which replays and compilers have their turn."""
 
-LAST_RESORT = build({"method": "Pull", "seeds": "identity", "engine": "loop"})
+LAST_RESORT = Pull("identity")
 """One plain VJP per row: right for whatever runs under autograd."""
 
 
@@ -85,7 +86,7 @@ def search(
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
     if not session.reference.says:
         # what is slow and safe, until there is something that a faster method can be compared with
-        return dataclasses.replace(_estimate(session, [reverse(problem, "loop")]), verified=False)
+        return dataclasses.replace(_estimate(session, [Pull.suiting(problem, "loop")]), verified=False)
     if effort == "estimate":
         # what records a method is worth its while only where that is timed
         return _estimate(session, [method for method in space if without_replay(method) == method])

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autojac.methods.base import Method, build, registry, reverse
+from autojac.methods.base import Method, registry
+from autojac.methods.per_sample import PerSample
+from autojac.methods.pull import Pull
 from autojac.problem.problem import Problem
 
 DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
@@ -28,7 +30,7 @@ def candidates(problem: Problem, depth: int) -> list[Method]:
 
 def default_methods(problem: Problem) -> list[Method]:
     """List what a torch user would write: `vmap(jacrev)`, and the plain loop of VJPs where that is wrong or fails."""
-    methods = [build({"method": "PerSample", "mode": "reverse"}), reverse(problem, "loop")]
+    methods = [PerSample("reverse"), Pull.suiting(problem, "loop")]
     return [method for method in methods if method.unsupported(problem) is None]
 
 

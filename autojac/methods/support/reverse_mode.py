@@ -1,0 +1,122 @@
+"""Reverse mode on all rows, one VJP per seed: what `Pull` does, and what others fall back on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff import seeds
+from autojac.autodiff.pullback import Pullback
+from autojac.autodiff.seeds import SeedKind, SharedSeeds
+from autojac.methods.support.engines import Engine, Pulls
+from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
+from autojac.problem.problem import Compute, Problem, Result, bind, recorded
+
+
+def seeds_for(problem: Problem) -> SeedKind:
+    """Return the kind of seeds of which the fewest are right for the structure."""
+    return "shared" if problem.structure.independent and not problem.shared_input else "identity"
+
+
+@dataclass(frozen=True)
+class ReverseMode:
+    """One VJP per seed.
+
+    Attributes:
+        seeds, engine, chunk: as in `Pull`.
+    """
+
+    seeds: SeedKind
+    engine: Engine = "loop"
+    chunk: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        return 1 if self.engine == "loop" else self.chunk
+
+    def prepare(self, problem: Problem) -> Compute:
+        """Return the function that evaluates func once and pulls all seeds."""
+        made = SharedSeeds()
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            if self.engine == "vmap":
+                pulls = Pulls.through(*bind(problem, leaves, kwargs))
+            else:
+                pulls = Pulls.by(recorded(problem, leaves, kwargs, problem.differentiable), self.engine)
+            return self._sweep(problem, pulls, made)
+
+        return compute
+
+    def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
+        """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
+        return self._sweep(problem, Pulls.by(pullback, self.engine), SharedSeeds())
+
+    def _sweep(self, problem: Problem, pulls: Pulls, made: SharedSeeds) -> Result:
+        rows = [
+            self._shared_rows(problem, output, pulls, made)
+            if self.seeds == "shared"
+            else self._identity_rows(problem, output, pulls)
+            for output in range(len(pulls.values))
+        ]
+        return Result(pulls.values, tuple(rows))
+
+    def _shared_rows(self, problem: Problem, output: int, pulls: Pulls, made: SharedSeeds) -> tuple[Tensor, ...]:
+        event = problem.outputs[output]
+        count = seeds.size(event)
+        cotangents = made(output, event, problem.batch, pulls.values[output])
+        final = output == len(pulls.values) - 1
+        diagonal = problem.layout == "diagonal"
+        pulled = []
+        for start, stop in seeds.spans(count, self.step):
+            rows = pulls.one(output, cotangents[start:stop], last=final and stop == count)
+            pulled.append([own_coordinates(part, start) for part in rows] if diagonal else rows)
+        jacobians = []
+        for parts in zip(*pulled, strict=True):
+            whole = made.apart(parts[0]) if len(parts) == 1 else torch.cat(parts)
+            if diagonal:
+                jacobians.append(whole.T)
+                continue
+            blocks = whole.movedim(0, 1).reshape(problem.batch, *event, *whole.shape[2:])
+            jacobians.append(from_blocks(problem.layout, blocks, event, batched=True))
+        return tuple(jacobians)
+
+    def _identity_rows(self, problem: Problem, output: int, pulls: Pulls) -> tuple[Tensor, ...]:
+        shape = (problem.batch, *problem.outputs[output])
+        count = seeds.size(shape)
+        numbers = torch.arange(count, device=pulls.values[output].device)
+        final = output == len(pulls.values) - 1
+
+        def pulled_rows() -> Iterator[tuple[int, int, Sequence[Tensor]]]:
+            for start, stop in seeds.spans(count, self.step):
+                cotangents = seeds.identity(shape, start, stop, pulls.values[output])
+                yield start, stop, pulls.one(output, cotangents, last=final and stop == count)
+
+        if problem.layout == "sparse":
+            kept = [problem.entries(output, position) for position in problem.inputs]
+            pieces = [
+                [entries.of_rows(rows.flatten(1), start) for entries, rows in zip(kept, pulled, strict=True)]
+                for start, _, pulled in pulled_rows()
+            ]
+            return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+        def parts() -> Iterator[list[Tensor]]:
+            for start, stop, pulled in pulled_rows():
+                yield [
+                    _own_part(problem, position, gradient, numbers[start:stop], count // problem.batch)
+                    for position, gradient in zip(problem.inputs, pulled, strict=True)
+                ]
+
+        arranged = (problem.batch, count // problem.batch) if problem.layout == "diagonal" else shape
+        return tuple(rows.unflatten(0, arranged) for rows in seeds.collect(parts(), count, problem.differentiable))
+
+
+def _own_part(problem: Problem, position: int, gradient: Tensor, numbers: Tensor, size: int) -> Tensor:
+    """Of pulled rows (c, *input), what the layout keeps."""
+    if problem.layout == "full":
+        return gradient
+    own = own_sample(gradient, numbers, size) if problem.leaves[position].batched else gradient
+    return own_coordinate(own, numbers, size) if problem.layout == "diagonal" else own

@@ -99,11 +99,6 @@ class Method(ABC):
         return getattr(self, "chunk", None) is not None
 
     @property
-    def traceable(self) -> bool:
-        """Whether the method goes through torch.func transforms alone, which a compiler can trace."""
-        return getattr(self, "engine", None) == "vmap"
-
-    @property
     def flat(self) -> bool:
         """Whether it makes programs of plain operators, which a compiler takes as they are."""
         return False
@@ -111,12 +106,12 @@ class Method(ABC):
     @property
     def functional(self) -> bool:
         """Whether it goes through torch.func, for which torch loads its compiler (1 s) once a process."""
-        return self.traceable or getattr(self, "engine", None) == "vmap"
+        return getattr(self, "engine", None) == "vmap"
 
     @property
     def plain(self) -> bool:
         """Whether func runs exactly once, on the whole batch and outside of every transform."""
-        return not self.repeats_func and not self.traceable
+        return not self.repeats_func and (self.recorded or not self.functional)
 
     @property
     def compiles(self) -> bool:
@@ -199,10 +194,6 @@ class Wrapper(Method):
     @property
     def functional(self) -> bool:
         return self.compiles or self.inner.functional
-
-    @property
-    def traceable(self) -> bool:
-        return False
 
     def workspace(self, problem: Problem) -> int:
         return self.inner.workspace(problem)

@@ -64,10 +64,6 @@ class Bottleneck(Method):
     recorded: ClassVar[bool] = True
 
     @property
-    def traceable(self) -> bool:
-        return False
-
-    @property
     def compiles(self) -> bool:
         return self.compiled
 

@@ -38,7 +38,7 @@ class PerSample(Method):
         return super().unsupported(problem)
 
     @property
-    def traceable(self) -> bool:
+    def functional(self) -> bool:
         return True
 
     @classmethod

@@ -31,10 +31,6 @@ class PlainAttention(Wrapper):
         return self.inner.unsupported(problem)
 
     @property
-    def traceable(self) -> bool:
-        return self.inner.traceable
-
-    @property
     def plain(self) -> bool:
         return self.inner.plain
 

@@ -46,10 +46,6 @@ class Statistics(Method):
     recorded: ClassVar[bool] = True
 
     @property
-    def traceable(self) -> bool:
-        return False
-
-    @property
     def pushes(self) -> bool:
         return self.local != "copies"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pull:
+class PullProgram:
     """A program that pulls cotangents of some outputs back.
 
     Attributes:
@@ -42,7 +42,7 @@ class Programs:
     forward: Callable[..., tuple[Tensor, ...]]
     outputs: int
     constant: tuple[int, ...]
-    pulls: tuple[Pull, ...]
+    pulls: tuple[PullProgram, ...]
     again: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 

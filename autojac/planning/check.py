@@ -21,7 +21,7 @@ from autojac.problem.problem import Result
 from autojac.problem.reference import Reference
 
 
-class Outcome(NamedTuple):
+class CheckOutcome(NamedTuple):
     """What a plan gave, why it is wrong if it is, and whether only the gradient through it is."""
 
     result: Result | None
@@ -109,7 +109,7 @@ class Check:
             )
         return reference, isinstance(monitor, RunMonitor) and not monitor.reason
 
-    def _compare(self, reference: Reference, sandbox: Sandbox) -> Outcome:
+    def _compare(self, reference: Reference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""
         result: Result | None = None
         only_gradient = False
@@ -128,7 +128,7 @@ class Check:
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs
             wrong = f"it raises {type(error).__name__}: {error}"
-        return Outcome(result, wrong, only_gradient)
+        return CheckOutcome(result, wrong, only_gradient)
 
     def _gradient_error(self, reference: Reference, sandbox: Sandbox) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""

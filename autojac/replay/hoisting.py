@@ -131,7 +131,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return best
 
 
-class Kept:
+class HoistedValues:
     """What was hoisted, for the captured tensors as they are.
 
     Args:

@@ -15,7 +15,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.errors import UnsupportedError
 from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.replay.hoisting import Kept
+from autojac.replay.hoisting import HoistedValues
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
 from autojac.torch_internals import dispatch_modes, function_modes
@@ -44,7 +44,7 @@ class Ready:
     version: int
     state: int
     unchanged: Callable[[], bool]
-    kept: Kept | None = None
+    kept: HoistedValues | None = None
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Replaying:
                 return None
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
-            kept = None if trace.hoist is None else Kept(trace.hoist, captured)
+            kept = None if trace.hoist is None else HoistedValues(trace.hoist, captured)
             self.ready = Ready(
                 trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, kept
             )

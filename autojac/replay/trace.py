@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.autodiff.program_function import Pull
+from autojac.autodiff.program_function import PullProgram
 from autojac.autodiff.tolerance import disagreement
 from autojac.errors import UnsupportedError
 from autojac.replay.codegen import Run, emit
-from autojac.replay.hoisting import Hoist, Kept, Part, hoisted
+from autojac.replay.hoisting import Hoist, HoistedValues, Part, hoisted
 
 Lower = Callable[[Run], Run]
 Unseen = Callable[[], AbstractContextManager[None]]
@@ -39,7 +39,7 @@ class Trace:
     forward: Run
     outputs: int
     captured: tuple[int, ...]
-    pulls: tuple[Pull, ...] = ()
+    pulls: tuple[PullProgram, ...] = ()
     constant: tuple[int, ...] = ()
     hoist: Hoist | None = None
 
@@ -97,7 +97,7 @@ class RecordedGraph:
         if keep and not self.pulls and lower is None:
             aside = hoisted(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
         if aside is not None:
-            inputs = [*inputs[:given], *Kept(aside.hoist, inputs[given:])()]
+            inputs = [*inputs[:given], *HoistedValues(aside.hoist, inputs[given:])()]
         made = self._programs(captured, (), aside)
         with torch.no_grad():
             with unseen():
@@ -155,7 +155,7 @@ class RecordedGraph:
             return emit(*parts, **options, below=True) if lower is None else lower(emit(*parts, **options))
 
         pulls = tuple(
-            Pull(
+            PullProgram(
                 program([*inputs, *left, *nodes_of], ending, part),
                 pull.outputs,
                 tuple(c.stride() for c in pull.cotangents),

@@ -24,7 +24,7 @@ from autojac.errors import StoreError
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
-from autojac.problem.compression import Held
+from autojac.problem.compression import DeviceIndices
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.problem.randomness import from_one_state
 from autojac.replay.replayer import Replaying
@@ -252,11 +252,11 @@ def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Com
     """The entries of a sparse Jacobian, taken out of blocks."""
     compute = prepare(dataclasses.replace(problem, layout="blocks"))
     places = [
-        [Held(problem.patterns(output, position)[1].places) for position in problem.inputs]
+        [DeviceIndices(problem.patterns(output, position)[1].places) for position in problem.inputs]
         for output in range(len(problem.outputs))
     ]
 
-    def taken(blocks: Tensor, kept: Held) -> Tensor:
+    def taken(blocks: Tensor, kept: DeviceIndices) -> Tensor:
         rows = blocks.reshape(problem.batch, -1)
         return rows.reshape(-1) if len(kept.tensor) == rows.shape[1] else rows[:, kept.on(rows.device)].reshape(-1)
 

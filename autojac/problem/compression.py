@@ -20,8 +20,8 @@ MOST_COUPLED = 4096
 """Samples coupled all with all, beyond which no pattern of every pair is made."""
 
 
-class Held:
-    """An array of indices as a tensor (int64), brought once to each device that asks for it."""
+class DeviceIndices:
+    """An array of indices as a tensor (int64), copied once to each device that asks for it."""
 
     def __init__(self, array: Indices) -> None:
         self.tensor = torch.from_numpy(array.astype(np.int64))
@@ -57,8 +57,8 @@ class Colors:
         self.groups = 1 if samples is None else int(samples.max(initial=0)) + 1
         self.width = int(features.max(initial=-1)) + 1
         self.count = self.groups * self.width
-        self.sample_colors = None if samples is None else Held(samples)
-        self.feature_colors = Held(features)
+        self.sample_colors = None if samples is None else DeviceIndices(samples)
+        self.feature_colors = DeviceIndices(features)
         self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
 
     def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Colors:
         return made
 
 
-def _one_hot(colors: Held, count: int, like: Tensor) -> Tensor:
+def _one_hot(colors: DeviceIndices, count: int, like: Tensor) -> Tensor:
     numbers = torch.arange(count, device=like.device)
     return (colors.on(like.device)[None] == numbers[:, None]).to(like.dtype)
 

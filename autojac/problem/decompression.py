@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.core.pattern import Indices, Marks
-from autojac.problem.compression import Colors, Held
+from autojac.problem.compression import Colors, DeviceIndices
 from autojac.problem.layouts import embed
 from autojac.problem.problem import Problem
 
@@ -56,7 +56,7 @@ class _OwnBlocks:
         if problem.layout == "diagonal":
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
-        self.places = Held(places)
+        self.places = DeviceIndices(places)
         self.sources = []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
@@ -64,8 +64,8 @@ class _OwnBlocks:
             if side.side == "columns":
                 colored, read, at = columns[mine], rows[mine], problem.columns(position)[0]
             seeds = side.features[at + colored].astype(np.int64)
-            self.sources.append((side, mine, Held(seeds), Held(read)))
-        self.order = Held(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
+            self.sources.append((side, mine, DeviceIndices(seeds), DeviceIndices(read)))
+        self.order = DeviceIndices(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
         parts = [self._read(source, *rest) for source, rest in zip(compressed, self.sources, strict=True)]
@@ -81,7 +81,9 @@ class _OwnBlocks:
         blocks = values.reshape(problem.batch, *self.event, *self.leaf.event_shape)
         return embed(blocks, len(self.event)) if problem.layout == "full" else blocks
 
-    def _read(self, compressed: Tensor, side: Colors, mine: Indices, colored: Held, reading: Held) -> Tensor:
+    def _read(
+        self, compressed: Tensor, side: Colors, mine: Indices, colored: DeviceIndices, reading: DeviceIndices
+    ) -> Tensor:
         """The entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
         rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
@@ -108,8 +110,8 @@ class _WholeBatch:
         if side.samples is not None:
             seeds += side.samples[samples].astype(np.int64) * side.width
         across = pattern.shape[1] if side.side == "rows" else pattern.shape[0]
-        self.index = Held(seeds * across + read)
-        self.places = Held(pattern.places) if problem.layout == "full" else None
+        self.index = DeviceIndices(seeds * across + read)
+        self.places = DeviceIndices(pattern.places) if problem.layout == "full" else None
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
         values = compressed[0].reshape(-1)[self.index.on(compressed[0].device)]

@@ -129,14 +129,14 @@ def each(run: Callable[[Tensor], Sequence[Tensor]], rows: Tensor, step: int | No
 
 
 def coordinates(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
-    """One-hot seeds (k, *shape) of a tensor that carries the batch along an axis, each for every sample."""
+    """Return one-hot seeds (k, *shape) of a tensor that carries the batch along an axis, each for every sample."""
     axis, outer, inner = state
     event = (*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
     return seeds.shared(event, batch, tensor).movedim(1, axis + 2).reshape(-1, *tensor.shape)
 
 
 def by_sample(rows: Tensor, state: BatchAxis, batch: int) -> Tensor:
-    """Rows (c, *shape) of such a tensor as (c, B, k), elements in the order of `coordinates`."""
+    """Arrange rows (c, *shape) of such a tensor as (c, B, k), elements in the order of `coordinates`."""
     axis, outer, inner = state
     apart = rows.reshape(*rows.shape[: axis + 1], outer, batch, inner, *rows.shape[axis + 2 :])
     return apart.movedim(axis + 2, 1).reshape(len(rows), batch, -1)

@@ -157,10 +157,13 @@ def test_what_is_no_change_costs_no_check(name: str) -> None:
     for _ in range(3):
         jac(x)
     entry = in_use(jac)
+    # the run that a first check watches may meet something else in the process, such as garbage that is collected
+    rested = entry.schedule.last_check
+    assert rested <= 2
     for _ in range(MOST_CHANGES + 2):
         LOOKS[name](model)
         jac(x)
-        assert entry.schedule.last_check == 1
+        assert entry.schedule.last_check == rested
     assert in_use(jac) is entry
     assert jac._plans.planner.function_state.is_complete
 

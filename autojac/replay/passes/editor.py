@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.passes.node_facts import acts_by_entry, laid, name, overlapping, placed, plain, shares, values
+from autojac.replay.passes.layout_facts import PLACED, aliases, is_known, is_layout_independent, spreads
+from autojac.replay.passes.node_facts import laid, overlapping, placed, plain, shares, values
 from autojac.replay.passes.ordering import touched, written
 from autojac.replay.passes.view_search import moves
 from autojac.torch_internals import BelowAutograd
@@ -19,17 +20,9 @@ MOST_ENTRIES = 10**6
 """Constants are looked at up to this size."""
 LONGEST_CHAIN = 8
 """How far views of views are looked through."""
-PLACED = {aten.as_strided.default, aten.as_strided_scatter.default, aten.set_.source_Storage_storage_offset}
-"""Operators that look at how their argument lies in its memory."""
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 """Operators of the kind `view`, which some layouts don't permit."""
 
-TOLERANT = {
-    *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "cat", "stack", "index", "index_select", "gather"),
-    *("sum", "mean", "amax", "amin", "prod", "clone", "_to_copy", "reshape", "constant_pad_nd", "any", "all", "cumsum"),
-}
-"""Operators that take every layout, beside those that act entry by entry, and views. Kernels of others, which torch
-calls with contiguous tensors alone, read past the end of an expanded one (`native_layer_norm_backward`)."""
 
 Rule = Callable[["Editor", fx.Node], "fx.Node | None"]
 
@@ -60,7 +53,7 @@ class Editor:
         """Whether a node is one tensor from an aten operator that may be merged, moved and left out."""
         if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not plain(node):
             return False
-        return _known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
+        return is_known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
 
     def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
         """A node before `at`, in its phase; None if the operator can't do that."""
@@ -136,7 +129,7 @@ class Editor:
         old, new = node.meta["value"], found.meta["value"]
         assert old.shape == new.shape and old.dtype == new.dtype and old.device == new.device, (node, found)
         self.stale.append(node)
-        settled = old.stride() == new.stride() or not _spread(node)
+        settled = old.stride() == new.stride() or not spreads(node)
         if settled and placed(old) == placed(new):
             node.replace_all_uses_with(found)
         elif settled and laid(old) == laid(new):
@@ -175,7 +168,7 @@ class Editor:
         changed = {source: self.better[source] for source in node.all_input_nodes if source in self.better}
         if not changed:
             return node
-        if not _tolerant(node, changed):
+        if not is_layout_independent(node, changed):
             self._conform(node, changed)
             return node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: changed.get(source, source))
@@ -195,7 +188,7 @@ class Editor:
         steady = not (self.unsteady and touched(node) & self.unsteady)
         alike = target is node.target and laid(value) == laid(node.meta["value"])
         sources = [changed.get(source, source) for source in node.all_input_nodes]
-        if alike and (not steady or not (_aliases(node) or any(shares(value, s) for s in sources))):
+        if alike and (not steady or not (aliases(node) or any(shares(value, s) for s in sources))):
             node.args, node.kwargs = args, kwargs
             return node
         if not steady:
@@ -221,7 +214,7 @@ class Editor:
     def _conform(self, node: fx.Node, changed: dict[fx.Node, fx.Node]) -> None:
         """Give a node that minds layouts its arguments in the old ones, where a copy does that."""
         for old, new in changed.items():
-            if node.target in PLACED or old.target is aten.clone.default or _aliases(old):
+            if node.target in PLACED or old.target is aten.clone.default or aliases(old):
                 continue
             if old.meta["value"].is_contiguous():
                 copy = self.make(node, aten.clone.default, new, memory_format=torch.contiguous_format)
@@ -285,38 +278,6 @@ def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
         if shares(value, source):
             home = source.meta["storage"]
     return home
-
-
-def _known(target: Any) -> bool:
-    return target is operator.getitem or getattr(target, "namespace", "") in ("aten", "prims")
-
-
-def _spread(node: fx.Node) -> bool:
-    """Whether what uses a node spreads an axis of one entry over several: its step counts for their layout then."""
-    shape = node.meta["value"].shape
-    for user in node.users:
-        value = user.meta.get("value")
-        if not isinstance(value, Tensor):
-            continue
-        if _aliases(user):
-            if _spread(user):
-                return True
-        elif any(a == 1 < b for a, b in zip(reversed(shape), reversed(value.shape), strict=False)):
-            return True
-    return False
-
-
-def _aliases(node: fx.Node) -> bool:
-    return any(shares(node.meta["value"], s) for s in node.all_input_nodes) if plain(node) else False
-
-
-def _tolerant(node: fx.Node, changed: dict[fx.Node, fx.Node]) -> bool:
-    """Whether an operator does the same whatever the layout of these arguments."""
-    if node.target in PLACED or not _known(node.target) or node.target is operator.getitem or node.meta["draws"]:
-        return False
-    if node.meta["writes"]:
-        return node.target is aten.copy_.default and node.args[0] not in changed
-    return acts_by_entry(node) or _aliases(node) or name(node) in TOLERANT
 
 
 def _computed(target: Any, args: Any, kwargs: Any) -> Tensor | None:

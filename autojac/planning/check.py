@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from autojac.autodiff.open_modes import hooked, saved_tensors_apart
 from autojac.core.ranks import silent
-from autojac.core.sandbox import GENERATORS, Sandbox, restore_random_state, without_hooks
+from autojac.core.sandbox import GENERATORS, Sandbox, gc_disabled, restore_random_state, without_hooks
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
 from autojac.graph.operators import custom_functions
@@ -96,7 +96,8 @@ class Check:
         # what no guard can list, such as a clock, is seen while func runs
         function_state = self.plans.planner.function_state
         monitor = RunMonitor(function_state.present.guard.codes) if plan.may_rest else nullcontext()
-        with silent(self.modules), monitor:
+        # nor is it func that runs the finalizers of what happens to be collected meanwhile
+        with silent(self.modules), gc_disabled(), monitor:
             reference = Reference(
                 problem,
                 self.own_leaves,

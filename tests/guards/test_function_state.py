@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import pydoc
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from autojac import AutoJacobian, StructureChangedWarning
 from autojac.guards.function_state import CALLS_A_CHANGE, MOST_CHANGES, FunctionState
+from autojac.guards.run_monitor import RunMonitor
 from autojac.guards.walker import Walk
 from harness import Counted, compare, forced, in_use
 from oracle import jacobian_blocks, jacobian_full
@@ -157,13 +159,10 @@ def test_what_is_no_change_costs_no_check(name: str) -> None:
     for _ in range(3):
         jac(x)
     entry = in_use(jac)
-    # the run that a first check watches may meet something else in the process, such as garbage that is collected
-    rested = entry.schedule.last_check
-    assert rested <= 2
     for _ in range(MOST_CHANGES + 2):
         LOOKS[name](model)
         jac(x)
-        assert entry.schedule.last_check == rested
+        assert entry.schedule.last_check == 1
     assert in_use(jac) is entry
     assert jac._plans.planner.function_state.is_complete
 
@@ -398,3 +397,17 @@ def test_func_is_walked_over_twice_at_a_first_call_and_then_only_when_it_changes
     walks.clear()
     jac(x)
     assert not walks
+
+
+def test_nothing_is_collected_while_a_check_watches_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finalizers of garbage would be taken for what func does."""
+    collects: list[bool] = []
+
+    class Watched(RunMonitor):
+        def __enter__(self) -> Self:
+            collects.append(gc.isenabled())
+            return super().__enter__()
+
+    monkeypatch.setattr("autojac.planning.check.RunMonitor", Watched)
+    forced(Model(), (x := torch.randn(6, 3, dtype=torch.float64),), PULL)(x)
+    assert collects == [False] and gc.isenabled()

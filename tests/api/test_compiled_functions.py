@@ -68,6 +68,7 @@ def trained(func: Any) -> None:
     func(torch.ones(5, 3, dtype=torch.float64)).pow(2).mean().backward()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_original_is_differentiated_and_its_owner_goes_on(kind: str) -> None:
     torch._dynamo.reset()

@@ -193,6 +193,7 @@ class Overwritten(torch.autograd.Function):
         return gradient.mul_(cotangent)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("function", [Freed, Overwritten])
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("layout", ["blocks", "full"])

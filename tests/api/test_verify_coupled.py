@@ -34,6 +34,7 @@ def refused(wrong: Tensor, func: Callable[[Tensor], Tensor], x: Tensor, layout: 
     return False
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", [16, 64, 128])
 @pytest.mark.parametrize("name", ["centered", "attention"])

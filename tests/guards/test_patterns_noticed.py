@@ -74,6 +74,7 @@ def right(func: Callable[..., Any], x: Tensor, found: Tensor, **kwargs: Any) -> 
         torch.testing.assert_close(found, whole.diagonal(dim1=0, dim2=2).movedim(-1, 0))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 @pytest.mark.parametrize("name", CHANGES)

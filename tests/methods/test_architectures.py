@@ -85,7 +85,7 @@ def check_right(drawn: Architecture) -> None:
 
 
 @given(architectures())
-@ordinary(40)
+@ordinary(25)
 def test_any_architecture_is_right(drawn: Architecture) -> None:
     check_right(drawn)
 

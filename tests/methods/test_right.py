@@ -39,7 +39,7 @@ def test_tuned_blocks_equal_the_oracles(scenario: Scenario) -> None:
     compare(pytree.tree_map(Tensor.detach, jacobian), expected)
 
 
-@pytest.mark.by_day(3, 0)
+@pytest.mark.by_day(6, 0)
 @pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
 def test_full_equals_the_oracle(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
@@ -47,7 +47,7 @@ def test_full_equals_the_oracle(scenario: Scenario) -> None:
     compare(wrapped(scenario, func, layout="full")(*args, **kwargs), expected)
 
 
-@pytest.mark.by_day(3, 1)
+@pytest.mark.by_day(6, 2)
 @pytest.mark.parametrize("scenario", [s for s in SAFE if not s.shared], ids=str)
 def test_sparse_is_the_full_jacobian_as_a_matrix(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
@@ -57,7 +57,7 @@ def test_sparse_is_the_full_jacobian_as_a_matrix(scenario: Scenario) -> None:
     compare([one.to_dense() for one in found], [y.reshape(x.shape) for y, x in zip(expected, found, strict=True)])
 
 
-@pytest.mark.by_day(3, 2)
+@pytest.mark.by_day(6, 4)
 @pytest.mark.parametrize("scenario", [s for s in SAFE if s.argnums == 0], ids=str)
 def test_diagonal_is_the_blocks_diagonal(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(1, torch.float64)
@@ -84,7 +84,7 @@ def test_a_function_that_writes_into_its_input_is_refused(scenario: Scenario) ->
     assert all(torch.equal(arg, kept) for arg, kept in zip(args, before, strict=True))
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> None:

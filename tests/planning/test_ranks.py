@@ -110,7 +110,7 @@ def ranks(kind: str, place: Path) -> list[Any]:
     return [json.loads(out.splitlines()[-1]) for out, _ in ends]
 
 
-@pytest.mark.parametrize("kind", ["train", "changes", "synchronized"])
+@pytest.mark.parametrize("kind", ["train", "changes", pytest.param("synchronized", marks=pytest.mark.nightly)])
 def test_ranks_evaluate_equally_often_and_none_waits_for_ever(kind: str, tmp_path: Path) -> None:
     (seen, told, total), (other_seen, other_told, other_total) = ranks(kind, tmp_path)
     assert kind == "synchronized" or total == pytest.approx(other_total)

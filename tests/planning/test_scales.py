@@ -71,6 +71,7 @@ def rowwise(actual: Any, expected: Any, dtype: torch.dtype) -> None:
         assert ((one.double() - other).abs().amax(-1) <= 1e3 * torch.finfo(dtype).eps * scale).all()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("kind", "front"),
     [(kind, "nan_to_num") for kind in COUPLED] + [(next(iter(COUPLED)), front) for front in FRONTS],

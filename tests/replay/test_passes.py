@@ -473,6 +473,7 @@ LEFT: dict[str, tuple[int, ...]] = {
 CASES = [(made, kind, most) for made, counts in LEFT.items() for kind, most in zip(KINDS, counts, strict=True)]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(("made", "kind", "most"), CASES, ids=[f"{made}, {kind}" for made, kind, _ in CASES])
 def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[fx.Graph] = []

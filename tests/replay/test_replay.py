@@ -79,7 +79,7 @@ HIDDEN = re.compile("reads values|among the arguments|has compiled|from the same
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("most", [4, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
@@ -286,6 +286,7 @@ def undo() -> Any:
         UNDO.pop()()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("name", "inner"),
     # torch has no rule for module backward hooks under its transforms

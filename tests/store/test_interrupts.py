@@ -87,6 +87,7 @@ def can_be_written(path: Path) -> None:
         connection.execute("ROLLBACK")
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Expired])
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
 def test_an_interrupt_at_any_bytecode_ends_the_transaction(

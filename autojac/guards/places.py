@@ -123,7 +123,13 @@ class Fields(Place):
     fields: tuple[tuple[str, Callable[[Any], Any]], ...]
 
     def read(self) -> tuple[list[Any], list[Any]]:
-        return [name for name, _ in self.fields], [read(self.owner) for _, read in self.fields]
+        return [name for name, _ in self.fields], [self._value(read) for _, read in self.fields]
+
+    def _value(self, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(self.owner)
+        except TypeError:  # a descriptor of the class that the object had
+            return ABSENT
 
 
 class Bytes(Place):

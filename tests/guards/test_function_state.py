@@ -411,3 +411,25 @@ def test_nothing_is_collected_while_a_check_watches_func(monkeypatch: pytest.Mon
     monkeypatch.setattr("autojac.planning.check.RunMonitor", Watched)
     forced(Model(), (x := torch.randn(6, 3, dtype=torch.float64),), PULL)(x)
     assert collects == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_an_object_may_change_its_class(slots: bool) -> None:
+    body: dict[str, Any] = {"__slots__": ("k",)} if slots else {}
+    first = type("First", (), {**body, "scaled": lambda self, x: self.k * x})
+    other = type("Other", (), {**body, "scaled": lambda self, x: -self.k * x.flip(0)})
+    held = first()
+    held.k = 2.0  # type: ignore[attr-defined]
+
+    def func(x: Tensor) -> Tensor:
+        scaled: Tensor = held.scaled(x.sin())  # type: ignore[attr-defined]
+        return scaled
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    jac = AutoJacobian(func, effort="estimate", store=":memory:")
+    compare(jac(x), jacobian_blocks(func, (x,)))
+    held.__class__ = other
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            compare(jac(x), jacobian_blocks(func, (x,)))

@@ -31,7 +31,7 @@ _FIELDS: Final = {
     "attributes": "__dict__",
 }
 # gone, or another thread is writing there
-_UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError)
+_UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError, TypeError)
 # the user may have changed Python's own
 _BUILTINS: Final = {function.__name__: function for function in (all, any, len, list, map, operator.is_, type)} | {
     "UNREADABLE": _UNREADABLE

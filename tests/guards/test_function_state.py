@@ -433,3 +433,20 @@ def test_an_object_may_change_its_class(slots: bool) -> None:
         warnings.simplefilter("ignore")
         for _ in range(3):
             compare(jac(x), jacobian_blocks(func, (x,)))
+
+
+def test_a_class_may_change_its_bases() -> None:
+    first, other = type("First", (), {"k": 1.0}), type("Other", (), {"k": 2.0})
+    kind: Any = type("Kind", (first,), {})
+    held = kind()
+
+    def func(x: Tensor) -> Tensor:
+        scaled: Tensor = x.sin() * held.k
+        return scaled
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    jac = AutoJacobian(func, effort="estimate", store=":memory:")
+    compare(jac(x), jacobian_blocks(func, (x,)))
+    kind.__bases__ = (other,)
+    for _ in range(3):
+        compare(jac(x), jacobian_blocks(func, (x,)))

@@ -90,11 +90,25 @@ def functional(
     args, kwargs = seen
     if name == "copy_":
         return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, held)
+    target = _out_of_place(func, name)
+    return None if target is None else Operation(target, args, kwargs, (after,), False, held)
+
+
+@functools.cache
+def _out_of_place(func: Any, name: str) -> Any:
+    """The operator that takes the same arguments and makes a tensor; None if there is none.
+
+    Its overload may have another name: `pow.Scalar` is not `pow_.Scalar` but a number to the power of a tensor.
+    """
     packet = getattr(aten, name.removesuffix("_"), None)
-    overload = func._overloadname
-    if packet is None or not name.endswith("_") or overload not in packet.overloads():
-        return None
-    return Operation(getattr(packet, overload), args, kwargs, (after,), False, held)
+    overloads = packet.overloads() if packet is not None and name.endswith("_") else ()
+    alike = (one for one in (getattr(packet, overload) for overload in overloads) if _takes(one) == _takes(func))
+    return next(alike, None)
+
+
+def _takes(func: Any) -> list[tuple[str, str]]:
+    """The names and types of an operator's arguments."""
+    return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
 
 
 class _Copied:

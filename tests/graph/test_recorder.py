@@ -134,6 +134,17 @@ def test_what_cannot_be_recorded_is_said_in_a_sentence(func: Any, reason: str) -
     assert len(recording.values) == 1
 
 
+def powers_in_place(x: Tensor) -> Tensor:
+    y = x.square().add(1).float_power_(0.5).to(x.dtype)
+    return y.pow_(-0.5) + (x * x).add(1).pow_(x).floor_divide_(0.5)
+
+
+def test_an_operator_in_place_is_replaced_by_what_takes_the_same_arguments() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    outputs, _ = replayed(*recorded(powers_in_place, x))
+    torch.testing.assert_close(outputs[0].detach(), powers_in_place(x))
+
+
 def test_graphs_of_one_structure_have_one_key() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
     keys = [recorded(net, torch.randn(5, 3))[0].graph.key for _ in range(2)]  # type: ignore[union-attr]

@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all matrix coverage check format bench clean
+.PHONY: help demo test test-all test-interop matrix coverage check format bench clean
 
 help:
 	@echo "make demo      a small network trained with tuned, remembered Jacobians"
 	@echo "make test      the test suite"
 	@echo "make test-all  the test suite with all that is too slow for every change, and 10 000 fuzzed calls"
+	@echo "make test-interop  models of other libraries, at pinned versions (gigabytes, once)"
 	@echo "make matrix    the test suite on the oldest and the newest supported torch (gigabytes, once)"
 	@echo "make coverage  the test suite, with a coverage report"
 	@echo "make check     lint, formatting and types"
@@ -41,6 +42,10 @@ test-all: $(READY)
 matrix:
 	@.ci/matrix $(MATRIX)
 
+# models of other libraries, in an environment of their own; no part of CI
+test-interop:
+	@.ci/interop $(INTEROP)
+
 coverage: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term
 
@@ -57,6 +62,6 @@ bench: $(READY)
 	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" $(BIN)/autojac bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(VENV)-torch* build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch* $(VENV)-interop build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f cache/*.db cache/*.db-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,9 +10,12 @@ import torch
 
 from autojac.bench.contests import against_torch
 from autojac.bench.extra import loaded
+from autojac.bench.interop.case import cases
+from autojac.bench.interop.race import interop, together
 from autojac.bench.jitted import against_jax
 from autojac.bench.overhead import overhead, startup
 from autojac.bench.replayed import replayed
+from autojac.bench.results import Report
 from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
 from autojac.bench.table import show
@@ -42,6 +45,9 @@ from autojac.core.plan import EFFORTS
     "--replay", "with_replay", is_flag=True, help="Race replays, uncompiled, against torch's default; what they cost."
 )
 @click.option("--jax", "with_jax", is_flag=True, help="Race against jitted JAX; needs autojac[bench].")
+@click.option("--interop", "with_interop", is_flag=True, help="Race on models of other libraries that are installed.")
+@click.option("--only", multiple=True, help="Of --interop only this library or case; may be repeated.")
+@click.option("--training", is_flag=True, help="Of --interop race training steps: J, a loss, and its backward.")
 @click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
 @click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
 @click.option("--regret", is_flag=True, help="Race every fixed candidate too.")
@@ -57,6 +63,9 @@ def bench(
     spared: tuple[str, ...],
     with_replay: bool,
     with_jax: bool,
+    with_interop: bool,
+    only: tuple[str, ...],
+    training: bool,
     rounds: int | None,
     budget: float | None,
     regret: bool,
@@ -70,13 +79,14 @@ def bench(
     """Race autojac against torch's own ways, interleaved in one run.
 
     Every way's Jacobian is checked before it is timed. Ratios refer to vmap(jacrev), which torch recommends. With
-    --zeros, --replay or --jax no workload is raced beside theirs but those named.
+    --zeros, --replay, --jax or --interop no workload is raced beside theirs but those named.
 
     \b
     Examples:
       autojac bench --quick --workload sin
       autojac bench --zeros burgers --zeros brusselator
       autojac bench --replay --jax
+      autojac bench --interop --only kornia --only timm/vit
       autojac bench --regret --overhead --startup --json > bench.json
     """
     _require(device)
@@ -91,7 +101,7 @@ def bench(
         regret=regret,
         race_s=10.0 if quick else 60.0,
     )
-    chosen = [WORKLOADS[name] for name in names] or ([] if spared or with_replay or with_jax else ALL)
+    chosen = [WORKLOADS[name] for name in names] or ([] if spared or with_replay or with_jax or with_interop else ALL)
     report = run_bench(chosen, settings, _announce)
     report = dataclasses.replace(report, zeros=tuple(put_to_use(spared, settings, _announce)))
     if with_replay:
@@ -99,6 +109,8 @@ def bench(
         report = dataclasses.replace(report, contests=tuple(races), costs=tuple(costs))
     if with_jax:
         report = dataclasses.replace(report, contests=(*report.contests, *against_jax(settings, _announce)))
+    if with_interop:
+        report = _with_interop(report, settings, only, training)
     if with_overhead:
         _announce("overhead of a call")
         report = dataclasses.replace(report, overhead_seconds=overhead(settings))
@@ -109,6 +121,12 @@ def bench(
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
         show(report)
+
+
+def _with_interop(report: Report, settings: Settings, only: tuple[str, ...], training: bool) -> Report:
+    races = interop(cases(only), settings, training, _announce)
+    costs = (*report.costs, together(races, training))
+    return dataclasses.replace(report, contests=(*report.contests, *races), costs=costs)
 
 
 def _require(device: str) -> None:

@@ -207,8 +207,9 @@ class Report:
         overhead_seconds: what `jac(x)` adds to its bare method, for the sin workload.
         startup: fresh processes.
         zeros: one for each function whose zeros were put to use.
-        contests: replays against torch's default, and any plan against jitted JAX: one a workload and rival.
-        costs: what replays cost beside their operators.
+        contests: replays against torch's default, any plan against jitted JAX, and against torch's ways on other
+            libraries' models: one a workload and rival.
+        costs: what replays cost beside their operators, and what other libraries' models give together.
     """
 
     environment: dict[str, Any]

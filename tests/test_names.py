@@ -25,17 +25,14 @@ TWO_MEANINGS = {
     "differs",
     "feature_pattern",
     "largest",
-    "moved",
     "only",
     "placed",
     "plain",
     "repeat",
-    "rule_of",
     "sample_graph",
     "seconds",
     "show",
     "size",
-    "unknown",
 }
 """Names that still have to be told apart: this list only gets shorter."""
 LONG_FILES: set[str] = set()

@@ -44,7 +44,7 @@ class Operation:
     @functools.cached_property
     def sources(self) -> tuple[int, ...]:
         """Numbers of the tensors that it reads."""
-        return tuple(_references((self.args, tuple(self.kwargs.values()))))
+        return tuple(references((self.args, tuple(self.kwargs.values()))))
 
     def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
         """What it returns, one entry for each of `outputs`."""
@@ -52,6 +52,45 @@ class Operation:
         made = self.target(*_filled(self.args, env), **kwargs)
         parts = made if self.many else (made,)
         return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.held else parts
+
+
+class BoundOperation:
+    """One operator with its arguments by name.
+
+    Attributes:
+        outputs: numbers of the results that are tensors.
+    """
+
+    def __init__(self, graph: Graph, operation: Operation) -> None:
+        self.graph = graph
+        self.operation = operation
+        self.outputs = [number for number in operation.outputs if number is not None]
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, defaults included."""
+        schema = self.operation.target._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        given |= {argument.name: value for argument, value in zip(schema, self.operation.args, strict=False)}
+        return given | dict(self.operation.kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self.graph.shapes[value.number]
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the first output."""
+        return self.graph.shapes[self.outputs[0]]
+
+    def axes(self, name: str, dims: int) -> set[int]:
+        """A `dim` argument as a set of axes from the front; all where it names none."""
+        given = self.arguments.get(name)
+        if given is None or (isinstance(given, (list, tuple)) and not given):
+            return set(range(dims))
+        return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}
 
 
 @dataclass(frozen=True)
@@ -138,12 +177,13 @@ class Graph:
         return tuple(env[index] for index in wanted)
 
 
-def _references(value: Any) -> Iterator[int]:
+def references(value: Any) -> Iterator[int]:
+    """Return the numbers of the tensors in an argument."""
     if type(value) is Value:
         yield value.number
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _references(part)
+            yield from references(part)
 
 
 def _filled(value: Any, env: Mapping[int, Tensor]) -> Any:

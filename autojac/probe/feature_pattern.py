@@ -149,7 +149,8 @@ def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
     """The same of one point, and whether func looks at its data."""
     import scipy.sparse
 
-    from autojac.graph.dependence import TooLarge, dependence
+    from autojac.graph.dependence.index_sets import TooLarge
+    from autojac.graph.dependence.propagation import propagate
 
     def call() -> FunctionRecording:
         return record(subject.fn, subject.leaves, subject.kwargs, where.differentiated)
@@ -165,14 +166,16 @@ def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
     given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
     try:
-        parts = dependence(graph, where.numbers(subject.leaves), where.n, varying)
+        flow = propagate(graph, subject.leaves, where.numbers(subject.leaves), where.n, varying=varying)
     except TooLarge as error:
         return None, False, f"too much to go through: {error}"
-    if tuple(math.prod(part.index.shape[1:]) for part in parts) != where.rows:
+    events = [(1, *graph.shapes[number][1:]) for number in graph.outputs]
+    if tuple(math.prod(event) for event in events) != where.rows:
         return None, False, "func's outputs have another shape at another point"
+    parts = [part.over([0]) for part in flow.outputs()]
     how = f"by what each of {len(graph.operations)} operators reads"
-    count = sum(part.counts()[part.index[0].reshape(-1)].sum().item() for part in parts)
+    count = sum(int(part.counts(event).sum()) for part, event in zip(parts, events, strict=True))
     if count > DENSEST * where.m * where.n:
         raise Dense(f"{count} of {where.m * where.n} entries may be nonzero {how}")
-    found = scipy.sparse.vstack([part.over_samples() for part in parts], format="csr")
+    found = scipy.sparse.vstack([part.rows(event) for part, event in zip(parts, events, strict=True)], format="csr")
     return scipy.sparse.csr_array(found), graph.reads_data, how

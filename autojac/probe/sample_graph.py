@@ -1,6 +1,6 @@
 """Layer 3 of the probe: which samples depend on which, where these are few.
 
-First the graph of the call is followed, operator by operator (`autojac.graph.sample_graph.propagation`): whatever the
+First the graph of the call is followed, operator by operator (`autojac.graph.dependence`): whatever the
 values, no sample reads another than those found. Where that loses the trace, index-coded cotangents find the samples
 that reach each other at several points. Either way other values in some samples must then move no output but those that
 the graph allows.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,33 +129,43 @@ def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Gene
 def _spread(key: int | None, subject: ProbePoint) -> tuple[_Found, bool]:
     """The same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
-    from autojac.graph.sample_graph.propagation import propagate_samples
+    from autojac.graph.dependence.index_sets import TooLarge
+    from autojac.graph.dependence.propagation import propagate
 
     with subject.sandbox():
         graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False
-    spreading = propagate_samples(graph, subject.leaves, subject.inputs, subject.batch)
+    own = torch.arange(subject.batch)
+    columns = [
+        own.reshape(-1, *[1] * (leaf.dim() - 1)) if position in subject.inputs else None
+        for position, leaf in enumerate(subject.leaves)
+    ]
+    try:
+        flow = propagate(graph, subject.leaves, columns, subject.batch, by_value=True)
+    except TooLarge as error:
+        return _Found(None, f"too much to go through: {error}", final=False), graph.reads_data
     count = len(graph.operations)
-    lost = [f"{name} (operator {place} of {count})" for place, name in spreading.losses.items()]
-    if spreading.wandering:
+    lost = [f"{name} (operator {place} of {count})" for place, name in flow.losses.items()]
+    if flow.wandering:
         return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
-    drawn, follows = _origins(graph, spreading.selectors, subject)
+    drawn, follows = _origins(graph, flow.selectors, subject)
     if drawn:
         return _Found(None, "who depends on whom is drawn at random"), graph.reads_data
-    if spreading.samples is None or not _worth(spreading.samples):
+    samples = flow.samples()
+    if samples is None or not _worth(samples):
         line = f"all may depend on all after {lost[0]}" if lost else "most depend on most"
         return _Found(None, line, final=False), graph.reads_data
-    names = [graph.operations[place].name for place in spreading.followed]
+    names = [graph.operations[place].name for place in flow.followed]
     where = f"{', '.join(dict.fromkeys(names)) or 'views'} in {count} operators"
-    return _Found(spreading.samples, f"followed through {where}", follows), graph.reads_data
+    return _Found(samples, f"followed through {where}", follows), graph.reads_data
 
 
-def _origins(graph: Graph, selectors: frozenset[int], subject: ProbePoint) -> tuple[bool, bool]:
+def _origins(graph: Graph, selectors: Collection[int], subject: ProbePoint) -> tuple[bool, bool]:
     """Whether what chose the neighbours was drawn at random, and whether another call may bring other values of it."""
-    from autojac.graph.sample_graph.propagation import roots
+    from autojac.graph.dependence.propagation import roots
 
-    found = roots(graph, tuple(selectors))
+    found = roots(graph, selectors)
     given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
     follows = False
     for number in found:

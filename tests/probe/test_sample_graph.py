@@ -17,9 +17,9 @@ from torch.nn import functional as F
 import autojac
 from autojac.core.pattern import Pattern
 from autojac.core.structure import Structure
+from autojac.graph.dependence.index_sets import reshaped
+from autojac.graph.dependence.propagation import propagate
 from autojac.graph.recorder import record
-from autojac.graph.sample_graph.propagation import propagate_samples, viewed
-from autojac.graph.sample_graph.slices import SliceSamples
 from autojac.probe.coded_cotangents import spread_colors
 from autojac.probe.sample_graph import SampleGraph, sample_graph
 from harness import Counted
@@ -449,7 +449,8 @@ def test_what_is_followed_contains_what_any_point_shows(program: tuple[Func, int
     x = points((batch, 2))
     recording = record(lambda leaves, kwargs: (func(leaves[0]),), [x], {}, [0])
     assert recording.graph is not None
-    samples = propagate_samples(recording.graph, [x], [0], batch).samples
+    own = torch.arange(batch)[:, None]
+    samples = propagate(recording.graph, [x], [own], batch, by_value=True).samples()
     assert samples is not None
     for scale in (0.0, 0.3, 1.0):
         assert not (truth(func, x + scale * torch.randn_like(x)) & ~samples.toarray()).any()
@@ -466,16 +467,11 @@ def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.D
         return sizes
 
     before, after = shape(), shape()
-    axes = [axis for axis, size in enumerate(before) if size > 1 and data.draw(st.booleans())]
-    sizes = [before[axis] for axis in axes]
-    count = int(np.prod(sizes, dtype=int))
-    own = SliceSamples.of_batch(count)
-    reach = own.taken(np.arange(count), axes, sizes)
-    numbers = np.broadcast_to(reach.numbers(len(before)), before).reshape(after)
-    made = viewed(reach, before, after)
-    told = np.broadcast_to(made.numbers(len(after)), after)
-    for place in np.ndindex(*after):
-        assert made.samples[[told[place]]].indices.tolist() == [numbers[place]]
+    told = [size if size > 1 and data.draw(st.booleans()) else 1 for size in before]
+    index = torch.arange(int(np.prod(told, dtype=int))).reshape(told)
+    made = reshaped(index, before, after)
+    assert all(size in (1, full) for size, full in zip(made.shape, after, strict=True))
+    assert torch.equal(made.expand(after), index.expand(before).reshape(after))
 
 
 @given(st.integers(1, 40), st.integers(0, 80), st.integers(1, 12), st.integers(0, 9))

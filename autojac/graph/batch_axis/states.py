@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from autojac.graph.ir import Graph, Operation, Value
+from autojac.graph.ir import BoundOperation, Graph, Operation, Value
 
 
 class BatchAxis(NamedTuple):
@@ -30,37 +29,16 @@ class Meets(BatchAxisLost):
     """An operator reads several samples for one result, whatever comes of it."""
 
 
-class RuleContext:
+class RuleContext(BoundOperation):
     """One operator with the states of the tensors that it reads."""
 
     def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], batch: int) -> None:
-        self.graph = graph
-        self.operation = operation
+        super().__init__(graph, operation)
         self.states = states
         self.batch = batch
 
-    @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments by name, defaults included."""
-        schema = self.operation.target._schema.arguments
-        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        given |= {argument.name: value for argument, value in zip(schema, self.operation.args, strict=False)}
-        return given | dict(self.operation.kwargs)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
     def state(self, value: Any) -> State:
         return self.states.get(value.number) if isinstance(value, Value) else None
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return self.graph.shapes[value.number]
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the first output."""
-        first = next(number for number in self.operation.outputs if number is not None)
-        return self.graph.shapes[first]
 
     def carried(self) -> list[tuple[Value, BatchAxis]]:
         """Return the tensors that carry the batch."""
@@ -77,13 +55,6 @@ class RuleContext:
         if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
             raise BatchAxisLost("several tensors carry the batch into it")
         return self.shape(carried[0][0]), carried[0][1]
-
-    def axes(self, name: str, dims: int) -> set[int]:
-        """A `dim` argument as a set of axes from the front; all where it names none."""
-        given = self.arguments.get(name)
-        if given is None or (isinstance(given, (list, tuple)) and not given):
-            return set(range(dims))
-        return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}
 
 
 def regrouped(state: BatchAxis, before: Sequence[int], after: Sequence[int], batch: int) -> BatchAxis:

@@ -1,9 +1,9 @@
-"""The inputs behind each element of a tensor, as numbered sets, and what operators do with them."""
+"""The inputs behind each element of a tensor, as numbered sets, and the unions that operators make of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,6 @@ import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
-
-from autojac.graph.ir import Graph, Operation, Value
-from autojac.graph.operator_facts import facts_of
 
 MOST_WORK = 100_000_000
 """Elements and entries that are gone through before it is given up: some seconds."""
@@ -23,185 +20,190 @@ class TooLarge(Exception):
     """Following the inputs would take too long or too much memory."""
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A tensor whose value is the same in every call, as far as one can know: captured, and no parameter."""
-
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """A tensor that may have another value in the next call, and no derivative with respect to the inputs.
-
-    Attributes:
-        alive: where it may be other than zero; None for everywhere.
-    """
-
-    alive: Tensor | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IndexSets:
     """The inputs behind each element of a tensor.
 
     Attributes:
-        matrix: one row for each distinct set, (sets, inputs); the first one empty.
-        index: the row of each element, of the tensor's shape, int64.
+        matrix: one row for each set, (sets, inputs); the first one is empty.
+        index: the row of each element, int64, broadcast to the tensor's shape: of length 1 along axes on which the sets
+            are alike, and of the tensor's length along all others.
     """
 
     matrix: scipy.sparse.csr_array
     index: Tensor
 
-    def counts(self) -> Tensor:
-        """Return how many inputs each set has: (sets,)."""
-        return torch.from_numpy(np.diff(self.matrix.indptr))
+    @property
+    def axes(self) -> list[int]:
+        """The axes along which the sets differ."""
+        return [axis for axis, size in enumerate(self.index.shape) if size > 1]
 
-    def over_samples(self) -> scipy.sparse.csr_array:
-        """Return the sets of a sample's elements, each united over all samples along axis 0."""
-        lines = self.index.reshape(len(self.index), -1)
-        width = self.matrix.shape[0]
-        codes = torch.unique(torch.arange(lines.shape[1]) * width + lines)
-        where = (codes // width).numpy(), (codes % width).numpy()
-        chosen = scipy.sparse.csr_array((np.ones(len(codes), dtype=bool), where), shape=(lines.shape[1], width))
-        return scipy.sparse.csr_array(chosen @ self.matrix)
+    def numbers(self, shape: Sequence[int]) -> Any:
+        """Return the row of each element of a tensor of this shape, flattened."""
+        return self.index.expand(tuple(shape)).reshape(-1).numpy()
+
+    def rows(self, shape: Sequence[int]) -> scipy.sparse.csr_array:
+        """Return the set of each element of a tensor of this shape, flattened: (elements, inputs)."""
+        return self.matrix[self.numbers(shape)]
+
+    def counts(self, shape: Sequence[int]) -> Any:
+        """Return how many inputs each element of a tensor of this shape has, flattened."""
+        return np.diff(self.matrix.indptr)[self.numbers(shape)]
+
+    def over(self, axes: Collection[int]) -> IndexSets:
+        """Return the sets united over some axes."""
+        return SetAlgebra(None).mixed(self, axes)
 
 
-State = Constant | Unknown | IndexSets
-Rule = Callable[["DependenceContext"], "State | Sequence[State]"]
+def compressed(index: Tensor) -> Tensor:
+    """Return an index with length 1 along all axes on which it is alike."""
+    for axis, stride in enumerate(index.stride()):
+        if stride == 0 and index.shape[axis] > 1:
+            index = index.narrow(axis, 0, 1)
+    for axis, size in enumerate(index.shape):
+        if size > 1:
+            first = index.narrow(axis, 0, 1)
+            if torch.equal(first, index.narrow(axis, 1, 1)) and bool((index == first).all()):
+                index = first
+    return index
 
 
-class DependenceContext:
-    """One operator, with what is known of the tensors that it reads.
+def reshaped(index: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Return the index of a tensor that is viewed in another shape."""
+    wide: list[int] = []
+    made: list[int] = []
+    for old, new in _runs(before, after):
+        alike = all(index.shape[axis] == 1 for axis in old)
+        wide += [1 if alike else before[axis] for axis in old]
+        made += [1 if alike else after[axis] for axis in new]
+    return index.expand(wide).reshape(made)
 
-    Attributes:
-        work: elements and entries gone through so far, by this operator and all before it.
-        facts: what the table of operators says of this one.
+
+def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Return the shortest runs of axes of two shapes that hold equally many elements."""
+    runs = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old: list[int] = []
+        new: list[int] = []
+        one = other = 1
+        while not (old or new) or one != other:
+            if j >= len(after) or (i < len(before) and one <= other):
+                one *= before[i]
+                old.append(i)
+                i += 1
+            else:
+                other *= after[j]
+                new.append(j)
+                j += 1
+        runs.append((old, new))
+    return runs
+
+
+class SetAlgebra:
+    """Unions of sets, within a limit of work.
+
+    Args:
+        limit: elements and entries that may be gone through; None for any number.
     """
 
-    def __init__(self, graph: Graph, operation: Operation, states: Mapping[int, State], columns: int) -> None:
-        self.graph = graph
-        self.operation = operation
-        self.states = states
-        self.columns = columns
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
         self.work = 0
-        self.facts = facts_of(operation.target)
-        schema = operation.target._schema.arguments
-        given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        given |= {argument.name: value for argument, value in zip(schema, operation.args, strict=False)}
-        self.arguments: dict[str, Any] = given | dict(operation.kwargs)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def state(self, value: Any) -> State | None:
-        return self.states[value.number] if isinstance(value, Value) else None
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return self.graph.shapes[value.number]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the results that are tensors."""
-        return [self.graph.shapes[number] for number in self.operation.outputs if number is not None]
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        return self.shapes[0]
-
-    def axes(self, name: str, dims: int) -> list[int]:
-        """An argument that names axes, counted from the front; all where it names none."""
-        given = self.arguments.get(name)
-        if given is None or (isinstance(given, (list, tuple)) and not given):
-            return list(range(dims))
-        named = given if isinstance(given, (list, tuple)) else [given]
-        return sorted({axis % dims for axis in named}) if dims else []
-
-    def sets(self) -> list[tuple[Value, IndexSets]]:
-        """Return the tensors that depend on inputs."""
-        found = []
-        for number in dict.fromkeys(self.operation.sources):
-            state = self.states[number]
-            if isinstance(state, IndexSets):
-                found.append((Value(number), state))
-        return found
 
     def spend(self, amount: int) -> None:
-        self.work += amount
-        if self.work > MOST_WORK:
-            raise TooLarge(f"more than {MOST_WORK:.0e} elements and entries to go through")
+        """Count work.
 
-    def union(self, one: IndexSets, other: IndexSets) -> IndexSets:
-        """Element by element, of tensors of one shape."""
-        if one.matrix is other.matrix and torch.equal(one.index, other.index):
+        Raises:
+            TooLarge: if it is more than the limit.
+        """
+        self.work += amount
+        if self.limit is not None and self.work > self.limit:
+            raise TooLarge(f"more than {self.limit:.0e} elements and entries to go through")
+
+    def union(self, one: IndexSets | None, other: IndexSets) -> IndexSets:
+        """Element by element, of tensors that are broadcast against each other."""
+        if one is None or one is other:
+            return other
+        dims = max(one.index.dim(), other.index.dim())
+        left, right = (part.index.reshape((1,) * (dims - part.index.dim()) + part.index.shape) for part in (one, other))
+        if one.matrix is other.matrix and torch.equal(left, right):
             return one
         width = other.matrix.shape[0]
-        self.spend(one.index.numel())
-        pairs, index = torch.unique(one.index * width + other.index, return_inverse=True)
-        left, right = (pairs // width).numpy(), (pairs % width).numpy()
+        self.spend(math.prod(torch.broadcast_shapes(left.shape, right.shape)))
+        codes = left * width + right
+        apart = [part.numel() for part in (left, right) if _are_distinct(part)]
+        if len(apart) == 2 or codes.numel() in apart:
+            pairs, index = codes.reshape(-1), torch.arange(codes.numel()).reshape(codes.shape)
+        else:
+            pairs, index = torch.unique(codes, return_inverse=True)
         # the pair of two empty sets may be missing, or not the first: it is put in front in any case
-        matrix = self.after_empty(one.matrix[left] + other.matrix[right])
+        rows = np.concatenate([np.zeros(1, dtype=np.int64), pairs.numpy()])
+        matrix = one.matrix[rows // width] + other.matrix[rows % width]
+        self.spend(int(matrix.nnz))
         return IndexSets(matrix, index + 1)
 
-    def gathered(
-        self, groups: Tensor, source: IndexSets, shape: Sequence[int], members: Tensor | None = None
-    ) -> IndexSets:
+    def gathered(self, groups: Tensor, source: IndexSets, shape: Sequence[int]) -> IndexSets:
         """For each element of a tensor the union over all elements that name it.
 
         Args:
-            groups: for each of the source's elements (or of its `members`), flattened, the element of the result.
-            source: what is united.
+            groups: for each of the source's elements the element of the result.
+            source: what is united, its index of the shape of `groups`.
             shape: of the result.
-            members: which elements of the source take part, by their flat position; all by default.
         """
-        taken = source.index.reshape(-1) if members is None else source.index.reshape(-1)[members]
-        self.spend(taken.numel())
+        self.spend(groups.numel())
         count, width = math.prod(shape), source.matrix.shape[0]
-        codes = torch.unique(groups.reshape(-1) * width + taken)
-        chosen, rows = (codes // width).numpy(), (codes % width).numpy()
-        ones = np.ones(len(codes), dtype=bool)
-        choice = scipy.sparse.csr_array((ones, (chosen, rows)), shape=(count, width))
-        self.spend(int(np.diff(source.matrix.indptr)[rows].sum()))
-        matrix = self.after_empty(choice @ source.matrix)
-        return IndexSets(matrix, torch.arange(1, count + 1).reshape(tuple(shape)))
+        codes = torch.unique(groups.reshape(-1) * width + source.index.reshape(-1)).numpy()
+        # an empty set in front
+        starts = np.searchsorted(codes, np.arange(-1, count + 1) * width)
+        return self._united(starts, codes % width, source, shape)
 
     def mixed(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
         """Return the union along some axes, which are kept with length 1."""
         shape = tuple(source.index.shape)
         if all(shape[axis] == 1 for axis in axes):
             return source
-        kept = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
-        groups = torch.arange(math.prod(kept)).reshape(kept).expand(shape)
-        return self.gathered(groups, source, kept)
+        stay = [axis for axis in range(len(shape)) if axis not in axes]
+        lines = source.index.permute(*stay, *axes).reshape(math.prod(shape[axis] for axis in stay), -1)
+        self.spend(lines.numel())
+        lines = lines.sort(1).values
+        first = torch.ones_like(lines, dtype=torch.bool)
+        first[:, 1:] = lines[:, 1:] != lines[:, :-1]
+        # an empty set in front
+        starts = np.concatenate([np.zeros(2, dtype=np.int64), first.sum(1).cumsum(0).numpy()])
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        return self._united(starts, lines[first].numpy(), source, kept)
 
-    def everything(self) -> IndexSets | Unknown:
-        """Return the union of all that is read."""
-        total = None
-        for _, state in self.sets():
-            whole = IndexSets(state.matrix, state.index.reshape(-1))
-            whole = self.gathered(torch.zeros(whole.index.numel(), dtype=torch.int64), whole, (1,))
-            total = whole if total is None else self.union(total, whole)
-        return Unknown() if total is None else total
+    def _united(self, starts: Any, rows: Any, source: IndexSets, shape: Sequence[int]) -> IndexSets:
+        """Return one set for each element of a tensor: the union of some rows of a matrix."""
+        self.spend(int(np.diff(source.matrix.indptr)[rows].sum()))
+        choice = _boolean(starts, rows, source.matrix.shape[0])
+        return IndexSets(choice @ source.matrix, torch.arange(1, len(starts) - 1).reshape(tuple(shape)))
 
-    def after_empty(self, matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-        """Return the rows of a matrix behind an empty one."""
-        self.spend(int(matrix.nnz))
-        starts = np.concatenate([np.zeros(1, matrix.indptr.dtype), matrix.indptr])
-        shape = (matrix.shape[0] + 1, matrix.shape[1])
-        return scipy.sparse.csr_array((matrix.data, matrix.indices, starts), shape=shape)
-
-    def stacked(self, matrices: Sequence[scipy.sparse.csr_array]) -> scipy.sparse.csr_array:
+    def stacked(self, sources: Sequence[IndexSets]) -> tuple[scipy.sparse.csr_array, list[int]]:
+        """Return the sets of several tensors one after the other, and where those of each tensor start."""
+        matrices = list({id(source.matrix): source.matrix for source in sources}.values())
+        starts = dict(zip(map(id, matrices), np.cumsum([0] + [part.shape[0] for part in matrices]), strict=False))
+        if len(matrices) == 1:
+            return matrices[0], [0] * len(sources)
         made = scipy.sparse.csr_array(scipy.sparse.vstack(matrices, format="csr"))
         self.spend(int(made.nnz))
-        return made
+        return made, [int(starts[id(source.matrix)]) for source in sources]
 
 
-def alive_of(state: State) -> Tensor | None:
-    """Where a constant may be other than zero; None where that is everywhere, or not known."""
-    if isinstance(state, Unknown):
-        return state.alive
-    if not isinstance(state, Constant) or state.value.layout != torch.strided:
-        return None
-    alive = (state.value != 0).cpu()
-    # one that is zero throughout waits to be filled
-    return None if bool(alive.all()) or not bool(alive.any()) else alive
+def _are_distinct(index: Tensor) -> bool:
+    """Check whether no two elements are the same number."""
+    seen = torch.zeros(int(index.max()) + 1 if index.numel() else 0, dtype=torch.bool)
+    seen[index.reshape(-1)] = True
+    return int(seen.sum()) == index.numel()
+
+
+def singles(count: int) -> scipy.sparse.csr_array:
+    """Return the sets of one input each, behind the empty one."""
+    return _boolean(np.maximum(np.arange(-1, count + 1), 0), np.arange(count), count)
+
+
+def _boolean(starts: Any, columns: Any, width: int) -> scipy.sparse.csr_array:
+    """Return the boolean matrix with these rows."""
+    ones = np.ones(len(columns), dtype=bool)
+    return scipy.sparse.csr_array((ones, columns, starts), shape=(len(starts) - 1, width))

@@ -1,0 +1,265 @@
+"""Operators of which each result reads many elements: reductions, products, windows, linear algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.graph.dependence.context import Constant, DependenceContext, Result
+from autojac.graph.dependence.index_sets import IndexSets, reshaped
+from autojac.graph.ir import Value
+
+MOST_PRODUCT = 10_000_000
+"""Terms of a product up to which the zeros of a constant factor are used."""
+
+
+def of_first(rule: Callable[[DependenceContext, Value, IndexSets], Result]) -> Callable[[DependenceContext], Result]:
+    """Make a rule for operators where inputs stand behind the first argument alone."""
+
+    def checked(context: DependenceContext) -> Result:
+        sets = context.sets()
+        alone = len(sets) == 1 and sets[0][0] == context.operation.args[0]
+        return rule(context, *sets[0]) if alone else None
+
+    return checked
+
+
+def keeping_axes(context: DependenceContext) -> list[IndexSets]:
+    """Axes that the rules of the batch axis keep stay; along all others each result reads everything."""
+    totals: list[IndexSets | None] = [None] * len(context.outputs)
+    for value, state in context.sets():
+        places = {axis: context.kept(value, axis) for axis in state.axes}
+        for output, number in enumerate(context.outputs):
+            kept = {axis: place for axis in places if (place := places[axis][output]) is not None}
+            mixed = context.mixed(state, [axis for axis in places if axis not in kept])
+            order = sorted(kept, key=kept.__getitem__)
+            shape = [1] * len(context.graph.shapes[number])
+            for axis in order:
+                shape[kept[axis]] = state.index.shape[axis]
+            rest = [axis for axis in range(state.index.dim()) if axis not in kept]
+            index = mixed.index.permute(*order, *rest).reshape(shape)
+            totals[output] = context.algebra.union(totals[output], IndexSets(mixed.matrix, index))
+    return [total for total in totals if total is not None]
+
+
+def leaves_alone(context: DependenceContext) -> bool:
+    """Check whether an operator keeps all axes along which sets differ."""
+    return all(None not in context.kept(value, axis) for value, state in context.sets() for axis in state.axes)
+
+
+def mixing(context: DependenceContext) -> Result:
+    """Each result reads its whole line along some axes: reductions, softmax, sorting, transforms."""
+    total: IndexSets | None = None
+    shapes = {context.shape(value) for value, _ in context.sets()}
+    if len(shapes) > 1:
+        return None
+    dims = len(shapes.pop())
+    axes = sorted(context.axes("dim" if "dim" in context.arguments else "dims", dims))
+    for _, state in context.sets():
+        total = context.algebra.union(total, context.mixed(state, axes))
+    assert total is not None
+    if len(context.out) == dims:
+        return total
+    kept = [size for axis, size in enumerate(total.index.shape) if axis not in axes]
+    return IndexSets(total.matrix, total.index.reshape(kept))
+
+
+def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[DependenceContext], Result]:
+    """Results share some leading axes with all tensors that they read, and read all behind these."""
+
+    def rule(context: DependenceContext) -> Result:
+        total: IndexSets | None = None
+        shared = set()
+        for value, state in context.sets():
+            shape = context.shape(value)
+            count = lead if isinstance(lead, int) else lead(context, len(shape))
+            shared.add(shape[:count])
+            mixed = context.mixed(state, range(count, len(shape)))
+            index = mixed.index.reshape(mixed.index.shape[:count])
+            total = context.algebra.union(total, IndexSets(mixed.matrix, index))
+        assert total is not None
+        kept, shapes = shared.pop(), [context.graph.shapes[number] for number in context.outputs]
+        if shared or any(shape[: len(kept)] != kept for shape in shapes):
+            return None
+        lengths = [(*total.index.shape, *[1] * (len(shape) - len(kept))) for shape in shapes]
+        return [IndexSets(total.matrix, total.index.reshape(one)) for one in lengths]
+
+    return rule
+
+
+@of_first
+def normalization(context: DependenceContext, value: Value, state: IndexSets) -> Result:
+    """Results read their whole group: the last axes, or groups of channels."""
+    if "group" not in context.arguments:
+        return keeping_axes(context)
+    shape, groups = context.shape(value), context["group"]
+    divided = (shape[0], groups, shape[1] // groups, *shape[2:])
+    split = IndexSets(state.matrix, reshaped(state.index, shape, divided))
+    mixed = context.mixed(split, range(2, len(divided)))
+    few = mixed.index.reshape(mixed.index.shape[:2])
+    wide = _per_channel(few[:, :, None], shape[1] // groups)
+    whole = wide.reshape(*wide.shape, *[1] * (len(shape) - 2))
+    return [IndexSets(mixed.matrix, index) for index in (whole, few, few)]
+
+
+def _per_channel(index: Tensor, channels: int) -> Tensor:
+    """Return the index of channels, from (N, groups, 1, *space)."""
+    told = channels if index.shape[1] > 1 else 1
+    return index.expand(-1, -1, told, *index.shape[3:]).flatten(1, 2)
+
+
+def product(context: DependenceContext) -> Result:
+    """A product of (stacks of) matrices, or of a matrix and a vector; zeros of a captured factor cut paths."""
+    assert context.facts.factors is not None
+    left, right = (context[name] for name in context.facts.factors)
+    total: IndexSets | None = None
+    for one, other, turned in ((left, right, False), (right, left, True)):
+        state = context.state(one)
+        if isinstance(state, IndexSets):
+            total = context.algebra.union(total, _factor(context, state, other, turned))
+    added = context.state(context.arguments.get(context.facts.addend))
+    return context.algebra.union(total, added) if isinstance(added, IndexSets) else total
+
+
+def _factor(context: DependenceContext, state: IndexSets, other: Value, turned: bool) -> IndexSets:
+    """Return what one factor gives to a product; it is the right one if `turned`, and then all is transposed."""
+    index, shape = state.index, context.shape(other)
+    if index.dim() == 1:
+        index = index[:, None] if turned else index[None]
+    index = index.mT if turned else index
+    size = (*shape, 1) if len(shape) == 1 else (*shape[:-2], *reversed(shape[-2:])) if turned else shape
+    lines, (*stacks, depth, width) = index.shape[-2], size
+    # samples that are not told apart along what is summed over are the same whatever is zero
+    where = _entries(context, other) if index.shape[-1] > 1 or not context.by_value else None
+    if where is None or lines * where.shape[1] > MOST_PRODUCT:
+        found = context.mixed(IndexSets(state.matrix, index), [index.dim() - 1])
+    else:
+        k, j = where[-1], torch.zeros_like(where[-1])
+        if len(shape) > 1:
+            k, j = (where[-1], where[-2]) if turned else (where[-2], where[-1])
+        stack = where[0] if stacks else torch.zeros_like(k)
+        line = stack * lines + torch.arange(lines)[:, None]
+        index = index.expand(*stacks, lines, depth)
+        members = IndexSets(state.matrix, index.reshape(-1)[line * depth + k])
+        found = context.algebra.gathered(line * width + j, members, (*stacks, lines, width))
+    made = found.index.mT if turned else found.index
+    # of a product with a vector one axis is left, or none
+    return IndexSets(found.matrix, made if len(context.out) > 1 else made.reshape([-1] * len(context.out)))
+
+
+def _entries(context: DependenceContext, value: Value) -> Tensor | None:
+    """Return the places of a constant matrix that may be other than zero, (axes, entries); None for all."""
+    if isinstance(context.states[value.number], Constant):
+        tensor = context.constant(value.number)
+        if tensor.layout != torch.strided:
+            context.select(value)
+            entries = tensor.detach().to_sparse_coo().coalesce()
+            kept: Tensor = entries.indices() if context.by_value else entries.indices()[:, entries.values() != 0]
+            return kept.cpu()
+    alive = context.alive(value)
+    return None if alive is None else alive.nonzero().mT
+
+
+def distances(context: DependenceContext) -> Result:
+    """Result i, j reads row i of the first and row j of the second."""
+    total: IndexSets | None = None
+    for place, value in enumerate(context.operation.args[:2]):
+        state = context.state(value)
+        if isinstance(state, IndexSets):
+            mixed = context.mixed(state, [state.index.dim() - 1])
+            total = context.algebra.union(total, IndexSets(mixed.matrix, mixed.index.mT if place else mixed.index))
+    return total
+
+
+@of_first
+def convolution(context: DependenceContext, value: Value, state: IndexSets) -> Result:
+    """Each result reads the channels of its group, in a window whose taps may be nonzero."""
+    shape, kernel, groups = context.shape(value), context.shape(context["weight"])[2:], context["groups"]
+    if len(shape) != len(kernel) + 2:
+        return None
+    divided = (shape[0], groups, shape[1] // groups, *shape[2:])
+    mixed = context.algebra.mixed(IndexSets(state.matrix, reshaped(state.index, shape, divided)), [2])
+    alive = context.alive(context["weight"])
+    # a kernel that is not zero throughout has a tap
+    taps = torch.ones(kernel, dtype=torch.bool) if alive is None else alive.flatten(0, 1).any(0)
+    options = [_each(context[name], len(kernel)) for name in ("stride", "padding", "dilation")]
+    made = _windowed(context, mixed, taps, options, context["transposed"])
+    return IndexSets(made.matrix, _per_channel(made.index, context.out[1] // groups))
+
+
+@of_first
+def pooling(context: DependenceContext, value: Value, state: IndexSets) -> Result:
+    """Windows of each channel by itself."""
+    dims = context.facts.window_axes
+    kernel = _each(context["kernel_size"], dims)
+    given = (context["stride"] or kernel, context["padding"], context.arguments.get("dilation") or 1)
+    options = [_each(option, dims) for option in given]
+    return _windowed(context, state, torch.ones(kernel, dtype=torch.bool), options)
+
+
+@of_first
+def adaptive(context: DependenceContext, value: Value, state: IndexSets) -> Result:
+    """Windows that divide the axes evenly, or else all of each channel."""
+    out = list(context["output_size"])
+    lead = len(context.out) - len(out)
+    sizes = context.shape(value)[lead:]
+    if any(size % part for size, part in zip(sizes, out, strict=True)):
+        return behind(lead)(context)
+    kernel = [size // part for size, part in zip(sizes, out, strict=True)]
+    options = [kernel, [0] * len(out), [1] * len(out)]
+    return _windowed(context, state, torch.ones(kernel, dtype=torch.bool), options)
+
+
+def _windowed(
+    context: DependenceContext,
+    source: IndexSets,
+    taps: Tensor,
+    options: Sequence[Sequence[int]],
+    transposed: bool = False,
+) -> IndexSets:
+    """Unite what each tap of a kernel reads.
+
+    Args:
+        context: the operator.
+        source: sets whose last axes the kernel moves along.
+        taps: which entries of the kernel count.
+        options: stride, padding and dilation along each of these axes.
+        transposed: the windows are those of a transposed convolution.
+    """
+    dims = taps.dim()
+    out, sizes = context.out[-dims:], source.index.shape[-dims:]
+    told = [axis for axis in range(dims) if sizes[axis] > 1]
+    for axis in set(range(dims)) - set(told):
+        taps = taps.any(axis, keepdim=True)
+    moved = []
+    for tap in taps.nonzero().tolist():
+        index = source.index
+        for axis in told:
+            stride, padding, dilation = (option[axis] for option in options)
+            place = torch.arange(out[axis])
+            if transposed:
+                place = place + padding - tap[axis] * dilation
+                between = place % stride != 0
+                place = place // stride
+            else:
+                place = place * stride - padding + tap[axis] * dilation
+                between = torch.zeros_like(place, dtype=torch.bool)
+            outside = between | (place < 0) | (place >= sizes[axis])
+            # an empty set behind the last one stands for what lies outside
+            index = torch.cat([index, torch.zeros_like(index.narrow(axis - dims, 0, 1))], axis - dims)
+            index = index.index_select(axis - dims, torch.where(outside, sizes[axis], place))
+        context.algebra.spend(index.numel())
+        moved.append(index)
+    if len(moved) == 1:
+        return IndexSets(source.matrix, moved[0])
+    mixed = context.algebra.mixed(IndexSets(source.matrix, torch.stack(moved)), [0])
+    return IndexSets(mixed.matrix, mixed.index[0])
+
+
+def _each(given: Any, dims: int) -> list[int]:
+    """Return a number for each axis, from one for all or from a list."""
+    values = list(given) if isinstance(given, (list, tuple)) else [given]
+    return values * dims if len(values) == 1 else values

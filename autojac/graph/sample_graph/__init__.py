@@ -1,1 +1,0 @@
-"""Which samples each sample reads, operator by operator."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autojac.bench.baselines import DEFAULT, Run, sample_by_sample
 from autojac.bench.interop.case import Func
 
 
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Where grad mode is on, have attention computed by the kernel that can be differentiated twice."""
+    with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
+        yield
+
+
 def rows(func: Func, x: Tensor, pull: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
     """Return what `pull` makes of output and input, with a graph where grad mode is on."""
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with second_derivatives(), torch.enable_grad():
         x = x.detach().requires_grad_()
         return pull(func(x), x, differentiable)
 
@@ -45,9 +55,25 @@ def row_by_row(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
     return torch.stack(found).view(*y.shape, *x.shape[1:])
 
 
+def transformed(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Run]:
+    """One of torch's transforms, sample by sample."""
+    prepare = sample_by_sample(transform)
+
+    def prepared(func: Func) -> Run:
+        compute = prepare(func)
+
+        def run(x: Tensor) -> Tensor:
+            with second_derivatives():
+                return compute(x)
+
+        return run
+
+    return prepared
+
+
 WAYS: dict[str, Callable[[Func], Run]] = {
-    DEFAULT: sample_by_sample(torch.func.jacrev),
-    "vmap(jacfwd)": sample_by_sample(torch.func.jacfwd),
+    DEFAULT: transformed(torch.func.jacrev),
+    "vmap(jacfwd)": transformed(torch.func.jacfwd),
     "loop of VJPs": lambda func: lambda x: rows(func, x, looped),
     "is_grads_batched": lambda func: lambda x: rows(func, x, batched),
 }

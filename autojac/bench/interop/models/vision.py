@@ -13,6 +13,10 @@ from autojac.bench.interop.case import Built, case
 def classifier(model: nn.Module, size: int, samples: int = 4, channels: int = 3) -> Built:
     """Return a model of images in evaluation mode, at random images."""
     model = model.eval()
+    with torch.no_grad():
+        # some heads begin at zero, where there is nothing to differentiate
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return Built(model, torch.randn(samples, channels, size, size), model)
 
 

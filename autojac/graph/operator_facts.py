@@ -37,7 +37,7 @@ class Kind(enum.Enum):
     SCAN = "each result reads its whole line along axes that stay"
     MATRIX = "each result reads the whole of its matrix, which the last two axes hold"
     NORMALIZATION = "each result reads its whole group"
-    FACTORY = "no entry of an argument is read, only its shape and dtype"
+    FACTORY = "fresh memory, for which no entry of an argument is read, only its shape and dtype"
     SIZES = "no tensor is returned and no entry of one is read"
     UNKNOWN = "each result may read everything"
 
@@ -104,6 +104,9 @@ class Facts:
             uses running statistics. Found by checking all operators against reverse mode on torch 2.13;
             `tests/forward_formulas.py` does so again on the torch installed.
         partition: its results share a storage and no element of it.
+        any_layout: it does the same however its arguments lie in memory. Operators that torch tags as pointwise do so
+            too, and views. Kernels of others, which torch calls with contiguous tensors alone, read past the end of an
+            expanded one (`native_layer_norm_backward`).
         literal: what is written out in the code passes through it.
     """
 
@@ -126,6 +129,7 @@ class Facts:
     batch_norm: bool = False
     forward_formula_once: bool = False
     partition: bool = False
+    any_layout: bool = False
     literal: bool = False
 
     @property
@@ -155,22 +159,23 @@ ROWS = (
     _row("nan_to_num fmax fmin", Kind.POINTWISE, drops_nan=True),
     _row(
         "hardswish fill polar complex real imag _conj fmod remainder softplus_backward log_sigmoid_forward "
-        "log_sigmoid_backward _prelu_kernel prelu hardtanh_backward elu_backward leaky_relu_backward "
-        "hardswish_backward mish_backward hardsigmoid_backward pow sub rsub lerp clamp addcmul addcdiv",
+        "log_sigmoid_backward _prelu_kernel prelu hardtanh_backward elu_backward leaky_relu_backward pow sub rsub lerp "
+        "clamp addcmul addcdiv",
         Kind.POINTWISE,
     ),
-    _row(
-        "clone alias _to_copy contiguous _neg_view _conj_physical resolve_conj native_dropout",
-        Kind.COPY,
-    ),
+    _row("mish_backward hardswish_backward hardsigmoid_backward", Kind.POINTWISE, any_layout=True),
+    _row("clone _to_copy", Kind.COPY, any_layout=True),
+    _row("alias contiguous _neg_view _conj_physical resolve_conj native_dropout", Kind.COPY),
     _row("detach", Kind.COPY, has_derivative=False),
     _row("lift_fresh lift_fresh_copy", Kind.COPY, literal=True),
     _row("view_as_real view_as_complex", Kind.PAIRS),
-    _row("view _unsafe_view reshape _reshape_alias", Kind.VIEW),
+    _row("view _unsafe_view _reshape_alias", Kind.VIEW),
+    _row("reshape", Kind.VIEW, any_layout=True),
     _row("permute transpose t unsqueeze squeeze expand", Kind.AXES),
     # entries change place
-    _row("repeat diagonal diag_embed unfold select slice cat stack", Kind.MOVE, axes=Axes.OWN),
-    _row("constant_pad_nd", Kind.MOVE, axes=Axes.OWN, fillers=("value",)),
+    _row("repeat diagonal diag_embed unfold select slice", Kind.MOVE, axes=Axes.OWN),
+    _row("cat stack", Kind.MOVE, axes=Axes.OWN, any_layout=True),
+    _row("constant_pad_nd", Kind.MOVE, axes=Axes.OWN, fillers=("value",), any_layout=True),
     _row(
         "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk",
         Kind.MOVE,
@@ -187,16 +192,13 @@ ROWS = (
         Kind.MOVE,
         axes=Axes.LEADING,
     ),
-    _row(
-        "slice_scatter select_scatter diagonal_scatter slice_backward select_backward diagonal_backward",
-        Kind.MOVE,
-    ),
+    _row("slice_scatter select_scatter diagonal_scatter slice_backward select_backward diagonal_backward", Kind.MOVE),
     # entries are chosen by index or by mask
-    _row("index_select", Kind.GATHER, axes=Axes.OWN, selectors=("index",), along="dim"),
-    _row("gather", Kind.GATHER, axes=Axes.INDEXED, selectors=("index",), along="dim"),
+    _row("index_select", Kind.GATHER, axes=Axes.OWN, selectors=("index",), along="dim", any_layout=True),
+    _row("gather", Kind.GATHER, axes=Axes.INDEXED, selectors=("index",), along="dim", any_layout=True),
     _row("take", Kind.GATHER, selectors=("index",)),
     _row("embedding", Kind.GATHER, axes=Axes.OWN, selectors=("indices",), along=0),
-    _row("index", Kind.GATHER, axes=Axes.OWN, selectors=("indices",)),
+    _row("index", Kind.GATHER, axes=Axes.OWN, selectors=("indices",), any_layout=True),
     _row("masked_select", Kind.GATHER, selectors=("mask",), by_value=True),
     _row("scatter", Kind.SCATTER, axes=Axes.INDEXED, selectors=("index",), source="src", overwrites=True),
     _row("scatter_add scatter_reduce", Kind.SCATTER, axes=Axes.INDEXED, selectors=("index",), source="src"),
@@ -215,10 +217,7 @@ ROWS = (
     _row("convolution", Kind.CONVOLUTION),
     _row("avg_pool2d max_pool2d max_pool2d_with_indices", Kind.WINDOW, window_axes=2),
     _row("avg_pool3d max_pool3d_with_indices", Kind.WINDOW, window_axes=3),
-    _row(
-        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d",
-        Kind.ADAPTIVE,
-    ),
+    _row("_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d", Kind.ADAPTIVE),
     _row("upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d", Kind.CHANNEL),
     _row(
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
@@ -229,24 +228,22 @@ ROWS = (
     _row("col2im", Kind.UNKNOWN, axes=Axes.LEADING),
     _row("grid_sampler_2d grid_sampler_3d", Kind.UNKNOWN, axes=Axes.LEADING, batched=(0, 1)),
     # products
-    _row("mm bmm", Kind.PRODUCT, factors=("self", "mat2")),
-    _row("addmm _sparse_addmm", Kind.PRODUCT, factors=("mat1", "mat2"), addend="self"),
-    _row("baddbmm", Kind.PRODUCT, factors=("batch1", "batch2"), addend="self"),
-    _row("mv", Kind.PRODUCT, factors=("self", "vec")),
-    _row("addmv", Kind.PRODUCT, factors=("mat", "vec"), addend="self"),
-    _row("dot", Kind.PRODUCT, factors=("self", "tensor")),
+    _row("mm bmm", Kind.PRODUCT, factors=("self", "mat2"), any_layout=True),
+    _row("addmm", Kind.PRODUCT, factors=("mat1", "mat2"), addend="self", any_layout=True),
+    _row("_sparse_addmm", Kind.PRODUCT, factors=("mat1", "mat2"), addend="self"),
+    _row("baddbmm", Kind.PRODUCT, factors=("batch1", "batch2"), addend="self", any_layout=True),
+    _row("mv", Kind.PRODUCT, factors=("self", "vec"), any_layout=True),
+    _row("addmv", Kind.PRODUCT, factors=("mat", "vec"), addend="self", any_layout=True),
+    _row("dot", Kind.PRODUCT, factors=("self", "tensor"), any_layout=True),
     _row("_cdist_forward _euclidean_dist", Kind.DISTANCE),
     # along some axes
-    _row(
-        "sum mean prod var std var_mean std_mean logsumexp norm linalg_vector_norm any all count_nonzero nansum",
-        Kind.REDUCTION,
-    ),
-    _row("amax amin max min median nanmedian mode kthvalue aminmax", Kind.REDUCTION, by_value=True),
+    _row("var std var_mean std_mean logsumexp norm linalg_vector_norm count_nonzero nansum", Kind.REDUCTION),
+    _row("sum mean prod any all", Kind.REDUCTION, any_layout=True),
+    _row("amax amin", Kind.REDUCTION, by_value=True, any_layout=True),
+    _row("max min median nanmedian mode kthvalue aminmax", Kind.REDUCTION, by_value=True),
     _row("argmax argmin", Kind.REDUCTION, by_value=True, has_derivative=False),
-    _row(
-        "cumsum cumprod logcumsumexp _softmax _log_softmax softmax log_softmax glu _fft_r2c _fft_c2c _fft_c2r",
-        Kind.SCAN,
-    ),
+    _row("cumprod logcumsumexp _softmax _log_softmax softmax log_softmax glu _fft_r2c _fft_c2c _fft_c2r", Kind.SCAN),
+    _row("cumsum", Kind.SCAN, any_layout=True),
     _row("sort topk argsort cummax cummin", Kind.SCAN, by_value=True),
     _row("_softmax_backward_data _log_softmax_backward_data linalg_cross", Kind.SCAN, axes=Axes.UNKNOWN),
     _row(
@@ -267,7 +264,8 @@ ROWS = (
     ),
     # no entry is read
     _row(
-        "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
+        "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided zeros ones "
+        "full empty empty_strided _new_zeros_with_same_feature_meta",
         Kind.FACTORY,
         has_derivative=False,
     ),

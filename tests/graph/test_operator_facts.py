@@ -301,3 +301,48 @@ def test_padding_with_ones_does_not_count_as_zero() -> None:
     found = told(graph, (2, 5))
     assert not bool((truly(function, (2, 5)) & ~found).any())
     assert found.sum() == 8
+
+
+LAYOUTS: dict[str, Function] = {
+    "turned": lambda x: x.mT.contiguous().mT,
+    "repeated in front": lambda x: x[:1].expand_as(x),
+    "repeated behind": lambda x: x[..., :1].expand_as(x),
+    "every other entry": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+}
+LAYOUT_CASES = {name: case for name, case in CASES.items() if OPERATORS[name].any_layout} | {
+    "mish_backward": (CUBE, lambda x: aten.mish_backward(x, x.flip(0))),
+    "hardswish_backward": (CUBE, lambda x: aten.hardswish_backward(x.flip(0), x)),
+    "hardsigmoid_backward": (CUBE, lambda x: aten.hardsigmoid_backward(x.flip(0), x)),
+    "any": (CUBE, lambda x: (x > 0).any(1)),
+    "all": (CUBE, lambda x: (x > 0).all(1)),
+    "amin": (CUBE, lambda x: x.amin((0, 1))),
+    "reshape": (CUBE, lambda x: aten.reshape(x, [5, 12])),
+}
+
+
+def test_each_operator_that_takes_any_layout_has_a_case() -> None:
+    assert LAYOUT_CASES.keys() == {name for name, facts in OPERATORS.items() if facts.any_layout}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_layouts_make_no_difference(name: str, layout: str) -> None:
+    shape, function = LAYOUT_CASES[name]
+    x = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64))
+    torch.testing.assert_close(_first(function(x)), _first(function(x.contiguous())))
+
+
+def test_fresh_memory_holds_nothing_of_what_it_is_made_like() -> None:
+    x, y = torch.randn(2, 3), torch.full((2, 3), torch.nan)
+    names = {name for name, facts in OPERATORS.items() if facts.kind is Kind.FACTORY}
+    for name in sorted(name for name in names if "empty" not in name):
+        arguments: Any = ([2, 3],) if name.startswith("new_") or name in ("zeros", "ones", "full") else ()
+        arguments += (7.0,) if "full" in name else ()
+        made = [
+            getattr(aten, name)(
+                *([] if name in ("zeros", "ones", "full") else [z]), *([x] if name[0] == "_" else []), *arguments
+            )
+            for z in (x, y)
+        ]
+        assert torch.equal(*made), name
+        assert not {made[0].untyped_storage()._cdata} & {x.untyped_storage()._cdata, made[1].untyped_storage()._cdata}

@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import fx
 
+from autojac.graph.operator_facts import Kind
 from autojac.replay.passes.editor import Editor, aten
-from autojac.replay.passes.node_facts import laid, name, plain
+from autojac.replay.passes.node_facts import facts, laid, plain
 from autojac.replay.passes.ordering import touched
 
 RANK = 8
-ROOMS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "zeros", "new_zeros", "zeros_like"}
-ROOMS |= {"full", "new_full", "full_like", "_new_zeros_with_same_feature_meta"}
-"""Operators that make memory which nothing else knows."""
 
 
 def cat_writes(graph: fx.Graph) -> None:
@@ -31,7 +29,7 @@ def cat_writes(graph: fx.Graph) -> None:
     editor = Editor(graph)
     for storage in sorted(editor.unsteady):
         nodes = homes.get(storage, [])
-        if nodes and name(nodes[0]) in ROOMS and nodes[0].meta["storage"] == storage:
+        if nodes and facts(nodes[0]).kind is Kind.FACTORY and nodes[0].meta["storage"] == storage:
             _together(editor, storage, nodes)
 
 

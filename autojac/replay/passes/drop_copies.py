@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import fx
 
+from autojac.graph.operator_facts import Kind
 from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, laid, name, overlapping, plain, shares
+from autojac.replay.passes.node_facts import acts_by_entry, facts, laid, overlapping, plain, shares
 
 RANK = 40
-REDUCTIONS = {"sum", "mean", "amax", "amin", "prod"}
 COPIES = {aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 
 
@@ -24,7 +24,7 @@ def drop_copies(graph: fx.Graph) -> None:
 
 
 def _streams(user: fx.Node) -> bool:
-    return acts_by_entry(user) or name(user) in REDUCTIONS
+    return acts_by_entry(user) or (facts(user).kind is Kind.REDUCTION and facts(user).any_layout)
 
 
 def _original(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -7,17 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from autojac.replay.passes.node_facts import name
+from autojac.graph.operator_facts import Kind
+from autojac.replay.passes.node_facts import facts
 from autojac.replay.passes.ordering import touched, written
 
 RANK = 10
 MOST_BYTES = 2**24
 """What a constant may take: larger ones are made again in each run."""
-LOOKS_AT_SHAPES = frozenset(
-    {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "_new_zeros_with_same_feature_meta"}
-    | {"new_empty", "empty_like"}
-)
-"""Operators of whose tensors the shapes and dtypes count alone."""
 
 
 def fold_constants(graph: fx.Graph) -> None:
@@ -57,14 +53,19 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
             fit = node.meta["role"] in ("literal", "constant")
         else:
             fit = node.op == "call_function" and not node.meta["draws"]
-            fit = fit and (name(node) in LOOKS_AT_SHAPES or all(source in found for source in node.all_input_nodes))
+            fit = fit and (_looks_at_shapes(node) or all(source in found for source in node.all_input_nodes))
         if fit and not _touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
             found.add(node)
             yield node
 
 
+def _looks_at_shapes(node: fx.Node) -> bool:
+    """Check whether of an operator's tensors the shapes and dtypes count alone."""
+    return facts(node).kind is Kind.FACTORY
+
+
 def _touched(node: fx.Node) -> set[int]:
-    if name(node) in LOOKS_AT_SHAPES:
+    if _looks_at_shapes(node):
         return {int(node.meta["storage"] or 0)} - {0}
     return touched(node)
 

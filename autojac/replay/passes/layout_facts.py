@@ -8,18 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.passes.node_facts import acts_by_entry, name, plain, shares
+from autojac.replay.passes.node_facts import acts_by_entry, facts, plain, shares
 
 aten = torch.ops.aten
 
 PLACED = {aten.as_strided.default, aten.as_strided_scatter.default, aten.set_.source_Storage_storage_offset}
 """Operators that look at how their argument lies in its memory."""
-TOLERANT = {
-    *("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "cat", "stack", "index", "index_select", "gather"),
-    *("sum", "mean", "amax", "amin", "prod", "clone", "_to_copy", "reshape", "constant_pad_nd", "any", "all", "cumsum"),
-}
-"""Operators that take every layout, beside those that act entry by entry, and views. Kernels of others, which torch
-calls with contiguous tensors alone, read past the end of an expanded one (`native_layer_norm_backward`)."""
 
 
 def is_known(target: Any) -> bool:
@@ -53,4 +47,4 @@ def is_layout_independent(node: fx.Node, changed: dict[fx.Node, fx.Node]) -> boo
         return False
     if node.meta["writes"]:
         return node.target is aten.copy_.default and node.args[0] not in changed
-    return acts_by_entry(node) or aliases(node) or name(node) in TOLERANT
+    return acts_by_entry(node) or aliases(node) or facts(node).any_layout

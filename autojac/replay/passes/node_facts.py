@@ -7,22 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autojac.graph.operator_facts import UNKNOWN, Facts, Kind, facts_of
 from autojac.torch_internals import OpOverload
 
-BY_ENTRY = {"mish_backward", "hardswish_backward", "hardsigmoid_backward"}
-"""Operators that act entry by entry and are not marked as such."""
 
-
-def name(node: fx.Node) -> str:
-    """Of an operator, without its overload."""
-    target: Any = node.target
-    return str(target._schema.name).rpartition("::")[2] if isinstance(target, OpOverload) else ""
+def facts(node: fx.Node) -> Facts:
+    """Return what the table of operators says of a node."""
+    return facts_of(node.target) if isinstance(node.target, OpOverload) else UNKNOWN
 
 
 def acts_by_entry(node: fx.Node) -> bool:
     """Whether each entry of the result comes of the entries at its place."""
-    target = node.target
-    return isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or name(node) in BY_ENTRY)
+    tagged = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or (facts(node).kind is Kind.POINTWISE and facts(node).any_layout)
 
 
 def plain(node: fx.Node) -> bool:

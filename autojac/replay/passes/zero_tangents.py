@@ -7,12 +7,11 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import laid
+from autojac.replay.passes.node_facts import facts, laid
 
 RANK = 5
 VIEWS = {aten.expand.default, aten.view.default, aten.t.default, aten.permute.default, aten.unsqueeze.default}
 VIEWS |= {aten.alias.default, aten.detach.default, aten.transpose.int, aten.squeeze.dims, aten.squeeze.dim}
-PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.mul.Scalar, aten.mv.default}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
@@ -47,7 +46,8 @@ def _nothing(node: fx.Node, made_up: set[fx.Node]) -> bool:
     """Whether each term of a product has a factor that is not there."""
     if node.target is aten.convolution.default:
         return bool(made_up.intersection(node.args[:2])) and (node.args[2] is None or node.args[2] in made_up)
-    return node.target in PRODUCTS and bool(made_up.intersection(node.all_input_nodes))
+    product = facts(node).factors is not None and not facts(node).addend
+    return product and bool(made_up.intersection(node.all_input_nodes))
 
 
 def _made_up(node: fx.Node) -> bool:

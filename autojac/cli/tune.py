@@ -81,7 +81,7 @@ def probe(target: str, shapes: Any, dtypes: Any, device: str, argnums: Any, thre
             if not as_json:
                 lines = [f"{target}: {calls.describe(args)}", f"structure: {structure.coupling}, {structure.assurance}"]
                 lines += [f"  {line}" for line in (*structure.evidence, *structure.effects)]
-                lines += ["  suspect: the layers disagree, so every Jacobian is checked"] * structure.suspect
+                lines += ["  suspect: the layers disagree, so every Jacobian is checked"] * structure.needs_every_check
                 click.echo("\n".join(lines))
     if as_json:
         click.echo(json.dumps(listed, indent=2))

@@ -34,7 +34,7 @@ class Structure:
         assurance: `proved` for all inputs, `observed` on samples, or `declared` by the user.
         sliceable: whether calling the function on some of the samples gives those samples' outputs;
             false where the output depends on the batch size or on side inputs of other samples.
-        suspect: the layers of the probe disagree, so every call is checked.
+        suspect: the layers of the probe disagree, so every call is checked, unless nothing is assumed.
         effects: what a call does besides returning a value (`updates buffers`, `draws random numbers`), so that
             func must run once, or on the whole batch.
         kernels: operators that func runs, or may run, and that lack some derivatives which their plain formula has.
@@ -89,6 +89,11 @@ class Structure:
     def assumes(self) -> bool:
         """Whether some entries are taken for zero, so that a method may be wrong where that does not hold."""
         return self.independent or self.sparsity is not None
+
+    @property
+    def needs_every_check(self) -> bool:
+        """Whether the layers of the probe disagree about what is assumed; a dense Jacobian assumes nothing."""
+        return self.suspect and (self.coupling != "dense" or self.sparsity is not None)
 
     @property
     def samples(self) -> Pattern | None:

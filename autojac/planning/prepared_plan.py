@@ -141,7 +141,7 @@ class PreparedPlan:
         structure = self.problem.structure
         self.rests = is_listed and self.may_rest
         may_fail = not self.rests and (structure.assumes or self.pushes)
-        self.schedule.schedule_next_check(verify == "always" or structure.suspect, may_fail)
+        self.schedule.schedule_next_check(verify == "always" or structure.needs_every_check, may_fail)
 
     @property
     def may_rest(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,15 @@ def test_coupling_that_appears_later_is_caught_at_the_next_check(x: Tensor) -> N
     compare(J, jacobian_blocks(func, (x,)))
     compare(jac(x + 1), jacobian_blocks(func, (x + 1,)))
     assert not jac.plan(x).structure.independent
+
+
+@pytest.mark.parametrize("coupling", ["independent", "dense"])
+def test_a_suspect_structure_is_checked_at_every_call_unless_it_assumes_nothing(x: Tensor, coupling: Any) -> None:
+    jac = estimated(lambda x: x.sin(), coupling=autojac.Structure(coupling, suspect=True))
+    for _ in range(3):
+        compare(jac(x), torch.diag_embed(x.cos()))
+    schedule = in_use(jac).schedule
+    assert schedule.next_check == (4 if coupling == "independent" else math.inf)
 
 
 def test_always_checks_every_call(x: Tensor) -> None:

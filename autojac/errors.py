@@ -1,7 +1,9 @@
 """Every exception and warning that autojac raises, in one small tree, and how their messages name a value."""
 
+import difflib
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,25 @@ def kind_of(value: Any) -> str:
     if value is None:
         return "None"
     name = type(value).__name__
-    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
+    return f"{'an' if name.lower().startswith((*'aeiou', 'nd')) else 'a'} {name}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and its noun: "1 argument", "2 arguments"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return " (did you mean 'x'?)" for a misspelled name, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require_choice(option: str, value: Any, accepted: Collection[str]) -> None:
+    """Raise `OptionError` unless `value` is one of `accepted`."""
+    if not isinstance(value, str) or value not in accepted:
+        listed = ", ".join(repr(choice) for choice in accepted)
+        raise OptionError(f"{option} must be one of {listed}, got {value!r}{nearest(value, accepted)}")
 
 
 class AutojacError(Exception):
@@ -53,7 +73,16 @@ class UnsupportedError(AutojacError, RuntimeError):
 
 
 class SearchError(AutojacError, RuntimeError):
-    """No candidate could compute the Jacobian within the limits."""
+    """No candidate could compute the Jacobian within the limits.
+
+    Args:
+        message: the text.
+        reasons: what was wrong with each candidate.
+    """
+
+    def __init__(self, message: str, reasons: str = "") -> None:
+        super().__init__(message)
+        self.reasons = reasons
 
 
 class PlanMissError(AutojacError, LookupError):

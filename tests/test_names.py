@@ -32,7 +32,6 @@ TWO_MEANINGS = {
     "sample_graph",
     "seconds",
     "show",
-    "size",
 }
 """Names that still have to be told apart: this list only gets shorter."""
 LONG_FILES: set[str] = set()

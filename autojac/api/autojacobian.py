@@ -35,7 +35,10 @@ def require_function(func: Any) -> None:
         name = func.__name__
         raise InputError(f"an instance of a module was expected, got the class {name}. Create it first: {name}(...)")
     if not callable(func):
-        raise InputError(f"a function or module was expected, got {kind_of(func)}")
+        raise InputError(
+            f"a function or module was expected, got {kind_of(func)}. Pass one that maps tensors (B, ...) to "
+            "tensors (B, ...)"
+        )
 
 
 @opaque_methods
@@ -136,7 +139,10 @@ class AutoJacobian(Derived):
             OptionError: for an unknown option or a value that is not accepted.
         """
         if "argnums" in options:
-            raise OptionError("of_parameters differentiates in the parameters; for arguments wrap the module itself")
+            raise OptionError(
+                "of_parameters differentiates in all parameters that require grad, and takes no argnums. Leave it out, "
+                "or wrap the module itself, AutoJacobian(module, argnums=...), for derivatives in its arguments"
+            )
         own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
         return AutoJacobian(module_function(module), in_dims=(None, own), **options)
 

@@ -68,7 +68,10 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     with silent(call.captured.modules):
         wrong = _wrong(jacobian, builder, call, probes)
     if wrong is not None:
-        raise VerificationError(f"the Jacobian is wrong: {wrong}")
+        raise VerificationError(
+            f"the Jacobian is wrong: {wrong}. If it is meant to be right, pass the function, arguments, layout, "
+            "argnums and in_dims that it was computed with"
+        )
 
 
 def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> str | None:
@@ -80,7 +83,10 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
     flat = pytree.tree_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)
     if len(flat) != wanted:
-        raise VerificationError(f"{wanted} Jacobians were expected, one an output and input; {len(flat)} came")
+        raise VerificationError(
+            f"one Jacobian per output and input was expected, {wanted} in all, got {len(flat)}. Pass them in the nest "
+            "that AutoJacobian returns, with the argnums that they were computed with"
+        )
     result = Result(report.first.values, call.layout.unnested(jacobian))
     if layout == "sparse":
         held = _held(independent, result)
@@ -108,7 +114,9 @@ def _held(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
             wanted = (samples[0] * features[0], samples[1] * features[1])
             if matrix.layout != torch.sparse_csr or tuple(matrix.shape) != wanted:
                 came = f"one stored as {matrix.layout} of shape {tuple(matrix.shape)}"
-                raise VerificationError(f"a sparse CSR Jacobian of shape {wanted} was expected, got {came}")
+                raise VerificationError(
+                    f"a sparse CSR Jacobian of shape {wanted} was expected, got {came}. Pass the layout that it has"
+                )
             starts, columns = (part.cpu().numpy() for part in (matrix.crow_indices(), matrix.col_indices()))
             held[output, position] = Entries(Pattern(wanted, starts, columns))
     return held

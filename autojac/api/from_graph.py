@@ -160,10 +160,14 @@ def _compute(problem: Problem, pullback: Pullback, probing: bool) -> Result:
                 return result
             reasons.append(f"{method}: {wrong}")
         if not problem.structure.independent:
-            raise SearchError(f"no method gives the right Jacobian of this graph. {'; '.join(reasons)}")
+            raise SearchError(
+                f"no method agrees with plain VJPs of this graph ({'; '.join(reasons)}). Let backwards of custom "
+                "autograd Functions run any number of times, or wrap the function: AutoJacobian(func)(x)"
+            )
         if not probing:
             message = (
-                "the samples were declared independent, but are not. This Jacobian was computed again and is right"
+                "the samples were declared independent, but are not. This Jacobian was computed again and is right. "
+                "Pass coupling='auto' or 'dense'"
             )
             warn(message, StructureChangedWarning)
         problem = _dense(problem)
@@ -183,16 +187,21 @@ def _methods(problem: Problem) -> Sequence[Pull]:
 
 def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
     if transforming():
-        raise UnsupportedError("jacobian_from needs plain tensors; inside torch.func transforms wrap the function")
+        raise UnsupportedError(
+            "jacobian_from expects plain tensors with a graph, but a torch.func transform is under way. Wrap the "
+            "function instead: AutoJacobian(func)(x)"
+        )
     if not sources:
-        raise InputError("inputs holds no tensor; one or a nest of tensors was expected")
+        raise InputError(
+            "a tensor or a nest of tensors was expected as inputs, got an empty one. Pass those to differentiate in"
+        )
     for position, x in enumerate(sources):
         if not isinstance(x, Tensor):
-            raise InputError(f"input {position} is {kind_of(x)}; a tensor was expected")
+            raise InputError(f"input {position} is {kind_of(x)}; a tensor was expected. Leave it out of inputs")
         if not x.is_floating_point():
             raise InputError(
-                f"input {position} is {x.dtype}, which has no real derivative; a floating-point tensor was expected, "
-                "for a complex one the real tensor that torch.view_as_complex made it from"
+                f"input {position} is {x.dtype}, which has no real derivative; a floating-point tensor was expected. "
+                "In place of a complex one pass the real tensor that torch.view_as_complex made it from"
             )
         if not x.requires_grad:
             raise InputError(
@@ -201,7 +210,8 @@ def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
             )
     if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
         raise InputError(
-            "no output has a graph. Compute them with grad mode on and without detach(), from inputs that require grad"
+            "outputs with a graph were expected, but none requires grad. Compute them with grad mode on and without "
+            "detach(), from inputs that require grad"
         )
 
 

@@ -78,8 +78,8 @@ def slogdet(matrices: Tensor) -> Slogdet:
     m, n = matrices.shape[-2:]
     if m != n:
         raise InputError(
-            f"a determinant needs square Jacobians, these are {m} x {n}: the function must return as many numbers a "
-            "sample as it takes, and with layout='full' a batch must return as many as it takes"
+            f"a determinant needs square Jacobians, these are {m} x {n}: let the function return as many numbers per "
+            "sample as it takes, and with layout='full' as many per batch as it takes"
         )
     computed = matrices.float() if matrices.dtype in HALVES else matrices
     both = by_rule(computed, SLOGDET).to(matrices.dtype)
@@ -131,7 +131,8 @@ def as_matrices(
 def _check(matrices: Tensor, what: str) -> None:
     if matrices.ndim < 2 or matrices.dtype not in INVERSES:
         raise InputError(
-            f"{what} takes real floating matrices (*lead, m, n), not {matrices.dtype} of shape {tuple(matrices.shape)}"
+            f"{what} expects real floating-point matrices (*lead, m, n), got {matrices.dtype} of shape "
+            f"{tuple(matrices.shape)}. Convert the dtype, or add the axes of a matrix"
         )
 
 

@@ -49,8 +49,8 @@ class LowRankJacobian(NamedTuple):
         batch, m, n = out[0], prod(out[1:]), prod(self.V.shape[2:])
         if tangent.numel() != batch * n:
             raise InputError(
-                f"a tangent of shape {(batch, *self.V.shape[2:])} was expected, one vector a sample, got "
-                f"{tuple(tangent.shape)}"
+                f"a tangent of shape {(batch, *self.V.shape[2:])} was expected, got {tuple(tangent.shape)}. Pass one "
+                "vector per sample, shaped as the input is"
             )
         flat = tangent.reshape(batch, n)
         local = (self.D.reshape(batch, m, n) @ flat[..., None]).reshape(out)
@@ -96,7 +96,11 @@ def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]]
 def require_one(problem: Problem) -> None:
     """Raise `InputError` unless there is one output and one input, with a batch."""
     if len(problem.outputs) != 1 or len(problem.inputs) != 1 or problem.shared_input:
-        raise InputError("factors are made of one output and one input, which carry the batch; wrap such a function")
+        raise InputError(
+            f"factors need one output and one input, both with the batch, but func has {len(problem.outputs)} and "
+            f"{len(problem.inputs)}{', shared by the samples' * problem.shared_input}. Wrap a function "
+            "that has one of each"
+        )
 
 
 def without_sharing(problem: Problem, blocks: Tensor) -> LowRankJacobian:
@@ -135,4 +139,7 @@ def _check(factors: LowRankJacobian, pullback: Pullback) -> None:
     scale = expected.detach().abs().amax().expand(len(found), 1) + local.abs()
     error = disagreement(found.to(expected.dtype), expected.reshape(found.shape), scale)
     if error is not None:
-        raise VerificationError(f"the factors are off by {error:.1g} relative to a plain VJP")
+        raise VerificationError(
+            f"the factors are off by {error:.1g} relative to a plain VJP, which is a fault of autojac's: please report "
+            "it. Ask for the blocks or for layout='full'"
+        )

@@ -10,8 +10,7 @@ import click
 import torch
 from torch import Tensor
 
-from autojac.core.options import nearest
-from autojac.errors import TargetError
+from autojac.errors import TargetError, counted, nearest
 from autojac.guards.captures import captures
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -66,8 +65,10 @@ def device_named(text: str) -> torch.device:
             torch.empty(1, device=device)
             return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TargetError(f"device {text!r} can't be used: {str(error).splitlines()[0]}") from error
-    raise TargetError(f"device {text!r} can't be used: it computes nothing")
+        raise TargetError(
+            f"device {text!r} can't be used: {str(error).splitlines()[0]}. Name one that this machine has, such as cpu"
+        ) from error
+    raise TargetError(f"device {text!r} can't be used: a device that computes was expected, such as cpu or cuda:0")
 
 
 def place_modules(func: Callable[..., Any], device: torch.device, kinds: Sequence[torch.dtype]) -> torch.dtype:
@@ -93,7 +94,10 @@ def make_arguments(sizes: Shapes, kinds: Sequence[torch.dtype], device: torch.de
     if len(kinds) == 1:
         kinds = tuple(kinds) * len(sizes)
     if len(kinds) != len(sizes):
-        raise TargetError(f"--dtype names {len(kinds)} dtypes for {len(sizes)} arguments; one or one each was expected")
+        raise TargetError(
+            f"--dtype names {counted(len(kinds), 'dtype')} for {counted(len(sizes), 'argument')}. "
+            "Name one for all of them, or one for each"
+        )
     generator = torch.Generator().manual_seed(0)
     made = []
     for shape, dtype in zip(sizes, kinds, strict=True):
@@ -106,5 +110,8 @@ def make_arguments(sizes: Shapes, kinds: Sequence[torch.dtype], device: torch.de
         except (RuntimeError, NotImplementedError, TypeError) as error:
             size = "x".join(map(str, shape))
             reason = str(error).splitlines()[0]
-            raise TargetError(f"no tensor of shape {size} and {dtype} can be made on {device}: {reason}") from error
+            raise TargetError(
+                f"no tensor of shape {size} and {dtype} can be made on {device}: {reason}. Try a smaller --shape or "
+                "another --dtype"
+            ) from error
     return tuple(made)

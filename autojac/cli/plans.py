@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autojac.cli.shell import Group
+from autojac.core.options import format_bytes
 from autojac.core.plan import expression
-from autojac.planning.explain import seconds, size
+from autojac.planning.explain import seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,7 +133,7 @@ def trials_table(trials: Any) -> Table:
     table.add_column("", overflow="fold")
     for trial in sorted(trials, key=lambda trial: (trial.state != "complete", trial.seconds or 0.0)):
         verdict = "" if trial.state == "complete" else f"{trial.state}: {trial.reason}"
-        cells = (f"  {expression(trial.method)}", seconds(trial.seconds), size(trial.memory_bytes), verdict)
+        cells = (f"  {expression(trial.method)}", seconds(trial.seconds), format_bytes(trial.memory_bytes), verdict)
         table.add_row(*map(Text, cells))
     return table
 

@@ -103,7 +103,9 @@ def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         what, deliberate = _account(error)
         if call and not deliberate and isinstance(error, (RuntimeError, TypeError, ValueError, IndexError)):
-            raise TargetError(f"{target} can't be called with {call}: {what}") from error
+            raise TargetError(
+                f"{target} can't be called with {call}: {what}. Describe its arguments by --shape and --dtype"
+            ) from error
         raise TargetRaised(f"{target} raised {what}") from error
 
 

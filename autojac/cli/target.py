@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from autojac.cli.shell import blamed_on
-from autojac.core.options import nearest
-from autojac.errors import TargetError
+from autojac.errors import TargetError, kind_of, nearest
 
 FORMS = "`package.module:attribute` or `path/file.py:attribute`"
+NAMED = "Name the function, module or factory of one after the colon"
 
 
 def load(text: str) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def load(text: str) -> Callable[..., Any]:
     """
     place, colon, attribute = text.rpartition(":")
     if not colon or not place or not attribute:
-        raise TargetError(f"{FORMS} was expected as TARGET, got {text!r}")
+        raise TargetError(f"{FORMS} was expected as TARGET, got {text!r}. {NAMED}")
     is_file = place.endswith(".py") or "/" in place or "\\" in place
     found = _attribute(_import_file(text, place) if is_file else _import_module(text, place), attribute, text)
     if _is_factory(found):
@@ -41,9 +41,15 @@ def load(text: str) -> Callable[..., Any]:
     else:
         made = ""
     if not callable(found):
-        raise TargetError(f"{text} is of type {type(found).__name__}{made}; a function or module was expected")
+        raise TargetError(
+            f"{text} is {kind_of(found)}{made}; a function or module was expected. Name one, or a factory that "
+            "returns one"
+        )
     if inspect.isclass(found):
-        raise TargetError(f"{text} is a class whose constructor needs arguments; name an instance or a factory of one")
+        raise TargetError(
+            f"a function or module was expected, but {text} is a class whose constructor needs arguments. Name an "
+            "instance, or a factory that returns one"
+        )
     assert callable(found)
     return found  # type: ignore[no-any-return]
 
@@ -58,16 +64,19 @@ def _import_module(text: str, name: str) -> ModuleType:
     except Exception as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name and f"{name}.".startswith(f"{cause.name}."):
-            raise TargetError(f"there is no module {cause.name!r} here or among the installed packages") from error
+            raise TargetError(
+                f"there is no module {cause.name!r} in this folder or among the installed packages. Check the "
+                "spelling, change to the folder that has it, or name a file: path/file.py:attribute"
+            ) from error
         if isinstance(cause, (TypeError, ValueError)) and not name.replace(".", "").isidentifier():
-            raise TargetError(f"{FORMS} was expected as TARGET, got {text!r}") from error
+            raise TargetError(f"{FORMS} was expected as TARGET, got {text!r}. {NAMED}") from error
         raise
 
 
 def _import_file(text: str, place: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
-        raise TargetError(f"there is no file {place}")
+        raise TargetError(f"there is no file {place}. Name it relative to this folder, or by its whole path")
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as `python path/file.py` does
@@ -78,7 +87,7 @@ def _import_file(text: str, place: str) -> ModuleType:
     name = path.stem if known is None else f"autojac_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise TargetError(f"{place} is no Python file")
+        raise TargetError(f"a Python file was expected, got {place}. Name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from autojac.errors import OptionError
+from autojac.errors import OptionError, counted
 from autojac.torch_internals import broadcast_to_and_flatten, pytree
 
 AUTO: Final = "auto"
@@ -32,7 +32,10 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
     """
     per_argument = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
     if len(per_argument) != len(args):
-        raise OptionError(f"in_dims has {len(per_argument)} entries for {len(args)} positional arguments")
+        raise OptionError(
+            f"in_dims has entries for {counted(len(per_argument), 'argument')}, but the call has {len(args)}. Give "
+            "one for each positional argument, or a single one for all"
+        )
     axes: list[Axis] = []
     for number, (arg, entry) in enumerate(zip(args, per_argument, strict=True)):
         flat, spec = pytree.tree_flatten(arg)
@@ -41,7 +44,7 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
         except ValueError:
             entries = None  # nests of different kinds, say a list for a dict
         if entries is None:
-            raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest is another. {EXPECTED}")
+            raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest differs. {EXPECTED}")
         axes += [_axis(value, axis, number) for value, axis in zip(flat, entries, strict=True) if _is_tensor(value)]
     return tuple(axes)
 
@@ -53,8 +56,10 @@ def _is_tensor(value: Any) -> bool:
 def _axis(tensor: Tensor, axis: Any, number: int) -> Axis:
     if axis is None or axis == AUTO:
         return AUTO if axis is not None else None
-    if not isinstance(axis, int) or isinstance(axis, bool):
-        raise OptionError(f"in_dims is {axis!r} for argument {number}. {EXPECTED}")
+    assert isinstance(axis, int)
     if not -tensor.dim() <= axis < tensor.dim():
-        raise OptionError(f"in_dims is {axis!r} for argument {number}, a tensor of shape {tuple(tensor.shape)}")
+        raise OptionError(
+            f"in_dims is {axis!r} for argument {number}, but its shape is {tuple(tensor.shape)}. Name one of its axes, "
+            "or None where all samples share it"
+        )
     return axis % tensor.dim()

@@ -14,7 +14,7 @@ from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
-from autojac.errors import InputError, OptionError, OutputError, kind_of
+from autojac.errors import InputError, OptionError, OutputError, counted, kind_of
 from autojac.torch_internals import DisableTorchFunctionSubclass, pytree
 
 
@@ -46,12 +46,12 @@ class CallLayout:
         for number in chosen:
             if not -len(args) <= number < len(args):
                 raise OptionError(
-                    f"argnums names argument {number}, but the call has {len(args)} positional arguments. Keyword "
-                    "arguments are not differentiated: pass by position what is to be"
+                    f"argnums names argument {number}, but the call has {counted(len(args), 'positional argument')}. "
+                    "Keyword arguments are not differentiated: pass by position what is to be"
                 )
         chosen = tuple(number % len(args) for number in chosen)
         if len(set(chosen)) != len(chosen):
-            raise OptionError(f"argnums names an argument twice: {argnums!r}")
+            raise OptionError(f"argnums names an argument twice: {argnums!r}. Name each once")
         flat, self.spec = pytree.tree_flatten(tuple(args))
         self.tensor_at = tuple(index for index, value in enumerate(flat) if isinstance(value, Tensor))
         self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}
@@ -126,7 +126,10 @@ class CallLayout:
         if self.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
                 what = f"{len(out)} values" if isinstance(out, tuple) else kind_of(out)
-                raise OutputError(f"has_aux=True expects func to return a pair (output, aux), but it returned {what}")
+                raise OutputError(
+                    f"has_aux=True expects func to return a pair (output, aux), but it returned {what}. Return such a "
+                    "pair, or leave has_aux out"
+                )
             out, aux = out
             if isinstance(kwargs, Keywords) and kwargs.aux is not None:
                 kwargs.aux.append(aux)
@@ -211,7 +214,10 @@ class CallLayout:
             strangers = [index for index in indices if index not in order]
             if strangers or starts[number] == starts[number + 1]:
                 what = kind_of(self.constants[strangers[0]]) if strangers else "nothing"
-                raise InputError(f"argument {number} is to be differentiated, but holds {what}; tensors were expected")
+                raise InputError(
+                    f"argument {number} is to be differentiated, but holds {what}; tensors were expected. Pass "
+                    "tensors, or leave it out of argnums"
+                )
             groups.append((spec, tuple(order[index] for index in indices)))
         return groups
 

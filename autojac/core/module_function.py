@@ -103,7 +103,10 @@ class ModuleFunction:
             named = self.module.named_parameters()
             found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
         if not found:
-            raise InputError(f"{type(self.module).__name__} has no parameter that requires grad, so it has no Jacobian")
+            raise InputError(
+                f"parameters that require grad were expected, but {type(self.module).__name__} has none. Call "
+                "module.requires_grad_()"
+            )
         return found
 
     def __autojac_originals__(self) -> tuple[Tensor, ...]:
@@ -126,7 +129,10 @@ def module_function(module: torch.nn.Module) -> ModuleFunction:
         InputError: if it is no module, or a scripted one.
     """
     if not isinstance(module, torch.nn.Module):
-        raise InputError(f"a torch.nn.Module was expected, got {kind_of(module)}")
+        raise InputError(
+            f"a torch.nn.Module was expected, got {kind_of(module)}. For derivatives in a function's arguments use "
+            "AutoJacobian(func)"
+        )
     scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
     if scripted:
         raise InputError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, Self, TypedDict, get_args
@@ -14,7 +13,7 @@ from autojac.core.batch_axes import AUTO, EXPECTED
 from autojac.core.plan import Effort
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
-from autojac.errors import OptionError, kind_of
+from autojac.errors import OptionError, kind_of, nearest, require_choice
 from autojac.torch_internals import pytree
 
 OnMiss = Literal["tune", "estimate", "error"]
@@ -75,7 +74,8 @@ class Options:
             raise OptionError(f"has_aux must be True or False, got {options.has_aux!r}")
         if options.has_aux and options.randomness == "same":
             raise OptionError(
-                "has_aux and randomness='same' exclude each other: each sample would have an aux of its own"
+                "has_aux and randomness='same' exclude each other, since each sample would have an aux of its own. "
+                "Leave one of them out"
             )
         check_in_dims(options.in_dims)
         check_store(options.store)
@@ -110,19 +110,6 @@ class OptionValues(TypedDict, total=False):
     version: str
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """` (did you mean 'x'?)` for a misspelled name, or nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def require_choice(option: str, value: Any, accepted: Collection[str]) -> None:
-    """Raise `OptionError` unless `value` is one of `accepted`."""
-    if not isinstance(value, str) or value not in accepted:
-        listed = ", ".join(repr(choice) for choice in accepted)
-        raise OptionError(f"{option} must be one of {listed}, got {value!r}{nearest(value, accepted)}")
-
-
 def check_budget(budget_s: Any) -> None:
     """Raise `OptionError` unless `budget_s` is None or a number of seconds."""
     number = isinstance(budget_s, (int, float)) and not isinstance(budget_s, bool)
@@ -141,6 +128,16 @@ def check_store(store: Any) -> None:
     """Raise `OptionError` unless `store` is a `PlanStore`, or says where one is."""
     if not (store is None or isinstance(store, (str, PathLike)) or hasattr(store, "find")):
         raise OptionError(f"store must be a PlanStore, a path, ':memory:' or a database URL, got {kind_of(store)}")
+
+
+def format_bytes(count: int | None) -> str:
+    """Return a number of bytes with a readable unit."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
 
 
 def parse_bytes(limit: int | str | None) -> int | None:

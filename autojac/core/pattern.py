@@ -56,7 +56,10 @@ class Pattern:
                 rows, columns = coo.indices().numpy()
                 matrix = scipy.sparse.coo_array((coo.values().numpy() != 0, (rows, columns)), shape=tuple(coo.shape))
         if getattr(matrix, "ndim", None) != 2:
-            raise OptionError(f"a pattern must be a matrix, got {kind_of(matrix)} of {getattr(matrix, 'ndim', 0)} axes")
+            raise OptionError(
+                f"a pattern must be a matrix, got {kind_of(matrix)} of {getattr(matrix, 'ndim', 0)} axes. Pass a 2-D "
+                "array, tensor or scipy.sparse matrix"
+            )
         csr = scipy.sparse.csr_array(matrix).astype(bool)
         csr.sum_duplicates()
         csr.eliminate_zeros()

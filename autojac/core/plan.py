@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from autojac.core.pattern import Pattern
 from autojac.core.structure import Structure
-from autojac.errors import OptionError
+from autojac.errors import require_choice
 
 Effort = Literal["estimate", "quick", "measure", "exhaustive"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -18,8 +18,7 @@ TrialState = Literal["complete", "pruned", "infeasible", "rejected", "unsupporte
 
 def effort_rank(effort: str) -> int:
     """Return the position of an effort in the order estimate < quick < measure < exhaustive."""
-    if effort not in EFFORTS:
-        raise OptionError(f"effort must be one of {EFFORTS}, got {effort!r}")
+    require_choice("effort", effort, EFFORTS)
     return EFFORTS.index(effort)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from autojac.core.pattern import Pattern, Sparsity
-from autojac.errors import OptionError
+from autojac.errors import OptionError, require_choice
 
 Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
 Assurance = Literal["proved", "observed", "declared"]
@@ -56,10 +56,8 @@ class Structure:
     watched: bool = False
 
     def __post_init__(self) -> None:
-        if self.coupling not in get_args(Coupling):
-            raise OptionError(f"coupling must be one of {get_args(Coupling)}, got {self.coupling!r}")
-        if self.assurance not in get_args(Assurance):
-            raise OptionError(f"assurance must be one of {get_args(Assurance)}, got {self.assurance!r}")
+        require_choice("coupling", self.coupling, get_args(Coupling))
+        require_choice("assurance", self.assurance, get_args(Assurance))
 
     def __repr__(self) -> str:
         # the evidence is for `print`
@@ -154,7 +152,13 @@ class Structure:
         if named is None:
             return cls(**fields)
         if patterns is None:
-            raise OptionError("the structure names patterns that are not at hand; only a store that holds them has it")
+            raise OptionError(
+                "the structure's JSON names patterns by their keys, but no patterns were passed. Read it from the "
+                "store that holds them, or pass patterns="
+            )
         if not isinstance(named, dict) or not named.keys() <= {"samples", "features"}:
-            raise OptionError("`sparsity` does not name the patterns of samples and features")
+            raise OptionError(
+                f"`sparsity` must name patterns by the keys 'samples' and 'features', got {named!r}. Pass "
+                "what to_json() gave"
+            )
         return cls(**fields, sparsity=Sparsity.from_parts({name: patterns(key) for name, key in named.items()}))

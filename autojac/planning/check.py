@@ -171,7 +171,7 @@ class Check:
                     plan.contents.accept(plan.contents.digest(call))
             if self.difference.what != "arguments":
                 since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
-                since = "func has changed, which was noticed at once" if self.difference.what else since
+                since = "func has changed, which was noticed immediately" if self.difference.what else since
                 warn(
                     f"the plan for {plans.planner.stored.function_name} does not hold ({since}): {wrong}. This "
                     f"Jacobian was computed again and is right. Now in use: {plan.plan}",

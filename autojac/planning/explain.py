@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autojac.core.options import format_bytes
 from autojac.core.plan import Trial, expression
 from autojac.core.signature import Signature
 from autojac.planning.plan_repository import Stored
@@ -20,16 +21,6 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def size(count: int | None) -> str:
-    """Format a number of bytes with a readable unit."""
-    if count is None:
-        return "-"
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
-
-
 def explanation(prepared: PreparedPlan, stored: Stored) -> str:
     """Say what was probed, what was tried, what won, and what it gains.
 
@@ -45,7 +36,7 @@ def explanation(prepared: PreparedPlan, stored: Stored) -> str:
     lines.append(f"plan: {plan}")
     lines.append(f"  from {plan.source}, effort {plan.effort}, made in {seconds(plan.tuning_seconds)}")
     if plan.seconds is not None:
-        lines.append(f"  {seconds(plan.seconds)} a call, {size(plan.memory_bytes)} at its peak")
+        lines.append(f"  {seconds(plan.seconds)} a call, {format_bytes(plan.memory_bytes)} at its peak")
     if plan.seconds and plan.default_seconds:
         ratio = plan.default_seconds / plan.seconds
         lines.append(f"  torch's default takes {seconds(plan.default_seconds)}: {ratio:.3g} times as long")
@@ -73,7 +64,7 @@ def _rank(trial: Trial) -> tuple[bool, float]:
 
 
 def _row(trial: Trial) -> str:
-    facts = f"{seconds(trial.seconds):>8} {size(trial.memory_bytes):>9}  {expression(trial.method)}"
+    facts = f"{seconds(trial.seconds):>8} {format_bytes(trial.memory_bytes):>9}  {expression(trial.method)}"
     fate = None if trial.state == "complete" else trial.state
     return f"  {facts}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
 

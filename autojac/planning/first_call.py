@@ -153,7 +153,10 @@ def _first_call(fn: Flat, call: Call, sandbox: Sandbox) -> FirstCall:
     said = layout.batched([False] * len(leaves))
     lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
     if len(lengths) > 1:
-        raise InputError(f"in_dims says that arguments share a batch, but their sizes are {sorted(lengths)}")
+        raise InputError(
+            f"in_dims says that arguments share a batch, but they have {sorted(lengths)} samples. Pass equal numbers, "
+            "or None in in_dims for what all samples share"
+        )
     guessed = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
     lengths |= {leaves[position].shape[0] for position in guessed}
     try:
@@ -162,7 +165,8 @@ def _first_call(fn: Flat, call: Call, sandbox: Sandbox) -> FirstCall:
         if len(lengths) > 1:
             raise InputError(
                 f"the differentiated arguments have {sorted(lengths)} samples on axis 0 and func raised "
-                f"{type(error).__name__}: {error}. One batch size was expected"
+                f"{type(error).__name__}: {error}. One batch size was expected: pass equal numbers, or say with "
+                "in_dims which arguments all samples share"
             ) from error
         raise
     return first
@@ -181,7 +185,7 @@ def _signature(
         shapes = ", ".join(str(tuple(value.shape)) for value in first.values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but its inputs {', '.join(map(str, inputs))}: the batch was "
-            "expected on axis 0 of both. Return one row a sample; for a function without a batch pass in_dims=None"
+            "expected on axis 0 of both. Return one row per sample; for a function without a batch pass in_dims=None"
         )
     kinds = str(list(call.key.keywords))
     signature = Signature(

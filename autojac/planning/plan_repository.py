@@ -120,6 +120,8 @@ def function_name(func: Callable[..., Any]) -> str:
     if isinstance(func, torch.nn.Sequential):
         kinds = [type(layer).__name__ for layer in func]
         return f"Sequential({', '.join(kinds if len(kinds) < 5 else [*kinds[:2], '...', kinds[-1]])})"
+    if isinstance(owner := getattr(func, "__self__", None), type):  # as a Function's apply
+        return f"{function_name(owner)}.{func.__name__}"
     named = _named(func)
     home = getattr(named, "__module__", None) or "?"
     if named.__qualname__.endswith("<lambda>"):

@@ -194,11 +194,14 @@ class Planner(ProblemBuilder):
                 if structure.sparsity is None:
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
-                structure = structure.without_patterns(f"patterns: they miss entries ({error})")
+                structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
                 problem = self.problem(call, report, structure, found.batched, found.outline)
                 won = search(solid(problem), *point, effort, budget, hints, progress)
                 if structure.assurance == "declared":
-                    message = "the declared pattern misses entries, and was left aside. This Jacobian is right"
+                    message = (
+                        "the declared pattern misses entries and was left aside. This Jacobian is right. Correct the "
+                        "pattern, or leave it out of coupling= to have it probed"
+                    )
                     warn(f"{self.stored.function_name}: {message}", StructureChangedWarning)
         plan = Plan(
             won.method.spec(),
@@ -264,6 +267,6 @@ def _explaining(options: Options) -> Iterator[None]:
             raise
         kind = repr(options.coupling) if isinstance(options.coupling, str) else "Structure(...)"
         raise SearchError(
-            f"coupling={kind} was declared for func, and no method that relies on it gives the right Jacobian here. "
-            f"Let autojac find out by coupling='auto', or declare what holds for every input ({error})"
+            f"coupling={kind} was declared for func, and no method that relies on it gives the right Jacobian here "
+            f"({error.reasons}). Let autojac find out by coupling='auto', or declare what holds for every input"
         ) from error

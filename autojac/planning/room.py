@@ -9,9 +9,9 @@ from typing import get_args
 
 import numpy as np
 
+from autojac.core.options import format_bytes
 from autojac.core.signature import Layout
 from autojac.errors import SearchError
-from autojac.planning.explain import size
 from autojac.problem.problem import Problem
 
 
@@ -23,8 +23,8 @@ def require_room(problem: Problem) -> None:
     shapes = " and ".join(str(problem.jacobian_shape(*pair)) for pair in pairs)
     fitting = "; ".join(_fitting(problem))
     raise SearchError(
-        f"the Jacobian alone takes {size(problem.result_bytes)} in layout='{problem.layout}', of shape {shapes}; "
-        f"{size(problem.memory_limit)} are allowed. "
+        f"the Jacobian alone takes {format_bytes(problem.result_bytes)} in layout='{problem.layout}', of shape "
+        f"{shapes}; {format_bytes(problem.memory_limit)} are allowed. "
         + (f"Choose another layout ({fitting})" if fitting else "Differentiate fewer samples per call")
         + ", or raise memory_limit"
     )
@@ -51,4 +51,4 @@ def _fitting(problem: Problem) -> Iterator[str]:
         taken = dataclasses.replace(problem, layout=layout).result_bytes
         if taken <= problem.memory_limit:
             holds = "every entry that can be nonzero" if complete[layout] else "a part of them only"
-            yield f"'{layout}' takes {size(taken)} and holds {holds}"
+            yield f"'{layout}' takes {format_bytes(taken)} and holds {holds}"

@@ -118,14 +118,14 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
     """
     wanted = {"samples": (batch, batch), "features": (m, n)}
     meaning = {
-        "samples": "one row and one column a sample",
-        "features": "one sample's outputs by its inputs, all outputs and all differentiated inputs flattened in order",
+        "samples": "one row and one column per sample",
+        "features": "a row per output and a column per differentiated input of one sample, flattened in order",
     }
     for name, pattern in sparsity.parts().items():
         if pattern.shape != wanted[name]:
             raise OptionError(
                 f"the sparsity declared has a pattern of {name} of shape {pattern.shape}, but this call needs "
-                f"{wanted[name]}: {meaning[name]}"
+                f"{wanted[name]}. Give it {meaning[name]}"
             )
 
 

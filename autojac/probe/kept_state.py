@@ -13,8 +13,8 @@ from autojac.errors import RandomnessError
 from autojac.guards.assignments import Snapshot
 
 UNLIKE = (
-    "func gave two different outputs for equal input and equal random state, so it has no one Jacobian. "
-    "Does it keep a counter, read a clock, or draw from a generator of its own?"
+    "func gave two different outputs for equal input and equal random state; equal ones were expected. Does it keep a "
+    "counter, read a clock, or draw from a generator of its own? Pass such a value as an argument, or keep it constant"
 )
 
 

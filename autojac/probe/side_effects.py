@@ -208,10 +208,16 @@ def check_outputs(values: Sequence[Any]) -> int:
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
     if not values:
-        raise OutputError("func returned no tensor; it must return one tensor or a nest of tensors of shape (B, ...)")
+        raise OutputError(
+            "func returned no tensor; a tensor or a nest of tensors of shape (B, ...) was expected. Return what is to "
+            "be differentiated"
+        )
     for position, value in enumerate(values):
         if not isinstance(value, Tensor):
-            raise OutputError(f"output {position} of func is {kind_of(value)}; a tensor (B, ...) was expected")
+            raise OutputError(
+                f"output {position} of func is {kind_of(value)}; a tensor (B, ...) was expected. Return anything else "
+                "as aux with has_aux=True"
+            )
         if not value.is_floating_point():
             raise OutputError(
                 f"output {position} of func is {value.dtype}, which has no real derivative. Return floating-point "
@@ -219,11 +225,14 @@ def check_outputs(values: Sequence[Any]) -> int:
             )
         if value.dim() == 0:
             raise OutputError(
-                f"output {position} of func is a scalar; autojac expects the batch on axis 0: return one value a "
+                f"output {position} of func is a scalar; autojac expects the batch on axis 0: return one value per "
                 "sample, shape (B,), instead of a sum or mean over the batch"
             )
     sizes = {value.shape[0] for value in values}
     if len(sizes) > 1:
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
-        raise OutputError(f"the outputs of func must share the batch on axis 0, but have shapes {shapes}")
+        raise OutputError(
+            f"the outputs of func must share the batch on axis 0, but have shapes {shapes}. Expand what all samples "
+            "share, or return it as aux with has_aux=True"
+        )
     return int(sizes.pop())

@@ -42,10 +42,15 @@ def spy(
     try:
         from plotly import graph_objects
     except ImportError as error:
-        raise UnsupportedError("pictures need plotly, which is not installed: pip install 'autojac[report]'") from error
+        raise UnsupportedError(
+            "pictures need plotly, which is not installed. Run pip install 'autojac[report]'"
+        ) from error
     size = pattern.shape[side == "columns"]
     if colors is not None and len(colors) != size:
-        raise InputError(f"one color for each of the {size} {side} was expected, got {len(colors)}")
+        raise InputError(
+            f"one color for each of the {size} {side} was expected, got {len(colors)}. Pass those of this pattern, or "
+            f"side={'rows' if side == 'columns' else 'columns'!r}"
+        )
     shown = (pattern.rows < most) & (pattern.columns < most)
     rows, columns = pattern.rows[shown], pattern.columns[shown]
     owner = columns if side == "columns" else rows

@@ -58,7 +58,10 @@ def apart(graph: Pattern) -> Indices:
 
     count = graph.shape[0]
     if graph.shape[1] != count:
-        raise OptionError(f"a graph of samples must be square, got {graph.shape[0]}x{graph.shape[1]}")
+        raise OptionError(
+            f"a pattern of samples must be square, got {graph.shape[0]}x{graph.shape[1]}. Give it one row and one "
+            "column per sample"
+        )
     low, high = _edges(graph)
     ends, edges = np.concatenate([low, high]), np.tile(np.arange(len(low), dtype=np.int32), 2)
     ones = np.ones(len(ends), dtype=np.int8)

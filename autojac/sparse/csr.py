@@ -127,7 +127,9 @@ def to_scipy(jacobian: Tensor) -> scipy.sparse.csr_array:
     import scipy.sparse
 
     if jacobian.layout != torch.sparse_csr:
-        raise InputError(f"a sparse CSR tensor was expected, got one stored as {jacobian.layout}")
+        raise InputError(
+            f"a sparse CSR tensor was expected, got one stored as {jacobian.layout}. Compute it with layout='sparse'"
+        )
     held = jacobian.detach()
     parts = (held.values(), held.col_indices(), held.crow_indices())
     return scipy.sparse.csr_array(tuple(part.cpu().numpy() for part in parts), shape=tuple(held.shape))

@@ -205,8 +205,8 @@ class PlanStore:
             self._main_failed(base, result.error, reading=True)
         else:
             self._shared = [other for other in self._shared if other is not base]
-            why = self._sentence(result.error)
-            self._warn("shared", f"the shared plans in {shown(base.url)} can't be read ({why})")
+            why = f"the shared plans in {shown(base.url)} can't be read ({self._sentence(result.error)})"
+            self._warn("shared", f"{why}; they are passed over. Correct AUTOJAC_PLAN_PATH")
         return empty
 
     def _write(self, change: Callable[[Connection], Any]) -> None:
@@ -260,18 +260,18 @@ class PlanStore:
             return self._main
         if self._overlaid:
             return self._memory
-        raise StoreError(f"{self._name} can't be used as a plan store: {self._fault}")
+        raise StoreError(f"{self._name} can't be used as a plan store: {self._fault}. Use another")
 
     def _row(self, plan_id: int) -> tuple[Database, int]:
         return (self._memory, -plan_id) if plan_id < 0 and self._overlaid else (self._require(), plan_id)
 
     def _unknown(self, plan_id: int) -> StoreError:
-        return StoreError(f"{self._name} has no plan {plan_id}")
+        return StoreError(f"{self._name} has no plan {plan_id}; `autojac plans list` shows those it has")
 
     def _asked(self, action: Callable[[], T]) -> T:
         result = _attempt(action)
         if isinstance(result, _Fault):
-            raise StoreError(f"{self._name} can't be used as a plan store: {self._sentence(result.error)}")
+            raise StoreError(f"{self._name} can't be used as a plan store: {self._sentence(result.error)}. Use another")
         return result
 
     def _sentence(self, error: BaseException) -> str:

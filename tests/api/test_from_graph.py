@@ -56,7 +56,7 @@ def test_every_scenario_equals_the_oracle(scenario: Scenario, layout: str) -> No
     if pytree.tree_all(lambda d: d is None, dims):
         dims = "auto"  # all None would mean that there is no batch
     if not any(isinstance(y, Tensor) and y.requires_grad for y in pytree.tree_leaves(outputs)):
-        with pytest.raises(InputError, match="no output has a graph"):
+        with pytest.raises(InputError, match="outputs with a graph were expected"):
             jacobian_from(outputs, inputs)
         return
     compare(jacobian_from(outputs, inputs, layout=layout, in_dims=dims, allow_unused=True), expected)
@@ -152,10 +152,10 @@ def test_work_is_batched_but_for_functions_that_cannot_be(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: (leaf(3, 2).detach().sin(), leaf(3, 2)), InputError, "no output has a graph"),
+        (lambda: (leaf(3, 2).detach().sin(), leaf(3, 2)), InputError, "outputs with a graph were expected"),
         (lambda: (leaf(3, 2).sin(), torch.ones(3, 2)), InputError, "does not require grad"),
         (lambda: (leaf(3, 2).sin(), 1.0), InputError, "a tensor was expected"),
-        (lambda: (leaf(3, 2).sin(), []), InputError, "holds no tensor"),
+        (lambda: (leaf(3, 2).sin(), []), InputError, "got an empty one"),
         (lambda: (leaf(3, 2).sum(), leaf(3, 2)), autojac.OutputError, "scalar"),
         (lambda: (torch.view_as_complex(leaf(3, 2)), leaf(3, 2)), autojac.OutputError, "view_as_real"),
     ],

@@ -165,17 +165,17 @@ def test_auto_takes_rows_for_samples_where_no_slice_runs() -> None:
 @pytest.mark.parametrize(
     ("in_dims", "words"),
     [
-        (2, "in_dims is 2 for argument 0, a tensor of shape (4, 3)"),
+        (2, "in_dims is 2 for argument 0, but its shape is (4, 3)"),
         (-3, "in_dims is -3 for argument 0"),
         (0.0, "got 0.0"),
         (True, "got True"),
         ("rows", "got 'rows'"),
-        ((0,), "in_dims has 1 entries for 2 positional arguments"),
-        ((0, 0, 0), "in_dims has 3 entries for 2 positional arguments"),
-        ((0, {"z": 0}), "in_dims is {'z': 0} for argument 1, whose nest is another"),
-        ((0, [0, 0]), "in_dims is [0, 0] for argument 1, whose nest is another"),
-        ((0, {"k": 1}), "in_dims is 1 for argument 1, a tensor of shape (4,)"),
-        (([0], 0), "in_dims is [0] for argument 0, whose nest is another"),
+        ((0,), "in_dims has entries for 1 argument, but the call has 2"),
+        ((0, 0, 0), "in_dims has entries for 3 arguments, but the call has 2"),
+        ((0, {"z": 0}), "in_dims is {'z': 0} for argument 1, whose nest differs"),
+        ((0, [0, 0]), "in_dims is [0, 0] for argument 1, whose nest differs"),
+        ((0, {"k": 1}), "in_dims is 1 for argument 1, but its shape is (4,)"),
+        (([0], 0), "in_dims is [0] for argument 0, whose nest differs"),
     ],
 )
 def test_in_dims_that_do_not_fit_the_arguments(in_dims: Any, words: str) -> None:

@@ -438,9 +438,9 @@ def test_autocast_rounds_nothing() -> None:
     "value", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.complex64)], ids=str
 )
 def test_what_is_no_real_matrix_is_refused(value: Tensor) -> None:
-    with pytest.raises(InputError, match="inverse takes real floating matrices"):
+    with pytest.raises(InputError, match="inverse expects real floating-point matrices"):
         inverse(value)
-    with pytest.raises(InputError, match="slogdet takes real floating matrices"):
+    with pytest.raises(InputError, match="slogdet expects real floating-point matrices"):
         slogdet(value)
 
 

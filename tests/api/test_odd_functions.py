@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "an empty nest": (lambda x: (), "func returned no tensor"),
     "a number": (lambda x: (x, 1.5), "output 1 of func is a float"),
     "text": (lambda x: "x", "output 0 of func is a str"),
-    "an array": (lambda x: x.detach().numpy(), "output 0 of func is a ndarray"),
+    "an array": (lambda x: x.detach().numpy(), "output 0 of func is an ndarray"),
     "a generator": (lambda x: (y for y in (x, x)), "output 0 of func is a generator"),
     "a record": (Record, "output 0 of func is a Record"),
     "indices beside": (lambda x: tuple(x.max(1)), "output 1 of func is torch.int64, which has no real derivative"),

@@ -61,8 +61,11 @@ def test_type_checkers_look_at_the_options() -> None:
     ("func", "words"),
     [
         (torch.nn.Linear, "an instance of a module was expected, got the class Linear. Create it first: Linear(...)"),
-        (None, "a function or module was expected, got None"),
-        (torch.ones(3), "a function or module was expected, got a Tensor"),
+        (None, "a function or module was expected, got None. Pass one that maps tensors (B, ...) to tensors (B, ...)"),
+        (
+            torch.ones(3),
+            "a function or module was expected, got a Tensor. Pass one that maps tensors (B, ...) to tensors (B, ...)",
+        ),
     ],
 )
 def test_what_cannot_be_wrapped(func: typing.Any, words: str) -> None:

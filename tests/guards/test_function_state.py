@@ -108,7 +108,7 @@ def test_closures_are_looked_at_and_the_user_is_told() -> None:
     for _ in range(5):
         jac(x)
     gate = True
-    with pytest.warns(StructureChangedWarning, match="noticed at once"):
+    with pytest.warns(StructureChangedWarning, match="noticed immediately"):
         compare(jac(x), jacobian_blocks(func, (x,)))
 
 

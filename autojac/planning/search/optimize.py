@@ -174,4 +174,8 @@ def _allowed_s(method: Method) -> float:
 def _nothing_found(session: SearchSession) -> SearchError:
     reasons = [f"{trial.method['method']}: {trial.reason}" for trial in session.trials.values()]
     listed = "; ".join(itertools.islice(dict.fromkeys(reasons), 6)) or "there is no candidate"
-    return SearchError(f"no method gives the right Jacobian within the limits. {listed}")
+    return SearchError(
+        f"no method gives the right Jacobian within the limits ({listed}). Raise memory_limit if memory is what lacks; "
+        "otherwise check by torch.autograd.gradcheck that func has the derivatives that it claims",
+        listed,
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import gradient
+from autojac.core.options import format_bytes
 from autojac.core.plan import Effort, Trial, TrialState
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
@@ -98,7 +99,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     problem = session.problem
     needed = problem.result_bytes + method.workspace(problem)
     if needed > problem.memory_limit:
-        reason = f"needs at least {needed / 2**30:.2g} GiB of the {problem.memory_limit / 2**30:.2g} GiB allowed"
+        reason = f"needs at least {format_bytes(needed)} of the {format_bytes(problem.memory_limit)} allowed"
         session.record(method, "infeasible", reason=reason)
         return None
 
@@ -171,7 +172,7 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
     if memory <= limit:
         session.trials[method] = dataclasses.replace(trial, memory_bytes=memory)
         return True
-    reason = f"took {memory / 2**30:.2g} GiB of the {limit / 2**30:.2g} GiB allowed"
+    reason = f"took {format_bytes(memory)} of the {format_bytes(limit)} allowed"
     session.trials[method] = dataclasses.replace(trial, state="infeasible", memory_bytes=memory, reason=reason)
     del session.runs[method]
     return False

@@ -1,0 +1,789 @@
+"""Every message that a user may see as an error or a warning of autojac's: how to provoke it, and what it has to say.
+
+`python tests/test_messages.py` prints all of them, to be read as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import autojac
+from autojac import (
+    AutoJacobian,
+    InputError,
+    ModesDisagreeWarning,
+    MutationError,
+    NoGraphWarning,
+    OptionError,
+    OutputError,
+    Pattern,
+    PlanMissError,
+    PlanStore,
+    RandomnessError,
+    SearchError,
+    SingularJacobianError,
+    Sparsity,
+    StoreError,
+    StoreWarning,
+    Structure,
+    StructureChangedWarning,
+    TargetError,
+    UnsupportedError,
+    VerificationError,
+    jacobian_from,
+    to_scipy,
+    verify,
+)
+from autojac.cli import main
+from autojac.methods.pull import Pull
+from autojac.store import Key
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message.
+
+    Attributes:
+        kind: its class.
+        expected, got, advice: patterns of its three parts: what was expected, what came, and what to do about it; empty
+            where another part says it too, as "must be one of ..." does.
+        provoke: raises the error, or warns, in an empty folder.
+    """
+
+    kind: type[Exception]
+    expected: str
+    got: str
+    advice: str
+    provoke: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__}: {self.got or self.expected}"
+
+
+x = torch.arange(6.0).reshape(3, 2) / 6 + 0.1
+must_be = r"must be "
+
+
+def jac(func: Any, *args: Any, **options: Any) -> Any:
+    """Wrap a function and call it, without timing anything."""
+    return wrap(func, **options)(*args)
+
+
+def wrap(func: Any, **options: Any) -> AutoJacobian:
+    return AutoJacobian(func, **{"store": ":memory:", "on_miss": "estimate", "effort": "estimate", **options})
+
+
+def command(*words: str) -> None:
+    """Run a command of the command line, with a module to work on."""
+
+    Path("model.py").write_text(MODEL)
+    with mock.patch.object(sys, "path", list(sys.path)), mock.patch.object(sys, "dont_write_bytecode", True):
+        before = set(sys.modules)
+        try:
+            main.main([*words], standalone_mode=False)
+        finally:
+            for name in set(sys.modules) - before:
+                if name == "model":
+                    del sys.modules[name]
+
+
+def tune(target: str, *words: str) -> None:
+    command("tune", target, "--effort", "estimate", *(words or ("--shape", "3x2")))
+
+
+MODEL = """
+import torch
+class Needs(torch.nn.Module):
+    def __init__(self, size): super().__init__()
+def nothing(): return 3
+def of_three(x): return x @ torch.ones(7, 3)
+"""
+
+
+def here(name: str = "plans.db") -> Path:
+    return Path.cwd() / name
+
+
+def store_at(content: bytes) -> PlanStore:
+    Path(here()).write_bytes(content)
+    return PlanStore(here())
+
+
+def refusing(name: str) -> Any:
+    """Files of the plan store can't be written."""
+    return mock.patch.object(Path, name, side_effect=PermissionError(13, "Permission denied", "plans.db"))
+
+
+def unwritable() -> None:
+    with refusing("touch"):
+        jac(torch.sin, x, store=here())
+
+
+def unusable_shared() -> None:
+    Path("shared.db").write_bytes(b"no database at all " * 500)
+    with mock.patch.dict("os.environ", {"AUTOJAC_PLAN_PATH": str(here("shared.db"))}):
+        jac(torch.sin, x, store=here())
+
+
+def bad_row() -> None:
+    jac(torch.sin, x, store=here())
+    with closing(sqlite3.connect(here())) as connection, connection:
+        connection.execute("UPDATE plans SET plan = '[]'")
+    PlanStore(here()).listing()
+
+
+def later_autojac() -> None:
+    jac(torch.sin, x, store=here())
+    with closing(sqlite3.connect(here())) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    PlanStore(here()).save(Key.of({}), Key.of({}), wrap(torch.sin).plan(x), "sin")
+
+
+class Sine(torch.autograd.Function):
+    """A sine whose backward is `pull`, made of the cotangent and the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pull: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        ctx.x, ctx.pull = x.detach(), pull
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return ctx.pull(ctx, cotangent), None
+
+
+def pulled(ctx: Any, cotangent: Tensor) -> Tensor:
+    return cotangent * ctx.x.cos()
+
+
+def pulled_once(ctx: Any, cotangent: Tensor) -> Tensor:
+    x, ctx.x = ctx.x, None
+    return cotangent * x.cos()
+
+
+class Weighted(torch.autograd.Function):
+    """A product with weights whose backward has no graph to them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x * weight).sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        slope = (x * weight).cos()
+        return cotangent * slope * weight, (cotangent * slope * x).sum(0)
+
+
+class Untrained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Weighted.apply(x, self.weight)
+
+
+class Rounded(torch.autograd.Function):
+    """Rounding with a straight-through backward, and forward mode that says otherwise."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+def changed() -> None:
+    couples: list[bool] = []
+    func = wrap(lambda x: x.sin() + (x.roll(1, 0) if couples else 0), verify="always")
+    func(x)
+    couples.append(True)
+    func(x)
+
+
+def spoiled() -> None:
+    """Differentiate a replayed Jacobian again, after func has changed."""
+    net = nn.Linear(2, 2)
+    J = wrap(net, differentiable=True)(x.clone().requires_grad_())
+    net.weight.data.mul_(2)
+    torch.autograd.grad(J.sum(), [net.weight])
+
+
+def freed_graph() -> None:
+    leaf = x.clone().requires_grad_()
+    y = leaf.sin()
+    y.sum().backward()
+    jacobian_from(y, leaf)
+
+
+def refused_graph() -> None:
+    with mock.patch.object(Pull, "of_graph", side_effect=RuntimeError("no vmap rule")):
+        graph_of(torch.sin)
+
+
+def graph_of(func: Callable[[Tensor], Any], **options: Any) -> Any:
+    leaf = x.clone().requires_grad_()
+    return jacobian_from(func(leaf), leaf, **options)
+
+
+class Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).sin() + self.shift
+
+
+def counted() -> Callable[[Tensor], Tensor]:
+    numbers = itertools.count(1)
+    return lambda x: x * next(numbers)
+
+
+def remembered() -> Callable[[Tensor], Tensor]:
+    """A function that keeps a tensor that its next call reads, and gives something else in its first call."""
+
+    class Warm:
+        first, level = True, torch.zeros(())
+
+        def __call__(self, x: Tensor) -> Tensor:
+            if self.first:
+                self.first, self.level = False, torch.ones(())
+                return x.sin()
+            return x.cos()
+
+    return Warm()
+
+
+def scripted() -> Any:
+    with mock.patch("warnings.warn"):
+        return torch.jit.script(nn.Linear(2, 2))
+
+
+def of_all_samples(x: Tensor, weights: Tensor) -> Tensor:
+    """Refuse every other number of samples, and mix columns by weights of as many rows."""
+    if len(x) != 3:
+        raise ValueError("three samples, please")
+    return x @ weights
+
+
+def batch_norm_pulled_once() -> Any:
+    norm = nn.BatchNorm1d(2)
+    return jac(lambda x: Sine.apply(norm(x), pulled_once), x)
+
+
+def inside_transform(**options: Any) -> Any:
+    return torch.func.vmap(wrap(torch.sin, **options), in_dims=1)(x[None].expand(3, 3, 2))
+
+
+def singular() -> Any:
+    return wrap(lambda x: x @ torch.tensor([[1.0, 2.0], [2.0, 4.0]])).inverse(x)
+
+
+def patterned(**patterns: Any) -> Any:
+    return Structure("sparse", "declared", sparsity=Sparsity(**patterns))
+
+
+def without_plotly() -> Any:
+    with mock.patch.dict(sys.modules, {"plotly": None}):
+        autojac.report.spy(Pattern.of(np.eye(3)), "spy.html")
+
+
+class Locked(dict[str, Any]):
+    """Forbidden to everyone."""
+
+
+MESSAGES = (
+    # options
+    Message(
+        OptionError, must_be + "one of 'blocks'", "got 'blok'", "did you mean", lambda: wrap(torch.sin, layout="blok")
+    ),
+    Message(OptionError, must_be + "one of 'estimate'", "got 'deep'", "", lambda: wrap(torch.sin, effort="deep")),
+    Message(
+        OptionError,
+        "known are",
+        "unknown option 'layuot'",
+        "did you mean 'layout'",
+        lambda: wrap(torch.sin, layuot="full"),
+    ),
+    Message(OptionError, must_be + "True or False", "got 1", "", lambda: wrap(torch.sin, has_aux=1)),
+    Message(
+        OptionError,
+        "exclude each other",
+        "has_aux and randomness='same'",
+        "Leave one of them out",
+        lambda: wrap(torch.sin, has_aux=True, randomness="same"),
+    ),
+    Message(OptionError, must_be + "a string", "got 3", "", lambda: wrap(torch.sin, version=3)),
+    Message(OptionError, must_be + "an int or a tuple", "got 'x'", "", lambda: wrap(torch.sin, argnums="x")),
+    Message(OptionError, must_be + "a number of seconds", "got -1", "", lambda: wrap(torch.sin, budget_s=-1)),
+    Message(OptionError, must_be + "a PlanStore, a path", "got an int", "", lambda: wrap(torch.sin, store=3)),
+    Message(
+        OptionError, must_be + "bytes or a size", "got 'much'", "such as", lambda: wrap(torch.sin, memory_limit="much")
+    ),
+    Message(OptionError, must_be + "positive", "got 0", "", lambda: wrap(torch.sin, memory_limit=0)),
+    Message(OptionError, must_be + "'auto', an int", "got 'batch'", "", lambda: wrap(torch.sin, in_dims="batch")),
+    Message(OptionError, must_be + "one of", "got 'thorough'", "", lambda: wrap(torch.sin).tune(x, effort="thorough")),
+    Message(OptionError, must_be + "one of", "got 'loose'", "", lambda: Structure("loose")),
+    Message(OptionError, must_be + "one of", "got 'sworn'", "", lambda: Structure("dense", "sworn")),
+    Message(
+        OptionError,
+        "all parameters that require grad",
+        "takes no argnums",
+        "Leave it out, or wrap the module",
+        lambda: AutoJacobian.of_parameters(nn.Linear(2, 2), argnums=0),
+    ),
+    # what is wrapped
+    Message(InputError, "an instance of a module", "the class Linear", "Create it first", lambda: wrap(nn.Linear)),
+    Message(InputError, "a function or module", "got an int", "Pass one that maps", lambda: wrap(3)),
+    Message(
+        InputError,
+        r"torch\.nn\.Module was expected",
+        "got a function",
+        "AutoJacobian",
+        lambda: AutoJacobian.of_parameters(jac),
+    ),
+    Message(
+        InputError,
+        "none can be put in their place",
+        "scripted or traced",
+        "Pass the module that it was made from",
+        lambda: AutoJacobian.of_parameters(scripted()),
+    ),
+    Message(
+        InputError,
+        "parameters that require grad were expected",
+        "Tanh has none",
+        "requires_grad_",
+        lambda: AutoJacobian.of_parameters(nn.Tanh(), store=":memory:")(x),
+    ),
+    # arguments of a call
+    Message(OptionError, "positional arguments .* expected", "got none", "pass by position", lambda: jac(torch.sin)),
+    Message(
+        OptionError,
+        "argnums names argument 2",
+        "has 1 positional",
+        "pass by position",
+        lambda: jac(torch.sin, x, argnums=2),
+    ),
+    Message(OptionError, "once", "twice: \\(0, 0\\)", "Name each once", lambda: jac(torch.sin, x, argnums=(0, 0))),
+    Message(
+        OptionError, "the call has 1", "entries for 2 arguments", "Give one", lambda: jac(torch.sin, x, in_dims=(0, 0))
+    ),
+    Message(OptionError, must_be + "'auto'", "whose nest differs", "", lambda: jac(torch.sin, x, in_dims=([0, 0],))),
+    Message(OptionError, "one of its axes", r"shape is \(3, 2\)", "Name one", lambda: jac(torch.sin, x, in_dims=2)),
+    Message(
+        InputError, "tensors were expected", "holds a str", "argnums", lambda: jac(lambda s, x: x, "s", x, argnums=0)
+    ),
+    Message(InputError, "real inputs", "complex64", "view_as_real", lambda: jac(torch.sin, x.to(torch.complex64))),
+    Message(
+        InputError, "floating-point tensor was expected", "int64", "argnums", lambda: jac(torch.sin, torch.arange(3))
+    ),
+    Message(InputError, "a dense tensor", "meta device", "argnums", lambda: jac(torch.sin, x.to("meta"))),
+    Message(InputError, "batch was expected on axis 0", "is a scalar", "in_dims=None", lambda: jac(torch.sin, x.sum())),
+    Message(
+        InputError,
+        "share a batch",
+        r"\[2, 3\] samples",
+        "Pass equal numbers",
+        lambda: jac(torch.add, x, x[:2], in_dims=0, argnums=(0, 1)),
+    ),
+    Message(
+        InputError,
+        "One batch size was expected",
+        r"\[2, 3\] samples .* RuntimeError",
+        "say with in_dims",
+        lambda: jac(torch.add, x, x[:2], argnums=(0, 1)),
+    ),
+    Message(
+        InputError,
+        "carries the batch or is shared",
+        "can't be called on some of the samples",
+        "in_dims=",
+        lambda: jac(of_all_samples, torch.ones(3, 3), torch.ones(3, 3), argnums=(0, 1)),
+    ),
+    Message(
+        MutationError,
+        "needs the input as it was",
+        "writes into its tensor argument",
+        "clone",
+        lambda: jac(lambda x: x.mul_(2), x),
+    ),
+    # what func returns and does
+    Message(
+        OutputError, "a pair", "it returned a Tensor", "Return such a pair", lambda: jac(torch.sin, x, has_aux=True)
+    ),
+    Message(OutputError, "was expected", "returned no tensor", "Return what", lambda: jac(lambda x: (), x)),
+    Message(
+        OutputError, "a tensor .* was expected", "output 0 of func is a str", "has_aux", lambda: jac(lambda x: "y", x)
+    ),
+    Message(OutputError, "no real derivative", "int64", "Return floating-point", lambda: jac(lambda x: x.long(), x)),
+    Message(OutputError, "batch on axis 0", "a scalar", r"return one value per sample", lambda: jac(torch.sum, x)),
+    Message(OutputError, "share the batch", r"\(3, 2\), \(2,\)", "Expand", lambda: jac(lambda x: (x, x.sum(0)), x)),
+    Message(OutputError, "batch was expected on axis 0", r"shape \(2, 3\)", "Return one row", lambda: jac(torch.t, x)),
+    Message(
+        OutputError,
+        "axis 0 is not the batch",
+        "half",
+        r"Return \(B",
+        lambda: jac(lambda x: x.T @ x, torch.ones(4, 4) * x[0, 0]),
+    ),
+    Message(
+        OutputError,
+        "needs as many outputs as inputs",
+        "maps",
+        "blocks",
+        lambda: jac(lambda x: x[:, :1], x, layout="diagonal"),
+    ),
+    Message(
+        OutputError,
+        "every derivative would be zero",
+        "none has a graph",
+        "Compute in torch operators",
+        lambda: jac(lambda x: x.detach() * 2, x),
+    ),
+    Message(
+        RandomnessError,
+        "one plain call",
+        "draws random numbers",
+        "Pass randomness",
+        lambda: jac(lambda x: x * torch.rand(()), x),
+    ),
+    Message(
+        RandomnessError,
+        "equal ones were expected",
+        "two different outputs",
+        "Pass such a value",
+        lambda: jac(counted(), x),
+    ),
+    Message(
+        RandomnessError,
+        "equal ones were expected",
+        "two different outputs",
+        "Pass such a value",
+        lambda: jac(remembered(), x),
+    ),
+    Message(
+        UnsupportedError,
+        "needs torch.autograd.grad",
+        r"backward\(\) alone",
+        "use_reentrant=False",
+        lambda: AutoJacobian.of_parameters(Reentrant(), store=":memory:", on_miss="estimate")(x),
+    ),
+    Message(UnsupportedError, "evaluation of its own", "a second backward", "eval mode", batch_norm_pulled_once),
+    Message(UnsupportedError, "nothing can be probed", "transform .* is under way", "once outside", inside_transform),
+    Message(
+        UnsupportedError,
+        "makes no sparse matrices",
+        "transform .* is under way",
+        "layout='blocks'",
+        lambda: inside_transform(layout="sparse"),
+    ),
+    # plans
+    Message(
+        PlanMissError,
+        "on_miss='error' forbids",
+        "no plan is stored",
+        "Tune ahead",
+        lambda: jac(torch.sin, x, on_miss="error"),
+    ),
+    Message(
+        SearchError,
+        "are allowed",
+        "the Jacobian alone takes",
+        "Choose another layout",
+        lambda: jac(torch.sin, torch.ones(500, 8), layout="full", memory_limit="1MB"),
+    ),
+    Message(
+        SearchError,
+        "was declared",
+        "no method that relies on it",
+        "coupling='auto'",
+        lambda: jac(lambda x: x.softmax(0), x, coupling="independent"),
+    ),
+    Message(
+        SearchError,
+        "the right Jacobian within the limits",
+        "no method gives",
+        "gradcheck",
+        lambda: jac(torch.sin, x, memory_limit=60),
+    ),
+    Message(
+        SearchError,
+        "the right Jacobian within the limits",
+        "no method gives",
+        "gradcheck",
+        lambda: jac(torch.sin, x, memory_limit=60, effort="quick", on_miss="tune", budget_s=0),
+    ),
+    Message(
+        OptionError,
+        r"this call needs \(3, 3\)",
+        r"pattern of samples of shape \(2, 2\)",
+        "Give it one row",
+        lambda: jac(torch.sin, x, coupling=patterned(samples=Pattern.of(np.eye(2)))),
+    ),
+    Message(StructureChangedWarning, "the plan .* does not hold", "off by", "computed again and is right", changed),
+    Message(
+        StructureChangedWarning,
+        "the declared pattern",
+        "misses entries",
+        "Correct the pattern",
+        lambda: jac(lambda x: x + x.roll(1, 1), x, layout="sparse", coupling=patterned(features=Pattern.of(np.eye(2)))),
+    ),
+    Message(
+        NoGraphWarning,
+        "move with the inputs|moves with the inputs",
+        "no derivative there",
+        "Compute that in torch",
+        lambda: jac(lambda x: (x.sin(), x.detach() * 2), x),
+    ),
+    Message(
+        NoGraphWarning,
+        "trains no parameter",
+        "the backward of Weighted can't",
+        "Write that backward",
+        lambda: jac(Untrained(), x),
+    ),
+    Message(ModesDisagreeWarning, "disagree", "finite difference", "", lambda: jac(Rounded.apply, x)),
+    # outputs that have been computed already
+    Message(
+        OptionError,
+        "needs the function",
+        "does not show",
+        "Use AutoJacobian",
+        lambda: graph_of(torch.sin, layout="sparse"),
+    ),
+    Message(
+        UnsupportedError,
+        "expects plain tensors",
+        "transform is under way",
+        "AutoJacobian",
+        lambda: torch.func.vmap(lambda x: jacobian_from(x, x))(x),
+    ),
+    Message(InputError, "a tensor or a nest", "got an empty one", "Pass those", lambda: jacobian_from(x, ())),
+    Message(InputError, "a tensor was expected", "an int", "Leave it out", lambda: jacobian_from(x, [1])),
+    Message(InputError, "a floating-point tensor", "int64", "In place", lambda: jacobian_from(x, torch.arange(3))),
+    Message(InputError, "no graph leads to it", "does not require grad", "requires_grad_", lambda: jacobian_from(x, x)),
+    Message(
+        InputError, "outputs with a graph", "none requires grad", "grad mode on", lambda: graph_of(torch.Tensor.detach)
+    ),
+    Message(
+        InputError,
+        "expected to lead there",
+        "no output depends on input 0",
+        "allow_unused",
+        lambda: jacobian_from(x.clone().requires_grad_().sin(), x.clone().requires_grad_()),
+    ),
+    Message(
+        OptionError,
+        "must be on axis 0",
+        "axis 1 of an input",
+        "in_dims",
+        lambda: graph_of(lambda leaf: leaf.T.sin(), in_dims=1),
+    ),
+    Message(InputError, "graph", "has been freed", "retain_graph=True", freed_graph),
+    Message(SearchError, "no method agrees", "plain VJPs", "Let backwards", refused_graph),
+    Message(
+        StructureChangedWarning,
+        "declared independent",
+        "are not",
+        "Pass coupling=",
+        lambda: graph_of(lambda leaf: leaf.softmax(0), coupling="independent"),
+    ),
+    # verification, and what is made of Jacobians
+    Message(
+        VerificationError,
+        "in_dims that it was",
+        "Jacobian is wrong",
+        "pass the function",
+        lambda: verify(jac(torch.sin, x) * 2, torch.sin, x),
+    ),
+    Message(
+        VerificationError,
+        "one Jacobian per output and input was expected",
+        "got 2",
+        "Pass them",
+        lambda: verify([x, x], torch.sin, x),
+    ),
+    Message(
+        VerificationError, "a sparse CSR", "torch.strided", "layout", lambda: verify(x, torch.sin, x, layout="sparse")
+    ),
+    Message(InputError, "a sparse CSR", "torch.strided", "layout='sparse'", lambda: to_scipy(x)),
+    Message(
+        InputError, "one output and one input", "has 2 and 1", "concatenates", lambda: wrap(lambda x: (x, x)).inverse(x)
+    ),
+    Message(
+        InputError,
+        "square",
+        "3 x 2",
+        "let the function return",
+        lambda: wrap(lambda x: x.repeat(1, 2)[:, :3]).slogdet(x),
+    ),
+    Message(SingularJacobianError, "singular", "3 of 3 Jacobians", "damp", singular),
+    Message(
+        InputError,
+        "one output and one input",
+        "has 2 and 1",
+        "Wrap a function",
+        lambda: wrap(lambda x: (x, x)).factors(x),
+    ),
+    Message(
+        InputError,
+        r"shape \(3, 2\) was expected",
+        r"got \(2, 2\)",
+        "one vector per sample",
+        lambda: wrap(lambda x: x - x.mean(0)).factors(x) @ x[:2],
+    ),
+    Message(
+        UnsupportedError,
+        "has no factors",
+        "custom autograd Function Sine",
+        "layout='full'",
+        lambda: wrap(lambda x: Sine.apply(x - x.mean(0), pulled)).factors(x),
+    ),
+    # patterns and pictures
+    Message(OptionError, must_be + "a matrix", "ndarray of 1 axes", "2-D", lambda: Pattern.of(np.ones(3))),
+    Message(
+        InputError,
+        "one color for each of the 3 columns",
+        "got 2",
+        "Pass those",
+        lambda: autojac.report.spy(Pattern.of(np.eye(3)), "spy.html", np.zeros(2)),
+    ),
+    Message(UnsupportedError, "need plotly", "not installed", "pip install", without_plotly),
+    # stores
+    Message(
+        OptionError,
+        "patterns",
+        "no patterns were passed",
+        "pass patterns=",
+        lambda: Structure.from_json({"coupling": "sparse", "sparsity": {"samples": "key"}}),
+    ),
+    Message(
+        OptionError,
+        must_be + "|must name",
+        r"got \['x'\]",
+        "to_json",
+        lambda: Structure.from_json({"coupling": "sparse", "sparsity": ["x"]}, {}.__getitem__),
+    ),
+    Message(OptionError, must_be + "made of plain JSON", "not JSON serializable", "", lambda: Key.of({"a": x})),
+    Message(
+        StoreWarning,
+        "",
+        "can't be used",
+        "plans live in memory",
+        lambda: jac(torch.sin, x, store="postgresql://host:port/plans"),
+    ),
+    Message(
+        StoreWarning,
+        "",
+        "can't be used",
+        "plans live in memory",
+        lambda: PlanStore("postgresql://host:port/plans").save(Key.of({}), Key.of({}), wrap(torch.sin).plan(x), "sin"),
+    ),
+    Message(
+        StoreWarning, "", "can't be read", "plans live in memory", lambda: jac(torch.sin, x, store="no://host/plans")
+    ),
+    Message(StoreWarning, "", "can't be written", "new plans live in memory", unwritable),
+    Message(StoreWarning, "", "can't be written|made by a later autojac", "live in memory", later_autojac),
+    Message(
+        StoreWarning,
+        "",
+        "was corrupt",
+        "a fresh store is begun",
+        lambda: jac(torch.sin, x, store=store_at(b"no database " * 999)),
+    ),
+    Message(StoreWarning, "", "the shared plans .* can't be read", "", unusable_shared),
+    Message(StoreWarning, "", "a row that can't be used", "passed over", bad_row),
+    Message(
+        StoreError, "", "can't be used as a plan store", "", lambda: PlanStore("postgresql://host:port/plans").listing()
+    ),
+    Message(StoreError, "", "has no plan 7", "autojac plans list", lambda: PlanStore(here()).get(7)),
+    Message(StoreError, "", "can't be used as a plan store", "", lambda: store_at(b"no database " * 999).clear()),
+    # the command line
+    Message(TargetError, "was expected as TARGET", "got 'model'", "Name the function", lambda: tune("model")),
+    Message(TargetError, "was expected as TARGET", "got '..:f'", "Name the function", lambda: tune("..:f")),
+    Message(TargetError, "here|in this folder", "no module 'absent'", "Check the spelling", lambda: tune("absent:f")),
+    Message(TargetError, "relative to", "no file absent.py", "Name it", lambda: tune("absent.py:f")),
+    Message(
+        TargetError,
+        "a Python file",
+        "got ./model.txt",
+        "ends in .py",
+        lambda: (Path("model.txt").touch(), tune("./model.txt:f")),
+    ),
+    Message(
+        TargetError, "a function or module", "is an int, which nothing", "Name one", lambda: tune("model.py:nothing")
+    ),
+    Message(TargetError, "a function or module", "is a class", "Name an instance", lambda: tune("model.py:Needs")),
+    Message(TargetError, "model", "no attribute 'nothin'", "did you mean 'nothing'", lambda: tune("model.py:nothin")),
+    Message(
+        TargetError, "can't be called with", "RuntimeError", "", lambda: tune("model.py:of_three", "--shape", "3x2")
+    ),
+    Message(
+        TargetError,
+        "a device that computes",
+        "'meta'",
+        "such as cpu",
+        lambda: tune("model.py:of_three", "--shape", "3x7", "--device", "meta"),
+    ),
+    Message(
+        TargetError,
+        "this machine has",
+        "'xla'|can't be used",
+        "Name one",
+        lambda: tune("model.py:of_three", "--shape", "3x7", "--device", "nowhere"),
+    ),
+    Message(
+        TargetError,
+        "1 argument",
+        "names 2 dtypes",
+        "Name one",
+        lambda: tune("model.py:of_three", "--shape", "3x7", "--dtype", "float32,float64"),
+    ),
+    Message(
+        TargetError,
+        "no tensor of shape",
+        "can be made on cpu",
+        "Try a smaller",
+        lambda: tune("model.py:of_three", "--shape", "3x99999999999x999999"),
+    ),
+)
+INTERNAL = {
+    "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",
+    "replay": "why a plan runs without replay: a reason that explain() lists",
+    "guards": "why torch.func's transforms can't be used: a reason that explain() lists",
+    "api/from_graph.py:_no_func": "stands in for a function that no method of jacobian_from calls",
+    "api/low_rank_factors.py:_check": "a fault of autojac's own",
+    "api/linalg.py:as_matrices": "the layouts that get there have these shapes",
+    "api/linalg.py:_check": "Jacobians are real floating-point matrices",
+    "methods/base.py:build": "a stored plan of another version of autojac, which is passed over",
+    "sparse/colorings.py:apart": "declared patterns are checked before",
+}
+"""What no user sees as an error: rooms, or functions, and why."""

@@ -20,18 +20,10 @@ SAME_MEANING = {
 }
 """Names that stand for one thing in several places."""
 TWO_MEANINGS = {
-    "alone",
     "diag_embed",
-    "differs",
     "feature_pattern",
-    "largest",
-    "only",
-    "placed",
-    "plain",
     "repeat",
     "sample_graph",
-    "seconds",
-    "show",
 }
 """Names that still have to be told apart: this list only gets shorter."""
 LONG_FILES: set[str] = set()

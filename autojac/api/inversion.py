@@ -23,7 +23,7 @@ def triangles(matrices: Tensor) -> tuple[bool, bool]:
     return not below, not above
 
 
-def largest(matrices: Tensor) -> Tensor:
+def largest_of_each(matrices: Tensor) -> Tensor:
     """Return the largest magnitude in each matrix, NaN where there is one."""
     return matrices.abs().amax((-2, -1)) if matrices.numel() else matrices.new_zeros(matrices.shape[:-2])
 
@@ -82,4 +82,4 @@ def solve(matrices: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
         solved = torch.linalg.solve_triangular(r, q.mT, upper=True)
     inverses = columns.mT * solved * rows.mT
     resolved = _norm(scaled) * _norm(solved) * (MARGIN * torch.finfo(matrices.dtype).eps) <= 1
-    return inverses, failed | ~resolved | ~(largest(inverses) <= torch.finfo(stored).max)
+    return inverses, failed | ~resolved | ~(largest_of_each(inverses) <= torch.finfo(stored).max)

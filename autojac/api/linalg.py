@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.api.inversion import largest, solve, triangles
+from autojac.api.inversion import largest_of_each, solve, triangles
 from autojac.autodiff.matrix_function import MatrixRule, by_rule
 from autojac.core.autocast import outside_autocast
 from autojac.errors import InputError, SingularJacobianError
@@ -141,7 +141,7 @@ def _inverse_value(matrices: Tensor, stored: torch.dtype) -> Tensor:
         inverses, singular = solve(matrices, stored)
         if not bool(singular.any()):
             return inverses
-        finite = largest(matrices).isfinite()
+        finite = largest_of_each(matrices).isfinite()
         # one sample's NaN hides the zeros that the others share, and what a library makes of NaN is up to it
         stand_in = torch.eye(*matrices.shape[-2:], dtype=matrices.dtype, device=matrices.device)
         _, singular = solve(torch.where(finite[..., None, None], matrices, stand_in), stored)
@@ -185,7 +185,7 @@ def _slogdet_value(matrices: Tensor) -> Tensor:
             sign, logabsdet = diagonal.sign().prod(-1), diagonal.abs().log().sum(-1)
         else:
             sign, logabsdet = torch.linalg.slogdet(matrices)
-        finite = largest(matrices).isfinite()
+        finite = largest_of_each(matrices).isfinite()
         return torch.stack([sign, logabsdet], -1).masked_fill(~finite[..., None], torch.nan)
 
 

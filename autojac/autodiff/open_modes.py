@@ -43,7 +43,7 @@ def transforming() -> bool:
         return dual_level() >= 0
 
 
-def alone(transform: Callable[..., Any]) -> Callable[..., Any]:
+def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
     """A transform that opens a level of dual numbers, in one thread at a time."""
 
     def locked(*args: Any) -> Any:

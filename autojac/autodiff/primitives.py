@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from autojac.autodiff.open_modes import alone, forward_lock
+from autojac.autodiff.open_modes import forward_lock, in_one_thread
 from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
 from autojac.torch_internals import (
@@ -90,7 +90,7 @@ def push_dual_plainly(
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """torch.func.jvp of a bound function, to be used under vmap over tangents."""
-    outputs, pushed = alone(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
+    outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
 
 
@@ -101,7 +101,9 @@ def sample_jacobian(
     single = without_data(single)
     if mode == "reverse":
         return torch.func.jacrev(single, argnums=argnums, has_aux=True)
-    return alone(torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error"))
+    return in_one_thread(
+        torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
+    )
 
 
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:

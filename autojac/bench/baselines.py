@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.bench.workloads import Func, Workload, placed
+from autojac.bench.workloads import Func, Workload, moved_to
 
 ROWS_LIMIT = 4096
 """Rows of the whole batch's Jacobian that a way may pull one by one: seconds a call."""
@@ -115,7 +115,7 @@ def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
 
     Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
     """
-    exact, point = placed(func, x.device, torch.float64), x.double()
+    exact, point = moved_to(func, x.device, torch.float64), x.double()
     if workload.kind != "coupled":
         return loop_on_the_sum(exact)(point).to(x.dtype)
     row_bytes = 8 * workload.batch * (workload.n + 2 * workload.width)

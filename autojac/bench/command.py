@@ -18,7 +18,7 @@ from autojac.bench.replayed import replayed
 from autojac.bench.results import Report
 from autojac.bench.run import Settings
 from autojac.bench.run import bench as run_bench
-from autojac.bench.table import show
+from autojac.bench.table import print_report
 from autojac.bench.workloads import ALL, WORKLOADS
 from autojac.bench.zeros import RACES
 from autojac.bench.zeros import zeros as put_to_use
@@ -120,7 +120,7 @@ def bench(
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
-        show(report)
+        print_report(report)
 
 
 def _with_interop(report: Report, settings: Settings, only: tuple[str, ...], training: bool) -> Report:

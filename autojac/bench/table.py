@@ -16,7 +16,7 @@ PLAIN_WIDTH = 170
 """Columns where the output is no terminal."""
 
 
-def show(report: Report, console: Console | None = None) -> None:
+def print_report(report: Report, console: Console | None = None) -> None:
     """Print a report's tables and figures."""
     console = console or Console()
     if not console.is_terminal:

@@ -43,10 +43,10 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             func, x = self.build(), torch.randn(self.batch, self.n)
-        return placed(func, device, x.dtype), x.to(device)
+        return moved_to(func, device, x.dtype), x.to(device)
 
 
-def placed(func: Func, device: torch.device | str, dtype: torch.dtype) -> Func:
+def moved_to(func: Func, device: torch.device | str, dtype: torch.dtype) -> Func:
     """A copy of a function's module on a device and in a dtype; plain functions go wherever their input does."""
     return copy.deepcopy(func).to(device, dtype) if isinstance(func, nn.Module) else func
 

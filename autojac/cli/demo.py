@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac.core.plan import EFFORTS, Effort, Plan
-from autojac.planning.explain import seconds
+from autojac.planning.explain import format_seconds
 
 LINKS = (0.4, 0.3, 0.2, 0.1)
 """Lengths in metres, from the shoulder outwards."""
@@ -105,7 +105,7 @@ def _tell(steps: int, poses: int, effort: Effort) -> None:
     click.echo(f"\nTraining on places and Jacobians, J of shape {tuple(jac(angles).shape)}:")
     start = time.perf_counter()
     train(model, angles, measured, steps, jac, arm.jacobian(angles))
-    click.echo(f"  {steps} steps in {seconds(time.perf_counter() - start)}")
+    click.echo(f"  {steps} steps in {format_seconds(time.perf_counter() - start)}")
 
     plain = MarkerNetwork()
     train(plain, angles, measured, steps)
@@ -166,9 +166,9 @@ def _show_plan(plan: Plan, took: float, place: str) -> None:
     click.echo(f"\nPlan: {plan}")
     click.echo(f"  {pace(plan)}")
     if plan.source == "store":
-        click.echo(f"  source: store, found in {seconds(took)} in {place}; {tried(plan)} trials in this run")
+        click.echo(f"  source: store, found in {format_seconds(took)} in {place}; {tried(plan)} trials in this run")
     else:
-        click.echo(f"  source: {plan.source}, {tried(plan)} trials in {seconds(took)}")
+        click.echo(f"  source: {plan.source}, {tried(plan)} trials in {format_seconds(took)}")
 
 
 def _error(J: Tensor, exact: Tensor) -> float:

@@ -11,7 +11,7 @@ import click
 from autojac.cli.shell import Group
 from autojac.core.options import format_bytes
 from autojac.core.plan import expression
-from autojac.planning.explain import seconds
+from autojac.planning.explain import format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,9 @@ def show_plan(number: int, location: str | None, as_json: bool) -> None:
     plan = row.plan
     click.echo(f"plan {row.id} for {row.function_name}: {_arguments(row)} -> {_result(row)}")
     click.echo(f"{plan}: {_times(row)}")
-    click.echo(f"  effort {plan.effort}, made in {seconds(plan.tuning_seconds)} on {row.updated_at:%Y-%m-%d %H:%M} UTC")
+    click.echo(
+        f"  effort {plan.effort}, made in {format_seconds(plan.tuning_seconds)} on {row.updated_at:%Y-%m-%d %H:%M} UTC"
+    )
     click.echo(f"  on {_machine(row)}")
     if row.refuted_reason:
         click.echo(f"  refuted, not used any more: {row.refuted_reason}")
@@ -133,7 +135,12 @@ def trials_table(trials: Any) -> Table:
     table.add_column("", overflow="fold")
     for trial in sorted(trials, key=lambda trial: (trial.state != "complete", trial.seconds or 0.0)):
         verdict = "" if trial.state == "complete" else f"{trial.state}: {trial.reason}"
-        cells = (f"  {expression(trial.method)}", seconds(trial.seconds), format_bytes(trial.memory_bytes), verdict)
+        cells = (
+            f"  {expression(trial.method)}",
+            format_seconds(trial.seconds),
+            format_bytes(trial.memory_bytes),
+            verdict,
+        )
         table.add_row(*map(Text, cells))
     return table
 
@@ -174,7 +181,7 @@ def _times(row: StoredPlan) -> str:
     if not plan.seconds:
         return "not timed"
     ratio = f" (default {plan.default_seconds / plan.seconds:.3g}x)" if plan.default_seconds else ""
-    return f"{seconds(plan.seconds)}{ratio}"
+    return f"{format_seconds(plan.seconds)}{ratio}"
 
 
 def _arguments(row: StoredPlan) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 import autojac
 from autojac.cli.calls import Calls, call_options, grad_mode, json_option, require_store, search_options, using_threads
 from autojac.core.plan import Plan
-from autojac.planning.explain import seconds
+from autojac.planning.explain import format_seconds
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
@@ -138,11 +138,11 @@ def pace(plan: Plan) -> str:
     """Return how fast a plan was measured to be, in words."""
     if plan.seconds is None:
         return "not timed"
-    measured = f"{seconds(plan.seconds)} a call"
+    measured = f"{format_seconds(plan.seconds)} a call"
     if plan.default_seconds is None:
         return f"{measured}; torch's default was not timed"
     ratio = plan.default_seconds / plan.seconds
-    return f"{measured}, {ratio:.3g} times as fast as torch's default ({seconds(plan.default_seconds)})"
+    return f"{measured}, {ratio:.3g} times as fast as torch's default ({format_seconds(plan.default_seconds)})"
 
 
 def _summary(call: str, plan: Plan, kept: Plan, store: PlanStore) -> str:
@@ -150,4 +150,4 @@ def _summary(call: str, plan: Plan, kept: Plan, store: PlanStore) -> str:
     if not is_kept(plan, kept):
         where = f"not kept: {store.description} holds {kept} of effort {kept.effort}"
     count = f"{tried(plan)} candidate{'s' * (tried(plan) != 1)} tried" if plan.trials else "chosen"
-    return f"{call}\n  {plan}: {pace(plan)}\n  {count} in {seconds(plan.tuning_seconds)}; {where}"
+    return f"{call}\n  {plan}: {pace(plan)}\n  {count} in {format_seconds(plan.tuning_seconds)}; {where}"

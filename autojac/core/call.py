@@ -134,10 +134,10 @@ class CallLayout:
             if isinstance(kwargs, Keywords) and kwargs.aux is not None:
                 kwargs.aux.append(aux)
         if isinstance(out, Tensor):
-            out = plain(out)
+            out = without_subclass(out)
             return (out.unsqueeze(0),) if self.unbatched else (out,)
         values, self.out_spec = pytree.tree_flatten(out)
-        values = [plain(value) for value in values]
+        values = [without_subclass(value) for value in values]
         if not self.unbatched:
             return tuple(values)
         # non-tensors go on as they are, to be refused by name
@@ -250,7 +250,7 @@ class CallLayout:
             )
 
 
-def plain(value: Any) -> Any:
+def without_subclass(value: Any) -> Any:
     """Return a tensor of a subclass, whose arithmetic may differ, as a plain one with the same graph.
 
     One whose class has more than one tensor inside stays what it is.

@@ -13,7 +13,7 @@ from autojac.autodiff import seeds
 from autojac.autodiff.primitives import Bound, load_forward_rules
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
-from autojac.methods.support.engines import only, push
+from autojac.methods.support.engines import of_one_input, push
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
 from autojac.problem.problem import Compute, Problem, Result, bind
 
@@ -114,7 +114,7 @@ class Push(Method):
         diagonal = problem.layout == "diagonal"
         values: tuple[Tensor, ...] = ()
 
-        alone = only(bound, inputs, order)
+        alone = of_one_input(bound, inputs, order)
 
         def parts() -> Iterator[Sequence[Tensor]]:
             nonlocal values

@@ -11,7 +11,7 @@ from autojac.problem.compression import colored
 from autojac.problem.problem import Problem
 
 
-def seconds(value: float | None) -> str:
+def format_seconds(value: float | None) -> str:
     """Format a duration with a readable unit."""
     if value is None:
         return "-"
@@ -34,12 +34,12 @@ def explanation(prepared: PreparedPlan, stored: Stored) -> str:
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")
-    lines.append(f"  from {plan.source}, effort {plan.effort}, made in {seconds(plan.tuning_seconds)}")
+    lines.append(f"  from {plan.source}, effort {plan.effort}, made in {format_seconds(plan.tuning_seconds)}")
     if plan.seconds is not None:
-        lines.append(f"  {seconds(plan.seconds)} a call, {format_bytes(plan.memory_bytes)} at its peak")
+        lines.append(f"  {format_seconds(plan.seconds)} a call, {format_bytes(plan.memory_bytes)} at its peak")
     if plan.seconds and plan.default_seconds:
         ratio = plan.default_seconds / plan.seconds
-        lines.append(f"  torch's default takes {seconds(plan.default_seconds)}: {ratio:.3g} times as long")
+        lines.append(f"  torch's default takes {format_seconds(plan.default_seconds)}: {ratio:.3g} times as long")
         saved = plan.default_seconds - plan.seconds
         if saved > 0:
             lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
@@ -64,7 +64,7 @@ def _rank(trial: Trial) -> tuple[bool, float]:
 
 
 def _row(trial: Trial) -> str:
-    facts = f"{seconds(trial.seconds):>8} {format_bytes(trial.memory_bytes):>9}  {expression(trial.method)}"
+    facts = f"{format_seconds(trial.seconds):>8} {format_bytes(trial.memory_bytes):>9}  {expression(trial.method)}"
     fate = None if trial.state == "complete" else trial.state
     return f"  {facts}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
 

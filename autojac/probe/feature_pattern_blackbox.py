@@ -16,7 +16,7 @@ from autojac.autodiff.tolerance import balanced_noise
 from autojac.core.ranks import several
 from autojac.core.time_limit import within
 from autojac.probe.coordinates import Coordinates
-from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, ProbePoint, differs, step, time_one_call
+from autojac.probe.sample_pairs import GRADIENT_NOISE, SCALES, ProbePoint, step, time_one_call, where_changed
 
 ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
@@ -113,7 +113,7 @@ def completed(
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
                 changed = there.values(_moved(there, where, columns, scale, generator))
-                steps = [differs(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
+                steps = [where_changed(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
                 outside = torch.from_numpy(~(more @ columns.numpy()))
                 more = _with_block(more, where.of_outputs(steps) & outside, columns)
         except Exception:

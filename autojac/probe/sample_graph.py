@@ -24,7 +24,7 @@ from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import Coded
-from autojac.probe.sample_pairs import SCALES, ProbePoint, differs, step
+from autojac.probe.sample_pairs import SCALES, ProbePoint, step, where_changed
 from autojac.torch_internals import pytree
 
 MOST_MASKS = 4
@@ -265,7 +265,7 @@ def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
     for after, before in zip(changed, base, strict=True):
         if after.shape != before.shape:
             return None
-        rows = differs(after, before).reshape(len(before), -1).any(1).cpu()
+        rows = where_changed(after, before).reshape(len(before), -1).any(1).cpu()
         moved = rows if moved is None else moved | rows
     return moved
 

@@ -267,12 +267,12 @@ def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Gen
 
 def _moved(changed: Sequence[Tensor], base: Sequence[Tensor], rows: Tensor) -> bool:
     return any(
-        after.shape != before.shape or bool(differs(after, before)[rows].any())
+        after.shape != before.shape or bool(where_changed(after, before)[rows].any())
         for after, before in zip(changed, base, strict=True)
     )
 
 
-def differs(after: Tensor, before: Tensor) -> Tensor:
+def where_changed(after: Tensor, before: Tensor) -> Tensor:
     """Return where values moved by more than rounding, each by its own scale."""
     finite = torch.isfinite(before)
     rounding = VALUE_NOISE * torch.finfo(before.dtype).eps * own_scale(before)

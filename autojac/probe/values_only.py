@@ -19,7 +19,7 @@ from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise, own_scale
 from autojac.core.time_limit import within
 from autojac.probe.masks import FEWEST_SPLITS, split_masks
-from autojac.probe.sample_pairs import SCALES, ProbePoint, cotangent_verdict, differs, step
+from autojac.probe.sample_pairs import SCALES, ProbePoint, cotangent_verdict, step, where_changed
 
 HALVINGS = 16
 """Thresholds narrower than this power of a half of the change of an input are taken for jumps."""
@@ -65,7 +65,7 @@ def _look_at(there: ProbePoint, masks: Sequence[Tensor], scale: float, generator
         for output, (after, before) in enumerate(zip(values, base, strict=True)):
             if after.shape != before.shape:
                 raise Derivative
-            outside = ~mask.view(-1, *[1] * (after.dim() - 1)) & differs(after, before)
+            outside = ~mask.view(-1, *[1] * (after.dim() - 1)) & where_changed(after, before)
             size = torch.where(outside, (after - before).abs() / own_scale(before).to(after.dtype), 0).flatten()
             if size.numel() and not float(size.amax()) <= worst:
                 worst, place = float(size.amax()), int(size.argmax())

@@ -112,9 +112,9 @@ class Evidence:
         if samples is None and bool(whole.all()):
             return found, expected
         counted = finite & (whole | torch.isfinite(found.detach()))
-        return only(counted if samples is None else counted & samples[:, None], found, expected)
+        return zero_uncounted(counted if samples is None else counted & samples[:, None], found, expected)
 
 
-def only(counted: Tensor | None, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def zero_uncounted(counted: Tensor | None, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Put zeros where two tensors don't count, so that they agree there."""
     return (one, other) if counted is None else (torch.where(counted, one, 0), torch.where(counted, other, 0))

@@ -17,7 +17,7 @@ from autojac.core.structure import UPDATES_BUFFERS
 from autojac.errors import UnsupportedError
 from autojac.graph.special_kernels import plain_formulas
 from autojac.problem.compared_parts import ComparedParts
-from autojac.problem.finite_evidence import only
+from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Problem, Result, recorded
 from autojac.problem.trained_gradient import GradientReference
 
@@ -156,7 +156,7 @@ class Reference:
                 if jacobian.dtype != tensor.dtype:
                     return f"J is {jacobian.dtype} where reverse mode gives {tensor.dtype}"
         for output, (value, expected) in enumerate(zip(result.values, self.values, strict=True)):
-            mine, theirs = only(self.evidence.elements[output], value, expected)
+            mine, theirs = zero_uncounted(self.evidence.elements[output], value, expected)
             error = disagreement(mine, theirs, slack=self.slack[output])
             if error is not None:
                 return f"the value is off by {error:.1g} relative"

@@ -14,7 +14,7 @@ from autojac.autodiff.pullback import gradient
 from autojac.autodiff.tolerance import disagreement, largest, own_rounding
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.problem.compared_parts import ComparedParts
-from autojac.problem.finite_evidence import only
+from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Result
 
 
@@ -92,7 +92,7 @@ class GradientReference:
             if not self.parts.evidence.whole:
                 # zero times what is NaN elsewhere
                 counted &= torch.isfinite(mine)
-            one, other = only(None if bool(counted.all()) else counted, mine, theirs)
+            one, other = zero_uncounted(None if bool(counted.all()) else counted, mine, theirs)
             slack = max(own, *(self.slack(output, other) for output in range(len(self.parts.values))))
             error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=slack)
             if error is not None:

@@ -71,14 +71,14 @@ def decoded(pattern: Pattern, row_colors: Indices, column_colors: Indices) -> np
     Raises:
         ValueError: an entry can be read from neither.
     """
-    from_rows = alone(row_colors[pattern.rows], pattern.columns, pattern.shape[1])
-    from_columns = alone(column_colors[pattern.columns], pattern.rows, pattern.shape[0])
+    from_rows = collision_free(row_colors[pattern.rows], pattern.columns, pattern.shape[1])
+    from_columns = collision_free(column_colors[pattern.columns], pattern.rows, pattern.shape[0])
     if not (from_rows | from_columns).all():
         raise ValueError("some entries can be read neither from the color of their row nor from that of their column")
     return from_rows
 
 
-def alone(colors: Indices, places: Indices, size: int) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+def collision_free(colors: Indices, places: Indices, size: int) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
     """For each entry, whether no other one of its color is added up at its place.
 
     Args:

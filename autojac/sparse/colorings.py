@@ -11,7 +11,7 @@ import numpy as np
 
 from autojac.core.pattern import Indices, Pattern
 from autojac.errors import OptionError
-from autojac.sparse.bicoloring import alone, both, decoded
+from autojac.sparse.bicoloring import both, collision_free, decoded
 from autojac.sparse.greedy_coloring import fewest
 
 __all__ = ["Backing", "Colorings", "Side", "apart", "both", "decoded", "orthogonal"]
@@ -114,7 +114,7 @@ class Colorings:
             of_entries, places = pattern.rows, pattern.columns
             if side == "columns":
                 of_entries, places = places, of_entries
-            return bool(alone(colors[side][of_entries], places, max(1, *pattern.shape)).all())
+            return bool(collision_free(colors[side][of_entries], places, max(1, *pattern.shape)).all())
 
         return self._found(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
 

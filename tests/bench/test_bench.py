@@ -20,7 +20,7 @@ from autojac.bench.overhead import UNWANTED, overhead, startup
 from autojac.bench.points import points
 from autojac.bench.results import Figure, Outcome, Promised, Race, Regret, Report, ratio
 from autojac.bench.run import Settings, admitted, bench
-from autojac.bench.table import show
+from autojac.bench.table import print_report
 from autojac.bench.workloads import ALL, CODES, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
 from autojac.bench.zeros import RACES, as_blocks, layouts, reaction
 from oracle import jacobian_blocks
@@ -101,7 +101,7 @@ def test_environment_names_no_machine(report: Report) -> None:
 
 def test_table_shows_every_workload_and_way(report: Report) -> None:
     console = Console(record=True, file=io.StringIO())
-    show(report, console)
+    print_report(report, console)
     text = console.export_text()
     for name in [workload.name for workload in SMALL] + [way.name for way in WAYS]:
         assert name in text
@@ -264,7 +264,7 @@ def test_brusselator_is_held_against_passes_of_its_colors(monkeypatch: pytest.Mo
     report = Report({}, {"effort": "quick"}, (), zeros=(found,))
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     console = Console(record=True, file=io.StringIO())
-    show(report, console)
+    print_report(report, console)
     assert "sparse over JVPs" in console.export_text()
 
 

@@ -23,7 +23,7 @@ from autojac.bench.jitted import MODES, NAMES, jax_contest, of_jax
 from autojac.bench.replayed import CALLED, DEEP, FINER, _fresh, calls, traced, tracing
 from autojac.bench.results import Figure, Outcome, Promised, Report, ratio
 from autojac.bench.run import Settings, admitted, tune
-from autojac.bench.table import show
+from autojac.bench.table import print_report
 from autojac.bench.workloads import ALL, REPLAYED, WORKLOADS, Workload, convolution, mlp, sine
 from autojac.planning.search import measure
 
@@ -146,7 +146,7 @@ def test_contests_are_one_table_and_survive_json() -> None:
     made = report()
     assert Report.from_json(json.loads(json.dumps(made.to_json()))) == made
     console = Console(record=True, file=io.StringIO(), width=120)
-    show(made, console)
+    print_report(made, console)
     text = console.export_text()
     assert text.count("at most  ") == 1
     assert text.count("2, missed") == 2

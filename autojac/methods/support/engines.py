@@ -97,7 +97,7 @@ def push(
     return tuple(pairs[-1][0]), _stacked([pushed for _, pushed in pairs])
 
 
-def only(bound: Bound, inputs: Sequence[Tensor], position: int) -> Bound:
+def of_one_input(bound: Bound, inputs: Sequence[Tensor], position: int) -> Bound:
     """Return the function of one input alone, the others held."""
     return lambda tensor: bound(*inputs[:position], tensor, *inputs[position + 1 :])
 
@@ -108,7 +108,7 @@ def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
         load_forward_rules()
 
     def push_one(position: int, tangents: Tensor) -> Sequence[Tensor]:
-        alone, source = only(bound, inputs, position), inputs[position]
+        alone, source = of_one_input(bound, inputs, position), inputs[position]
         if engine == "vmap":
             pushed: Sequence[Tensor] = vmap(lambda seed: functional_jvp(alone, (source,), (seed,))[1])(tangents)
             return pushed

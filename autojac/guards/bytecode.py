@@ -27,8 +27,8 @@ class NamesUsed:
         codes: these code objects.
         scope: names looked up in the globals, then among the builtins.
         attributes: names that may be looked up in objects: attributes and strings that could be names.
-        imported: names of modules imported inside the code, absolute ones.
-        relative: whether it imports relatively too.
+        imported: modules imported inside the code: how many packages up from the code's own (0 for absolute names), the
+            name, and what is taken from it.
         dynamic: whether it may compute names of attributes.
         values: names of globals and attributes that it looks up other than to call them immediately.
         state: an attribute of tensors that it looks up other than to call it immediately, and that shows their values
@@ -38,8 +38,7 @@ class NamesUsed:
     codes: tuple[types.CodeType, ...]
     scope: tuple[str, ...]
     attributes: frozenset[str]
-    imported: tuple[str, ...]
-    relative: bool
+    imported: tuple[tuple[int, str, tuple[str, ...]], ...]
     dynamic: bool
     values: frozenset[str]
     state: str
@@ -68,9 +67,8 @@ def _names_used(key: _ByIdentity) -> NamesUsed:
     codes = tuple(_nested(key.code))
     scope: set[str] = set()
     attributes: set[str] = set()
-    imported: set[str] = set()
+    imported: set[tuple[int, str, tuple[str, ...]]] = set()
     values: set[str] = set()
-    relative = False
     state = ""
     for code in codes:
         attributes.update(code.co_names, _strings(code.co_consts))
@@ -85,15 +83,12 @@ def _names_used(key: _ByIdentity) -> NamesUsed:
             elif step.opname == "LOAD_ATTR" and step.argval in _STATE and not _is_called(step):
                 state = step.argval
             elif step.opname == "IMPORT_NAME":
-                relative = relative or constants[-2] != 0
-                imported.add(step.argval)
-                imported.update(f"{step.argval}.{name}" for name in constants[-1] or ())
+                imported.add((constants[-2], step.argval, constants[-1] or ()))
     return NamesUsed(
         codes,
         tuple(sorted(scope)),
         frozenset(attributes),
         tuple(sorted(imported)),
-        relative,
         bool(attributes & _DYNAMIC),
         frozenset(values),
         state,

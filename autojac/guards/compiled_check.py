@@ -150,6 +150,8 @@ class _Draft:
             known = self.constant(value)
             if name == "class":
                 self.terms.append(f"type({owner}) is {known}")
+            elif value is not ABSENT and isinstance(read, functools.partial):
+                self.terms.append(f"{self.constant(read.args[0].__get__)}({owner}) is {known}")
             elif name in _FIELDS:
                 self.terms.append(f"{owner}.{_FIELDS[name]} is {known}")
             else:
@@ -167,10 +169,10 @@ class _Draft:
 
     def _members(self, place: Members, keys: list[Any], values: list[Any]) -> None:
         kind = type(place.owner)
-        if kind in (list, set, deque):
+        if kind in (list, set, deque, OrderedDict):
             owner = self.constant(place.owner)
             self.terms.append(f"len({owner}) == {len(values)} and all(map(is_, {owner}, {self.constant(values)}))")
-        elif kind not in (tuple, frozenset):
+        elif not issubclass(kind, (tuple, frozenset)):
             self._look(place, keys, values)
 
     def _look(self, place: Place, keys: list[Any], values: list[Any]) -> None:

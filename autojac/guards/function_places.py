@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from autojac.guards.bytecode import NamesUsed, names_used
@@ -23,8 +24,8 @@ from autojac.guards.places import (
     Place,
     cell_contents,
 )
-from autojac.guards.provenance import is_library
-from autojac.guards.purity import c_reason, unseen
+from autojac.guards.provenance import is_core, is_installed
+from autojac.guards.purity import c_reason, is_inside, unseen
 from autojac.guards.tokens import SCALARS
 from autojac.guards.walker import Walk
 
@@ -43,15 +44,23 @@ _PROCESS: Final = frozenset({"sys", "os", "builtins", "gc", "time", "random"})
 class FunctionPlaces(Walk):
     """A walk that lists what functions hold and look up.
 
+    The user's functions are followed wherever they are met; those of installed packages where they ran, since a walk
+    through all of a package would find no end.
+
+    Args:
+        ran: the code of installed packages that ran.
+
     Attributes:
         places: the places, each once.
-        codes: the code of the user's functions.
+        codes: the code of the functions that were followed.
         reason: why there may be more than the places; empty if there is not.
         called: a human-readable name of each object, by its id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
         super().__init__()
+        self._ran = {id(code) for code in ran}
+        self._looked_up = frozenset(name for code in ran for name in names_used(code).attributes)
         self.places: list[Place] = []
         self._codes: dict[int, types.CodeType] = {}
         self.reason = ""
@@ -77,18 +86,26 @@ class FunctionPlaces(Walk):
                 self.called.setdefault(id(value), place.label(name))
 
     def _function(self, function: types.FunctionType) -> None:
-        if vars(function).get("_torchdynamo_orig_callable") is not None:
-            self.refuse("it calls what torch.compile has compiled")
+        compiled = vars(function).get("_torchdynamo_orig_callable")
+        if compiled is not None:
+            if not is_installed(getattr(compiled, "__module__", None)):
+                self.refuse("it calls what torch.compile has compiled")
             super()._function(function)
             return
+        if function is os.getenv:
+            self._environment()
         name = function.__name__
         if function.__closure__:
             self._place(Cells(function.__closure__, "variable {}", function.__code__.co_freevars))
-        if not is_library(function.__globals__.get("__name__")):
+        if self._follows(function):
             self._place(Fields(function, f"{{}} of {name}", _CODE))
             self._place(Items(vars(function), f"attribute {{}} of {name}"))
             self._scope = function
         super()._function(function)
+
+    def _follows(self, function: types.FunctionType) -> bool:
+        home = function.__globals__.get("__name__")
+        return id(function.__code__) in self._ran or not (is_core(home) or is_installed(home))
 
     @property
     def codes(self) -> tuple[types.CodeType, ...]:
@@ -106,8 +123,10 @@ class FunctionPlaces(Walk):
         scope = function.__globals__
         stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
         builtins: dict[str, Any] = stranger.__builtins__
-        if uses.scope:
-            self._place(Names(function.__globals__, "global {}", uses.scope))
+        if uses.scope and is_installed(scope.get("__name__")):
+            self._place(Attributes(scope, f"{scope['__name__']}.{{}}"))
+        elif uses.scope:
+            self._place(Names(scope, "global {}", uses.scope))
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
             self._place(Names(builtins, "builtin {}", found))
         held = [scope[name] for name in uses.scope if name in scope]
@@ -115,19 +134,16 @@ class FunctionPlaces(Walk):
         for name in found:
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
                 self.refuse(c_reason(builtins[name]))
-        held += [builtins[name] for name in found if not is_library(getattr(builtins[name], "__module__", "builtins"))]
+        held += [builtins[name] for name in found if not is_core(getattr(builtins[name], "__module__", "builtins"))]
         if uses.state:
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
         if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
             self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
-        if uses.relative:
-            self.refuse(f"{function.__name__} imports relatively as it runs; import at the top of its file")
-        for name in uses.imported:
+        for name in _imported(uses, scope):
+            # one that is not there yet is listed as absent
+            self._place(Names(sys.modules, "module {}", (name,)))
             if name in sys.modules:
-                self._place(Names(sys.modules, "module {}", (name,)))
                 held.append(sys.modules[name])
-            elif not is_library(name) and name.rpartition(".")[0] not in sys.modules:
-                self.refuse(f"{function.__name__} imports {name} as it runs; import at the top of its file")
         for value in held:
             if isinstance(value, types.ModuleType):
                 self._used_module(value, uses, ())
@@ -138,19 +154,26 @@ class FunctionPlaces(Walk):
         if id(module) in inside:
             return
         home = module.__name__
-        library = is_library(home)
+        core, installed = is_core(home), is_installed(home)
+        if is_inside(home, ("torch.backends",)) and type(module) is not types.ModuleType:
+            self._flags(module, uses)
         kept = module.__dict__
-        if uses.dynamic and not library:
+        if uses.dynamic and not core:
             self._whole_module(module)
-            return
-        looked = tuple(sorted(name for name in uses.attributes if name in kept or not library))
-        if looked:
+            if not installed:
+                return
+        looked = tuple(sorted(name for name in uses.attributes if name in kept or not (core or installed)))
+        if installed:
+            self._place(Attributes(kept, f"{home}.{{}}"))
+        elif looked:
             self._place(Names(kept, f"{home}.{{}}", looked))
         for name in looked:
             value = kept.get(name)
-            if isinstance(value, types.ModuleType):
+            if value is os.environ or value is os.getenv:
+                self._environment()
+            elif isinstance(value, types.ModuleType):
                 self._used_module(value, uses, (*inside, id(module)))
-            elif not library or not is_library(getattr(value, "__module__", None) or "torch"):
+            elif not core or not is_core(getattr(value, "__module__", None) or "torch"):
                 self.visit(value)
             elif name in uses.values and isinstance(value, types.BuiltinFunctionType):
                 self.refuse(c_reason(value))
@@ -159,14 +182,41 @@ class FunctionPlaces(Walk):
             elif isinstance(value, type) or not callable(value):
                 self.visit(value)
 
+    def _environment(self) -> None:
+        self._place(Items(os.environ._data, "environment variable {}"))
+
+    def _flags(self, module: Any, uses: NamesUsed) -> None:
+        """List flags of torch's that are attributes of a module and properties of its class."""
+        for name in sorted(uses.attributes & vars(type(module)).keys()):
+            if not name.startswith("__"):
+                self.places.append(Fields(module, f"{module.__name__}.{{}}", ((name, operator.attrgetter(name)),)))
+
     def _whole_module(self, module: Any) -> None:
-        if is_library(module.__name__):
+        if is_core(module.__name__):
             if module.__name__ in _PROCESS:
                 self.refuse(f"it holds the module {module.__name__}, which shows the state of the process")
             self._place(Callables(module.__dict__, f"{module.__name__}.{{}}"))
             return
         kept = module.__dict__
-        names = tuple(sorted(name for name in kept if not (name.startswith("__") and name.endswith("__"))))
+        names = sorted(name for name in kept if not (name.startswith("__") and name.endswith("__")))
+        if is_installed(module.__name__):
+            names = [name for name in names if self._may_be_used(name, kept[name])]
         self._place(Attributes(kept, f"{module.__name__}.{{}}"))
         for name in names:
             self.visit(kept[name])
+
+    def _may_be_used(self, name: str, value: Any) -> bool:
+        """Check whether an attribute of a package's module or class may be looked up by what ran."""
+        ran = isinstance(value, types.FunctionType) and id(value.__code__) in self._ran
+        return ran or name in self._looked_up or isinstance(value, (dict, list, set))
+
+
+def _imported(uses: NamesUsed, scope: Mapping[str, Any]) -> Iterator[str]:
+    """Return the full names of the modules that a function imports as it runs."""
+    for level, name, parts in uses.imported:
+        full = name
+        if level:
+            home = str(scope.get("__package__") or scope.get("__name__", "").rpartition(".")[0])
+            full = ".".join(filter(None, (*home.split(".")[: len(home.split(".")) - level + 1], name)))
+        yield full
+        yield from (f"{full}.{part}" for part in parts if f"{full}.{part}" in sys.modules)

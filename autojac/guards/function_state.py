@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import types
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,7 @@ class FunctionState:
         self._reconsidered = 0
         self._tensors_matter = False
         self._observed: Callable[[], bool] | None = None
+        self._ran: list[types.CodeType] = []
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """Let no walk enter: what is watched is no part of what watches it."""
@@ -85,6 +88,33 @@ class FunctionState:
                 if not self._states:
                     self._enter(None)
         return self._states[-1]
+
+    def cover(self, ran: Collection[types.CodeType]) -> bool:
+        """Follow all code that ran in a call, that of installed packages too; return whether any was new."""
+        with self.lock:
+            present = self.present
+            known = {id(code) for code in present.guard.codes}
+            new = [code for code in ran if id(code) not in known]
+            if not new:
+                return False
+            guard = Guard(self.func, (*self._ran, *new))
+            reached = {id(code) for code in guard.codes}
+            new = [code for code in new if id(code) in reached]
+            if not new:
+                return False
+            self._ran += new
+            present.guard = guard
+            present.tensors = list(guard.tensors)
+            # what others compare is not everything any more
+            self._states = deque([present], maxlen=MOST_STATES)
+            self._observed = None
+            self.version += 1
+            return True
+
+    def uncovered(self, ran: Collection[types.CodeType]) -> str:
+        """Return why not all code that ran in a call is known to the guard; empty if it is."""
+        known = {id(code) for code in self.present.guard.codes}
+        return next((_unreachable(code) for code in ran if id(code) not in known), "")
 
     def settled(self) -> KnownState:
         """Return the state as it is now."""
@@ -182,7 +212,7 @@ class FunctionState:
         return change
 
     def _enter(self, change: Change | None) -> None:
-        guard = Guard(self.func)
+        guard = Guard(self.func, self._ran)
         self._numbers += 1
         kind = self._numbers if change is None else self._kind(change)
         self._states.append(KnownState(guard, self._numbers, kind, list(guard.tensors)))
@@ -204,3 +234,8 @@ class FunctionState:
             self._changes[spot] = count + 1, owner
         for spot in list(self._changes)[:-MOST_SPOTS]:
             del self._changes[spot]
+
+
+def _unreachable(code: types.CodeType) -> str:
+    place = f"{os.path.basename(code.co_filename)}, line {code.co_firstlineno}"
+    return f"it calls {code.co_qualname} ({place}), which is not reachable from func's closures, globals or attributes"

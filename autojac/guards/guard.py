@@ -44,12 +44,13 @@ class Guard:
 
     Args:
         func: the callable.
+        ran: the code of installed packages that runs in a call, and is followed.
 
     Attributes:
         reason: why not everything that `func` reads can be listed, as a sentence; empty if it can. What can be listed
             is compared in any case.
         tensors: the distinct tensors that it reaches: parameters, buffers, those in closures, globals and attributes.
-        codes: the code of every function of the user's that it reaches, nested functions included.
+        codes: the code of every function that it reaches and that is followed, nested functions included.
         is_unchanged: tells whether everything is the object that it was; quick, and runs none of the user's code.
             `rebase` replaces it.
     """
@@ -59,8 +60,9 @@ class Guard:
     codes: tuple[types.CodeType, ...]
     is_unchanged: Callable[[], bool]
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[..., Any], ran: Collection[types.CodeType] = ()) -> None:
         self._func = func
+        self._ran = ran
         self._walk()
 
     def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
@@ -86,7 +88,7 @@ class Guard:
             self._walk()
 
     def _walk(self) -> None:
-        reached = ObjectPlaces()
+        reached = ObjectPlaces(self._ran)
         reached.follow(self._func)
         self.reason = reached.reason
         self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors}.values())

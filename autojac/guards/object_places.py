@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import abc
+import contextvars
 import enum
 import functools
+import gc
 import logging
 import operator
+import os
+import threading
 import types
 import weakref
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.function_places import FunctionPlaces
 from autojac.guards.places import (
+    ABSENT,
     Attributes,
     Bytes,
     Callables,
@@ -29,9 +35,9 @@ from autojac.guards.places import (
     slot_readers,
     state_reader,
 )
-from autojac.guards.provenance import is_library
+from autojac.guards.provenance import is_core, is_installed
 from autojac.guards.purity import c_reason
-from autojac.guards.walker import HOOKS
+from autojac.guards.walker import HOOKS, contents
 from autojac.torch_internals import COMPILED_HOME, pytree
 
 MOST_BYTES: Final = 4096
@@ -49,12 +55,15 @@ _HOOKS_OF_ALL: Final = [
 ]
 _IMMUTABLE: Final = (
     *("operator.", "re.Pattern", "datetime.", "fractions.Fraction", "pathlib.", "uuid.UUID"),
-    *("_collections._tuplegetter", "collections._tuplegetter"),
+    *("_collections._tuplegetter", "collections._tuplegetter", "inspect.Parameter", "inspect.Signature"),
+    "inspect._ParameterKind",
 )
 _OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading", "os"})
+_CONTEXT_VARIABLE: Final = (("value", lambda variable: variable.get(ABSENT)),)
 # Results depend on the thread's context, which operators read unseen.
 _BY_CONTEXT: Final = frozenset({"decimal"})
-_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled"))
+_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled", "parent", "filters"))
+_LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
 # The functions by which modules compute, wherever they are called from.
 _OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.functional.{}"))
 _FIXED_TYPE: Final = 1 << 8
@@ -66,8 +75,8 @@ _LOCKS: Final = ("_thread.lock", "_thread.RLock")
 class ObjectPlaces(FunctionPlaces):
     """Everything that a callable holds: functions, as `FunctionPlaces` lists them, and objects, modules and tensors."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
+        super().__init__(ran)
         self._weak: list[Any] = []
 
     def follow(self, func: Any) -> None:
@@ -105,14 +114,29 @@ class ObjectPlaces(FunctionPlaces):
         elif isinstance(obj, weakref.ref):
             if obj() is not None:
                 self._weak.append(obj())
+        elif isinstance(obj, contextvars.ContextVar):
+            self._place(Fields(obj, f"{{}} of {obj.name}", _CONTEXT_VARIABLE))
+            self.visit(obj.get(None))
+        elif isinstance(obj, threading.local):
+            # another thread's is another dict, and so a change
+            state = _of_thread(obj)
+            self._place(Fields(obj, "{} of what is a thread's own", (("class", type), ("state", _of_thread))))
+            self._place(Items(state, f"attribute {{}} of {kind.__name__}"))
+            self._named("thread's own", kind=kind, state=dict(state))
+        elif obj is os.environ:
+            self._environment()
         elif isinstance(obj, logging.Logger):
-            self._place(Fields(obj, "{} of a logger", _LOGGER))
+            self._logger(obj)
+        elif isinstance(obj, functools._lru_cache_wrapper):
+            self._cached(obj)
         elif isinstance(obj, torch.jit.ScriptFunction):
-            self.refuse("it calls what torch.jit.script has compiled")
+            pass  # what its graph runs are operators like others, and the graph can't change
         elif isinstance(obj, (bytearray, memoryview)) or (
             home in _OUT_OF_SIGHT and f"{home}.{kind.__qualname__}" not in _LOCKS
         ):
             self._give_up(kind)
+        elif home.partition(".")[0] == "torch" and hasattr(kind, "__members__"):  # an enumeration of torch's made in C
+            pass
         elif home.partition(".")[0] == "numpy":
             self._of_numpy(obj, kind)
         elif isinstance(obj, enum.Enum):
@@ -124,6 +148,33 @@ class ObjectPlaces(FunctionPlaces):
             self.visit(vars(obj))
         else:
             super()._dispatch(obj, kind)
+
+    def _logger(self, logger: logging.Logger) -> None:
+        """List what decides whether a logger writes a line; where the lines go is nobody's result."""
+        self._place(Fields(logger.manager, "{} of all loggers", _LOGGERS))
+        self._class(type(logger))
+        above: Any = logger
+        while above is not None:
+            self._place(Fields(above, "{} of a logger", _LOGGER))
+            above = above.parent
+
+    def _cached(self, function: Any) -> None:
+        """List what an `lru_cache` keeps: results that were computed earlier, perhaps of other globals."""
+        self._named("cached", function=function.__wrapped__)
+        if is_core(function.__wrapped__.__module__):
+            return
+        todo, known = [function], {id(vars(function)), id(function.__wrapped__)}
+        while todo:
+            for part in gc.get_referents(todo.pop()):
+                if id(part) in known or isinstance(part, type):
+                    continue
+                known.add(id(part))
+                if type(part) is dict:
+                    self._place(Items(part, f"result kept by {function.__name__}"))
+                if type(part) is dict or type(part).__name__ == "_lru_list_elem":
+                    todo.append(part)
+                else:
+                    self.visit(part)
 
     def _of_numpy(self, obj: Any, kind: type) -> None:
         if kind.__name__ == "ndarray":
@@ -169,14 +220,14 @@ class ObjectPlaces(FunctionPlaces):
             if kept.get(hooks) is not None:
                 self._place(Items(kept[hooks], "hook"))
         for base in kind.__mro__[:-1]:
-            if is_library(base.__module__):
+            if is_core(base.__module__):
                 self._library_class(base)
                 if base.__module__ == "torch.fx.graph_module" and "forward" in vars(base):
                     self.visit(vars(base)["forward"])
         super()._module(module)
 
     def _own_fields(self, kind: type) -> tuple[tuple[str, Any], ...]:
-        if is_library(kind.__module__):
+        if is_core(kind.__module__) or is_installed(kind.__module__):
             return ()
         reader = state_reader(kind)
         return (() if reader is None else (("__dict__", reader),)) + slot_readers(kind)
@@ -186,19 +237,37 @@ class ObjectPlaces(FunctionPlaces):
             self._place(Fields(abc, "{}", (("what is registered with abstract classes", _registrations),)))
         if kind.__module__ in _BY_CONTEXT:
             self.refuse(f"it may compute with {kind.__module__}, whose results depend on the context of the thread")
-        if is_library(kind.__module__):
+        if is_core(kind.__module__):
             for base in kind.__mro__:
                 self._library_class(base)
+        elif is_installed(kind.__module__):
+            self._library_class(kind)
+            if type(kind) is not type:
+                self.visit(type(kind))
         else:
-            self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
+            self._library_class(kind)
             self._place(Fields(kind, f"{{}} of class {kind.__name__}", (("class", type), ("bases", _bases))))
             if type(kind) is not type:
                 self.visit(type(kind))
         super()._class(kind)
 
+    def _follows_class(self, kind: type) -> bool:
+        return not is_core(kind.__module__)
+
+    def _attributes(self, kind: type) -> Iterable[tuple[str, Any]]:
+        every = super()._attributes(kind)
+        if not is_installed(kind.__module__):
+            return every
+        unwrapped = (staticmethod, classmethod, property, functools.cached_property, functools.partialmethod)
+        return [one for one in every if isinstance(one[1], unwrapped) or self._may_be_used(*one)]
+
     def _library_class(self, kind: type) -> None:
         if not kind.__flags__ & _FIXED_TYPE:
             self._place(Attributes(class_dict(kind), f"{{}} of class {kind.__name__}"))
+        if is_core(kind.__module__):  # what a package has put there
+            for value in vars(kind).values():
+                if self._ran and isinstance(value, types.FunctionType) and id(value.__code__) in self._ran:
+                    self.visit(value)
 
     def _c_callable(self, obj: Any) -> None:
         instance = getattr(obj, "__self__", None)
@@ -209,12 +278,16 @@ class ObjectPlaces(FunctionPlaces):
 
     def _container(self, obj: Any, kind: type) -> None:
         name = self.called.get(id(obj), kind.__name__)
-        if len(obj) > MOST_ITEMS:
-            self.refuse(f"it holds a {kind.__name__} of {len(obj)} elements; make it a tensor")
+        if (size := len(contents(obj))) > MOST_ITEMS:
+            self.refuse(f"it holds a {kind.__name__} of {size} elements; make it a tensor")
         if isinstance(obj, dict):
             self._place(Items(obj, name))
         elif isinstance(obj, types.MappingProxyType):
-            self._give_up(kind)
+            (behind,) = gc.get_referents(obj)
+            if not isinstance(behind, dict):
+                self._give_up(kind)
+                return
+            self._place(Items(behind, name))
         else:
             self._place(Members(obj, name))
         super()._container(obj, kind)
@@ -252,6 +325,12 @@ class ObjectPlaces(FunctionPlaces):
 
 def _immutable(kind: type) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE)
+
+
+def _of_thread(local: Any) -> dict[str, Any]:
+    """Return what an object that differs from thread to thread holds in this one."""
+    state: dict[str, Any] = threading.local.__getattribute__(local, "__dict__")
+    return state
 
 
 def _default_dtype(owner: Any) -> torch.dtype:

@@ -218,7 +218,7 @@ def hidden_state(kind: type) -> bool:
     """Check whether instances hold state that is neither in a dict nor in slots: made in C, or larger than these."""
     if issubclass(kind, BaseException):
         return False
-    if any(_in_c(base) for base in kind.__mro__ if base not in _PLAIN_C):
+    if any(is_made_in_c(base) for base in kind.__mro__ if base not in _PLAIN_C):
         return True
     root = next(base for base in kind.__mro__ if base in _PLAIN_C)
     if root.__itemsize__:  # numbers and tuples: what they hold can't change
@@ -229,7 +229,8 @@ def hidden_state(kind: type) -> bool:
     return kind.__basicsize__ > root.__basicsize__ + fields * object.__basicsize__ // 2
 
 
-def _in_c(kind: type) -> bool:
+def is_made_in_c(kind: type) -> bool:
+    """Check whether a class belongs to an extension module."""
     if kind.__module__ in sys.builtin_module_names:
         return True
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""

@@ -1,4 +1,8 @@
-"""Distinguish the user's code, which counts line by line, from a library's, which counts by name and version."""
+"""Distinguish the user's code, installed packages, and Python's and torch's own code.
+
+A function's fingerprint takes the user's code line by line and a library's by name and version. A guard follows the
+Python of installed packages like the user's, as far as it runs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ import torch
 from autojac.torch_internals import CUSTOM_OPERATOR, CUSTOM_OPERATOR_FUNCTIONS
 
 _LIBRARY_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+CORE_PACKAGES: Final = frozenset({"torch", "torchgen", "functorch", "numpy", "einops", "opt_einsum", "autojac"})
+"""Packages that no guard follows, as it follows none of Python's own: what they compute, their arguments decide."""
 
 # torch.jit numbers equally named types as the process meets them.
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
@@ -36,6 +43,19 @@ def is_library(module_name: str | None) -> bool:
     if file is None:
         return top in sys.stdlib_module_names
     return file.startswith(_LIBRARY_FOLDERS) or "site-packages" in file or "dist-packages" in file
+
+
+def is_core(module_name: str | None) -> bool:
+    """Check whether a module belongs to Python, torch, NumPy or autojac, rather than to the user or another package."""
+    if not is_library(module_name):
+        return False
+    top = str(module_name).partition(".")[0]
+    return top in CORE_PACKAGES or top in sys.stdlib_module_names
+
+
+def is_installed(module_name: str | None) -> bool:
+    """Check whether a module belongs to an installed package whose Python is followed where it runs."""
+    return is_library(module_name) and not is_core(module_name)
 
 
 def home_of(kind: type) -> str:

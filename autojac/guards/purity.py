@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import re
-import sys
 import types
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
 from autojac.guards.escapes import ESCAPES
-from autojac.guards.provenance import is_library
+from autojac.guards.places import is_made_in_c
+from autojac.guards.provenance import CORE_PACKAGES, is_core
 from autojac.torch_internals import TENSOR_HOME, TensorBase
 
 
@@ -20,18 +20,18 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Packages whose functions depend on their arguments alone, but for what is named below.
-TRUSTED: Final = _words(
-    """torch torchgen functorch autojac numpy einops opt_einsum functools collections _collections_abc contextlib abc
-    typing dataclasses operator enum copy copyreg types numbers fractions statistics itertools heapq bisect
-    math cmath re string keyword weakref _weakrefset warnings builtins"""
+TRUSTED: Final = CORE_PACKAGES | _words(
+    """functools collections _collections_abc contextlib abc typing typing_extensions dataclasses operator enum copy
+    copyreg types numbers fractions statistics itertools heapq bisect math cmath re string textwrap keyword weakref
+    _weakrefset inspect json warnings logging builtins"""
 )
 _C_MODULES: Final = TRUSTED | _words(
-    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref"""
+    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref _contextvars"""
 )
 # What torch itself calls for its own ends.
 _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
 _HARMLESS: Final = _words(
-    """abs all any ascii bin callable chr delattr divmod format getattr hasattr hex isinstance issubclass iter len max
+    """abs all any ascii bin callable chr delattr dir divmod format getattr hasattr hex isinstance issubclass iter len max
     min next oct ord pow repr round setattr sorted sum __build_class__"""
 )
 # Parts of torch and numpy that read or set the state of the process.
@@ -53,6 +53,10 @@ _STATE_FUNCTIONS: Final = _words(
 _FLAG: Final = re.compile(r"_?get_.*|_?(is|are)_.*_enabled(_only)?|_?is_warn_.*|.*_sdp_enabled")
 _KEYED: Final = _words("is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_default_dtype")
 _OF_FLAGS: Final = _words("torch torch._C torch.amp.autocast_mode torch.autograd.anomaly_mode")
+# How the environment is read, which guards list.
+_ENVIRONMENT: Final = _words("getenv __getitem__ __iter__ __len__ encode decode encodekey check_str")
+# What code tells compilers, or asks because of them.
+_OF_COMPILERS: Final = _words("is_current_stream_capturing mark_static_address mark_dynamic maybe_mark_dynamic")
 _RANDOM: Final = ("torch.random", "torch.cuda.random", "torch.mps", "torch.xpu.random")
 _VALUES: Final = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range, slice, type(None))
 _OBJECTS: Final = frozenset({"collections", "re", "fractions", "types", "functools", "numpy"})
@@ -73,10 +77,12 @@ def frame_reason(home: str, name: str) -> str:
     """
     if home.startswith("importlib.") and name in ("_handle_fromlist", "_lock_unlock_module"):
         return ""  # an import of what is imported already
-    if package(home) not in TRUSTED:
+    if package(home) not in TRUSTED and not (home == "os" and name in _ENVIRONMENT):
         return f"it calls {name} of {home}"
     if home == TENSOR_HOME and name in ESCAPES:
         return f"it reads values of a tensor ({name})"
+    if (home == "torch.backends" and name == "__get__") or name in _OF_COMPILERS:
+        return ""  # a flag, which guards list, or nothing that a result depends on
     if _of_state(home, name) and package(home) in ("torch", "numpy"):
         return f"it calls {name} of {home}, which reads the state of the process"
     return ""
@@ -87,9 +93,9 @@ def _of_state(home: str, name: str) -> bool:
     return bool(flag) or is_inside(home, _STATE) or name in _STATE_FUNCTIONS
 
 
-def is_foreign(home: str) -> bool:
-    """Check whether nothing is known of a module's package: torch may call it for the user's code."""
-    return package(home) not in TRUSTED | _OF_TORCH | sys.stdlib_module_names
+def serves_torch(home: str) -> bool:
+    """Check whether torch calls a package for its own ends."""
+    return package(home) in _OF_TORCH
 
 
 def seeds(home: str, name: str) -> bool:
@@ -129,7 +135,7 @@ def c_reason(function: Any) -> str:
         return "" if owner_type is None else _method(owner_type, name)
     if isinstance(owner, type):
         made = owner.__module__
-        safe = package(made) in _C_MODULES or not is_library(made)
+        safe = package(made) in _C_MODULES or not (is_core(made) or is_made_in_c(owner))
         return "" if safe and name != "__subclasses__" else f"it calls {name} of {made}.{owner.__name__}"
     return _method(type(owner), name)
 
@@ -137,7 +143,7 @@ def c_reason(function: Any) -> str:
 def _module_function(home: str, name: str) -> str:
     if home in ("builtins", "_io"):
         return "" if name in _HARMLESS else f"it calls {name}"
-    if package(home) not in _C_MODULES:
+    if package(home) not in _C_MODULES and (home, name) != ("_pickle", "dumps"):
         return f"it calls {name} of {home}"
     if _of_state(home, name):
         return f"it calls {name} of {home}, which reads the state of the process"
@@ -156,7 +162,7 @@ def _method(kind: type, name: str) -> str:
         return ""
     if kind.__module__ == "_io":
         return "" if kind.__name__ in ("StringIO", "BytesIO") else f"it calls {name} of a file"
-    if not is_library(kind.__module__):
+    if not is_core(kind.__module__) and not is_made_in_c(kind):
         return "" if name not in ("__reduce_ex__", "__reduce__", "__sizeof__", "__hash__") else f"it calls {name}"
     if package(kind.__module__) in _OBJECTS | _C_MODULES or kind.__qualname__ in ("lock", "RLock"):
         tensor_like = name in ("tofile", "dump", "dumps")

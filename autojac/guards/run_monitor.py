@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor
 
 from autojac.guards.escapes import ESCAPES
-from autojac.guards.provenance import is_library
-from autojac.guards.purity import c_reason, frame_reason, is_foreign, package, seeds, sets_random_state
+from autojac.guards.provenance import is_core
+from autojac.guards.purity import c_reason, frame_reason, package, seeds, serves_torch, sets_random_state
 from autojac.torch_internals import TENSOR_HOME
 
 
 class RunMonitor:
     """A context in which every call of the thread is checked against what guards can compare.
 
-    It sees the frames of Python functions and the calls of C functions from the user's code. What C calls by
-    itself (`map(time.time, ...)`) shows no frame: guards look at functions that are passed as values.
-
-    Args:
-        codes: the user's code that a guard knows of.
+    It sees the frames of Python functions and the calls of C functions from Python that is neither Python's own nor
+    torch's, the function's own code in the following. What C calls by itself (`map(time.time, ...)`) shows no frame:
+    guards look at functions that are passed as values.
 
     Attributes:
         reason: why the run read something that no guard can list; empty if it did not.
+        ran: the function's own code that ran, what it imported left out. `FunctionState.cover` has to know it.
         repeated: whether torch has set the state of random numbers, so that some are drawn again; a replay of
             operators that draw would draw others.
     """
 
-    def __init__(self, codes: Collection[types.CodeType]) -> None:
+    def __init__(self) -> None:
         self.reason = ""
         self.repeated = False
-        self._codes = tuple(codes)
-        self._known = {id(code) for code in codes}
+        self._own: dict[int, types.CodeType] = {}
         self._frames: dict[int, tuple[types.CodeType, _Callers, str]] = {}
         self._calls: dict[tuple[Any, ...], str] = {}
         self._before: Any = None
@@ -54,29 +52,44 @@ class RunMonitor:
         elif self._before is not None:
             sys.setprofile(self._before)
 
+    @property
+    def ran(self) -> tuple[types.CodeType, ...]:
+        return tuple(self._own.values())
+
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self.reason:
-            return
         if event == "call":
             self._frame(frame)
-        elif event == "c_call":
+        elif event == "c_call" and not self.reason:
             self._c_call(frame, arg)
 
     def _frame(self, frame: types.FrameType) -> None:
         code = frame.f_code
-        if id(code) in self._known:
+        if id(code) in self._own:
             return
         kept = self._frames.get(id(code))
         if kept is None:
-            kept = self._frames[id(code)] = (code, *_verdict(frame))
+            home = _home(frame)
+            if self._is_own(home, frame):
+                if not self._is_imported(frame):
+                    self._own[id(code)] = code
+                return
+            if not is_core(home):  # torch's, this time
+                return
+            kept = self._frames[id(code)] = (code, *_verdict(home, code))
         _, callers, reason = kept
-        if reason and callers(self, frame.f_back):
+        if reason and not self.reason and callers(self, frame.f_back):
             self.reason = reason
+
+    def _is_own(self, home: str, frame: types.FrameType) -> bool:
+        """Check whether a frame runs the function's own code, and not Python's or torch's."""
+        if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
+            return False
+        return not is_core(home) and (not serves_torch(home) or self.by_user(frame.f_back))
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
         owner = getattr(function, "__self__", None)
         name = function.__name__
-        if id(frame.f_code) not in self._known:
+        if id(frame.f_code) not in self._own:
             # whoever calls them, the code of torch included; `item` is an operator
             if name in ESCAPES and name != "item" and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
                 self.reason = f"it reads values of a tensor ({name})"
@@ -88,8 +101,8 @@ class RunMonitor:
         self.reason = reason
 
     def by_user(self, caller: types.FrameType | None) -> bool:
-        """Check whether a frame runs the user's code."""
-        return caller is not None and id(caller.f_code) in self._known
+        """Check whether a frame runs the function's own code."""
+        return caller is not None and id(caller.f_code) in self._own
 
     def by_others(self, caller: types.FrameType | None) -> bool:
         """Check whether a frame belongs to neither torch nor autojac, which see to it themselves."""
@@ -104,39 +117,29 @@ class RunMonitor:
         self.repeated = True
         return self.by_user(caller)
 
-    def unless_imported(self, caller: types.FrameType | None) -> bool:
-        """Check whether a frame is not part of what a library imports at its first use."""
-        while caller is not None and not _home(caller).startswith("importlib."):
-            if caller is self._outside or id(caller.f_code) in self._known:
+    def _is_imported(self, caller: types.FrameType | None) -> bool:
+        """Check whether a frame is part of what is imported meanwhile."""
+        while caller is not None and caller is not self._outside:
+            if _home(caller).startswith("importlib."):
                 return True
+            if id(caller.f_code) in self._own:
+                return False
             caller = caller.f_back
-        while caller is not None and _home(caller).startswith("importlib."):
-            caller = caller.f_back
-        return caller is None or not is_library(_home(caller))
+        return False
 
 
 _Callers = Callable[[RunMonitor, types.FrameType | None], bool]
 
 
-def _verdict(frame: types.FrameType) -> tuple[_Callers, str]:
-    """Return which callers make a frame a reason, and the reason."""
-    code, home = frame.f_code, _home(frame)
-    if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
-        return RunMonitor.by_user, ""
-    if is_library(home):
-        if sets_random_state(home, code.co_name):
-            return RunMonitor.repeats, frame_reason(home, code.co_name)
-        if seeds(home, code.co_name):
-            return RunMonitor.by_any, frame_reason(home, code.co_name)
-        if is_foreign(home):
-            return RunMonitor.unless_imported, frame_reason(home, code.co_name)
-        own = home == TENSOR_HOME and code.co_name in ESCAPES
-        return RunMonitor.by_others if own else RunMonitor.by_user, frame_reason(home, code.co_name)
-    name = f"{code.co_qualname} of {home or code.co_filename}"
-    return (
-        RunMonitor.unless_imported,
-        f"it calls {name}, which is not reachable from func's closures, globals or attributes",
-    )
+def _verdict(home: str, code: types.CodeType) -> tuple[_Callers, str]:
+    """Return which callers make a frame of Python's or torch's code a reason, and the reason."""
+    reason = frame_reason(home, code.co_name)
+    if sets_random_state(home, code.co_name):
+        return RunMonitor.repeats, reason
+    if seeds(home, code.co_name):
+        return RunMonitor.by_any, reason
+    own = home == TENSOR_HOME and code.co_name in ESCAPES
+    return RunMonitor.by_others if own else RunMonitor.by_user, reason
 
 
 def _home(frame: types.FrameType) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -39,6 +39,16 @@ _C_CALLABLES: Final = (
 UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
 _DEPTH: Final = 100
 _VISITS: Final = 200_000
+
+
+def contents(obj: Any) -> list[Any]:
+    """Return what a container holds, pairs for a mapping, whatever a subclass makes of that."""
+    if isinstance(obj, types.MappingProxyType):
+        return list(obj.items())
+    if isinstance(obj, dict):
+        return list((OrderedDict if isinstance(obj, OrderedDict) else dict).items(obj))
+    base: Any = next(base for base in (list, tuple, set, frozenset, deque) if isinstance(obj, base))
+    return list(base.__iter__(obj))
 
 
 class Walk:
@@ -187,7 +197,7 @@ class Walk:
         code = function.__code__
         # Not function.__module__: functools.wraps gives a library's wrapper the name of what it wraps.
         home = function.__globals__.get("__name__")
-        if is_library(home):
+        if not self._follows(function):
             name = code.co_qualname
             self.emit("library function", home, name, library_version(home))
         else:
@@ -202,6 +212,18 @@ class Walk:
             except ValueError:  # not assigned yet
                 continue
             self.visit(value)
+
+    def _follows(self, function: types.FunctionType) -> bool:
+        """Check whether a function counts by its code, and not by its name and version."""
+        return not is_library(function.__globals__.get("__name__"))
+
+    def _follows_class(self, kind: type) -> bool:
+        """Check whether a class counts by what it holds, and not by its name and version."""
+        return not is_library(kind.__module__)
+
+    def _attributes(self, kind: type) -> Iterable[tuple[str, Any]]:
+        """Return the attributes of a class that count."""
+        return vars(kind).items()
 
     def _code(self, code: types.CodeType) -> None:
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -225,13 +247,13 @@ class Walk:
                 self._globals(names, vars(value), (*inside, id(value)))
 
     def _class(self, kind: type) -> None:
-        if is_library(kind.__module__):
+        if not self._follows_class(kind):
             self.emit("library class", kind.__module__, kind.__qualname__, library_version(kind.__module__))
             return
         self.emit("class", kind.__qualname__)
         for base in kind.__bases__:
             self.visit(base)
-        for name, value in sorted(vars(kind).items()):
+        for name, value in sorted(self._attributes(kind)):
             dunder = name.startswith("__") and name.endswith("__")
             if name not in UNSTABLE and (
                 not dunder or isinstance(value, (types.FunctionType, staticmethod, classmethod))
@@ -248,21 +270,22 @@ class Walk:
             self.visit(instance)
 
     def _container(self, obj: Any, kind: type) -> None:
-        self.emit("container", home_of(kind), kind.__qualname__, len(obj))
+        items = contents(obj)
+        self.emit("container", home_of(kind), kind.__qualname__, len(items))
         if kind.__module__ != "builtins":  # a subclass may do more than hold
             self._named("subclass", kind=kind, state=getattr(obj, "__dict__", None))
             self.visit(getattr(obj, "default_factory", None))
         if isinstance(obj, (dict, types.MappingProxyType)):
-            self._mapping("items", obj.items())
+            self._mapping("items", items)
         elif isinstance(obj, (set, frozenset)):
-            if any(type(item) not in SCALARS for item in obj):
+            if any(type(item) not in SCALARS for item in items):
                 self.opaque = True  # nothing orders functions or tensors
-            for item in sorted(obj, key=lambda item: (type(item).__qualname__, sort_key(item))):
+            for item in sorted(items, key=lambda item: (type(item).__qualname__, sort_key(item))):
                 self.visit(item)
-        elif all(type(item) in SCALARS for item in obj):
-            self.emit(list(obj))
+        elif all(type(item) in SCALARS for item in items):
+            self.emit(items)
         else:
-            for item in obj:
+            for item in items:
                 self.visit(item)
 
     def _mapping(self, label: str, items: Iterable[tuple[Any, Any]]) -> None:

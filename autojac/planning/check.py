@@ -94,10 +94,9 @@ class Check:
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
         reached = trained_by(self.plans.captured_now(), keywords) if self.trains else ()
         # what no guard can list, such as a clock, is seen while func runs
-        function_state = self.plans.planner.function_state
-        monitor = RunMonitor(function_state.present.guard.codes) if plan.may_rest else nullcontext()
+        monitor = RunMonitor() if plan.may_rest else None
         # nor is it func that runs the finalizers of what happens to be collected meanwhile
-        with silent(self.modules), gc_disabled(), monitor:
+        with silent(self.modules), gc_disabled(), monitor or nullcontext():
             reference = Reference(
                 problem,
                 self.own_leaves,
@@ -108,7 +107,11 @@ class Check:
                 thorough=bool(self.difference.what),
                 trained=not_overwritten(reached, plan.written),
             )
-        return reference, isinstance(monitor, RunMonitor) and not monitor.reason
+        function_state = self.plans.planner.function_state
+        is_listed = monitor is not None and not (
+            monitor.reason or function_state.cover(monitor.ran) or function_state.uncovered(monitor.ran)
+        )
+        return reference, is_listed
 
     def _compare(self, reference: Reference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""

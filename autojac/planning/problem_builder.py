@@ -65,7 +65,9 @@ class ProblemBuilder:
             unchanged = self.function_state.is_complete and self.function_state.is_unchanged()
             return self.stored.keys(signature, call.captured.digest if unchanged else "")
 
-        return inspect_first_call(call, self.options, keys)
+        report = inspect_first_call(call, self.options, keys)
+        self.function_state.cover(report.first.ran)
+        return report
 
     def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> ProbeResult:
         """Find out what couples with what."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.graph.special_kernels import ATTENTION, special_kernels
 from autojac.guards.escapes import Monitor
 from autojac.guards.process_state import unwarned
+from autojac.guards.run_monitor import RunMonitor
 from autojac.probe.kept_state import UNLIKE, unlike
 
 Flat = Any
@@ -32,6 +34,8 @@ class FirstCall:
     effects: tuple[str, ...]
     moved: tuple[str, ...] = ()
     """Random generators that moved meanwhile, by func's drawing or another thread's."""
+    ran: tuple[CodeType, ...] = ()
+    """The code that ran, but for Python's and torch's own."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,14 @@ def first_call(
         MutationError: if func writes into an argument.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
-    with sandbox(), Monitor() as monitor:
+    with sandbox(), Monitor() as monitor, RunMonitor() as watched:
         before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
         generators = moved(before, random_state())
     check_outputs(values)
     exchanges = monitor.exchanges or sandbox.exchanged
     done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
-    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators)
+    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran)
 
 
 def observe(

@@ -67,7 +67,13 @@ def trace_method(
     random = random_state(TORCHS)
     try:
         with _unseen(run.captured, problem):
-            compute = run.record(prepare, state.guard.codes)
+            compute = run.record(prepare)
+            if function_state.cover(run.ran):
+                # it may hold more tensors than were known
+                return trace_method(problem, prepare, function_state, leaves, kwargs, without, lower)
+            reason = run.reason or function_state.uncovered(run.ran)
+            if reason:
+                raise UnsupportedError(reason)
             before = function_state.version
             changed = function_state.refresh()
             if function_state.version != before:
@@ -136,12 +142,17 @@ class _Run:
         self.values = 0
         self.sources: list[Tensor] = []
         self.pulls: list[RecordedVjp] = []
+        self.ran: tuple[CodeType, ...] = ()
+        self.reason = ""
 
-    def record(self, prepare: Prepare, codes: tuple[CodeType, ...]) -> Compute:
-        """Prepare the method and run it, and pull back through the result."""
+    def record(self, prepare: Prepare) -> Compute:
+        """Prepare the method and run it, and pull back through the result.
+
+        Then `ran` is func's code that ran, and `reason` says why the run can't be told from its operators.
+        """
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
-        with gc_disabled(), RunMonitor(codes) as watched, self.tape:
+        with gc_disabled(), RunMonitor() as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
             self.values = len(result.values)
@@ -153,8 +164,7 @@ class _Run:
             reason = reason or "it evaluates func several times, each time from the same random state"
         if watched.repeated and self.tape.draws:
             reason = reason or "it draws random numbers again from an earlier state, as checkpointing does"
-        if reason:
-            raise UnsupportedError(reason)
+        self.ran, self.reason = watched.ran, reason
         return compute
 
     def _pull(self) -> None:

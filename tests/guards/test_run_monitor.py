@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autojac.guards.function_state import FunctionState
 from autojac.guards.guard import Guard
 from autojac.guards.run_monitor import RunMonitor
 
@@ -39,10 +40,11 @@ X = torch.ones(2, 3)
 
 def reason(func: Callable[[Tensor], Any], *args: Any) -> str:
     """Why a function may not be replayed: by its guard, or by its run."""
-    guard = Guard(func)
-    with RunMonitor(guard.codes) as watched:
+    with RunMonitor() as watched:
         func(*args or (X,))
-    return guard.reason or watched.reason
+    state = FunctionState(func)
+    state.cover(watched.ran)
+    return state.present.guard.reason or watched.reason or state.uncovered(watched.ran)
 
 
 def helper(x: Tensor) -> Tensor:
@@ -74,18 +76,16 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "random, in Python": (lambda x: x * random.uniform(0, 1), "random"),
     "random partial": (functools.partial(lambda x, f: x * f(), f=random.random), "random"),
     "numpy random": (lambda x: x * np.random.rand(), "numpy.random"),
-    "environment": (lambda x: os.environ.get("HOME"), "os"),
+    "user": (lambda x: os.path.expanduser("~"), "posixpath"),
     "files": (lambda x: open(os.devnull).close(), "open"),
     "files by class": (read_by_class, "file"),
-    "modules of others": (nn.Sequential(Foreign()), "of foreign"),
     "print": (lambda x: print("", end=""), "print"),
-    "logging": (lambda x: logging.getLogger("quiet").debug("x"), "logging"),
     "date": (lambda x: datetime.datetime.now(), "now"),
     "processes": (lambda x: subprocess.list2cmdline(["a"]), "subprocess"),
     "threads": (lambda x: threading.current_thread(), "thread"),
     "uuid": (lambda x: uuid.uuid4(), "uuid"),
     "pickle": (lambda x: pickle.loads(pickle.dumps(1)), "pickle"),
-    "another library": (lambda x: platformdirs.user_cache_path("x"), "platformdirs"),
+    "another library": (lambda x: platformdirs.user_cache_path("x"), "posixpath"),
     "identity": (lambda x: id(x), "id"),
     "identity behind map": (lambda x: list(map(id, [1])), "id"),
     "hash": (lambda x: hash("a"), "hash"),
@@ -134,11 +134,11 @@ def test_code_that_the_walk_did_not_find_is_named() -> None:
     def func(x: Tensor, f: Any = None) -> Any:
         return f(x) if f else x
 
-    guard = Guard(func)
-    with RunMonitor(guard.codes) as watched:
+    with RunMonitor() as watched:
         func(X, registry["f"])
-    assert "it calls helper of" in watched.reason
-    assert "test_run_monitor" in watched.reason
+    state = FunctionState(func)
+    state.cover(watched.ran)
+    assert "it calls helper (test_run_monitor.py, line" in state.uncovered(watched.ran)
 
 
 class Model(nn.Module):
@@ -188,6 +188,9 @@ ALLOWED: dict[str, Callable[[], tuple[Callable[[Tensor], Any], Tensor]]] = {
     ),
     "einsum": lambda: (lambda x: torch.einsum("ij,kj->ik", x, x), X),
     "draws": lambda: (lambda x: x + torch.randn_like(x), X),
+    "modules of others": lambda: (nn.Sequential(Foreign()), X),
+    "logging": lambda: (lambda x: logging.getLogger("quiet").debug("x") or x, X),
+    "environment": lambda: (lambda x: x * len(os.environ.get("HOME", "")) * len(os.getenv("HOME", "")), X),
     "lstm": lambda: (nn.LSTM(3, 2, batch_first=True), X[None]),
 }
 
@@ -206,10 +209,10 @@ def test_what_a_checkpoint_draws_is_drawn_again() -> None:
         return torch.autograd.grad(y.sum(), x)[0]
 
     guard = Guard(func)
-    with RunMonitor(guard.codes) as watched:
+    with RunMonitor() as watched:
         func(x)
     assert (guard.reason, watched.reason, watched.repeated) == ("", "", True)
-    with RunMonitor(guard.codes) as watched:
+    with RunMonitor() as watched:
         helper(x)
     assert not watched.repeated
 
@@ -241,17 +244,17 @@ def test_a_profiler_that_was_there_is_there_again() -> None:
 
     sys.setprofile(profiler)
     try:
-        with RunMonitor(()):
+        with RunMonitor():
             helper(X)
         assert sys.getprofile() is profiler
     finally:
         sys.setprofile(None)
-    with RunMonitor(()):
+    with RunMonitor():
         assert sys.getprofile() is not None
     assert sys.getprofile() is None
     profile = cProfile.Profile()
     profile.enable()
-    with RunMonitor(()):
+    with RunMonitor():
         helper(X)
     made(1.0)
     profile.disable()
@@ -260,13 +263,12 @@ def test_a_profiler_that_was_there_is_there_again() -> None:
 
 
 def test_errors_leave_no_profiler() -> None:
-    with pytest.raises(ZeroDivisionError), RunMonitor(()):
+    with pytest.raises(ZeroDivisionError), RunMonitor():
         1 / 0  # noqa: B018
     assert sys.getprofile() is None
 
 
 def test_other_threads_are_not_watched() -> None:
-    guard = Guard(helper)
     started, stopped = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -276,7 +278,7 @@ def test_other_threads_are_not_watched() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    with RunMonitor(guard.codes) as watched:
+    with RunMonitor() as watched:
         helper(X)
         started.set()
         stopped.wait()

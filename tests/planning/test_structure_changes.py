@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import importlib
 import math
 import sys
@@ -24,13 +23,13 @@ class Switch:
     """Independent until switched on, where nobody can see it: then each sample reads its neighbour."""
 
     def __init__(self) -> None:
-        self._on = contextvars.ContextVar("on", default=False)
+        self._on = bytearray(1)
 
     def turn_on(self) -> None:
-        self._on.set(True)
+        self._on[0] = 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.softmax(-1) + (x.roll(1, 0) * x if self._on.get() else 0)
+        return x.softmax(-1) + (x.roll(1, 0) * x if self._on[0] else 0)
 
 
 def estimated(func: Any, **options: Any) -> AutoJacobian:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from autojac.guards.escapes import ESCAPES
+from autojac.guards.escapes import ESCAPES, HISTORY
 
 _GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
-_STATE: Final = ESCAPES | {"grad", "grad_fn", "_version", "_grad"}
+_STATE: Final = ESCAPES | HISTORY
 # what looks up names that are computed as the code runs
 _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
 

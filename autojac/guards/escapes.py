@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autojac.errors import UnsupportedError
+from autojac.guards.provenance import is_core
 from autojac.torch_internals import DispatchKey, TorchDispatchMode, excluded_keys, is_wrapped_by_transform
 
 ESCAPES: Final = frozenset(
@@ -25,6 +26,8 @@ ESCAPES: Final = frozenset(
 """Methods of a tensor that read or write its memory, or give it away, where no operator is seen."""
 _NUMBERS: Final = frozenset({"item", "__float__", "__int__", "__index__", "__bool__", "__complex__"})
 """Methods that are an operator, unless torch calls them while dispatch modes are switched off."""
+HISTORY: Final = frozenset({"grad", "grad_fn", "_version", "_grad"})
+"""Attributes of a tensor that show what else was done with it."""
 _BACKWARD: Final = frozenset({"grad", "backward"})
 _FIXED: Final = (
     *(bool, int, float, complex, str, bytes, numbers.Number, type(None), type(...), slice, type),
@@ -55,8 +58,11 @@ class Monitor(TorchFunctionMode):
             if excluded_keys().has(_PYTHON):
                 self.escaped = self.escaped or name
         elif name in ESCAPES:
-            if not _by_autojac():
+            if not _caller().startswith("autojac."):
                 self.escaped = self.escaped or name
+        elif name == "__get__" and func.__self__.__name__ in HISTORY:
+            if not is_core(_caller()):
+                self.escaped = self.escaped or func.__self__.__name__
         elif name == "__set__" and getattr(func.__self__, "__name__", "") == "data":
             self.exchanges = True
         before, self._running = self._running, (name, args, kwargs)
@@ -96,12 +102,12 @@ def _holds_tensor(value: Any, inside: bool = False) -> bool:
     return hasattr(value, "__float__") or hasattr(value, "__index__")
 
 
-def _by_autojac() -> bool:
-    """Check whether the caller of a tensor's method is autojac itself."""
+def _caller() -> str:
+    """Return the module that has called a tensor's method or looked up an attribute."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.overrides":
         frame = frame.f_back
-    return str(frame.f_globals.get("__name__")).startswith("autojac.")
+    return str(frame.f_globals.get("__name__"))
 
 
 class DataAssignedError(UnsupportedError):

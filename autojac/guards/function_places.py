@@ -135,7 +135,7 @@ class FunctionPlaces(Walk):
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
                 self.refuse(c_reason(builtins[name]))
         held += [builtins[name] for name in found if not is_core(getattr(builtins[name], "__module__", "builtins"))]
-        if uses.state:
+        if uses.state and not is_installed(scope.get("__name__")):  # a package has such names for much else
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
         if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
             self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
@@ -183,7 +183,8 @@ class FunctionPlaces(Walk):
                 self.visit(value)
 
     def _environment(self) -> None:
-        self._place(Items(os.environ._data, "environment variable {}"))
+        values: Any = os.environ
+        self._place(Items(values._data, "environment variable {}"))
 
     def _flags(self, module: Any, uses: NamesUsed) -> None:
         """List flags of torch's that are attributes of a module and properties of its class."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import abc
-import contextvars
 import enum
 import functools
 import gc
-import logging
 import operator
-import os
-import threading
 import types
 import weakref
 from collections.abc import Collection, Iterable
@@ -20,9 +16,8 @@ import torch
 from torch import Tensor
 
 from autojac.guards.escapes import ESCAPES
-from autojac.guards.function_places import FunctionPlaces
+from autojac.guards.library_places import LibraryPlaces
 from autojac.guards.places import (
-    ABSENT,
     Attributes,
     Bytes,
     Callables,
@@ -37,7 +32,8 @@ from autojac.guards.places import (
 )
 from autojac.guards.provenance import is_core, is_installed
 from autojac.guards.purity import c_reason
-from autojac.guards.walker import HOOKS, contents
+from autojac.guards.tokens import contents
+from autojac.guards.walker import HOOKS
 from autojac.torch_internals import COMPILED_HOME, pytree
 
 MOST_BYTES: Final = 4096
@@ -59,11 +55,8 @@ _IMMUTABLE: Final = (
     "inspect._ParameterKind",
 )
 _OUT_OF_SIGHT: Final = frozenset({"_contextvars", "contextvars", "_thread", "threading", "os"})
-_CONTEXT_VARIABLE: Final = (("value", lambda variable: variable.get(ABSENT)),)
 # Results depend on the thread's context, which operators read unseen.
 _BY_CONTEXT: Final = frozenset({"decimal"})
-_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled", "parent", "filters"))
-_LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
 # The functions by which modules compute, wherever they are called from.
 _OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.functional.{}"))
 _FIXED_TYPE: Final = 1 << 8
@@ -72,7 +65,7 @@ _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 _LOCKS: Final = ("_thread.lock", "_thread.RLock")
 
 
-class ObjectPlaces(FunctionPlaces):
+class ObjectPlaces(LibraryPlaces):
     """Everything that a callable holds: functions, as `FunctionPlaces` lists them, and objects, modules and tensors."""
 
     def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
@@ -114,21 +107,8 @@ class ObjectPlaces(FunctionPlaces):
         elif isinstance(obj, weakref.ref):
             if obj() is not None:
                 self._weak.append(obj())
-        elif isinstance(obj, contextvars.ContextVar):
-            self._place(Fields(obj, f"{{}} of {obj.name}", _CONTEXT_VARIABLE))
-            self.visit(obj.get(None))
-        elif isinstance(obj, threading.local):
-            # another thread's is another dict, and so a change
-            state = _of_thread(obj)
-            self._place(Fields(obj, "{} of what is a thread's own", (("class", type), ("state", _of_thread))))
-            self._place(Items(state, f"attribute {{}} of {kind.__name__}"))
-            self._named("thread's own", kind=kind, state=dict(state))
-        elif obj is os.environ:
-            self._environment()
-        elif isinstance(obj, logging.Logger):
-            self._logger(obj)
-        elif isinstance(obj, functools._lru_cache_wrapper):
-            self._cached(obj)
+        elif self._of_python(obj, kind):
+            pass
         elif isinstance(obj, torch.jit.ScriptFunction):
             pass  # what its graph runs are operators like others, and the graph can't change
         elif isinstance(obj, (bytearray, memoryview)) or (
@@ -148,33 +128,6 @@ class ObjectPlaces(FunctionPlaces):
             self.visit(vars(obj))
         else:
             super()._dispatch(obj, kind)
-
-    def _logger(self, logger: logging.Logger) -> None:
-        """List what decides whether a logger writes a line; where the lines go is nobody's result."""
-        self._place(Fields(logger.manager, "{} of all loggers", _LOGGERS))
-        self._class(type(logger))
-        above: Any = logger
-        while above is not None:
-            self._place(Fields(above, "{} of a logger", _LOGGER))
-            above = above.parent
-
-    def _cached(self, function: Any) -> None:
-        """List what an `lru_cache` keeps: results that were computed earlier, perhaps of other globals."""
-        self._named("cached", function=function.__wrapped__)
-        if is_core(function.__wrapped__.__module__):
-            return
-        todo, known = [function], {id(vars(function)), id(function.__wrapped__)}
-        while todo:
-            for part in gc.get_referents(todo.pop()):
-                if id(part) in known or isinstance(part, type):
-                    continue
-                known.add(id(part))
-                if type(part) is dict:
-                    self._place(Items(part, f"result kept by {function.__name__}"))
-                if type(part) is dict or type(part).__name__ == "_lru_list_elem":
-                    todo.append(part)
-                else:
-                    self.visit(part)
 
     def _of_numpy(self, obj: Any, kind: type) -> None:
         if kind.__name__ == "ndarray":
@@ -325,12 +278,6 @@ class ObjectPlaces(FunctionPlaces):
 
 def _immutable(kind: type) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}".startswith(_IMMUTABLE)
-
-
-def _of_thread(local: Any) -> dict[str, Any]:
-    """Return what an object that differs from thread to thread holds in this one."""
-    state: dict[str, Any] = threading.local.__getattribute__(local, "__dict__")
-    return state
 
 
 def _default_dtype(owner: Any) -> torch.dtype:

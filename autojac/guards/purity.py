@@ -26,13 +26,14 @@ TRUSTED: Final = CORE_PACKAGES | _words(
     _weakrefset inspect json warnings logging builtins"""
 )
 _C_MODULES: Final = TRUSTED | _words(
-    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref _contextvars"""
+    """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref
+    _contextvars"""
 )
 # What torch itself calls for its own ends.
 _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
 _HARMLESS: Final = _words(
-    """abs all any ascii bin callable chr delattr dir divmod format getattr hasattr hex isinstance issubclass iter len max
-    min next oct ord pow repr round setattr sorted sum __build_class__"""
+    """abs all any ascii bin callable chr delattr dir divmod format getattr hasattr hex isinstance issubclass iter len
+    max min next oct ord pow repr round setattr sorted sum __build_class__"""
 )
 # Parts of torch and numpy that read or set the state of the process.
 _STATE: Final = _words(

@@ -1,16 +1,26 @@
-"""Objects that reach nothing further, as tokens of a digest."""
+"""Objects that reach nothing further, as tokens of a digest, and what containers hold."""
 
 from __future__ import annotations
 
 import copyreg
 import enum
 import types
+from collections import OrderedDict, deque
 from typing import Any, Final
 
 import torch
 
 from autojac.torch_internals import OPERATORS_HOME
 
+C_CALLABLES: Final = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
 SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)})
 _TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
 # Objects of these modules do their work besides the computation (logging, locking, typing).
@@ -62,3 +72,13 @@ def reduce(obj: Any) -> Any:
 def sort_key(item: Any) -> str:
     """Return what the elements of a set are sorted by within a type, the same in every process."""
     return repr(item) if type(item) in SCALARS else str(getattr(item, "__qualname__", ""))
+
+
+def contents(obj: Any) -> list[Any]:
+    """Return what a container holds, pairs for a mapping, whatever a subclass makes of that."""
+    if isinstance(obj, types.MappingProxyType):
+        return list(obj.items())
+    if isinstance(obj, dict):
+        return list((OrderedDict if isinstance(obj, OrderedDict) else dict).items(obj))
+    base: Any = next(base for base in (list, tuple, set, frozenset, deque) if isinstance(obj, base))
+    return list(base.__iter__(obj))

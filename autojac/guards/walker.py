@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -21,34 +21,15 @@ from autojac.guards.provenance import (
     source_of,
 )
 from autojac.guards.tensor_contents import dense_parts
-from autojac.guards.tokens import SCALARS, leaf_tokens, reduce, sort_key
+from autojac.guards.tokens import C_CALLABLES, SCALARS, contents, leaf_tokens, reduce, sort_key
 from autojac.torch_internals import COMPILED_HOME
 
 MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
 HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_C_CALLABLES: Final = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodWrapperType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-)
 # `_backward_cls` of an autograd.Function carries a number counted up per process.
 UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
 _DEPTH: Final = 100
 _VISITS: Final = 200_000
-
-
-def contents(obj: Any) -> list[Any]:
-    """Return what a container holds, pairs for a mapping, whatever a subclass makes of that."""
-    if isinstance(obj, types.MappingProxyType):
-        return list(obj.items())
-    if isinstance(obj, dict):
-        return list((OrderedDict if isinstance(obj, OrderedDict) else dict).items(obj))
-    base: Any = next(base for base in (list, tuple, set, frozenset, deque) if isinstance(obj, base))
-    return list(base.__iter__(obj))
 
 
 class Walk:
@@ -95,7 +76,7 @@ class Walk:
             self._give_up(kind)
             return
         # A tuple can't hold itself but through something mutable, and equal constants may or may not be one object.
-        if not isinstance(obj, (tuple, types.MethodType, *_C_CALLABLES)):
+        if not isinstance(obj, (tuple, types.MethodType, *C_CALLABLES)):
             if id(obj) in self._order:
                 self.emit("seen", self._order[id(obj)])
                 return
@@ -126,7 +107,7 @@ class Walk:
             self._named("method", function=obj.__func__, instance=obj.__self__)
         elif isinstance(obj, (functools.partial, functools.partialmethod)):
             self._named("partial", function=obj.func, args=obj.args, keywords=dict(sorted(obj.keywords.items())))
-        elif isinstance(obj, _C_CALLABLES):
+        elif isinstance(obj, C_CALLABLES):
             self._c_callable(obj)
         elif isinstance(obj, (dict, types.MappingProxyType, list, tuple, set, frozenset, deque)):
             self._container(obj, kind)

@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "threads": (lambda x: threading.current_thread(), "thread"),
     "uuid": (lambda x: uuid.uuid4(), "uuid"),
     "pickle": (lambda x: pickle.loads(pickle.dumps(1)), "pickle"),
-    "another library": (lambda x: platformdirs.user_cache_path("x"), "posixpath"),
+    "another library": (lambda x: platformdirs.user_cache_path("x"), "posix"),
     "identity": (lambda x: id(x), "id"),
     "identity behind map": (lambda x: list(map(id, [1])), "id"),
     "hash": (lambda x: hash("a"), "hash"),

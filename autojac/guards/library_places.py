@@ -1,0 +1,81 @@
+"""List the places of what Python's own library keeps: loggers, caches, context variables, threads' own objects."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import gc
+import logging
+import operator
+import os
+import threading
+from typing import Any, Final
+
+from autojac.guards.function_places import FunctionPlaces
+from autojac.guards.places import ABSENT, Fields, Items
+from autojac.guards.provenance import is_core
+
+_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled", "parent", "filters"))
+_LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
+_CONTEXT_VARIABLE: Final = (("value", lambda variable: variable.get(ABSENT)),)
+
+
+class LibraryPlaces(FunctionPlaces):
+    """What functions hold and look up, and objects of Python's library whose state is not in attributes."""
+
+    def _of_python(self, obj: Any, kind: type) -> bool:
+        """List such an object; return whether it is one."""
+        if isinstance(obj, contextvars.ContextVar):
+            self._place(Fields(obj, f"{{}} of {obj.name}", _CONTEXT_VARIABLE))
+            self.visit(obj.get(None))
+        elif isinstance(obj, threading.local):
+            self._thread_local(obj, kind)
+        elif obj is os.environ:
+            self._environment()
+        elif isinstance(obj, logging.Logger):
+            self._logger(obj)
+        elif isinstance(obj, functools._lru_cache_wrapper):
+            self._cached(obj)
+        else:
+            return False
+        return True
+
+    def _thread_local(self, obj: threading.local, kind: type) -> None:
+        """List what an object holds for this thread; in another it holds another dict, which is a change."""
+        state = _of_thread(obj)
+        self._place(Fields(obj, "{} of a thread-local object", (("class", type), ("state", _of_thread))))
+        self._place(Items(state, f"attribute {{}} of {kind.__name__}"))
+        self._named("thread-local", kind=kind, state=dict(state))
+
+    def _logger(self, logger: logging.Logger) -> None:
+        """List what decides whether a logger writes a line; where the lines go is nobody's result."""
+        self._place(Fields(logger.manager, "{} of all loggers", _LOGGERS))
+        self._class(type(logger))
+        above: Any = logger
+        while above is not None:
+            self._place(Fields(above, "{} of a logger", _LOGGER))
+            above = above.parent
+
+    def _cached(self, function: Any) -> None:
+        """List what an `lru_cache` keeps: results that were computed earlier, perhaps of other globals."""
+        self._named("cached", function=function.__wrapped__)
+        if is_core(function.__wrapped__.__module__):
+            return
+        todo, known = [function], {id(vars(function)), id(function.__wrapped__)}
+        while todo:
+            for part in gc.get_referents(todo.pop()):
+                if id(part) in known or isinstance(part, type):
+                    continue
+                known.add(id(part))
+                if type(part) is dict:
+                    self._place(Items(part, f"result kept by {function.__name__}"))
+                if type(part) is dict or type(part).__name__ == "_lru_list_elem":
+                    todo.append(part)
+                else:
+                    self.visit(part)
+
+
+def _of_thread(local: Any) -> dict[str, Any]:
+    """Return what an object that differs from thread to thread holds in this one."""
+    state: dict[str, Any] = threading.local.__getattribute__(local, "__dict__")
+    return state

@@ -57,11 +57,13 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     if notes.refusal:
         raise UnsupportedError(notes.refusal)
     _require_plain(notes, values, inputs)
-    operations = _reconnected(notes)
+    operations, unseen = _reconnected(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}
     whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
     kept = [operations[place] for place in whole.needed(outputs, frozenset(notes.inputs))]
     read = {index for operation in kept for index in operation.sources} | set(outputs)
+    if read & unseen:
+        raise UnsupportedError("autograd brings back a tensor that was not seen before")
     for index in read & notes.written.keys():
         if index in connected:
             raise UnsupportedError(f"func {notes.written[index]}")
@@ -75,25 +77,30 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=notes.marks, drawn=drawn)
 
 
-def _reconnected(notes: Notes) -> list[Operation]:
-    """The operators, with what autograd saved and brought back as what it was: recorded are detached copies."""
+def _reconnected(notes: Notes) -> tuple[list[Operation], set[int]]:
+    """The operators, with what autograd saved and brought back as what it was: recorded are detached copies.
+
+    Returns:
+        the operators, and the values brought back of which nobody saw what they were.
+    """
     functions = {index: tensor.grad_fn for index, tensor in notes.current() if tensor.grad_fn is not None}
     sources: dict[int, int] = {}
-    operations = []
+    operations: list[Operation] = []
+    unseen: set[int] = set()
     for operation in notes.operations:
         if operation.target is aten.detach.default:
             own, source = operation.outputs[0], operation.sources[0]
             assert own is not None
             sources[own] = source
             if own in functions:
-                while functions.get(source) is not functions[own]:
-                    if source not in sources:
-                        raise UnsupportedError("autograd brings back a tensor that was not seen before")
+                while functions.get(source) is not functions[own] and source in sources:
                     source = sources[source]
-                operations.append(Operation(aten.alias.default, (Value(source),), {}, operation.outputs))
-                continue
+                if functions.get(source) is functions[own]:
+                    operations.append(Operation(aten.alias.default, (Value(source),), {}, operation.outputs))
+                    continue
+                unseen.add(own)
         operations.append(operation)
-    return operations
+    return operations, unseen
 
 
 def _require_plain(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:

@@ -76,6 +76,31 @@ def test_most_scenarios_are_recorded() -> None:
     assert sum(graph is None for graph in graphs) < 0.08 * len(SAFE)
 
 
+class Noted(torch.autograd.Function):
+    """Keeps its argument and returns nothing that matters, as checkpoints did up to torch 2.11."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty(0).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        raise AssertionError
+
+
+def test_a_custom_function_that_no_output_depends_on_is_no_obstacle() -> None:
+    def func(x: Tensor) -> Tensor:
+        Noted.apply(x)
+        return x.sin()
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    graph = recorded(func, x)[0].graph
+    assert graph is not None
+    assert [operation.name for operation in graph.operations] == ["sin"]
+    assert recorded(lambda x: x.sin() + Noted.apply(x).sum(), x)[0].graph is None
+
+
 def test_running_statistics_move_once_and_a_replay_leaves_them() -> None:
     net, twin = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double() for _ in range(2))
     twin.load_state_dict(net.state_dict())

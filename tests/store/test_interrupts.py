@@ -51,6 +51,8 @@ def interrupted(work: Callable[[], Any], error: type[BaseException], after: int)
         return trace
 
     before = sys.gettrace()
+    # before the trace is set: Python 3.12 looks then whether any frame wants opcodes
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         work()
@@ -72,6 +74,7 @@ def count_opcodes(work: Callable[[], Any]) -> int:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         work()

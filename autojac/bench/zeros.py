@@ -24,7 +24,7 @@ from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
-from autojac.probe.feature_pattern import Features, feature_pattern
+from autojac.probe.feature_pattern import Features, find_feature_pattern
 from autojac.probe.sample_pairs import ProbePoint
 from autojac.problem.compression import colors_of
 from autojac.sparse.colorings import Colorings, Side
@@ -115,7 +115,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
     """The pattern of a function without a batch, from nothing."""
     subject = ProbePoint(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Sandbox(()))
-    return feature_pattern(subject, (0,), torch.Generator().manual_seed(0), sliceable=False)
+    return find_feature_pattern(subject, (0,), torch.Generator().manual_seed(0), sliceable=False)
 
 
 def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:

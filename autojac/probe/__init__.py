@@ -18,7 +18,7 @@ from autojac.core.structure import Structure
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batched_arguments import guess_batched, resolve_batched
 from autojac.probe.coupling import PairProbe
-from autojac.probe.feature_pattern import check_declared, feature_pattern
+from autojac.probe.feature_pattern import check_declared, find_feature_pattern
 from autojac.probe.forward_vs_reverse import compare_modes, flat_elsewhere
 from autojac.probe.sample_pairs import ProbePoint, time_one_call
 from autojac.probe.side_effects import SideEffects, first_call, moving_with, observe
@@ -158,7 +158,7 @@ def _featured(
 ) -> Structure:
     """Return the structure with the pattern inside a sample, where it saves something."""
     start = time.perf_counter()
-    found = feature_pattern(
+    found = find_feature_pattern(
         subject,
         differentiated,
         generator,

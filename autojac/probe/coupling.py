@@ -18,7 +18,7 @@ from autojac.probe.batch_axis_proof import Proof, meeting, prove
 from autojac.probe.cancelling import SLIGHT
 from autojac.probe.masks import masks_within
 from autojac.probe.rounding import only_rounding
-from autojac.probe.sample_graph import sample_graph
+from autojac.probe.sample_graph import find_sample_graph
 from autojac.probe.sample_pairs import ProbePoint, Verdict, gradient_layer, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
 
@@ -158,7 +158,7 @@ class PairProbe:
             classes = _fewer_than(self.outline, self.subject, self.values) if alone else None
             if not alone or classes is not None:
                 start = time.perf_counter()
-                graph = sample_graph(self.outline, self.subject, self.generator, self.budget_s, classes)
+                graph = find_sample_graph(self.outline, self.subject, self.generator, self.budget_s, classes)
                 if graph.pattern is not None and graph.kind is not None:
                     coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
                     if graph.followed and graph.edgeless and not moved:

@@ -54,7 +54,7 @@ class Dense(Exception):
     """A pattern would save nothing; says how many entries there are."""
 
 
-def feature_pattern(
+def find_feature_pattern(
     subject: ProbePoint,
     differentiated: Sequence[int],
     generator: torch.Generator,

@@ -71,7 +71,7 @@ class _Found:
     final: bool = True
 
 
-def sample_graph(
+def find_sample_graph(
     outline: GraphAnalysis,
     subject: ProbePoint,
     generator: torch.Generator,

@@ -350,8 +350,8 @@ def test_patterns_and_colors_are_taken_from_the_store(tmp_path: Path, monkeypatc
 
     for name in ("orthogonal", "apart", "both"):
         monkeypatch.setattr(sys.modules["autojac.sparse.colorings"], name, never)
-    monkeypatch.setattr(sys.modules["autojac.probe"], "feature_pattern", never)
-    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "sample_graph", never)
+    monkeypatch.setattr(sys.modules["autojac.probe"], "find_feature_pattern", never)
+    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "find_sample_graph", never)
     again = AutoJacobian(neighbours, layout="sparse", store=tmp_path / "plans.db", effort="estimate")
     torch.testing.assert_close(again(x).to_dense(), first.to_dense())
     assert again.plan(x).source == "store"

@@ -21,7 +21,7 @@ from autojac.graph.dependence.index_sets import reshaped
 from autojac.graph.dependence.propagation import propagate
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import spread_colors
-from autojac.probe.sample_graph import SampleGraph, sample_graph
+from autojac.probe.sample_graph import SampleGraph, find_sample_graph
 from harness import Counted
 
 B = 12
@@ -323,10 +323,10 @@ def graphs_of(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> Sam
     found = []
 
     def kept(*given: Any) -> SampleGraph:
-        found.append(sample_graph(*given))
+        found.append(find_sample_graph(*given))
         return found[0]
 
-    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "sample_graph", kept)
+    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "find_sample_graph", kept)
     autojac.probe(*args, **kwargs)
     return found[0]
 

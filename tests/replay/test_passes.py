@@ -16,7 +16,7 @@ from autojac.methods.base import build
 from autojac.replay import tracer
 from autojac.replay.codegen import emit
 from autojac.replay.passes import passes, simplify
-from autojac.replay.passes.node_facts import laid, plain
+from autojac.replay.passes.node_facts import has_entries, layout_of
 from autojac.replay.tape import Tape
 from harness import compare, planned
 
@@ -287,9 +287,9 @@ def described(graph: fx.Graph, known: dict[fx.Node, Any]) -> None:
         said = node.meta["value"]
         if isinstance(made, Tensor) and isinstance(said, Tensor) and not node.meta["writes"]:
             # without elements strides say nothing
-            assert laid(made) == laid(said) or (made.shape == said.shape and not made.numel()), node
+            assert layout_of(made) == layout_of(said) or (made.shape == said.shape and not made.numel()), node
             for source in node.all_input_nodes:
-                if plain(node) and plain(source) and known[source].numel():
+                if has_entries(node) and has_entries(source) and known[source].numel():
                     together = made.untyped_storage()._cdata == known[source].untyped_storage()._cdata
                     assert together == (node.meta["storage"] == source.meta["storage"]), node
 
@@ -479,7 +479,7 @@ def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: py
     graphs: list[fx.Graph] = []
 
     def kept(graph: fx.Graph, without: Any = ()) -> None:
-        # what is laid out anew takes more operators, and less time
+        # what is layout_of out anew takes more operators, and less time
         simplify(graph, {*without, "column_major"})
         graphs.append(graph)
 

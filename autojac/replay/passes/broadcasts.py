@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, narrowed, plain
+from autojac.replay.passes.node_facts import acts_by_entry, has_entries, narrowed
 
 RANK = 70
 REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
@@ -46,13 +46,13 @@ def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
 def _wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
     """Yield for each argument the smallest slice that suffices; the full result is a broadcast of what it gives."""
     if acts_by_entry(node) and node.target is not aten.clone.default:
-        for source in filter(plain, node.all_input_nodes):
+        for source in filter(has_entries, node.all_input_nodes):
             yield source, _lean(source.meta["value"])
     elif node.target in (aten.mm.default, aten.addmm.default):
         rows: Any = node.args[-2]
-        if plain(rows) and rows.meta["value"].stride(0) == 0:
+        if has_entries(rows) and rows.meta["value"].stride(0) == 0:
             yield rows, rows.meta["value"][:1]
-    elif node.target in REDUCTIONS and len(node.args) > 2 and node.args[2] and plain(node.args[0]):  # type: ignore[arg-type]
+    elif node.target in REDUCTIONS and len(node.args) > 2 and node.args[2] and has_entries(node.args[0]):
         tensor: Any = node.args[0]
         axes: Any = node.args[1]
         value = tensor.meta["value"]

@@ -8,7 +8,7 @@ from torch import fx
 
 from autojac.graph.operator_facts import Kind
 from autojac.replay.passes.editor import Editor, aten
-from autojac.replay.passes.node_facts import facts, laid, plain
+from autojac.replay.passes.node_facts import facts, has_entries, layout_of
 from autojac.replay.passes.ordering import touched
 
 RANK = 8
@@ -38,7 +38,7 @@ def _together(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
     last = nodes.index(writes[-1])
     parts = [_part(room, write) for write in writes]
     targets = {write.args[0] for write in writes}
-    if not plain(room) or not room.meta["value"].is_contiguous() or None in parts:
+    if not has_entries(room) or not room.meta["value"].is_contiguous() or None in parts:
         return
     # nothing looks at it before it is full, and the slices are there for the writes alone
     if any(node is not room and node not in targets and node not in writes for node in nodes[: last + 1]):
@@ -60,7 +60,7 @@ def _together(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
 
 def _replace(editor: Editor, room: fx.Node, writes: list[fx.Node], sources: list[fx.Node], axis: int) -> None:
     whole = editor.make(writes[-1], aten.cat.default, sources, axis)
-    if whole is None or laid(whole.meta["value"]) != laid(room.meta["value"]):
+    if whole is None or layout_of(whole.meta["value"]) != layout_of(room.meta["value"]):
         return
     # the memory of the recorded run has the same content, and views of it are there already
     whole.meta |= {"value": room.meta["value"], "storage": room.meta["storage"]}
@@ -80,7 +80,7 @@ def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None
         return None
     target: Any = write.args[0]
     source: Any = write.args[1]
-    if not isinstance(source, fx.Node) or not plain(source):
+    if not has_entries(source):
         return None
     whole, held = room.meta["value"], source.meta["value"]
     if (held.dtype, held.device) != (whole.dtype, whole.device) or not whole.dim():

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import plain
+from autojac.replay.passes.node_facts import has_entries
 
 RANK = 90
 FEW = 8
@@ -27,7 +27,7 @@ def column_major(graph: fx.Graph) -> None:
 
     def by_column(editor: Editor, node: fx.Node) -> fx.Node | None:
         left, right = node.args
-        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and plain(left) and plain(right)):
+        if not (has_entries(left) and has_entries(right)):
             return None
         rows, weight = left.meta["value"], right.meta["value"]
         slow = weight.device.type == "cpu" and weight.is_contiguous() and 1 < weight.size(1) <= FEW < weight.size(0)

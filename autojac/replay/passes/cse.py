@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor
-from autojac.replay.passes.node_facts import laid, narrowed, plain
+from autojac.replay.passes.node_facts import has_entries, layout_of, narrowed
 from autojac.replay.passes.ordering import ordered
 
 RANK = 80
@@ -24,7 +24,7 @@ def cse(graph: fx.Graph) -> None:
     unsteady, editor = ordered(graph), Editor(graph)
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder" and node.meta["role"] == "constant" and plain(node):
+        if node.op == "placeholder" and node.meta["role"] == "constant" and has_entries(node):
             key = _content(node.meta["value"])
         elif node.op == "call_function" and node not in unsteady:
             editor.shift(node)
@@ -34,7 +34,7 @@ def cse(graph: fx.Graph) -> None:
         first = known.setdefault(key, node) if key is not None else node
         # what an earlier phase computes is there for a later one, not the other way round
         if first is not node and first.meta["phase"] <= node.meta["phase"]:
-            if plain(node):
+            if has_entries(node):
                 editor.shifts(node, {node.meta["value"].untyped_storage()._cdata})
             node.replace_all_uses_with(first)
             if node.op == "call_function":
@@ -62,4 +62,4 @@ def _content(value: Tensor) -> Any:
     if lean.numel() > MOST_ENTRIES // 100 or lean.is_conj() or lean.is_neg():
         return None
     numbers = lean.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
-    return laid(value), lean.shape, bytes(numbers.tolist())
+    return layout_of(value), lean.shape, bytes(numbers.tolist())

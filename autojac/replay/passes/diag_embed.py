@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import narrowed, plain
+from autojac.replay.passes.node_facts import has_entries, narrowed
 
 RANK = (35, 62)
 
@@ -27,7 +27,7 @@ def _embedded(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.meta["value"].device.type != "cpu":
         return None
     for seed, vector in (node.args, node.args[::-1]):
-        if not (isinstance(seed, fx.Node) and isinstance(vector, fx.Node) and plain(seed) and plain(vector)):
+        if not (has_entries(seed) and has_entries(vector)):
             return None
         if seed.meta["role"] == "constant" and vector.meta["value"].dtype == node.meta["value"].dtype:
             pair = _identity(seed.meta["value"], vector.meta["value"], node.meta["value"])

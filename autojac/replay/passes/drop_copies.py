@@ -8,7 +8,7 @@ from torch import fx
 
 from autojac.graph.operator_facts import Kind
 from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, facts, laid, overlapping, plain, shares
+from autojac.replay.passes.node_facts import acts_by_entry, facts, has_entries, layout_of, overlapping, shares
 
 RANK = 40
 COPIES = {aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.lift_fresh_copy.default}
@@ -29,13 +29,13 @@ def _streams(user: fx.Node) -> bool:
 
 def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
     origin: Any = node.args[0] if node.args else None
-    if not isinstance(origin, fx.Node) or not plain(origin):
+    if not has_entries(origin):
         return None
     if node.target in COPIES and not node.meta.get("wanted"):
         ours, right = origin.meta["value"], node.meta["value"]
         if (ours.dtype, ours.device, ours.is_conj(), ours.is_neg()) != (right.dtype, right.device, False, False):
             return None
-        alike = laid(ours) == laid(right) or len(editor.users) == 1
+        alike = layout_of(ours) == layout_of(right) or len(editor.users) == 1
         return origin if alike or (overlapping(ours) and all(map(_streams, editor.users))) else None
     if node.target in RESHAPES and origin.target in RESHAPES and editor.free(origin):
         before: Any = origin.args[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.layout_facts import PLACED, aliases, is_known, is_layout_independent, spreads
-from autojac.replay.passes.node_facts import laid, overlapping, placed, plain, shares, values
+from autojac.replay.passes.node_facts import has_entries, layout_of, overlapping, placement_of, shares, values
 from autojac.replay.passes.ordering import touched, written
 from autojac.replay.passes.view_search import moves
 from autojac.torch_internals import BelowAutograd
@@ -51,7 +51,7 @@ class Editor:
 
     def free(self, node: fx.Node) -> bool:
         """Whether a node is one tensor from an aten operator that may be merged, moved and left out."""
-        if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not plain(node):
+        if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not has_entries(node):
             return False
         return is_known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
 
@@ -70,16 +70,16 @@ class Editor:
 
     def same(self, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """One of the nodes that is `wanted`."""
-        place = placed(wanted)
-        return next((node for node in nodes if placed(node.meta["value"]) == place), None)
+        place = placement_of(wanted)
+        return next((node for node in nodes if placement_of(node.meta["value"]) == place), None)
 
     def reach(self, at: fx.Node, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """A node that is `wanted`, one operator away from one of the nodes."""
-        place = placed(wanted)
+        place = placement_of(wanted)
         for node in nodes:
             for target, args in moves(node.meta["value"], wanted):
                 moved = _computed(target, (node, *args), {})
-                if moved is not None and placed(moved) == place:
+                if moved is not None and placement_of(moved) == place:
                     return self._made(at, target, (node, *args), {}, moved)
         return None
 
@@ -130,9 +130,9 @@ class Editor:
         assert old.shape == new.shape and old.dtype == new.dtype and old.device == new.device, (node, found)
         self.stale.append(node)
         settled = old.stride() == new.stride() or not spreads(node)
-        if settled and placed(old) == placed(new):
+        if settled and placement_of(old) == placement_of(new):
             node.replace_all_uses_with(found)
-        elif settled and laid(old) == laid(new):
+        elif settled and layout_of(old) == layout_of(new):
             self.shifts(node, {old.untyped_storage()._cdata})
             node.replace_all_uses_with(found, delete_user_cb=lambda user: user.target not in PLACED)
         else:
@@ -151,7 +151,7 @@ class Editor:
         value = node.meta["value"]
         if not isinstance(value, Tensor):
             self.shifts(node, homes)
-        elif plain(node) and value.untyped_storage()._cdata in homes and self.free(node):
+        elif has_entries(node) and value.untyped_storage()._cdata in homes and self.free(node):
             origin: Any = node.args[0]
             if node.target is operator.getitem:
                 value = _run(origin.target, origin.args, origin.kwargs)[node.args[1]]
@@ -186,7 +186,7 @@ class Editor:
             self._conform(node, changed)
             return node
         steady = not (self.unsteady and touched(node) & self.unsteady)
-        alike = target is node.target and laid(value) == laid(node.meta["value"])
+        alike = target is node.target and layout_of(value) == layout_of(node.meta["value"])
         sources = [changed.get(source, source) for source in node.all_input_nodes]
         if alike and (not steady or not (aliases(node) or any(shares(value, s) for s in sources))):
             node.args, node.kwargs = args, kwargs
@@ -207,7 +207,7 @@ class Editor:
             if user.target is not operator.getitem or not isinstance(found[place], Tensor):
                 return False
             old = user.meta["value"]
-            if laid(old) != laid(found[place]) or any(shares(old, s) for s in node.all_input_nodes):
+            if layout_of(old) != layout_of(found[place]) or any(shares(old, s) for s in node.all_input_nodes):
                 return False
         return True
 
@@ -218,7 +218,7 @@ class Editor:
                 continue
             if old.meta["value"].is_contiguous():
                 copy = self.make(node, aten.clone.default, new, memory_format=torch.contiguous_format)
-                if copy is not None and laid(copy.meta["value"]) == laid(old.meta["value"]):
+                if copy is not None and layout_of(copy.meta["value"]) == layout_of(old.meta["value"]):
                     node.replace_input_with(old, copy)
 
     def _end(self, output: fx.Node) -> None:
@@ -253,7 +253,7 @@ def source(editor: Editor, node: fx.Node) -> fx.Node | None:
     origin = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(origin, fx.Node):
         origin = origin.args[0]
-    if isinstance(origin, fx.Node) and plain(origin) and shares(node.meta["value"], origin):
+    if has_entries(origin) and shares(node.meta["value"], origin):
         return origin
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, source, sweep
-from autojac.replay.passes.node_facts import plain
+from autojac.replay.passes.node_facts import has_entries
 
 RANK = 65
 
@@ -21,7 +21,7 @@ def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.kwargs or len(node.args) != 2:
         return None
     for vector, rows in (node.args, node.args[::-1]):
-        if not (isinstance(vector, fx.Node) and isinstance(rows, fx.Node) and plain(vector) and plain(rows)):
+        if not (has_entries(vector) and has_entries(rows)):
             continue
         product: Any = rows
         if product.target is not aten.mm.default and len(rows.users) == 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.passes.node_facts import acts_by_entry, facts, plain, shares
+from autojac.replay.passes.node_facts import acts_by_entry, facts, has_entries, shares
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def spreads(node: fx.Node) -> bool:
 
 def aliases(node: fx.Node) -> bool:
     """Check whether a node shares memory with one of its arguments."""
-    return any(shares(node.meta["value"], s) for s in node.all_input_nodes) if plain(node) else False
+    return any(shares(node.meta["value"], s) for s in node.all_input_nodes) if has_entries(node) else False
 
 
 def is_layout_independent(node: fx.Node, changed: dict[fx.Node, fx.Node]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import narrowed, plain
+from autojac.replay.passes.node_facts import has_entries, narrowed
 
 RANK = 20
 KEEPERS: dict[Any, tuple[int, tuple[int, ...]]] = {
@@ -34,7 +34,7 @@ def neutral_elements(graph: fx.Graph) -> None:
     def filled(value: Any, number: int) -> bool:
         if not isinstance(value, fx.Node):
             return isinstance(value, (int, float, complex)) and value == number
-        if value.meta["role"] not in ("constant", "literal") or not plain(value):
+        if value.meta["role"] not in ("constant", "literal") or not has_entries(value):
             return False
         if (value, number) not in known:
             one = narrowed(value.meta["value"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import narrowed, plain
+from autojac.replay.passes.node_facts import has_entries, narrowed
 
 RANK = 30
 PRODUCTS = {aten.mm.default, aten.bmm.default}
@@ -38,7 +38,7 @@ def one_hot_products(graph: fx.Graph) -> None:
 def _product(editor: Editor, node: fx.Node) -> fx.Node | None:
     left, right = node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    if plain(left) and plain(right):
+    if has_entries(left) and has_entries(right):
         if left.meta["role"] == "constant":
             return _rows_of(editor, node, left.meta["value"], right, list(node.meta["value"].shape))
         if right.meta["role"] == "constant":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, source, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, plain
+from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 50
 MOVES = {aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int}
@@ -20,7 +20,7 @@ def sink_views(graph: fx.Graph) -> None:
 def _sunk(editor: Editor, node: fx.Node) -> fx.Node | None:
     if not acts_by_entry(node) or not any(acts_by_entry(u) or source(editor, u) is not None for u in editor.users):
         return None
-    tensors = [s for s in node.all_input_nodes if plain(s)]
+    tensors = [s for s in node.all_input_nodes if has_entries(s)]
     if len(tensors) != len(node.all_input_nodes):
         return None
     if len(tensors) == 1:

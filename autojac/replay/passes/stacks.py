@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import plain
+from autojac.replay.passes.node_facts import has_entries
 
 RANK = 75
 
@@ -22,7 +22,7 @@ def _stacked(editor: Editor, node: fx.Node) -> fx.Node | None:
         parts: Any = node.args[0]
         axis: Any = node.args[1] if len(node.args) > 1 else 0
         axis %= node.meta["value"].dim()
-        if not parts or not all(plain(part) and part.meta["value"].size(axis) == 1 for part in parts):
+        if not parts or not all(has_entries(part) and part.meta["value"].size(axis) == 1 for part in parts):
             return None
         if any(part.meta["value"].dim() != node.meta["value"].dim() for part in parts):
             return None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, plain
+from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 25
 
@@ -47,7 +47,7 @@ def _whole(editor: Editor, parts: tuple[Any, ...]) -> fx.Node | None:
     if not all(isinstance(part, fx.Node) and part.target is aten.select.int and editor.free(part) for part in parts):
         return None
     whole = parts[0].args[0]
-    if not plain(whole) or whole.meta["value"].size(0) != len(parts):
+    if not has_entries(whole) or whole.meta["value"].size(0) != len(parts):
         return None
     alike = all(part.args == (whole, 0, place) for place, part in enumerate(parts))
     return whole if alike else None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import facts, laid
+from autojac.replay.passes.node_facts import facts, layout_of
 
 RANK = 5
 VIEWS = {aten.expand.default, aten.view.default, aten.t.default, aten.permute.default, aten.unsqueeze.default}
@@ -68,6 +68,6 @@ def _other(editor: Editor, node: fx.Node, made_up: set[fx.Node]) -> fx.Node | No
         return None
     if not isinstance(kept, fx.Node) or kept.meta["value"].dtype != node.meta["value"].dtype:
         return None
-    if laid(kept.meta["value"]) == laid(node.meta["value"]):
+    if layout_of(kept.meta["value"]) == layout_of(node.meta["value"]):
         return kept
     return editor.make(node, aten.expand.default, kept, list(node.meta["value"].shape))

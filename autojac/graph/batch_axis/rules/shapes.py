@@ -53,7 +53,7 @@ def expand(context: RuleContext) -> State:
 
 
 @register("repeat")
-def repeat(context: RuleContext) -> State:
+def tiling(context: RuleContext) -> State:
     shape, state = context.only()
     axis = state.axis + len(context.out) - len(shape)
     if context["repeats"][axis] != 1:
@@ -71,7 +71,7 @@ def diagonal(context: RuleContext) -> State:
 
 
 @register("diag_embed")
-def diag_embed(context: RuleContext) -> State:
+def onto_diagonal(context: RuleContext) -> State:
     shape, state = context.only()
     if state.axis == len(shape) - 1:
         raise Meets(MEET)

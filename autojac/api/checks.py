@@ -18,6 +18,7 @@ from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque
 from autojac.planning.call import Call
 from autojac.planning.problem_builder import ProblemBuilder
+from autojac.problem.compared_parts import Extent
 from autojac.problem.problem import Problem, Result
 from autojac.problem.reference import Reference
 from autojac.sparse.csr import Entries
@@ -93,13 +94,15 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
         independent = dataclasses.replace(independent, held=held)
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
         result = result._replace(jacobians=values)
-    reference = Reference(independent, call.leaves, keywords, report.sandbox, rows=probes + 2, every=True)
+    reference = Reference(
+        independent, call.leaves, keywords, report.sandbox, extent=Extent(rows=probes + 2, every=True)
+    )
     with report.sandbox():
         wrong = reference.check(result)
         coupled = wrong is not None and layout in ("blocks", "diagonal") and reference.check_shapes(result) is None
     if coupled:
         dense = dataclasses.replace(independent, structure=dataclasses.replace(structure, coupling="dense"))
-        reference = Reference(dense, call.leaves, keywords, report.sandbox, rows=probes + 2, every=True)
+        reference = Reference(dense, call.leaves, keywords, report.sandbox, extent=Extent(rows=probes + 2, every=True))
         with report.sandbox():
             wrong = reference.check(result)
     return wrong

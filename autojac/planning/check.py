@@ -17,6 +17,7 @@ from autojac.guards.run_monitor import RunMonitor
 from autojac.planning.call import Call, detached, not_overwritten, trained_by
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
+from autojac.problem.compared_parts import Extent
 from autojac.problem.problem import Result
 from autojac.problem.reference import Reference
 
@@ -102,9 +103,7 @@ class Check:
                 self.own_leaves,
                 keywords,
                 sandbox,
-                rows=1,
-                seed=plan.schedule.calls,
-                thorough=bool(self.difference.what),
+                extent=Extent(rows=1, seed=plan.schedule.calls, thorough=bool(self.difference.what)),
                 trained=not_overwritten(reached, plan.written),
             )
         function_state = self.plans.planner.function_state

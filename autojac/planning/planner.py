@@ -179,6 +179,7 @@ class Planner(ProblemBuilder):
         # rich and Optuna load only when something is tuned
         from autojac.planning.progress import reporter
         from autojac.planning.search.optimize import search
+        from autojac.planning.search.trial import SearchPoint
 
         structure = found.structure
         problem = self.problem(call, report, structure, found.batched, found.outline)
@@ -186,17 +187,17 @@ class Planner(ProblemBuilder):
         hints = self.stored.hints(report.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         trained = not_overwritten(call.trained, report.sandbox.captured)
-        point = (call.leaves, call.keywords, trained, report.sandbox)
+        point = SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
         with reporter(effort) as progress, _explaining(self.options):
             try:
-                won = search(solid(problem), *point, effort, budget, hints, progress)
+                won = search(solid(problem), point, effort, budget, hints, progress)
             except SearchError as error:
                 if structure.sparsity is None:
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
                 problem = self.problem(call, report, structure, found.batched, found.outline)
-                won = search(solid(problem), *point, effort, budget, hints, progress)
+                won = search(solid(problem), point, effort, budget, hints, progress)
                 if structure.assurance == "declared":
                     message = (
                         "the declared pattern misses entries and was left aside. This Jacobian is right. Correct the "

@@ -20,7 +20,7 @@ from autojac.planning.call import Call, CallKey
 from autojac.planning.first_call import FirstCallReport, inspect_first_call
 from autojac.planning.plan_repository import Keys, Stored
 from autojac.planning.search.measure import available_bytes
-from autojac.probe import ProbeResult, examine, observe
+from autojac.probe import FlatCall, ProbeResult, Roles, examine, observe
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings
 
@@ -72,23 +72,19 @@ class ProblemBuilder:
     def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> ProbeResult:
         """Find out what couples with what."""
         layout = call.layout
-        point = (report.fn, call.leaves, call.keywords)
+        flat = FlatCall(report.fn, call.leaves, call.keywords, layout.differentiated, report.sandbox)
         kernels: tuple[str, ...] = ()
         if report.signature.differentiable:
             kernels = reachable_kernels(self.function_state.present.guard.codes, call.captured.modules)
-        effects = observe(report.first, *point, layout.differentiated, report.sandbox, kernels)
+        seen = observe(report.first, *flat, kernels)
         known = self._batched_arguments.setdefault(layout.context, {})
         found = examine(
-            *point,
-            effects,
-            report.guess,
-            layout.differentiated,
-            report.sandbox,
-            fixed=layout.declared,
-            known=known,
+            flat,
+            seen,
+            Roles(report.guess, layout.declared, known),
             declared=self.options.declared,
-            outlined=lambda batched: self.outline(call, report, batched),
             budget_s=PROBE_BUDGET_S[effort],
+            analyze=lambda batched: self.outline(call, report, batched),
         )
         if report.signature.batch > 1:
             known.update(enumerate(found.batched))

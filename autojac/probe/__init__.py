@@ -6,31 +6,37 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from autojac.core.pattern import Sparsity
-from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batched_arguments import guess_batched, resolve_batched
 from autojac.probe.coupling import PairProbe
 from autojac.probe.feature_pattern import check_declared, find_feature_pattern
+from autojac.probe.flat_call import FlatCall, Roles
 from autojac.probe.forward_vs_reverse import compare_modes, flat_elsewhere
 from autojac.probe.sample_pairs import ProbePoint, time_one_call
 from autojac.probe.side_effects import SideEffects, first_call, moving_with, observe
 
-__all__ = ["ProbeResult", "SideEffects", "check_declared", "examine", "first_call", "guess_batched", "observe"]
+__all__ = [
+    "FlatCall",
+    "ProbeResult",
+    "Roles",
+    "SideEffects",
+    "check_declared",
+    "examine",
+    "first_call",
+    "guess_batched",
+    "observe",
+]
 
 SEED = 0x0A070
 HANG_S = 2.0
 HANG_RATIO = 50.0
 """An evaluation at other values is given up after this many times the usual, and after `HANG_S` at the earliest."""
-
-Call = tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[int], Sandbox]
 
 
 @dataclass(frozen=True)
@@ -53,46 +59,32 @@ class ProbeResult:
 
 
 def examine(
-    fn: Any,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    manners: SideEffects,
-    guess: tuple[bool, ...],
-    differentiated: Sequence[int],
-    sandbox: Sandbox,
+    call: FlatCall,
+    seen: SideEffects,
+    roles: Roles,
     *,
-    fixed: Sequence[bool],
-    known: Mapping[int, bool] = MappingProxyType({}),
     declared: Structure | None = None,
     budget_s: float = 1.0,
-    outlined: Callable[[Sequence[bool]], GraphAnalysis] | None = None,
+    analyze: Callable[[Sequence[bool]], GraphAnalysis] | None = None,
 ) -> ProbeResult:
     """Probe a flat function at one point.
 
     Args:
-        fn: maps (leaves, kwargs) to a tuple of tensors.
-        leaves, kwargs: the point.
-        manners: what `observe` saw.
-        guess: which leaves carry the batch.
-        differentiated: indices of the leaves to differentiate.
-        sandbox: how to evaluate without a trace.
-        fixed: for each leaf, whether the user declared if it carries the batch.
-        known: which leaves were seen to carry the batch, or not to, in earlier calls, by position.
+        call: the function and the point.
+        seen: what `observe` saw.
+        roles: what is known of which leaves carry the batch.
         declared: coupling declared by the user; then nothing is probed for it.
-        outlined: makes the outline of the call, once it is known which leaves carry the batch.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
+        analyze: makes the graph of the call, once it is known which leaves carry the batch.
     """
-    values = manners.values
-    outline: GraphAnalysis | None = None
     with torch.no_grad():
-        held = tuple(leaf.detach() for leaf in leaves)
-    batched, refusal = resolve_batched(fn, held, kwargs, values, guess, fixed, differentiated, sandbox, known)
-    call = fn, leaves, kwargs, differentiated, sandbox
+        held = tuple(leaf.detach() for leaf in call.leaves)
+    batched, refusal = resolve_batched(call._replace(leaves=held), seen.values, roles)
     compared, notice, flat = compare_modes(*call, SEED)
-    cut = _without_derivative(call, manners.cut, flat)
-    evidence = [manners.evidence, compared]
-    if outlined is not None:
-        outline = outlined(batched)
+    cut = _without_derivative(call, seen.cut, flat)
+    evidence = [seen.evidence, compared]
+    outline = None if analyze is None else analyze(batched)
+    values, differentiated = seen.values, call.differentiated
     inputs = tuple(position for position in differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
     if declared is not None:
@@ -100,9 +92,9 @@ def examine(
             sizes = [value[0].numel() for value in values if len(value)]
             events = [held[p].numel() // (len(held[p]) if batched[p] else 1) for p in differentiated if held[p].numel()]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        structure = _declared(declared, manners, evidence, refusal is None)
+        structure = _declared(declared, seen, evidence, refusal is None)
         return ProbeResult(structure, batched, notice, outline, cut)
-    subject = ProbePoint(fn, held, kwargs, inputs, sides, len(values[0]), sandbox)
+    subject = ProbePoint(call.fn, held, call.kwargs, inputs, sides, len(values[0]), call.sandbox)
     generator = torch.Generator().manual_seed(SEED)
     cost = time_one_call(subject)
     subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
@@ -110,18 +102,18 @@ def examine(
     pairs = PairProbe(subject, outline, values, weights, cost, budget_s, generator)
     found = pairs.structure(refusal)
     structure = dataclasses.replace(
-        found, effects=manners.effects, kernels=manners.kernels, evidence=(*evidence, *found.evidence)
+        found, effects=seen.effects, kernels=seen.kernels, evidence=(*evidence, *found.evidence)
     )
     return ProbeResult(
         _featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut
     )
 
 
-def _without_derivative(call: Call, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:
+def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:
     """Return the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
 
     Args:
-        call: fn, leaves, kwargs, the indices of the leaves to differentiate, and the sandbox.
+        call: the function and the point.
         outputs: those without a graph, which move.
         flat: for other outputs a mask of the elements whose derivatives are zero in both modes.
     """
@@ -133,15 +125,15 @@ def _without_derivative(call: Call, outputs: Sequence[int], flat: Mapping[int, T
     return dict.fromkeys(outputs, True) | {output: bool(flat[output].all()) for output in moving}
 
 
-def _declared(declared: Structure, manners: SideEffects, evidence: Sequence[str], sliceable: bool) -> Structure:
+def _declared(declared: Structure, seen: SideEffects, evidence: Sequence[str], sliceable: bool) -> Structure:
     """Return the structure that the user declares, with what was seen of the function."""
     return Structure(
         declared.coupling,
         "declared",
         declared.sliceable and sliceable,
         False,
-        manners.effects,
-        manners.kernels,
+        seen.effects,
+        seen.kernels,
         (*declared.evidence, *evidence, f"coupling: declared {declared.coupling} by the user"),
         declared.sparsity,
         # nothing is proved of what the user promises

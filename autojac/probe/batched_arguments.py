@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import disagreement
-from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
 from autojac.errors import InputError, OutputError
+from autojac.probe.flat_call import FlatCall, Roles
 from autojac.torch_internals import pytree
 
 MOST_AMBIGUOUS = 4
@@ -32,24 +31,15 @@ def slice_samples(leaves: Sequence[Tensor], batched: Sequence[bool], stop: int) 
     return [leaf[:stop] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
 
 
-def resolve_batched(
-    fn: Any,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    values: Sequence[Tensor],
-    guess: tuple[bool, ...],
-    fixed: Sequence[bool],
-    differentiated: Sequence[int],
-    sandbox: Sandbox,
-    known: Mapping[int, bool],
-) -> tuple[tuple[bool, ...], str | None]:
+def resolve_batched(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...], str | None]:
     """Check a guess of the roles: slicing the arguments must slice the outputs.
 
     A tensor may have the batch's length by chance (B = n), so other assignments are tried, side inputs first.
 
     Args:
-        fixed: which leaves have their role from the user; it is checked but not changed.
-        known: roles that earlier calls have shown, by position.
+        call: with detached leaves.
+        values: its outputs.
+        roles: the guess, and what is known already.
 
     Returns:
         The roles, and why func can't be sliced; None if it can.
@@ -60,66 +50,52 @@ def resolve_batched(
     """
     batch = len(values[0])
     if batch < 2:
-        return guess, None
+        return roles.guess, None
     stop = (batch + 1) // 2
     sliced_kwargs = pytree.tree_map_only(
-        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, kwargs
+        Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, call.kwargs
     )
-    found, refusal = _sliced(fn, leaves, kwargs, values, guess, fixed, differentiated, sandbox)
-    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(kwargs))):
+    found, refusal = _sliced(call, values, roles)
+    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(call.kwargs))):
         # keyword arguments go to func as they are, but here slices of them show the roles of the others
-        found, _ = _sliced(fn, leaves, sliced_kwargs, values, guess, fixed, differentiated, sandbox)
+        found, _ = _sliced(call._replace(kwargs=sliced_kwargs), values, roles)
     if found is not None:
         return found, refusal
-    subject = (fn, leaves, kwargs, values, sandbox)
-    return _settled(subject, guess, fixed, differentiated, known), refusal
+    return _settled(call, values, roles), refusal
 
 
 def _as_long_as(value: Tensor, batch: int) -> bool:
     return value.layout == torch.strided and value.dim() > 0 and len(value) == batch
 
 
-def _settled(
-    subject: tuple[Any, Sequence[Tensor], Mapping[str, Any], Sequence[Tensor], Sandbox],
-    guess: tuple[bool, ...],
-    fixed: Sequence[bool],
-    differentiated: Sequence[int],
-    known: Mapping[int, bool],
-) -> tuple[bool, ...]:
+def _settled(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[bool, ...]:
     """The roles where no slices showed them: by what earlier calls have, or by which rows of the outputs move."""
-    roles, leaves = list(guess), subject[1]
-    carriers = [p for p, has in enumerate(guess) if has and (fixed[p] or leaves[p].is_floating_point())]
-    for position in differentiated:
+    settled, fixed = list(roles.guess), roles.fixed
+    carriers = [p for p, has in enumerate(roles.guess) if has and (fixed[p] or call.leaves[p].is_floating_point())]
+    for position in call.differentiated:
         # something has to carry the batch: what is declared to, else the first that has the outputs' length
         others = [p for p in carriers if p < position or fixed[p]]
-        if fixed[position] or not guess[position] or not others:
+        if fixed[position] or not roles.guess[position] or not others:
             continue
-        if position in known:
-            roles[position] = known[position]
-        elif not _moves_own_row(*subject, position):
+        if position in roles.known:
+            settled[position] = roles.known[position]
+        elif not _moves_own_row(call, values, position):
             raise InputError(
-                f"tensor argument {position} has shape {tuple(subject[1][position].shape)} and the outputs have as "
+                f"tensor argument {position} has shape {tuple(call.leaves[position].shape)} and the outputs have as "
                 "many rows, but func can't be called on some of the samples, so nothing shows whether this argument "
                 "carries the batch or is shared by all samples. Say so with in_dims, such as in_dims=(0, None)"
             )
-    return tuple(roles)
+    return tuple(settled)
 
 
-def _moves_own_row(
-    fn: Any,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    values: Sequence[Tensor],
-    sandbox: Sandbox,
-    position: int,
-) -> bool:
+def _moves_own_row(call: FlatCall, values: Sequence[Tensor], position: int) -> bool:
     """Check whether another first row of a tensor moves the first row of the outputs, and no other."""
-    other = leaves[position].detach().clone()
+    other = call.leaves[position].detach().clone()
     other[0] = other[0] * 0.5 + 0.25
-    changed = [other if place == position else leaf.detach() for place, leaf in enumerate(leaves)]
+    changed = [other if place == position else leaf.detach() for place, leaf in enumerate(call.leaves)]
     try:
-        with sandbox(), torch.enable_grad():
-            moved = within(HANG_S, lambda: [y.detach() for y in fn(changed, kwargs)])
+        with call.sandbox(), torch.enable_grad():
+            moved = within(HANG_S, lambda: [y.detach() for y in call.fn(changed, call.kwargs)])
     except Exception:  # func may refuse what its user never passes
         return False
     first = any(disagreement(y[:1], value[:1]) is not None for y, value in zip(moved, values, strict=True))
@@ -127,29 +103,20 @@ def _moves_own_row(
     return first and not rest
 
 
-def _sliced(
-    fn: Any,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    values: Sequence[Tensor],
-    guess: tuple[bool, ...],
-    fixed: Sequence[bool],
-    differentiated: Sequence[int],
-    sandbox: Sandbox,
-) -> tuple[tuple[bool, ...] | None, str | None]:
+def _sliced(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...] | None, str | None]:
     """The roles by which slices of the arguments give outputs of as many samples, and why they are not those slices."""
     batch = len(values[0])
     stop = (batch + 1) // 2
     refusal: str | None = None
     astray = False
     inexact: tuple[bool, ...] | None = None
-    for assignment in _assignments(guess, fixed, differentiated):
+    for assignment in _assignments(roles, call.differentiated):
         try:
-            samples = slice_samples(leaves, assignment, stop)
-            samples = [x.detach().requires_grad_(i in differentiated) for i, x in enumerate(samples)]
+            samples = slice_samples(call.leaves, assignment, stop)
+            samples = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(samples)]
             # func may differentiate itself
-            with sandbox(), torch.enable_grad():
-                sliced = [part.detach() for part in within(HANG_S, functools.partial(fn, samples, kwargs))]
+            with call.sandbox(), torch.enable_grad():
+                sliced = [part.detach() for part in within(HANG_S, functools.partial(call.fn, samples, call.kwargs))]
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"
@@ -168,7 +135,7 @@ def _sliced(
     if inexact is not None:
         return inexact, "func of some samples differs from those samples of func"
     # one sample alone is stretched by whatever else func holds of the whole batch, so it proves nothing
-    if astray and not all(fixed) and stop > 1:
+    if astray and not all(roles.fixed) and stop > 1:
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "
@@ -177,17 +144,15 @@ def _sliced(
     return None, refusal or "the outputs do not follow when the arguments are sliced"
 
 
-def _assignments(
-    guess: tuple[bool, ...], fixed: Sequence[bool], differentiated: Sequence[int]
-) -> list[tuple[bool, ...]]:
+def _assignments(roles: Roles, differentiated: Sequence[int]) -> list[tuple[bool, ...]]:
     """Return the guess, then the guess with some tensors taken as shared, fewest and side inputs first."""
-    carriers = [position for position, has in enumerate(guess) if has and not fixed[position]]
+    carriers = [position for position, has in enumerate(roles.guess) if has and not roles.fixed[position]]
     # inputs come last: an input of the batch's length is rarely shared
     ambiguous = sorted(carriers, key=lambda position: (position in differentiated, -position))[:MOST_AMBIGUOUS]
     found = []
     for count in range(len(ambiguous) + 1):
         for shared in itertools.combinations(ambiguous, count):
-            assignment = tuple(has and position not in shared for position, has in enumerate(guess))
-            if any(assignment) or not any(guess):
+            assignment = tuple(has and position not in shared for position, has in enumerate(roles.guess))
+            if any(assignment) or not any(roles.guess):
                 found.append(assignment)
     return found

@@ -126,7 +126,7 @@ def observe(
     named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
     uses = f", it {'may use' if reached else 'uses'} {' and '.join(named)}" if named else ""
     return SideEffects(
-        first.values, first.effects, kernels, f"manners: two calls agree, inputs unchanged, {does}{uses}", moving
+        first.values, first.effects, kernels, f"side effects: two calls agree, inputs unchanged, {does}{uses}", moving
     )
 
 

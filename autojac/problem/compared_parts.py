@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ CLASSES = 8
 """Classes of a coloring of samples, or of coordinates, that one check looks at."""
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much of a Jacobian is compared.
+
+    Attributes:
+        rows: how many single rows are compared besides the projections.
+        seed: of what is drawn at random.
+        thorough: look at every class of a coloring, since one edge of a graph may have moved.
+        every: look at every sample of a coupled function, not at a few, and at every coordinate of a diagonal: one VJP
+            for each, made again in each check and kept only where func writes into buffers.
+    """
+
+    rows: int = 6
+    seed: int = 0
+    thorough: bool = False
+    every: bool = False
+
+
 class ComparedParts:
     """Rows and random projections of a Jacobian at one point, drawn and pulled.
 
@@ -31,9 +50,7 @@ class ComparedParts:
         problem: the function and its structure.
         pullback: of one evaluation.
         generator: what rows and projections are drawn from.
-        rows: how many single rows are compared besides the projections.
-        thorough: look at every class of a coloring, since one edge of a graph may have moved.
-        every: look at every sample of a coupled function, not at a few, and at every coordinate of a diagonal.
+        extent: how much is compared.
         keep: pull the projections now, and keep them.
 
     Attributes:
@@ -44,22 +61,21 @@ class ComparedParts:
     """
 
     def __init__(
-        self, problem: Problem, pullback: Pullback, generator: torch.Generator, rows: int, *, thorough: bool,
-        every: bool, keep: bool,
-    ) -> None:  # fmt: skip
+        self, problem: Problem, pullback: Pullback, generator: torch.Generator, extent: Extent, keep: bool
+    ) -> None:
         self.problem = problem
         self.pullback = pullback
         self.generator = generator
-        self.every = every
+        self.every = extent.every
         self.places = Places(problem)
-        self.classes = None if thorough else CLASSES
+        self.classes = None if extent.thorough else CLASSES
         self.values = pullback.outputs
         self.evidence = Evidence.at(problem, pullback.inputs, self.values)
         self.weights = [balance([value])[0] for value in self.values]
         self.rows = [
             (output, row, self._single(output, row))
             for output in range(len(self.values))
-            for row in self._chosen(output, rows)
+            for row in self._chosen(output, extent.rows)
         ]
         with pullback.without_graph():
             self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []

@@ -7,6 +7,7 @@ one of them. Samples and features are colored apart, and a seed is a color of sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, decoded
+
+Kept = Literal["all", "blocks", "diagonals"]
+"""Of the Jacobian of a batch: the whole, each sample's block, or the diagonal of each block."""
 
 MOST_COUPLED = 4096
 """Samples coupled all with all, beyond which no pattern of every pair is made."""
@@ -105,12 +109,11 @@ def colors_of(problem: Problem, side: Side) -> Colors:
     samples = structure.samples if problem.batch > 1 else None
     alike = samples is None and not structure.independent
     features = None if structure.sparsity is None else structure.sparsity.features
-    own = problem.layout in ("blocks", "diagonal")
-    square = problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1
+    kept: Kept = "blocks" if problem.layout in ("blocks", "diagonal") else "all"
+    if problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1:
+        kept = "diagonals"
     count = problem.out_size if side == "rows" else problem.in_size
-    return problem.colorings.derived(
-        _colors, side, samples, features, own, square, count, problem.batch if alike else 1
-    )
+    return problem.colorings.derived(_colors, side, samples, features, kept, count, problem.batch if alike else 1)
 
 
 def _colors(
@@ -118,8 +121,7 @@ def _colors(
     side: Side,
     samples: Pattern | None,
     features: Pattern | None,
-    own: bool,
-    square: bool,
+    kept: Kept,
     count: int,
     batch: int,
 ) -> Colors:
@@ -129,18 +131,19 @@ def _colors(
         colorings: makes and keeps them.
         side: rows or columns.
         samples, features: the patterns; all for None of the features.
-        own: only the blocks of each sample are asked for, so samples of one color must not reach each other, but may
-            reach the same.
-        square: only the diagonals of blocks are asked for: the same for features.
+        kept: of blocks of each sample only, samples of one color must not reach each other, but may reach the same; of
+            the diagonals of blocks, the same holds for features.
         count: number of features.
         batch: number of samples that are coupled all with all, without a graph.
     """
     grouped: Indices | None = np.arange(batch, dtype=np.int32) if batch > 1 else None
     if samples is not None:
-        grouped = colorings.apart(samples) if own else colorings.orthogonal(samples, side)
+        grouped = colorings.apart(samples) if kept != "all" else colorings.orthogonal(samples, side)
     if features is None:
         return Colors(side, grouped, np.arange(count, dtype=np.int32))
-    return Colors(side, grouped, colorings.apart(features) if square else colorings.orthogonal(features, side))
+    return Colors(
+        side, grouped, colorings.apart(features) if kept == "diagonals" else colorings.orthogonal(features, side)
+    )
 
 
 def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:

@@ -16,12 +16,12 @@ from autojac.core.sandbox import Sandbox
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.errors import UnsupportedError
 from autojac.graph.special_kernels import plain_formulas
-from autojac.problem.compared_parts import ComparedParts
+from autojac.problem.compared_parts import ComparedParts, Extent
 from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Problem, Result, recorded
 from autojac.problem.trained_gradient import GradientReference
 
-ROWS = 6
+EXTENT = Extent()
 
 
 class Reference:
@@ -33,12 +33,8 @@ class Reference:
         problem: the function and its structure.
         leaves, kwargs: the point.
         sandbox: how to evaluate without a trace.
-        rows: how many single rows of the Jacobian are compared besides the projections.
-        seed: of the random projections.
+        extent: how much is compared.
         pullback: of a graph that exists already, in the place of an evaluation.
-        thorough: look at every class of a coloring, since one edge of a graph may have moved.
-        every: look at every sample of a coupled function, not at a few, and at every coordinate of a diagonal: one VJP
-            for each, made anew in each check and kept only where func writes into buffers.
         trained: tensors besides the inputs that a loss on the Jacobian trains.
 
     Attributes:
@@ -51,11 +47,9 @@ class Reference:
         leaves: Sequence[Tensor],
         kwargs: Mapping[str, Any],
         sandbox: Sandbox,
-        rows: int = ROWS,
-        seed: int = 0,
+        *,
+        extent: Extent = EXTENT,
         pullback: Pullback | None = None,
-        thorough: bool = False,
-        every: bool = False,
         trained: Sequence[Tensor] = (),
     ) -> None:
         self.problem = problem
@@ -63,7 +57,7 @@ class Reference:
         self.slack = [1.0] * len(problem.outputs)
         # the graph of a func that writes into buffers can be pulled until they are put back
         self.calibrated = UPDATES_BUFFERS in problem.structure.effects
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(extent.seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
         # a fused kernel may lack the second derivative by which a differentiable result is checked
         kernels = problem.structure.kernels if problem.differentiable else ()
@@ -76,10 +70,8 @@ class Reference:
                 problem,
                 self.pullback,
                 self.generator,
-                rows,
-                thorough=thorough,
-                every=every,
-                keep=self.calibrated or not every,
+                extent,
+                keep=self.calibrated or not extent.every,
             )
             self.places, self.evidence = parts.places, parts.evidence
             self.floors = [
@@ -91,7 +83,7 @@ class Reference:
                 self._calibrate()
                 if problem.differentiable:
                     self.gradient.prepare()
-            self.says = every or parts.says()
+            self.says = extent.every or parts.says()
 
     def check(self, result: Result) -> str | None:
         """Why a result is wrong, as a sentence; None if it agrees with everything checked."""

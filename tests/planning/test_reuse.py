@@ -30,7 +30,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     true = optimize.search
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        made.append(args[5])
+        made.append(args[2])
         return true(*args, **kwargs)
 
     monkeypatch.setattr(optimize, "search", watched)

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from autojac.methods.pull import Pull
 from autojac.planning.search import measure
 from autojac.planning.search.shoot_out import SearchResult, shoot_out
 from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
-from autojac.planning.search.trial import PATIENCE_S, Progress, SearchSession, attempt, try_out
+from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt, try_out
 from autojac.problem.problem import Problem, bind
 from autojac.problem.reference import Reference
 from autojac.torch_internals import load_compiler
@@ -38,10 +39,7 @@ LAST_RESORT = Pull("identity")
 
 def search(
     problem: Problem,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    captured: Sequence[Tensor],
-    sandbox: Sandbox,
+    point: SearchPoint,
     effort: Effort,
     budget_s: float | None = None,
     hints: Sequence[Method] = (),
@@ -51,9 +49,7 @@ def search(
 
     Args:
         problem: what to compute.
-        leaves, kwargs: the point at which candidates are checked and timed.
-        captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
-        sandbox: how to evaluate without a trace.
+        point: where candidates are checked and timed.
         effort: `estimate` takes the first right method of the cost model and times nothing.
         budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
             torch loads once a process is not counted.
@@ -63,25 +59,9 @@ def search(
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, sandbox), trial=True)
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
-    if effort != "estimate":
-        # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
-        load_compiler()
-        from autojac.planning.search.propose import propose
-    start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
-    session = SearchSession(
-        problem,
-        leaves,
-        kwargs,
-        captured,
-        sandbox,
-        effort,
-        start + (1 - SHOOT_OUT_SHARE) * allowed,
-        start + allowed,
-        Reference(problem, leaves, kwargs, sandbox, trained=captured),
-        progress,
-    )
+    session = _session(problem, point, effort, budget_s, progress)
+    problem = session.problem
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
     if not session.reference.says:
@@ -94,16 +74,7 @@ def search(
     for method in dropped:
         session.record(method, "skipped", reason="predicted to be far slower than the best")
     space = [method for method in space if method not in dropped]
-    deadline = session.deadline
-    rounds = _rounds(space)
-    for number, part in enumerate(rounds):
-        fast = fastest(session, part)
-        first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
-        # what comes later has its part of the time, however long the first round could take
-        left = bool(number == 0 and any(rounds[1:]))
-        session.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
-        if part:
-            propose(session, part, first)
+    _try_rounds(session, space, hints, defaults)
     _ensure_one(session, [*space, LAST_RESORT])
     for method in space:
         if method not in session.trials:
@@ -113,6 +84,40 @@ def search(
         _ensure_one(session, [*space, LAST_RESORT])
         found = shoot_out(session, defaults)
     return found
+
+
+def _session(
+    problem: Problem, point: SearchPoint, effort: Effort, budget_s: float | None, progress: Progress | None
+) -> SearchSession:
+    """Start the clock of a search, once what torch loads once per process is loaded."""
+    leaves, kwargs, captured, sandbox = point
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, sandbox), trial=True)
+    if effort != "estimate":
+        # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
+        load_compiler()
+        import_module("autojac.planning.search.propose")
+    start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
+    deadline, end = start + (1 - SHOOT_OUT_SHARE) * allowed, start + allowed
+    reference = Reference(problem, leaves, kwargs, sandbox, trained=captured)
+    return SearchSession(problem, point, effort, start, deadline, end, reference, progress)
+
+
+def _try_rounds(
+    session: SearchSession, space: Sequence[Method], hints: Sequence[Method], defaults: Sequence[Method]
+) -> None:
+    """Try candidates round by round, those first that are likely to be fast."""
+    from autojac.planning.search.propose import propose
+
+    start, deadline = session.start, session.deadline
+    rounds = _rounds(space)
+    for number, part in enumerate(rounds):
+        fast = fastest(session, part)
+        first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
+        # what comes later has its part of the time, however long the first round could take
+        left = bool(number == 0 and any(rounds[1:]))
+        session.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
+        if part:
+            propose(session, part, first)
 
 
 def _rounds(space: Sequence[Method]) -> list[list[Method]]:

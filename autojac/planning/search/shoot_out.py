@@ -65,7 +65,7 @@ def shoot_out(session: SearchSession, defaults: Sequence[Method]) -> SearchResul
         runs[incumbent] = session.slow.get(incumbent) or session.runs[incumbent]
     if len(runs) == 1:
         return _found(session, finalists[0], session.trials[finalists[0]].seconds, defaults, {})
-    with session.sandbox(), unwarned():
+    with session.point.sandbox(), unwarned():
         table = measure.interleaved(
             list(runs.values()), session.device, SHORTEST_S[session.effort], ROUNDS[session.effort], session.end
         )

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,16 +38,29 @@ PATIENCE_S = 60.0
 Progress = Callable[[Trial], None]
 
 
+class SearchPoint(NamedTuple):
+    """Where candidates are checked and timed.
+
+    Attributes:
+        leaves, kwargs: the arguments.
+        captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
+        sandbox: how to evaluate without a trace.
+    """
+
+    leaves: Sequence[Tensor]
+    kwargs: Mapping[str, Any]
+    captured: Sequence[Tensor]
+    sandbox: Sandbox
+
+
 @dataclass
 class SearchSession:
     """One search: the problem at one point, and all that is known of its candidates so far."""
 
     problem: Problem
-    leaves: Sequence[Tensor]
-    kwargs: Mapping[str, Any]
-    captured: Sequence[Tensor]
-    sandbox: Sandbox
+    point: SearchPoint
     effort: Effort
+    start: float
     deadline: float
     end: float
     reference: Reference
@@ -59,7 +72,7 @@ class SearchSession:
 
     @property
     def device(self) -> torch.device:
-        return self.leaves[self.problem.inputs[0]].device
+        return self.point.leaves[self.problem.inputs[0]].device
 
     @property
     def out_of_time(self) -> bool:
@@ -106,7 +119,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.ready(problem)
         start = time.perf_counter()
-        result = compute(session.leaves, session.kwargs)
+        result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)
         seconds = time.perf_counter() - start
         wrong = session.reference.check(result)
@@ -115,7 +128,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         return compute, seconds, wrong
 
     try:
-        with session.sandbox(), unwarned(), levels_restored():
+        with session.point.sandbox(), unwarned(), levels_restored():
             allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
@@ -146,7 +159,7 @@ def try_out(session: SearchSession, method: Method, allowed_s: float | None = No
         return measure.summary([first]), hopeless
 
     try:
-        with session.sandbox(), unwarned(), levels_restored():
+        with session.point.sandbox(), unwarned(), levels_restored():
             timing, hopeless = within(max(session.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
         return session.record(method, "infeasible", reason=_first_line(error))
@@ -162,7 +175,7 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
     """Measure a timed candidate's peak memory in a run of its own; tell whether it stays within the limit."""
     trial = session.trials[method]
     try:
-        with session.sandbox(), unwarned():
+        with session.point.sandbox(), unwarned():
             memory = measure.peak_bytes(session.runs[method], session.device)
     except Exception as error:  # it ran before, and may not run any more
         session.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))
@@ -180,8 +193,8 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
 
 def _as_used(session: SearchSession, compute: Compute) -> measure.Run:
     """Return what a training step does with the Jacobian: with a graph, the backward through it too."""
-    leaves, kwargs = session.leaves, session.kwargs
-    sources = [*session.reference.connected, *(x for x in session.captured if x.requires_grad)]
+    leaves, kwargs = session.point.leaves, session.point.kwargs
+    sources = [*session.reference.connected, *(x for x in session.point.captured if x.requires_grad)]
     if not session.problem.differentiable or not sources or session.reference.gradient.once:
         return lambda: compute(leaves, kwargs)
 

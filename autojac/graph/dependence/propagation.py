@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.context import Constant, DependenceContext, Result, State, Unknown
+from autojac.graph.dependence.elementwise_and_moves import (
+    gathering,
+    moving,
+    placing,
+    pointwise,
+    viewing,
+    without_inputs,
+)
 from autojac.graph.dependence.index_sets import MOST_WORK, IndexSets, SetAlgebra, TooLarge, compressed, singles
-from autojac.graph.dependence.mixtures import (
-    adaptive,
+from autojac.graph.dependence.reductions_and_products import (
     behind,
-    convolution,
     distances,
     keeping_axes,
     leaves_alone,
     mixing,
     normalization,
-    pooling,
     product,
 )
-from autojac.graph.dependence.moves import gathering, moving, placing, pointwise, viewing, without_inputs
+from autojac.graph.dependence.windows import adaptive, convolution, pooling
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Kind, facts_of
 from autojac.graph.operators import traits

@@ -41,8 +41,8 @@ class Structure:
         evidence: one line for each layer of the probe, human-readable.
         sparsity: which samples and which coordinates of a sample can depend on each other; None if all may that the
             coupling allows.
-        watched: the verdict was reached with certain contents of what is not differentiated, such as masks, segment
-            ids and adjacency matrices, and nothing proves it for others.
+        depends_on_arguments: the verdict was reached with certain contents of what is not differentiated, such as
+            masks, segment ids and adjacency matrices, and nothing proves it for others.
     """
 
     coupling: Coupling
@@ -53,7 +53,7 @@ class Structure:
     kernels: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     sparsity: Sparsity | None = None
-    watched: bool = False
+    depends_on_arguments: bool = False
 
     def __post_init__(self) -> None:
         require_choice("coupling", self.coupling, get_args(Coupling))
@@ -112,7 +112,7 @@ class Structure:
             sliceable=False,
             suspect=False,
             sparsity=None,
-            watched=False,
+            depends_on_arguments=False,
             evidence=(*self.evidence, reason),
         )
 
@@ -120,7 +120,7 @@ class Structure:
         """Return the structure without its patterns, with the reason added."""
         coupling: Coupling = "dense" if self.coupling in ("grouped", "sparse") else self.coupling
         evidence = (*self.evidence, reason)
-        return replace(self, coupling=coupling, sparsity=None, watched=False, evidence=evidence)
+        return replace(self, coupling=coupling, sparsity=None, depends_on_arguments=False, evidence=evidence)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; patterns by their keys."""
@@ -132,7 +132,7 @@ class Structure:
             "effects": list(self.effects),
             "kernels": list(self.kernels),
             "evidence": list(self.evidence),
-            "watched": self.watched,
+            "depends_on_arguments": self.depends_on_arguments,
         }
         return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
 
@@ -148,6 +148,8 @@ class Structure:
             OptionError: it names patterns and there is nothing to give them, or names them wrongly.
         """
         fields = {**data, **{name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}}
+        if "watched" in fields:  # as plans of autojac 0.1 call it
+            fields["depends_on_arguments"] = fields.pop("watched")
         named = fields.pop("sparsity", None)
         if named is None:
             return cls(**fields)

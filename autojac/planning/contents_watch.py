@@ -46,7 +46,7 @@ class ContentsWatch:
         """Return a digest of all values that decide."""
         tensors = list(self.constants)
         numbers: tuple[float, ...] = ()
-        if self._problem.structure.watched:
+        if self._problem.structure.depends_on_arguments:
             tensors += [call.leaves[position] for position in self.arguments]
             if call.keywords:
                 values = pytree.tree_leaves(call.keywords)
@@ -72,7 +72,7 @@ class ContentsWatch:
         return tuple(
             position
             for position, leaf in enumerate(leaves)
-            if structure.watched
+            if structure.depends_on_arguments
             and not leaf.differentiated
             and not (leaf.batched and structure.sliceable and leaf.dtype.startswith(("float", "bfloat", "complex")))
         )

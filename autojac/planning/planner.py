@@ -233,7 +233,7 @@ class Planner(ProblemBuilder):
         made.pushes = problem.differentiable and method.pushes
         structure = problem.structure
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
-        if structure.assumes and (structure.watched or reads_pattern):
+        if structure.assumes and (structure.depends_on_arguments or reads_pattern):
             made.contents = ContentsWatch(problem, call.captured)
         # ranks must evaluate func equally often, whatever their guards see
         fixed = not (unfixed(call.keywords) or made.contents or made.pushes or several())

@@ -137,7 +137,7 @@ def _declared(declared: Structure, seen: SideEffects, evidence: Sequence[str], s
         (*declared.evidence, *evidence, f"coupling: declared {declared.coupling} by the user"),
         declared.sparsity,
         # nothing is proved of what the user promises
-        declared.watched or declared.assumes,
+        declared.depends_on_arguments or declared.assumes,
     )
 
 
@@ -169,5 +169,5 @@ def _featured(
         evidence=evidence,
         sparsity=Sparsity(structure.samples, found.pattern),
         suspect=structure.suspect or not found.agreed,
-        watched=structure.watched or found.watched,
+        depends_on_arguments=structure.depends_on_arguments or found.depends_on_arguments,
     )

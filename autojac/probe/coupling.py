@@ -101,7 +101,7 @@ class PairProbe:
                 "ends where it cancels, as in inputs that are centred by the batch. Taken for independent, but not "
                 "called on a part of the batch"
             )
-            return Structure("independent", "observed", False, evidence=tuple(evidence), watched=True)
+            return Structure("independent", "observed", False, evidence=tuple(evidence), depends_on_arguments=True)
         shape = self._shape(verdicts, refusal, evidence, moved)
         # what NaN reaches may sleep for another reason, such as a weight that is zero
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
@@ -113,7 +113,7 @@ class PairProbe:
             "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
             "solver that stops by the whole batch. Taken for independent, but not called on a part of the batch"
         )
-        return Structure("independent", "observed", False, evidence=(*shape.evidence, line), watched=True)
+        return Structure("independent", "observed", False, evidence=(*shape.evidence, line), depends_on_arguments=True)
 
     def _of_independent(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str]) -> Structure:
         """Return the structure where no layer saw a sample reach another."""
@@ -123,7 +123,9 @@ class PairProbe:
             evidence.append(line)
             if alone:
                 split = any(verdict.coupled is None for verdict in verdicts)
-                return Structure("statistics", "observed", False, split, evidence=tuple(evidence), watched=True)
+                return Structure(
+                    "statistics", "observed", False, split, evidence=tuple(evidence), depends_on_arguments=True
+                )
         proof = Proof(False, "")
         if self.outline is not None and self.subject.inputs:
             proof = prove(self.outline, self.subject)
@@ -137,7 +139,7 @@ class PairProbe:
             # values alone tell what is dead here: without them trust nothing for long
             suspect=bool(verdicts) and verdicts[1].coupled is None,
             evidence=tuple(evidence),
-            watched=not proof.any_values,
+            depends_on_arguments=not proof.any_values,
         )
 
     def _shape(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str], moved: bool) -> Structure:
@@ -150,7 +152,7 @@ class PairProbe:
         sparsity: Sparsity | None = None
         # the layers are at odds
         split = len({verdict.coupled for verdict in verdicts}) > 1
-        watched = False
+        depends = False
         if self.outline is not None:
             alone, line = meeting(self.outline, self.subject, *self.masks, self.generator)
             coupling = "statistics" if alone else "dense"
@@ -160,9 +162,13 @@ class PairProbe:
                 start = time.perf_counter()
                 graph = find_sample_graph(self.outline, self.subject, self.generator, self.budget_s, classes)
                 if graph.pattern is not None and graph.kind is not None:
-                    coupling, sparsity, watched = graph.kind, Sparsity(samples=graph.pattern), graph.watched
+                    coupling, sparsity, depends = (
+                        graph.kind,
+                        Sparsity(samples=graph.pattern),
+                        graph.depends_on_arguments,
+                    )
                     if graph.followed and graph.edgeless and not moved:
-                        coupling, sparsity, watched = "independent", None, True
+                        coupling, sparsity, depends = "independent", None, True
                     else:
                         refusal = refusal or "samples are coupled"
                     # what each operator does holds whatever the layers did not see
@@ -170,7 +176,13 @@ class PairProbe:
                 if graph.pattern is not None or not alone:
                     evidence.append(f"{graph.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)")
         return Structure(
-            coupling, "observed", refusal is None, split, evidence=tuple(evidence), sparsity=sparsity, watched=watched
+            coupling,
+            "observed",
+            refusal is None,
+            split,
+            evidence=tuple(evidence),
+            sparsity=sparsity,
+            depends_on_arguments=depends,
         )
 
 

@@ -41,13 +41,13 @@ class Features:
             flattened in their order; None where it is dense, too expensive to find, or can't be found.
         evidence: the line for `explain`; empty where there is nothing to look for.
         agreed: nothing was seen outside of the pattern before it was completed.
-        watched: another pattern may hold for other values of the tensors that are not differentiated.
+        depends_on_arguments: another pattern may hold for other values of the tensors that are not differentiated.
     """
 
     pattern: Pattern | None
     evidence: str
     agreed: bool = True
-    watched: bool = False
+    depends_on_arguments: bool = False
 
 
 class Dense(Exception):

@@ -42,7 +42,7 @@ class SampleGraph:
             is not known, or is so much that nothing is gained.
         kind: `grouped` if samples depend on each other in groups, else `sparse`.
         evidence: a human-readable line.
-        watched: the pattern was read from arguments that are not differentiated, or from captured floating-point
+        depends_on_arguments: the pattern was read from arguments that are not differentiated, or from captured float
             tensors: other contents may make another pattern.
         suspect: NaN spreads further than the pattern allows.
         followed: the pattern comes from what each operator does, whatever the values.
@@ -51,7 +51,7 @@ class SampleGraph:
     pattern: Pattern | None
     kind: Literal["grouped", "sparse"] | None
     evidence: str
-    watched: bool = False
+    depends_on_arguments: bool = False
     suspect: bool = False
     followed: bool = False
 
@@ -67,7 +67,7 @@ class _Found:
 
     samples: Any
     line: str
-    watched: bool = False
+    depends_on_arguments: bool = False
     final: bool = True
 
 
@@ -105,7 +105,7 @@ def find_sample_graph(
     suspect = probed and _nan_escapes(subject, pattern, generator)
     if suspect:
         line += "; but NaN spreads further"
-    return SampleGraph(pattern, _kind(pattern), line, found.watched, suspect, not probed)
+    return SampleGraph(pattern, _kind(pattern), line, found.depends_on_arguments, suspect, not probed)
 
 
 def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Generator) -> _Found:
@@ -115,7 +115,7 @@ def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Gene
     found, data = _spread(outline.flow.graph.key, subject)
     if found.samples is not None and data:
         # Python may have chosen the neighbours, or the operators, by the values
-        found = dataclasses.replace(found, watched=True)
+        found = dataclasses.replace(found, depends_on_arguments=True)
         for scale in SCALES:
             try:
                 other, _ = _spread(None, _moved_to(subject, scale, generator))

@@ -153,7 +153,7 @@ def test_what_cancels_couples_no_derivatives(kind: type[Posterior], dtype: torch
         x = torch.randn(B, N, dtype=dtype, generator=torch.Generator().manual_seed(seed))
         structure = found(model, x)
         assert structure.independent and not structure.sliceable and structure.assurance == "observed"
-        assert structure.watched and any(line.startswith("rounding:") for line in structure.evidence)
+        assert structure.depends_on_arguments and any(line.startswith("rounding:") for line in structure.evidence)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -337,12 +337,14 @@ def test_a_graph_read_from_arguments_is_watched(monkeypatch: pytest.MonkeyPatch)
     rows = ADJACENCY.double().to_sparse_csr()
     product = graphs_of(monkeypatch, lambda x, a: a @ x.sin() + x, x, a=rows)
     assert product.pattern == Pattern.of(np.eye(B) + ADJACENCY.to_dense().numpy())
-    assert product.watched
-    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, NEIGHBOURS).watched
-    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, near=NEIGHBOURS).watched
-    assert graphs_of(monkeypatch, lambda x, near: x + opaque(x)[near].sin().sum(1), x, NEIGHBOURS).watched
-    assert not graphs_of(monkeypatch, EXACT["embedding"][0], x).watched
-    assert not graphs_of(monkeypatch, lambda x, weight: x * x.roll(1, 0) * weight, x, torch.rand(B, 1)).watched
+    assert product.depends_on_arguments
+    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, NEIGHBOURS).depends_on_arguments
+    assert graphs_of(monkeypatch, lambda x, near: x + x[near].sin().sum(1), x, near=NEIGHBOURS).depends_on_arguments
+    assert graphs_of(monkeypatch, lambda x, near: x + opaque(x)[near].sin().sum(1), x, NEIGHBOURS).depends_on_arguments
+    assert not graphs_of(monkeypatch, EXACT["embedding"][0], x).depends_on_arguments
+    assert not graphs_of(
+        monkeypatch, lambda x, weight: x * x.roll(1, 0) * weight, x, torch.rand(B, 1)
+    ).depends_on_arguments
 
 
 def test_a_batch_as_long_as_a_sample_is_wide() -> None:

@@ -60,6 +60,14 @@ def test_what_is_saved_is_found(store: PlanStore) -> None:
     assert stored.created_at.tzinfo is not None
 
 
+def test_plans_of_autojac_0_1_are_read(tmp_path: Path) -> None:
+    plan = replace(PLAN, structure=replace(PLAN.structure, depends_on_arguments=True))
+    PlanStore(tmp_path / "plans.db").save(OP, ENV, plan, "f")
+    execute(tmp_path / "plans.db", "UPDATE plans SET plan = replace(plan, 'depends_on_arguments', 'watched')")
+    assert execute(tmp_path / "plans.db", "SELECT count(*) FROM plans WHERE plan LIKE '%watched%'") == [(1,)]
+    assert PlanStore(tmp_path / "plans.db").find(OP, ENV) == as_found(plan)
+
+
 def test_a_second_save_replaces_plan_and_trials(store: PlanStore) -> None:
     store.save(OP, ENV, PLAN, "f")
     created = store.listing()[0].created_at

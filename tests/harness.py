@@ -37,7 +37,7 @@ def forced(func: Any, args: Any, method: dict[str, Any], kwargs: Any = None, **o
     plan = maker.plan(*args, **(kwargs or {}))
     keys = in_use(maker).keys
     assert keys is not None
-    maker._plans.planner.stored.save(keys, dataclasses.replace(plan, method=method))
+    maker._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
     return AutoJacobian(func, **options)
 
 
@@ -53,7 +53,7 @@ def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[C
     call = builder.describe(captures(func), args, kwargs or {})
     report = builder.inspect(call)
     found = builder.probe(call, report)
-    return call, report, builder.problem(call, report, found.structure, found.batched, found.outline)
+    return call, report, builder.problem(call, report, found.structure, found.batched, found.analysis)
 
 
 def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:

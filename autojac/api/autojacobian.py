@@ -112,7 +112,7 @@ class AutoJacobian(Derived):
         self._others = {}
 
     def __repr__(self) -> str:
-        count, name = len(self._plans), self._plans.planner.stored.function_name
+        count, name = len(self._plans), self._plans.planner.repository.function_name
         return f"AutoJacobian({name}, {count} plan{'' if count == 1 else 's'} in use)"
 
     def __autojac_reach__(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class AutoJacobian(Derived):
         """Explain the plan: what was probed, and every candidate with its time and memory or why it was rejected."""
         with outside_inference_mode(self._func_args(args), kwargs) as call:
             plan, _ = self._plans.look_up(*call)
-        return explanation(plan, self._plans.planner.stored)
+        return explanation(plan, self._plans.planner.repository)
 
     def _func_args(self, args: Sequence[Any]) -> Sequence[Any]:
         return self.func.arguments(args) if isinstance(self.func, ModuleFunction) else args

@@ -36,14 +36,14 @@ class Programs:
         outputs: how many outputs there are.
         constant: positions of those without a derivative.
         pulls: their results add up.
-        again: the computation under autograd, outputs and the inputs that require grad, for derivatives of the pulls.
+        recompute: the computation under autograd, outputs and inputs that require grad, for derivatives of pulls.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     outputs: int
     constant: tuple[int, ...]
     pulls: tuple[PullProgram, ...]
-    again: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
+    recompute: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 class _ByPrograms(torch.autograd.Function):
@@ -96,7 +96,7 @@ def _pulled_again(
     programs: Programs, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Pulls that carry a graph: by autograd itself, on the computation run again."""
-    outputs, sources = programs.again()
+    outputs, sources = programs.recompute()
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
     places = [place for place, x in enumerate(inputs) if x.requires_grad]
     if not pairs:

@@ -114,8 +114,8 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
 
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
     """The pattern of a function without a batch, from nothing."""
-    subject = ProbePoint(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Sandbox(()))
-    return find_feature_pattern(subject, (0,), torch.Generator().manual_seed(0), sliceable=False)
+    point = ProbePoint(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Sandbox(()))
+    return find_feature_pattern(point, (0,), torch.Generator().manual_seed(0), sliceable=False)
 
 
 def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:

@@ -104,7 +104,7 @@ class GraphAnalysis:
             rows, columns: elements of one sample's outputs and inputs.
         """
         lines = []
-        if self._chains and (found := self.chain(again=True) or self.chain()) is not None:
+        if self._chains and (found := self.chain(recursive=True) or self.chain()) is not None:
             lines += [self._line(product, product is found.tree) for product in products(found.tree)]
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
@@ -153,16 +153,16 @@ class GraphAnalysis:
         """Why there is no graph."""
         return self.found if isinstance(self.found, str) else None
 
-    def chain(self, again: bool = False, forward: bool = True) -> Accumulation | None:
+    def chain(self, recursive: bool = False, forward: bool = True) -> Accumulation | None:
         """The chain rule through cuts, as `accumulate` plans it; None if it has no cut, or none that one had not."""
-        key = again, forward
+        key = recursive, forward
         if key not in self._chains:
             flow = self.flow
             self._chains[key] = None
             if flow is not None:
                 ends = inputs_of(flow.graph, self.differentiated)
-                found = accumulate(flow, ends, again=again, forward=forward)
-                self._chains[key] = None if again and found == self.chain(False, forward) else found
+                found = accumulate(flow, ends, recursive=recursive, forward=forward)
+                self._chains[key] = None if recursive and found == self.chain(False, forward) else found
         return self._chains[key]
 
     @functools.cached_property

@@ -83,10 +83,10 @@ class Bottleneck(Method):
             return nothing
         if self.compiled and problem.differentiable:
             return "torch.compile gives what it pushes no backward: it stops at a ZeroTensor"
-        if problem.outline is None:
+        if problem.analysis is None:
             return "there is no function that could be recorded"
-        if problem.outline.reason:
-            return problem.outline.reason
+        if problem.analysis.reason:
+            return problem.analysis.reason
         if self._found(problem) is None:
             return "nothing between inputs and outputs is narrower than they are"
         return super().unsupported(problem)
@@ -109,8 +109,8 @@ class Bottleneck(Method):
                 yield dataclasses.replace(first, compiled=True)
 
     def _found(self, problem: Problem) -> Accumulation | None:
-        outline = problem.outline
-        return outline.chain(self.cuts == "several", self.sides == "either") if outline is not None else None
+        analysis = problem.analysis
+        return analysis.chain(self.cuts == "several", self.sides == "either") if analysis is not None else None
 
     def cost(self, problem: Problem) -> float:
         found = self._found(problem)
@@ -137,7 +137,7 @@ class Bottleneck(Method):
     def prepare(self, problem: Problem) -> Compute:
         def find(flow: BatchFlow, ends: Sequence[int]) -> Accumulation | None:
             forward = self.pushes and not (problem.differentiable and forward_once(flow.graph))
-            return accumulate(flow, ends, again=self.cuts == "several", forward=forward)
+            return accumulate(flow, ends, recursive=self.cuts == "several", forward=forward)
 
         eager = functools.partial(self._jacobians, problem)
         nothing = missing(problem.leaves[problem.inputs[0]].device)

@@ -52,10 +52,10 @@ class Statistics(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.structure.coupling != "statistics":
             return "samples do not meet in shared statistics alone"
-        if problem.outline is None:
+        if problem.analysis is None:
             return "there is no function that could be recorded"
-        if problem.outline.reason:
-            return problem.outline.reason
+        if problem.analysis.reason:
+            return problem.analysis.reason
         found = self._found(problem)
         if found is None:
             return "samples meet elsewhere than in tensors that all of them share"
@@ -82,10 +82,10 @@ class Statistics(Method):
                 yield cls(method.local, "loop")
 
     def _found(self, problem: Problem) -> SharedTensors | None:
-        outline = problem.outline
-        if outline is None:
+        analysis = problem.analysis
+        if analysis is None:
             return None
-        return outline.read_pool if self.local == "copies" else outline.least_pool
+        return analysis.read_pool if self.local == "copies" else analysis.least_pool
 
     def passes(self, problem: Problem) -> int:
         """How many seeds are pulled and pushed."""

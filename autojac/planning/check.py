@@ -166,8 +166,8 @@ class Check:
         with silent(self.modules):
             undo()
             with plans.lock:
-                again = plans.describe(call.args, call.kwargs)
-                plan = plans.planner.recover(self.plan, again, wrong, structure=not only_gradient)
+                renewed = plans.describe(call.args, call.kwargs)
+                plan = plans.planner.recover(self.plan, renewed, wrong, structure=not only_gradient)
                 plans.keep(call, plan)
                 if plan.contents is not None:
                     plan.contents.accept(plan.contents.digest(call))
@@ -175,7 +175,7 @@ class Check:
                 since = f"calls since call {last} went unchecked" if last else "it was its first use in this process"
                 since = "func has changed, which was noticed immediately" if self.difference.what else since
                 warn(
-                    f"the plan for {plans.planner.stored.function_name} does not hold ({since}): {wrong}. This "
+                    f"the plan for {plans.planner.repository.function_name} does not hold ({since}): {wrong}. This "
                     f"Jacobian was computed again and is right. Now in use: {plan.plan}",
                     StructureChangedWarning,
                 )
@@ -199,7 +199,7 @@ class Check:
         if functions and trained_by(plans.captured_now(), self.call.keywords):
             plans.has_warned_untrained = True
             warn(
-                f"{plans.planner.stored.function_name}: the Jacobian carries no graph, so a loss on it trains no "
+                f"{plans.planner.repository.function_name}: the Jacobian carries no graph, so a loss on it trains no "
                 f"parameter: the backward of {', '.join(functions)} can't be differentiated. Write that backward in "
                 "differentiable operators, without once_differentiable, detach or no_grad; call jac under "
                 "torch.no_grad() if J is not to be trained",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autojac.core.options import format_bytes
 from autojac.core.plan import Trial, expression
 from autojac.core.signature import Signature
-from autojac.planning.plan_repository import Stored
+from autojac.planning.plan_repository import PlanRepository
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.compression import colored
 from autojac.problem.problem import Problem
@@ -21,16 +21,18 @@ def format_seconds(value: float | None) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def explanation(prepared: PreparedPlan, stored: Stored) -> str:
+def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
     """Say what was probed, what was tried, what won, and what it gains.
 
     Args:
         prepared: the plan.
-        stored: the stored plans of its function.
+        repository: the stored plans of its function.
     """
     signature, plan = prepared.signature, prepared.plan
-    trials = plan.trials or (stored.trials(prepared.keys) if prepared.keys else ())
-    lines = [f"{stored.function_name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"]
+    trials = plan.trials or (repository.trials(prepared.keys) if prepared.keys else ())
+    lines = [
+        f"{repository.function_name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"
+    ]
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")
@@ -54,7 +56,7 @@ def explanation(prepared: PreparedPlan, stored: Stored) -> str:
 
 def _graph_lines(problem: Problem) -> list[str]:
     """Say what the graph of a call shows, and what of it was colored and traced."""
-    lines = problem.outline.lines(problem.out_size, problem.in_size) if problem.outline is not None else []
+    lines = problem.analysis.lines(problem.out_size, problem.in_size) if problem.analysis is not None else []
     lines += colored(problem)
     return lines + (problem.function_state.lines() if problem.function_state is not None else [])
 

@@ -29,7 +29,7 @@ Keys = tuple[Key, Key]
 _shared: dict[Any, PlanStore] = {}
 
 
-class Stored:
+class PlanRepository:
     """The stored plans of one function.
 
     Args:

@@ -112,7 +112,7 @@ class Planner(ProblemBuilder):
         with nested(), as_found(), silent(call.captured.modules), outside_autocast():
             start, call = time.perf_counter(), call.detached()
             if plan.keys is not None:
-                self.stored.refute(plan.keys, reason)
+                self.repository.refute(plan.keys, reason)
             self._neighbours.clear()
             report = self.inspect(call)
             found = self.probe(call, report)
@@ -128,7 +128,7 @@ class Planner(ProblemBuilder):
         if plan is None and self.options.on_miss == "error":
             shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
             raise PlanMissError(
-                f"no plan is stored for arguments {shapes} in {self.stored.description}, and on_miss='error' "
+                f"no plan is stored for arguments {shapes} in {self.repository.description}, and on_miss='error' "
                 "forbids making one. Tune ahead with jac.tune(x) or the command `autojac tune`"
             )
         return plan
@@ -143,7 +143,7 @@ class Planner(ProblemBuilder):
         return dataclasses.replace(known[1], source="neighbour")
 
     def _stored(self, keys: Keys, wanted: Effort) -> Plan | None:
-        plan = self.stored.find(keys)
+        plan = self.repository.find(keys)
         if plan is None or (self.options.on_miss != "error" and effort_rank(plan.effort) < effort_rank(wanted)):
             return None
         return plan
@@ -152,10 +152,10 @@ class Planner(ProblemBuilder):
         """Prepare a known plan for this call; None if its method does not apply here."""
         if len(plan.batched) != len(report.signature.leaves):
             return None
-        outline = self.outline(call, report, plan.batched)
+        analysis = self.analyze(call, report, plan.batched)
         if not set(report.first.effects) <= set(plan.structure.effects):
             return None  # it may have been chosen for what func then did not do
-        problem = self.problem(call, report, plan.structure, plan.batched, outline)
+        problem = self.problem(call, report, plan.structure, plan.batched, analysis)
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None
         try:
@@ -182,9 +182,9 @@ class Planner(ProblemBuilder):
         from autojac.planning.search.trial import SearchPoint
 
         structure = found.structure
-        problem = self.problem(call, report, structure, found.batched, found.outline)
+        problem = self.problem(call, report, structure, found.batched, found.analysis)
         require_room(problem)
-        hints = self.stored.hints(report.keys)
+        hints = self.repository.hints(report.keys)
         budget = self.options.budget_s if budget_s is None else budget_s
         trained = not_overwritten(call.trained, report.sandbox.captured)
         point = SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
@@ -196,14 +196,14 @@ class Planner(ProblemBuilder):
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
-                problem = self.problem(call, report, structure, found.batched, found.outline)
+                problem = self.problem(call, report, structure, found.batched, found.analysis)
                 won = search(solid(problem), point, effort, budget, hints, progress)
                 if structure.assurance == "declared":
                     message = (
                         "the declared pattern misses entries and was left aside. This Jacobian is right. Correct the "
                         "pattern, or leave it out of coupling= to have it probed"
                     )
-                    warn(f"{self.stored.function_name}: {message}", StructureChangedWarning)
+                    warn(f"{self.repository.function_name}: {message}", StructureChangedWarning)
         plan = Plan(
             won.method.spec(),
             structure,
@@ -217,7 +217,7 @@ class Planner(ProblemBuilder):
             won.trials,
         )
         if won.verified:
-            self.stored.save(report.keys, plan)
+            self.repository.save(report.keys, plan)
             self._remember(report.signature, plan)
         made = self._make(call, report, problem, plan, won.method)
         made.is_fresh, made.is_provisional = won.verified, not won.verified
@@ -226,8 +226,8 @@ class Planner(ProblemBuilder):
     def _make(self, call: Call, report: FirstCallReport, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         """Prepare a plan for calls like this one."""
         compute = prepare_compute(call.layout, problem, method)
-        if problem.outline is not None:
-            problem.outline.close()
+        if problem.analysis is not None:
+            problem.analysis.close()
         compute = leave_no_graph(compute, problem, report.sandbox)
         made = PreparedPlan(call.layout, problem, plan, compute, report.signature, report.sandbox, report.keys)
         made.pushes = problem.differentiable and method.pushes

@@ -18,7 +18,7 @@ from autojac.guards.compiled_functions import eagerly
 from autojac.guards.function_state import FunctionState
 from autojac.planning.call import Call, CallKey
 from autojac.planning.first_call import FirstCallReport, inspect_first_call
-from autojac.planning.plan_repository import Keys, Stored
+from autojac.planning.plan_repository import Keys, PlanRepository
 from autojac.planning.search.measure import available_bytes
 from autojac.probe import FlatCall, ProbeResult, Roles, examine, observe
 from autojac.problem.problem import Problem
@@ -35,16 +35,16 @@ class ProblemBuilder:
         options: the options of its `AutoJacobian`.
 
     Attributes:
-        stored: its plans and colorings that are stored.
+        repository: its plans and colorings that are stored.
         function_state: what it reads besides its arguments.
     """
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         self.func = func
         self.options = options
-        self.stored = Stored(func, options)
+        self.repository = PlanRepository(func, options)
         self.function_state = FunctionState(func)
-        self.colorings = Colorings(self.stored)
+        self.colorings = Colorings(self.repository)
         self._batched_arguments: dict[str, dict[int, bool]] = {}
 
     def layout(self, captured: Captures, args: Sequence[Any]) -> CallLayout:
@@ -63,7 +63,7 @@ class ProblemBuilder:
         def keys(signature: Signature) -> Keys:
             # a first call may have set what the function computes with, as lazy modules do
             unchanged = self.function_state.is_complete and self.function_state.is_unchanged()
-            return self.stored.keys(signature, call.captured.digest if unchanged else "")
+            return self.repository.keys(signature, call.captured.digest if unchanged else "")
 
         report = inspect_first_call(call, self.options, keys)
         self.function_state.cover(report.first.ran)
@@ -84,7 +84,7 @@ class ProblemBuilder:
             Roles(report.guess, layout.declared, known),
             declared=self.options.declared,
             budget_s=PROBE_BUDGET_S[effort],
-            analyze=lambda batched: self.outline(call, report, batched),
+            analyze=lambda batched: self.analyze(call, report, batched),
         )
         if report.signature.batch > 1:
             known.update(enumerate(found.batched))
@@ -97,7 +97,7 @@ class ProblemBuilder:
         report: FirstCallReport,
         structure: Structure,
         batched: Sequence[bool],
-        outline: GraphAnalysis | None = None,
+        analysis: GraphAnalysis | None = None,
     ) -> Problem:
         """State the problem that methods solve; those that cut a graph need to know what it looks like."""
         signature = report.signature
@@ -112,7 +112,7 @@ class ProblemBuilder:
             signature.differentiable,
             available_bytes(call.leaves[0].device) // 2 if limit is None else limit,
             has_aux=call.layout.has_aux,
-            outline=outline,
+            analysis=analysis,
             colorings=self.colorings,
             function_state=self.function_state,
             originals=getattr(self.func, "__autojac_originals__", None),
@@ -121,7 +121,7 @@ class ProblemBuilder:
         )
 
     @staticmethod
-    def outline(call: Call, report: FirstCallReport, batched: Sequence[bool]) -> GraphAnalysis:
+    def analyze(call: Call, report: FirstCallReport, batched: Sequence[bool]) -> GraphAnalysis:
         """Return the graph of a call, to be recorded when it is first asked for."""
         return GraphAnalysis(
             (report.fn, call.leaves, call.keywords),
@@ -143,6 +143,6 @@ class ProblemBuilder:
                 "torch.tensor(...)? Compute that in torch operators, or return it as aux with has_aux=True if it needs "
                 "no derivative"
             )
-            warn(f"{self.stored.function_name}: {message}", NoGraphWarning)
+            warn(f"{self.repository.function_name}: {message}", NoGraphWarning)
         if found.notice is not None:
-            warn(f"{self.stored.function_name}: {found.notice}", ModesDisagreeWarning)
+            warn(f"{self.repository.function_name}: {found.notice}", ModesDisagreeWarning)

@@ -47,14 +47,14 @@ class ProbeResult:
         structure: what couples with what.
         batched: which leaves carry the batch.
         notice: what the user must be told besides.
-        outline: what the graph of the call shows.
+        analysis: what the graph of the call shows.
         cut: the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
     """
 
     structure: Structure
     batched: tuple[bool, ...]
     notice: str | None = None
-    outline: GraphAnalysis | None = None
+    analysis: GraphAnalysis | None = None
     cut: Mapping[int, bool] = field(default_factory=dict)
 
 
@@ -83,7 +83,7 @@ def examine(
     compared, notice, flat = compare_modes(*call, SEED)
     cut = _without_derivative(call, seen.cut, flat)
     evidence = [seen.evidence, compared]
-    outline = None if analyze is None else analyze(batched)
+    analysis = None if analyze is None else analyze(batched)
     values, differentiated = seen.values, call.differentiated
     inputs = tuple(position for position in differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
@@ -93,20 +93,18 @@ def examine(
             events = [held[p].numel() // (len(held[p]) if batched[p] else 1) for p in differentiated if held[p].numel()]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
         structure = _declared(declared, seen, evidence, refusal is None)
-        return ProbeResult(structure, batched, notice, outline, cut)
-    subject = ProbePoint(call.fn, held, call.kwargs, inputs, sides, len(values[0]), call.sandbox)
+        return ProbeResult(structure, batched, notice, analysis, cut)
+    point = ProbePoint(call.fn, held, call.kwargs, inputs, sides, len(values[0]), call.sandbox)
     generator = torch.Generator().manual_seed(SEED)
-    cost = time_one_call(subject)
-    subject = dataclasses.replace(subject, limit_s=max(HANG_RATIO * cost, HANG_S))
+    cost = time_one_call(point)
+    point = dataclasses.replace(point, limit_s=max(HANG_RATIO * cost, HANG_S))
     weights = len(inputs) < len(differentiated)
-    pairs = PairProbe(subject, outline, values, weights, cost, budget_s, generator)
+    pairs = PairProbe(point, analysis, values, weights, cost, budget_s, generator)
     found = pairs.structure(refusal)
     structure = dataclasses.replace(
         found, effects=seen.effects, kernels=seen.kernels, evidence=(*evidence, *found.evidence)
     )
-    return ProbeResult(
-        _featured(structure, subject, differentiated, generator, budget_s), batched, notice, outline, cut
-    )
+    return ProbeResult(_featured(structure, point, differentiated, generator, budget_s), batched, notice, analysis, cut)
 
 
 def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:
@@ -143,7 +141,7 @@ def _declared(declared: Structure, seen: SideEffects, evidence: Sequence[str], s
 
 def _featured(
     structure: Structure,
-    subject: ProbePoint,
+    point: ProbePoint,
     differentiated: Sequence[int],
     generator: torch.Generator,
     budget_s: float,
@@ -151,10 +149,10 @@ def _featured(
     """Return the structure with the pattern inside a sample, where it saves something."""
     start = time.perf_counter()
     found = find_feature_pattern(
-        subject,
+        point,
         differentiated,
         generator,
-        sliceable=structure.sliceable and structure.independent and subject.batch > 1,
+        sliceable=structure.sliceable and structure.independent and point.batch > 1,
         draws=structure.draws,
         budget_s=budget_s,
     )

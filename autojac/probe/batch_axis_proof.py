@@ -31,58 +31,58 @@ class Proof(NamedTuple):
     meets: bool = False
 
 
-def prove(outline: GraphAnalysis, subject: ProbePoint) -> Proof:
+def prove(analysis: GraphAnalysis, point: ProbePoint) -> Proof:
     """Check whether the graph proves that samples are independent."""
-    flow = outline.flow
+    flow = analysis.flow
     if flow is None:
-        return Proof(False, f"proof: none, {outline.reason}")
-    if outline.escaped:
-        return Proof(False, f"proof: none, func hands its data to other code by {outline.escaped}", meets=flow.meets)
+        return Proof(False, f"proof: none, {analysis.reason}")
+    if analysis.escaped:
+        return Proof(False, f"proof: none, func hands its data to other code by {analysis.escaped}", meets=flow.meets)
     if flow.graph.reads_data:
         line = "proof: none, func looks at its data, so another input may take another branch"
         return Proof(False, line, meets=flow.meets)
     if not flow.independent:
-        return Proof(False, f"proof: none, {outline.obstacle}", meets=flow.meets)
-    with subject.sandbox():
-        again = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated).captured
-    if any(one is not other for one, other in itertools.zip_longest(outline.captured, again)):
+        return Proof(False, f"proof: none, {analysis.obstacle}", meets=flow.meets)
+    with point.sandbox():
+        again = record(point.fn, point.leaves, point.kwargs, analysis.differentiated).captured
+    if any(one is not other for one, other in itertools.zip_longest(analysis.captured, again)):
         return Proof(False, "proof: none, func creates a new tensor in each call where no operator is seen")
     line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"
-    if outline.state:
-        line += f"; but {outline.state} may change what runs, so it is checked on like an observation"
-    return Proof(not outline.state, line, any_values=True)
+    if analysis.state:
+        line += f"; but {analysis.state} may change what runs, so it is checked on like an observation"
+    return Proof(not analysis.state, line, any_values=True)
 
 
 def meeting(
-    outline: GraphAnalysis, subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
+    analysis: GraphAnalysis, point: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
 ) -> tuple[bool, str]:
     """Whether samples meet in shared tensors alone, by the graph and by cotangents; and the line for `explain`."""
-    flow, pool = outline.flow, outline.read_pool
+    flow, pool = analysis.flow, analysis.read_pool
     if flow is None:
-        return False, f"statistics: none found, {outline.reason}"
+        return False, f"statistics: none found, {analysis.reason}"
     if pool is None:
-        return False, f"statistics: not alone, {outline.obstacle}"
-    least = outline.least_pool or pool
+        return False, f"statistics: not alone, {analysis.obstacle}"
+    least = analysis.least_pool or pool
     rows = sum(math.prod(flow.graph.shapes[y]) for y in flow.graph.outputs)
-    names = outline.meeting_place
+    names = analysis.meeting_place
     if min(pool.size, least.size) >= rows:
         return False, f"statistics: no gain, as many shared numbers as rows of the Jacobian ({names})"
-    with subject.sandbox():
-        recording = record(subject.fn, subject.leaves, subject.kwargs, outline.differentiated)
+    with point.sandbox():
+        recording = record(point.fn, point.leaves, point.kwargs, analysis.differentiated)
         graph = recording.graph
         if graph is None or graph.key != flow.graph.key:
             return False, "statistics: not alone, func runs other operators from call to call"
-        base = dict(zip(graph.inputs, subject.leaves, strict=True))
+        base = dict(zip(graph.inputs, point.leaves, strict=True))
         shared = (*pool.tensors, *pool.without_derivative)
         values = graph.run(shared, base)
         held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
         # differentiated or not: copies of weights must be apart whatever comes with the samples
-        carriers = [p for p in (*subject.inputs, *subject.sides) if subject.leaves[p].is_floating_point()]
+        carriers = [p for p in (*point.inputs, *point.sides) if point.leaves[p].is_floating_point()]
         local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
         lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
         copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
-        copies = [value.expand(subject.batch, *value.shape) for value in lone[:copied]]
-        xs = [*(subject.leaves[p] for p in carriers), *copies]
+        copies = [value.expand(point.batch, *value.shape) for value in lone[:copied]]
+        xs = [*(point.leaves[p] for p in carriers), *copies]
         pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
         verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:

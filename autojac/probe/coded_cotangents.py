@@ -46,7 +46,7 @@ class Coded:
         refusal: why there is no graph; empty as long as there may be one.
     """
 
-    subject: ProbePoint
+    point: ProbePoint
     generator: torch.Generator
     deadline: float
     known: Any = None
@@ -56,28 +56,28 @@ class Coded:
     def __post_init__(self) -> None:
         import scipy.sparse
 
-        batch = self.subject.batch
+        batch = self.point.batch
         self.known = scipy.sparse.identity(batch, dtype=bool, format="csr")
         self.random = np.random.default_rng(int(torch.randint(2**31, (), generator=self.generator)))
         self.wide = FIRST_CLASSES
 
     def complete_at(self, leaves: Sequence[Tensor]) -> int | None:
         """Add what is missing at a point; how many entries that was, None if it can't be told (see `refusal`)."""
-        subject = self.subject
+        point = self.point
 
         def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
             merged = list(leaves)
-            for position, tensor in zip(subject.inputs, inputs, strict=True):
+            for position, tensor in zip(point.inputs, inputs, strict=True):
                 merged[position] = tensor
-            return tuple(subject.fn(merged, subject.kwargs))
+            return tuple(point.fn(merged, point.kwargs))
 
-        with subject.sandbox():
-            pullback = Pullback(bound, [leaves[position] for position in subject.inputs], differentiable=False)
+        with point.sandbox():
+            pullback = Pullback(bound, [leaves[position] for position in point.inputs], differentiable=False)
             weights = balanced_noise(pullback.recorded, self.generator)
             before = self.known.nnz
             if not self.passes and not self._sparse(pullback, weights):
                 return None
-            rows: Ints = np.arange(subject.batch)
+            rows: Ints = np.arange(point.batch)
             wide = self.wide
             for _ in range(MOST_ROUNDS):
                 rows, wide = self._round(pullback, weights, rows, wide)
@@ -95,11 +95,11 @@ class Coded:
             weight * rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights
         ]
         pulled = pullback.pull(pullback.recorded, scaled)
-        return torch.cat([gradient.reshape(self.subject.batch, -1) for gradient in pulled], 1).cpu()
+        return torch.cat([gradient.reshape(self.point.batch, -1) for gradient in pulled], 1).cpu()
 
     def _sparse(self, pullback: Pullback, weights: Sequence[Tensor]) -> bool:
         """Check whether some samples at random depend on few others."""
-        batch = self.subject.batch
+        batch = self.point.batch
         few = []
         for row in self.random.choice(batch, min(SAMPLED, batch), replace=False):
             only = torch.zeros(batch)
@@ -118,7 +118,7 @@ class Coded:
         """Probe some samples in classes; those of classes in which some are mixed up, and how many classes to try."""
         import scipy.sparse
 
-        batch = self.subject.batch
+        batch = self.point.batch
         among = self.known[rows]
         columns = np.bincount(among.indices, minlength=batch).astype(float)
         if self.known.nnz > batch * max(batch // 2, 1) + batch or (columns**2).sum() > MOST_PAIRS:
@@ -156,7 +156,7 @@ class Coded:
 
     def _decoded(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
         """For each sample the one of the class that reaches it; whether any does; whether it is one alone."""
-        batch = self.subject.batch
+        batch = self.point.batch
         plain = self._pull(pullback, weights, members)
         if not torch.isfinite(plain).all():
             self.refusal = "derivatives are not finite"

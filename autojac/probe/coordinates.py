@@ -16,15 +16,15 @@ class Coordinates:
     """The m outputs and n inputs of a sample.
 
     Args:
-        subject: the function; its outputs have the batch on axis 0.
+        point: the function; its outputs have the batch on axis 0.
         differentiated: indices of the leaves to differentiate; one without the batch counts as a whole.
         outputs: the function's values.
     """
 
-    def __init__(self, subject: ProbePoint, differentiated: Sequence[int], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, point: ProbePoint, differentiated: Sequence[int], outputs: Sequence[Tensor]) -> None:
         self.differentiated = tuple(differentiated)
-        self.batched = frozenset((*subject.inputs, *subject.sides))
-        inputs = [subject.leaves[position] for position in self.differentiated]
+        self.batched = frozenset((*point.inputs, *point.sides))
+        inputs = [point.leaves[position] for position in self.differentiated]
         self.columns = tuple(
             math.prod(leaf.shape[1:] if position in self.batched else leaf.shape)
             for position, leaf in zip(self.differentiated, inputs, strict=True)
@@ -71,10 +71,10 @@ class Coordinates:
         return [part.reshape(y.shape[1:]).to(y.device) for part, y in zip(parts, outputs, strict=True)]
 
 
-def few(subject: ProbePoint, count: int) -> ProbePoint:
+def few(point: ProbePoint, count: int) -> ProbePoint:
     """Return the function of the first samples."""
-    if subject.batch <= count:
-        return subject
-    batched = (*subject.inputs, *subject.sides)
-    leaves = tuple(leaf[:count] if position in batched else leaf for position, leaf in enumerate(subject.leaves))
-    return dataclasses.replace(subject, leaves=leaves, batch=count)
+    if point.batch <= count:
+        return point
+    batched = (*point.inputs, *point.sides)
+    leaves = tuple(leaf[:count] if position in batched else leaf for position, leaf in enumerate(point.leaves))
+    return dataclasses.replace(point, leaves=leaves, batch=count)

@@ -31,8 +31,8 @@ class PairProbe:
     """Finds out which samples reach each other.
 
     Attributes:
-        subject: the function and a point.
-        outline: what the graph of the call shows, if there is one.
+        point: the function, and where it is probed.
+        analysis: what the graph of the call shows, if there is one.
         values: func's outputs there.
         weights: whether inputs without a batch are differentiated too.
         cost: seconds of one evaluation.
@@ -40,8 +40,8 @@ class PairProbe:
         generator: of masks and other points.
     """
 
-    subject: ProbePoint
-    outline: GraphAnalysis | None
+    point: ProbePoint
+    analysis: GraphAnalysis | None
     values: Sequence[Tensor]
     weights: bool
     cost: float
@@ -51,7 +51,7 @@ class PairProbe:
     @functools.cached_property
     def masks(self) -> tuple[list[Tensor], str]:
         """The masks that a layer can afford, and how to call them."""
-        return masks_within(self.subject, self.generator, self.budget_s / 3, self.cost)
+        return masks_within(self.point, self.generator, self.budget_s / 3, self.cost)
 
     def structure(self, refusal: str | None) -> Structure:
         """Return the coupling of the samples, with its evidence.
@@ -59,13 +59,13 @@ class PairProbe:
         Args:
             refusal: why func can't be called on some of the samples, as far as is known.
         """
-        if self.subject.batch < 2:
+        if self.point.batch < 2:
             return Structure("independent", evidence=("pairs: one sample has nothing to couple with",))
         verdicts = self._verdicts()
         evidence = [verdict.evidence for verdict in verdicts] or ["pairs: no input carries the batch"]
         meet = any(verdict.coupled for verdict in verdicts)
-        if self.subject.sides and not meet and refusal is None:
-            side = value_layer(self.subject, *self.masks, self.generator, self.subject.sides)
+        if self.point.sides and not meet and refusal is None:
+            side = value_layer(self.point, *self.masks, self.generator, self.point.sides)
             evidence.append(side.evidence)
             if side.coupled:
                 refusal = "an output depends on side inputs of other samples"
@@ -76,14 +76,14 @@ class PairProbe:
 
     def _verdicts(self) -> list[Verdict]:
         """Return what the pair layers say."""
-        subject, (masks, called), generator = self.subject, self.masks, self.generator
+        point, (masks, called), generator = self.point, self.masks, self.generator
         layers: list[Callable[[], Verdict]] = [
-            lambda: gradient_layer(subject, masks, called, generator),
-            lambda: value_layer(subject, masks, called, generator, subject.inputs),
-            lambda: nan_layer(subject, masks, called),
+            lambda: gradient_layer(point, masks, called, generator),
+            lambda: value_layer(point, masks, called, generator, point.inputs),
+            lambda: nan_layer(point, masks, called),
         ]
         verdicts: list[Verdict] = []
-        for layer in layers if subject.inputs else ():
+        for layer in layers if point.inputs else ():
             verdicts.append(layer())
             # what is certain need not be seen again where looking is expensive
             if verdicts[-1].coupled and self.cost * len(masks) > self.budget_s / 3 and not _only_values(verdicts):
@@ -92,10 +92,10 @@ class PairProbe:
 
     def _of_coupled(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str]) -> Structure:
         """Return the structure where a layer saw samples reach each other."""
-        subject, (masks, _), patience = self.subject, self.masks, PATIENCE * self.budget_s
+        point, (masks, _), patience = self.point, self.masks, PATIENCE * self.budget_s
         moved = any(verdict.coupled for verdict in verdicts[:2])
-        slight = moved and not self.weights and not several() and _slight(verdicts, subject)
-        if slight and only_rounding(subject, masks, self.cost, self.generator, patience):
+        slight = moved and not self.weights and not several() and _slight(verdicts, point)
+        if slight and only_rounding(point, masks, self.cost, self.generator, patience):
             evidence.append(
                 "rounding: what reaches other samples vanishes with the precision, in float64 against float32, and "
                 "ends where it cancels, as in inputs that are centred by the batch. Taken for independent, but not "
@@ -107,7 +107,7 @@ class PairProbe:
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
         if awake or several() or self.cost * EVALUATIONS > patience:
             return shape
-        if not values_only(subject, masks, self.generator, patience):
+        if not values_only(point, masks, self.generator, patience):
             return shape
         line = (
             "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
@@ -118,8 +118,8 @@ class PairProbe:
     def _of_independent(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str]) -> Structure:
         """Return the structure where no layer saw a sample reach another."""
         # what is read of a weight by one sample depends on the others too where side inputs are coupled
-        if self.outline is not None and self.weights and refusal is not None:
-            alone, line = meeting(self.outline, self.subject, *self.masks, self.generator)
+        if self.analysis is not None and self.weights and refusal is not None:
+            alone, line = meeting(self.analysis, self.point, *self.masks, self.generator)
             evidence.append(line)
             if alone:
                 split = any(verdict.coupled is None for verdict in verdicts)
@@ -127,11 +127,11 @@ class PairProbe:
                     "statistics", "observed", False, split, evidence=tuple(evidence), depends_on_arguments=True
                 )
         proof = Proof(False, "")
-        if self.outline is not None and self.subject.inputs:
-            proof = prove(self.outline, self.subject)
+        if self.analysis is not None and self.point.inputs:
+            proof = prove(self.analysis, self.point)
             evidence.append(proof.line)
-        elif self.outline is not None:
-            self.outline.close()
+        elif self.analysis is not None:
+            self.analysis.close()
         return Structure(
             "independent",
             "proved" if proof.sound else "observed",
@@ -153,14 +153,14 @@ class PairProbe:
         # the layers are at odds
         split = len({verdict.coupled for verdict in verdicts}) > 1
         depends = False
-        if self.outline is not None:
-            alone, line = meeting(self.outline, self.subject, *self.masks, self.generator)
+        if self.analysis is not None:
+            alone, line = meeting(self.analysis, self.point, *self.masks, self.generator)
             coupling = "statistics" if alone else "dense"
             evidence.append(line)
-            classes = _fewer_than(self.outline, self.subject, self.values) if alone else None
+            classes = _fewer_than(self.analysis, self.point, self.values) if alone else None
             if not alone or classes is not None:
                 start = time.perf_counter()
-                graph = find_sample_graph(self.outline, self.subject, self.generator, self.budget_s, classes)
+                graph = find_sample_graph(self.analysis, self.point, self.generator, self.budget_s, classes)
                 if graph.pattern is not None and graph.kind is not None:
                     coupling, sparsity, depends = (
                         graph.kind,
@@ -191,18 +191,18 @@ def _only_values(verdicts: Sequence[Verdict]) -> bool:
     return len(verdicts) > 1 and verdicts[0].coupled is False and verdicts[1].coupled is True
 
 
-def _slight(verdicts: Sequence[Verdict], subject: ProbePoint) -> bool:
+def _slight(verdicts: Sequence[Verdict], point: ProbePoint) -> bool:
     """Check whether the gradients that reach other samples, if any, are of the size of rounding."""
-    leaves = [subject.leaves[position] for position in subject.inputs]
+    leaves = [point.leaves[position] for position in point.inputs]
     return verdicts[0].share <= SLIGHT * min(torch.finfo(leaf.dtype).eps for leaf in leaves)
 
 
-def _fewer_than(outline: GraphAnalysis, subject: ProbePoint, values: Sequence[Tensor]) -> float | None:
+def _fewer_than(analysis: GraphAnalysis, point: ProbePoint, values: Sequence[Tensor]) -> float | None:
     """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
-    pools = [pool.size for pool in (outline.read_pool, outline.least_pool) if pool is not None]
+    pools = [pool.size for pool in (analysis.read_pool, analysis.least_pool) if pool is not None]
     shared = min(pools, default=0)
     rows = sum(value[0].numel() for value in values)
-    columns = sum(subject.leaves[position][0].numel() for position in subject.inputs)
+    columns = sum(point.leaves[position][0].numel() for position in point.inputs)
     classes = (rows + shared) / max(min(rows, columns), 1)
     # what all samples share does not grow with their number; what neighbours or groups share does
-    return classes if shared > subject.batch // 8 and classes > 2 else None
+    return classes if shared > point.batch // 8 and classes > 2 else None

@@ -55,7 +55,7 @@ class Dense(Exception):
 
 
 def find_feature_pattern(
-    subject: ProbePoint,
+    point: ProbePoint,
     differentiated: Sequence[int],
     generator: torch.Generator,
     *,
@@ -66,7 +66,7 @@ def find_feature_pattern(
     """Find the pattern inside a sample, over all samples and, where they are coupled, over all pairs of them.
 
     Args:
-        subject: the function and a point.
+        point: the function, and where it is probed.
         differentiated: indices of the leaves to differentiate.
         generator: of other points and cotangents.
         sliceable: whether func of some samples gives those samples' outputs.
@@ -76,11 +76,11 @@ def find_feature_pattern(
     # 0.2 s to import
     from autojac.probe.feature_pattern_blackbox import by_nan, completed
 
-    subject = few(subject, MOST_SAMPLES) if sliceable else subject
-    small = few(subject, 2) if sliceable else subject
+    point = few(point, MOST_SAMPLES) if sliceable else point
+    small = few(point, 2) if sliceable else point
     values = small.values({})
     where = Coordinates(small, differentiated, values)
-    if subject.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
+    if point.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")
     try:
         found, reads, how = _by_operators(small, where, draws, generator)
@@ -96,7 +96,7 @@ def find_feature_pattern(
     places = where.m * where.n
     if found.nnz > DENSEST * places:
         return Features(None, f"features: dense, {found.nnz} of {places} entries may be nonzero {how}")
-    found, added, seen = completed(subject, where, found, generator, moving=not recorded)
+    found, added, seen = completed(point, where, found, generator, moving=not recorded)
     pattern = Pattern.of(found)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
     line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
@@ -130,22 +130,22 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
 
 
 def _by_operators(
-    subject: ProbePoint, where: Coordinates, draws: bool, generator: torch.Generator
+    point: ProbePoint, where: Coordinates, draws: bool, generator: torch.Generator
 ) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """The pattern that follows from the operators, whether Python sees data, and how it is known or why it is not."""
-    found, reads, how = _recorded(subject, where, draws)
+    found, reads, how = _recorded(point, where, draws)
     if found is None or not reads:
         return found, False, how
     # another branch may run at another point
     points = 1
     for turn, scale in enumerate(SCALES):
-        more, _, _ = _recorded(subject.at_other_point(turn, scale, generator), where, draws)
+        more, _, _ = _recorded(point.at_other_point(turn, scale, generator), where, draws)
         if more is not None:
             found, points = found + more, points + 1
     return found, True, f"{how}, at {points} points since func looks at its data"
 
 
-def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """The same of one point, and whether func looks at its data."""
     import scipy.sparse
 
@@ -153,20 +153,20 @@ def _recorded(subject: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
     from autojac.graph.dependence.propagation import propagate
 
     def call() -> FunctionRecording:
-        return record(subject.fn, subject.leaves, subject.kwargs, where.differentiated)
+        return record(point.fn, point.leaves, point.kwargs, where.differentiated)
 
     try:
-        with subject.sandbox():
-            recording = within(subject.limit_s, call)
+        with point.sandbox():
+            recording = within(point.limit_s, call)
     except Exception as error:  # whatever func raises when it is watched, or at values that its user never passes
         return None, False, f"func can't be recorded, it raises {type(error).__name__}"
     graph = recording.graph
     if graph is None:
         return None, False, recording.reason
-    given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
+    given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
     try:
-        flow = propagate(graph, subject.leaves, where.numbers(subject.leaves), where.n, varying=varying)
+        flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying=varying)
     except TooLarge as error:
         return None, False, f"too much to go through: {error}"
     events = [(1, *graph.shapes[number][1:]) for number in graph.outputs]

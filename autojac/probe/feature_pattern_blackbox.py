@@ -29,21 +29,21 @@ MOST_PASSES = 256
 
 
 def by_nan(
-    subject: ProbePoint, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
+    point: ProbePoint, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
 ) -> tuple[scipy.sparse.csr_array | None, str]:
     """The pattern that NaN shows: in one coordinate of all samples at a time, or of replicas of each sample at once."""
     alone = sliceable and set(where.differentiated) <= where.batched
     chunk = max(MOST_ELEMENTS // (where.m + where.n), 1) if alone else 1
-    cost = time_one_call(subject) * where.n
-    passes = subject.batch * -(-where.n // chunk) if alone else where.n
+    cost = time_one_call(point) * where.n
+    passes = point.batch * -(-where.n // chunk) if alone else where.n
     if several() and passes > MOST_PASSES:
         return None, f"NaN in each of {where.n} coordinates would take {passes} evaluations"
     if cost > budget_s:
         return None, f"NaN in each of {where.n} coordinates would take {cost:.2g} s"
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for replaced, base, first in _tainted(subject, where, values, alone, chunk):
+    for replaced, base, first in _tainted(point, where, values, alone, chunk):
         try:
-            after = subject.values(replaced)
+            after = point.values(replaced)
         except Exception as error:  # factorizations and comparisons may refuse NaN
             return None, f"func raises {type(error).__name__} on NaN"
         start = 0
@@ -59,15 +59,15 @@ def by_nan(
 
 
 def _tainted(
-    subject: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
+    point: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
 ) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
     """Leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
-    numbers = where.numbers(subject.leaves)
-    for sample in range(subject.batch if alone else 1):
+    numbers = where.numbers(point.leaves)
+    for sample in range(point.batch if alone else 1):
         for first in range(0, where.n, chunk):
             count = min(chunk, where.n - first)
             replaced: dict[int, Tensor] = {}
-            for position, leaf in enumerate(subject.leaves):
+            for position, leaf in enumerate(point.leaves):
                 own, many = numbers[position], leaf
                 if alone and position in where.batched:
                     many = leaf[sample : sample + 1].expand(count, *leaf.shape[1:])
@@ -81,14 +81,14 @@ def _tainted(
 
 
 def completed(
-    subject: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
+    point: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
 ) -> tuple[scipy.sparse.csr_array, int, str]:
     """A pattern with what is seen outside of it at several points, how many entries that is, and what was looked at.
 
     A gradient of several rows tells that one of them reaches a column, not which: then all of them are taken to.
 
     Args:
-        subject: the function and a point.
+        point: the function, and where it is probed.
         where: its coordinates.
         found: the pattern, (m, n).
         generator: of other points, rows, columns and cotangents.
@@ -100,16 +100,16 @@ def completed(
         merged = list(there.leaves)
         for position, tensor in zip(where.differentiated, inputs, strict=True):
             merged[position] = tensor
-        return tuple(subject.fn(merged, there.kwargs))
+        return tuple(point.fn(merged, there.kwargs))
 
     before, points = found.nnz, 0
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):
-        there = subject.at_other_point(turn, scale, generator) if scale else subject
+        there = point.at_other_point(turn, scale, generator) if scale else point
         inputs = [there.leaves[position] for position in where.differentiated]
         columns = _some(found.nnz / where.m, where.n, generator)
         try:
-            with subject.sandbox():
-                pullback = within(subject.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
+            with point.sandbox():
+                pullback = within(point.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
                 changed = there.values(_moved(there, where, columns, scale, generator))
@@ -146,11 +146,11 @@ def _with_gradients(
 
 
 def _moved(
-    subject: ProbePoint, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
+    point: ProbePoint, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
 ) -> dict[int, Tensor]:
     """Return the differentiated leaves with noise on some coordinates."""
-    masks = where.as_inputs(columns, subject.leaves)
-    leaves = [subject.leaves[position] for position in where.differentiated]
+    masks = where.as_inputs(columns, point.leaves)
+    leaves = [point.leaves[position] for position in where.differentiated]
     return {
         position: leaf + step(leaf, scale, generator) * mask
         for position, leaf, mask in zip(where.differentiated, leaves, masks, strict=True)

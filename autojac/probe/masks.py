@@ -24,14 +24,14 @@ def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tens
 
 
 def masks_within(
-    subject: ProbePoint, generator: torch.Generator, budget_s: float, cost: float
+    point: ProbePoint, generator: torch.Generator, budget_s: float, cost: float
 ) -> tuple[list[Tensor], str]:
     """Return masks that a layer can afford at the price of one evaluation, and how to call them."""
-    device = subject.leaves[0].device
-    exact = index_masks(subject.batch)
+    device = point.leaves[0].device
+    exact = index_masks(point.batch)
     affordable = int(budget_s / cost)
     if affordable >= len(exact):
-        return [mask.to(device) for mask in exact], f"all pairs of {subject.batch} samples in {len(exact)} masks"
+        return [mask.to(device) for mask in exact], f"all pairs of {point.batch} samples in {len(exact)} masks"
     count = max(FEWEST_SPLITS, affordable)
-    chosen = split_masks(subject.batch, count, generator)
-    return [mask.to(device) for mask in chosen], f"{count} random half-splits of {subject.batch} samples"
+    chosen = split_masks(point.batch, count, generator)
+    return [mask.to(device) for mask in chosen], f"{count} random half-splits of {point.batch} samples"

@@ -60,12 +60,12 @@ class Run(NamedTuple):
 
 
 def only_rounding(
-    subject: ProbePoint, masks: Sequence[Tensor], cost: float, generator: torch.Generator, budget_s: float
+    point: ProbePoint, masks: Sequence[Tensor], cost: float, generator: torch.Generator, budget_s: float
 ) -> bool:
     """Check that nothing but rounding passes between samples, at several points.
 
     Args:
-        subject: the function and a point at which little passes.
+        point: the function, at arguments where little passes.
         masks: samples to change.
         cost: seconds of one evaluation.
         generator: of other values and points.
@@ -75,9 +75,9 @@ def only_rounding(
         return False
 
     def look() -> None:
-        _look_at(subject, masks, 1.0, generator, moving=False)
+        _look_at(point, masks, 1.0, generator, moving=False)
         for turn, scale in enumerate(SCALES):
-            _look_at(subject.at_other_point(turn, scale, generator), masks, scale, generator, moving=True)
+            _look_at(point.at_other_point(turn, scale, generator), masks, scale, generator, moving=True)
 
     try:
         within(budget_s, look)

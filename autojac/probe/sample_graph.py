@@ -72,8 +72,8 @@ class _Found:
 
 
 def find_sample_graph(
-    outline: GraphAnalysis,
-    subject: ProbePoint,
+    analysis: GraphAnalysis,
+    point: ProbePoint,
     generator: torch.Generator,
     budget_s: float,
     classes: float | None = None,
@@ -81,44 +81,44 @@ def find_sample_graph(
     """Return the sample graph of a function whose samples are coupled.
 
     Args:
-        outline: the graph of the call, if there is one.
-        subject: the function at its point.
+        analysis: the graph of the call, if there is one.
+        point: the function, and where it is probed.
         generator: of random numbers.
         budget_s: seconds that probes of an opaque function may take, and checks by other values.
         classes: a coloring of the graph must have fewer, and nothing is probed for it; by default fewer than there
             are samples.
     """
-    found = _followed(outline, subject, generator)
+    found = _followed(analysis, point, generator)
     if classes is not None and found.samples is not None and most_classes(found.samples) >= classes:
         found = _Found(None, "more passes than another way")
     probed = classes is None and found.samples is None and not found.final
     if probed:
-        found = _probed(subject, generator, budget_s, found.line)
+        found = _probed(point, generator, budget_s, found.line)
     if found.samples is None:
         return SampleGraph(None, None, f"samples: no graph, {found.line}")
     pattern = Pattern.of(found.samples)
-    wrong = contradiction(subject, pattern, generator, budget_s)
+    wrong = contradiction(point, pattern, generator, budget_s)
     if wrong is not None:
         return SampleGraph(None, None, f"samples: no graph, {wrong}")
     degrees = np.diff(pattern.starts) - 1
     line = f"samples: a graph of {degrees.mean():.1f} neighbours, at most {degrees.max()}, {found.line}"
-    suspect = probed and _nan_escapes(subject, pattern, generator)
+    suspect = probed and _nan_escapes(point, pattern, generator)
     if suspect:
         line += "; but NaN spreads further"
     return SampleGraph(pattern, _kind(pattern), line, found.depends_on_arguments, suspect, not probed)
 
 
-def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Generator) -> _Found:
+def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Generator) -> _Found:
     """Return the graph by what is known of each operator."""
-    if outline.flow is None:
-        return _Found(None, str(outline.reason), final=False)
-    found, data = _spread(outline.flow.graph.key, subject)
+    if analysis.flow is None:
+        return _Found(None, str(analysis.reason), final=False)
+    found, data = _spread(analysis.flow.graph.key, point)
     if found.samples is not None and data:
         # Python may have chosen the neighbours, or the operators, by the values
         found = dataclasses.replace(found, depends_on_arguments=True)
         for scale in SCALES:
             try:
-                other, _ = _spread(None, _moved_to(subject, scale, generator))
+                other, _ = _spread(None, _moved_to(point, scale, generator))
             except Exception:  # whatever func raises at values that its user never passes
                 continue
             if other.samples is None or (other.samples != found.samples).nnz:
@@ -126,30 +126,30 @@ def _followed(outline: GraphAnalysis, subject: ProbePoint, generator: torch.Gene
     return found
 
 
-def _spread(key: int | None, subject: ProbePoint) -> tuple[_Found, bool]:
+def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
     """The same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
     from autojac.graph.dependence.index_sets import TooLarge
     from autojac.graph.dependence.propagation import propagate
 
-    with subject.sandbox():
-        graph = record(subject.fn, subject.leaves, subject.kwargs, subject.inputs).graph
+    with point.sandbox():
+        graph = record(point.fn, point.leaves, point.kwargs, point.inputs).graph
     if graph is None or (key is not None and graph.key != key):
         return _Found(None, "func runs other operators from call to call", final=False), False
-    own = torch.arange(subject.batch)
+    own = torch.arange(point.batch)
     columns = [
-        own.reshape(-1, *[1] * (leaf.dim() - 1)) if position in subject.inputs else None
-        for position, leaf in enumerate(subject.leaves)
+        own.reshape(-1, *[1] * (leaf.dim() - 1)) if position in point.inputs else None
+        for position, leaf in enumerate(point.leaves)
     ]
     try:
-        flow = propagate(graph, subject.leaves, columns, subject.batch, by_value=True)
+        flow = propagate(graph, point.leaves, columns, point.batch, by_value=True)
     except TooLarge as error:
         return _Found(None, f"too much to go through: {error}", final=False), graph.reads_data
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in flow.losses.items()]
     if flow.wandering:
         return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
-    drawn, follows = _origins(graph, flow.selectors, subject)
+    drawn, follows = _origins(graph, flow.selectors, point)
     if drawn:
         return _Found(None, "who depends on whom is drawn at random"), graph.reads_data
     samples = flow.samples()
@@ -161,12 +161,12 @@ def _spread(key: int | None, subject: ProbePoint) -> tuple[_Found, bool]:
     return _Found(samples, f"followed through {where}", follows), graph.reads_data
 
 
-def _origins(graph: Graph, selectors: Collection[int], subject: ProbePoint) -> tuple[bool, bool]:
+def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tuple[bool, bool]:
     """Whether what chose the neighbours was drawn at random, and whether another call may bring other values of it."""
     from autojac.graph.dependence.propagation import roots
 
     found = roots(graph, selectors)
-    given = {id(value) for value in pytree.tree_leaves(subject.kwargs) if isinstance(value, Tensor)}
+    given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
     follows = False
     for number in found:
         constant = graph.constants.get(number)
@@ -175,14 +175,14 @@ def _origins(graph: Graph, selectors: Collection[int], subject: ProbePoint) -> t
     return bool(found & graph.drawn), follows
 
 
-def _probed(subject: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
+def _probed(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
     """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
-    coded = Coded(subject, generator, deadline(budget_s))
+    coded = Coded(point, generator, deadline(budget_s))
     quiet_turns = 0
     for turn in range(2 + 2 * MOST_TURNS):
         scale = (None, *SCALES)[turn] if turn <= len(SCALES) else SCALES[1 + turn % 2]
         try:
-            there = subject if scale is None else _moved_to(subject, scale, generator)
+            there = point if scale is None else _moved_to(point, scale, generator)
             more = coded.complete_at(there.leaves)
         except Exception as error:  # whatever func raises when it is differentiated or moved
             if scale is None:
@@ -201,12 +201,12 @@ def _probed(subject: ProbePoint, generator: torch.Generator, budget_s: float, li
     return _Found(None, f"{line}, and who depends on whom changes from point to point")
 
 
-def contradiction(subject: ProbePoint, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
+def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
     """Change some samples and look which outputs move; None if all of them may, by the pattern."""
     end = deadline(budget_s)
     matrix = pattern.scipy()
     # the largest change first: it wakes what is dead here
-    elsewhere = [(scale, _moved_to(subject, scale, generator)) for scale in reversed(SCALES)]
+    elsewhere = [(scale, _moved_to(point, scale, generator)) for scale in reversed(SCALES)]
     bases: dict[float, tuple[Tensor, ...]] = {}
     for _ in range(MOST_MASKS):
         for scale, there in elsewhere:
@@ -214,7 +214,7 @@ def contradiction(subject: ProbePoint, pattern: Pattern, generator: torch.Genera
             try:
                 if scale not in bases:
                     bases[scale] = there.values({})
-                changed = there.values({p: _touched(there.leaves[p], mask, scale, generator) for p in subject.inputs})
+                changed = there.values({p: _touched(there.leaves[p], mask, scale, generator) for p in point.inputs})
             except (Exception, TimeoutError):  # func may refuse values that its user never passes
                 continue
             moved = _rows(changed, bases[scale])
@@ -225,12 +225,12 @@ def contradiction(subject: ProbePoint, pattern: Pattern, generator: torch.Genera
     return None
 
 
-def _nan_escapes(subject: ProbePoint, pattern: Pattern, generator: torch.Generator) -> bool:
+def _nan_escapes(point: ProbePoint, pattern: Pattern, generator: torch.Generator) -> bool:
     mask, allowed = _mask(pattern, pattern.scipy(), generator)
     nan = torch.full((), float("nan"))
     try:
-        base = subject.values({})
-        changed = subject.values({p: _touched(subject.leaves[p], mask, nan, generator) for p in subject.inputs})
+        base = point.values({})
+        changed = point.values({p: _touched(point.leaves[p], mask, nan, generator) for p in point.inputs})
     except (Exception, TimeoutError):  # func may refuse NaN
         return False
     spoilt = [(a.isnan() & ~b.isnan()).reshape(len(b), -1).any(1) for a, b in zip(changed, base, strict=True)]
@@ -251,12 +251,12 @@ def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch
     return torch.where(rows, leaf + step(leaf, scale, generator), leaf)
 
 
-def _moved_to(subject: ProbePoint, scale: float, generator: torch.Generator) -> ProbePoint:
+def _moved_to(point: ProbePoint, scale: float, generator: torch.Generator) -> ProbePoint:
     """Return the function at another point; what is not differentiated, such as indices and masks, stays."""
-    leaves = list(subject.leaves)
-    for position in subject.inputs:
+    leaves = list(point.leaves)
+    for position in point.inputs:
         leaves[position] = leaves[position] + step(leaves[position], scale, generator)
-    return dataclasses.replace(subject, leaves=tuple(leaves))
+    return dataclasses.replace(point, leaves=tuple(leaves))
 
 
 def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:

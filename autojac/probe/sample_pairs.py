@@ -106,28 +106,28 @@ class ProbePoint:
         return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
 
-def time_one_call(subject: ProbePoint) -> float:
+def time_one_call(point: ProbePoint) -> float:
     """Return the seconds of one evaluation.
 
     Next to none among several ranks, where no clock may decide how many evaluations there are.
     """
     start = time.perf_counter()
-    subject.values({})
+    point.values({})
     return 1e-9 if several() else max(time.perf_counter() - start, 1e-7)
 
 
-def gradient_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
+def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
     """Random cotangents inside the mask; the gradient outside must vanish."""
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-        merged = list(subject.leaves)
-        for position, tensor in zip(subject.inputs, inputs, strict=True):
+        merged = list(point.leaves)
+        for position, tensor in zip(point.inputs, inputs, strict=True):
             merged[position] = tensor
-        return tuple(subject.fn(merged, subject.kwargs))
+        return tuple(point.fn(merged, point.kwargs))
 
-    with subject.sandbox():
-        pullback = Pullback(bound, [subject.leaves[position] for position in subject.inputs], differentiable=False)
-        return cotangent_verdict(pullback, [True] * len(subject.inputs), masks, called, generator)
+    with point.sandbox():
+        pullback = Pullback(bound, [point.leaves[position] for position in point.inputs], differentiable=False)
+        return cotangent_verdict(pullback, [True] * len(point.inputs), masks, called, generator)
 
 
 def cotangent_verdict(
@@ -166,17 +166,17 @@ def cotangent_verdict(
 
 
 def value_layer(
-    subject: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
+    point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
 ) -> Verdict:
     """New values inside the mask; outputs outside must stay."""
-    layer = "value taint" if leaves == subject.inputs else "value taint of side inputs"
+    layer = "value taint" if leaves == point.inputs else "value taint of side inputs"
     refused = 0
     for turn, scale in enumerate(SCALES):
-        there = subject.at_other_point(turn, scale, generator)
+        there = point.at_other_point(turn, scale, generator)
         try:
             base = _accepted(there, {})
             if base is None:
-                there, base = subject, subject.values({})
+                there, base = point, point.values({})
         except TimeoutError as error:
             return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
         for mask in masks:
@@ -195,18 +195,18 @@ def value_layer(
     return Verdict(layer, False, f"{layer}: no output moves at scales {scales} ({called})")
 
 
-def nan_layer(subject: ProbePoint, masks: Sequence[Tensor], called: str) -> Verdict:
+def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str) -> Verdict:
     """NaN inside the mask; outputs outside must gain none."""
     layer = "NaN taint"
-    base = subject.values({})
+    base = point.values({})
     for mask in masks:
         replaced = {
             position: torch.where(_along(mask, leaf) > 0, torch.full_like(leaf, float("nan")), leaf)
-            for position, leaf in enumerate(subject.leaves)
-            if position in subject.inputs
+            for position, leaf in enumerate(point.leaves)
+            if position in point.inputs
         }
         try:
-            changed = subject.values(replaced)
+            changed = point.values(replaced)
         except Exception as error:  # factorizations and comparisons may refuse NaN
             return Verdict(layer, None, f"{layer}: not applicable, func raises {type(error).__name__} on NaN")
         for after, before in zip(changed, base, strict=True):
@@ -220,10 +220,10 @@ def _along(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 
-def _accepted(subject: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
+def _accepted(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
     """Outputs at other values; None where func refuses values that its user never passes."""
     try:
-        return subject.values(replaced)
+        return point.values(replaced)
     except TimeoutError:
         raise
     except Exception:

@@ -31,22 +31,22 @@ class Derivative(Exception):
     """Other samples have a derivative at some point, or may have one."""
 
 
-def values_only(subject: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float) -> bool:
+def values_only(point: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float) -> bool:
     """Check that outputs have no derivative in other samples' inputs wherever these move them.
 
     Args:
-        subject: the function and a point at which no gradient leaks.
+        point: the function, at arguments where no gradient leaks.
         masks: samples to change.
         generator: of other values and points.
         budget_s: seconds after which nothing more is looked at, and nothing cleared.
     """
     if len(masks) > FEWEST_SPLITS:
         device = masks[0].device
-        masks = [mask.to(device) for mask in split_masks(subject.batch, FEWEST_SPLITS, generator)]
+        masks = [mask.to(device) for mask in split_masks(point.batch, FEWEST_SPLITS, generator)]
 
     def look() -> None:
         for turn, scale in enumerate(SCALES):
-            _look_at(subject.at_other_point(turn, scale, generator), masks, scale, generator)
+            _look_at(point.at_other_point(turn, scale, generator), masks, scale, generator)
 
     try:
         within(budget_s, look)

@@ -37,7 +37,7 @@ def solid(problem: Problem) -> Problem:
     if len(outputs) == len(problem.outputs) and leaves == problem.leaves:
         return problem
     events = tuple(problem.outputs[index] for index in outputs)
-    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events, outline=None)
+    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events, analysis=None)
 
 
 def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:

@@ -57,7 +57,7 @@ class Problem:
         memory_limit: bytes that a method may allocate.
         pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
-        outline: what the graph of a call shows, to be asked by methods that cut it.
+        analysis: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
         function_state: what func reads beside its arguments, to be watched by methods that are traced.
@@ -78,7 +78,7 @@ class Problem:
     memory_limit: int
     pass_bytes: int = 0
     has_aux: bool = False
-    outline: GraphAnalysis | None = dataclasses.field(default=None, compare=False, repr=False)
+    analysis: GraphAnalysis | None = dataclasses.field(default=None, compare=False, repr=False)
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
     held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
     function_state: FunctionState | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -164,7 +164,7 @@ class Problem:
         """
         if not recorded:
             return tuple(name for name in self.structure.kernels if name in FORWARD_ONCE)
-        flow = None if self.outline is None else self.outline.flow
+        flow = None if self.analysis is None else self.analysis.flow
         return () if flow is None else forward_once(flow.graph)
 
     @property

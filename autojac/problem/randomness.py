@@ -31,12 +31,12 @@ def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> 
 def redrawn(fn: Flat) -> Flat:
     """A flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
 
-    def again(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def with_same_numbers(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if isinstance(kwargs, Keywords) and kwargs.random_state is not None:
             restore_random_state(kwargs.random_state)
         return fn(leaves, kwargs)
 
-    return again
+    return with_same_numbers
 
 
 def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:

@@ -158,7 +158,7 @@ class Replaying:
         trace, function_state = ready.trace, self.function_state
         inputs = (*given, *ready.captured)
 
-        def again() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        def recompute() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             state = function_state.settled()
             captured = [state.tensors[place] for place in trace.captured]
             if ready.state != state.number or not all(map(operator.is_, captured, ready.captured)):
@@ -170,7 +170,7 @@ class Replaying:
                 result = self.eager(leaves, kwargs)
             return [*result.values, *(J for row in result.jacobians for J in row)], inputs
 
-        programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, again)
+        programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, recompute)
         return by_programs(programs, inputs)
 
     @property

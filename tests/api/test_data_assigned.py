@@ -120,7 +120,9 @@ def stored(name: str) -> None:
             entry = in_use(maker)
             assert entry.keys is not None
             structure = dataclasses.replace(plan.structure, effects=effects)
-            maker._plans.planner.stored.save(entry.keys, dataclasses.replace(plan, method=method, structure=structure))
+            maker._plans.planner.repository.save(
+                entry.keys, dataclasses.replace(plan, method=method, structure=structure)
+            )
             jac = AutoJacobian(maker.func, **options)
             compare(jac(x), jacobian_blocks(maker.func, (x,)))
             assert jac.plan(x).method["method"] not in ("PerSample", "Push")

@@ -210,12 +210,12 @@ def test_the_chain_rule_through_a_bottleneck_is_exact(name: str, grad: bool) -> 
 def widths(func: Any, *args: Any) -> dict[bool, list[int]]:
     """Elements of one sample in each cut of the chain rule with one cut, and with further ones."""
     _, _, problem = planned(func, args, argnums=tuple(range(len(args))))
-    outline = problem.outline
-    assert outline is not None and outline.flow is not None
-    found = {again: outline.chain(again=again) for again in (False, True)}
+    analysis = problem.analysis
+    assert analysis is not None and analysis.flow is not None
+    found = {recursive: analysis.chain(recursive=recursive) for recursive in (False, True)}
     return {
-        again: [outline.flow.width(product.cut) for product in products(chain.tree)]
-        for again, chain in found.items()
+        recursive: [analysis.flow.width(product.cut) for product in products(chain.tree)]
+        for recursive, chain in found.items()
         if chain is not None
     }
 
@@ -630,7 +630,7 @@ for method, net, x in (
         print(plan.method["method"], plan.source, plan.structure.coupling)
         if plan.source != "store":
             keys = in_use(jac).keys
-            jac._plans.planner.stored.save(keys, dataclasses.replace(plan, method=method.spec(), effort="quick"))
+            jac._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method.spec(), effort="quick"))
 """
 
 

@@ -28,8 +28,8 @@ from provable import COUPLED, INDEPENDENT
 
 def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     request, seen, problem = planned(func, (x,), in_dims=0)
-    outline = ProblemBuilder.outline(request, seen, [True])
-    return prove(outline, ProbePoint(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
+    analysis = ProblemBuilder.analyze(request, seen, [True])
+    return prove(analysis, ProbePoint(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
 
 
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")

@@ -302,8 +302,8 @@ def test_no_program_of_which_a_derivative_reaches_another_sample_is_cleared(mode
             found: Tensor = y if mode == "alone" else kernel + 1e-9 * y if mode == "added" else kernel * y
             return found
 
-        subject = ProbePoint(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
-        cleared = only_rounding(subject, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
+        point = ProbePoint(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
+        cleared = only_rounding(point, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
         counts[cleared] += 1
         for scale in (0.1, 1.0, 10.0) if cleared else ():
             J = jacobian_full(func, ((x + scale * torch.randn_like(x)),))

@@ -106,14 +106,14 @@ class Accumulation:
 
 
 def accumulate(
-    flow: BatchFlow, inputs: Sequence[int], *, again: bool = False, forward: bool = True
+    flow: BatchFlow, inputs: Sequence[int], *, recursive: bool = False, forward: bool = True
 ) -> Accumulation | None:
     """Cut a graph where it is narrowest, by elements of one sample.
 
     Args:
         flow: how the batch runs through the graph.
         inputs: numbers of the differentiated inputs.
-        again: whether the sides may be cut again where the model predicts a gain.
+        recursive: whether the sides may be cut again where the model predicts a gain.
         forward: whether sides may be pushed.
 
     Returns:
@@ -126,7 +126,7 @@ def accumulate(
     levels = LEVELS if len(planner.alive) <= MOST_TO_CUT_AGAIN else 1
     direct = planner.sweep(tuple(inputs), targets)
     way: AccumulationTree = planner.product(tuple(inputs), targets, 0) or direct
-    if again:
+    if recursive:
         best = planner.way(tuple(inputs), targets, levels)
         way = best if best.cost < GAIN * way.cost else way
     if not list(products(way)):

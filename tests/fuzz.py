@@ -486,7 +486,9 @@ class Forced(Planner):
     def _make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         if not self.recovering:
             kinds = (
-                [k for k in registry().values() if not k.wrapper] if self.mode == "methods" else [registry()["Replay"]]
+                [k for k in registry().values() if not k.is_wrapper]
+                if self.mode == "methods"
+                else [registry()["Replay"]]
             )
             found = [m for kind in kinds for m in _candidates(kind, problem)]
             for candidate in self.random.sample(found, min(len(found), 8)):
@@ -528,7 +530,7 @@ def _right(method: Method, problem: Problem, request: Any, sandbox: Any) -> bool
         with warnings.catch_warnings(), sandbox(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             reference = Reference(problem, request.leaves, request.keywords, sandbox, trained=request.trained)
-            result = method.ready(problem)(request.leaves, request.keywords)
+            result = method.prepare_call(problem)(request.leaves, request.keywords)
             wrong = reference.check(result)
             if wrong is None and problem.differentiable:
                 wrong = reference.check_gradient(result)

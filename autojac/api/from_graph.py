@@ -179,7 +179,7 @@ def _dense(problem: Problem) -> Problem:
 
 def _methods(problem: Problem) -> Sequence[Pull]:
     """Return those that need no func, the most promising first; the plain loop needs no rule of any operator."""
-    fitting = [m for m in Pull.candidates(problem, 0) if m.plain and m.unsupported(problem) is None]
+    fitting = [m for m in Pull.candidates(problem, 0) if m.runs_func_plainly and m.unsupported(problem) is None]
     allowed = [m for m in fitting if problem.result_bytes + m.workspace(problem) <= problem.memory_limit]
     ranked = sorted(allowed, key=lambda method: method.cost(problem))
     return [*ranked, *(method for method in fitting if method.engine == "loop" and method not in ranked)]

@@ -45,34 +45,34 @@ class Method(ABC):
 
     repeats_func: ClassVar[bool] = True
     """Whether func runs more than once, or on anything but the whole batch as it is."""
-    wrapper: ClassVar[bool] = False
+    is_wrapper: ClassVar[bool] = False
     """Whether it goes around any other method: such ones don't go around each other of their own accord."""
-    whole_batch: ClassVar[bool] = False
+    keeps_whole_batch: ClassVar[bool] = False
     """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
 
-    recorded: ClassVar[bool] = False
+    records_func: ClassVar[bool] = False
     """Whether func is recorded, and what was recorded is differentiated in its place."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method can't serve the problem, as a sentence to act on; None if it can."""
         effects = tuple(effect for effect in problem.structure.effects if effect != KEEPS)
-        if EXCHANGES in effects and self.functional:
+        if EXCHANGES in effects and self.uses_transforms:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
             return f"func {EXCHANGES}, which torch.func's transforms can't do"
-        harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.whole_batch else {DRAWS_ALIKE, EXCHANGES}
+        harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.keeps_whole_batch else {DRAWS_ALIKE, EXCHANGES}
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
-        if problem.has_aux and effects and not self.plain:
+        if problem.has_aux and effects and not self.runs_func_plainly:
             return (
                 f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
             )
-        once = problem.forward_once(self.recorded) if problem.differentiable and self.pushes else ()
+        once = problem.forward_once(self.records_func) if problem.differentiable and self.pushes else ()
         if once:
             return (
                 f"func may run {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
                 "Jacobian is differentiable. Under torch.no_grad() it is not"
             )
-        if {KEEPS, UPDATES_BUFFERS} <= set(problem.structure.effects) and not self.plain:
+        if {KEEPS, UPDATES_BUFFERS} <= set(problem.structure.effects) and not self.runs_func_plainly:
             return f"func {KEEPS} and {UPDATES_BUFFERS}, so it must run exactly once and outside of transforms"
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:
             return "it makes blocks, which are not all of the Jacobian where samples are coupled"
@@ -94,31 +94,31 @@ class Method(ABC):
         return False
 
     @property
-    def chunked(self) -> bool:
+    def is_chunked(self) -> bool:
         """Whether the method cuts its work into pieces itself: chunks of chunks are not worth timing."""
         return getattr(self, "chunk", None) is not None
 
     @property
-    def flat(self) -> bool:
+    def makes_flat_programs(self) -> bool:
         """Whether it makes programs of plain operators, which a compiler takes as they are."""
         return False
 
     @property
-    def functional(self) -> bool:
+    def uses_transforms(self) -> bool:
         """Whether it goes through torch.func, for which torch loads its compiler (1 s) once a process."""
         return getattr(self, "engine", None) == "vmap"
 
     @property
-    def plain(self) -> bool:
+    def runs_func_plainly(self) -> bool:
         """Whether func runs exactly once, on the whole batch and outside of every transform."""
-        return not self.repeats_func and (self.recorded or not self.functional)
+        return not self.repeats_func and (self.records_func or not self.uses_transforms)
 
     @property
     def compiles(self) -> bool:
         """Whether preparing the method takes seconds: such candidates are tried last."""
         return False
 
-    def lowered(self, problem: Problem, lower: Lower) -> Compute | None:
+    def prepare_lowered(self, problem: Problem, lower: Lower) -> Compute | None:
         """`prepare` with something else made of each of its programs; None for a method that makes none."""
         return None
 
@@ -131,20 +131,20 @@ class Method(ABC):
     def prepare(self, problem: Problem) -> Compute:
         """Make once what depends on shapes alone, and return the function that computes."""
 
-    def ready(self, problem: Problem) -> Compute:
+    def prepare_call(self, problem: Problem) -> Compute:
         """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
-        compute = self.laid_out(problem)
+        compute = self.prepare_layout(problem)
         if isinstance(compute, Replaying):
             # its program draws as one run of func does, and runs no transform
             return compute
-        if self.functional and not problem.trial:
+        if self.uses_transforms and not problem.trial:
             compute = _or_plainly(problem, compute)
         if problem.places and self.repeats_func:
             # what func set while it ran once, a cache, is not left with what a transform would put there
             compute = leaving(compute, problem.places, None)
         return from_one_state(compute, problem.generators) if problem.structure.draws else compute
 
-    def laid_out(self, problem: Problem) -> Compute:
+    def prepare_layout(self, problem: Problem) -> Compute:
         """What `prepare` returns, in the layout asked for."""
         apart = problem.layout == "sparse" and not self.makes_sparse
         return _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
@@ -169,7 +169,7 @@ class Wrapper(Method):
 
     inner: Method
 
-    wrapper: ClassVar[bool] = True
+    is_wrapper: ClassVar[bool] = True
 
     @property
     def makes_sparse(self) -> bool:
@@ -184,16 +184,16 @@ class Wrapper(Method):
         return self.inner.trusts_zeros
 
     @property
-    def chunked(self) -> bool:
-        return self.inner.chunked
+    def is_chunked(self) -> bool:
+        return self.inner.is_chunked
 
     @property
     def compiles(self) -> bool:
         return self.inner.compiles
 
     @property
-    def functional(self) -> bool:
-        return self.compiles or self.inner.functional
+    def uses_transforms(self) -> bool:
+        return self.compiles or self.inner.uses_transforms
 
     def workspace(self, problem: Problem) -> int:
         return self.inner.workspace(problem)

@@ -51,7 +51,7 @@ class BatchChunk(Wrapper):
             part = problem.resized(size)
             for kind in registry().values():
                 if kind is not cls:
-                    yield from (cls(size, inner) for inner in kind.candidates(part, depth) if not inner.chunked)
+                    yield from (cls(size, inner) for inner in kind.candidates(part, depth) if not inner.is_chunked)
 
     def cost(self, problem: Problem) -> float:
         slices = problem.batch / self.size

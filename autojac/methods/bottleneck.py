@@ -61,7 +61,7 @@ class Bottleneck(Method):
     compiled: bool = False
 
     repeats_func: ClassVar[bool] = False
-    recorded: ClassVar[bool] = True
+    records_func: ClassVar[bool] = True
 
     @property
     def compiles(self) -> bool:

@@ -30,7 +30,7 @@ class ColoredBoth(Method):
     engine: Literal["loop", "vmap"] = "loop"
     chunk: int | None = None
 
-    whole_batch: ClassVar[bool] = True
+    keeps_whole_batch: ClassVar[bool] = True
 
     @property
     def makes_sparse(self) -> bool:

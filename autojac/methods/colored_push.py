@@ -28,7 +28,7 @@ class ColoredPush(Method):
     engine: Literal["loop", "vmap"] = "loop"
     chunk: int | None = None
 
-    whole_batch: ClassVar[bool] = True
+    keeps_whole_batch: ClassVar[bool] = True
 
     @property
     def makes_sparse(self) -> bool:

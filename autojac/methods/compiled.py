@@ -23,7 +23,7 @@ class Compiled(Wrapper):
     inner: Method
 
     def unsupported(self, problem: Problem) -> str | None:
-        if not self.inner.flat:
+        if not self.inner.makes_flat_programs:
             return "only flat programs are compiled: the compiler's own guards miss hooks and methods exchanged later"
         if problem.structure.draws:
             return "func draws random numbers, and compiled code draws others than func does"
@@ -49,6 +49,6 @@ class Compiled(Wrapper):
         lower = functools.partial(lowered, strict=strict, repeatable=not effects)
         if not strict and missing(problem.leaves[problem.inputs[0]].device) is not None:
             return self.inner.prepare(problem)
-        made = self.inner.lowered(problem, lower)
+        made = self.inner.prepare_lowered(problem, lower)
         assert made is not None
         return made

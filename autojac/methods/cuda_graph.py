@@ -24,7 +24,7 @@ class CudaGraph(Wrapper):
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.leaves[problem.inputs[0]].device.startswith("cuda"):
             return "a CUDA graph takes a CUDA device"
-        if not self.inner.flat:
+        if not self.inner.makes_flat_programs:
             return "only flat programs are captured: what a transform does on the host would be left out"
         if problem.structure.effects:
             return f"func {' and '.join(problem.structure.effects)}, which a graph would do to memory of its own"
@@ -43,6 +43,6 @@ class CudaGraph(Wrapper):
         return self.inner.workspace(problem) + problem.result_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        made = self.inner.lowered(problem, captured)
+        made = self.inner.prepare_lowered(problem, captured)
         assert made is not None
         return made

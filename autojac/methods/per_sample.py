@@ -38,7 +38,7 @@ class PerSample(Method):
         return super().unsupported(problem)
 
     @property
-    def functional(self) -> bool:
+    def uses_transforms(self) -> bool:
         return True
 
     @classmethod

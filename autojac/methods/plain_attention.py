@@ -23,7 +23,7 @@ class PlainAttention(Wrapper):
 
     inner: Method
 
-    wrapper: ClassVar[bool] = False
+    is_wrapper: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem) -> str | None:
         if ATTENTION not in problem.structure.kernels:
@@ -31,8 +31,8 @@ class PlainAttention(Wrapper):
         return self.inner.unsupported(problem)
 
     @property
-    def plain(self) -> bool:
-        return self.inner.plain
+    def runs_func_plainly(self) -> bool:
+        return self.inner.runs_func_plainly
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:

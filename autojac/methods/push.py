@@ -35,7 +35,7 @@ class Push(Method):
     engine: Engine = "loop"
     chunk: int | None = None
 
-    whole_batch: ClassVar[bool] = True
+    keeps_whole_batch: ClassVar[bool] = True
 
     @property
     def pushes(self) -> bool:

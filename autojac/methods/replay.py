@@ -30,7 +30,7 @@ class Replay(Wrapper):
     without: str | None = None
 
     def unsupported(self, problem: Problem) -> str | None:
-        if self.inner.compiles or self.inner.flat:
+        if self.inner.compiles or self.inner.makes_flat_programs:
             return "its programs are flat or compiled already"
         if problem.function_state is None:
             return "there is no function whose reads could be watched"
@@ -51,28 +51,30 @@ class Replay(Wrapper):
         return True
 
     @property
-    def flat(self) -> bool:
+    def makes_flat_programs(self) -> bool:
         return True
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         for kind in registry().values():
-            inner = [] if kind.wrapper else list(kind.candidates(problem, depth))
+            inner = [] if kind.is_wrapper else list(kind.candidates(problem, depth))
             # two ways to pull many at once are one program, and the other one loads torch's compiler to be recorded
             twice = {method for method in inner if _batched(method) in inner}
-            yield from (cls(m) for m in inner if not (m.compiles or m.chunked or m in twice))
+            yield from (cls(m) for m in inner if not (m.compiles or m.is_chunked or m in twice))
 
     def cost(self, problem: Problem) -> float:
         # what is saved is the host's work, which the model knows least about: tried right after what it wraps
         return 1.001 * self.inner.cost(problem)
 
     def prepare(self, problem: Problem) -> Compute:
-        return self.lowered(problem, None)
+        return self.prepare_lowered(problem, None)
 
-    def lowered(self, problem: Problem, lower: Lower | None) -> Compute:
+    def prepare_lowered(self, problem: Problem, lower: Lower | None) -> Compute:
         assert problem.function_state is not None
         without = () if self.without is None else tuple(self.without.split(","))
-        return Replaying(problem, self.inner.laid_out, self.inner.ready, problem.function_state, without, lower)
+        return Replaying(
+            problem, self.inner.prepare_layout, self.inner.prepare_call, problem.function_state, without, lower
+        )
 
 
 def _batched(method: Any) -> Method | None:

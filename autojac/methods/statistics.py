@@ -43,7 +43,7 @@ class Statistics(Method):
     chunk: int = CHUNK
 
     repeats_func: ClassVar[bool] = False
-    recorded: ClassVar[bool] = True
+    records_func: ClassVar[bool] = True
 
     @property
     def pushes(self) -> bool:

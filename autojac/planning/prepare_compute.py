@@ -24,7 +24,7 @@ from autojac.torch_internals import pytree
 
 def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Compute:
     """Make a method ready for a whole problem, parts without elements and aux included."""
-    compute = _with_aux(layout, problem, filled(problem, method.ready), method.plain)
+    compute = _with_aux(layout, problem, filled(problem, method.prepare_call), method.runs_func_plainly)
     effects = problem.structure.effects
     if UPDATES_BUFFERS in effects:
         return compute  # func runs as it is, and once

@@ -60,7 +60,7 @@ def test_every_candidate_draws_alike(func: Any, randomness: str, x: Tensor) -> N
                 if "Compiled" in repr(method) or method.unsupported(problem) is not None:
                     continue
                 torch.set_rng_state(start)
-                result = method.ready(problem)(request.leaves, {})
+                result = method.prepare_call(problem)(request.leaves, {})
                 compare(result.jacobians[0][0], expected)
                 assert torch.equal(torch.get_rng_state(), end), method
                 kinds.add(type(method).__name__)

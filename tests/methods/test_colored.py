@@ -130,7 +130,7 @@ def test_every_method_is_right_in_every_layout(name: str, layout: str) -> None:
     tried = set()
     for method in (*map(build, COLORED), *(m for kind in registry().values() for m in kind.candidates(problem, 0))):
         if method.unsupported(problem) is None and not method.compiles:
-            found = method.ready(solid(problem))([x], {})
+            found = method.prepare_call(solid(problem))([x], {})
             for output, (one, right) in enumerate(zip(found.jacobians, expected, strict=True)):
                 got = dense(problem, one[0], output).reshape(right.shape)
                 torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12, msg=lambda m, r=method: f"{r}: {m}")
@@ -153,9 +153,11 @@ def test_the_graph_behind_colors_is_right(name: str, layout: str, spec: dict[str
             return (problem.entries(0, 0).matrix(jacobian) @ weight).sin().sum()
         return (jacobian * weight[: shape[1], : shape[1]]).sin().sum()
 
-    jacobian = build(spec).ready(problem)([x], {}).jacobians[0][0]
+    jacobian = build(spec).prepare_call(problem)([x], {}).jacobians[0][0]
     (found,) = torch.autograd.grad(weighed(jacobian), x)
-    plain = build({"method": "Pull", "seeds": "identity", "engine": "loop"}).ready(problem)([x], {}).jacobians[0][0]
+    plain = (
+        build({"method": "Pull", "seeds": "identity", "engine": "loop"}).prepare_call(problem)([x], {}).jacobians[0][0]
+    )
     (right,) = torch.autograd.grad(weighed(plain), x)
     torch.testing.assert_close(found, right)
     assert found.abs().max() > 0
@@ -166,11 +168,11 @@ def test_func_runs_once_and_colors_are_pulled() -> None:
     x = torch.randn(3, 9)
     problem = planned(counted, (x,), layout="sparse", coupling=structure_of(truth(stencil, x)))[2]
     before = counted.calls
-    compute = build(COLORED[0]).ready(problem)
+    compute = build(COLORED[0]).prepare_call(problem)
     compute([x], {})
     assert counted.calls == before + 1
     before = counted.calls
-    build({"method": "ColoredPush", "engine": "loop"}).ready(problem)([x], {})
+    build({"method": "ColoredPush", "engine": "loop"}).prepare_call(problem)([x], {})
     assert counted.calls == before + 3  # nine columns of a ring in three colors
 
 
@@ -274,7 +276,7 @@ def test_rows_and_columns_together_need_few_colors(layout: str, engine: str) -> 
     problem = planned(counted, (x,), layout=layout, coupling=structure_of(wholes))[2]
     method = build({"method": "ColoredBoth", "engine": engine})
     assert method.unsupported(problem) is None
-    compute = method.ready(problem)
+    compute = method.prepare_call(problem)
     before = counted.calls
     found = dense(problem, compute([x], {}).jacobians[0][0], 0)
     assert counted.calls - before <= 4
@@ -337,7 +339,7 @@ def test_colors_compile_and_go_through_slices_of_the_batch(layout: str) -> None:
     for spec in (compiled, {"method": "BatchChunk", "size": 2, "inner": colored}):
         method = build(spec)
         assert method.unsupported(problem) is None
-        found = dense(problem, method.ready(problem)([x], {}).jacobians[0][0], 0)
+        found = dense(problem, method.prepare_call(problem)([x], {}).jacobians[0][0], 0)
         torch.testing.assert_close(found.reshape(expected[0].shape), expected[0], rtol=1e-12, atol=1e-12)
 
 

@@ -104,7 +104,7 @@ def test_only_flat_programs_are_compiled() -> None:
         _, _, problem = planned(func, (points(),))
         compiled = [m for kind in registry().values() for m in kind.candidates(problem, 2) if "Compiled(" in repr(m)]
         assert compiled
-        assert all(method.inner.flat for method in compiled)  # type: ignore[attr-defined]
+        assert all(method.inner.makes_flat_programs for method in compiled)  # type: ignore[attr-defined]
         assert "flat" in str(build(OLD).unsupported(problem))
 
 

@@ -98,13 +98,13 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
                 continue
             with sandbox():
                 try:
-                    eager = inner.ready(problem)
+                    eager = inner.prepare_call(problem)
                     eager(request.leaves, request.keywords)
                 except Exception:  # an infeasible candidate; others are tested for their reasons
                     continue
                 tried += 1
                 try:
-                    run = method.ready(problem)
+                    run = method.prepare_call(problem)
                     run(request.leaves, request.keywords)
                 except autojac.UnsupportedError as refusal:
                     refused.append(str(refusal))
@@ -128,7 +128,7 @@ def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, 
 
 def _some(problem: Any, name: str, most: int) -> list[Any]:
     """At most so many of the methods for a problem: others for other scenarios."""
-    kinds = [kind for kind in registry().values() if not kind.wrapper]
+    kinds = [kind for kind in registry().values() if not kind.is_wrapper]
     found = [m for kind in kinds for m in kind.candidates(problem, 1) if m.unsupported(problem) is None]
     return random.Random(name).sample(found, min(most, len(found)))
 
@@ -621,10 +621,10 @@ def test_what_can_not_be_guarded_is_not_replayed(name: str) -> None:
         refused = method.unsupported(problem)
         if refused is None:
             with pytest.raises(autojac.UnsupportedError) as caught:
-                method.ready(dataclasses.replace(problem, trial=True))((x,), {})
+                method.prepare_call(dataclasses.replace(problem, trial=True))((x,), {})
             refused = str(caught.value)
             # outside of a search the method itself serves the call
-            served = method.ready(problem)((x,), {})
+            served = method.prepare_call(problem)((x,), {})
             compare(served.jacobians[0][0], jacobian_blocks(func, (x,), 0))
     assert re.search(reason, refused), refused
 
@@ -790,7 +790,7 @@ def test_passes_can_be_left_out() -> None:
     left = []
     for without in (None, "hoist", *passes(), ",".join(passes())):
         with torch.no_grad():
-            found = build(replay(PULL, without=without)).ready(problem)((x,), {})
+            found = build(replay(PULL, without=without)).prepare_call(problem)((x,), {})
         compare(found.jacobians[0][0], jacobian_blocks(model, (x,), 0))
         left.append(int(problem.function_state.traces[-1].split()[1]))
     assert left[0] == min(left) < left[-1] == max(left)
@@ -925,7 +925,7 @@ def test_tracing_looks_into_what_computes_alone(monkeypatch: pytest.MonkeyPatch)
     # the first one makes the guard of func, the second one is traced alone
     for _ in range(2):
         met.clear()
-        J = method.ready(problem)((x,), {}).jacobians[0][0]
+        J = method.prepare_call(problem)((x,), {}).jacobians[0][0]
         right = torch.block_diag(*jacobian_blocks(func, (x,), 0))
         compare(problem.entries(0, 0).matrix(J).to_dense(), right)
     assert met

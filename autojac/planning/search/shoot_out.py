@@ -55,8 +55,8 @@ def shoot_out(session: SearchSession, defaults: Sequence[Method]) -> SearchResul
     over = time.monotonic() > session.end
     fitting = filter(lambda method: measure_memory(session, method), ranked)
     finalists = list(itertools.islice(fitting, 1 if over else FINALISTS))
-    if not over and all(method.functional for method in finalists):
-        finalists += itertools.islice((method for method in fitting if not method.functional), 1)
+    if not over and all(method.uses_transforms for method in finalists):
+        finalists += itertools.islice((method for method in fitting if not method.uses_transforms), 1)
     if not finalists:
         return None
     runs = {method: session.runs[method] for method in finalists}
@@ -76,8 +76,8 @@ def shoot_out(session: SearchSession, defaults: Sequence[Method]) -> SearchResul
     if incumbent in close:
         winner = incumbent
     else:
-        near = [m for m in runs if not m.functional and medians[m] < (1 + COMPILER_LOAD_MARGIN) * medians[winner]]
-        chosen = near if winner.functional and near else close
+        near = [m for m in runs if not m.uses_transforms and medians[m] < (1 + COMPILER_LOAD_MARGIN) * medians[winner]]
+        chosen = near if winner.uses_transforms and near else close
         winner = min(
             chosen, key=lambda method: (session.trials[method].memory_bytes or 0, medians[method], repr(method))
         )

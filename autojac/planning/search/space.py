@@ -46,7 +46,7 @@ def without_replay(method: Method) -> Method:
     inner = getattr(method, "inner", None)
     if inner is None:
         return method
-    if method.flat:
+    if method.makes_flat_programs:
         return without_replay(inner)
     around: Any = method
     made: Method = dataclasses.replace(around, inner=without_replay(inner))

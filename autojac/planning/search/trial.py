@@ -117,7 +117,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         return None
 
     def first_run() -> tuple[Compute, float, str | None]:
-        compute = method.ready(problem)
+        compute = method.prepare_call(problem)
         start = time.perf_counter()
         result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)

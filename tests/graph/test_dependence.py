@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from programs import program
 
 PROGRAMS = 40
 MOST_ROWS = 40
+Func = Callable[..., Tensor]
+
+
+def graph_of(func: Func, x: Tensor) -> Graph:
+    graph = record(lambda leaves, kwargs: (func(leaves[0]),), [x], {}, (0,)).graph
+    assert graph is not None
+    return graph
 
 
 def recorded(seed: int) -> tuple[Graph, Tensor] | None:
@@ -102,8 +110,7 @@ def test_where_it_makes_no_difference_sets_are_kept_once() -> None:
         return torch.nn.functional.pad(y, (3, 0)).exp() + y.sum(1, keepdim=True)
 
     x = torch.randn(50, 70)
-    graph = record(lambda leaves, kwargs: (func(leaves[0]),), [x], {}, (0,)).graph
-    assert graph is not None
+    graph = graph_of(func, x)
     by_sample = propagate(graph, [x], [torch.arange(50)[:, None]], 50, by_value=True)
     assert {state.index.shape[1:] for state in by_sample.states.values() if isinstance(state, IndexSets)} == {(1,)}
     by_coordinate = propagate(graph, [x], [torch.arange(70)[None]], 70)
@@ -139,3 +146,53 @@ def test_equal_slices_are_found() -> None:
     assert compressed(index).shape == compressed(index.contiguous()).shape == (2, 1, 3)
     assert compressed(torch.ones(2, 0, 3)).shape == (1, 0, 1)
     assert compressed(torch.tensor([0, 0, 1])).shape == (3,)
+
+
+WEIGHT = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
+MASK = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]], dtype=torch.float64)
+EYE = torch.eye(3, dtype=torch.bool)
+ZEROS: dict[str, tuple[Func, Tensor]] = {
+    "a mask times weights": (lambda x: x * (MASK * WEIGHT), MASK),
+    "weights that are turned": (lambda x: x * (MASK * WEIGHT).t().contiguous().t(), MASK),
+    "weights in another shape": (lambda x: (x.view(12) * (MASK * WEIGHT).view(12)).view(3, 4), MASK),
+    "negative weights": (lambda x: x * -(MASK * WEIGHT), MASK),
+    "the sum of a mask and weights": (lambda x: x * (MASK + WEIGHT), torch.ones(3, 4)),
+    "what is copied": (lambda x: torch.zeros(3, 4, dtype=x.dtype).copy_(x) * MASK, MASK),
+}
+"""Functions of (3, 4) that scale each entry, and which of them they keep."""
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_that_are_captured_cut_paths(name: str) -> None:
+    func, kept = ZEROS[name]
+    x = torch.randn(3, 4, dtype=torch.float64)
+    found = told(graph_of(func, x), x, torch.arange(12).reshape(3, 4))
+    assert torch.equal(found, torch.diag(kept.reshape(-1) != 0))
+    # but 0 times infinity is a value
+    assert torch.equal(told(graph_of(func, x), x, torch.arange(12).reshape(3, 4), by_value=True), torch.eye(12) > 0)
+
+
+ANYWHERE: dict[str, tuple[Func, Tensor]] = {
+    "index_select": (lambda x, near: x.index_select(1, near), torch.kron(EYE, torch.ones(4, 4)) > 0),
+    "index": (lambda x, near: x[:, near], torch.kron(EYE, torch.ones(4, 4)) > 0),
+    "two indices, one of them known": (
+        lambda x, near: x[torch.tensor([2, 0, 1])[:, None], near],
+        torch.kron(EYE[[2, 0, 1]], torch.ones(4, 4)) > 0,
+    ),
+    "gather": (lambda x, near: x.gather(0, near[None] % 3), torch.eye(4).repeat(1, 3) > 0),
+    "a mask": (lambda x, near: x[near > 0][:1], torch.ones(4, 12) > 0),
+}
+"""Functions of (3, 4) and of an index of 4 entries, and what they read if that may be any."""
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_an_index_that_may_change_reaches_all_along_its_axes(name: str) -> None:
+    func, read = ANYWHERE[name]
+    x, near = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 0, 2, 0])
+    if name == "a mask":
+        near = near[:3]
+    graph = record(lambda leaves, kwargs: (func(*leaves),), [x, near], {}, (0,)).graph
+    assert graph is not None
+    (sets,) = propagate(graph, [x, near], [torch.arange(12).reshape(3, 4), None], 12).outputs()
+    found = torch.from_numpy(sets.rows(graph.shapes[graph.outputs[0]]).toarray())
+    assert torch.equal(found, read)

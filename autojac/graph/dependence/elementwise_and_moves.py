@@ -132,7 +132,7 @@ def gathering(context: DependenceContext) -> Result:
     if not isinstance(state, IndexSets) or len(context.sets()) > 1:
         return None
     dims = state.index.dim()
-    if isinstance(chosen, (tuple, list)):
+    if not isinstance(chosen, Value):
         parts = [(axis, part) for axis, part in enumerate(chosen) if part is not None]
         if any(context.graph.dtypes[part.number] in _MASKS for _, part in parts):
             return None

@@ -258,7 +258,7 @@ def test_index_tensors_of_other_content_are_checked() -> None:
     index = torch.roll(torch.arange(8), 1)
     wholes = truth(lambda z: func(z, index), x)
     declared = structure_of(wholes)
-    structure = Structure("sparse", "declared", False, sparsity=declared.sparsity, watched=True)
+    structure = Structure("sparse", "declared", False, sparsity=declared.sparsity, depends_on_arguments=True)
     jac = AutoJacobian(func, coupling=structure, store=":memory:", effort="estimate", in_dims=(0, None), layout="full")
     for _ in range(5):
         jac(x, index)

@@ -54,7 +54,7 @@ class Method(ABC):
     """Whether func is recorded, and what was recorded is differentiated in its place."""
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why this method can't serve the problem, as a sentence to act on; None if it can."""
+        """Return why this method can't serve the problem, as a sentence to act on; None if it can."""
         effects = tuple(effect for effect in problem.structure.effects if effect != KEEPS)
         if EXCHANGES in effects and self.uses_transforms:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
@@ -125,14 +125,14 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        """The settings worth timing; `depth` 0 is a quick search, 1 adds compilers, 2 is exhaustive."""
+        """Return the settings worth timing; `depth` 0 is a quick search, 1 adds compilers, 2 is exhaustive."""
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Compute:
         """Make once what depends on shapes alone, and return the function that computes."""
 
     def prepare_call(self, problem: Problem) -> Compute:
-        """What `prepare` returns, made so that all evaluations of func within one call draw the same numbers."""
+        """Prepare, and let all evaluations of func within one call draw the same numbers."""
         compute = self.prepare_layout(problem)
         if isinstance(compute, Replaying):
             # its program draws as one run of func does, and runs no transform
@@ -145,7 +145,7 @@ class Method(ABC):
         return from_one_state(compute, problem.generators) if problem.structure.draws else compute
 
     def prepare_layout(self, problem: Problem) -> Compute:
-        """What `prepare` returns, in the layout asked for."""
+        """Prepare for the layout asked for."""
         apart = problem.layout == "sparse" and not self.makes_sparse
         return _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
 
@@ -158,7 +158,7 @@ class Method(ABC):
         """Bytes needed at least beyond the Jacobian: known before anything runs."""
 
     def spec(self) -> dict[str, Any]:
-        """The method as JSON: its name, its fields, inner methods nested."""
+        """Return the method as JSON: its name, its fields, inner methods nested."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {name: value.spec() if isinstance(value, Method) else value for name, value in fields.items()}
         return {"method": type(self).__name__, **nested}
@@ -212,7 +212,7 @@ def registry() -> dict[str, type[Method]]:
 
 
 def build(spec: Mapping[str, Any]) -> Method:
-    """The method that a JSON spec describes.
+    """Return the method that a JSON spec describes.
 
     Raises:
         StoreError: if the spec names no known method, or fields that it does not have.
@@ -249,7 +249,7 @@ def _or_plainly(problem: Problem, compute: Compute) -> Compute:
 
 
 def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
-    """The entries of a sparse Jacobian, taken out of blocks."""
+    """Return the entries of a sparse Jacobian, taken out of blocks."""
     compute = prepare(dataclasses.replace(problem, layout="blocks"))
     places = [
         [DeviceIndices(problem.patterns(output, position)[1].places) for position in problem.inputs]

@@ -61,7 +61,7 @@ class BatchChunk(Wrapper):
         return self.inner.workspace(self._part(problem, self.size))
 
     def _part(self, problem: Problem, size: int) -> Problem:
-        """The problem of one slice, in blocks where all was asked for: what couples slices with each other is zero."""
+        """Return the problem of one slice, in blocks where all was asked for, since nothing couples slices."""
         layout = "blocks" if problem.layout == "full" else problem.layout
         return dataclasses.replace(problem.resized(size), layout=layout)
 

@@ -258,7 +258,7 @@ class _Accumulator:
         return found
 
     def _trivial(self, sweep: JacobianSweep) -> Factor:
-        """The derivatives of sources that are targets as well."""
+        """Return the derivatives of sources that are targets as well."""
         found: Factor = {}
         for target in set(sweep.targets) & set(sweep.sources):
             size = self.values[target].numel() // self.batch

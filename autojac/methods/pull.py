@@ -76,7 +76,7 @@ class Pull(Method):
         return self._reverse_mode.prepare(problem)
 
     def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
-        """The Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
+        """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
         return self._reverse_mode.of_graph(problem, pullback)
 
     @property

@@ -71,7 +71,7 @@ class Push(Method):
 
     @staticmethod
     def _seeded(problem: Problem, position: int, kind: SeedKind) -> tuple[int, ...]:
-        """The shape whose elements are numbered by the seeds of one input."""
+        """Return the shape whose elements are numbered by the seeds of one input."""
         leaf = problem.leaves[position]
         return leaf.event_shape if kind == "shared" else leaf.shape
 

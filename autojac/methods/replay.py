@@ -78,7 +78,7 @@ class Replay(Wrapper):
 
 
 def _batched(method: Any) -> Method | None:
-    """The same method by `is_grads_batched` where it is by `vmap`."""
+    """Return the same method by `is_grads_batched` where it is by `vmap`."""
     if getattr(method, "engine", None) != "vmap":
         return None
     made: Method = dataclasses.replace(method, engine="batched")

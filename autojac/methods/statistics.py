@@ -88,7 +88,7 @@ class Statistics(Method):
         return analysis.read_pool if self.local == "copies" else analysis.least_pool
 
     def passes(self, problem: Problem) -> int:
-        """How many seeds are pulled and pushed."""
+        """Return how many seeds are pulled and pushed."""
         found = self._found(problem)
         size = found.size if found is not None else problem.out_size * problem.batch
         if self.local == "copies":
@@ -111,7 +111,7 @@ class Statistics(Method):
         return by_cut(problem, find, functools.partial(self._jacobians, problem), "identity")
 
     def shared(self, flow: BatchFlow, inputs: Sequence[int], differentiable: bool) -> SharedTensors | None:
-        """The pool of a graph, if this method's way applies to it."""
+        """Return the pool of a graph, if this method's way applies to it."""
         if differentiable and self.pushes and forward_once(flow.graph):
             return None
         found = find_shared_tensors(flow, inputs, least=self.local != "copies")
@@ -143,7 +143,7 @@ class Statistics(Method):
 
     @staticmethod
     def _through(problem: Problem, felt: Tensor, reached: Tensor, event: tuple[int, ...], position: int) -> Tensor:
-        """What comes by way of some elements of s: ∂g/∂s (k, B, m) times ∂s/∂x (k, B, *in)."""
+        """Return what comes by way of some elements of s: ∂g/∂s (k, B, m) times ∂s/∂x (k, B, *in)."""
         leaf = problem.leaves[position]
         reached = reached.reshape(*reached.shape[: 1 + leaf.batched], -1)
         felt = felt.to(reached.dtype)

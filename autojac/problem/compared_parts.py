@@ -87,7 +87,7 @@ class ComparedParts:
         return reached if projection.coordinates is None else reached[:, list(projection.coordinates)]
 
     def says(self) -> bool:
-        """Whether any derivative that a plain VJP gave here is finite."""
+        """Check whether any derivative that a plain VJP gave here is finite."""
         rows = (
             self.evidence.says(self.places.kept(one, output, row, position), position)
             for output, row, pulled in self.rows

@@ -163,7 +163,7 @@ def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Mark
 
 
 def inapplicable(problem: Problem) -> str | None:
-    """Why a problem can't be colored, as a sentence; None if it can."""
+    """Return why a problem can't be colored, as a sentence; None if it can."""
     structure = problem.structure
     if problem.shared_input:
         return "an input is shared by all samples, so what its columns bring would be added up over the batch"
@@ -175,7 +175,7 @@ def inapplicable(problem: Problem) -> str | None:
 
 
 def nothing_gained(problem: Problem, side: Side) -> str | None:
-    """Why colors of one side are of no use to a problem, as a sentence; None if they are."""
+    """Return why colors of one side are of no use to a problem, as a sentence; None if they are."""
     reason = inapplicable(problem)
     if reason is not None:
         return reason
@@ -188,7 +188,7 @@ def nothing_gained(problem: Problem, side: Side) -> str | None:
 
 
 def colored(problem: Problem) -> list[str]:
-    """What colors save, human-readable."""
+    """Return what colors save, human-readable."""
     if problem.structure.sparsity is None or problem.shared_input:
         return []
     samples = 1 if problem.structure.independent else problem.batch

@@ -84,7 +84,7 @@ class _OwnBlocks:
     def _read(
         self, compressed: Tensor, side: Colors, mine: Indices, colored: DeviceIndices, reading: DeviceIndices
     ) -> Tensor:
-        """The entries (B, entries) of one side."""
+        """Return the entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
         rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
         seeds, read = colored.on(rows.device), reading.on(rows.device)

@@ -28,7 +28,7 @@ class Kept:
 
 
 def solid(problem: Problem) -> Problem:
-    """The problem without its hollow outputs and inputs: what methods and the search solve."""
+    """Return the problem without its hollow outputs and inputs: what methods and the search solve."""
     outputs = _with_elements(problem)
     leaves = tuple(
         dataclasses.replace(leaf, differentiated=leaf.differentiated and seeds.size(leaf.event_shape) > 0)
@@ -80,7 +80,7 @@ def _with_elements(problem: Problem) -> list[int]:
 
 
 def _zeros_alone(problem: Problem) -> Compute:
-    """The Jacobian of a problem without elements."""
+    """Return the Jacobian of a problem without elements."""
 
     def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         values = problem.fn(leaves, kwargs)

@@ -89,7 +89,7 @@ class Evidence:
         return bool((finite if samples is None else finite & samples[:, None]).any())
 
     def _samples_of(self, position: int) -> int:
-        """How many samples a row of a Jacobian runs through."""
+        """Return how many samples a row of a Jacobian runs through."""
         through = self.places.per_row(position) and not self.places.blockwise(position)
         return self.places.problem.batch if through else 1
 

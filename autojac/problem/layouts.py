@@ -38,7 +38,7 @@ def embed(blocks: Tensor, event_dims: int) -> Tensor:
 
 
 def from_blocks(layout: Layout, blocks: Tensor, event: Sequence[int], batched: bool) -> Tensor:
-    """The blocks (B, *out, *in) of independent samples, or of a shared input, in another layout."""
+    """Return the blocks (B, *out, *in) of independent samples, or of a shared input, in another layout."""
     if layout == "diagonal":
         size = math.prod(event)
         return blocks.reshape(len(blocks), size, size).diagonal(dim1=1, dim2=2)

@@ -36,17 +36,17 @@ class Places:
     problem: Problem
 
     def blockwise(self, position: int) -> bool:
-        """Whether the Jacobian of an input holds only each sample's own block."""
+        """Check whether the Jacobian of an input holds only each sample's own block."""
         return (
             self.problem.layout not in ("full", "sparse") and self.problem.leaves[self.problem.inputs[position]].batched
         )
 
     def per_row(self, position: int) -> bool:
-        """Whether a pulled cotangent has one row for each sample."""
+        """Check whether a pulled cotangent has one row for each sample."""
         return self.problem.leaves[self.problem.inputs[position]].batched
 
     def row(self, whole: Tensor, output: int, row: int, position: int) -> Tensor:
-        """The Jacobian's row of one element of the output."""
+        """Return the Jacobian's row of one element of the output."""
         if self.problem.layout == "sparse":
             return self.problem.entries(output, self.problem.inputs[position]).row(whole, row)
         event_dims = 1 if self.problem.layout == "diagonal" else len(self.problem.outputs[output])
@@ -54,7 +54,7 @@ class Places:
         return whole.reshape(count, *whole.shape[1 + event_dims :])[row]
 
     def kept(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
-        """The part of a pulled row that the layout keeps."""
+        """Return the part of a pulled row that the layout keeps."""
         size = seeds.size(self.problem.outputs[output])
         if self.problem.layout == "sparse":
             return pulled.reshape(-1)
@@ -62,7 +62,7 @@ class Places:
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 
     def reached(self, pulled: Tensor, position: int, projection: Projection) -> Tensor:
-        """What a projection's VJP gave where the projection lives, one row a sample."""
+        """Return what a projection's VJP gave where the projection lives, one row per sample."""
         alone = projection.samples is not None and self.blockwise(position)
         own = pulled[list(projection.samples or ())] if alone else pulled
         return own.reshape(len(own) if self.per_row(position) else 1, -1)

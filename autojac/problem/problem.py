@@ -128,23 +128,23 @@ class Problem:
         return jacobian_shape(self.layout, self.batch, self.outputs[output], self.leaves[position])
 
     def rows(self, output: int) -> tuple[int, int]:
-        """Where an output's features lie among all of a sample's, as (start, stop)."""
+        """Return where an output's features lie among all of a sample's, as (start, stop)."""
         start = sum(map(seeds.size, self.outputs[:output]))
         return start, start + seeds.size(self.outputs[output])
 
     def columns(self, position: int) -> tuple[int, int]:
-        """Where a differentiated leaf's features lie among all of a sample's, as (start, stop)."""
+        """Return where a differentiated leaf's features lie among all of a sample's, as (start, stop)."""
         before = (seeds.size(self.leaves[other].event_shape) for other in self.inputs if other < position)
         start = sum(before)
         return start, start + seeds.size(self.leaves[position].event_shape)
 
     def patterns(self, output: int, position: int) -> tuple[Pattern, Pattern]:
-        """The sample graph, and the pattern inside a sample, of one Jacobian."""
+        """Return the sample graph, and the pattern inside a sample, of one Jacobian."""
         samples = sample_graph(self.structure, self.batch, shared=not self.leaves[position].batched)
         return samples, feature_pattern(self.structure.sparsity, self.rows(output), self.columns(position))
 
     def entries(self, output: int, position: int) -> Entries:
-        """The entries of one Jacobian in layout `sparse`."""
+        """Return the entries of one Jacobian in layout `sparse`."""
         key = (output, position)
         if key not in self._entries:
             held = self.held and self.held.get(key)
@@ -173,7 +173,7 @@ class Problem:
         return max(self.pass_bytes, self.item_bytes * self.batch * (self.out_size + self.in_size))
 
     def resized(self, batch: int) -> Problem:
-        """The same problem for another number of samples."""
+        """Return the same problem for another number of samples."""
         leaves = tuple(
             dataclasses.replace(leaf, shape=(batch, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves
         )
@@ -182,7 +182,7 @@ class Problem:
 
 
 def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Bound, tuple[Tensor, ...]]:
-    """The function of the differentiated leaves alone, and those leaves."""
+    """Return the function of the differentiated leaves alone, and those leaves."""
     positions, held = problem.inputs, list(leaves)
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ def recorded(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, An
 
 
 def empty_rows(problem: Problem, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-    """The Jacobians of a problem without elements."""
+    """Return the Jacobians of a problem without elements."""
     return tuple(
         tuple(leaves[position].new_zeros(problem.jacobian_shape(output, position)) for position in problem.inputs)
         for output in range(len(problem.outputs))

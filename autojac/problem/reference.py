@@ -86,7 +86,7 @@ class Reference:
             self.says = extent.every or parts.says()
 
     def check(self, result: Result) -> str | None:
-        """Why a result is wrong, as a sentence; None if it agrees with everything checked."""
+        """Return why a result is wrong, as a sentence; None if it agrees with everything checked."""
         with outside_autocast():
             wrong = self._compare(result)
             if wrong is not None and not self.calibrated:
@@ -112,7 +112,7 @@ class Reference:
                 self.slack[output] = max(self.slack[output], relative)
 
     def check_gradient(self, result: Result) -> str | None:
-        """Why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
+        """Return why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'.
 
         Args:
             result: a result computed with grad mode on.
@@ -121,7 +121,7 @@ class Reference:
             return self.gradient.check(result)
 
     def _sources(self, leaves: Sequence[Tensor]) -> list[list[Tensor]]:
-        """What a loss on J trains; a leaf and the original that it stands for are trained together."""
+        """Return what a loss on J trains; a leaf and the original that it stands for are trained together."""
         pairs = (
             zip(self.problem.inputs, self.pullback.inputs, strict=True) if self.problem.originals is not None else ()
         )
@@ -132,7 +132,7 @@ class Reference:
         return [*together, *([tensor] for tensor in self.trained if id(tensor) not in known)]
 
     def check_shapes(self, result: Result) -> str | None:
-        """Why a result can't be right whatever its numbers: shapes, dtypes and the values."""
+        """Return why a result can't be right whatever its numbers: shapes, dtypes and the values."""
         planned = [(self.problem.batch, *event) for event in self.problem.outputs]
         for expected, shape in zip(self.values, planned, strict=False):
             if tuple(expected.shape) != shape:
@@ -216,7 +216,7 @@ class Reference:
         return True
 
     def _slack(self, output: int, pulled: Tensor) -> float:
-        """The factor on the tolerance of what was pulled, which is no more precise than the output was."""
+        """Return the factor on the tolerance of what was pulled, which is no more precise than the output was."""
         return self.slack[output] * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)
 
 

@@ -61,7 +61,7 @@ class GradientReference:
         return wrong
 
     def _differentiate(self) -> TrainedRows | None:
-        """The gradient through the rows compared; None where there is none that can be asked for."""
+        """Return the gradient through the rows compared; None where there is none that can be asked for."""
         where, rows, weights = [], [], []
         for output, row, pulled in self.parts.rows:
             for position, one in enumerate(pulled):
@@ -121,7 +121,7 @@ class TrainedRows:
     slacks: Sequence[float] = ()
 
     def pull(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient through some rows in the places of these."""
+        """Return the gradient through some rows in the places of these."""
         pairs = zip(rows, weights, strict=True)
         total = torch.stack([(row.reshape(1, -1) * weight).sum() for row, weight in pairs]).sum()
         return _gradients(total, self.sources)

@@ -37,7 +37,7 @@ def emit(
     copied: Sequence[int] = (),
     below: bool = False,
 ) -> Run:
-    """The function that computes some nodes of a graph from others.
+    """Return the function that computes some nodes of a graph from others.
 
     Args:
         inputs: what the function takes, in this order.
@@ -131,7 +131,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def callable_of(target: Any) -> Any:
-    """What to call for an operator: without Python between, where torch offers that."""
+    """Return what to call for an operator: without Python between, where torch offers that."""
     if not isinstance(target, OpOverload):
         return target
     name = target._schema.name.removeprefix("aten::")

@@ -28,7 +28,7 @@ USUAL = {"darwin": "clang++", "win32": "cl"}
 
 
 def missing(device: str) -> str | None:
-    """What torch's compiler lacks on this machine, as a sentence; None if it has what it needs.
+    """Return what torch's compiler lacks on this machine, as a sentence; None if it has what it needs.
 
     Without a C++ compiler it would spend 13 s on finding out, in every process.
     """

@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 
 def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
-    """The part of a graph that can be kept; None if there is none.
+    """Return the part of a graph that can be kept; None if there is none.
 
     Args:
         graph: what is run in each call.
@@ -110,7 +110,7 @@ def _leads(node: fx.Node, ends: Sequence[fx.Node]) -> bool:
 
 
 def _pays(captured: Sequence[fx.Node], views: Sequence[fx.Node], results: Sequence[fx.Node]) -> bool:
-    """Whether computing takes longer than looking whether that is needed."""
+    """Check whether computing takes longer than finding out whether that is needed."""
     tensors = [node.meta["value"].detach() for node in captured]
     compute = emit(captured, list(results[-1:]), [*views, *results], below=True)
     sources = [t for t, node in zip(tensors, captured, strict=True) if _leads(node, results)]
@@ -147,7 +147,7 @@ class HoistedValues:
         self._state = self._made()
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The captured tensors, and what is kept: all that the rest of the program reads beside its arguments."""
+        """Return the captured tensors and what is kept: all that the rest of the program reads besides arguments."""
         kept, memory, copies = self._state
         if list(map(_address, self.shown)) != memory or (copies and not all(map(_same, copies, self.sources))):
             self._state = kept, _, _ = self._made()

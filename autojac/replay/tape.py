@@ -120,7 +120,7 @@ class Tape(Watching):
         self._enter(tensor, "given")
 
     def node(self, tensor: Tensor) -> fx.Node:
-        """The node of a tensor; one that no operator has made enters the graph as something that was there before."""
+        """Return the node of a tensor; one that no operator has made enters the graph as there from the start."""
         known = self._nodes.get(id(tensor))
         self._require_home(tensor)
         if known is None and id(tensor) in self._captured:
@@ -140,7 +140,7 @@ class Tape(Watching):
             self._require_home(tensor)
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether the tensor was given or has been met."""
+        """Check whether the tensor was given or has been met."""
         return id(tensor) in self._nodes
 
     def _look(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
@@ -163,7 +163,7 @@ class Tape(Watching):
         return not self.reason
 
     def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
-        """Whether a tensor is the same in every run: made of literals and numbers alone."""
+        """Check whether a tensor is the same in every run: made of literals and numbers alone."""
         if node.meta["role"] != "operator":
             return bool(node.meta["role"] == "literal")
         if node in seen:
@@ -239,7 +239,7 @@ class Tape(Watching):
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; 0 for those without memory to speak of."""
+    """Return what tensors that share memory have in common; 0 for those without memory to speak of."""
     if tensor.layout != torch.strided or tensor._is_zerotensor():
         return 0
     identity: int = tensor.untyped_storage()._cdata

@@ -148,7 +148,7 @@ class Sharing:
         yield from zip((lone[n] for n in reached), pulls.one(0, felt), strict=True)
 
     def _each(self, run: Callable[[int, Tensor], Sequence[Tensor]], which: int, coordinates: Tensor) -> list[Tensor]:
-        """What `run` makes of all seeds, a chunk at a time."""
+        """Return what `run` makes of all seeds, a chunk at a time."""
         parts = [run(which, coordinates[a:b]) for a, b in seeds.spans(len(coordinates), self.step)]
         return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 

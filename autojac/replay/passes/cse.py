@@ -57,7 +57,7 @@ def _key(value: Any) -> Any:
 
 
 def _content(value: Tensor) -> Any:
-    """What a constant is, bit by bit; None for large ones."""
+    """Return what a constant is, bit by bit; None for large ones."""
     lean = narrowed(value)
     if lean.numel() > MOST_ENTRIES // 100 or lean.is_conj() or lean.is_neg():
         return None

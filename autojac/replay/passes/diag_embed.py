@@ -64,7 +64,7 @@ def _diagonal(editor: Editor, node: fx.Node, vector: fx.Node, row: int, column: 
 
 
 def _identity(seed: Tensor, vector: Tensor, whole: Tensor) -> tuple[int, int] | None:
-    """The two axes that a seed is the identity of; the vector has no entries of its own along the first."""
+    """Return the two axes that a seed is the identity of; the vector has no entries of its own along the first."""
     wide = seed.expand(whole.shape)
     lean = narrowed(wide)
     if not 0 < lean.numel() <= MOST_ENTRIES:

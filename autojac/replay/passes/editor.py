@@ -50,7 +50,7 @@ class Editor:
         self.stale: list[fx.Node] = []
 
     def free(self, node: fx.Node) -> bool:
-        """Whether a node is one tensor from an aten operator that may be merged, moved and left out."""
+        """Check whether a node is one tensor from an aten operator that may be merged, moved and left out."""
         if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not has_entries(node):
             return False
         return is_known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
@@ -61,7 +61,7 @@ class Editor:
         return None if value is None else self._made(at, target, args, kwargs, value)
 
     def shaped(self, at: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node | None:
-        """The entries of a node in another shape, by a view if its layout permits one."""
+        """Return the entries of a node in another shape, by a view if its layout permits one."""
         if list(source.meta["value"].shape) == list(shape):
             return source
         return self.make(at, aten.view.default, source, list(shape)) or self.make(
@@ -197,7 +197,7 @@ class Editor:
         return self._made(node, target, args, kwargs, value)
 
     def _alike(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
-        """Whether each part of an operator with several results keeps its layout, in memory of its own."""
+        """Check whether each part of an operator with several results keeps its layout, in memory of its own."""
         parts = _run(node.target, args, kwargs)
         if not isinstance(parts, (tuple, list)):
             return False
@@ -247,7 +247,7 @@ def sweep(graph: fx.Graph, rule: Rule, targets: Container[Any] | None = None) ->
 
 
 def source(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """What a node is a view of."""
+    """Return what a node is a view of."""
     if not editor.free(node):
         return None
     origin = node.args[0] if node.args else None
@@ -259,7 +259,7 @@ def source(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def chain(editor: Editor, node: fx.Node) -> list[fx.Node]:
-    """What a node is a view of, and so on, the last one first; nothing where entries can't be told by their places."""
+    """Return what a node is a view of, and so on, the last first; nothing where places do not tell entries apart."""
     found: list[fx.Node] = []
     at: fx.Node | None = node
     while at is not None and len(found) < LONGEST_CHAIN:

@@ -82,7 +82,7 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
 
 
 def _rows(seed: Tensor) -> Rows | None:
-    """Which rows of a factor a product with a seed is; None if it is not as simple as that."""
+    """Return which rows of a factor a product with a seed is; None if it is not as simple as that."""
     lean = narrowed(seed)
     if not 0 < lean.numel() <= MOST_ENTRIES:
         return None

@@ -9,7 +9,7 @@ EXTERNAL = ("given", "captured")
 
 
 def written(graph: fx.Graph) -> dict[int, int]:
-    """The storages that some operator writes into, with the order of the last write."""
+    """Return the storages that some operator writes into, with the order of the last write."""
     last: dict[int, int] = {}
     for node in graph.nodes:
         for storage in node.meta.get("writes", ()):
@@ -18,7 +18,7 @@ def written(graph: fx.Graph) -> dict[int, int]:
 
 
 def touched(node: fx.Node) -> set[int]:
-    """The storages that a node reads or makes."""
+    """Return the storages that a node reads or makes."""
     return {int(n.meta.get("storage") or 0) for n in (node, *node.all_input_nodes)} - {0}
 
 

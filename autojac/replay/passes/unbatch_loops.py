@@ -38,12 +38,12 @@ def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _tall(argument: Any, node: fx.Node) -> bool:
-    """Whether an argument of all parts has so many axes that it is not one for each of them."""
+    """Check whether an argument of all parts has so many axes that it is not one for each of them."""
     return isinstance(argument, fx.Node) and argument.meta["value"].dim() >= node.meta["value"].dim()
 
 
 def _whole(editor: Editor, parts: tuple[Any, ...]) -> fx.Node | None:
-    """What the parts are all entries of, along its first axis and in their order."""
+    """Return what the parts are all entries of, along its first axis and in their order."""
     if not all(isinstance(part, fx.Node) and part.target is aten.select.int and editor.free(part) for part in parts):
         return None
     whole = parts[0].args[0]

@@ -43,7 +43,7 @@ def zero_tangents(graph: fx.Graph) -> None:
 
 
 def _nothing(node: fx.Node, made_up: set[fx.Node]) -> bool:
-    """Whether each term of a product has a factor that is not there."""
+    """Check whether each term of a product has a factor that is not there."""
     if node.target is aten.convolution.default:
         return bool(made_up.intersection(node.args[:2])) and (node.args[2] is None or node.args[2] in made_up)
     product = facts(node).factors is not None and not facts(node).addend

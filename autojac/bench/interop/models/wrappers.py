@@ -1,4 +1,4 @@
-"""Cases of tensordict and of decorators that check types: jaxtyping with beartype, torchtyping with typeguard."""
+"""Cases of what wraps tensors and functions: tensordict, and decorators that check types (jaxtyping, torchtyping)."""
 
 # annotations must be values here, for the checkers read them when a function is defined
 # ruff: noqa: F722, F821

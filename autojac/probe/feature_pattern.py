@@ -166,7 +166,7 @@ def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy
     given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
     try:
-        flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying=varying)
+        flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying_constants=varying)
     except TooLarge as error:
         return None, False, f"too much to go through: {error}"
     events = [(1, *graph.shapes[number][1:]) for number in graph.outputs]

@@ -142,12 +142,12 @@ def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
         for position, leaf in enumerate(point.leaves)
     ]
     try:
-        flow = propagate(graph, point.leaves, columns, point.batch, by_value=True)
+        flow = propagate(graph, point.leaves, columns, point.batch, follow_values=True)
     except TooLarge as error:
         return _Found(None, f"too much to go through: {error}", final=False), graph.reads_data
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in flow.losses.items()]
-    if flow.wandering:
+    if flow.value_dependent:
         return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
     drawn, follows = _origins(graph, flow.selectors, point)
     if drawn:

@@ -37,10 +37,10 @@ def recorded(seed: int) -> tuple[Graph, Tensor] | None:
     return None if graph is None else (graph, x)
 
 
-def told(graph: Graph, x: Tensor, numbers: Tensor, by_value: bool = False) -> Tensor:
+def told(graph: Graph, x: Tensor, numbers: Tensor, follow_values: bool = False) -> Tensor:
     """The inputs behind each element of the output, (elements, inputs)."""
     count = int(numbers.max()) + 1
-    (sets,) = propagate(graph, [x], [numbers], count, by_value=by_value).outputs()
+    (sets,) = propagate(graph, [x], [numbers], count, follow_values=follow_values).outputs()
     return torch.from_numpy(sets.rows(graph.shapes[graph.outputs[0]]).toarray())
 
 
@@ -70,10 +70,10 @@ def test_samples_coordinates_and_both_hold_what_is_read(start: int) -> None:
             torch.arange(n).reshape(x[:1].shape),
         )
         both = torch.arange(batch * n).reshape(x.shape)
-        for by_value in (False, True):
-            pairs = told(graph, x, both, by_value).unflatten(1, (batch, n))
-            by_sample = told(graph, x, samples, by_value)
-            by_coordinate = told(graph, x, coordinates, by_value)
+        for follow_values in (False, True):
+            pairs = told(graph, x, both, follow_values).unflatten(1, (batch, n))
+            by_sample = told(graph, x, samples, follow_values)
+            by_coordinate = told(graph, x, coordinates, follow_values)
             for _ in range(2):
                 rows, found = read(graph, torch.randn_like(x))
                 found = found.unflatten(1, (batch, n))
@@ -89,7 +89,9 @@ def test_values_move_only_where_samples_say(start: int) -> None:
         if made is None:
             continue
         graph, x = made
-        flow = propagate(graph, [x], [torch.arange(len(x)).reshape(-1, *[1] * (x.dim() - 1))], len(x), by_value=True)
+        flow = propagate(
+            graph, [x], [torch.arange(len(x)).reshape(-1, *[1] * (x.dim() - 1))], len(x), follow_values=True
+        )
         matrix = flow.samples()
         assert matrix is not None
         samples = torch.from_numpy(matrix.toarray())
@@ -111,7 +113,7 @@ def test_where_it_makes_no_difference_sets_are_kept_once() -> None:
 
     x = torch.randn(50, 70)
     graph = graph_of(func, x)
-    by_sample = propagate(graph, [x], [torch.arange(50)[:, None]], 50, by_value=True)
+    by_sample = propagate(graph, [x], [torch.arange(50)[:, None]], 50, follow_values=True)
     assert {state.index.shape[1:] for state in by_sample.states.values() if isinstance(state, IndexSets)} == {(1,)}
     by_coordinate = propagate(graph, [x], [torch.arange(70)[None]], 70)
     assert {state.index.shape[0] for state in by_coordinate.states.values() if isinstance(state, IndexSets)} == {1}
@@ -169,7 +171,9 @@ def test_zeros_that_are_captured_cut_paths(name: str) -> None:
     found = told(graph_of(func, x), x, torch.arange(12).reshape(3, 4))
     assert torch.equal(found, torch.diag(kept.reshape(-1) != 0))
     # but 0 times infinity is a value
-    assert torch.equal(told(graph_of(func, x), x, torch.arange(12).reshape(3, 4), by_value=True), torch.eye(12) > 0)
+    assert torch.equal(
+        told(graph_of(func, x), x, torch.arange(12).reshape(3, 4), follow_values=True), torch.eye(12) > 0
+    )
 
 
 ANYWHERE: dict[str, tuple[Func, Tensor]] = {

@@ -220,12 +220,12 @@ def _truly_at(function: Function, x: Tensor) -> Tensor:
     return torch.stack(rows) != 0
 
 
-def told(graph: Graph, shape: tuple[int, ...], by_value: bool = False) -> Tensor:
+def told(graph: Graph, shape: tuple[int, ...], follow_values: bool = False) -> Tensor:
     """Where the graph's output may depend on its argument, (outputs, inputs)."""
     count = int(torch.tensor(shape).prod())
     numbers = torch.arange(count).reshape(shape)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    (sets,) = propagate(graph, [x], [numbers], count, by_value=by_value).outputs()
+    (sets,) = propagate(graph, [x], [numbers], count, follow_values=follow_values).outputs()
     return torch.from_numpy(sets.rows(graph.shapes[graph.outputs[0]]).toarray())
 
 
@@ -267,7 +267,7 @@ def test_dependence_holds_every_entry_of_the_jacobian(name: str) -> None:
     missed = truly(function, shape) & ~told(graph, shape)
     assert not bool(missed.any())
     # what has a derivative has a value
-    assert not bool((truly(function, shape) & ~told(graph, shape, by_value=True)).any())
+    assert not bool((truly(function, shape) & ~told(graph, shape, follow_values=True)).any())
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
@@ -290,7 +290,7 @@ def test_the_batch_is_where_the_rules_say(name: str) -> None:
             assert not bool((reads & (owner[:, None] != torch.arange(batch))).any()), (axis, state)
         if out and out[0] == batch:
             own = torch.arange(batch).reshape(batch, *[1] * (x.dim() - 1))
-            samples = propagate(graph, [x], [own], batch, by_value=True).samples()
+            samples = propagate(graph, [x], [own], batch, follow_values=True).samples()
             assert samples is not None
             missed = reads.reshape(batch, -1, batch).any(1) & ~torch.from_numpy(samples.toarray())
             assert not bool(missed.any()), axis

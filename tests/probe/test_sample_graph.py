@@ -454,7 +454,7 @@ def test_what_is_followed_contains_what_any_point_shows(program: tuple[Func, int
     recording = record(lambda leaves, kwargs: (func(leaves[0]),), [x], {}, [0])
     assert recording.graph is not None
     own = torch.arange(batch)[:, None]
-    samples = propagate(recording.graph, [x], [own], batch, by_value=True).samples()
+    samples = propagate(recording.graph, [x], [own], batch, follow_values=True).samples()
     assert samples is not None
     for scale in (0.0, 0.3, 1.0):
         assert not (truth(func, x + scale * torch.randn_like(x)) & ~samples.toarray()).any()

@@ -26,10 +26,10 @@ class Unknown:
     """A tensor that may have another value in the next call, and no derivative with respect to the inputs.
 
     Attributes:
-        alive: where it may be other than zero; None for everywhere.
+        nonzero: where it may be other than zero; None for everywhere.
     """
 
-    alive: Tensor | None = None
+    nonzero: Tensor | None = None
 
 
 State = Constant | Unknown | IndexSets
@@ -44,12 +44,12 @@ class DependenceContext(BoundOperation):
         states: of the tensors.
         constant: gives the value of a tensor with the state `Constant`.
         algebra: unites sets.
-        by_value: inputs stand behind a tensor if its value depends on theirs, whether or not it has a derivative.
+        follow_values: inputs stand behind a tensor if its value depends on theirs, whether or not it has a derivative.
 
     Attributes:
         facts: what the table of operators says of this one.
         selectors: tensors whose values decided what is read.
-        wandering: what is read depends on the values of inputs.
+        value_dependent: what is read depends on the values of inputs.
         lost: sets were united along axes for lack of a rule that tells them apart.
     """
 
@@ -60,16 +60,16 @@ class DependenceContext(BoundOperation):
         states: Mapping[int, State],
         constant: Callable[[int], Tensor],
         algebra: SetAlgebra,
-        by_value: bool,
+        follow_values: bool,
     ) -> None:
         super().__init__(graph, operation)
         self.states = states
         self.constant = constant
         self.algebra = algebra
-        self.by_value = by_value
+        self.follow_values = follow_values
         self.facts = facts_of(operation.target)
         self.selectors: set[int] = set()
-        self.wandering = False
+        self.value_dependent = False
         self.lost = False
 
     def state(self, value: Any) -> State | None:
@@ -91,7 +91,7 @@ class DependenceContext(BoundOperation):
     def select(self, value: Any) -> bool:
         """Check whether an argument that says which entries are read is known; its tensors are noted if it is."""
         numbers = list(references(value))
-        self.wandering |= any(isinstance(self.states[number], IndexSets) for number in numbers)
+        self.value_dependent |= any(isinstance(self.states[number], IndexSets) for number in numbers)
         known = all(isinstance(self.states[number], Constant) for number in numbers)
         self.selectors.update(numbers if known else ())
         return known
@@ -102,19 +102,19 @@ class DependenceContext(BoundOperation):
             return self.constant(value.number).cpu()
         return [self.value(part) for part in value] if isinstance(value, (tuple, list)) else value
 
-    def alive(self, value: Value) -> Tensor | None:
+    def nonzero(self, value: Value) -> Tensor | None:
         """Return where a constant may be other than zero; None where that is everywhere, or not known."""
         state = self.states[value.number]
         if isinstance(state, Unknown):
-            return state.alive
-        if self.by_value or not isinstance(state, Constant):
+            return state.nonzero
+        if self.follow_values or not isinstance(state, Constant):
             return None
         tensor = self.constant(value.number)
         if tensor.layout != torch.strided:
             return None
-        alive = (tensor != 0).cpu()
+        nonzero = (tensor != 0).cpu()
         # one that is zero throughout waits to be filled
-        return None if bool(alive.all()) or not bool(alive.any()) else alive
+        return None if bool(nonzero.all()) or not bool(nonzero.any()) else nonzero
 
     def mixed(self, source: IndexSets, axes: Sequence[int]) -> IndexSets:
         """Unite sets along some axes, since each result reads its whole line along these."""
@@ -132,7 +132,7 @@ class DependenceContext(BoundOperation):
         self.lost = True
         return total
 
-    def kept(self, value: Value, axis: int) -> list[int | None]:
+    def kept_axis(self, value: Value, axis: int) -> list[int | None]:
         """For each output the axis whose slice j reads slice j of an argument's axis, and no other."""
         addend = self.arguments.get(self.facts.addend)
         if value == addend and self.operation.sources.count(value.number) == 1 < len(self.operation.sources):

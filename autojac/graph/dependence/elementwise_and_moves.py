@@ -24,7 +24,7 @@ WORTH_NARROWING = 1000
 def without_inputs(context: DependenceContext) -> Unknown:
     """No input stands behind what is read; a product, or what only moves elements, is zero wherever that is."""
     facts, sources = context.facts, context.operation.sources
-    masks = [found for number in sources if (found := context.alive(Value(number))) is not None]
+    masks = [found for number in sources if (found := context.nonzero(Value(number))) is not None]
     if not facts.keeps_zeros or not masks:
         return Unknown()
     if facts.factors:
@@ -49,9 +49,9 @@ def pointwise(context: DependenceContext) -> Result:
     assert total is not None
     # a product has no derivative where a captured factor is zero
     for number in context.operation.sources if context.facts.factors else ():
-        alive = context.alive(Value(number))
-        if alive is not None:
-            total = IndexSets(total.matrix, torch.where(alive, total.index, 0))
+        nonzero = context.nonzero(Value(number))
+        if nonzero is not None:
+            total = IndexSets(total.matrix, torch.where(nonzero, total.index, 0))
     return total
 
 
@@ -106,7 +106,7 @@ def _narrowed(context: DependenceContext, given: Mapping[int, Tensor]) -> set[in
         sizes = {shape[axis] for shape in shapes}
         if len(sizes) != 1 or sizes == {1} or any(index.shape[axis] > 1 for index in given.values()):
             continue
-        places = {place for number in sources for place in context.kept(Value(number), axis)}
+        places = {place for number in sources for place in context.kept_axis(Value(number), axis)}
         alike = context.facts.axes is not Axes.INDEXED or all(is_uniform(context, n, axis) for n in chosen)
         if len(places) == 1 and None not in places and alike:
             found.add(axis)
@@ -156,9 +156,11 @@ def placing(context: DependenceContext) -> Result:
         return None
     # counted from the end, where the axes of both tensors agree
     dims = len(out)
-    told = {axis - state.index.dim() for state in (own, other) if isinstance(state, IndexSets) for axis in state.axes}
-    pick, alone = _picker(context, told)
-    wide = [1 if axis - dims in alone - told else size for axis, size in enumerate(out)]
+    varying = {
+        axis - state.index.dim() for state in (own, other) if isinstance(state, IndexSets) for axis in state.axes
+    }
+    pick, alone = _picker(context, varying)
+    wide = [1 if axis - dims in alone - varying else size for axis, size in enumerate(out)]
     places = torch.arange(math.prod(wide)).reshape(wide)
     picked = pick(places)
     total: IndexSets | None = None
@@ -177,7 +179,7 @@ def placing(context: DependenceContext) -> Result:
     return total
 
 
-def _picker(context: DependenceContext, told: Collection[int]) -> tuple[Callable[[Tensor], Tensor], set[int]]:
+def _picker(context: DependenceContext, varying: Collection[int]) -> tuple[Callable[[Tensor], Tensor], set[int]]:
     """Return what picks the places that a source goes to, and the axes, from the end, that it leaves alone."""
     dims = len(context.out)
     if "indices" in context.facts.selectors:
@@ -190,7 +192,7 @@ def _picker(context: DependenceContext, told: Collection[int]) -> tuple[Callable
     if context.facts.axes is not Axes.INDEXED:
         return lambda places: places.index_select(axis, index), alone
     alone = {other for other in alone if is_uniform(context, context["index"].number, other)}
-    for other in alone - set(told):
+    for other in alone - set(varying):
         index = index.narrow(other, 0, 1)
     return lambda places: places.gather(axis, index), alone
 

@@ -132,8 +132,9 @@ class SetAlgebra:
         width = other.matrix.shape[0]
         self.spend(math.prod(torch.broadcast_shapes(left.shape, right.shape)))
         codes = left * width + right
-        apart = [part.numel() for part in (left, right) if _are_distinct(part)]
-        if len(apart) == 2 or codes.numel() in apart:
+        distinct = [part.numel() for part in (left, right) if _are_distinct(part)]
+        # no pair is there twice, so none has to be looked for
+        if len(distinct) == 2 or codes.numel() in distinct:
             pairs, index = codes.reshape(-1), torch.arange(codes.numel()).reshape(codes.shape)
         else:
             pairs, index = torch.unique(codes, return_inverse=True)

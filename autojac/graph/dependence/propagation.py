@@ -70,7 +70,7 @@ class DependenceFlow:
         followed: positions of the operators that change which inputs stand behind elements.
         losses: for operators along whose axes sets were united for lack of better, by position: the operator's name.
         selectors: constants whose values decided what is read.
-        wandering: what is read depends on the values of inputs.
+        value_dependent: what is read depends on the values of inputs.
     """
 
     graph: Graph
@@ -79,7 +79,7 @@ class DependenceFlow:
     followed: list[int] = field(default_factory=list)
     losses: dict[int, str] = field(default_factory=dict)
     selectors: set[int] = field(default_factory=set)
-    wandering: bool = False
+    value_dependent: bool = False
 
     def outputs(self) -> list[IndexSets]:
         """Return the sets behind the elements of each output."""
@@ -112,8 +112,8 @@ def propagate(
     columns: Sequence[Tensor | None],
     count: int,
     *,
-    by_value: bool = False,
-    varying: Collection[int] = (),
+    follow_values: bool = False,
+    varying_constants: Collection[int] = (),
 ) -> DependenceFlow:
     """Follow inputs from the arguments of a call through its graph.
 
@@ -123,25 +123,25 @@ def propagate(
         columns: for each leaf the number of the input that each of its elements is, int64, broadcast to the leaf's
             shape; None for those that are no inputs.
         count: number of inputs.
-        by_value: inputs stand behind an element if its value depends on theirs, at any point where all other tensors
-            are what they are here. By default they do if it may have a derivative for them: at every point that has
-            this graph, where captured tensors that are no parameters have their zeros, and their integers, where they
-            have them here.
-        varying: numbers of constants that another call may have other values of.
+        follow_values: inputs stand behind an element if its value depends on theirs, at any point where all other
+            tensors are what they are here. By default they do if it may have a derivative with respect to them, at any
+            point that has this graph and where captured tensors that are no parameters have their zeros and their
+            integers where they have them here.
+        varying_constants: numbers of constants that another call may have other values of.
 
     Raises:
         TooLarge: if there is too much to go through.
     """
     matrix = singles(count)
     states: dict[int, State] = {
-        number: (Constant() if by_value else Unknown())
+        number: (Constant() if follow_values else Unknown())
         if column is None
         else IndexSets(matrix, compressed(column.cpu()) + 1)
         for number, column in zip(graph.inputs, columns, strict=True)
     }
     for number, tensor in graph.constants.items():
-        learned = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or number in varying
-        states[number] = Unknown() if learned and not by_value else Constant()
+        learned = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or number in varying_constants
+        states[number] = Unknown() if learned and not follow_values else Constant()
     flow = DependenceFlow(graph, states, count)
     values: dict[int, Tensor] = dict(zip(graph.inputs, leaves, strict=True))
 
@@ -150,10 +150,10 @@ def propagate(
             (values[number],) = graph.run((number,), values)
         return values[number].detach()
 
-    algebra = SetAlgebra(MOST_SAMPLE_WORK if by_value else MOST_WORK)
+    algebra = SetAlgebra(MOST_SAMPLE_WORK if follow_values else MOST_WORK)
     with torch.no_grad():
         for place, operation in enumerate(graph.operations):
-            context = DependenceContext(graph, operation, states, constant, algebra, by_value)
+            context = DependenceContext(graph, operation, states, constant, algebra, follow_values)
             states.update(zip(context.outputs, _results(context), strict=True))
             _note(flow, place, context)
     return flow
@@ -165,7 +165,7 @@ def _note(flow: DependenceFlow, place: int, context: DependenceContext) -> None:
     read = [state for _, state in context.sets()]
     if context.lost:
         flow.losses[place] = context.operation.name
-        flow.wandering |= context.wandering or context.facts.by_value
+        flow.value_dependent |= context.value_dependent or context.facts.by_value
     elif context.facts.kind is not Kind.VIEW and any(
         isinstance(state := flow.states[number], IndexSets) and not any(_alike(state, one) for one in read)
         for number in context.outputs
@@ -185,11 +185,11 @@ def _results(context: DependenceContext) -> Sequence[State]:
         return [Constant()] * count
     if not any(isinstance(context.states[number], IndexSets) for number in context.operation.sources):
         return _without_inputs(context)
-    if not context.by_value and (context.operation.held or not facts.has_derivative):
+    if not context.follow_values and (context.operation.held or not facts.has_derivative):
         return [Unknown()] * count
     try:
-        # samples are told apart along few axes: where an operator leaves these alone, the others may stay whole
-        whole = context.by_value and facts.kind not in (Kind.POINTWISE, Kind.VIEW) and leaves_alone(context)
+        # sets of samples differ along few axes: where an operator leaves these alone, the others need not be looked at
+        whole = context.follow_values and facts.kind not in (Kind.POINTWISE, Kind.VIEW) and leaves_alone(context)
         made = None if whole else RULES.get(facts.kind, keeping_axes)(context)
         made = keeping_axes(context) if made is None else made
         each = [made] * count if isinstance(made, IndexSets) else made
@@ -204,7 +204,7 @@ def _without_inputs(context: DependenceContext) -> Sequence[State]:
     """Return what is known of the results of an operator that no input stands behind."""
     count = len(context.outputs)
     known = all(isinstance(context.states[number], Constant) for number in context.operation.sources)
-    if known and (context.by_value or not traits(context.operation.target)[2]):
+    if known and (context.follow_values or not traits(context.operation.target)[2]):
         return [Constant()] * count
     try:
         return [without_inputs(context)] * count
@@ -215,7 +215,7 @@ def _without_inputs(context: DependenceContext) -> Sequence[State]:
 def _fitting(context: DependenceContext, sets: IndexSets, number: int) -> State:
     """Return the state of a result: integers have no derivative, and axes that sets lack in front have length 1."""
     dtype, shape = context.graph.dtypes[number], context.graph.shapes[number]
-    if not (context.by_value or dtype.is_floating_point or dtype.is_complex):
+    if not (context.follow_values or dtype.is_floating_point or dtype.is_complex):
         return Unknown()
     index = sets.index.reshape((1,) * (len(shape) - sets.index.dim()) + sets.index.shape)
     if any(one not in (1, size) for one, size in zip(index.shape, shape, strict=True)):

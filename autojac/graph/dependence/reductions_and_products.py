@@ -30,7 +30,7 @@ def keeping_axes(context: DependenceContext) -> list[IndexSets]:
     """Axes that the rules of the batch axis keep stay; along all others each result reads everything."""
     totals: list[IndexSets | None] = [None] * len(context.outputs)
     for value, state in context.sets():
-        places = {axis: context.kept(value, axis) for axis in state.axes}
+        places = {axis: context.kept_axis(value, axis) for axis in state.axes}
         for output, number in enumerate(context.outputs):
             kept = {axis: place for axis in places if (place := places[axis][output]) is not None}
             mixed = context.mixed(state, [axis for axis in places if axis not in kept])
@@ -46,7 +46,7 @@ def keeping_axes(context: DependenceContext) -> list[IndexSets]:
 
 def leaves_alone(context: DependenceContext) -> bool:
     """Check whether an operator keeps all axes along which sets differ."""
-    return all(None not in context.kept(value, axis) for value, state in context.sets() for axis in state.axes)
+    return all(None not in context.kept_axis(value, axis) for value, state in context.sets() for axis in state.axes)
 
 
 def mixing(context: DependenceContext) -> Result:
@@ -106,8 +106,8 @@ def normalization(context: DependenceContext, value: Value, state: IndexSets) ->
 
 def per_channel(index: Tensor, channels: int) -> Tensor:
     """Return the index of (N, groups * channels, *space) from that of (N, groups, 1, *space)."""
-    told = channels if index.shape[1] > 1 else 1
-    return index.expand(-1, -1, told, *index.shape[3:]).flatten(1, 2)
+    length = channels if index.shape[1] > 1 else 1
+    return index.expand(-1, -1, length, *index.shape[3:]).flatten(1, 2)
 
 
 def product(context: DependenceContext) -> Result:
@@ -131,8 +131,8 @@ def _factor(context: DependenceContext, state: IndexSets, other: Value, turned: 
     index = index.mT if turned else index
     size = (*shape, 1) if len(shape) == 1 else (*shape[:-2], *reversed(shape[-2:])) if turned else shape
     lines, (*stacks, depth, width) = index.shape[-2], size
-    # samples that are not told apart along what is summed over are the same whatever is zero
-    where = _entries(context, other) if index.shape[-1] > 1 or not context.by_value else None
+    # where sets are alike along what is summed over, zeros of samples make no difference
+    where = _entries(context, other) if index.shape[-1] > 1 or not context.follow_values else None
     if where is None or lines * where.shape[1] > MOST_PRODUCT:
         found = context.mixed(IndexSets(state.matrix, index), [index.dim() - 1])
     else:
@@ -156,10 +156,10 @@ def _entries(context: DependenceContext, value: Value) -> Tensor | None:
         if tensor.layout != torch.strided:
             context.select(value)
             entries = tensor.detach().to_sparse_coo().coalesce()
-            kept: Tensor = entries.indices() if context.by_value else entries.indices()[:, entries.values() != 0]
+            kept: Tensor = entries.indices() if context.follow_values else entries.indices()[:, entries.values() != 0]
             return kept.cpu()
-    alive = context.alive(value)
-    return None if alive is None else alive.nonzero().mT
+    nonzero = context.nonzero(value)
+    return None if nonzero is None else nonzero.nonzero().mT
 
 
 def distances(context: DependenceContext) -> Result:

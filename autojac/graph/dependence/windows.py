@@ -22,9 +22,9 @@ def convolution(context: DependenceContext, value: Value, state: IndexSets) -> R
         return None
     divided = (shape[0], groups, shape[1] // groups, *shape[2:])
     mixed = context.algebra.mixed(IndexSets(state.matrix, reshaped(state.index, shape, divided)), [2])
-    alive = context.alive(context["weight"])
+    nonzero = context.nonzero(context["weight"])
     # a kernel that is not zero throughout has a tap
-    taps = torch.ones(kernel, dtype=torch.bool) if alive is None else alive.flatten(0, 1).any(0)
+    taps = torch.ones(kernel, dtype=torch.bool) if nonzero is None else nonzero.flatten(0, 1).any(0)
     options = [_each(context[name], len(kernel)) for name in ("stride", "padding", "dilation")]
     made = _windowed(context, mixed, taps, options, context["transposed"])
     return IndexSets(made.matrix, per_channel(made.index, context.out[1] // groups))
@@ -71,13 +71,13 @@ def _windowed(
     """
     dims = taps.dim()
     out, sizes = context.out[-dims:], source.index.shape[-dims:]
-    told = [axis for axis in range(dims) if sizes[axis] > 1]
-    for axis in set(range(dims)) - set(told):
+    varying = [axis for axis in range(dims) if sizes[axis] > 1]
+    for axis in set(range(dims)) - set(varying):
         taps = taps.any(axis, keepdim=True)
     moved = []
     for tap in taps.nonzero().tolist():
         index = source.index
-        for axis in told:
+        for axis in varying:
             stride, padding, dilation = (option[axis] for option in options)
             start = tap[axis] * dilation - padding
             place = torch.arange(out[axis]) * (1 if transposed else stride) + (-start if transposed else start)

@@ -17,7 +17,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.guards.places import ABSENT, Bytes, Cells, Fields, Items, Members, Names, Pinned, Place, class_dict
+from autojac.guards.places import (
+    ABSENT,
+    Attributes,
+    Bytes,
+    Callables,
+    Cells,
+    Fields,
+    Items,
+    Members,
+    Names,
+    Pinned,
+    Place,
+    class_dict,
+)
 from autojac.guards.tensor_metadata import Metadata
 from autojac.torch_internals import dict_version
 
@@ -39,34 +52,40 @@ _BUILTINS: Final = {function.__name__: function for function in (all, any, len, 
 
 
 @functools.cache
-def change_counter() -> Callable[[dict[Any, Any]], int] | None:
-    """Return what counts the changes of a dict in C; None where torch has no such thing, or it misses changes."""
-    return dict_version if dict_version is not None and _sound(dict_version) else None
+def change_counter(of_instances: bool) -> Callable[[dict[Any, Any]], int] | None:
+    """Return what counts the changes of a dict in C; None where torch has no such thing, or it misses changes.
 
-
-def _sound(version: Callable[[Any], int]) -> bool:
-    """Check whether every store is counted, also by specialized bytecode.
-
-    Python 3.13.0 hides stores to attributes of an instance from watchers of its dict.
+    Args:
+        of_instances: whether the dict may be that of an instance, or else is of a class or a module: Python 3.13.0
+            hides stores to attributes from watchers of the dict, but of instances only.
     """
-    probe = _Probe()
-    held = vars(probe)
+    if dict_version is None:
+        return None
+    fresh = type("Probe", (), {})
+    probes = [fresh()] if of_instances else [fresh, types.ModuleType("probe")]
+    return dict_version if all(_sound(dict_version, probe) for probe in probes) else None
+
+
+def _sound(version: Callable[[Any], int], probe: Any) -> bool:
+    """Check whether every store to an attribute is counted for the dict that holds it, also by specialized bytecode."""
+    store = types.FunctionType(_store.__code__.replace(), {})  # not specialized for another kind of object
+    store(probe, 0)
+    held = class_dict(probe) if isinstance(probe, type) else vars(probe)
     for number in range(1000):
         before = version(held)
-        probe.stored = number + 1
+        store(probe, number + 1)
         stored = version(held)
         held["stored"] = -1
         written = version(held)
         del probe.stored
         if len({before, stored, written, version(held)}) < 4 or version(held) != version(held):
             return False
-        probe.stored = 0
+        store(probe, 0)
     return True
 
 
-class _Probe:
-    def __init__(self) -> None:
-        self.stored = 0
+def _store(probe: Any, value: int) -> None:
+    probe.stored = value
 
 
 def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
@@ -77,16 +96,19 @@ def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], meta
         places: the places.
         metadata: of the tensors in these places.
     """
-    version = change_counter()
-    dicts = [place.owner for place in places if isinstance(place, Items)] if version else []
-    versions = {id(owner): version(owner) for owner in dicts} if version else {}  # before reading: a race fails
+    versions: dict[int, int] = {}  # before reading: a race fails
+    for place in places:
+        if isinstance(place, Items):
+            version = change_counter(not isinstance(place, (Attributes, Callables)))
+            if version is not None:
+                versions[id(place.owner)] = version(place.owner)
     draft = _Draft()
     for place, keys, values in read():
         draft.place(place, keys, values, versions)
     if draft.empty:
         draft.terms.append(f"not any({draft.constant(tuple(draft.empty))})")
     if draft.dicts:
-        names = [draft.constant(part) for part in (version, draft.dicts, draft.versions)]
+        names = [draft.constant(part) for part in (dict_version, draft.dicts, draft.versions)]
         draft.terms.append("list(map({}, {})) == {}".format(*names))
     if metadata.tensors:
         draft.tensors(metadata)

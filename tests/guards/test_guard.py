@@ -46,7 +46,7 @@ NOTHING = Change("", {})
 def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs too where torch has nothing that counts the changes of a dict."""
     if request.param == "plain":
-        monkeypatch.setattr(compiled_check, "change_counter", lambda: None)
+        monkeypatch.setattr(compiled_check, "change_counter", lambda of_instances: None)
 
 
 def scaled(x: Tensor, power: int = 1, *, offset: float = 0.5) -> Tensor:
@@ -760,7 +760,13 @@ def test_a_count_of_changes_that_misses_some_is_not_used() -> None:
             seen.append(dict(kept))
         return len(seen)
 
-    assert not compiled_check._sound(misses_deletions)
-    assert not compiled_check._sound(lambda kept: 0)
-    if sys.version_info < (3, 13):
-        assert compiled_check._sound(torch._C._dynamo.guards.dict_version)
+    assert not compiled_check._sound(misses_deletions, types.SimpleNamespace())
+    assert not compiled_check._sound(lambda kept: 0, types.SimpleNamespace())
+
+
+def test_changes_of_classes_and_modules_are_counted_on_every_python() -> None:
+    for probe in (type("Probe", (), {}), types.ModuleType("probe")):
+        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, probe)
+    if sys.version_info < (3, 13):  # 3.13.0 hides those of instances
+        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, types.SimpleNamespace())
+        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, type("Probe", (), {})())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +69,13 @@ def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
         torch.testing.assert_close(
             torch.where(both, one, 0), torch.where(both, other, 0), rtol=rtol, atol=rtol * max(scale, 1e-12)
         )
+
+
+def in_threads(count: int, work: Callable[[], object]) -> None:
+    """Do some work in several threads at a time; raise what any of them raises."""
+    with ThreadPoolExecutor(count) as pool:
+        for done in [pool.submit(work) for _ in range(count)]:
+            done.result()
 
 
 class Counted:

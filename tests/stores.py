@@ -6,8 +6,8 @@ import os
 import signal
 import sqlite3
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.plan import Plan, Trial
 from autojac.core.structure import Structure
+from autojac.errors import StoreWarning
 from autojac.store import Key, PlanStore
 
 OP = Key.of({"function": "f"})
@@ -45,6 +46,17 @@ def execute(path: Path, statement: str, *values: Any) -> list[Any]:
     """What a statement returns from a database that is opened without the store."""
     with closing(sqlite3.connect(path)) as connection, connection:
         return connection.execute(statement, values).fetchall()
+
+
+@contextmanager
+def warned(*texts: str) -> Iterator[None]:
+    """Exactly these StoreWarnings, in this order, and no other warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [entry.category for entry in caught] == [StoreWarning] * len(texts), [str(entry.message) for entry in caught]
+    for entry, text in zip(caught, texts, strict=True):
+        assert text in str(entry.message)
 
 
 def forked(*works: Callable[[], object]) -> list[int]:

@@ -80,7 +80,7 @@ def examine(
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in call.leaves)
     batched, refusal = resolve_batched(call._replace(leaves=held), seen.values, roles)
-    compared, notice, flat = compare_modes(*call, SEED)
+    compared, notice, flat = compare_modes(call, SEED)
     cut = _without_derivative(call, seen.cut, flat)
     evidence = [seen.evidence, compared]
     analysis = None if analyze is None else analyze(batched)
@@ -118,7 +118,7 @@ def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[in
     flat = {output: mask for output, mask in flat.items() if output not in outputs}
     moving = moving_with(*call, flat) if flat else ()
     if moving:
-        flat = flat_elsewhere(*call, {output: flat[output] for output in moving}, SEED)
+        flat = flat_elsewhere(call, {output: flat[output] for output in moving}, SEED)
         moving = moving_with(*call, flat) if flat else ()
     return dict.fromkeys(outputs, True) | {output: bool(flat[output].all()) for output in moving}
 

@@ -27,6 +27,13 @@ class FlatCall(NamedTuple):
     differentiated: Sequence[int]
     sandbox: Sandbox
 
+    def of_differentiated(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Call the function with other tensors in the places of the differentiated leaves."""
+        merged = [leaf.detach() for leaf in self.leaves]
+        for position, tensor in zip(self.differentiated, tensors, strict=True):
+            merged[position] = tensor
+        return tuple(self.fn(merged, self.kwargs))
+
 
 @dataclass(frozen=True)
 class Roles:

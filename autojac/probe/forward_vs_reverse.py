@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from autojac.autodiff.primitives import push_dual_plainly
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balanced_noise, own_rounding, rounding_floor, tolerance
-from autojac.core.sandbox import Sandbox
+from autojac.probe.flat_call import FlatCall
 
 MARGIN = 10.0
 """What is a disagreement, in multiples of the tolerance: each mode rounds in its own order."""
@@ -29,16 +28,11 @@ SIDES = 0.1
 """A finite difference takes a side if it is this much nearer to one than to the other."""
 
 
-def compare_modes(
-    fn: Any, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], inputs: Sequence[int], sandbox: Sandbox, seed: int
-) -> tuple[str, str | None, dict[int, Tensor]]:
+def compare_modes(call: FlatCall, seed: int) -> tuple[str, str | None, dict[int, Tensor]]:
     """Compare uᵀJv by both modes, for a random u and v.
 
     Args:
-        fn: maps (leaves, kwargs) to a tuple of tensors.
-        leaves, kwargs: the point.
-        inputs: indices of the leaves to differentiate.
-        sandbox: how to evaluate without a trace.
+        call: the function and the point.
         seed: of u and v.
 
     Returns:
@@ -46,23 +40,17 @@ def compare_modes(
         each output that has any, a mask of the elements whose derivatives are exactly zero in both modes.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = [leaves[position].detach() for position in inputs]
+    points = [call.leaves[position].detach() for position in call.differentiated]
     directions = [noise(point, generator) for point in points]
 
-    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
-        merged = [leaf.detach() for leaf in leaves]
-        for position, tensor in zip(inputs, tensors, strict=True):
-            merged[position] = tensor
-        return tuple(fn(merged, kwargs))
-
     try:
-        values, pushed = _pushed(bound, points, directions, sandbox)
+        values, pushed = _pushed(call, points, directions)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
     cotangents = balanced_noise(values, generator)
     # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
-    with sandbox():
-        pullback = Pullback(bound, points, differentiable=False)
+    with call.sandbox():
+        pullback = Pullback(call.of_differentiated, points, differentiable=False)
         pulled = pullback.pull(pullback.recorded, cotangents)
         if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
             return "modes: not compared, something is not finite here", None, {}
@@ -77,24 +65,23 @@ def compare_modes(
             allowed *= max(factor for _, factor in own_rounding(pullback.pull, pullback.recorded, generator))
     if gap <= allowed:
         return "modes: forward and reverse mode agree along a random direction", None, flat
-    double = _gap_in_double(bound, points, directions, cotangents, sandbox)
+    double = _gap_in_double(call, points, directions, cotangents)
     rounded = (
         double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
     )
     if rounded:
         return "modes: forward and reverse mode differ by rounding alone", None, flat
-    compared = bound, points, directions, cotangents, sandbox
-    return *_disagreement(compared, forward, reverse), flat
+    difference, kind = _finite_difference(call, points, directions, cotangents)
+    return *_disagreement(difference, kind, forward, reverse), flat
 
 
-def _disagreement(compared: Any, forward: float, reverse: float) -> tuple[str, str | None]:
+def _disagreement(difference: float, kind: str, forward: float, reverse: float) -> tuple[str, str | None]:
     """Return evidence that the modes disagree, and a warning unless a finite difference confirms reverse mode.
 
     Args:
-        compared: the function, its inputs, their directions, the cotangents, and the sandbox.
-        forward, reverse: the derivative along the direction by either mode.
+        difference, kind: the derivative along a direction by a finite difference, and the dtype of that.
+        forward, reverse: the same by either mode.
     """
-    difference, kind = _finite_difference(*compared)
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
     clear = sides[nearer] < SIDES * sides[farther]
@@ -117,32 +104,21 @@ def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch
     return not any(bool(one.any()) for one in pullback(output, cotangent))
 
 
-def flat_elsewhere(
-    fn: Any,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    inputs: Sequence[int],
-    sandbox: Sandbox,
-    elements: Mapping[int, Tensor],
-    seed: int,
-) -> dict[int, Tensor]:
+def flat_elsewhere(call: FlatCall, elements: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
     """Return which of the elements have no derivative at a smaller point either: one that is saturated here has.
 
     Args:
-        fn, leaves, kwargs, inputs, sandbox, seed: as of `compare_modes`.
+        call, seed: as of `compare_modes`.
         elements: for each output of interest a mask of its shape. Outputs without any such element are left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = [SMALLER * (leaves[position].detach() + noise(leaves[position], generator)) for position in inputs]
-
-    def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
-        merged = [leaf.detach() for leaf in leaves]
-        for position, tensor in zip(inputs, tensors, strict=True):
-            merged[position] = tensor
-        return tuple(fn(merged, kwargs))
+    points = [
+        SMALLER * (call.leaves[position].detach() + noise(call.leaves[position], generator))
+        for position in call.differentiated
+    ]
 
     try:
-        _, pushed = _pushed(bound, points, [noise(point, generator) for point in points], sandbox)
+        _, pushed = _pushed(call, points, [noise(point, generator) for point in points])
         found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
     except Exception:  # func may refuse another point, or return another shape there, which says nothing
         return dict(elements)
@@ -150,12 +126,12 @@ def flat_elsewhere(
 
 
 def _pushed(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], sandbox: Sandbox
+    call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     # func may ask whether its input requires grad: every evaluation says that it does
     asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
-    with sandbox(), torch.enable_grad():
-        return push_dual_plainly(bound, asking, directions)
+    with call.sandbox(), torch.enable_grad():
+        return push_dual_plainly(call.of_differentiated, asking, directions)
 
 
 def _rounding(
@@ -169,16 +145,16 @@ def _rounding(
 
 
 def _gap_in_double(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], sandbox: Sandbox
+    call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> float:
     """Return how far the modes are apart in float64, where func takes that."""
     if all(point.dtype == torch.float64 for point in points):
         return float("inf")
     points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
     try:
-        _, pushed = _pushed(bound, points, directions, sandbox)
-        with sandbox():
-            pullback = Pullback(bound, points, differentiable=False)
+        _, pushed = _pushed(call, points, directions)
+        with call.sandbox():
+            pullback = Pullback(call.of_differentiated, points, differentiable=False)
             pulled = pullback.pull(
                 pullback.recorded, [u.to(y.dtype) for u, y in zip(cotangents, pullback.recorded, strict=True)]
             )
@@ -188,7 +164,7 @@ def _gap_in_double(
 
 
 def _finite_difference(
-    bound: Any, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor], sandbox: Sandbox
+    call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[float, str]:
     """uᵀJv by a central difference, in float64 where func takes that; and the dtype's name."""
     for dtype in (torch.float64, points[0].dtype):
@@ -197,8 +173,9 @@ def _finite_difference(
         try:
             for sign in (1, -1):
                 shifted = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
-                with sandbox(), torch.enable_grad():
-                    moved.append([y.detach() for y in bound(*(x.requires_grad_() for x in shifted))])
+                inputs = [x.requires_grad_() for x in shifted]
+                with call.sandbox(), torch.enable_grad():
+                    moved.append([y.detach() for y in call.of_differentiated(*inputs)])
         except Exception:  # weights of another dtype
             continue
         slopes = [(a.double() - b.double()) / (2 * step) for a, b in zip(*moved, strict=True)]

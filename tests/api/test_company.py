@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 from autojac import AutoJacobian, PlanStore, UnsupportedError
-from harness import compare
+from harness import compare, in_threads
 from oracle import jacobian_blocks
 
 
@@ -117,23 +117,15 @@ def test_a_training_loop_over_a_data_loader(x: Tensor) -> None:
 
 def test_two_threads_share_one_wrapper(x: Tensor) -> None:
     net = network()
-    jac, wrong = estimated(net), []
+    jac = estimated(net)
     expected = {rows: jacobian_blocks(net, (x[:rows],)) for rows in (2, 3, 6)}
 
     def work() -> None:
-        try:
-            for _ in range(10):
-                for rows, right in expected.items():
-                    compare(jac(x[:rows]).detach(), right)
-        except BaseException as error:
-            wrong.append(error)
+        for _ in range(10):
+            for rows, right in expected.items():
+                compare(jac(x[:rows]).detach(), right)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(4, work)
 
 
 def test_under_an_outer_vmap_and_grad(x: Tensor) -> None:

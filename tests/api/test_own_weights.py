@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, OutputError, PlanStore, StructureChangedWarning, UnsupportedError
 from autojac.core.module_function import parameters_replaced
-from harness import compare, in_use
+from harness import compare, in_threads, in_use
 
 
 def doubles(*shape: int) -> Tensor:
@@ -183,22 +183,14 @@ def test_parameters_come_back_when_the_module_raises(error: type[BaseException])
 
 def test_two_wrappers_in_two_threads_restore_what_they_swapped() -> None:
     module, x = shared(), torch.randn(4, 3, dtype=torch.float64)
-    expected, before, wrong = by_rows(module, x), [id(p) for p in module.parameters()], []
+    expected, before = by_rows(module, x), [id(p) for p in module.parameters()]
 
     def work() -> None:
-        try:
-            jac = estimated(module)
-            for _ in range(20):
-                compare({key: part.detach() for key, part in jac(x).items()}, expected)
-        except BaseException as error:
-            wrong.append(error)
+        jac = estimated(module)
+        for _ in range(20):
+            compare({key: part.detach() for key, part in jac(x).items()}, expected)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(3, work)
     assert [id(p) for p in module.parameters()] == before
 
 

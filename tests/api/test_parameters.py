@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, OptionError
-from harness import compare
+from harness import compare, in_threads
 
 
 def by_rows(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -121,21 +121,13 @@ def test_a_kernel_trains_the_parameters() -> None:
 
 def test_two_threads_may_call_one_wrapper() -> None:
     module, x = MODULES["mlp"](), torch.randn(4, 3, dtype=torch.float64)
-    expected, jac, wrong = by_rows(module, x), estimated(module), []
+    expected, jac = by_rows(module, x), estimated(module)
 
     def work() -> None:
-        try:
-            for _ in range(20):
-                compare({name: part.detach() for name, part in jac(x).items()}, expected)
-        except BaseException as error:
-            wrong.append(error)
+        for _ in range(20):
+            compare({name: part.detach() for name, part in jac(x).items()}, expected)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(4, work)
 
 
 def test_no_thread_looks_at_parameters_that_another_has_put_aside() -> None:

@@ -11,7 +11,6 @@ import itertools
 import pickle
 import random
 import re
-import threading
 import time
 import types
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from autojac.methods.base import build, registry
 from autojac.planning.search import optimize
 from autojac.replay.passes import passes
 from autojac.replay.replayer import MOST_TRACES
-from harness import compare, forced, in_use, planned
+from harness import compare, forced, in_threads, in_use, planned
 from oracle import jacobian_blocks
 from scenarios import SCENARIOS, Scenario
 
@@ -673,22 +672,13 @@ def test_two_threads() -> None:
     x = torch.randn(6, 3, dtype=torch.float64)
     jac = forced(model, (x,), replay(LOOP), verify="never")
     expected = {size: jacobian_blocks(model, (x[:size],), 0) for size in (2, 4, 6)}
-    failures: list[BaseException] = []
 
     def work() -> None:
-        try:
-            for _ in range(20):
-                for size, right in expected.items():
-                    compare(jac(x[:size]), right)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(20):
+            for size, right in expected.items():
+                compare(jac(x[:size]), right)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(3, work)
 
 
 def test_a_copy_and_a_pickle_trace_anew() -> None:

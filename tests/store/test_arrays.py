@@ -6,8 +6,7 @@ import io
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,26 +22,15 @@ from autojac.cli import main
 from autojac.core.pattern import Pattern, Sparsity, pack, unpack
 from autojac.core.plan import Plan
 from autojac.core.structure import Structure
-from autojac.errors import OptionError, StoreWarning
+from autojac.errors import OptionError
 from autojac.sparse.colorings import Colorings
 from autojac.store import Key, PlanStore
-from stores import ENV, FEATURES, OP, PLAN, SAMPLES, SPARSE_PLAN, as_found, execute, forked
+from stores import ENV, FEATURES, OP, PLAN, SAMPLES, SPARSE_PLAN, as_found, execute, forked, warned
 
 FOUND = as_found(SPARSE_PLAN)
 OTHER = Key.of({"function": "other"})
 KEY = f"{SAMPLES.key}:apart"
 COLORS = {"samples": np.arange(64, dtype=np.int32) % 2}
-
-
-@contextmanager
-def warned(*texts: str) -> Iterator[None]:
-    """Exactly these StoreWarnings, in this order, and no other warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    assert [entry.category for entry in caught] == [StoreWarning] * len(texts), [str(entry.message) for entry in caught]
-    for entry, text in zip(caught, texts, strict=True):
-        assert text in str(entry.message)
 
 
 def is_kept(store: PlanStore) -> bool:

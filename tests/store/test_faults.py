@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,21 +20,10 @@ import sqlalchemy as sa
 from autojac.core.plan import Trial
 from autojac.errors import StoreError, StoreWarning
 from autojac.store import Key, PlanStore
-from stores import ENV, OP, PLAN, TRIALS, as_found, execute, filled, forked
+from stores import ENV, OP, PLAN, TRIALS, as_found, execute, filled, forked, warned
 
 FOUND = as_found(PLAN)
 OTHER = Key.of({"function": "other"})
-
-
-@contextmanager
-def warned(*texts: str) -> Iterator[None]:
-    """Exactly these StoreWarnings, in this order, and no other warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    assert [entry.category for entry in caught] == [StoreWarning] * len(texts), [str(entry.message) for entry in caught]
-    for entry, text in zip(caught, texts, strict=True):
-        assert text in str(entry.message)
 
 
 def works(store: PlanStore) -> None:

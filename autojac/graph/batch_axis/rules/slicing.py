@@ -9,11 +9,7 @@ from autojac.graph.operator_facts import Axes
 
 @register("select")
 def select(context: RuleContext) -> State:
-    shape, state = context.only()
-    axis = context["dim"] % len(shape)
-    if axis == state.axis:
-        raise BatchAxisLost("it takes one sample out of the batch")
-    return state._replace(axis=state.axis - (axis < state.axis))
+    return _without_axis(context, "it takes one sample out of the batch")
 
 
 @register("slice")
@@ -35,10 +31,15 @@ def splitting(context: RuleContext) -> State:
 
 @register("unbind")
 def unbind(context: RuleContext) -> State:
+    return _without_axis(context, "it takes the batch apart")
+
+
+def _without_axis(context: RuleContext, reason: str) -> State:
+    """Follow the batch where the axis `dim` goes; if it is the batch, that is the reason why it is lost."""
     shape, state = context.only()
     axis = context["dim"] % len(shape)
     if axis == state.axis:
-        raise BatchAxisLost("it takes the batch apart")
+        raise BatchAxisLost(reason)
     return state._replace(axis=state.axis - (axis < state.axis))
 
 

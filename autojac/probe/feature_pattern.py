@@ -149,7 +149,6 @@ def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy
     """The same of one point, and whether func looks at its data."""
     import scipy.sparse
 
-    from autojac.graph.dependence.index_sets import TooLarge
     from autojac.graph.dependence.propagation import propagate
 
     def call() -> FunctionRecording:
@@ -165,10 +164,9 @@ def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy
         return None, False, recording.reason
     given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
     varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
-    try:
-        flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying_constants=varying)
-    except TooLarge as error:
-        return None, False, f"too much to go through: {error}"
+    flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying_constants=varying)
+    if flow.refusal:
+        return None, False, f"too much to go through: {flow.refusal}"
     events = [(1, *graph.shapes[number][1:]) for number in graph.outputs]
     if tuple(math.prod(event) for event in events) != where.rows:
         return None, False, "func's outputs have another shape at another point"

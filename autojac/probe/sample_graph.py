@@ -129,7 +129,6 @@ def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Gener
 def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
     """The same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
-    from autojac.graph.dependence.index_sets import TooLarge
     from autojac.graph.dependence.propagation import propagate
 
     with point.sandbox():
@@ -141,10 +140,7 @@ def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
         own.reshape(-1, *[1] * (leaf.dim() - 1)) if position in point.inputs else None
         for position, leaf in enumerate(point.leaves)
     ]
-    try:
-        flow = propagate(graph, point.leaves, columns, point.batch, follow_values=True)
-    except TooLarge as error:
-        return _Found(None, f"too much to go through: {error}", final=False), graph.reads_data
+    flow = propagate(graph, point.leaves, columns, point.batch, follow_values=True)
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in flow.losses.items()]
     if flow.value_dependent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -200,3 +201,23 @@ def test_an_index_that_may_change_reaches_all_along_its_axes(name: str) -> None:
     (sets,) = propagate(graph, [x, near], [torch.arange(12).reshape(3, 4), None], 12).outputs()
     found = torch.from_numpy(sets.rows(graph.shapes[graph.outputs[0]]).toarray())
     assert torch.equal(found, read)
+
+
+@pytest.mark.parametrize("batch", [7_000, 100_000])
+def test_no_index_of_all_pairs_of_many_samples_is_made(batch: int) -> None:
+    for func in (
+        lambda x: (x @ x.mT).softmax(-1) @ x,
+        lambda x: (x[:, None] - x[None]).sin().sum(1),
+        lambda x: x.mT.repeat(len(x), 1)[: len(x)] * x,
+    ):
+        # recorded small: a batch of this length need not be computed
+        x = torch.randn(6, 1)
+        graph = graph_of(func, x)
+        shapes = {
+            number: tuple(batch if size == 6 else size for size in shape) for number, shape in graph.shapes.items()
+        }
+        wide = dataclasses.replace(graph, shapes=shapes)
+        flow = propagate(wide, [x], [torch.arange(batch)[:, None]], batch, follow_values=True)
+        assert "elements and entries" in flow.refusal
+        assert flow.losses
+        assert flow.samples() is None

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import autojac
 from autojac.core.pattern import Pattern
 from autojac.core.structure import Structure
-from autojac.graph.dependence.index_sets import reshaped
+from autojac.graph.dependence.index_sets import IndexSets, SetAlgebra, singles
 from autojac.graph.dependence.propagation import propagate
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import spread_colors
@@ -473,7 +473,7 @@ def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.D
     before, after = shape(), shape()
     told = [size if size > 1 and data.draw(st.booleans()) else 1 for size in before]
     index = torch.arange(int(np.prod(told, dtype=int))).reshape(told)
-    made = reshaped(index, before, after)
+    made = SetAlgebra(None).reshaped(IndexSets(singles(1), index), before, after).index
     assert all(size in (1, full) for size, full in zip(made.shape, after, strict=True))
     assert torch.equal(made.expand(after), index.expand(before).reshape(after))
 

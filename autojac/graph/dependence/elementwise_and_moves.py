@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.context import Constant, DependenceContext, Result, Unknown
-from autojac.graph.dependence.index_sets import IndexSets, compressed, reshaped
+from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets, compressed
 from autojac.graph.ir import Value
 from autojac.graph.operator_facts import MOVING, Axes, Kind
 from autojac.torch_internals import OpOverload
@@ -58,7 +58,7 @@ def pointwise(context: DependenceContext) -> Result:
 def viewing(context: DependenceContext) -> Result:
     """Elements keep their order."""
     ((value, state),) = context.sets()
-    return IndexSets(state.matrix, reshaped(state.index, context.shape(value), context.out))
+    return context.algebra.reshaped(state, context.shape(value), context.out)
 
 
 def moving(context: DependenceContext) -> Result:
@@ -82,7 +82,11 @@ def _moved(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor])
         for axis in narrow:
             given = {number: index.narrow(axis, 0, 1) for number, index in given.items()}
     if not _is_view(context):
-        context.algebra.spend(sum(index.numel() for index in given.values()))
+        shape, elements = context.graph.shapes[next(iter(given))], sum(index.numel() for index in given.values())
+        if context.facts.kind is not Kind.POINTWISE:
+            results = sum(math.prod(context.graph.shapes[number]) for number in context.outputs)
+            elements += results // max(math.prod(shape[axis] for axis in narrow), 1)
+        context.algebra.spend(elements, MOST_ELEMENTS)
         # every operator takes doubles, and they are exact
         given = {number: index.double() for number, index in given.items()}
     return [IndexSets(matrix, compressed(part).long()) for part in _run(context, given, narrow)]
@@ -161,6 +165,7 @@ def placing(context: DependenceContext) -> Result:
     }
     pick, alone = _picker(context, varying)
     wide = [1 if axis - dims in alone - varying else size for axis, size in enumerate(out)]
+    context.algebra.spend(math.prod(wide), MOST_ELEMENTS)
     places = torch.arange(math.prod(wide)).reshape(wide)
     picked = pick(places)
     total: IndexSets | None = None

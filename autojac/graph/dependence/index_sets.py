@@ -14,6 +14,10 @@ from torch import Tensor
 
 MOST_WORK = 100_000_000
 """Elements and entries that are gone through before it is given up: some seconds."""
+MOST_ELEMENTS = 30_000_000
+"""Elements of one index: 240 MB."""
+MOST_ENTRIES = 150_000_000
+"""Entries of one matrix: 750 MB."""
 
 
 class TooLarge(Exception):
@@ -68,17 +72,6 @@ def compressed(index: Tensor) -> Tensor:
     return index
 
 
-def reshaped(index: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Return the index of a tensor that is viewed in another shape."""
-    wide: list[int] = []
-    made: list[int] = []
-    for old, new in _runs(before, after):
-        alike = all(index.shape[axis] == 1 for axis in old)
-        wide += [1 if alike else before[axis] for axis in old]
-        made += [1 if alike else after[axis] for axis in new]
-    return index.expand(wide).reshape(made)
-
-
 def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Return the shortest runs of axes of two shapes that hold equally many elements."""
     runs = []
@@ -111,15 +104,30 @@ class SetAlgebra:
         self.limit = limit
         self.work = 0
 
-    def spend(self, amount: int) -> None:
-        """Count work.
+    def spend(self, amount: int, most: int = MOST_ENTRIES) -> None:
+        """Count work before it is done.
+
+        Args:
+            amount: entries or elements to go through.
+            most: how many may be at once, since they are held in memory.
 
         Raises:
             TooLarge: if it is more than the limit.
         """
         self.work += amount
-        if self.limit is not None and self.work > self.limit:
-            raise TooLarge(f"more than {self.limit:.0e} elements and entries to go through")
+        if self.limit is not None and (amount > most or self.work > self.limit):
+            raise TooLarge(f"more than {min(most, self.limit):.0e} elements and entries to go through")
+
+    def reshaped(self, source: IndexSets, before: Sequence[int], after: Sequence[int]) -> IndexSets:
+        """Return the sets of a tensor that is viewed in another shape."""
+        wide: list[int] = []
+        made: list[int] = []
+        for old, new in _runs(before, after):
+            alike = all(source.index.shape[axis] == 1 for axis in old)
+            wide += [1 if alike else before[axis] for axis in old]
+            made += [1 if alike else after[axis] for axis in new]
+        self.spend(math.prod(made), MOST_ELEMENTS)
+        return IndexSets(source.matrix, source.index.expand(wide).reshape(made))
 
     def union(self, one: IndexSets | None, other: IndexSets) -> IndexSets:
         """Element by element, of tensors that are broadcast against each other."""
@@ -130,7 +138,7 @@ class SetAlgebra:
         if one.matrix is other.matrix and torch.equal(left, right):
             return one
         width = other.matrix.shape[0]
-        self.spend(math.prod(torch.broadcast_shapes(left.shape, right.shape)))
+        self.spend(math.prod(torch.broadcast_shapes(left.shape, right.shape)), MOST_ELEMENTS)
         codes = left * width + right
         distinct = [part.numel() for part in (left, right) if _are_distinct(part)]
         # no pair is there twice, so none has to be looked for
@@ -140,9 +148,9 @@ class SetAlgebra:
             pairs, index = torch.unique(codes, return_inverse=True)
         # the pair of two empty sets may be missing, or not the first: it is put in front in any case
         rows = np.concatenate([np.zeros(1, dtype=np.int64), pairs.numpy()])
-        matrix = one.matrix[rows // width] + other.matrix[rows % width]
-        self.spend(int(matrix.nnz))
-        return IndexSets(matrix, index + 1)
+        ours, theirs = rows // width, rows % width
+        self.spend(int(np.diff(one.matrix.indptr)[ours].sum() + np.diff(other.matrix.indptr)[theirs].sum()))
+        return IndexSets(one.matrix[ours] + other.matrix[theirs], index + 1)
 
     def gathered(self, groups: Tensor, source: IndexSets, shape: Sequence[int]) -> IndexSets:
         """For each element of a tensor the union over all elements that name it.
@@ -152,7 +160,7 @@ class SetAlgebra:
             source: what is united, its index of the shape of `groups`.
             shape: of the result.
         """
-        self.spend(groups.numel())
+        self.spend(groups.numel(), MOST_ELEMENTS)
         count, width = math.prod(shape), source.matrix.shape[0]
         codes = torch.unique(groups.reshape(-1) * width + source.index.reshape(-1)).numpy()
         # an empty set in front
@@ -165,8 +173,8 @@ class SetAlgebra:
         if all(shape[axis] == 1 for axis in axes):
             return source
         stay = [axis for axis in range(len(shape)) if axis not in axes]
+        self.spend(source.index.numel(), MOST_ELEMENTS)
         lines = source.index.permute(*stay, *axes).reshape(math.prod(shape[axis] for axis in stay), -1)
-        self.spend(lines.numel())
         lines = lines.sort(1).values
         first = torch.ones_like(lines, dtype=torch.bool)
         first[:, 1:] = lines[:, 1:] != lines[:, :-1]
@@ -187,8 +195,8 @@ class SetAlgebra:
         starts = dict(zip(map(id, matrices), np.cumsum([0] + [part.shape[0] for part in matrices]), strict=False))
         if len(matrices) == 1:
             return matrices[0], [0] * len(sources)
+        self.spend(sum(int(part.nnz) for part in matrices))
         made = scipy.sparse.csr_array(scipy.sparse.vstack(matrices, format="csr"))
-        self.spend(int(made.nnz))
         return made, [int(starts[id(source.matrix)]) for source in sources]
 
 

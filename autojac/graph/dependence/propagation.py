@@ -18,7 +18,15 @@ from autojac.graph.dependence.elementwise_and_moves import (
     viewing,
     without_inputs,
 )
-from autojac.graph.dependence.index_sets import MOST_WORK, IndexSets, SetAlgebra, TooLarge, compressed, singles
+from autojac.graph.dependence.index_sets import (
+    MOST_ENTRIES,
+    MOST_WORK,
+    IndexSets,
+    SetAlgebra,
+    TooLarge,
+    compressed,
+    singles,
+)
 from autojac.graph.dependence.reductions_and_products import (
     behind,
     distances,
@@ -33,8 +41,6 @@ from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import Kind, facts_of
 from autojac.graph.operators import traits
 
-MOST_ENTRIES = 150_000_000
-"""Entries that a matrix of samples may have."""
 MOST_SAMPLE_WORK = 1_000_000_000
 """Slices and entries that are gone through before samples are given up: half a minute."""
 RULES: dict[Kind, Callable[[DependenceContext], Result]] = {
@@ -71,6 +77,7 @@ class DependenceFlow:
         losses: for operators along whose axes sets were united for lack of better, by position: the operator's name.
         selectors: constants whose values decided what is read.
         value_dependent: what is read depends on the values of inputs.
+        refusal: why the graph was not followed to its end, at the last of the losses; empty if it was.
     """
 
     graph: Graph
@@ -80,6 +87,7 @@ class DependenceFlow:
     losses: dict[int, str] = field(default_factory=dict)
     selectors: set[int] = field(default_factory=set)
     value_dependent: bool = False
+    refusal: str = ""
 
     def outputs(self) -> list[IndexSets]:
         """Return the sets behind the elements of each output."""
@@ -96,6 +104,8 @@ class DependenceFlow:
 
         Samples are the inputs, and the outputs carry them on axis 0.
         """
+        if self.refusal:
+            return None
         total = singles(self.count)[1:]
         for sets in self.outputs():
             whole = sets.over(range(1, sets.index.dim()))
@@ -128,9 +138,6 @@ def propagate(
             point that has this graph and where captured tensors that are no parameters have their zeros and their
             integers where they have them here.
         varying_constants: numbers of constants that another call may have other values of.
-
-    Raises:
-        TooLarge: if there is too much to go through.
     """
     matrix = singles(count)
     states: dict[int, State] = {
@@ -154,7 +161,11 @@ def propagate(
     with torch.no_grad():
         for place, operation in enumerate(graph.operations):
             context = DependenceContext(graph, operation, states, constant, algebra, follow_values)
-            states.update(zip(context.outputs, _results(context), strict=True))
+            try:
+                states.update(zip(context.outputs, _results(context), strict=True))
+            except TooLarge as error:
+                flow.refusal, flow.losses[place] = str(error), operation.name
+                break
             _note(flow, place, context)
     return flow
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.context import Constant, DependenceContext, Result
-from autojac.graph.dependence.index_sets import IndexSets, reshaped
+from autojac.graph.dependence.index_sets import IndexSets
 from autojac.graph.ir import Value
 
 MOST_PRODUCT = 10_000_000
@@ -96,8 +96,7 @@ def normalization(context: DependenceContext, value: Value, state: IndexSets) ->
         return keeping_axes(context)
     shape, groups = context.shape(value), context["group"]
     divided = (shape[0], groups, shape[1] // groups, *shape[2:])
-    split = IndexSets(state.matrix, reshaped(state.index, shape, divided))
-    mixed = context.mixed(split, range(2, len(divided)))
+    mixed = context.mixed(context.algebra.reshaped(state, shape, divided), range(2, len(divided)))
     few = mixed.index.reshape(mixed.index.shape[:2])
     wide = per_channel(few[:, :, None], shape[1] // groups)
     whole = wide.reshape(*wide.shape, *[1] * (len(shape) - 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.context import DependenceContext, Result
-from autojac.graph.dependence.index_sets import IndexSets, reshaped
+from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets
 from autojac.graph.dependence.reductions_and_products import behind, of_first, per_channel
 from autojac.graph.ir import Value
 
@@ -21,7 +21,7 @@ def convolution(context: DependenceContext, value: Value, state: IndexSets) -> R
     if len(shape) != len(kernel) + 2:
         return None
     divided = (shape[0], groups, shape[1] // groups, *shape[2:])
-    mixed = context.algebra.mixed(IndexSets(state.matrix, reshaped(state.index, shape, divided)), [2])
+    mixed = context.algebra.mixed(context.algebra.reshaped(state, shape, divided), [2])
     nonzero = context.nonzero(context["weight"])
     # a kernel that is not zero throughout has a tap
     taps = torch.ones(kernel, dtype=torch.bool) if nonzero is None else nonzero.flatten(0, 1).any(0)
@@ -88,7 +88,7 @@ def _windowed(
             # an empty set behind the last one stands for what lies outside
             index = torch.cat([index, torch.zeros_like(index.narrow(axis - dims, 0, 1))], axis - dims)
             index = index.index_select(axis - dims, torch.where(outside, sizes[axis], place))
-        context.algebra.spend(index.numel())
+        context.algebra.spend(index.numel(), MOST_ELEMENTS)
         moved.append(index)
     if len(moved) == 1:
         return IndexSets(source.matrix, moved[0])

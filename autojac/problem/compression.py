@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, decoded
@@ -29,16 +30,12 @@ class DeviceIndices:
 
     def __init__(self, array: Indices) -> None:
         self.tensor = torch.from_numpy(array.astype(np.int64))
-        self._made: dict[torch.device, Tensor] = {}
+        self._kept = KeptTensors[Tensor]()
 
     def on(self, device: torch.device) -> Tensor:
         if device == self.tensor.device:
             return self.tensor
-        if torch.compiler.is_compiling():
-            return self.tensor.to(device)
-        if device not in self._made:
-            self._made[device] = self.tensor.to(device)
-        return self._made[device]
+        return self._kept.get(device, self.tensor.to, device)
 
 
 class Colors:
@@ -63,7 +60,7 @@ class Colors:
         self.count = self.groups * self.width
         self.sample_colors = None if samples is None else DeviceIndices(samples)
         self.feature_colors = DeviceIndices(features)
-        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
+        self._masks = KeptTensors[tuple[Tensor | None, Tensor]]()
 
     def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
         """Seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
@@ -76,7 +73,7 @@ class Colors:
         made = []
         for (first, last), tensor in zip(spans, like, strict=True):
             numbers = torch.arange(start, stop, device=tensor.device)
-            samples, features = self._of(tensor)
+            samples, features = self._masks.get((tensor.device, tensor.dtype), self._of, tensor)
             seed = features[numbers % self.width, first:last].view(stop - start, 1, *tensor.shape[1:])
             if samples is None:
                 made.append(seed.expand(stop - start, *tensor.shape))
@@ -87,15 +84,8 @@ class Colors:
 
     def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
         """One-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
-        kind = (tensor.device, tensor.dtype)
-        if kind in self._masks and not torch.compiler.is_compiling():
-            return self._masks[kind]
         samples = None if self.sample_colors is None else _one_hot(self.sample_colors, self.groups, tensor)
-        made = samples, _one_hot(self.feature_colors, self.width, tensor)
-        # what a compiler sees while it traces stands for tensors of its own
-        if not torch.compiler.is_compiling():
-            self._masks[kind] = made
-        return made
+        return samples, _one_hot(self.feature_colors, self.width, tensor)
 
 
 def _one_hot(colors: DeviceIndices, count: int, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.structure import Structure
 from autojac.errors import InputError
@@ -30,16 +31,16 @@ class Entries:
     pattern: Pattern
 
     @functools.cached_property
-    def _made(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
-        return {}
+    def _kept(self) -> KeptTensors[tuple[Tensor, ...]]:
+        return KeptTensors()
 
-    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts of the rows, and the row and column of each entry, all int64."""
-        if device not in self._made:
-            parts = (self.pattern.starts, self.pattern.rows, self.pattern.columns)
-            starts, rows, columns = (torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
-            self._made[device] = (starts, rows, columns)
-        return self._made[device]
+    def indices(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return where the rows start, and the row and column of each entry, all int64."""
+        return self._kept.get(device, self._indices, device)
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, ...]:
+        parts = (self.pattern.starts, self.pattern.rows, self.pattern.columns)
+        return tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
 
     def matrix(self, values: Tensor) -> Tensor:
         """The sparse CSR tensor that holds these values, differentiable in them."""

@@ -163,9 +163,11 @@ def reason(prepared: PreparedPlan) -> str:
     """Return why no recorded program serves calls."""
     state = prepared.problem.function_state
     lines = list(state.lines()) if state is not None else []
-    lines += [t.reason for t in prepared.plan.trials if t.method.get("method") == "Replay" and t.reason is not None]
+    replays = [trial for trial in prepared.plan.trials if trial.method.get("method") == "Replay"]
+    lines += [trial.reason for trial in replays if trial.reason is not None]
     refused = [line.partition(mark)[2] for mark in (REFUSED, FAILED) for line in lines if mark in line]
-    return next(iter(refused), f"none was quicker than {prepared.plan}")
+    timed = sum(trial.seconds is not None for trial in replays)
+    return next(iter(refused), f"{prepared.plan} won; {timed} of {len(replays)} replays were timed")
 
 
 def watch_us(prepared: PreparedPlan) -> float:

@@ -377,6 +377,18 @@ def test_what_draws_is_not_merged_and_not_left_out() -> None:
     assert not torch.equal(one, other)
 
 
+def test_parts_without_entries_are_not_put_together() -> None:
+    def func(x: Tensor) -> tuple[Tensor, ...]:
+        cache = x.new_empty(0)
+        return torch.cat([cache, x], 1).sin(), torch.cat([x.cos(), cache, x.exp()], -1), torch.cat([cache, x.cos()])
+
+    x = torch.randn(2, 1, 3)
+    graph, run = simplified(func, x)
+    assert all(len(node.all_input_nodes) == 2 for node in graph.nodes if node.target is torch.ops.aten.cat.default)
+    for found, expected in zip(run(x), func(x), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_what_is_not_finite_stays_so() -> None:
     def func(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         zeros = torch.zeros(2, 2)

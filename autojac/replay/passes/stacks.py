@@ -22,9 +22,11 @@ def _stacked(editor: Editor, node: fx.Node) -> fx.Node | None:
         parts: Any = node.args[0]
         axis: Any = node.args[1] if len(node.args) > 1 else 0
         axis %= node.meta["value"].dim()
-        if not parts or not all(has_entries(part) and part.meta["value"].size(axis) == 1 for part in parts):
+        if not parts or not all(map(has_entries, parts)):
             return None
-        if any(part.meta["value"].dim() != node.meta["value"].dim() for part in parts):
+        # a part without entries may have one axis alone
+        values = [part.meta["value"] for part in parts]
+        if any(value.dim() != node.meta["value"].dim() or value.size(axis) != 1 for value in values):
             return None
         lean = [editor.narrow(node, part, part.meta["value"].select(axis, 0)) for part in parts]
         if any(part is None or part.target is aten.select.int for part in lean):

@@ -23,6 +23,7 @@ from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES
 from autojac.errors import StoreError
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.compression import DeviceIndices
 from autojac.problem.problem import Compute, Problem, Result
@@ -43,15 +44,9 @@ class Method(ABC):
     Subclasses are frozen dataclasses whose fields are plain JSON values or inner methods.
     """
 
-    repeats_func: ClassVar[bool] = True
-    """Whether func runs more than once, or on anything but the whole batch as it is."""
+    runs: ClassVar[FuncRuns] = FuncRuns.ANYHOW
     is_wrapper: ClassVar[bool] = False
     """Whether it goes around any other method: such ones don't go around each other of their own accord."""
-    keeps_whole_batch: ClassVar[bool] = False
-    """Whether func always runs on the whole batch as it is, and outside of a compiler: then it may draw again."""
-
-    records_func: ClassVar[bool] = False
-    """Whether func is recorded, and what was recorded is differentiated in its place."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Return why this method can't serve the problem, as a sentence to act on; None if it can."""
@@ -59,14 +54,14 @@ class Method(ABC):
         if EXCHANGES in effects and self.uses_transforms:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
             return f"func {EXCHANGES}, which torch.func's transforms can't do"
-        harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.keeps_whole_batch else {DRAWS_ALIKE, EXCHANGES}
+        harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.runs is FuncRuns.WHOLE_BATCH else {DRAWS_ALIKE, EXCHANGES}
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
         if problem.has_aux and effects and not self.runs_func_plainly:
             return (
                 f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
             )
-        once = problem.forward_once(self.records_func) if problem.differentiable and self.pushes else ()
+        once = problem.forward_once(self.runs is FuncRuns.RECORDED) if problem.differentiable and self.pushes else ()
         if once:
             return (
                 f"func may run {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
@@ -77,6 +72,11 @@ class Method(ABC):
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:
             return "it makes blocks, which are not all of the Jacobian where samples are coupled"
         return None
+
+    @property
+    def repeats_func(self) -> bool:
+        """Whether func runs more than once, or on anything but the whole batch as it is."""
+        return self.runs in (FuncRuns.ANYHOW, FuncRuns.WHOLE_BATCH)
 
     @property
     def pushes(self) -> bool:
@@ -111,7 +111,7 @@ class Method(ABC):
     @property
     def runs_func_plainly(self) -> bool:
         """Whether func runs exactly once, on the whole batch and outside of every transform."""
-        return not self.repeats_func and (self.records_func or not self.uses_transforms)
+        return self.runs is FuncRuns.RECORDED or (self.runs is FuncRuns.ONCE and not self.uses_transforms)
 
     @property
     def compiles(self) -> bool:

@@ -25,6 +25,7 @@ from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
 from autojac.methods.base import BYTES_PER_SECOND, Method, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import Engine, by_sample, coordinates, each, puller, pusher
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem
@@ -60,8 +61,7 @@ class Bottleneck(Method):
     sides: Literal["either", "pull"] = "either"
     compiled: bool = False
 
-    repeats_func: ClassVar[bool] = False
-    records_func: ClassVar[bool] = True
+    runs: ClassVar[FuncRuns] = FuncRuns.RECORDED
 
     @property
     def compiles(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors, push_colors
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import both_sides, colors_of, inapplicable
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
@@ -30,7 +31,7 @@ class ColoredBoth(Method):
     engine: Literal["loop", "vmap"] = "loop"
     chunk: int | None = None
 
-    keeps_whole_batch: ClassVar[bool] = True
+    runs: ClassVar[FuncRuns] = FuncRuns.WHOLE_BATCH
 
     @property
     def makes_sparse(self) -> bool:

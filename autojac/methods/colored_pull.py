@@ -11,6 +11,7 @@ from torch import Tensor
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors
 from autojac.methods.support.engines import Engine
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import colors_of, nothing_gained
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
@@ -28,7 +29,7 @@ class ColoredPull(Method):
     engine: Engine = "loop"
     chunk: int | None = None
 
-    repeats_func: ClassVar[bool] = False
+    runs: ClassVar[FuncRuns] = FuncRuns.ONCE
 
     @property
     def makes_sparse(self) -> bool:

@@ -11,6 +11,7 @@ from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import Engine
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.problem import Compute, Problem, Result
 
@@ -30,7 +31,7 @@ class Pull(Method):
     engine: Engine = "loop"
     chunk: int | None = None
 
-    repeats_func: ClassVar[bool] = False
+    runs: ClassVar[FuncRuns] = FuncRuns.ONCE
 
     @property
     def makes_sparse(self) -> bool:

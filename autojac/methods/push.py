@@ -14,6 +14,7 @@ from autojac.autodiff.primitives import Bound, load_forward_rules
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import of_one_input, push
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
 from autojac.problem.problem import Compute, Problem, Result, bind
 
@@ -35,7 +36,7 @@ class Push(Method):
     engine: Engine = "loop"
     chunk: int | None = None
 
-    keeps_whole_batch: ClassVar[bool] = True
+    runs: ClassVar[FuncRuns] = FuncRuns.WHOLE_BATCH
 
     @property
     def pushes(self) -> bool:

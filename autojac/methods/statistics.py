@@ -16,6 +16,7 @@ from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.methods.support.engines import Engine
+from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
 from autojac.methods.support.shared_statistics import Local, Sharing
 from autojac.problem.layouts import from_blocks
@@ -42,8 +43,7 @@ class Statistics(Method):
     engine: Engine = "vmap"
     chunk: int = CHUNK
 
-    repeats_func: ClassVar[bool] = False
-    records_func: ClassVar[bool] = True
+    runs: ClassVar[FuncRuns] = FuncRuns.RECORDED
 
     @property
     def pushes(self) -> bool:

@@ -118,7 +118,7 @@ class Pullback:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool, keep: bool
     ) -> tuple[Tensor | None, ...]:
         def run(*seeds: Tensor) -> tuple[Tensor | None, ...]:
-            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs a pass
+            # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs per pass
             return run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
 
         found: tuple[Tensor | None, ...] = (

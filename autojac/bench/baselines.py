@@ -111,7 +111,7 @@ WAYS: tuple[Way, ...] = (
 
 
 def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
-    """The Jacobian in float64, by one plain VJP a row, rounded to x's dtype.
+    """The Jacobian in float64, by one plain VJP per row, rounded to x's dtype.
 
     Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
     """

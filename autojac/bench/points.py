@@ -27,7 +27,7 @@ from autojac.sparse.colorings import Colorings
 NEIGHBOURS = 6
 COUNTS = (100_000, 1_000_000)
 SAMPLES = 2
-"""Blocks that are held against plain VJPs."""
+"""Blocks that are compared with plain VJPs."""
 ROUNDS = 5
 RACE_S = 120.0
 """A round of a million points takes tens of seconds."""

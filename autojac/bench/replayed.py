@@ -166,7 +166,7 @@ def traced(workload: Workload, engine: str, device: str = "cpu") -> list[float]:
     with at_rest():
         func, x = workload.make(device)
         jac = autojac.AutoJacobian(func, effort="estimate", store=autojac.PlanStore(":memory:"))
-        # planned first, and then watched anew, so that neither signature finds the other's work done by its planning
+        # planned first, and then watched again, so that neither signature finds the other's work done by its planning
         problems = [(jac._run((z,), {})[0].problem, z) for z in (x, x[: len(x) // 2])]
         function_state = FunctionState(func)
         return list(_firsts([(dataclasses.replace(p, function_state=function_state), z) for p, z in problems], engine))

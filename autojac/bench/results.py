@@ -84,7 +84,7 @@ class Race:
         workload, kind, batch, n, m: what was raced.
         default: name of the way that ratios refer to: torch's default, or where that is not right its best right one.
         substituted: whether it is such a substitute.
-        plan: the tuned plan's method, as people read it.
+        plan: the tuned plan's method, in human-readable form.
         coupling: what probing found.
         tuning_seconds: what probing and searching took.
         autojac: the call `jac(x)`.
@@ -130,7 +130,7 @@ class Figure:
     """A number that was promised.
 
     Attributes:
-        what: for people.
+        what: human-readable.
         value: as it was measured.
         bound: what it is to stay below.
     """

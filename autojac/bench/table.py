@@ -1,4 +1,4 @@
-"""The report as people read it."""
+"""The report in human-readable form."""
 
 from __future__ import annotations
 

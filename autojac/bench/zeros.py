@@ -129,7 +129,7 @@ def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Ten
 
 
 def vjps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:
-    """One VJP a seed, all through one graph."""
+    """One VJP per seed, all through one graph."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = func(x)

@@ -100,7 +100,7 @@ def show_plan(number: int, location: str | None, as_json: bool) -> None:
 def remove_plans(numbers: tuple[int, ...], everything: bool, location: str | None) -> None:
     """Remove plans.
 
-    The next program that needs them searches anew.
+    The next program that needs them searches again.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ def effort_rank(effort: str) -> int:
 
 
 def expression(spec: dict[str, Any]) -> str:
-    """Return a method's spec as people read it: `batch_chunk(pull(shared, vmap, chunk=16), size=8192)`."""
+    """Return a method's spec in human-readable form: `batch_chunk(pull(shared, vmap, chunk=16), size=8192)`."""
     fields = [
         expression(value) if isinstance(value, dict) else f"{name}={value}"
         for name, value in spec.items()

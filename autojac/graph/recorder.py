@@ -1,6 +1,6 @@
 """The only place that traces: one call of a function, recorded as a graph of aten operators.
 
-A graph is recorded anew in each call, below autograd and beside it: the call is the user's own, with its side effects
+A graph is recorded again in each call, below autograd and beside it: the call is the user's own, with its side effects
 once, its branch and its constants those of the moment. So no trace is ever stale, and what is learned from one is kept
 by the structure of the graph (`Graph.key`), not by the function.
 """
@@ -145,7 +145,7 @@ class Recorder(Watching):
         held = not torch.is_grad_enabled()
         if name in LITERALS:
             self.reads_data |= bool(self.monitor.literal)
-            # what was written out in the code, made anew in each call
+            # what was written out in the code, made again in each call
             self.passing.update(value.number for value in seen[0] if type(value) is Value)
         if draws and not certain(func, args, kwargs):
             self._draw(made if isinstance(made, (tuple, list)) else (made,), name)

@@ -105,7 +105,7 @@ class Method(ABC):
 
     @property
     def uses_transforms(self) -> bool:
-        """Whether it goes through torch.func, for which torch loads its compiler (1 s) once a process."""
+        """Whether it goes through torch.func, for which torch loads its compiler (1 s) once per process."""
         return getattr(self, "engine", None) == "vmap"
 
     @property

@@ -19,7 +19,7 @@ from autojac.problem.problem import Compute, Problem, Result
 
 @dataclass(frozen=True)
 class ColoredPull(Method):
-    """Reverse mode on compressed rows: func runs once, then one VJP a color.
+    """Reverse mode on compressed rows: func runs once, then one VJP per color.
 
     Attributes:
         engine: as in `Pull`.

@@ -1,4 +1,4 @@
-"""Reverse mode: one VJP a seed, many seeds at a time."""
+"""Reverse mode: one VJP per seed, many seeds at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autojac.problem.problem import Compute, Problem, Result
 
 @dataclass(frozen=True)
 class Pull(Method):
-    """Reverse mode: func runs once, then one VJP a seed.
+    """Reverse mode: func runs once, then one VJP per seed.
 
     Attributes:
         seeds: `shared` pulls one seed per output coordinate through all samples at once, which is exact for

@@ -26,7 +26,7 @@ from autojac.sparse.colorings import Colorings
 from autojac.sparse.csr import Entries, entries, feature_pattern, sample_graph
 
 INDEX_BYTES = 8
-"""What a sparse matrix takes for each entry beside its value."""
+"""What a sparse matrix takes for each entry besides its value."""
 Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
@@ -60,7 +60,7 @@ class Problem:
         analysis: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.
         held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
-        function_state: what func reads beside its arguments, to be watched by methods that are traced.
+        function_state: what func reads besides its arguments, to be watched by methods that are traced.
         originals: returns the tensors that stand behind the differentiated leaves now, a module's parameters: func may
             read these past its arguments, by a list or a closure or in a backward pass of its own.
         trial: whether this is a search, in which a method that can only fall back on another one is of no use.

@@ -1,6 +1,6 @@
 """Functions that draw random numbers: every evaluation of one computation draws the same.
 
-A computation may evaluate func several times: once a tangent, or once a sample. Each of these evaluations starts from
+A computation may evaluate func several times: once per tangent, or per sample. Each of these evaluations starts from
 the random state in which the computation was started, so that all see one mask; afterwards the state is where one
 evaluation leaves it.
 """

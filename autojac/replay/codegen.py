@@ -50,7 +50,7 @@ def emit(
 
 
 class _Writer:
-    """Writes a function, with what it needs beside its arguments as its global variables."""
+    """Writes a function, with what it needs besides its arguments as its global variables."""
 
     def __init__(self, inputs: Sequence[fx.Node], below: bool) -> None:
         self.below = below

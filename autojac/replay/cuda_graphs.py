@@ -44,7 +44,7 @@ class _Captured:
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         if not all(argument.is_cuda for argument in arguments):
-            raise UnsupportedError("it reads a tensor on the CPU, whose value a CUDA graph would keep for good")
+            raise UnsupportedError("it reads a tensor on the CPU, whose value would be frozen into a CUDA graph")
         self.arguments = [argument.detach().clone() for argument in arguments]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

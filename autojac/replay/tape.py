@@ -93,7 +93,7 @@ class Tape(Watching):
         checks = not func._schema.returns
         if not checks and not any(isinstance(part, Tensor) for part in parts):
             return made
-        # what is written out in the code is made anew in each run, and may be written into
+        # what is written out in the code is made again in each run, and may be written into
         node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
         self._describe(node, "operator", None)
         draws = draws and not certain(func, args, kwargs)
@@ -222,7 +222,7 @@ class Tape(Watching):
         if storage and storage not in self._storages and node.op != "placeholder":
             self._bytes += tensor.untyped_storage().nbytes()
             if self._bytes > self.most_bytes:
-                self._refuse(f"to take it down holds more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
+                self._refuse(f"recording it takes more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
         if storage:
             self._storages.setdefault(storage, []).append(tensor)
 

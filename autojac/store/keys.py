@@ -56,7 +56,7 @@ def operation_key(function_name: str, fingerprint: str, signature: Signature, op
     share a plan (which card it is, is the environment's business).
 
     Args:
-        function_name: qualified name, for people; part of the key, so that opaque functions stay apart.
+        function_name: qualified name, human-readable; part of the key, so that opaque functions stay apart.
         fingerprint: digest of the function's code and captures.
         signature: the call's signature.
         options: whatever else could change the best plan, e.g. the memory limit.

@@ -57,7 +57,7 @@ def database_url(location: str) -> URL:
         try:
             return make_url(location)
         except (ArgumentError, ValueError):
-            pass  # raised anew outside, since what is raised here quotes parts of the URL
+            pass  # raised again outside, since what is raised here quotes parts of the URL
     elif not _MAY_HIDE.search(location):
         return _file_url(location)
     raise ArgumentError(f"{_EXPECTED}, with @ : / in a password written as %40 %3A %2F; check its spelling and port")

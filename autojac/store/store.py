@@ -101,13 +101,13 @@ class PlanStore:
         Args:
             op, env: what it computes and where.
             plan: the plan; its trials and patterns replace those kept before.
-            function_name: for people.
+            function_name: human-readable.
         """
         patterns = arrays.packed(plan)  # which takes a second for a million samples, and others would wait
         self._write(lambda connection: queries.save(connection, op, env, plan, function_name, patterns))
 
     def refute(self, op: Key, env: Key, reason: str) -> None:
-        """Never find a plan again, unless it is saved anew.
+        """Never find a plan again, unless it is saved again.
 
         Args:
             op, env: what it computes and where.

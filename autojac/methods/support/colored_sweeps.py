@@ -35,7 +35,7 @@ class SweepOptions:
 def pull_colors(
     problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """One VJP a color: the values, and for each input what all seeds brought, (seeds, B, *event)."""
+    """One VJP per color: the values, and for each input what all seeds brought, (seeds, B, *event)."""
     spans = [problem.rows(output) for output in range(len(problem.outputs))]
     bound, inputs = bind(problem, leaves, kwargs)
     pulls = puller(bound, inputs, sweep.engine, problem.differentiable, not problem.structure.effects)

@@ -52,7 +52,7 @@ def search(
         point: where candidates are checked and timed.
         effort: `estimate` takes the first right method of the cost model and times nothing.
         budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
-            torch loads once a process is not counted.
+            torch loads once per process is not counted.
         hints: methods to try first, such as another device's winner.
         progress: called after each trial.
 

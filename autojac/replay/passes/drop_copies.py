@@ -18,7 +18,7 @@ def drop_copies(graph: fx.Graph) -> None:
     """Read the original in the place of a copy, where neither is written into, and reshape what is reshaped at once.
 
     A copy that puts entries into another order is left out only if a single operator reads it, as others would each
-    gather the entries anew; one that repeats entries, if all that read it do so one by one.
+    gather the entries again; one that repeats entries, if all that read it do so one by one.
     """
     sweep(graph, _original, COPIES | RESHAPES)
 

@@ -19,7 +19,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value as a message names it: "an int", "a dict", "None"."""
+    """Return the type of a value as a message names it: "an int", "a dict", "None"."""
     if value is None:
         return "None"
     name = type(value).__name__

@@ -29,7 +29,7 @@ def largest_of_each(matrices: Tensor) -> Tensor:
 
 
 def _scale(matrices: Tensor, axis: int) -> Tensor:
-    """Powers of two that bring the largest entry along `axis` near 1, with that axis kept."""
+    """Return powers of two that bring the largest entry along `axis` near 1, with that axis kept."""
     exponents = torch.frexp(matrices.abs().amax(axis, keepdim=True)).exponent
     most = 1 - frexp(torch.finfo(matrices.dtype).tiny)[1]
     return torch.exp2(exponents.neg().clamp(-most, most).to(matrices.dtype))

@@ -89,7 +89,7 @@ def slogdet(matrices: Tensor) -> Slogdet:
 def as_matrices(
     jacobian: Tensor, outputs: Sequence[int], inputs: Sequence[int], shared: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """One matrix a Jacobian, and the way back for the inverses.
+    """Return one matrix per Jacobian, and the way back for the inverses.
 
     Args:
         jacobian: blocks (B, *outputs, *inputs), full (B, *outputs, B, *inputs) or unbatched (*outputs, *inputs);

@@ -33,7 +33,7 @@ forward_lock = threading.RLock()
 
 
 def transforming() -> bool:
-    """Whether the caller is inside a torch.func transform or a level of dual numbers."""
+    """Check whether the caller is inside a torch.func transform or a level of dual numbers."""
     # while torch.compile traces, the innermost interpreter is never None: what it traces may not probe either
     if innermost_transform() is not None:
         return True
@@ -44,7 +44,7 @@ def transforming() -> bool:
 
 
 def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
-    """A transform that opens a level of dual numbers, in one thread at a time."""
+    """Return a transform that opens a level of dual numbers, in one thread at a time."""
 
     def locked(*args: Any) -> Any:
         if torch.compiler.is_compiling():  # a lock can't be traced
@@ -56,7 +56,7 @@ def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hooked() -> bool:
-    """Whether a caller's hooks, such as checkpointing's, see what autograd saves."""
+    """Check whether a caller's hooks, such as checkpointing's, see what autograd saves."""
     return saved_tensors_hooks(True) is not None
 
 

@@ -64,7 +64,7 @@ def load_forward_rules() -> None:
 
 
 def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """One JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
+    """Make one JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
     try:
         return push_dual_plainly(fn, inputs, tangents)
     except NotImplementedError:
@@ -76,7 +76,7 @@ def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -
 def push_dual_plainly(
     fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same without the operators that need torch's decompositions."""
+    """Make the same JVP without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
     with forward_lock, forward_grad_enabled(True), forward.dual_level() as level:

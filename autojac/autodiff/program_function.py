@@ -84,7 +84,7 @@ class _ByPrograms(torch.autograd.Function):
 def _arranged(
     cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
 ) -> Tensor:
-    """A cotangent in the memory layout that a program was made for; zeros for none."""
+    """Return a cotangent in the memory layout that a program was made for; zeros for none."""
     if cotangent is not None and cotangent.stride() == strides:
         return cotangent
     shape, dtype, device = kind
@@ -108,6 +108,6 @@ def _pulled_again(
 
 
 def by_programs(programs: Programs, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What `programs` compute, with its graph."""
+    """Return what `programs` compute, with its graph."""
     outputs: tuple[Tensor, ...] = _ByPrograms.apply(programs, *inputs)  # type: ignore[no-untyped-call]
     return outputs

@@ -61,7 +61,7 @@ class Pullback:
 
     @classmethod
     def of_graph(cls, outputs: Sequence[Tensor], inputs: Sequence[Tensor], differentiable: bool) -> Self:
-        """The pullback of a graph that exists already; it is kept, whatever is pulled."""
+        """Return the pullback of a graph that exists already; it is kept, whatever is pulled."""
         pullback = cls.__new__(cls)
         pullback.differentiable, pullback.keeps = differentiable, True
         pullback.fn, pullback.repeatable, pullback.pulled, pullback.once = None, True, False, False
@@ -127,7 +127,7 @@ class Pullback:
         return found
 
     def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same outputs by another evaluation."""
+        """Return the same outputs by another evaluation."""
         assert self.fn is not None
         places = {id(y): place for place, y in enumerate(self.recorded)}
         values = self.fn(*self.inputs)
@@ -181,12 +181,12 @@ class Pullback:
 
 
 def is_custom(node: Any) -> bool:
-    """Whether a node of a graph is a `torch.autograd.Function` that somebody wrote in Python."""
+    """Check whether a node of a graph is a `torch.autograd.Function` that somebody wrote in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Where a tensor stands in the graph: its node, and which of the node's results it is."""
+    """Return where a tensor stands in the graph: its node, and which of the node's results it is."""
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 

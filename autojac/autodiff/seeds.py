@@ -57,7 +57,7 @@ class SharedSeeds:
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """A random tangent or cotangent: the same numbers in every dtype and on every device."""
+    """Return a random tangent or cotangent: the same numbers in every dtype and on every device."""
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
@@ -69,7 +69,7 @@ def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Ten
 
 
 def spans(count: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Consecutive (start, stop) of at most `chunk` seeds."""
+    """Return consecutive (start, stop) of at most `chunk` seeds."""
     step = count if chunk is None else chunk
     for start in range(0, count, step or 1):
         yield start, min(start + (step or 1), count)

@@ -76,7 +76,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def rounding_floor(values: Tensor, inputs: Tensor) -> float:
-    """The derivative that rounding alone can fake: a few eps of max|y| / max|x|.
+    """Return the derivative that rounding alone can fake: a few eps of max|y| / max|x|.
 
     It matters where the true derivative vanishes by cancellation, as for sin² + cos².
     """
@@ -91,7 +91,7 @@ def own_rounding(
     values: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[tuple[float, float]]:
-    """What a function's own VJPs miss of being linear in the cotangent, for each input, by `balanced_noise`.
+    """Return what a function's own VJPs miss of being linear in the cotangent, for each input, by `balanced_noise`.
 
     Args:
         pull: maps outputs and cotangents to gradients.
@@ -119,7 +119,7 @@ def largest(tensor: Tensor) -> float:
 def disagreement(
     actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float = 0.0, slack: float = 1.0
 ) -> float | None:
-    """The largest relative error of `actual` where it exceeds the tolerance of its dtype, else None.
+    """Return the largest relative error of `actual` where it exceeds the tolerance of its dtype, else None.
 
     Axis 0 runs over samples (or rows), each with a scale of its own.
 

@@ -29,7 +29,7 @@ class Rival:
 
 
 def prepared(size: int, x: Tensor) -> Rival | str:
-    """The Brusselator's Jacobian by asdex, compiled; why not, where it can't be had."""
+    """Return the Brusselator's Jacobian by asdex, compiled; why not, where it can't be had."""
     found = loaded("jax", "asdex")
     if isinstance(found, str):
         return found

@@ -40,7 +40,7 @@ class Way:
 
 
 def blocks_of(whole: Tensor, x: Tensor) -> Tensor:
-    """The blocks (B, *out, *in) of a whole batch's Jacobian (B, *out, B, *in)."""
+    """Return the blocks (B, *out, *in) of a whole batch's Jacobian (B, *out, B, *in)."""
     return whole.diagonal(dim1=0, dim2=whole.dim() - x.dim()).movedim(-1, 0)
 
 
@@ -49,7 +49,7 @@ def whole_batch(vectorize: bool) -> Callable[[Func], Run]:
 
 
 def of_the_sum(vectorize: bool) -> Callable[[Func], Run]:
-    """The forum's trick: rows of the sum over samples are rows of every sample, if samples are independent."""
+    """Return the forum's trick: rows of the sum over samples are rows of every sample, if samples are independent."""
     return lambda func: lambda x: differentiated(lambda z: func(z).sum(0), x, vectorize).movedim(-x.dim(), 0)
 
 
@@ -111,7 +111,7 @@ WAYS: tuple[Way, ...] = (
 
 
 def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
-    """The Jacobian in float64, by one plain VJP per row, rounded to x's dtype.
+    """Return the Jacobian in float64, by one plain VJP per row, rounded to x's dtype.
 
     Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
     """

@@ -10,7 +10,7 @@ import torch
 
 
 def loaded(*names: str) -> list[Any] | str:
-    """The libraries, JAX with one thread where torch has one; why not, where they can't be had."""
+    """Return the libraries, JAX with one thread where torch has one; why not, where they can't be had."""
     if torch.get_num_threads() == 1:
         # read when JAX first loads
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")

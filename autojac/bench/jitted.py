@@ -49,7 +49,7 @@ def jax_contest(workload: Workload, settings: Settings) -> Promised:
 
 
 def jax_way(mode: str, tuned: Tuned, jax: Any) -> Entrant:
-    """One of JAX's modes, checked as torch's ways are, then timed up to where its result is ready."""
+    """Return one of JAX's modes, checked as torch's ways are, then timed up to where its result is ready."""
     jacobian = jax.jit(jax.vmap(getattr(jax, mode)(of_jax(tuned.func, jax.numpy))))
     point = jax.numpy.asarray(tuned.x.numpy())
 

@@ -46,7 +46,7 @@ IMPORT = "import time; start = time.perf_counter(); import {name}; print(time.pe
 
 
 def overhead(settings: Settings, workload: Workload = WORKLOADS["sin"], rounds: int = 31) -> float:
-    """Seconds that `jac(x)` adds to its bare method with the plan's seeds: the median over paired rounds."""
+    """Return seconds that `jac(x)` adds to its bare method with the plan's seeds: the median over paired rounds."""
     with torch.no_grad():
         tuned = tune(workload, settings)
         x, compute = tuned.x, tuned.entry.compute

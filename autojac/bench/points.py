@@ -108,7 +108,7 @@ def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
 
 
 def vjp(func: Neighbours, x: Tensor) -> Tensor:
-    """One VJP with ones, as its user writes it."""
+    """Return one VJP with ones, as its user writes it."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = func(x)

@@ -65,7 +65,7 @@ def replay(engine: str) -> dict[str, Any]:
 
 
 def calls(workloads: Sequence[Workload], settings: Settings) -> Promised:
-    """What `jac(x)` adds to its flat graph, and what of that is the guard, in paired rounds.
+    """Return what `jac(x)` adds to its flat graph, and what of that is the guard, in paired rounds.
 
     Args:
         workloads: functions whose plan is a replay, by force.
@@ -107,7 +107,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
 
 
 def served(compute: Compute) -> Replaying:
-    """What replays, after its first call.
+    """Return what replays, after its first call.
 
     Raises:
         RuntimeError: if there is no trace, with the reason.
@@ -146,7 +146,7 @@ def tracing(settings: Settings, runs: int = 3, engines: Sequence[str] = ENGINES)
 
 
 def _fresh(engine: str, device: str, *names: str) -> list[float]:
-    """The seconds of the last of these workloads, after the others in the same process."""
+    """Return the seconds of the last of these workloads, after the others in the same process."""
     command = [sys.executable, "-c", SCRIPT, str(torch.get_num_threads()), engine, device, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

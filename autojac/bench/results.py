@@ -141,7 +141,7 @@ class Figure:
 
     @classmethod
     def over(cls, outcome: Outcome, base: Outcome, bound: float) -> Self:
-        """One outcome in times of another; infinite where either has no time."""
+        """Return one outcome as a multiple of another; infinite where either has no time."""
         found = ratio(outcome, base)
         return cls(f"{outcome.name} over {base.name}", math.inf if found is None else found, bound)
 
@@ -237,7 +237,7 @@ class Report:
         return {**dataclasses.asdict(self), "figures": self.figures()}
 
     def figures(self) -> dict[str, float | None]:
-        """The few numbers that the rest is there for."""
+        """Return the few numbers that the rest is there for."""
         regrets = [race.regret.ratio for race in self.races if race.regret]
         worst = self.worst_race
         return {

@@ -106,7 +106,7 @@ def tune(workload: Workload, settings: Settings) -> Tuned:
 
 
 def wrapped(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
-    """The wrapper that a benchmark tunes."""
+    """Return the wrapper that a benchmark tunes."""
     store = settings.store or autojac.PlanStore(":memory:")
     return autojac.AutoJacobian(func, effort=settings.effort, budget_s=settings.budget_s, store=store, **options)
 
@@ -138,7 +138,7 @@ def race(tuned: Tuned, settings: Settings) -> Race:
 
 
 def regret(tuned: Tuned, settings: Settings) -> Regret:
-    """The plan's bare method against every fixed candidate of the same effort."""
+    """Return the plan's bare method against every fixed candidate of the same effort."""
     entry = tuned.entry
     methods = {expression(c.spec()): c for c in candidates(entry.problem, DEPTHS[settings.effort])}
     plan = str(entry.plan)
@@ -192,7 +192,7 @@ def raced(
     always: Sequence[str],
     left_out: State = "right",
 ) -> list[Entrant]:
-    """The entrants with their times from one interleaved run, but for those far behind the best."""
+    """Return the entrants with their times from one interleaved run, but for those far behind the best."""
     runs = {e.outcome.name: e.run for e in entrants if e.run is not None}
     first = {e.outcome.name: e.outcome.seconds or math.inf for e in entrants if e.run is not None}
     best = min(first.values(), default=0.0)
@@ -216,7 +216,7 @@ def raced(
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What of this machine the times depend on; nothing that names it."""
+    """Return what of this machine the times depend on; nothing that names it."""
     facts: dict[str, Any] = {
         "autojac": importlib.metadata.version("autojac"),
         "torch": torch.__version__,

@@ -40,7 +40,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def times(report: Report) -> Table:
-    """One row a workload, one column a way."""
+    """Return one row per workload, one column per way."""
     table = Table(
         "workload", "B", "n→m", *(way.name for way in WAYS), "autojac", "speed-up", "over best", box=box.SIMPLE_HEAD
     )
@@ -62,7 +62,7 @@ def times(report: Report) -> Table:
 
 
 def plans(report: Report) -> Table:
-    """What was chosen for each workload, and how it compares with the other candidates."""
+    """Return what was chosen for each workload, and how it compares with the other candidates."""
     table = Table("workload", "coupling", "tuning s", "regret", "plan", "best candidate", box=box.SIMPLE_HEAD)
     for race in report.races:
         regret = race.regret
@@ -87,7 +87,7 @@ def grouped(parts: Iterable[Promised]) -> list[list[Promised]]:
 
 
 def contests(rows: Sequence[Promised]) -> Table:
-    """One row a workload: the same ways in ms, what was promised, and what else is known."""
+    """Return one row per workload: the same ways in ms, what was promised, and what else is known."""
     names = [outcome.name for outcome in rows[0].outcomes]
     table = Table("workload", *names, "ratio", "at most", *rows[0].facts, box=box.SIMPLE_HEAD)
     for row in rows:
@@ -103,7 +103,7 @@ def contests(rows: Sequence[Promised]) -> Table:
 
 
 def promised(part: Promised) -> Table:
-    """One part: its ways, what was promised, what else is known."""
+    """Return one part: its ways, what was promised, what else is known."""
     table = Table(part.name, "", box=box.SIMPLE_HEAD)
     for outcome in part.outcomes:
         table.add_row(outcome.name, cell(outcome) + (" ms" if outcome.seconds is not None else ""))
@@ -125,7 +125,7 @@ def fact(known: str | float) -> str:
 
 
 def cell(outcome: Outcome, bold: bool = False) -> str:
-    """A time in ms, or why there is none."""
+    """Return a time in ms, or why there is none."""
     if outcome.state == "skipped":
         return "–"
     if outcome.state != "right" or outcome.seconds is None:
@@ -140,7 +140,7 @@ def number(value: float) -> str:
 
 
 def figures(report: Report) -> Iterator[str]:
-    """The numbers that the rest is there for, one a line."""
+    """Return the numbers that the rest is there for, one per line."""
     dense = [race for race in report.races if race.kind == "dense"]
     if report.mean_speedup:
         yield f"geometric mean speed-up over {len(dense)} dense workloads: {report.mean_speedup:.2f}"

@@ -39,7 +39,7 @@ class Workload:
     build: Callable[[], Func]
 
     def make(self, device: torch.device | str = "cpu") -> tuple[Func, Tensor]:
-        """The function and a point, the same ones each time."""
+        """Return the function and a point, the same ones each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             func, x = self.build(), torch.randn(self.batch, self.n)
@@ -47,7 +47,7 @@ class Workload:
 
 
 def moved_to(func: Func, device: torch.device | str, dtype: torch.dtype) -> Func:
-    """A copy of a function's module on a device and in a dtype; plain functions go wherever their input does."""
+    """Return a copy of a function's module on a device and in a dtype; plain functions go wherever their input does."""
     return copy.deepcopy(func).to(device, dtype) if isinstance(func, nn.Module) else func
 
 
@@ -81,7 +81,7 @@ def mlp(name: str, batch: int, *sizes: int) -> Workload:
 
 
 def batch_norm(name: str, batch: int, *sizes: int) -> Workload:
-    """The same with BatchNorm in train mode: samples are coupled through their mean and variance."""
+    """Return the same with BatchNorm in train mode: samples are coupled through their mean and variance."""
     return Workload(
         name, "coupled", batch, sizes[0], sizes[-1], max(sizes), lambda: frozen(tanh_layers(sizes, norm=True))
     )

@@ -113,13 +113,13 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
 
 
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
-    """The pattern of a function without a batch, from nothing."""
+    """Return the pattern of a function without a batch, from nothing."""
     point = ProbePoint(lambda leaves, _: (func(leaves[0][0])[None],), (x[None],), {}, (0,), (), 1, Sandbox(()))
     return find_feature_pattern(point, (0,), torch.Generator().manual_seed(0), sliceable=False)
 
 
 def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:
-    """One JVP a seed, as a user of dual numbers writes it."""
+    """Return one JVP per seed, as a user of dual numbers writes it."""
     pushed = []
     for seed in seeds:
         with forward_ad.dual_level():
@@ -129,7 +129,7 @@ def jvps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Ten
 
 
 def vjps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Tensor]:
-    """One VJP per seed, all through one graph."""
+    """Return one VJP per seed, all through one graph."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = func(x)
@@ -137,7 +137,7 @@ def vjps(func: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> list[Ten
 
 
 def cpu_seconds(run: Callable[[], object], rounds: int) -> float:
-    """Seconds of this process's own threads that a call takes, the median."""
+    """Return seconds of this process's own threads that a call takes, the median."""
     spent = []
     for _ in range(rounds):
         start = time.process_time()
@@ -153,7 +153,7 @@ def as_dense(jacobian: Tensor) -> Tensor:
 
 
 def as_blocks(jacobian: Tensor, like: Tensor) -> Tensor:
-    """The blocks (B, m, n) of independent samples in a sparse matrix (B·m, B·n)."""
+    """Return the blocks (B, m, n) of independent samples in a sparse matrix (B·m, B·n)."""
     batch, m, n = like.shape
     counts = jacobian.crow_indices().diff()
     rows = torch.arange(batch * m, device=like.device).repeat_interleave(counts)

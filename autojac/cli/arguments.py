@@ -86,7 +86,7 @@ def place_modules(func: Callable[..., Any], device: torch.device, kinds: Sequenc
 
 
 def make_arguments(sizes: Shapes, kinds: Sequence[torch.dtype], device: torch.device) -> tuple[Tensor, ...]:
-    """Tensors to call func with: floats from a normal distribution, integers zero, booleans true.
+    """Return tensors to call func with: floats from a normal distribution, integers zero, booleans true.
 
     Raises:
         TargetError: they can't be made.

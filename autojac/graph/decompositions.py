@@ -28,7 +28,7 @@ class Writer(Protocol):
 
 
 def decomposed(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
-    """Whether an operator is written down as several, and what it returned; it runs once, as it is."""
+    """Check whether an operator is written down as several, and what it returned; it runs once, as it is."""
     if name in BATCH_NORMS:
         return True, _batch_norm(writer, name, func, args, kwargs)
     if name in ("_softmax", "_log_softmax") and args[1] % max(args[0].dim(), 1) == 0 and not args[2]:

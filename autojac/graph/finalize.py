@@ -37,7 +37,7 @@ class Notes(Protocol):
 
 
 def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
-    """What was recorded, without what no output depends on.
+    """Return what was recorded, without what no output depends on.
 
     Args:
         notes: of the call.
@@ -78,7 +78,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
 
 
 def _reconnected(notes: Notes) -> tuple[list[Operation], set[int]]:
-    """The operators, with what autograd saved and brought back as what it was: recorded are detached copies.
+    """Return the operators, with what autograd saved and brought back as what it was: recorded are detached copies.
 
     Returns:
         the operators, and the values brought back of which nobody saw what they were.

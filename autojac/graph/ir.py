@@ -47,7 +47,7 @@ class Operation:
         return tuple(references((self.args, tuple(self.kwargs.values()))))
 
     def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
-        """What it returns, one entry for each of `outputs`."""
+        """Return what it returns, one entry for each of `outputs`."""
         kwargs = {name: _filled(value, env) for name, value in self.kwargs.items()}
         made = self.target(*_filled(self.args, env), **kwargs)
         parts = made if self.many else (made,)
@@ -86,7 +86,7 @@ class BoundOperation:
         return self.graph.shapes[self.outputs[0]]
 
     def axes(self, name: str, dims: int) -> set[int]:
-        """A `dim` argument as a set of axes from the front; all where it names none."""
+        """Return a `dim` argument as a set of axes from the front; all where it names none."""
         given = self.arguments.get(name)
         if given is None or (isinstance(given, (list, tuple)) and not given):
             return set(range(dims))
@@ -196,7 +196,7 @@ def _filled(value: Any, env: Mapping[int, Tensor]) -> Any:
 
 
 def _shape_of(value: Any) -> Any:
-    """An argument without its floating-point numbers, hashable."""
+    """Return an argument without its floating-point numbers, hashable."""
     if type(value) is Value:
         return value
     if isinstance(value, (tuple, list)):
@@ -205,7 +205,7 @@ def _shape_of(value: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """An argument such that equal ones do the same: 1 is not True, and 0.0 is not -0.0."""
+    """Return an argument such that equal ones do the same: 1 is not True, and 0.0 is not -0.0."""
     if type(value) is Value:
         return value
     if isinstance(value, (tuple, list)):

@@ -86,7 +86,7 @@ def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def functional(
     func: Any, name: str, seen: tuple[Any, Any], after: int, shape: Sequence[int], dtype: torch.dtype, held: bool
 ) -> Operation | None:
-    """An in-place operator as one that makes a tensor; None if there is none."""
+    """Return an in-place operator as one that makes a tensor; None if there is none."""
     args, kwargs = seen
     if name == "copy_":
         return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, held)
@@ -96,7 +96,7 @@ def functional(
 
 @functools.cache
 def _out_of_place(func: Any, name: str) -> Any:
-    """The operator that takes the same arguments and makes a tensor; None if there is none.
+    """Return the operator that takes the same arguments and makes a tensor; None if there is none.
 
     Its overload may have another name: `pow.Scalar` is not `pow_.Scalar` but a number to the power of a tensor.
     """
@@ -107,7 +107,7 @@ def _out_of_place(func: Any, name: str) -> Any:
 
 
 def _takes(func: Any) -> list[tuple[str, str]]:
-    """The names and types of an operator's arguments."""
+    """Return the names and types of an operator's arguments."""
     return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
 
 

@@ -155,7 +155,7 @@ class Method(ABC):
 
     @abstractmethod
     def workspace(self, problem: Problem) -> int:
-        """Bytes needed at least beyond the Jacobian: known before anything runs."""
+        """Return bytes needed at least beyond the Jacobian: known before anything runs."""
 
     def spec(self) -> dict[str, Any]:
         """Return the method as JSON: its name, its fields, inner methods nested."""
@@ -229,7 +229,7 @@ def build(spec: Mapping[str, Any]) -> Method:
 
 
 def _or_plainly(problem: Problem, compute: Compute) -> Compute:
-    """A computation by transforms, or by a loop of plain VJPs where func starts to assign to `.data`."""
+    """Return a computation by transforms, or by a loop of plain VJPs where func starts to assign to `.data`."""
     loop: list[Compute] = []
 
     def either(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:

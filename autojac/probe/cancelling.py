@@ -44,7 +44,7 @@ def rounding(tensor: Tensor) -> Tensor | float:
 
 
 def changed(before: Tensor, after: Tensor, granted: Tensor | float) -> Tensor:
-    """Where numbers differ by more than is granted."""
+    """Return where numbers differ by more than is granted."""
     return (after - before).abs() > granted if before.is_floating_point() else before != after
 
 

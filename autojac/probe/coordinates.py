@@ -56,7 +56,7 @@ class Coordinates:
         return torch.cat([part.reshape(len(part), -1).any(0).cpu() for part in parts])
 
     def as_inputs(self, mask: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """A mask over inputs (n,) as masks that broadcast over the differentiated leaves."""
+        """Return a mask over inputs (n,) as masks that broadcast over the differentiated leaves."""
         parts = mask.split(list(self.columns))
         shapes = [
             leaves[position].shape[1:] if position in self.batched else leaves[position].shape
@@ -66,7 +66,7 @@ class Coordinates:
         return [part.reshape(shape).to(device) for part, shape in zip(parts, shapes, strict=True)]
 
     def as_outputs(self, mask: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """A mask over outputs (m,) as masks that broadcast over the outputs."""
+        """Return a mask over outputs (m,) as masks that broadcast over the outputs."""
         parts = mask.split(list(self.rows))
         return [part.reshape(y.shape[1:]).to(y.device) for part, y in zip(parts, outputs, strict=True)]
 

@@ -146,7 +146,7 @@ def _by_operators(
 
 
 def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
-    """The same of one point, and whether func looks at its data."""
+    """Return the same of one point, and whether func looks at its data."""
     import scipy.sparse
 
     from autojac.graph.dependence.propagation import propagate

@@ -165,7 +165,7 @@ def _some(reached: float, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _with_block(found: scipy.sparse.csr_array, rows: Tensor, columns: Tensor) -> scipy.sparse.csr_array:
-    """A pattern with all pairs of some rows and some columns."""
+    """Return a pattern with all pairs of some rows and some columns."""
     if not bool(rows.any()) or not bool(columns.any()):
         return found
     one, other = (scipy.sparse.csr_array(mask.numpy()[None]) for mask in (rows, columns))

@@ -19,7 +19,7 @@ Evaluate = Callable[[], Any]
 
 
 def drawn(evaluate: Evaluate, generators: Sequence[str]) -> tuple[str, ...]:
-    """Those of the generators that func draws from itself.
+    """Return those of the generators that func draws from itself.
 
     Args:
         evaluate: evaluates func.

@@ -206,7 +206,7 @@ def _typed(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in either precision."""
+    """Return the same numbers in either precision."""
     return tensor.detach().float().to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -127,7 +127,7 @@ def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Gener
 
 
 def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
-    """The same at one point; and whether Python saw values of the data."""
+    """Return the same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
     from autojac.graph.dependence.propagation import propagate
 
@@ -234,7 +234,7 @@ def _nan_escapes(point: ProbePoint, pattern: Pattern, generator: torch.Generator
 
 
 def _mask(pattern: Pattern, matrix: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some samples, few enough that many outputs must stay; and the outputs that may move."""
+    """Return some samples, few enough that many outputs must stay; and the outputs that may move."""
     batch = pattern.shape[0]
     share = min(0.5, batch / max(pattern.count, 1))
     mask = torch.rand(batch, generator=generator) < share
@@ -267,7 +267,7 @@ def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
 
 
 def most_classes(samples: Any) -> int:
-    """A bound on the classes of samples that do not reach each other, colored by largest degree first."""
+    """Return a bound on the classes of samples that do not reach each other, colored by largest degree first."""
     degrees = np.sort(np.diff((samples + samples.T).tocsr().indptr))[::-1]
     # Welsh and Powell, 1967; the diagonal counts for the class itself
     return int(np.minimum(degrees, np.arange(1, len(degrees) + 1)).max(initial=0))

@@ -51,7 +51,7 @@ class SideEffects:
 
 
 def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int]) -> Any:
-    """One plain call on copies that autograd sees as the user's inputs, and the graph nodes of these."""
+    """Call func once on copies that autograd sees as the user's inputs; return its values and their graph nodes."""
     # torch warns of what it would not warn of where nothing requires grad, such as float(x)
     with torch.enable_grad(), unwarned():
         copies = [

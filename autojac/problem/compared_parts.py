@@ -145,7 +145,7 @@ class ComparedParts:
         return self._classes(graph)
 
     def _classes(self, graph: Pattern) -> list[list[int]]:
-        """Some classes of a coloring that keeps apart what reaches each other."""
+        """Return some classes of a coloring that keeps apart what reaches each other."""
         colors = torch.from_numpy(self.problem.colorings.apart(graph))
         # an edge that is missing joins samples of one color, or does no harm
         shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[: self.classes].tolist()
@@ -162,7 +162,7 @@ class ComparedParts:
         return places if numbers is None else numbers[places].tolist()
 
     def _noise(self, output: int) -> Tensor:
-        """A random cotangent of one output."""
+        """Return a random cotangent of one output."""
         return seeds.noise(self.values[output], self.generator) * self.weights[output]
 
     def _single(self, output: int, row: int) -> list[Tensor]:
@@ -188,7 +188,7 @@ class ComparedParts:
 
 
 def _alone(cotangent: Tensor, samples: Sequence[int] | None) -> Tensor:
-    """A cotangent on some samples alone."""
+    """Return a cotangent on some samples alone."""
     if samples is None:
         return cotangent
     alone = torch.zeros_like(cotangent)

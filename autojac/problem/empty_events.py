@@ -41,7 +41,7 @@ def solid(problem: Problem) -> Problem:
 
 
 def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
-    """A computation of the whole problem, by a method that sees what has elements."""
+    """Return a computation of the whole problem, by a method that sees what has elements."""
     inner = solid(problem)
     if not (problem.batch and inner.out_size and inner.in_size):
         return _zeros_alone(problem)

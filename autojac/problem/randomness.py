@@ -19,7 +19,7 @@ from autojac.problem.problem import Compute, Flat, Result
 
 
 def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> Compute:
-    """A computation, all evaluations of which draw alike from these generators."""
+    """Return a computation, all evaluations of which draw alike from these generators."""
 
     def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         given = kwargs.random_state if isinstance(kwargs, Keywords) else None
@@ -29,7 +29,7 @@ def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> 
 
 
 def redrawn(fn: Flat) -> Flat:
-    """A flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
+    """Return a flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
 
     def with_same_numbers(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if isinstance(kwargs, Keywords) and kwargs.random_state is not None:
@@ -64,7 +64,7 @@ def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = G
 
 
 def leaving_state(compute: Compute, generators: Sequence[str]) -> Compute:
-    """A computation that sets generators back, so that a plain call that follows draws the same numbers."""
+    """Return a computation that sets generators back, so that a plain call that follows draws the same numbers."""
 
     def back(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         state = random_state(generators)

@@ -221,7 +221,7 @@ class Reference:
 
 
 def named(samples: Sequence[int]) -> str:
-    """Some samples, human-readable."""
+    """Return some samples, human-readable."""
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
 
 

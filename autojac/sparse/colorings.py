@@ -74,7 +74,7 @@ class Backing(Protocol):
     """Where colorings outlive the process; a `PlanStore` is one."""
 
     def coloring(self, key: str) -> Arrays | None:
-        """The arrays kept under a key; None if there are none."""
+        """Return the arrays kept under a key; None if there are none."""
 
     def save_coloring(self, key: str, arrays: Arrays) -> None:
         """Keep arrays under a key."""
@@ -174,7 +174,7 @@ class Colorings:
 
 
 def _edges(graph: Pattern) -> tuple[Indices, Indices]:
-    """The pairs of different samples that are joined in either direction, each once, the lower first."""
+    """Return the pairs of different samples that are joined in either direction, each once, the lower first."""
     import scipy.sparse
 
     matrix = graph.scipy().astype(bool)
@@ -183,7 +183,7 @@ def _edges(graph: Pattern) -> tuple[Indices, Indices]:
 
 
 def _are_colors(arrays: Arrays, sizes: Mapping[str, int]) -> bool:
-    """Whether these are color numbers of as many rows, columns or samples as there should be."""
+    """Check whether these are color numbers of as many rows, columns or samples as there should be."""
 
     def fits(colors: Any, size: int) -> bool:
         return (

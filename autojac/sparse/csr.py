@@ -43,12 +43,12 @@ class Entries:
         return tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
 
     def matrix(self, values: Tensor) -> Tensor:
-        """The sparse CSR tensor that holds these values, differentiable in them."""
+        """Return the sparse CSR tensor that holds these values, differentiable in them."""
         starts, _, columns = self.indices(values.device)
         return torch.sparse_csr_tensor(starts, columns, values, self.pattern.shape, check_invariants=False)
 
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
-        """The entries of some dense rows (c, columns), of which the first is number `start`."""
+        """Return the entries of some dense rows (c, columns), of which the first is number `start`."""
         first, last = (int(self.pattern.starts[number]) for number in (start, start + len(rows)))
         _, own, columns = self.indices(rows.device)
         return rows[own[first:last] - start, columns[first:last]]
@@ -69,13 +69,13 @@ class Entries:
         return blank
 
     def pull(self, values: Tensor, cotangent: Tensor) -> Tensor:
-        """A cotangent (rows,) times the matrix."""
+        """Return a cotangent (rows,) times the matrix."""
         _, rows, columns = self.indices(values.device)
         return values.new_zeros(self.pattern.shape[1]).index_add(0, columns, cotangent[rows] * values)
 
 
 def sample_graph(structure: Structure, batch: int, shared: bool) -> Pattern:
-    """The samples that each sample's output depends on; of an input that all share there is but one copy."""
+    """Return the samples that each sample's output depends on; of an input that all share there is but one copy."""
     if shared:
         return Pattern.full(batch, 1)
     if structure.independent:
@@ -85,7 +85,7 @@ def sample_graph(structure: Structure, batch: int, shared: bool) -> Pattern:
 
 
 def feature_pattern(sparsity: Sparsity | None, rows: tuple[int, int], columns: tuple[int, int]) -> Pattern:
-    """The pattern inside a sample between the features of one output and one input, both as (start, stop)."""
+    """Return the pattern inside a sample between the features of one output and one input, both as (start, stop)."""
     features = None if sparsity is None else sparsity.features
     if features is None:
         return Pattern.full(rows[1] - rows[0], columns[1] - columns[0])
@@ -117,7 +117,7 @@ def _load_sparse() -> None:
 
 
 def to_scipy(jacobian: Tensor) -> scipy.sparse.csr_array:
-    """A sparse Jacobian as SciPy takes it, for its solvers; on a CPU it shares the tensor's memory.
+    """Return a sparse Jacobian as SciPy takes it, for its solvers; on a CPU it shares the tensor's memory.
 
     Args:
         jacobian: 2-D sparse CSR, as `layout="sparse"` gives; it is detached.

@@ -106,7 +106,7 @@ def _listed(values: Any, count: int) -> Indices:
 
 
 def _repeated(nodes: scipy.sparse.csr_array, colors: Indices, bound: int, passes: int) -> Indices:
-    """The colors after some more passes, each in an order of the classes before it."""
+    """Return the colors after some more passes, each in an order of the classes before it."""
     random = np.random.default_rng(0)
     stale = 0
     for number in range(passes):

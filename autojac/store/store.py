@@ -147,7 +147,7 @@ class PlanStore:
         return [replace(plan, id=-plan.id) for plan in own] + kept
 
     def get(self, plan_id: int) -> StoredPlan:
-        """One plan with its trials.
+        """Return one plan with its trials.
 
         Raises:
             StoreError: there is no such plan, or the store can't be read.

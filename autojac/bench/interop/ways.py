@@ -30,7 +30,7 @@ def rows(func: Func, x: Tensor, pull: Callable[[Tensor, Tensor, bool], Tensor]) 
 
 
 def looped(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
-    """One VJP for each coordinate of the sum over samples."""
+    """Return one VJP for each coordinate of the sum over samples."""
     sums = y.sum(0).flatten().unbind()
     found = [torch.autograd.grad(s, x, retain_graph=True, create_graph=differentiable)[0] for s in sums]
     return torch.stack(found, 1).view(*y.shape, *x.shape[1:])
@@ -56,7 +56,7 @@ def row_by_row(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
 
 
 def transformed(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Run]:
-    """One of torch's transforms, sample by sample."""
+    """Return one of torch's transforms, sample by sample."""
     prepare = sample_by_sample(transform)
 
     def prepared(func: Func) -> Run:

@@ -150,7 +150,7 @@ def sweeps(way: AccumulationTree) -> Iterator[JacobianSweep]:
 
 
 def products(way: AccumulationTree) -> Iterator[ChainProduct]:
-    """Its cuts, the outer ones first."""
+    """Return its cuts, the outer ones first."""
     if isinstance(way, ChainProduct):
         yield way
     if not isinstance(way, JacobianSweep):
@@ -190,7 +190,7 @@ class _Planner:
         return best
 
     def sweep(self, sources: Ends, targets: Ends) -> JacobianSweep:
-        """One sweep in the cheaper direction."""
+        """Return one sweep in the cheaper direction."""
         pull = JacobianSweep(
             sources,
             targets,

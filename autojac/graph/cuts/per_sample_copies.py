@@ -77,7 +77,7 @@ def _of_one(operation: Operation, batch: int) -> Operation:
 
 
 def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[int, ...] | None:
-    """A shared tensor's shape as it is broadcast, if the operator does so along the batch."""
+    """Return a shared tensor's shape as it is broadcast, if the operator does so along the batch."""
     output = next(index for index in operation.outputs if index is not None)
     state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
     if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):

@@ -35,7 +35,7 @@ class SweepOptions:
 def pull_colors(
     problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """One VJP per color: the values, and for each input what all seeds brought, (seeds, B, *event)."""
+    """Make one VJP per color; return the values, and for each input what all seeds brought, (seeds, B, *event)."""
     spans = [problem.rows(output) for output in range(len(problem.outputs))]
     bound, inputs = bind(problem, leaves, kwargs)
     pulls = puller(bound, inputs, sweep.engine, problem.differentiable, not problem.structure.effects)
@@ -52,7 +52,7 @@ def pull_colors(
 def push_colors(
     problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """One JVP a color: the values, and for each output what all seeds brought, (seeds, B, *event)."""
+    """Make one JVP per color; return the values, and for each output what all seeds brought, (seeds, B, *event)."""
     bound, inputs = bind(problem, leaves, kwargs)
     # dual numbers refuse expanded tensors, whose elements share memory
     inputs = tuple(x.contiguous() for x in inputs)

@@ -19,7 +19,7 @@ from autojac.problem.problem import Compute, Problem, Result
 
 @dataclass(frozen=True)
 class ColoredPush(Method):
-    """Forward mode on compressed columns: one JVP a color.
+    """Forward mode on compressed columns: one JVP per color.
 
     Attributes:
         engine: as in `Push`.

@@ -1,4 +1,4 @@
-"""Forward mode: one JVP a seed, many seeds at a time."""
+"""Forward mode: one JVP per seed, many seeds at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Engine = Literal["loop", "vmap"]
 
 @dataclass(frozen=True)
 class Push(Method):
-    """Forward mode: one JVP a seed.
+    """Forward mode: one JVP per seed.
 
     Attributes:
         seeds: `shared` pushes one seed per input coordinate through all samples at once, which is exact for

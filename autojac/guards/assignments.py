@@ -140,6 +140,19 @@ class Snapshot:
         """Return the places that hold something else now."""
         return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
 
+    def differences(self) -> list[tuple[Any, Any]]:
+        """Return each place and key that holds another object now; the key is None where a place has no keys."""
+        found: list[tuple[Any, Any]] = []
+        for place, copy in zip(self.places, self.copies, strict=True):
+            if _same(copy, _copied(place)):
+                continue
+            if not isinstance(copy, dict):
+                found.append((place, None))
+                continue
+            keys = dict.fromkeys((*copy, *place))
+            found += [(place, key) for key in keys if copy.get(key, MISSING) is not place.get(key, MISSING)]
+        return found
+
     def exchanged(self, kind: type) -> bool:
         """Check whether every change is one object of a kind, or a nest of such, in place of another."""
         return all(

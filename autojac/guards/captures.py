@@ -16,8 +16,8 @@ import torch
 
 from autojac.guards.assignments import AttributeMapping, BufferMapping, VariableMapping
 from autojac.guards.compiled_functions import is_compiled
-from autojac.guards.provenance import is_library, slots
-from autojac.guards.walker import UNSTABLE, Walk
+from autojac.guards.provenance import is_library, own_names, slots
+from autojac.guards.walker import Walk
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ class _Reach(Walk):
         self.compiled = False
         self.places: list[Any] = []
 
+    def leave_out(self, obj: Any) -> None:
+        """Mark an object as visited."""
+        parts = (obj.__func__, obj.__self__) if isinstance(obj, types.MethodType) else (obj,)
+        for part in parts:
+            self._order.setdefault(id(part), len(self._order))
+            self._alive.append(part)
+
     def found(self, func: Callable[..., Any]) -> Captures:
         """Walk over a callable, and return what was met."""
         self.visit(func)
@@ -118,7 +125,7 @@ class _Reach(Walk):
 
     def _class(self, kind: type) -> None:
         if not is_library(kind.__module__):
-            self.places.append(AttributeMapping(kind, functools.partial(_own_names, kind)))
+            self.places.append(AttributeMapping(kind, functools.partial(own_names, kind)))
         super()._class(kind)
 
     def _instance(self, obj: Any, kind: type) -> None:
@@ -155,7 +162,3 @@ class _Survey(_Reach):
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
-
-
-def _own_names(kind: type) -> list[str]:
-    return [name for name in vars(kind) if not (name.startswith("__") or name in UNSTABLE)]

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from autojac.guards.assignments import CONTAINERS, VariableMapping
 from autojac.guards.bytecode import NamesUsed, names_used
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.places import (
@@ -54,6 +55,7 @@ class FunctionPlaces(Walk):
         places: the places, each once.
         codes: the code of the functions that were followed.
         reason: why there may be more than the places; empty if there is not.
+        settable: where packages that ran may set something: variables, attributes of classes, containers.
         called: a human-readable name of each object, by its id.
     """
 
@@ -65,6 +67,7 @@ class FunctionPlaces(Walk):
         self._codes: dict[int, types.CodeType] = {}
         self.reason = ""
         self.called: dict[int, str] = {}
+        self.settable: list[Any] = []
         self._known: set[tuple[int, type]] = set()
         self._scope: types.FunctionType | None = None
 
@@ -125,6 +128,9 @@ class FunctionPlaces(Walk):
         builtins: dict[str, Any] = stranger.__builtins__
         if uses.scope and is_installed(scope.get("__name__")):
             self._place(Attributes(scope, f"{scope['__name__']}.{{}}"))
+            if isinstance(scope, dict):
+                self.settable.append(VariableMapping(scope, uses.scope))
+                self.settable += [held for name in uses.scope if type(held := scope.get(name)) in CONTAINERS]
         elif uses.scope:
             self._place(Names(scope, "global {}", uses.scope))
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):

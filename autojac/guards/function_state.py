@@ -75,6 +75,7 @@ class FunctionState:
         self._tensors_matter = False
         self._observed: Callable[[], bool] | None = None
         self._ran: list[types.CodeType] = []
+        self._write_only: frozenset[Spot] = frozenset()
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """Let no walk enter: what is watched is no part of what watches it."""
@@ -97,19 +98,34 @@ class FunctionState:
             new = [code for code in ran if id(code) not in known]
             if not new:
                 return False
-            guard = Guard(self.func, (*self._ran, *new))
+            guard = Guard(self.func, (*self._ran, *new), self._write_only)
             reached = {id(code) for code in guard.codes}
             new = [code for code in new if id(code) in reached]
             if not new:
                 return False
             self._ran += new
-            present.guard = guard
-            present.tensors = list(guard.tensors)
-            # what others compare is not everything any more
-            self._states = deque([present], maxlen=MOST_STATES)
-            self._observed = None
-            self.version += 1
+            self._replace(guard)
             return True
+
+    def leave_unwatched(self, spots: Collection[Spot]) -> None:
+        """Compare no more what calls of the function set and none reads, such as the last result."""
+        with self.lock:
+            if not self._write_only.issuperset(spots):
+                self._write_only |= frozenset(spots)
+                self._replace(Guard(self.func, self._ran, self._write_only))
+
+    def _replace(self, guard: Guard) -> None:
+        """Compare other places from now on; what other states compare is not that."""
+        present = self.present
+        present.guard, present.tensors = guard, list(guard.tensors)
+        self._states = deque([present], maxlen=MOST_STATES)
+        self._observed = None
+        self.version += 1
+
+    @property
+    def write_only(self) -> frozenset[Spot]:
+        """What `leave_unwatched` was told."""
+        return self._write_only
 
     def uncovered(self, ran: Collection[types.CodeType]) -> str:
         """Return why not all code that ran in a call is known to the guard; empty if it is."""
@@ -212,7 +228,7 @@ class FunctionState:
         return change
 
     def _enter(self, change: Change | None) -> None:
-        guard = Guard(self.func, self._ran)
+        guard = Guard(self.func, self._ran, self._write_only)
         self._numbers += 1
         kind = self._numbers if change is None else self._kind(change)
         self._states.append(KnownState(guard, self._numbers, kind, list(guard.tensors)))

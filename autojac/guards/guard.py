@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autojac.guards.compiled_check import Reading, checker
 from autojac.guards.object_places import ObjectPlaces
-from autojac.guards.places import Place, Spot
+from autojac.guards.places import Cells, Place, Rest, Spot, class_dict
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
 
@@ -45,11 +45,13 @@ class Guard:
     Args:
         func: the callable.
         ran: the code of installed packages that runs in a call, and is followed.
+        ignored: what a call sets and none reads.
 
     Attributes:
         reason: why not everything that `func` reads can be listed, as a sentence; empty if it can. What can be listed
             is compared in any case.
         tensors: the distinct tensors that it reaches: parameters, buffers, those in closures, globals and attributes.
+        settable: variables, attributes and containers of installed packages that what ran may set.
         codes: the code of every function that it reaches and that is followed, nested functions included.
         is_unchanged: tells whether everything is the object that it was; quick, and runs none of the user's code.
             `rebase` replaces it.
@@ -58,12 +60,33 @@ class Guard:
     reason: str
     tensors: tuple[Tensor, ...]
     codes: tuple[types.CodeType, ...]
+    settable: tuple[Any, ...]
     is_unchanged: Callable[[], bool]
 
-    def __init__(self, func: Callable[..., Any], ran: Collection[types.CodeType] = ()) -> None:
+    def __init__(
+        self, func: Callable[..., Any], ran: Collection[types.CodeType] = (), ignored: Collection[Spot] = ()
+    ) -> None:
         self._func = func
         self._ran = ran
+        self._ignored = ignored
         self._walk()
+
+    def spots_of(self, place: Any, key: Any) -> dict[Spot, str]:
+        """Return what identifies a variable or attribute that func may set, with its human-readable names.
+
+        Args:
+            place: a dict, or one of the mappings of `assignments`.
+            key: a key of it.
+        """
+        owner = getattr(place, "place", getattr(place, "owner", place))
+        owners = {id(owner), id(class_dict(owner)) if isinstance(owner, type) else 0}
+        found = {one.spot(key): one.label(key) for one in self._places if id(one.owner) in owners}
+        for one in self._places if isinstance(owner, types.CellType) else ():
+            names = one.names if isinstance(one, Cells) else ()
+            found |= {
+                one.spot(name): one.label(name) for cell, name in zip(one.owner, names, strict=False) if cell is owner
+            }
+        return found
 
     def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
         """Return what tells whether everything but these spots is from now on what it is now."""
@@ -91,9 +114,14 @@ class Guard:
         reached = ObjectPlaces(self._ran)
         reached.follow(self._func)
         self.reason = reached.reason
-        self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors}.values())
         self.codes = reached.codes
-        self._places = tuple(reached.places)
+        self.settable = tuple(reached.settable)
+        places = [(place, place.without(self._ignored)) for place in reached.places]
+        self._places = tuple(rest for _, rest in places if rest is not None)
+        # a result of the last call would be kept alive, with its graph
+        left = {id(value) for place, rest in places if rest is not place for value in place.read()[1]}
+        left -= {id(value) for _, rest in places if isinstance(rest, Rest) for value in rest.read()[1]}
+        self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors if id(tensor) not in left}.values())
         self._names = reached.called
         self._compile()
 

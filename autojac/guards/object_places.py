@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from autojac.guards.assignments import CONTAINERS, AttributeMapping
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.library_places import LibraryPlaces
 from autojac.guards.places import (
@@ -30,7 +31,7 @@ from autojac.guards.places import (
     slot_readers,
     state_reader,
 )
-from autojac.guards.provenance import is_core, is_installed
+from autojac.guards.provenance import is_core, is_installed, own_names
 from autojac.guards.purity import c_reason
 from autojac.guards.tokens import contents
 from autojac.guards.walker import HOOKS
@@ -62,7 +63,7 @@ _OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.func
 _FIXED_TYPE: Final = 1 << 8
 """Flag of classes made in C, whose attributes can't be set."""
 _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
-_LOCKS: Final = ("_thread.lock", "_thread.RLock")
+_LOCKS: Final = ("lock", "RLock")
 
 
 class ObjectPlaces(LibraryPlaces):
@@ -111,9 +112,7 @@ class ObjectPlaces(LibraryPlaces):
             pass
         elif isinstance(obj, torch.jit.ScriptFunction):
             pass  # what its graph runs are operators like others, and the graph can't change
-        elif isinstance(obj, (bytearray, memoryview)) or (
-            home in _OUT_OF_SIGHT and f"{home}.{kind.__qualname__}" not in _LOCKS
-        ):
+        elif isinstance(obj, (bytearray, memoryview)) or (home in _OUT_OF_SIGHT and kind.__qualname__ not in _LOCKS):
             self._give_up(kind)
         elif home.partition(".")[0] == "torch" and hasattr(kind, "__members__"):  # an enumeration of torch's made in C
             pass
@@ -211,6 +210,8 @@ class ObjectPlaces(LibraryPlaces):
         every = super()._attributes(kind)
         if not is_installed(kind.__module__):
             return every
+        self.settable.append(AttributeMapping(kind, functools.partial(own_names, kind)))
+        self.settable += [value for _, value in every if type(value) in CONTAINERS]
         unwrapped = (staticmethod, classmethod, property, functools.cached_property, functools.partialmethod)
         return [one for one in every if isinstance(one[1], unwrapped) or self._may_be_used(*one)]
 

@@ -165,6 +165,9 @@ class Rest(Place):
         items = [(key, value) for key, value in zip(*self.whole.read(), strict=True) if not self._is_ignored(key)]
         return [key for key, _ in items], [value for _, value in items]
 
+    def spot(self, key: Any = None) -> Spot:
+        return self.whole.spot(key)
+
     def _is_ignored(self, key: Any) -> bool:
         return type(key) is str and key in self.ignored
 

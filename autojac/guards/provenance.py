@@ -22,6 +22,8 @@ _LIBRARY_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib",
 CORE_PACKAGES: Final = frozenset({"torch", "torchgen", "functorch", "numpy", "einops", "opt_einsum", "autojac"})
 """Packages that no guard follows, as it follows none of Python's own: what they compute, their arguments decide."""
 
+# `_backward_cls` of an autograd.Function carries a number counted up per process.
+UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
 # torch.jit numbers equally named types as the process meets them.
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
 # Library objects that keep the user's code next to caches of their own: only the code counts.
@@ -99,3 +101,8 @@ def slots(kind: type) -> tuple[str, ...]:
     names = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
     flat = chain.from_iterable((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
     return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))
+
+
+def own_names(kind: type) -> list[str]:
+    """Return the names of the attributes of a class that code may set."""
+    return [name for name in vars(kind) if not (name.startswith("__") or name in UNSTABLE)]

@@ -76,8 +76,8 @@ def frame_reason(home: str, name: str) -> str:
         home: the module whose globals the function uses.
         name: the function's.
     """
-    if home.startswith("importlib.") and name in ("_handle_fromlist", "_lock_unlock_module"):
-        return ""  # an import of what is imported already
+    if home == "importlib._bootstrap":
+        return ""  # an import of what is imported already: guards list its name
     if package(home) not in TRUSTED and not (home == "os" and name in _ENVIRONMENT):
         return f"it calls {name} of {home}"
     if home == TENSOR_HOME and name in ESCAPES:

@@ -33,6 +33,7 @@ class RunMonitor:
         self.reason = ""
         self.repeated = False
         self._own: dict[int, types.CodeType] = {}
+        self._logging: dict[int, types.CodeType] = {}
         self._frames: dict[int, tuple[types.CodeType, _Callers, str]] = {}
         self._calls: dict[tuple[Any, ...], str] = {}
         self._before: Any = None
@@ -70,7 +71,9 @@ class RunMonitor:
         if kept is None:
             home = _home(frame)
             if self._is_own(home, frame):
-                if not self._is_imported(frame):
+                if self._is_logged(frame):
+                    self._logging[id(code)] = code
+                elif not self._is_imported(frame):
                     self._own[id(code)] = code
                 return
             if not is_core(home):  # torch's, this time
@@ -116,6 +119,11 @@ class RunMonitor:
         """Check whether the user's code sets random numbers; torch's own only makes them repeat."""
         self.repeated = True
         return self.by_user(caller)
+
+    def _is_logged(self, frame: types.FrameType) -> bool:
+        """Check whether a frame handles a line that is logged, which no result depends on."""
+        caller = frame.f_back
+        return caller is not None and (package(_home(caller)) == "logging" or id(caller.f_code) in self._logging)
 
     def _is_imported(self, caller: types.FrameType | None) -> bool:
         """Check whether a frame is part of what is imported meanwhile."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from autojac.guards.provenance import (
+    UNSTABLE,
     code_names,
     followed_fields,
     home_of,
@@ -26,8 +27,6 @@ from autojac.torch_internals import COMPILED_HOME
 
 MODULE_FIELDS: Final = frozenset(vars(torch.nn.Module()))
 HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# `_backward_cls` of an autograd.Function carries a number counted up per process.
-UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
 _DEPTH: Final = 100
 _VISITS: Final = 200_000
 
@@ -57,13 +56,6 @@ class Walk:
 
     def content(self, tensor: torch.Tensor) -> None:
         """Record the entries of an integer or boolean tensor."""
-
-    def leave_out(self, obj: Any) -> None:
-        """Mark an object as visited."""
-        parts = (obj.__func__, obj.__self__) if isinstance(obj, types.MethodType) else (obj,)
-        for part in parts:
-            self._order.setdefault(id(part), len(self._order))
-            self._alive.append(part)
 
     def visit(self, obj: Any) -> None:
         """Visit an object and all that it reaches."""

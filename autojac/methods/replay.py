@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from autojac.core.structure import DRAWS_ALIKE, KEEPS
+from autojac.core.structure import DRAWS_ALIKE
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem.problem import Compute, Problem
 from autojac.replay.replayer import Replaying
@@ -34,8 +34,6 @@ class Replay(Wrapper):
             return "its programs are flat or compiled already"
         if problem.function_state is None:
             return "there is no function whose reads could be watched"
-        if KEEPS in problem.structure.effects:
-            return f"func {KEEPS}, and a program would leave there what was before"
         if problem.differentiable and problem.structure.effects:
             effects = " and ".join(problem.structure.effects)
             return f"func {effects}, and a derivative of the backward would have to run it once more"

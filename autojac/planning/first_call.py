@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import CodeType
+from typing import Any
 
 from autojac.core.options import Options, Randomness
 from autojac.core.sandbox import Sandbox, random_state, restore_random_state
@@ -52,13 +54,19 @@ class FirstCallReport:
         )
 
 
-def inspect_first_call(call: Call, options: Options, keys: Callable[[Signature], Keys]) -> FirstCallReport:
+def inspect_first_call(
+    call: Call,
+    options: Options,
+    keys: Callable[[Signature], Keys],
+    settable: Callable[[Sequence[CodeType]], Sequence[Any]],
+) -> FirstCallReport:
     """Call func once, without a trace, and report what that shows.
 
     Args:
         call: the call.
         options: what of randomness and layouts is asked for.
         keys: gives the keys that plans for a signature are filed under.
+        settable: gives the places in which code of installed packages may set something.
 
     Raises:
         InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
@@ -68,6 +76,10 @@ def inspect_first_call(call: Call, options: Options, keys: Callable[[Signature],
     sandbox = Sandbox(captured.tensors, None, captured.places, trained)
     fn: Flat = call.layout.fn
     first = _undrawn(call, sandbox)
+    if more := settable(first.ran):
+        # what was kept there is left, as by the plain call that this call stands for
+        sandbox = Sandbox(sandbox.captured, None, (*sandbox.places, *more), sandbox.trained)
+        first = _undrawn(call, sandbox)
     if sandbox.converted:
         # for good, as by the plain call that this call stands for: the next one shows what else func does
         sandbox = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)

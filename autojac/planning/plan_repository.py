@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +121,8 @@ def function_name(func: Callable[..., Any]) -> str:
     if isinstance(func, torch.nn.Sequential):
         kinds = [type(layer).__name__ for layer in func]
         return f"Sequential({', '.join(kinds if len(kinds) < 5 else [*kinds[:2], '...', kinds[-1]])})"
-    if isinstance(owner := getattr(func, "__self__", None), type):  # as a Function's apply
-        return f"{function_name(owner)}.{func.__name__}"
+    if isinstance(func, types.MethodType) and isinstance(func.__self__, type):  # as a Function's apply
+        return f"{function_name(func.__self__)}.{func.__name__}"
     named = _named(func)
     home = getattr(named, "__module__", None) or "?"
     if named.__qualname__.endswith("<lambda>"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 from autojac.core.call import CallLayout
@@ -65,9 +66,11 @@ class ProblemBuilder:
             unchanged = self.function_state.is_complete and self.function_state.is_unchanged()
             return self.repository.keys(signature, call.captured.digest if unchanged else "")
 
-        report = inspect_first_call(call, self.options, keys)
-        self.function_state.cover(report.first.ran)
-        return report
+        def settable(ran: Sequence[CodeType]) -> Sequence[Any]:
+            self.function_state.cover(ran)
+            return self.function_state.present.guard.settable
+
+        return inspect_first_call(call, self.options, keys, settable)
 
     def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> ProbeResult:
         """Find out what couples with what."""

@@ -7,7 +7,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -18,11 +18,13 @@ from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import pulled_back
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
+from autojac.core.structure import KEEPS
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.function_state import FunctionState
 from autojac.guards.process_state import unwarned
 from autojac.guards.run_monitor import RunMonitor
+from autojac.probe.kept_state import WriteOnly
 from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
@@ -63,11 +65,13 @@ def trace_method(
     reason = state.guard.reason or unfixed(kwargs)
     if reason:
         raise UnsupportedError(reason)
+    kept = _write_only(problem, function_state, leaves, kwargs)
     run = _Run(problem, state.tensors, leaves, kwargs)
     random = random_state(TORCHS)
     try:
         with _unseen(run.captured, problem):
-            compute = run.record(prepare)
+            with nullcontext() if kept is None else kept.unreadable():
+                compute = run.record(prepare)
             if function_state.cover(run.ran):
                 # it may hold more tensors than were known
                 return trace_method(problem, prepare, function_state, leaves, kwargs, without, lower)
@@ -93,6 +97,22 @@ def trace_method(
     spent = 1e3 * (time.perf_counter() - start)
     function_state.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
     return trace
+
+
+def _write_only(
+    problem: Problem, function_state: FunctionState, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+) -> WriteOnly | None:
+    """Return what func sets in each call and does not read, if anything, and leave it unwatched."""
+    if KEEPS not in problem.structure.effects:
+        return None
+    state = function_state.present
+    alone = Keywords.of(kwargs, random_state=None, aux=None)
+    with _unseen(state.tensors, problem), torch.no_grad():
+        kept = WriteOnly(lambda: problem.fn(leaves, alone), problem.places, state.guard)
+    function_state.leave_unwatched(kept.spots)
+    if not function_state.write_only <= kept.spots:
+        raise UnsupportedError("func sets other attributes than in a call of another kind")
+    return kept
 
 
 def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:

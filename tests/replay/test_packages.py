@@ -1,0 +1,342 @@
+"""Code of installed packages is followed like the user's: whatever Python changes of it is noticed in the next call.
+
+Each package is written to a folder that looks like one of installed packages, and imported from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import autojac
+from autojac.guards.provenance import is_installed
+from harness import compare, forced
+from oracle import jacobian_blocks
+
+PULL = {"method": "Pull", "seeds": "shared", "engine": "vmap"}
+REPLAY = {"method": "Replay", "inner": PULL}
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package and what may change in it.
+
+    Attributes:
+        files: sources by name; `PKG` stands for the package's name.
+        make: of the package's modules, by name, the function.
+        changes: statements on the modules, and `func`, each to be noticed.
+    """
+
+    files: dict[str, str]
+    make: Callable[[Any], Any]
+    changes: tuple[Callable[[Any, Any], Any], ...]
+
+
+def one(source: str, *changes: Callable[[Any, Any], Any], make: Callable[[Any], Any] = lambda p: p.a.func) -> Package:
+    return Package({"a": "import torch\nfrom torch import nn\n" + source}, make, changes)
+
+
+def assign(**values: Any) -> Callable[[Any, Any], None]:
+    def change(package: Any, func: Any) -> None:
+        for name, value in values.items():
+            setattr(package.a, name, value)
+
+    return change
+
+
+def in_class(name: str, **values: Any) -> Callable[[Any, Any], None]:
+    def change(package: Any, func: Any) -> None:
+        for attribute, value in values.items():
+            setattr(getattr(package.a, name), attribute, value)
+
+    return change
+
+
+def on_func(**values: Any) -> Callable[[Any, Any], None]:
+    def change(package: Any, func: Any) -> None:
+        for attribute, value in values.items():
+            setattr(func, attribute, value)
+
+    return change
+
+
+def times(factor: float) -> Callable[..., Any]:
+    return lambda *args: args[-1] * factor
+
+
+PACKAGES = {
+    "global": one("SCALE = 2.0\ndef func(x): return x.sin() * SCALE", assign(SCALE=3.0)),
+    "function": one("def help(x): return x * 2\ndef func(x): return help(x).sin()", assign(help=times(5.0))),
+    "code of a function": one(
+        "def other(x): return x * 4\ndef help(x): return x * 2\ndef func(x): return help(x).sin()",
+        lambda p, f: setattr(p.a.help, "__code__", p.a.other.__code__),
+    ),
+    "defaults": one(
+        "def func(x, by=2.0, *, plus=1.0): return x.sin() * by + x * plus",
+        lambda p, f: setattr(f, "__defaults__", (3.0,)),
+        lambda p, f: f.__kwdefaults__.update(plus=7.0),
+    ),
+    "closure": one(
+        "def make(by):\n def func(x): return x.sin() * by\n def set(value):\n  nonlocal by\n  by = value\n"
+        " return func, set\nfunc, set = make(2.0)",
+        lambda p, f: p.a.set(3.0),
+    ),
+    "attribute of a module": one(
+        "class Net(nn.Module):\n def __init__(self):\n  super().__init__()\n  self.by = 2.0\n  self.dims = [1]\n"
+        " def forward(self, x): return x.sin() * self.by * len(self.dims)",
+        on_func(by=3.0),
+        lambda p, f: f.dims.append(2),
+        in_class("Net", forward=lambda self, x: x.cos() * self.by),
+        make=lambda p: p.a.Net(),
+    ),
+    "attribute of a class": one(
+        "class Net:\n by = 2.0\n def __call__(self, x): return x.sin() * self.by",
+        in_class("Net", by=3.0),
+        make=lambda p: p.a.Net(),
+    ),
+    "property and descriptor": one(
+        "class By:\n value = 2.0\n def __get__(self, obj, kind): return self.value\n"
+        "class Net:\n by = By()\n k = 1.0\n @property\n def plus(self): return self.k\n"
+        " def __call__(self, x): return x.sin() * self.by + x * self.plus",
+        in_class("By", value=3.0),
+        in_class("Net", k=4.0),
+        make=lambda p: p.a.Net(),
+    ),
+    "__getattr__": one(
+        "class Net:\n def __init__(self): self.kept = {'by': 2.0}\n def __getattr__(self, name):\n"
+        "  return self.__dict__['kept'][name]\n def __call__(self, x): return x.sin() * self.by",
+        lambda p, f: f.kept.update(by=3.0),
+        make=lambda p: p.a.Net(),
+    ),
+    "registry": one(
+        "ACTS = {}\ndef register(f):\n ACTS[f.__name__] = f\n return f\n@register\ndef double(x): return x.sin() * 2\n"
+        "def func(x): return ACTS['double'](x)",
+        lambda p, f: p.a.ACTS.update(double=times(3.0)),
+    ),
+    "dataclass": one(
+        "from dataclasses import dataclass\n@dataclass\nclass Config:\n by: float = 2.0\n"
+        "class Net:\n def __init__(self): self.config = Config()\n"
+        " def __call__(self, x): return x.sin() * self.config.by * Config().by",
+        lambda p, f: setattr(f.config, "by", 3.0),
+        lambda p, f: setattr(p.a, "Config", type("Config", (), {"by": 5.0})),
+        make=lambda p: p.a.Net(),
+    ),
+    "wraps and partial": one(
+        "import functools\ndef twice(f):\n @functools.wraps(f)\n def wrapper(*a, **k): return f(*a, **k) * BY\n"
+        " return wrapper\nBY = 2.0\n@twice\ndef inner(x, k): return x.sin() * k\n"
+        "func = functools.partial(inner, k=2.0)",
+        assign(BY=3.0),
+        lambda p, f: f.keywords.update(k=5.0),
+    ),
+    "lru_cache": one(
+        "import functools\nBY = 2.0\n@functools.lru_cache(maxsize=8)\ndef table(n): return torch.arange(n) * BY\n"
+        "def func(x): return x.sin() * table(x.shape[1])",
+        lambda p, f: (setattr(p.a, "BY", 3.0), p.a.table.cache_clear()),
+    ),
+    "singledispatch": one(
+        "import functools\n@functools.singledispatch\ndef act(x): raise TypeError\n"
+        "@act.register\ndef _(x: torch.Tensor): return x.sin() * BY\nBY = 2.0\ndef func(x): return act(x)",
+        assign(BY=3.0),
+    ),
+    "context manager": one(
+        "from contextlib import contextmanager\nBY = 2.0\n@contextmanager\ndef scaled():\n yield BY\n"
+        "class Plus:\n k = 1.0\n def __enter__(self): return self.k\n def __exit__(self, *e): pass\n"
+        "def func(x):\n with scaled() as by, Plus() as k: return x.sin() * by + x * k",
+        assign(BY=3.0),
+        in_class("Plus", k=4.0),
+    ),
+    "generator": one(
+        "BY = [1.0, 2.0]\ndef terms(x):\n for by in BY: yield x.sin() * by\ndef func(x): return sum(terms(x))",
+        lambda p, f: p.a.BY.append(3.0),
+    ),
+    "import inside a function": Package(
+        {
+            "a": "def func(x):\n from . import b\n from .b import BY\n import PKG.b as c\n return x.sin() * BY * c.TWO",
+            "b": "BY = 2.0\nTWO = 1.0",
+        },
+        lambda p: p.a.func,
+        (lambda p, f: setattr(p.b, "BY", 3.0), lambda p, f: setattr(p.b, "TWO", 4.0)),
+    ),
+    "class hierarchy over modules": Package(
+        {
+            "base": "from torch import nn\nclass Base(nn.Module):\n k = 2.0\n"
+            " def act(self, x): return x.sin() * self.k\n def forward(self, x): return self.act(x)",
+            "mixin": "class Mixin:\n def act(self, x): return super().act(x) + x * self.plus",
+            "a": "from .base import Base\nfrom .mixin import Mixin\nclass Net(Mixin, Base):\n plus = 1.0",
+        },
+        lambda p: p.a.Net(),
+        (
+            lambda p, f: setattr(p.base.Base, "k", 3.0),
+            lambda p, f: setattr(p.a.Net, "plus", 5.0),
+            lambda p, f: setattr(p.a.Net, "act", times(7.0)),
+            lambda p, f: setattr(p.mixin.Mixin, "forward", times(9.0)),
+        ),
+    ),
+    "parametrization": one(
+        "from torch.nn.utils import parametrize\nclass Scaled(nn.Module):\n by = 2.0\n"
+        " def forward(self, w): return w * self.by\n"
+        "def make():\n net = nn.Linear(3, 3).double()\n parametrize.register_parametrization(net, 'weight', Scaled())\n"
+        " return net.requires_grad_(False)",
+        in_class("Scaled", by=3.0),
+        make=lambda p: p.a.make(),
+    ),
+    "logging and warnings": one(
+        "import logging, warnings\nlogger = logging.getLogger('PKG')\nBY = 2.0\ndef func(x):\n"
+        " logger.debug('called with %s', x.shape)\n warnings.warn('careful', UserWarning, stacklevel=2)\n"
+        " if logger.isEnabledFor(10): x = x * 2\n return x.sin() * BY",
+        assign(BY=3.0),
+        lambda p, f: p.a.logger.setLevel(logging.DEBUG),
+    ),
+    "environment": one(
+        "import os\ndef func(x): return x.sin() * float(os.environ.get('AUTOJAC_TEST_SCALE', '2'))",
+        lambda p, f: os.environ.update(AUTOJAC_TEST_SCALE="3"),
+    ),
+    "context variable": one(
+        "import contextvars\nby = contextvars.ContextVar('by', default=2.0)\ndef func(x): return x.sin() * by.get()",
+        lambda p, f: p.a.by.set(3.0) and None,
+    ),
+    "cache filled at the first call": one(
+        "class Net(nn.Module):\n def __init__(self):\n  super().__init__()\n  self.table = None\n"
+        " def forward(self, x):\n  if self.table is None or len(self.table) != x.shape[1]:\n"
+        "   self.table = torch.arange(x.shape[1]).to(x)\n  return x.sin() * self.table",
+        lambda p, f: setattr(f, "table", f.table * 3),
+        make=lambda p: p.a.Net(),
+    ),
+    "cache in a global": one(
+        "CACHE = {}\ndef func(x):\n n = x.shape[1]\n if n not in CACHE: CACHE[n] = torch.arange(n).to(x)\n"
+        " return x.sin() * CACHE[n]",
+        lambda p, f: p.a.CACHE.update({3: torch.ones(3).double()}),
+    ),
+    "last result": one(
+        "class Net(nn.Module):\n def __init__(self):\n  super().__init__()\n  self.calls = 0\n  self.by = 2.0\n"
+        " def forward(self, x):\n  y = x.sin() * self.by\n  self.last = y.sum(-1)\n  self.calls += 1\n  return y",
+        on_func(by=3.0),
+        make=lambda p: p.a.Net(),
+    ),
+    "pattern matching and walrus": one(
+        "BY = {'kind': 'sin', 'by': 2.0}\ndef func(x):\n match BY:\n"
+        "  case {'kind': 'sin', 'by': by}: return x.sin() * by\n"
+        "  case _: return x.cos()",
+        lambda p, f: p.a.BY.update(by=3.0),
+        lambda p, f: p.a.BY.update(kind="cos"),
+    ),
+}
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], Any]]:
+    """Write a package to a folder of installed ones, and import all its modules."""
+    folder = tmp_path / "site-packages"
+    names: list[str] = []
+
+    def load(files: dict[str, str]) -> Any:
+        name = f"package_{next(_NUMBERS)}"
+        names.append(name)
+        (folder / name).mkdir(parents=True)
+        for module, source in {"__init__": "", **files}.items():
+            (folder / name / f"{module}.py").write_text(source.replace("PKG", name))
+        importlib.invalidate_caches()
+        package = importlib.import_module(name)
+        for module in files:
+            importlib.import_module(f"{name}.{module}")
+        return package
+
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delenv("AUTOJAC_TEST_SCALE", raising=False)
+    yield load
+    for module in [module for module in sys.modules if module.partition(".")[0] in names]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_what_packages_read_is_noticed_and_replayed(name: str, imported: Callable[[dict[str, str]], Any]) -> None:
+    case = PACKAGES[name]
+    package = imported(case.files)
+    assert is_installed(package.a.__name__)
+    func = case.make(package)
+    x = torch.rand(4, 3, dtype=torch.float64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jac = forced(func, (x,), REPLAY)
+        for change in (lambda p, f: None, lambda p, f: None, *case.changes):
+            change(package, func)
+            for _ in range(2):
+                x = torch.rand(4, 3, dtype=torch.float64)
+                compare(jac(x), jacobian_blocks(func, (x,)))
+        traces = list(jac._plans.planner.function_state.traces)
+        assert traces
+        assert all("operators left" in line for line in traces), traces
+        assert isinstance(package, ModuleType)
+        assert jac.plan(x).method["method"] == "Replay"
+
+
+def test_replays_leave_what_a_plain_call_leaves(imported: Callable[[dict[str, str]], Any]) -> None:
+    func = PACKAGES["last result"].make(imported(PACKAGES["last result"].files))
+    with torch.no_grad():
+        jac = forced(func, (torch.rand(4, 3),), REPLAY)
+        before = func.calls
+        for count in range(1, 12):
+            x = torch.rand(4, 3)
+            jac(x)
+            assert torch.equal(func.last, (x.sin() * 2).sum(-1))
+            assert func.calls == before + count
+
+
+REFUSED = {
+    "what it read before it set it": (
+        "class Net(nn.Module):\n last = None\n def forward(self, x):\n"
+        "  y = x.sin() * (2.0 if self.last is None else 1.5)\n"
+        "  self.last = y.sum(-1)\n  return y",
+        "attribute last of Net",
+    ),
+    "a counter that decides": (
+        "class Net(nn.Module):\n calls = 0\n def forward(self, x):\n  self.calls += 1\n"
+        "  return x.sin() * (2.0 if self.calls > 1000 else 1.5)",
+        r"attribute calls of Net \(a.py, line 7\)",
+    ),
+    "a list that grows": (
+        "class Net(nn.Module):\n def __init__(self):\n  super().__init__()\n  self.losses = []\n"
+        " def forward(self, x):\n  self.losses.append(0)\n  return x.sin()",
+        "changes a list",
+    ),
+    "a clock": ("import time\nclass Net(nn.Module):\n def forward(self, x): return x * (time.time() > 0)", "time"),
+    "a file": (
+        "import os\nclass Net(nn.Module):\n def forward(self, x): return x * len(open(os.devnull).read() + 'a')",
+        "open",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_replayed_is_named(name: str, imported: Callable[[dict[str, str]], Any]) -> None:
+    source, expected = REFUSED[name]
+    func = imported({"a": f"import torch\nfrom torch import nn\n{source}"}).a.Net()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        func(torch.rand(4, 3, dtype=torch.float64))
+        try:
+            jac = forced(func, (torch.rand(4, 3, dtype=torch.float64),), REPLAY)
+            for _ in range(3):
+                x = torch.rand(4, 3, dtype=torch.float64)
+                y = jac(x)
+                assert y.isfinite().all()
+        except autojac.RandomnessError:
+            assert name == "what it read before it set it"
+            return
+        found = list(jac._plans.planner.function_state.lines())
+    assert any("not possible" in line for line in found), found
+    with pytest.raises(AssertionError, match=expected):
+        raise AssertionError(found)

@@ -36,6 +36,7 @@ class Ready:
         version, state: of the function's state: a count of changes, and the number of the state that was traced.
         kept: what is kept from call to call.
         unchanged: whether what the function reads is as it was then.
+        read: tensors whose values Python has read, with these.
     """
 
     trace: Trace
@@ -44,7 +45,13 @@ class Ready:
     version: int
     state: int
     unchanged: Callable[[], bool]
+    read: tuple[tuple[Tensor, Tensor], ...] = ()
     kept: HoistedValues | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether Python would read the same values of tensors as it did."""
+        return not self.read or all(torch.equal(tensor, values) for tensor, values in self.read)
 
 
 @dataclass
@@ -97,6 +104,8 @@ class Replaying:
         ready = self.ready
         if ready is None or ready.version != self.function_state.version or function_modes() or not ready.unchanged():
             return None
+        if ready.read and not ready.holds:
+            return None
         return self._outputs(ready, leaves, leaves, {})
 
     def needs_retrace(self) -> bool:
@@ -109,7 +118,8 @@ class Replaying:
         if self._is_past_limit:
             return False
         number = self.function_state.settled().number
-        return number not in self._known and number not in self._refused
+        known = self._known.get(number)
+        return (known is None or not known.holds) and number not in self._refused
 
     @property
     def _unchanged_trace(self) -> Ready | None:
@@ -117,7 +127,7 @@ class Replaying:
         ready = self.ready
         if ready is None or ready.version != self.function_state.version or not ready.unchanged():
             return None
-        return ready
+        return ready if ready.holds else None
 
     @property
     def _is_past_limit(self) -> bool:
@@ -186,15 +196,20 @@ class Replaying:
         with function_state.lock:
             state = function_state.settled()
             known = self._known.get(state.number)
-            trace = self._try_trace(state.number, leaves, kwargs) if known is None else known.trace
+            if known is not None and all(torch.equal(state.tensors[at], values) for at, values in known.trace.read):
+                trace: Trace | None = known.trace
+            else:
+                trace = self._try_trace(state.number, leaves, kwargs)
+                state = function_state.settled()
             if trace is None:
                 self.ready = None
                 return None
+            read = tuple((state.tensors[place], values) for place, values in trace.read)
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else HoistedValues(trace.hoist, captured)
             self.ready = Ready(
-                trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, kept
+                trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, read, kept
             )
             self._known[state.number] = self.ready
             for number in sorted(self._known)[:-MOST_STATES]:

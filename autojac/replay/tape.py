@@ -22,6 +22,8 @@ from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
 """Loops are unrolled up to here."""
+MOST_READ = 1024
+"""The most elements of a captured tensor whose values Python may read: they are compared in every call."""
 
 Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
 
@@ -43,6 +45,7 @@ class Tape(Watching):
         graph: without an output node.
         reason: why what ran can't run again from the graph alone; empty if it can.
         draws: whether random numbers were drawn.
+        read: captured tensors whose values Python has read, as they were.
     """
 
     def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
@@ -50,6 +53,8 @@ class Tape(Watching):
         self.graph = fx.Graph()
         self.reason = ""
         self.draws = False
+        self.read: dict[int, Tensor] = {}
+        self._written: set[int] = set()
         self.phase = 0
         self.most_bytes = most_bytes
         self._bytes = 0
@@ -100,6 +105,7 @@ class Tape(Watching):
         self.draws |= draws
         # what returns nothing raises an error where something is wrong
         node.meta |= {"writes": frozenset(_written(func, name, args, kwargs)), "draws": draws or checks}
+        self._written |= node.meta["writes"]
         if name in LITERALS:
             # torch gives the very tensor back
             self._nodes.pop(id(made), None)
@@ -154,7 +160,11 @@ class Tape(Watching):
                 literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
         if reads_data(func, args):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
-            if not all(self._certain(node, set()) for node in sources):
+            read: set[fx.Node] = set()
+            if all(self._certain(node, read) for node in sources):
+                captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
+                self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
+            else:
                 self._refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
         if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
             self._refuse("it reads an argument's memory by positions, which may be others in another call")
@@ -163,7 +173,15 @@ class Tape(Watching):
         return not self.reason
 
     def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
-        """Check whether a tensor is the same in every run: made of literals and numbers alone."""
+        """Check whether a tensor is the same in every run: made of literals, numbers and small captured tensors alone.
+
+        Replays compare the values of these in each call.
+        """
+        if node.meta["role"] == "captured":
+            seen.add(node)
+            value: Tensor = node.meta["value"]
+            plain = value.layout == torch.strided and not value.requires_grad
+            return plain and value.numel() <= MOST_READ and node.meta["storage"] not in self._written
         if node.meta["role"] != "operator":
             return bool(node.meta["role"] == "literal")
         if node in seen:

@@ -33,6 +33,7 @@ class Trace:
         captured: where each captured tensor stands among those of the function's state.
         pulls: what pulls cotangents of the outputs back.
         hoist: what is kept from call to call; the forward program takes it after the inputs.
+        read: tensors of the function's state whose values Python has read: where each stands, and its values.
         constant: positions of the outputs that have no derivative.
     """
 
@@ -42,6 +43,7 @@ class Trace:
     pulls: tuple[PullProgram, ...] = ()
     constant: tuple[int, ...] = ()
     hoist: Hoist | None = None
+    read: tuple[tuple[int, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)

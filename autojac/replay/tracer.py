@@ -93,6 +93,7 @@ def trace_method(
         run.compare(compute)
     unseen = functools.partial(_unseen, run.captured, problem)
     trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
+    trace = dataclasses.replace(trace, read=run.read)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
     spent = 1e3 * (time.perf_counter() - start)
     function_state.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
@@ -186,6 +187,15 @@ class _Run:
             reason = reason or "it draws random numbers again from an earlier state, as checkpointing does"
         self.ran, self.reason = watched.ran, reason
         return compute
+
+    @property
+    def read(self) -> tuple[tuple[int, Tensor], ...]:
+        """Captured tensors whose values Python has read: where each stands among them, and its values."""
+        return tuple(
+            (place, self.tape.read[id(tensor)])
+            for place, tensor in enumerate(self.captured)
+            if id(tensor) in self.tape.read
+        )
 
     def _pull(self) -> None:
         """Jacobians and values apart: most losses look at one of them only."""

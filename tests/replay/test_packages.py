@@ -340,3 +340,22 @@ def test_what_can_not_be_replayed_is_named(name: str, imported: Callable[[dict[s
     assert any("not possible" in line for line in found), found
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(found)
+
+
+def test_values_of_captured_tensors_that_python_reads_are_compared(imported: Callable[[dict[str, str]], Any]) -> None:
+    source = (
+        "import torch\nmask = torch.ones(3, dtype=torch.bool)\nsteps = torch.tensor(2)\ndef func(x):\n"
+        " y = x.sin() if mask.all() else x.cos()\n for _ in range(int(steps)): y = y * 2\n return y"
+    )
+    package = imported({"a": source}).a
+    with torch.no_grad():
+        jac = forced(package.func, (torch.rand(4, 3, dtype=torch.float64),), REPLAY)
+        changes = (lambda: None, package.mask.zero_, lambda: package.steps.data.add_(1), package.mask.fill_)
+        for number, change in enumerate(changes):
+            change(True) if number == 3 else change()
+            for _ in range(3):
+                x = torch.rand(4, 3, dtype=torch.float64)
+                compare(jac(x), jacobian_blocks(package.func, (x,)))
+        traces = list(jac._plans.planner.function_state.traces)
+    assert len(traces) == 4
+    assert all("operators left" in line for line in traces), traces

@@ -32,6 +32,8 @@ SHOOT_OUT_SHARE = 0.25
 """Share of the budget that is kept for the shoot-out."""
 FIRST_SHARE = 0.6
 """Share of the rest after which replays and compilers have their turn."""
+HEAD_REPLAYS = 2
+"""How many of the first candidates that were timed are recorded at once: replays win most searches."""
 
 LAST_RESORT = Pull("identity")
 """One plain VJP per row: right for whatever runs under autograd."""
@@ -110,6 +112,10 @@ def _try_rounds(
 
     start, deadline = session.start, session.deadline
     rounds = _rounds(space)
+    eager, recorded, _ = rounds
+    head = [method for method in (*hints, *eager[:1], *defaults[:1], *eager[1:3]) if method in eager]
+    _try_all(session, head)
+    _try_all(session, fastest(session, recorded)[:HEAD_REPLAYS])
     for number, part in enumerate(rounds):
         fast = fastest(session, part)
         first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
@@ -118,6 +124,12 @@ def _try_rounds(
         session.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
         if part:
             propose(session, part, first)
+
+
+def _try_all(session: SearchSession, methods: Sequence[Method]) -> None:
+    for method in methods:
+        if method not in session.trials and not session.out_of_time:
+            try_out(session, method)
 
 
 def _rounds(space: Sequence[Method]) -> list[list[Method]]:

@@ -34,6 +34,8 @@ class LibraryPlaces(FunctionPlaces):
             self._environment()
         elif isinstance(obj, logging.Logger):
             self._logger(obj)
+        elif kind.__module__ == "pybind11_builtins":
+            pass  # what stands behind functions made in C++ holds nothing else
         elif isinstance(obj, functools._lru_cache_wrapper):
             self._cached(obj)
         else:

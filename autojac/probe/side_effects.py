@@ -36,6 +36,8 @@ class FirstCall:
     """Random generators that moved meanwhile, by func's drawing or another thread's."""
     ran: tuple[CodeType, ...] = ()
     """The code that ran, but for Python's and torch's own."""
+    unlisted: str = ""
+    """What it read that nobody can compare, such as a clock or a generator of its own; empty if nothing was seen."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def first_call(
     check_outputs(values)
     exchanges = monitor.exchanges or sandbox.exchanged
     done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
-    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran)
+    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran, watched.reason)
 
 
 def observe(
@@ -111,7 +113,7 @@ def observe(
     with sandbox():
         second, nodes = evaluate_once(fn, leaves, kwargs, differentiated)
     if unlike(first.values, second):
-        raise RandomnessError(UNLIKE)
+        raise RandomnessError(f"{UNLIKE} Seen: {first.unlisted}" if first.unlisted else UNLIKE)
     cut = without_graph_to(second, nodes)
     moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, dict.fromkeys(cut)) if cut else ()
     if moving and len(cut) == len(second):

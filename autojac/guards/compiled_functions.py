@@ -79,6 +79,11 @@ def eagerly(func: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def runs_eagerly() -> bool:
+    """Check whether compiled functions run what they were compiled from, in all threads."""
+    return bool(_users)
+
+
 @contextmanager
 def _eager() -> Iterator[None]:
     thread = threading.get_ident()

@@ -35,7 +35,7 @@ from autojac.guards.provenance import is_core, is_installed, own_names
 from autojac.guards.purity import c_reason
 from autojac.guards.tokens import contents
 from autojac.guards.walker import HOOKS
-from autojac.torch_internals import COMPILED_HOME, pytree
+from autojac.torch_internals import pytree
 
 MOST_BYTES: Final = 4096
 """A larger NumPy array is not compared in every call; up to this size it is, with a copy."""
@@ -160,8 +160,6 @@ class ObjectPlaces(LibraryPlaces):
             self.refuse("it calls what torch.jit has compiled")
             super()._module(module)
             return
-        if kind.__module__ == COMPILED_HOME:
-            self.refuse("it calls what torch.compile has compiled")
         name = kind.__name__
         kept = vars(module)
         self._place(Items(kept, f"attribute {{}} of {name}"))

@@ -82,7 +82,7 @@ def frame_reason(home: str, name: str) -> str:
         return f"it calls {name} of {home}"
     if home == TENSOR_HOME and name in ESCAPES:
         return f"it reads values of a tensor ({name})"
-    if (home == "torch.backends" and name == "__get__") or name in _OF_COMPILERS:
+    if (home == "torch.backends" and name == "__get__") or tells_compilers(name):
         return ""  # a flag, which guards list, or nothing that a result depends on
     if _of_state(home, name) and package(home) in ("torch", "numpy"):
         return f"it calls {name} of {home}, which reads the state of the process"
@@ -92,6 +92,11 @@ def frame_reason(home: str, name: str) -> str:
 def _of_state(home: str, name: str) -> bool:
     flag = home in _OF_FLAGS and name not in _KEYED and _FLAG.fullmatch(name)
     return bool(flag) or is_inside(home, _STATE) or name in _STATE_FUNCTIONS
+
+
+def tells_compilers(name: str) -> bool:
+    """Check whether a function of torch's tells a compiler something, or asks whether there is one."""
+    return name in _OF_COMPILERS
 
 
 def serves_torch(home: str) -> bool:

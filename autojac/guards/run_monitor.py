@@ -9,9 +9,19 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from autojac.guards.compiled_functions import runs_eagerly
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.provenance import is_core
-from autojac.guards.purity import c_reason, frame_reason, package, seeds, serves_torch, sets_random_state
+from autojac.guards.purity import (
+    c_reason,
+    frame_reason,
+    is_inside,
+    package,
+    seeds,
+    serves_torch,
+    sets_random_state,
+    tells_compilers,
+)
 from autojac.torch_internals import TENSOR_HOME
 
 
@@ -141,6 +151,9 @@ _Callers = Callable[[RunMonitor, types.FrameType | None], bool]
 
 def _verdict(home: str, code: types.CodeType) -> tuple[_Callers, str]:
     """Return which callers make a frame of Python's or torch's code a reason, and the reason."""
+    if is_inside(home, ("torch._dynamo",)) and not tells_compilers(code.co_name):
+        # without the compiler, what was compiled runs as it was written
+        return RunMonitor.by_user, "" if runs_eagerly() else "it calls what torch.compile has compiled"
     reason = frame_reason(home, code.co_name)
     if sets_random_state(home, code.co_name):
         return RunMonitor.repeats, reason

@@ -88,7 +88,9 @@ def first_call(
     check_outputs(values)
     exchanges = monitor.exchanges or sandbox.exchanged
     done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
-    return FirstCall(tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran, watched.reason)
+    return FirstCall(
+        tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran, watched.reason
+    )
 
 
 def observe(

@@ -295,6 +295,22 @@ def test_replays_leave_what_a_plain_call_leaves(imported: Callable[[dict[str, st
             assert func.calls == before + count
 
 
+def test_what_was_compiled_is_replayed_as_it_was_written() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double().requires_grad_(False)
+    compiled, double = torch.compile(net), torch.compile(lambda x: x.sin() * 2)
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([compiled(x), double(x)], 1)
+
+    with torch.no_grad():
+        jac = forced(func, (torch.rand(4, 3, dtype=torch.float64),), REPLAY)
+        for _ in range(2):
+            x = torch.rand(4, 3, dtype=torch.float64)
+            compare(jac(x), jacobian_blocks(lambda x: torch.cat([net(x), x.sin() * 2], 1), (x,)))
+        (line,) = jac._plans.planner.function_state.traces
+    assert "operators left" in line
+
+
 REFUSED = {
     "what it read before it set it": (
         "class Net(nn.Module):\n last = None\n def forward(self, x):\n"

@@ -978,3 +978,19 @@ def test_functions_of_equal_code_are_replayed() -> None:
     jac = forced(module, (x,), replay(LOOP))
     compare(jac(x), jacobian_blocks(module, (x,)))
     assert traces(jac) == 1
+
+
+@pytest.mark.parametrize("inner", INNER, ids=NAMES)
+def test_outputs_that_are_added_up_are_replayed(inner: dict[str, Any]) -> None:
+    layers = net(3, 8, 2)
+
+    def func(x: Tensor) -> Tensor:
+        return layers(x).sum(-1, keepdim=True)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        jac = forced(func, (x,), replay(inner))
+        for _ in range(2):
+            compare(jac(x), jacobian_blocks(func, (x,)))
+            x = torch.randn(5, 3, dtype=torch.float64)
+        assert traces(jac) == 1

@@ -89,8 +89,8 @@ def _rows(seed: Tensor) -> Rows | None:
     ones = lean == 1
     if not bool((ones.sum(-1) == 1).all()) or not bool(((lean != 0).sum(-1) == 1).all()):
         return None
-    if lean.size(-1) != seed.size(-1):
-        return Rows(0, 1, seed.shape[:-1].numel(), 1)
+    if lean.size(-1) != seed.size(-1):  # a single one that is repeated: the product adds up rows
+        return None
     hot = ones.to(torch.uint8).argmax(-1).expand(seed.shape[:-1]).flatten()
     if hot.numel() > MOST_ENTRIES:
         return None

@@ -158,7 +158,8 @@ def _module_function(home: str, name: str) -> str:
 
 def _method(kind: type, name: str) -> str:
     if issubclass(kind, TensorBase):
-        return f"it reads values of a tensor ({name})" if name in ESCAPES else ""
+        # `item` is an operator, which a recording sees
+        return f"it reads values of a tensor ({name})" if name in ESCAPES and name != "item" else ""
     bases = kind.__mro__
     if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):
         return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"

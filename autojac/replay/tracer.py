@@ -24,11 +24,11 @@ from autojac.guards.captures import captures
 from autojac.guards.function_state import FunctionState
 from autojac.guards.process_state import unwarned
 from autojac.guards.run_monitor import RunMonitor
-from autojac.probe.kept_state import WriteOnly
 from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
 from autojac.replay.trace import Lower, RecordedGraph, RecordedVjp, Trace, differs
+from autojac.replay.write_only import WriteOnly
 from autojac.torch_internals import pytree
 
 Prepare = Callable[[Problem], Compute]

@@ -426,8 +426,6 @@ def test_other_metadata_is_a_change_and_not_a_swap() -> None:
         lambda: random.Random(0),
         torch.Generator,
         lambda: weakref.WeakSet([scaled]),
-        lambda: torch.compile(nn.Linear(3, 3)),
-        lambda: torch.compile(scaled),
         lambda: list(range(20_000)),
         lambda: sys,
         lambda: torch.ones(3).as_subclass(type("Own", (Tensor,), {})),

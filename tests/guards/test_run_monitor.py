@@ -94,7 +94,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "globals": (lambda x: globals()["X"], "globals"),
     "vars": (lambda x: vars(F)["relu"](x), "vars"),
     "frames": (lambda x: sys._getframe(), "sys"),
-    "item": (lambda x: x.sum().item(), "values of a tensor"),
     "tolist": (lambda x: x.tolist(), "values of a tensor"),
     "numpy": (lambda x: x.numpy(), "values of a tensor"),
     "array": (lambda x: np.asarray(x), "values of a tensor"),

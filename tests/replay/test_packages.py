@@ -117,7 +117,8 @@ PACKAGES = {
     ),
     "__getattr__": one(
         "class Net:\n def __init__(self): self.kept = {'by': 2.0}\n def __getattr__(self, name):\n"
-        "  return self.__dict__['kept'][name]\n def __call__(self, x): return x.sin() * self.by",
+        "  if name != 'by': raise AttributeError(name)\n  return self.kept[name]\n"
+        " def __call__(self, x): return x.sin() * self.by",
         lambda p, f: f.kept.update(by=3.0),
         make=lambda p: p.a.Net(),
     ),

@@ -577,32 +577,21 @@ def _without(log: Tensor, func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
     return y
 
 
-class Counts:
-    """Keeps count of its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x.sin()
-
-
 KNOB = [2.0]
 BUFFER = torch.tensor([3.0], dtype=torch.float64)
+WEIGHT = nn.Parameter(BUFFER.clone())
 
 
 REFUSED: dict[str, tuple[Callable[[], Callable[..., Tensor]], str]] = {
-    "counter": (Counts, "keeps values"),
     "print": (lambda: lambda x: (print(end=""), x.sin())[1], "print"),
     "clock": (lambda: lambda x: x.sin() * (1 + 0 * time.time()), "time"),
     "random": (lambda: lambda x: x.sin() * (1 + 0 * random.random()), "random"),
-    "item of a parameter": (lambda: lambda x: x.sin() * BUFFER.item(), "values of a tensor"),
-    "float of a parameter": (lambda: lambda x: x.sin() * float(BUFFER), "values of a tensor"),
+    "item of a parameter": (lambda: lambda x: x.sin() * WEIGHT.item(), "values of a tensor"),
+    "float of a parameter": (lambda: lambda x: x.sin() * float(WEIGHT), "values of a tensor"),
     "list of a parameter": (lambda: lambda x: x.sin() * BUFFER.tolist()[0], "values of a tensor"),
     "array of a parameter": (lambda: lambda x: x.sin() * BUFFER.numpy()[0], "values of a tensor"),
     "branch on data": (lambda: lambda x: x.sin() if (x.sum() > 0) else x.cos(), "values of a tensor"),
-    "branch on a buffer": (lambda: lambda x: x.sin() if BUFFER > 0 else x.cos(), "values of a tensor"),
+    "branch on a parameter": (lambda: lambda x: x.sin() if WEIGHT > 0 else x.cos(), "values of a tensor"),
     "shape from data": (lambda: lambda x: x.sin() * x[x > 0].sum(), "values of a tensor|coupled"),
     "name looked up": (lambda: lambda x: x.sin() * globals()["KNOB"][0], "globals"),
     "code from text": (lambda: lambda x: eval("x.sin() * KNOB[0]", {"x": x, "KNOB": KNOB}), "eval"),

@@ -118,7 +118,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
 
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.prepare_call(problem)
-        if method.flat or method.compiles:
+        if method.makes_flat_programs:
             compute(session.point.leaves, session.point.kwargs)  # what is made at the first run is no part of its time
         start = time.perf_counter()
         result = compute(session.point.leaves, session.point.kwargs)

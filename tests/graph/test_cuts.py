@@ -589,7 +589,7 @@ def test_factors_of_independent_samples_and_of_none() -> None:
     assert U.shape == (5, 3, 0) and V.shape == (0, 5, 3)
     v = normal(5, 3)
     compare(LowRankJacobian(D, U, V) @ v, x.cos() * v, EXACT)
-    with pytest.raises(InputError, match=r"shape \(5, 3\) was expected, .* got \(15, 2\)"):
+    with pytest.raises(InputError, match=r"shape \(5, 3\) was expected, got \(15, 2\)"):
         LowRankJacobian(D, U, V) @ normal(15, 2)
     nobody = normal(0, 3)
     compare(LowRankJacobian(D[:0], U[:0], V[:, :0]) @ nobody, nobody, EXACT)

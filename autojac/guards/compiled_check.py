@@ -11,7 +11,7 @@ import functools
 import operator
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import torch
@@ -88,20 +88,34 @@ def _store(probe: Any, value: int) -> None:
     probe.stored = value
 
 
-def checker(read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata) -> Callable[[], bool]:
+def versions_of(places: Sequence[Place], restless: Collection[int] = ()) -> dict[int, int]:
+    """Return the versions of the dicts behind places, by id, as far as something counts them.
+
+    Args:
+        places: the places.
+        restless: ids of dicts that are written to all the time without effect: these are compared entry by entry.
+    """
+    versions: dict[int, int] = {}
+    for place in places:
+        if isinstance(place, Items) and id(place.owner) not in restless:
+            version = change_counter(not isinstance(place, (Attributes, Callables)))
+            if version is not None:
+                versions[id(place.owner)] = version(place.owner)
+    return versions
+
+
+def checker(
+    read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata, restless: Collection[int] = ()
+) -> Callable[[], bool]:
     """Generate the function that compares places with what they hold at this moment.
 
     Args:
         read: reads the places.
         places: the places.
         metadata: of the tensors in these places.
+        restless: as in `versions_of`.
     """
-    versions: dict[int, int] = {}  # before reading: a race fails
-    for place in places:
-        if isinstance(place, Items):
-            version = change_counter(not isinstance(place, (Attributes, Callables)))
-            if version is not None:
-                versions[id(place.owner)] = version(place.owner)
+    versions = versions_of(places, restless)  # before reading: a race fails
     draft = _Draft()
     for place, keys, values in read():
         draft.place(place, keys, values, versions)

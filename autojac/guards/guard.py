@@ -11,12 +11,14 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.guards.compiled_check import Reading, checker
+from autojac.guards.compiled_check import Reading, checker, versions_of
 from autojac.guards.object_places import ObjectPlaces
-from autojac.guards.places import Cells, Place, Rest, Spot, class_dict
+from autojac.guards.places import Cells, Items, Place, Rest, Spot, class_dict
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
 
+MOST_WRITES: Final = 2
+"""Writes without effect to a dict, such as a flag that is set and put back, after which its entries are compared."""
 _NOWHERE: Final[Mapping[Spot, Any]] = MappingProxyType({})
 
 
@@ -94,18 +96,31 @@ class Guard:
             return self.is_unchanged
         places = [rest for place in self._places if (rest := place.without(spots)) is not None]
         tensors = tuple(tensor for tensor in self.tensors if _spot(tensor) not in spots)
-        return checker(lambda: [(place, *place.read()) for place in places], places, Metadata(tensors))
+
+        def read() -> Sequence[Reading]:
+            return [(place, *place.read()) for place in places]
+
+        return checker(read, places, Metadata(tensors), self._restless)
 
     def diff(self) -> Change:
         """Distinguish real changes from writes without effect, such as an attribute set to its old value; slow."""
         try:
-            return _Comparison(self._names, self._metadata).of(self._readings)
+            now = versions_of(self._places, self._restless)
+            unmoved = {number for number, version in now.items() if version == self._versions.get(number)}
+            # the order of an OrderedDict may have moved where its entries have not
+            readings = [
+                one for one in self._readings if not isinstance(one[0], Items) or id(one[0].owner) not in unmoved
+            ]
+            change = _Comparison(self._names, self._metadata).of(readings)
+            # a tensor that was exchanged must have been so everywhere
+            return _Comparison(self._names, self._metadata).of(self._readings) if change.tensors else change
         except RuntimeError:  # another thread is writing there
             return Change("something that another thread is changing", {})
 
     def rebase(self) -> None:
         """Compare from now on with the present state; where it differs, everything is listed again."""
         if self.diff() == Change("", {}):
+            self._note_writes()
             self._compile()
         else:
             self._walk()
@@ -123,11 +138,21 @@ class Guard:
         left -= {id(value) for _, rest in places if isinstance(rest, Rest) for value in rest.read()[1]}
         self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors if id(tensor) not in left}.values())
         self._names = reached.called
+        self._writes: dict[int, int] = {}
+        self._restless: set[int] = set()
         self._compile()
+
+    def _note_writes(self) -> None:
+        """Find the dicts that are written to again and again without effect, as by a setting that is put back."""
+        for number, version in versions_of(self._places, self._restless).items():
+            if version != self._versions.get(number, version):
+                self._writes[number] = self._writes.get(number, 0) + 1
+        self._restless |= {number for number, count in self._writes.items() if count >= MOST_WRITES}
 
     def _compile(self) -> None:
         self._metadata = Metadata(self.tensors)
-        self.is_unchanged = checker(self._read, self._places, self._metadata)
+        self._versions = versions_of(self._places, self._restless)
+        self.is_unchanged = checker(self._read, self._places, self._metadata, self._restless)
 
     def _read(self) -> Sequence[Reading]:
         self._readings = [(place, *place.read()) for place in self._places]

@@ -768,3 +768,41 @@ def test_changes_of_classes_and_modules_are_counted_on_every_python() -> None:
     if sys.version_info < (3, 13):  # 3.13.0 hides those of instances
         assert compiled_check._sound(torch._C._dynamo.guards.dict_version, types.SimpleNamespace())
         assert compiled_check._sound(torch._C._dynamo.guards.dict_version, type("Probe", (), {})())
+
+
+class Setting:
+    on = False
+    nest: dict[str, int] = {"depth": 0}  # noqa: RUF012
+
+
+def test_what_is_set_and_put_back_in_each_call_is_compared_entry_by_entry() -> None:
+    guard = Guard(lambda x: x * Setting.on * Setting.nest["depth"])
+    for turn in range(6):
+        Setting.on = True
+        Setting.nest["depth"] += 1
+        Setting.nest["depth"] -= 1
+        Setting.on = False
+        assert guard.is_unchanged() or turn < 2
+        assert guard.diff().what == ""
+        guard.rebase()
+    Setting.on = True
+    assert not guard.is_unchanged()
+    assert guard.diff().what == "on of class Setting"
+    Setting.on = False
+    assert guard.is_unchanged()
+    Setting.nest["depth"] = 1
+    assert not guard.is_unchanged()
+    assert guard.diff().what == "nest of class Setting"
+    Setting.nest["depth"] = 0
+
+
+def test_a_tensor_that_is_exchanged_in_one_place_only_is_a_change() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    two.weight = one.weight
+    guard = Guard(lambda x: one(x) + two(x))
+    two.weight = nn.Parameter(one.weight.detach().clone())
+    assert not guard.is_unchanged()
+    assert guard.diff().what
+    one.weight = two.weight
+    assert guard.diff().what == ""
+    assert guard.diff().tensors

@@ -242,6 +242,8 @@ class ObjectPlaces(LibraryPlaces):
             self._place(Items(behind, name))
         else:
             self._place(Members(obj, name))
+            if isinstance(obj, (set, frozenset)) and all(isinstance(one, type) for one in contents(obj)):
+                return  # classes in a set are asked for, not called
         super()._container(obj, kind)
 
     def _instance(self, obj: Any, kind: type) -> None:

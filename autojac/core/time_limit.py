@@ -8,9 +8,10 @@ import gc
 import math
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from autojac.core.ranks import several
 
@@ -68,12 +69,16 @@ class _Limit:
         self.expired = expired
         self.thread = threading.get_ident()
         self.lock = threading.Lock()
-        self.done = self.raised = self.collecting = False
+        self.done = self.raised = False
+        self._phases: OrderedDict[str, None] = OrderedDict(start=None, stop=None)
+        # called with "start" before and "stop" after each garbage collection, and written in C: in a function of
+        # Python's the exception would arrive as it is entered, be printed, and be lost
+        self.collects: Any = self._phases.move_to_end
 
-    def collects(self, phase: str, info: dict[str, int]) -> None:
-        """Called before and after each garbage collection."""
-        if threading.get_ident() == self.thread:
-            self.collecting = phase == "start"
+    @property
+    def collecting(self) -> bool:
+        """Whether garbage is being collected, in whatever thread."""
+        return next(reversed(self._phases)) == "start"
 
     def interrupt(self) -> float | None:
         """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""

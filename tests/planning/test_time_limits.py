@@ -174,6 +174,20 @@ def test_an_error_inside_is_the_one_that_comes_out() -> None:
     assert within(float("inf"), threading.get_ident) == threading.get_ident()
 
 
+def test_a_limit_that_passes_while_garbage_is_collected_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+
+    def collects() -> None:
+        while True:
+            gc.collect(0)
+
+    for _ in range(30):
+        with pytest.raises(TimeoutError):
+            within(0.01, collects)
+    assert not lost
+
+
 def square_root(x: Tensor) -> Tensor:
     """Newton's method, which never ends below zero or on NaN."""
     y = x.detach().clone()
@@ -197,7 +211,7 @@ def test_a_hung_candidate_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trial, "LEAST_S", 0.3)
     monkeypatch.setattr(Push, "_columns", lambda *_: endless())
     x = torch.randn(6, 3, dtype=torch.float64)
-    jac = AutoJacobian(torch.sin, store=":memory:", budget_s=2.0)
+    jac = AutoJacobian(torch.sin, store=":memory:", budget_s=20.0)
     compare(jac(x), torch.diag_embed(x.cos()))
     reasons = [trial.reason for trial in jac.plan(x).trials if trial.method["method"] == "Push"]
     assert any("TimeoutError: did not finish" in str(reason) for reason in reasons)

@@ -84,6 +84,7 @@ ATTRIBUTES: Final[dict[str, PrivateName]] = {
 """Private attributes of torch's objects that other files read."""
 
 COMPILED_HOME: Final = "torch._dynamo.eval_frame"
+COMPILER: Final = "torch._dynamo"
 """Module that defines what torch.compile makes of a module."""
 TENSOR_HOME: Final = "torch._tensor"
 """Module that defines the methods of tensors that are written in Python."""

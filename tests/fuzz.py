@@ -57,7 +57,8 @@ class Feature:
         couples: those that may make samples depend on each other, or more entries differ from zero, where they did not.
         args: expressions of further arguments, by name, each evaluated for every call.
         replays: it can be replayed: it reads no value of a tensor into Python, gives no tensor the memory of another,
-            and keeps nothing.
+            and keeps nothing. None where a replay may serve it and need not: it reads numbers of a buffer, or keeps a
+            result that nothing reads.
         updates: it writes into buffers while the module trains; then a differentiable Jacobian can't be replayed.
     """
 
@@ -68,17 +69,21 @@ class Feature:
     changes: tuple[str, ...] = ()
     couples: tuple[str, ...] = ()
     args: tuple[tuple[str, str], ...] = ()
-    replays: bool = True
+    replays: bool | None = True
     updates: bool = False
 
 
-READS = ("float(", "int(", ".item()", "[0] else", "[0], 1, 2]", "g.data = ")
-"""In the uses below: a value that Python reads, or memory that a tensor is given."""
+NUMBERS = ("float(", "int(", ".item()", "[0] else")
+"""In the uses below: a number that Python reads of a tensor."""
+READS = ("[0], 1, 2]", "g.data = ")
+"""A literal that reads a tensor, or memory that a tensor is given."""
 
 
-def _flat(*lines: str) -> bool:
-    """Whether some lines can be replayed."""
-    return not any(mark in line for mark in READS for line in lines)
+def _flat(*lines: str, held: bool = True) -> bool | None:
+    """Whether some lines can be replayed; numbers of tensors that the module holds may be read."""
+    if any(mark in line for mark in READS for line in lines):
+        return False
+    return (None if held else False) if any(mark in line for mark in NUMBERS for line in lines) else True
 
 
 def _number(r: random.Random) -> str:
@@ -317,7 +322,7 @@ def _literal(r: random.Random, i: int) -> Feature:
             f"h = h + h.new_tensor([self.s{i}, self.s{i}, 0.1]) * h.sin()", f"h = h * float(self.s{i})", f"h = (h * torch.asarray([self.s{i}, 1.0, 2.0], dtype=h.dtype)).sin()",
             f"h = h.add(h.sin(), alpha=self.s{i}.item())", f"h = torch.full_like(h, self.s{i}.item()) * h")  # fmt: skip
     init = (f"self.register_buffer('s{i}', torch.randn(()))",)
-    return Feature("literal", (r.choice(uses),), init, changes=changes, replays=False)
+    return Feature("literal", (r.choice(uses),), init, changes=changes, replays=None)
 
 
 def _data(r: random.Random, i: int) -> Feature:
@@ -326,7 +331,7 @@ def _data(r: random.Random, i: int) -> Feature:
             ("for _ in range(int(h.detach().abs().sum()) % 3):", "    h = h.sin() + h"),
             (f"h = torch.where(h > {r.uniform(0, 1):.2f}, h.sum(1, keepdim=True), h)",))  # fmt: skip
     use = r.choice(uses)
-    return Feature("data", use, replays=_flat(*use))
+    return Feature("data", use, replays=_flat(*use, held=False))
 
 
 def _custom(r: random.Random, i: int) -> Feature:
@@ -345,7 +350,7 @@ def _class(r: random.Random, i: int) -> Feature:
 
 
 def _kept(r: random.Random, i: int) -> Feature:
-    return Feature("kept", (f"self.last{i} = h.detach().sum(1)",), (f"self.last{i} = None",), replays=False)
+    return Feature("kept", (f"self.last{i} = h.detach().sum(1)",), (f"self.last{i} = None",), replays=None)
 
 
 def _batched_argument(r: random.Random, i: int) -> Feature:
@@ -438,9 +443,10 @@ class Program:
             ]
         )
 
-    def replays(self, training: bool) -> bool:
-        """Whether the design lets calls be replayed, while the module trains or does not."""
-        return all(f.replays and not (f.updates and self.trained and training) for f in self.features)
+    def replays(self, training: bool) -> bool | None:
+        """Whether the design lets calls be replayed, while the module trains or does not; None where it may."""
+        parts = [f.replays and not (f.updates and self.trained and training) for f in self.features]
+        return False if False in parts else (None if None in parts else True)
 
     @property
     def text(self) -> str:
@@ -642,10 +648,10 @@ class _Run:
         (entry,) = (e for _, e in self.jac._plans.items() if e.schedule.calls != before.get(id(e)))
         served = entry.compute if isinstance(entry.compute, Replaying) else None
         replayed, replays = served is not None and served.ready is not None, program.replays(net.training)
-        if replayed and not replays:
+        if replayed and replays is False:
             raise self._wrong(number, "is replayed, while a feature of it says that it can't be")
-        self.tally.replayed += replayed
-        self.tally.due += replays and not any(entry is other for other in self.recovered)
+        self.tally.replayed += replayed and replays is True
+        self.tally.due += replays is True and not any(entry is other for other in self.recovered)
         full = _full(twin, args, program.trained)
         problem = self._differs(found, full, net, twin, args, entry.plan) or _left_behind(net, twin)
         if problem is not None:

@@ -138,7 +138,8 @@ class FunctionPlaces(Walk):
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
                 self.refuse(c_reason(builtins[name]))
         held += [builtins[name] for name in found if not is_core(getattr(builtins[name], "__module__", "builtins"))]
-        if uses.state and not is_installed(scope.get("__name__")):  # a package has such names for much else
+        # a package has names such as `storage` and `_version` for much else
+        if uses.state and (uses.state in ("grad", "grad_fn") or not is_installed(scope.get("__name__"))):
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
         if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
             self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
@@ -186,8 +187,7 @@ class FunctionPlaces(Walk):
                 self.visit(value)
 
     def _environment(self) -> None:
-        values: Any = os.environ
-        self._place(Items(values._data, "environment variable {}"))
+        self._place(Items(vars(os.environ)["_data"], "environment variable {}"))
 
     def _flags(self, module: Any, uses: NamesUsed) -> None:
         """List flags of torch's that are attributes of a module and properties of its class."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from autojac.guards.guard import Change, Guard
+from autojac.guards.names_read import ANY, lines_read
 from autojac.guards.places import Spot
 from autojac.torch_internals import DisableTorchFunction
 
@@ -75,6 +76,8 @@ class FunctionState:
         self._tensors_matter = False
         self._observed: Callable[[], bool] | None = None
         self._ran: list[types.CodeType] = []
+        self._all_ran: dict[int, types.CodeType] = {}
+        self._unread: set[str] = set()
         self._write_only: frozenset[Spot] = frozenset()
 
     def __autojac_reach__(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class FunctionState:
     def cover(self, ran: Collection[types.CodeType]) -> bool:
         """Follow all code that ran in a call, that of installed packages too; return whether any was new."""
         with self.lock:
+            self._note(ran)
             present = self.present
             known = {id(code) for code in present.guard.codes}
             new = [code for code in ran if id(code) not in known]
@@ -107,25 +111,39 @@ class FunctionState:
             self._replace(guard)
             return True
 
-    def leave_unwatched(self, spots: Collection[Spot]) -> None:
+    def leave_unwatched(self, names: Collection[str], spots: Collection[Spot]) -> None:
         """Compare no more what calls of the function set and none reads, such as the last result."""
         with self.lock:
+            self._unread |= set(names)
             if not self._write_only.issuperset(spots):
                 self._write_only |= frozenset(spots)
                 self._replace(Guard(self.func, self._ran, self._write_only))
 
+    def where_read(self, name: str) -> str:
+        """Return where code that has run in some call reads a variable or attribute; empty if none does."""
+        for code in self._all_ran.values():
+            lines = lines_read(code)
+            line = lines.get(name, lines.get(ANY))
+            if line is not None:
+                return f"{os.path.basename(code.co_filename)}, line {line}"
+        return ""
+
+    def _note(self, ran: Collection[types.CodeType]) -> None:
+        """Watch everything again where code runs for the first time that reads what nothing has read so far."""
+        self._all_ran |= {id(code): code for code in ran}
+        if self._write_only and any(self.where_read(name) for name in self._unread):
+            self._write_only = frozenset()
+            self._replace(Guard(self.func, self._ran))
+
     def _replace(self, guard: Guard) -> None:
         """Compare other places from now on; what other states compare is not that."""
         present = self.present
-        present.guard, present.tensors = guard, list(guard.tensors)
+        # what was traced was compared with less, or with more
+        self._numbers += 1
+        present.guard, present.tensors, present.number = guard, list(guard.tensors), self._numbers
         self._states = deque([present], maxlen=MOST_STATES)
         self._observed = None
         self.version += 1
-
-    @property
-    def write_only(self) -> frozenset[Spot]:
-        """What `leave_unwatched` was told."""
-        return self._write_only
 
     def uncovered(self, ran: Collection[types.CodeType]) -> str:
         """Return why not all code that ran in a call is known to the guard; empty if it is."""

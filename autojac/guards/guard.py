@@ -82,7 +82,7 @@ class Guard:
         """
         owner = getattr(place, "place", getattr(place, "owner", place))
         owners = {id(owner), id(class_dict(owner)) if isinstance(owner, type) else 0}
-        found = {one.spot(key): one.label(key) for one in self._places if id(one.owner) in owners}
+        found = {one.spot(key): one.label(key) for one in self._places if id(one.owner) in owners and "{}" in one.name}
         for one in self._places if isinstance(owner, types.CellType) else ():
             names = one.names if isinstance(one, Cells) else ()
             found |= {

@@ -1,4 +1,4 @@
-"""List the places of what Python's own library keeps: loggers, caches, context variables, threads' own objects."""
+"""List the places of what Python's own library and NumPy keep: loggers, caches, context variables, arrays."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import os
 import threading
 from typing import Any, Final
 
+from torch import Tensor
+
 from autojac.guards.function_places import FunctionPlaces
-from autojac.guards.places import ABSENT, Fields, Items
+from autojac.guards.places import ABSENT, Bytes, Fields, Items, Pinned
 from autojac.guards.provenance import is_core
 
-_LOGGER: Final = tuple((name, operator.attrgetter(name)) for name in ("level", "disabled", "parent", "filters"))
 _LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
-_CONTEXT_VARIABLE: Final = (("value", lambda variable: variable.get(ABSENT)),)
+
+
+MOST_BYTES: Final = 4096
+"""A larger NumPy array is not compared in every call; up to this size it is, with a copy."""
+
+_PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 
 
 class LibraryPlaces(FunctionPlaces):
@@ -26,8 +32,8 @@ class LibraryPlaces(FunctionPlaces):
     def _of_python(self, obj: Any, kind: type) -> bool:
         """List such an object; return whether it is one."""
         if isinstance(obj, contextvars.ContextVar):
-            self._place(Fields(obj, f"{{}} of {obj.name}", _CONTEXT_VARIABLE))
-            self.visit(obj.get(None))
+            self._place(Fields(obj, f"{{}} of {obj.name}", (("value", _in_context),)))
+            self.visit(_in_context(obj))
         elif isinstance(obj, threading.local):
             self._thread_local(obj, kind)
         elif obj is os.environ:
@@ -42,6 +48,19 @@ class LibraryPlaces(FunctionPlaces):
             return False
         return True
 
+    def _of_numpy(self, obj: Any, kind: type) -> None:
+        if kind.__name__ != "ndarray" and any(base.__name__ == "ndarray" for base in kind.__mro__):
+            self._give_up(kind)
+        elif kind.__name__ == "ndarray":
+            if obj.dtype.hasobject:
+                self._give_up(kind)
+            elif obj.nbytes > MOST_BYTES:
+                self.refuse(f"it holds an array of numpy's of {obj.nbytes} bytes; make it a tensor")
+            else:
+                self._place(Bytes(obj, self.called.get(id(obj), "array")))
+        elif kind.__name__ not in _PLAIN_NUMPY and not hasattr(kind, "dtype") and "dtypes" not in kind.__module__:
+            self._instance(obj, kind)
+
     def _thread_local(self, obj: threading.local, kind: type) -> None:
         """List what an object holds for this thread; in another it holds another dict, which is a change."""
         state = _of_thread(obj)
@@ -55,7 +74,7 @@ class LibraryPlaces(FunctionPlaces):
         self._class(type(logger))
         above: Any = logger
         while above is not None:
-            self._place(Fields(above, "{} of a logger", _LOGGER))
+            self._place(Items(vars(above), "{} of a logger"))
             above = above.parent
 
     def _cached(self, function: Any) -> None:
@@ -74,7 +93,17 @@ class LibraryPlaces(FunctionPlaces):
                 if type(part) is dict or type(part).__name__ == "_lru_list_elem":
                     todo.append(part)
                 else:
+                    if isinstance(part, Tensor):
+                        self._place(Pinned(None, f"result kept by {function.__name__}", part))
                     self.visit(part)
+
+
+def _in_context(variable: contextvars.ContextVar[Any]) -> Any:
+    """Return the value of a context variable, its default included."""
+    try:
+        return variable.get()
+    except LookupError:
+        return ABSENT
 
 
 def _of_thread(local: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from autojac.guards.escapes import ESCAPES
 from autojac.guards.library_places import LibraryPlaces
 from autojac.guards.places import (
     Attributes,
-    Bytes,
     Callables,
     Fields,
     Items,
@@ -36,9 +35,6 @@ from autojac.guards.purity import c_reason
 from autojac.guards.tokens import contents
 from autojac.guards.walker import HOOKS
 from autojac.torch_internals import pytree
-
-MOST_BYTES: Final = 4096
-"""A larger NumPy array is not compared in every call; up to this size it is, with a copy."""
 
 MOST_ITEMS: Final = 10_000
 """A longer container is compared in every call like any other, but nothing is replayed."""
@@ -62,7 +58,6 @@ _BY_CONTEXT: Final = frozenset({"decimal"})
 _OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.functional.{}"))
 _FIXED_TYPE: Final = 1 << 8
 """Flag of classes made in C, whose attributes can't be set."""
-_PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 _LOCKS: Final = ("lock", "RLock")
 
 
@@ -127,17 +122,6 @@ class ObjectPlaces(LibraryPlaces):
             self.visit(vars(obj))
         else:
             super()._dispatch(obj, kind)
-
-    def _of_numpy(self, obj: Any, kind: type) -> None:
-        if kind.__name__ == "ndarray":
-            if obj.dtype.hasobject:
-                self._give_up(kind)
-            elif obj.nbytes > MOST_BYTES:
-                self.refuse(f"it holds an array of numpy's of {obj.nbytes} bytes; make it a tensor")
-            else:
-                self._place(Bytes(obj, self.called.get(id(obj), "array")))
-        elif kind.__name__ not in _PLAIN_NUMPY and not hasattr(kind, "dtype") and "dtypes" not in kind.__module__:
-            self._instance(obj, kind)
 
     def _tensor(self, tensor: Tensor, by_content: bool = True) -> None:
         if id(tensor) not in self._order:  # num_batches_tracked comes here unvisited
@@ -249,6 +233,12 @@ class ObjectPlaces(LibraryPlaces):
     def _instance(self, obj: Any, kind: type) -> None:
         if kind is object:  # a sentinel
             return
+        if kind in weakref.ProxyTypes:
+            self._give_up(kind)
+            return
+        if issubclass(kind, BaseException):
+            self._place(Fields(obj, f"{{}} of {kind.__name__}", (("args", operator.attrgetter("args")),)))
+            self.visit(obj.args)
         if _immutable(kind):
             super()._instance(obj, kind)
             return

@@ -172,6 +172,6 @@ def _method(kind: type, name: str) -> str:
     if not is_core(kind.__module__) and not is_made_in_c(kind):
         return "" if name not in ("__reduce_ex__", "__reduce__", "__sizeof__", "__hash__") else f"it calls {name}"
     if package(kind.__module__) in _OBJECTS | _C_MODULES or kind.__qualname__ in ("lock", "RLock"):
-        tensor_like = name in ("tofile", "dump", "dumps")
+        tensor_like = name in ("tofile", "dump", "dumps", "locked", "_is_owned")
         return f"it calls {name}" if tensor_like else ""
     return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"

@@ -22,7 +22,7 @@ from autojac.guards.purity import (
     sets_random_state,
     tells_compilers,
 )
-from autojac.torch_internals import TENSOR_HOME
+from autojac.torch_internals import COMPILER, TENSOR_HOME
 
 
 class RunMonitor:
@@ -151,7 +151,7 @@ _Callers = Callable[[RunMonitor, types.FrameType | None], bool]
 
 def _verdict(home: str, code: types.CodeType) -> tuple[_Callers, str]:
     """Return which callers make a frame of Python's or torch's code a reason, and the reason."""
-    if is_inside(home, ("torch._dynamo",)) and not tells_compilers(code.co_name):
+    if is_inside(home, (COMPILER,)) and not tells_compilers(code.co_name):
         # without the compiler, what was compiled runs as it was written
         return RunMonitor.by_user, "" if runs_eagerly() else "it calls what torch.compile has compiled"
     reason = frame_reason(home, code.co_name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autojac.autodiff.program_function import Programs, by_programs
 from autojac.core.autocast import outside_autocast
+from autojac.core.sandbox import same_bits
 from autojac.errors import UnsupportedError
 from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
@@ -51,7 +52,7 @@ class Ready:
     @property
     def holds(self) -> bool:
         """Whether Python would read the same values of tensors as it did."""
-        return not self.read or all(torch.equal(tensor, values) for tensor, values in self.read)
+        return not self.read or all(_same_values(tensor, values) for tensor, values in self.read)
 
 
 @dataclass
@@ -196,7 +197,7 @@ class Replaying:
         with function_state.lock:
             state = function_state.settled()
             known = self._known.get(state.number)
-            if known is not None and all(torch.equal(state.tensors[at], values) for at, values in known.trace.read):
+            if known is not None and all(_same_values(state.tensors[at], values) for at, values in known.trace.read):
                 trace: Trace | None = known.trace
             else:
                 trace = self._try_trace(state.number, leaves, kwargs)
@@ -232,3 +233,8 @@ class Replaying:
             self.function_state.traces.append(f"replay: not possible, {error}")
             return None
         return trace
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Check whether two tensors hold the same bits; minus zero is not zero."""
+    return one.shape == other.shape and one.dtype == other.dtype and same_bits(one, other)

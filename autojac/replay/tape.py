@@ -177,11 +177,12 @@ class Tape(Watching):
 
         Replays compare the values of these in each call.
         """
+        if node.meta["storage"] in self._written:  # by whatever operator, in place
+            return False
         if node.meta["role"] == "captured":
             seen.add(node)
             value: Tensor = node.meta["value"]
-            plain = value.layout == torch.strided and not value.requires_grad
-            return plain and value.numel() <= MOST_READ and node.meta["storage"] not in self._written
+            return value.layout == torch.strided and not value.requires_grad and value.numel() <= MOST_READ
         if node.meta["role"] != "operator":
             return bool(node.meta["role"] == "literal")
         if node in seen:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -28,7 +28,7 @@ from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
 from autojac.replay.trace import Lower, RecordedGraph, RecordedVjp, Trace, differs
-from autojac.replay.write_only import WriteOnly
+from autojac.replay.write_only import leave_write_only
 from autojac.torch_internals import pytree
 
 Prepare = Callable[[Problem], Compute]
@@ -65,13 +65,16 @@ def trace_method(
     reason = state.guard.reason or unfixed(kwargs)
     if reason:
         raise UnsupportedError(reason)
-    kept = _write_only(problem, function_state, leaves, kwargs)
+    if KEEPS in problem.structure.effects:
+        alone = Keywords.of(kwargs, random_state=None, aux=None)
+        with _unseen(state.tensors, problem), torch.no_grad():
+            leave_write_only(lambda: problem.fn(leaves, alone), problem.places, function_state)
+        state = function_state.present
     run = _Run(problem, state.tensors, leaves, kwargs)
     random = random_state(TORCHS)
     try:
         with _unseen(run.captured, problem):
-            with nullcontext() if kept is None else kept.unreadable():
-                compute = run.record(prepare)
+            compute = run.record(prepare)
             if function_state.cover(run.ran):
                 # it may hold more tensors than were known
                 return trace_method(problem, prepare, function_state, leaves, kwargs, without, lower)
@@ -98,22 +101,6 @@ def trace_method(
     spent = 1e3 * (time.perf_counter() - start)
     function_state.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
     return trace
-
-
-def _write_only(
-    problem: Problem, function_state: FunctionState, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
-) -> WriteOnly | None:
-    """Return what func sets in each call and does not read, if anything, and leave it unwatched."""
-    if KEEPS not in problem.structure.effects:
-        return None
-    state = function_state.present
-    alone = Keywords.of(kwargs, random_state=None, aux=None)
-    with _unseen(state.tensors, problem), torch.no_grad():
-        kept = WriteOnly(lambda: problem.fn(leaves, alone), problem.places, state.guard)
-    function_state.leave_unwatched(kept.spots)
-    if not function_state.write_only <= kept.spots:
-        raise UnsupportedError("func sets other attributes than in a call of another kind")
-    return kept
 
 
 def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:

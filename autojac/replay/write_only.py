@@ -2,111 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from autojac.errors import UnsupportedError
-from autojac.guards.assignments import Snapshot
-from autojac.guards.guard import Guard
+from autojac.guards.assignments import BufferMapping, Snapshot
+from autojac.guards.function_state import FunctionState
 from autojac.guards.places import Spot
-from autojac.probe.kept_state import unlike
 
 
-class WriteOnly:
-    """What a function sets in each call and never reads, such as its last result or a counter of its calls.
+def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], function_state: FunctionState) -> None:
+    """Let a function's guard leave out what each call sets and no code that runs reads.
 
-    That is found out by putting in its place what can't be read, and then nothing at all.
+    The last result of a flow and a counter of calls are such. That none reads them is told by their names alone, so an
+    attribute counts as read where one of the same name is.
 
     Args:
-        evaluate: calls the function; what it sets is left as it is.
+        evaluate: calls the function; whoever calls this puts back what it sets.
         places: where it may set something.
-        guard: names what it reads.
+        function_state: of the function; it knows the code that runs.
 
     Raises:
-        UnsupportedError: if it reads something that it has set in an earlier call, or keeps in a container.
+        UnsupportedError: if some of what a call sets may be read in a later one.
     """
-
-    def __init__(self, evaluate: Callable[[], Sequence[Tensor]], places: Sequence[Any], guard: Guard) -> None:
-        held = Snapshot(places)
-        expected = evaluate()
-        self._set: list[tuple[Any, Any, Any]] = []
-        self.spots: set[Spot] = set()
-        self._names: list[str] = []
-        for place, key in held.differences():
-            if key is None:
-                raise UnsupportedError(f"func changes a {type(place).__name__} that it keeps from call to call")
-            named = guard.spots_of(place, key)
-            self._set.append((place, key, _Unreadable(type(place.get(key)) in (int, float))))
-            self.spots |= named.keys()
-            self._names += list(named.values())[:1] or [str(key)]
-        for absent in (False, True):
-            held.restore()
-            try:
-                with self.unreadable(absent):
-                    values = evaluate()
-            except Exception as error:  # such as torch's, of what is no tensor
-                raise self._refusal(error) from error
-            if unlike(expected, values):
-                raise UnsupportedError(f"func computes with {self._named}, which it sets itself")
-        held.restore()
-
-    @property
-    def _named(self) -> str:
-        return " or ".join(self._names)
-
-    @contextmanager
-    def unreadable(self, absent: bool = False) -> Iterator[None]:
-        """Put what can't be read in the place of all that the function sets; or leave it out, but for counters."""
-        for place, key, unreadable in self._set:
-            if absent and not unreadable.is_number:
-                place.pop(key, None)
-            else:
-                place[key] = unreadable
-        try:
-            yield
-        except _Read as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: BaseException) -> UnsupportedError:
-        if isinstance(error, UnsupportedError):
-            return error
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
-        where = f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else "unknown"
-        return UnsupportedError(
-            f"func reads {self._named} ({where}), which it has set in an earlier call: a replay would not set it"
-        )
+    held = Snapshot(places)
+    evaluate()
+    guard = function_state.present.guard
+    names: list[str] = []
+    spots: list[Spot] = []
+    for place, key in held.differences():
+        named = {} if key is None or isinstance(place, BufferMapping) else guard.spots_of(place, key)
+        if not named or not isinstance(key, str):
+            raise UnsupportedError(f"func changes {_called(place, key)} that it keeps from call to call")
+        where = function_state.where_read(key)
+        if where:
+            (label, *_) = named.values()
+            raise UnsupportedError(f"func sets {label} and may read it ({where}): a replay would not set it")
+        names.append(key)
+        spots += named
+    function_state.leave_unwatched(names, spots)
 
 
-class _Read(BaseException):
-    """A value was read that must not be; no function catches this."""
-
-
-class _Unreadable:
-    """Stands for a value that must not be read; from a number's, a function may count on."""
-
-    def __init__(self, is_number: bool) -> None:
-        self.is_number = is_number
-
-    def _counted(self, other: Any) -> _Unreadable:
-        if self.is_number and isinstance(other, (int, float)):
-            return self
-        raise _Read
-
-    __add__ = __radd__ = __iadd__ = __sub__ = __isub__ = __mul__ = __imul__ = _counted
-
-
-def _refuse(self: _Unreadable, *args: Any, **kwargs: Any) -> Any:
-    raise _Read
-
-
-for _name in (
-    *("bool", "len", "iter", "getitem", "setitem", "contains", "eq", "ne", "lt", "le", "gt", "ge", "hash", "index"),
-    *("int", "float", "str", "repr", "format", "enter", "call", "getattr", "truediv", "pow", "matmul", "neg", "abs"),
-    *("mod", "floordiv", "rtruediv", "rmul", "rsub", "torch_function", "round"),
-):
-    setattr(_Unreadable, f"__{_name}__", _refuse)
+def _called(place: Any, key: Any) -> str:
+    return f"the buffer {key}" if isinstance(place, BufferMapping) else f"a {type(place).__name__}"

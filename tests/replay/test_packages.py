@@ -322,7 +322,7 @@ REFUSED = {
     "a counter that decides": (
         "class Net(nn.Module):\n calls = 0\n def forward(self, x):\n  self.calls += 1\n"
         "  return x.sin() * (2.0 if self.calls > 1000 else 1.5)",
-        r"attribute calls of Net \(a.py, line 7\)",
+        r"attribute calls of Net and may read it \(a.py, line 7\)",
     ),
     "a list that grows": (
         "class Net(nn.Module):\n def __init__(self):\n  super().__init__()\n  self.losses = []\n"
@@ -376,3 +376,69 @@ def test_values_of_captured_tensors_that_python_reads_are_compared(imported: Cal
         traces = list(jac._plans.planner.function_state.traces)
     assert len(traces) == 4
     assert all("operators left" in line for line in traces), traces
+
+
+def written_in_place(x: torch.Tensor) -> torch.Tensor:
+    sign = torch.zeros(4, 3, dtype=x.dtype)
+    sign.copy_(x.detach())
+    return x.sin() if sign.sum() > 0 else x.cos()
+
+
+def test_numbers_of_what_was_written_in_place_are_no_constants() -> None:
+    x = torch.rand(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        jac = forced(written_in_place, (x,), REPLAY, verify="never")
+        for point in (x, x, -x, x):
+            compare(jac(point), jacobian_blocks(written_in_place, (point,)))
+
+
+def test_what_one_kind_of_call_counts_and_another_reads_is_watched() -> None:
+    class Net:
+        n = 0
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] == 3:
+                self.n += 1
+                return x.sin() * 2
+            return self.scaled(x)
+
+        def scaled(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cos() * self.n
+
+    net = Net()
+    three, two = torch.rand(4, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)
+    net(three)
+    with torch.no_grad():
+        jac = forced(net, (three,), REPLAY)
+        for turn in range(8):
+            assert torch.allclose(jac(three), torch.diag_embed(2 * three.cos()))
+            assert net.n == turn + 2
+            if turn % 3 == 2:
+                assert torch.allclose(jac(two), torch.diag_embed(-two.sin() * net.n))
+
+
+def test_a_bare_except_hides_nothing() -> None:
+    class Net:
+        last: torch.Tensor | None = None
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                factor = float(self.last.shape[0])  # type: ignore[union-attr]
+            except BaseException:
+                factor = 4.0
+            y = x.sin() * factor
+            self.last = y
+            return y
+
+    net = Net()
+    x = torch.rand(4, 3, dtype=torch.float64)
+    net(x)
+    with torch.no_grad():
+        jac = forced(net, (x,), REPLAY)
+        for _ in range(3):
+            compare(jac(x), jacobian_blocks(net, (x,)))
+        net.last = torch.ones(7)
+        expected = torch.diag_embed(7 * x.cos())
+        assert torch.allclose(jac(x), expected)
+        lines = jac._plans.planner.function_state.lines()
+    assert any("may read it (test_packages.py, line" in line for line in lines), lines

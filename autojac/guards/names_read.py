@@ -1,0 +1,95 @@
+"""Where code reads a name: an attribute or a variable that it sets and never reads has no influence on later calls."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+from autojac.guards.bytecode import names_used
+
+_READS: Final = (
+    *("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM", "LOAD_DEREF"),
+    *("LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_NAME"),
+)
+# what may read any attribute, whatever its name
+_ALL: Final = frozenset(
+    {"vars", "__dict__", "attrgetter", "__getattribute__", "globals", "locals", "eval", "exec", "methodcaller"}
+)
+_BY_NAME: Final = ("getattr", "hasattr")
+ANY: Final = ""
+"""Stands for every name, where a name is computed."""
+
+
+def lines_read(code: types.CodeType) -> Mapping[str, int]:
+    """Return the lines in which a code object reads names, by name; strings that could be names count as such.
+
+    Not counted: what a counter reads to count on, as in `self.calls += 1`.
+    """
+    return _lines_read(_Identified(code))
+
+
+class _Identified:
+    """A code object by identity: equal code may stand elsewhere."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code
+
+    def __hash__(self) -> int:
+        return id(self.code)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identified) and other.code is self.code
+
+
+@functools.lru_cache(maxsize=4096)
+def _lines_read(key: _Identified) -> Mapping[str, int]:
+    found: dict[str, int] = {}
+    uses = names_used(key.code)
+    for code in uses.codes:
+        steps, line = list(dis.get_instructions(code)), code.co_firstlineno
+        for at, step in enumerate(steps):
+            position = step.positions
+            line = (position.lineno if position is not None else None) or line
+            if not step.opname.startswith(_READS) or not isinstance(step.argval, str):
+                continue
+            if step.argval in _ALL or (step.argval in _BY_NAME and not _is_constant(steps[at + 1 :])):
+                found.setdefault(ANY, line)
+            elif not _counts(steps, at):
+                found.setdefault(step.argval, line)
+        for name in _strings(code.co_consts):
+            found.setdefault(name, code.co_firstlineno)
+    return MappingProxyType(found)
+
+
+def _is_constant(steps: Sequence[dis.Instruction]) -> bool:
+    """Check whether a name that getattr or hasattr is called with is written out."""
+    for step in steps:
+        if step.opname.startswith("CALL"):
+            return False
+        if step.opname == "LOAD_CONST" and isinstance(step.argval, str):
+            return True
+    return False
+
+
+def _counts(steps: Sequence[dis.Instruction], at: int) -> bool:
+    """Check whether what is read is a number that is counted on and stored where it was: `name += 1`."""
+    name, after = steps[at].argval, [step for step in steps[at + 1 : at + 5] if step.opname != "NOP"]
+    if len(after) < 3 or after[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
+        return False
+    if type(after[0].argval) not in (int, float) or after[1].opname != "BINARY_OP" or "=" not in after[1].argrepr:
+        return False
+    if steps[at].opname == "LOAD_ATTR":
+        copied = at > 0 and steps[at - 1].opname == "COPY" and steps[at - 1].arg == 1
+        swapped = len(after) > 3 and after[2].opname == "SWAP" and after[3].opname == "STORE_ATTR"
+        return copied and swapped and after[3].argval == name
+    return after[2].opname == "STORE_GLOBAL" and after[2].argval == name
+
+
+def _strings(constants: Sequence[Any]) -> list[str]:
+    parts = [part for part in constants if isinstance(part, (tuple, frozenset))]
+    nested = [name for part in parts for name in _strings(tuple(part))]
+    return [one for one in constants if isinstance(one, str) and one.isidentifier()] + nested

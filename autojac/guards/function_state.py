@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from autojac.guards.guard import Change, Guard
-from autojac.guards.names_read import ANY, lines_read
+from autojac.guards.names_read import ANY, lines_read, own_code
 from autojac.guards.places import Spot
 from autojac.torch_internals import DisableTorchFunction
 
@@ -119,11 +119,19 @@ class FunctionState:
                 self._write_only |= frozenset(spots)
                 self._replace(Guard(self.func, self._ran, self._write_only))
 
-    def where_read(self, name: str) -> str:
-        """Return where code that has run in some call reads a variable or attribute; empty if none does."""
-        for code in self._all_ran.values():
+    def where_read(self, name: str, kind: type | None = None) -> str:
+        """Return where a variable or attribute is read; empty if nowhere.
+
+        Args:
+            name: of the variable or attribute.
+            kind: the class of the object. Besides the code that has run in some call, torch's and Python's own code of
+                its base classes may read the attribute.
+        """
+        own = list(own_code(kind)) if kind is not None else []
+        for code in (*self._all_ran.values(), *own):
             lines = lines_read(code)
-            line = lines.get(name, lines.get(ANY))
+            # torch's own code computes names only for who asks for an attribute by its name
+            line = lines.get(name, None if code in own else lines.get(ANY))
             if line is not None:
                 return f"{os.path.basename(code.co_filename)}, line {line}"
         return ""

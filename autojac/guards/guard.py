@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autojac.guards.compiled_check import Reading, checker, versions_of
 from autojac.guards.object_places import ObjectPlaces
-from autojac.guards.places import Cells, Items, Place, Rest, Spot, class_dict
+from autojac.guards.places import Cells, Fields, Items, Place, Rest, Spot, class_dict
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
 
@@ -89,6 +89,14 @@ class Guard:
                 one.spot(name): one.label(name) for cell, name in zip(one.owner, names, strict=False) if cell is owner
             }
         return found
+
+    def class_of(self, place: Any) -> type | None:
+        """Return the class of the object whose attributes a place holds, or the class itself; None if unknown."""
+        owner = getattr(place, "owner", place)
+        if isinstance(owner, type):
+            return owner
+        objects = (one.owner for one in self._places if isinstance(one, Fields))
+        return next((type(one) for one in objects if one is owner or getattr(one, "__dict__", None) is owner), None)
 
     def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
         """Return what tells whether everything but these spots is from now on what it is now."""

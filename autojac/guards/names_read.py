@@ -5,11 +5,14 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+import torch
+
 from autojac.guards.bytecode import names_used
+from autojac.guards.provenance import is_core
 
 _READS: Final = (
     *("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM", "LOAD_DEREF"),
@@ -30,6 +33,16 @@ def lines_read(code: types.CodeType) -> Mapping[str, int]:
     Not counted: what a counter reads to count on, as in `self.calls += 1`.
     """
     return _lines_read(_Identified(code))
+
+
+def own_code(kind: type) -> Iterator[types.CodeType]:
+    """Return the code of torch's and Python's own classes among a class and its bases.
+
+    Left out is that of `torch.nn.Module`, which reads nothing but the fields that each module has, `MODULE_FIELDS`.
+    """
+    for base in kind.__mro__:
+        if is_core(base.__module__) and base is not torch.nn.Module:
+            yield from (value.__code__ for value in vars(base).values() if isinstance(value, types.FunctionType))
 
 
 class _Identified:

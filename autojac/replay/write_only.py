@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autojac.errors import UnsupportedError
-from autojac.guards.assignments import BufferMapping, Snapshot
+from autojac.guards.assignments import BufferMapping, Snapshot, VariableMapping
 from autojac.guards.function_state import FunctionState
 from autojac.guards.places import Spot
+from autojac.guards.walker import MODULE_FIELDS
 
 
 def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], function_state: FunctionState) -> None:
@@ -34,7 +35,10 @@ def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], functio
         named = {} if key is None or isinstance(place, BufferMapping) else guard.spots_of(place, key)
         if not named or not isinstance(key, str):
             raise UnsupportedError(f"func changes {_called(place, key)} that it keeps from call to call")
-        where = function_state.where_read(key)
+        kind = None if isinstance(place, VariableMapping) else guard.class_of(place)
+        if key in MODULE_FIELDS or (kind is None and not isinstance(place, VariableMapping)):
+            raise UnsupportedError(f"func changes {_called(place, key)} that it keeps from call to call")
+        where = function_state.where_read(key, kind)
         if where:
             (label, *_) = named.values()
             raise UnsupportedError(f"func sets {label} and may read it ({where}): a replay would not set it")

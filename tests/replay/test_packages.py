@@ -442,3 +442,26 @@ def test_a_bare_except_hides_nothing() -> None:
         assert torch.allclose(jac(x), expected)
         lines = jac._plans.planner.function_state.lines()
     assert any("may read it (test_packages.py, line" in line for line in lines), lines
+
+
+def test_what_torch_reads_of_its_own_modules_is_no_counter() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(3, dtype=torch.float64).requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.norm.eps *= 2
+            return self.norm(x)
+
+    net = Net()
+    x = torch.rand(4, 3, dtype=torch.float64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            jac = forced(net, (x,), REPLAY)
+            jac(x)
+        except autojac.RandomnessError:
+            return
+        lines = jac._plans.planner.function_state.lines()
+    assert any("not possible" in line for line in lines), lines

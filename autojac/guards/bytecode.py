@@ -44,7 +44,7 @@ class NamesUsed:
     state: str
 
 
-class _ByIdentity:
+class ByIdentity:
     """A code object as a key: equal code is not the same code, and hashing it takes long."""
 
     def __init__(self, code: types.CodeType) -> None:
@@ -54,16 +54,16 @@ class _ByIdentity:
         return id(self.code)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and other.code is self.code
+        return isinstance(other, ByIdentity) and other.code is self.code
 
 
 def names_used(code: types.CodeType) -> NamesUsed:
     """Return the names that a code object looks up."""
-    return _names_used(_ByIdentity(code))
+    return _names_used(ByIdentity(code))
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_used(key: _ByIdentity) -> NamesUsed:
+def _names_used(key: ByIdentity) -> NamesUsed:
     codes = tuple(_nested(key.code))
     scope: set[str] = set()
     attributes: set[str] = set()
@@ -71,7 +71,7 @@ def _names_used(key: _ByIdentity) -> NamesUsed:
     values: set[str] = set()
     state = ""
     for code in codes:
-        attributes.update(code.co_names, _strings(code.co_consts))
+        attributes.update(code.co_names, strings_in(code.co_consts))
         constants: list[Any] = []
         for step in dis.get_instructions(code):
             if step.opname in _VALUE and not _is_called(step):
@@ -108,9 +108,10 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(const)
 
 
-def _strings(consts: tuple[Any, ...]) -> Iterator[str]:
+def strings_in(consts: tuple[Any, ...]) -> Iterator[str]:
+    """Yield the strings among constants that could be names."""
     for const in consts:
         if isinstance(const, str) and const.isidentifier():
             yield const
         elif isinstance(const, (tuple, frozenset)):
-            yield from _strings(tuple(const))
+            yield from strings_in(tuple(const))

@@ -7,11 +7,11 @@ import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from autojac.guards.bytecode import names_used
+from autojac.guards.bytecode import ByIdentity, names_used, strings_in
 from autojac.guards.provenance import is_core
 
 _READS: Final = (
@@ -32,7 +32,7 @@ def lines_read(code: types.CodeType) -> Mapping[str, int]:
 
     Not counted: what a counter reads to count on, as in `self.calls += 1`.
     """
-    return _lines_read(_Identified(code))
+    return _lines_read(ByIdentity(code))
 
 
 def own_code(kind: type) -> Iterator[types.CodeType]:
@@ -45,21 +45,8 @@ def own_code(kind: type) -> Iterator[types.CodeType]:
             yield from (value.__code__ for value in vars(base).values() if isinstance(value, types.FunctionType))
 
 
-class _Identified:
-    """A code object by identity: equal code may stand elsewhere."""
-
-    def __init__(self, code: types.CodeType) -> None:
-        self.code = code
-
-    def __hash__(self) -> int:
-        return id(self.code)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identified) and other.code is self.code
-
-
 @functools.lru_cache(maxsize=4096)
-def _lines_read(key: _Identified) -> Mapping[str, int]:
+def _lines_read(key: ByIdentity) -> Mapping[str, int]:
     found: dict[str, int] = {}
     uses = names_used(key.code)
     for code in uses.codes:
@@ -73,7 +60,7 @@ def _lines_read(key: _Identified) -> Mapping[str, int]:
                 found.setdefault(ANY, line)
             elif not _counts(steps, at):
                 found.setdefault(step.argval, line)
-        for name in _strings(code.co_consts):
+        for name in strings_in(code.co_consts):
             found.setdefault(name, code.co_firstlineno)
     return MappingProxyType(found)
 
@@ -100,9 +87,3 @@ def _counts(steps: Sequence[dis.Instruction], at: int) -> bool:
         swapped = len(after) > 3 and after[2].opname == "SWAP" and after[3].opname == "STORE_ATTR"
         return copied and swapped and after[3].argval == name
     return after[2].opname == "STORE_GLOBAL" and after[2].argval == name
-
-
-def _strings(constants: Sequence[Any]) -> list[str]:
-    parts = [part for part in constants if isinstance(part, (tuple, frozenset))]
-    nested = [name for part in parts for name in _strings(tuple(part))]
-    return [one for one in constants if isinstance(one, str) and one.isidentifier()] + nested

@@ -1,14 +1,15 @@
 """Generate a function that checks in a few microseconds that a list of places holds the objects it held before.
 
-A dict costs one comparison, of the version that Python (3.11) or torch (its watchers, from 3.12) counts for it. Empty
-dicts, most of those of a module, are checked together, and so are tensors. Everything else is compared by identity, in
-code generated for these places. None of the user's code runs.
+A dict costs one comparison, of the version that Python (3.11) or torch (its watchers, from 3.12) counts for it. What
+words in memory show, most of all that a model holds, is compared in one pass, and so are tensors. Everything else is
+compared by identity, in code generated for these places. None of the user's code runs.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
@@ -17,11 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from autojac.guards.dict_versions import versions_of
+from autojac.guards.memory_words import CONTENT, LENGTH, NAMES, SIZES, VERSION, MemoryWords
 from autojac.guards.places import (
     ABSENT,
-    Attributes,
     Bytes,
-    Callables,
     Cells,
     Fields,
     Items,
@@ -31,6 +32,7 @@ from autojac.guards.places import (
     Place,
     class_dict,
 )
+from autojac.guards.provenance import is_core
 from autojac.guards.tensor_metadata import Metadata
 from autojac.torch_internals import dict_version
 
@@ -51,59 +53,6 @@ _BUILTINS: Final = {function.__name__: function for function in (all, any, len, 
 }
 
 
-@functools.cache
-def change_counter(of_instances: bool) -> Callable[[dict[Any, Any]], int] | None:
-    """Return what counts the changes of a dict in C; None where torch has no such thing, or it misses changes.
-
-    Args:
-        of_instances: whether the dict may be that of an instance, or else is of a class or a module: Python 3.13.0
-            hides stores to attributes from watchers of the dict, but of instances only.
-    """
-    if dict_version is None:
-        return None
-    fresh = type("Probe", (), {})
-    probes = [fresh()] if of_instances else [fresh, types.ModuleType("probe")]
-    return dict_version if all(_sound(dict_version, probe) for probe in probes) else None
-
-
-def _sound(version: Callable[[Any], int], probe: Any) -> bool:
-    """Check whether every store to an attribute is counted for the dict that holds it, also by specialized bytecode."""
-    store = types.FunctionType(_store.__code__.replace(), {})  # not specialized for another kind of object
-    store(probe, 0)
-    held = class_dict(probe) if isinstance(probe, type) else vars(probe)
-    for number in range(1000):
-        before = version(held)
-        store(probe, number + 1)
-        stored = version(held)
-        held["stored"] = -1
-        written = version(held)
-        del probe.stored
-        if len({before, stored, written, version(held)}) < 4 or version(held) != version(held):
-            return False
-        store(probe, 0)
-    return True
-
-
-def _store(probe: Any, value: int) -> None:
-    probe.stored = value
-
-
-def versions_of(places: Sequence[Place], restless: Collection[int] = ()) -> dict[int, int]:
-    """Return the versions of the dicts behind places, by id, as far as something counts them.
-
-    Args:
-        places: the places.
-        restless: ids of dicts that are written to all the time without effect: these are compared entry by entry.
-    """
-    versions: dict[int, int] = {}
-    for place in places:
-        if isinstance(place, Items) and id(place.owner) not in restless:
-            version = change_counter(not isinstance(place, (Attributes, Callables)))
-            if version is not None:
-                versions[id(place.owner)] = version(place.owner)
-    return versions
-
-
 def checker(
     read: Callable[[], Sequence[Reading]], places: Sequence[Place], metadata: Metadata, restless: Collection[int] = ()
 ) -> Callable[[], bool]:
@@ -115,10 +64,13 @@ def checker(
         metadata: of the tensors in these places.
         restless: as in `versions_of`.
     """
-    versions = versions_of(places, restless)  # before reading: a race fails
-    draft = _Draft()
+    # before reading: a race fails
+    versions, words = versions_of(places, restless), words_of(places, restless)
+    draft = _Draft(words)
     for place, keys, values in read():
         draft.place(place, keys, values, versions)
+    if words:
+        draft.terms.append(f"{draft.constant(words.unchanged)}()")
     if draft.empty:
         draft.terms.append(f"not any({draft.constant(tuple(draft.empty))})")
     if draft.dicts:
@@ -129,10 +81,47 @@ def checker(
     return draft.function()
 
 
-class _Draft:
-    """The terms of the function and the objects that they name."""
+def words_of(places: Sequence[Place], restless: Collection[int] = ()) -> MemoryWords:
+    """Return the words that show changes of places, as far as there are such."""
+    words = MemoryWords()
+    for place in places:
+        owner = place.owner
+        if isinstance(place, Items):
+            if _is_empty(owner):
+                words.add(owner, LENGTH)
+            elif id(owner) not in restless:
+                words.add(owner, VERSION)
+        elif isinstance(place, Names):
+            # the user's variables may be set in each turn of a loop
+            if owner is sys.modules or is_core(owner.get("__name__")):
+                words.add(owner, NAMES)
+        elif isinstance(place, Members):
+            if type(owner) in SIZES and not owner:
+                words.add(owner, SIZES[type(owner)])
+        elif isinstance(place, Cells):
+            for cell in owner:
+                words.add(cell, CONTENT)
+        elif isinstance(place, Fields):
+            for name, read in place.fields:
+                if (name in _FIELDS and type(owner) is types.FunctionType) or read is type:
+                    words.add(owner, name)
+    words.note()
+    return words
 
-    def __init__(self) -> None:
+
+def _is_empty(owner: Any) -> bool:
+    return type(owner) in (dict, OrderedDict) and not dict.__len__(owner)
+
+
+class _Draft:
+    """The terms of the function and the objects that they name.
+
+    Args:
+        words: what needs no term.
+    """
+
+    def __init__(self, words: MemoryWords) -> None:
+        self.words = words
         self.terms: list[str] = []
         self.empty: list[dict[Any, Any]] = []
         self.dicts: list[dict[Any, Any]] = []
@@ -156,6 +145,8 @@ class _Draft:
             self._names(place.owner, keys, values)
         elif isinstance(place, Cells):
             for cell, value in zip(place.owner, values, strict=True):
+                if (cell, CONTENT) in self.words:
+                    continue
                 if value is ABSENT:
                     self._look(place, keys, values)
                 else:  # the written function shares the variable with the user's
@@ -175,6 +166,9 @@ class _Draft:
         for name, value in zip(names, values, strict=True):
             if (id(scope), name) not in self._seen:
                 self._seen.add((id(scope), name))
+                if (scope, NAMES) in self.words:
+                    self.words.expect(scope, name, value)
+                    continue
                 where = self.constant(scope)
                 self.terms.append(
                     f"{name!r} not in {where}" if value is ABSENT else f"{where}[{name!r}] is {self.constant(value)}"
@@ -183,6 +177,8 @@ class _Draft:
     def _fields(self, place: Fields, values: list[Any]) -> None:
         owner = self.constant(place.owner)
         for (name, read), value in zip(place.fields, values, strict=True):
+            if (place.owner, name) in self.words:
+                continue
             known = self.constant(value)
             if name == "class":
                 self.terms.append(f"type({owner}) is {known}")
@@ -195,7 +191,9 @@ class _Draft:
 
     def _items(self, place: Items, keys: list[Any], values: list[Any], versions: dict[int, int]) -> None:
         owner = place.owner
-        if not dict.__len__(owner) and type(owner) in (dict, OrderedDict):
+        if (owner, VERSION) in self.words or (not keys and (owner, LENGTH) in self.words):
+            pass
+        elif _is_empty(owner):
             self.empty.append(owner)
         elif id(owner) not in versions:
             self._look(place, keys, values)
@@ -205,7 +203,9 @@ class _Draft:
 
     def _members(self, place: Members, keys: list[Any], values: list[Any]) -> None:
         kind = type(place.owner)
-        if kind in (list, set, deque, OrderedDict):
+        if not values and (place.owner, SIZES.get(kind, "")) in self.words:
+            pass
+        elif kind in (list, set, deque, OrderedDict):
             owner = self.constant(place.owner)
             self.terms.append(f"len({owner}) == {len(values)} and all(map(is_, {owner}, {self.constant(values)}))")
         elif not issubclass(kind, (tuple, frozenset)):

@@ -11,7 +11,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.guards.compiled_check import Reading, checker, versions_of
+from autojac.guards.compiled_check import Reading, checker
+from autojac.guards.dict_versions import versions_of
 from autojac.guards.object_places import ObjectPlaces
 from autojac.guards.places import Cells, Fields, Items, Place, Rest, Spot, class_dict
 from autojac.guards.tensor_metadata import Metadata, described

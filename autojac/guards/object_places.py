@@ -6,6 +6,7 @@ import abc
 import enum
 import functools
 import gc
+import inspect
 import operator
 import types
 import weakref
@@ -232,6 +233,9 @@ class ObjectPlaces(LibraryPlaces):
 
     def _instance(self, obj: Any, kind: type) -> None:
         if kind is object:  # a sentinel
+            return
+        if kind is inspect.Signature:  # can't change
+            self.visit(tuple(obj.parameters.values()))
             return
         if kind in weakref.ProxyTypes:
             self._give_up(kind)

@@ -30,7 +30,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from autojac.guards import compiled_check
+from autojac.guards import dict_versions, memory_words
 from autojac.guards.guard import Change, Guard, alike
 
 SCALE = 2.0
@@ -42,11 +42,13 @@ WEIGHT = torch.ones(3)
 NOTHING = Change("", {})
 
 
-@pytest.fixture(params=["versions", "plain"], autouse=True)
+@pytest.fixture(params=["words", pytest.param("versions", marks=pytest.mark.by_day(6)), "plain"], autouse=True)
 def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs too where torch has nothing that counts the changes of a dict."""
+    """Every test runs too where no words are found in memory, and where nothing counts the changes of a dict."""
+    if request.param != "words":
+        monkeypatch.setattr(memory_words, "_is_in_reach", lambda owner: False)
     if request.param == "plain":
-        monkeypatch.setattr(compiled_check, "change_counter", lambda of_instances: None)
+        monkeypatch.setattr(dict_versions, "change_counter", lambda of_instances: None)
 
 
 def scaled(x: Tensor, power: int = 1, *, offset: float = 0.5) -> Tensor:
@@ -758,16 +760,16 @@ def test_a_count_of_changes_that_misses_some_is_not_used() -> None:
             seen.append(dict(kept))
         return len(seen)
 
-    assert not compiled_check._sound(misses_deletions, types.SimpleNamespace())
-    assert not compiled_check._sound(lambda kept: 0, types.SimpleNamespace())
+    assert not dict_versions.counts_changes(misses_deletions, types.SimpleNamespace())
+    assert not dict_versions.counts_changes(lambda kept: 0, types.SimpleNamespace())
 
 
 def test_changes_of_classes_and_modules_are_counted_on_every_python() -> None:
     for probe in (type("Probe", (), {}), types.ModuleType("probe")):
-        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, probe)
+        assert dict_versions.counts_changes(torch._C._dynamo.guards.dict_version, probe)
     if sys.version_info < (3, 13):  # 3.13.0 hides those of instances
-        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, types.SimpleNamespace())
-        assert compiled_check._sound(torch._C._dynamo.guards.dict_version, type("Probe", (), {})())
+        assert dict_versions.counts_changes(torch._C._dynamo.guards.dict_version, types.SimpleNamespace())
+        assert dict_versions.counts_changes(torch._C._dynamo.guards.dict_version, type("Probe", (), {})())
 
 
 class Setting:

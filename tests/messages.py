@@ -774,6 +774,37 @@ MESSAGES = (
         "Try a smaller",
         lambda: tune("model.py:of_three", "--shape", "3x99999999999x999999"),
     ),
+    # products
+    Message(
+        OptionError,
+        "func's positional arguments and at last a vector",
+        "got 1 argument",
+        "Pass both",
+        lambda: wrap(torch.sin).jvp(x),
+    ),
+    Message(
+        InputError,
+        "shape .3, 2. of what",
+        "got .2, 2.",
+        "one vector per",
+        lambda: wrap(torch.sin).jvp(x, x[:2]),
+    ),
+    Message(InputError, "of func's outputs", "got .3,.", "or expand it", lambda: wrap(torch.sin).vjp(x, x[:, 0])),
+    Message(InputError, "floating-point tensors", "got an int", "Convert", lambda: wrap(torch.sin).vjp(x, 1)),
+    Message(
+        InputError,
+        "in the nest of what is differentiated, 1 tensor",
+        "got a Tensor",
+        "nested alike",
+        lambda: wrap(lambda d: d["a"].sin()).jvp({"a": x}, x),
+    ),
+    Message(
+        UnsupportedError,
+        "nothing can be probed",
+        "transform or forward mode is under way",
+        "use torch.func.jvp",
+        lambda: torch.vmap(wrap(torch.sin).jvp)(x[None], x[None]),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

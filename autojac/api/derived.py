@@ -14,6 +14,7 @@ from autojac.api.low_rank_factors import LowRankJacobian
 from autojac.core.options import Options
 from autojac.core.signature import Layout
 from autojac.errors import InputError
+from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import Result
 
@@ -23,6 +24,7 @@ class Derived(ABC):
 
     func: Callable[..., Any]
     options: Options
+    _plans: PlansInUse
     _others: dict[Layout, Self]
 
     @abstractmethod
@@ -139,10 +141,14 @@ class Derived(ABC):
         if layout == self.options.layout:
             return self
         if layout not in self._others:
-            other = type(self).__new__(type(self))
-            other.__setstate__({"func": self.func, "options": dataclasses.replace(self.options, layout=layout)})
-            self._others[layout] = other
+            self._others[layout] = self._wrapped(self.func, dataclasses.replace(self.options, layout=layout))
         return self._others[layout]
+
+    def _wrapped(self, func: Callable[..., Any], options: Options) -> Self:
+        """Return a wrapper of the same kind, with plans of its own."""
+        other = type(self).__new__(type(self))
+        other.__setstate__({"func": func, "options": options})
+        return other
 
 
 def _only(plan: PreparedPlan, result: Result) -> Tensor:

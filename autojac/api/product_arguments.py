@@ -1,0 +1,169 @@
+"""The arguments of products with a Jacobian: where samples are, and vectors of the right shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autojac.autodiff.open_modes import saved_tensors_apart
+from autojac.autodiff.pullback import Pullback
+from autojac.core.autocast import outside_autocast
+from autojac.core.batch_axes import AUTO
+from autojac.core.call import outside_inference_mode
+from autojac.core.module_function import ModuleFunction
+from autojac.core.pattern import Sparsity
+from autojac.core.ranks import silent
+from autojac.core.sandbox import without_hooks
+from autojac.core.structure import Structure
+from autojac.errors import InputError, counted, kind_of
+from autojac.guards.process_state import as_found
+from autojac.planning.call import Call
+from autojac.planning.first_call import FirstCallReport
+from autojac.planning.plans_in_use import PlansInUse
+from autojac.torch_internals import pytree
+
+
+class CallShapes(NamedTuple):
+    """What the shapes of a product follow from.
+
+    Attributes:
+        batch: number of samples; None for a function without a batch.
+        axes: for each tensor argument the axis that runs over samples; None where all share it.
+        differentiated: positions of the differentiated ones among these, as `argnums` orders them.
+        outputs: shape of each output of a sample.
+        nest: of func's outputs; None where it returns one tensor.
+        is_blind: func reads parameters past its arguments, so that nothing can be put in their place.
+    """
+
+    batch: int | None
+    axes: tuple[int | None, ...]
+    differentiated: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    nest: pytree.TreeSpec | None
+    is_blind: bool = False
+
+
+def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
+    """Return the shapes of a call: those that are not declared are found as for a Jacobian."""
+    planner = plans.planner
+    with outside_inference_mode(args, kwargs) as arguments, plans.lock:
+        call = plans.describe(*arguments)
+        trained, call = call.trained, call.without_grad().detached()
+        with (
+            outside_autocast(),
+            without_hooks(trained),
+            saved_tensors_apart(),
+            as_found(),
+            silent(call.captured.modules),
+        ):
+            report = planner.inspect(call)
+            layout, batched = call.layout, report.guess
+            if len(layout.axes) > 1 and AUTO in layout.axes and not report.is_empty:
+                batched = planner.probe(call, report, "estimate").batched
+            blind = isinstance(plans.func, ModuleFunction) and _reads_past(plans.func, call, report)
+    if layout.unbatched:
+        axes: tuple[int | None, ...] = (None,) * len(layout.axes)
+    else:
+        axes = tuple(axis if has else None for axis, has in zip(layout.sources, batched, strict=True))
+    order = tuple(position for _, group in layout.groups for position in group)
+    batch = None if layout.unbatched else report.signature.batch
+    return CallShapes(batch, axes, order, report.signature.outputs, layout.out_spec, blind)
+
+
+def _reads_past(func: ModuleFunction, call: Call, report: FirstCallReport) -> bool:
+    """Check whether outputs depend on a module's own parameters where others have been put in their place."""
+    with report.sandbox(), torch.enable_grad():
+        values = [y for y in report.fn([leaf.detach() for leaf in call.leaves], call.keywords) if y.requires_grad]
+    own = func.__autojac_originals__()
+    return len(Pullback.of_graph(values, own, False).unused()) < len(own)
+
+
+class ProductVectors(NamedTuple):
+    """The vectors of a product, checked.
+
+    Attributes:
+        steps: zeros, which come first along tangents.
+        nest: of the vectors.
+        several: there are several.
+        in_dims: of steps and vectors.
+        axes: of the differentiated tensors, along tangents.
+    """
+
+    steps: tuple[Tensor, ...]
+    nest: pytree.TreeSpec | None
+    several: bool
+    in_dims: tuple[int | None, ...]
+    axes: tuple[int | None, ...] = ()
+
+
+def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> ProductVectors:
+    """Check the vectors that a Jacobian is multiplied with, `like` what is differentiated."""
+    flat, spec = pytree.tree_flatten(like)
+    nest = None if isinstance(like, Tensor) else spec
+    several, given = _checked(vectors, nest, [tuple(x.shape) for x in flat], "v")
+    axes = tuple(None if whole else shapes.axes[position] for position in shapes.differentiated)
+    count = given[0].shape[:several]
+    lead = () if shapes.batch is None else (shapes.batch,)
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in flat])
+    steps: list[Tensor] = []
+    step_dims: list[int | None] = []
+    for own in sorted({axis is not None for axis in axes}, reverse=True):
+        with torch.inference_mode(False):
+            steps.append(flat[0].new_zeros((*lead[:own], *count), dtype=dtype))
+        step_dims.append(0 if own else None)
+    dims = [None if axis is None else axis + several for axis in axes]
+    return ProductVectors(tuple(steps), nest, several, (*step_dims, *dims), axes)
+
+
+def cotangents(shapes: CallShapes, vectors: Any, whole: bool) -> ProductVectors:
+    """Check the vectors that multiply a Jacobian from the left."""
+    lead = () if shapes.batch is None else (shapes.batch,)
+    several, given = _checked(vectors, shapes.nest, [(*lead, *shape) for shape in shapes.outputs], "u")
+    dims = (None if whole else int(several),) * len(given)
+    return ProductVectors((), shapes.nest, several, dims)
+
+
+def _checked(
+    vectors: Any, nest: pytree.TreeSpec | None, wanted: Sequence[tuple[int, ...]], name: str
+) -> tuple[bool, list[Tensor]]:
+    """Return whether several vectors were passed, and their tensors."""
+    what = "what is differentiated" if name == "v" else "func's outputs"
+    try:
+        flat = [vectors] if nest is None else nest.flatten_up_to(vectors)
+    except ValueError as error:
+        raise InputError(
+            f"{name} was expected in the nest of {what}, {counted(len(wanted), 'tensor')}, got {kind_of(vectors)} that "
+            f"differs: {error}. Pass one tensor for each of them, nested alike"
+        ) from error
+    for tensor in flat:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            came = str(tensor.dtype) if isinstance(tensor, Tensor) else kind_of(tensor)
+            raise InputError(f"{name} was expected to hold floating-point tensors, got {came}. Convert it")
+    several = len(flat) > 0 and flat[0].dim() == len(wanted[0]) + 1
+    count = flat[0].shape[:several]
+    for tensor, shape in zip(flat, wanted, strict=True):
+        if tuple(tensor.shape) != (*count, *shape):
+            raise InputError(
+                f"{name} was expected in the shape {shape} of {what}, or (k, ...) with several vectors along a first "
+                f"axis, got {tuple(tensor.shape)}. Pass one vector per sample, or expand it"
+            )
+    return several, flat
+
+
+def nested_axes(args: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
+    """Return the axes of tensor arguments in the nests of the arguments, as `in_dims` has them."""
+    taken = iter(axes)
+    return tuple(pytree.tree_map(lambda value: next(taken) if isinstance(value, Tensor) else None, arg) for arg in args)
+
+
+def of_samples(coupling: Any) -> Any:
+    """Return what was declared of samples, without the patterns inside them: those of a product are others."""
+    if not isinstance(coupling, Structure) or coupling.sparsity is None:
+        return coupling
+    samples = coupling.samples
+    return dataclasses.replace(coupling, sparsity=None if samples is None else Sparsity(samples=samples))

@@ -1,0 +1,208 @@
+"""Products with a Jacobian that need not be formed: along tangents, and with cotangents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.api.derived import Derived
+from autojac.api.product_arguments import CallShapes, call_shapes, cotangents, nested_axes, of_samples, tangents
+from autojac.autodiff.open_modes import transforming
+from autojac.core.call import describe
+from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
+from autojac.errors import OptionError, UnsupportedError, counted
+from autojac.planning.call import describe_keywords
+from autojac.torch_internals import pytree
+
+
+@dataclasses.dataclass
+class Product:
+    """A product in use, for one kind of call.
+
+    Attributes:
+        jacobian: the wrapper whose Jacobian is the product.
+        steps: of a product along tangents, its first arguments: zeros.
+        nest: of the vectors; None for one tensor.
+        outputs: the nest of func's outputs; None for one tensor.
+        several_at: the axis of the result that runs over several vectors; None for a single one.
+        is_formed: the Jacobian itself is computed, and multiplied.
+    """
+
+    jacobian: Any
+    steps: tuple[Tensor, ...]
+    nest: pytree.TreeSpec | None
+    outputs: pytree.TreeSpec | None
+    several_at: int | None
+    is_formed: bool = False
+
+    def flat(self, vectors: Any) -> list[Any]:
+        """Return the vectors in the order in which the function takes them."""
+        return [vectors] if self.nest is None else self.nest.flatten_up_to(vectors)
+
+    def of_jacobian(self, jacobian: Any) -> Any:
+        """Return the product from the Jacobian of the function made for it."""
+        if len(self.steps) == 2:
+            flat = pytree.tree_leaves(jacobian)
+            sums = [own + shared for own, shared in zip(flat[::2], flat[1::2], strict=True)]
+            jacobian = sums[0] if self.outputs is None else pytree.tree_unflatten(sums, self.outputs)
+        if self.several_at is None:
+            return jacobian
+        if isinstance(jacobian, Tensor):
+            return jacobian.movedim(self.several_at, 0)
+        return pytree.tree_map(lambda part: part.movedim(self.several_at, 0), jacobian)
+
+
+class Products(Derived):
+    """The methods of `AutoJacobian` that multiply with the Jacobian."""
+
+    _products: dict[Any, Product]
+
+    def jvp(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Jacobian times a vector, J_b v_b for each sample: the derivative of func along v.
+
+        One forward pass where samples are independent, whatever the size of the Jacobian, which is not formed; coupled
+        samples need a pass per color of their graph, or as many as their structure asks for, since J_b is the
+        derivative in a sample's own input. `layout="full"` and `"sparse"` multiply with the Jacobian of the whole
+        batch, in one pass whatever couples.
+
+        Args:
+            args: those of func, and at last v, nested as what is differentiated: tensors of the same shapes, or several
+                vectors at a time with one more axis in front, (k, B, *in). For an argument that all samples share v has
+                its shape, and serves all samples.
+            kwargs: those of func.
+
+        Returns:
+            (B, *out), nested as the outputs are; (k, B, *out) for several vectors. Differentiable in whatever J is, and
+            in v. With `has_aux=True` the pair (product, aux).
+
+        Raises:
+            InputError: if v is not nested or shaped as what is differentiated.
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x.sin(), store=":memory:", on_miss="estimate")
+            >>> jac.jvp(torch.zeros(3, 2), torch.ones(3, 2)).shape
+            torch.Size([3, 2])
+        """
+        inputs, tangents = _without_last(args, "jvp")
+        return self._product(AlongTangents, self._func_args(inputs), kwargs, tangents, self._is_whole)
+
+    def vjp(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a vector times the Jacobian, u_bᵀ J_b for each sample: the gradient of each sample's u_b · y_b.
+
+        One backward pass where samples are independent; coupled samples need what `jvp` says of them. In parameters, or
+        another argument that all samples share, these are per-sample gradients, (B, *arg). `layout="full"` and
+        `"sparse"` multiply with the Jacobian of the whole batch, which gives (B, *in), and (*arg) for what is shared.
+
+        Args:
+            args: those of func, and at last u, nested as its outputs: (B, *out), or (k, B, *out) for several vectors.
+            kwargs: those of func.
+
+        Returns:
+            (B, *in), nested as what is differentiated; (k, B, *in) for several vectors. Differentiable in whatever J
+            is, and in u. With `has_aux=True` the pair (product, aux).
+
+        Raises:
+            InputError: if u is not nested or shaped as the outputs.
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x.sum(1), store=":memory:", on_miss="estimate")
+            >>> jac.vjp(torch.zeros(3, 2), torch.tensor([1.0, 2.0, 3.0]))
+            tensor([[1., 1.],
+                    [2., 2.],
+                    [3., 3.]])
+        """
+        inputs, cotangents = _without_last(args, "vjp")
+        return self._product(WeighedBy, self._func_args(inputs), kwargs, cotangents, self._is_whole)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the Jacobian is that of the whole batch."""
+        return self.options.layout in ("full", "sparse")
+
+    def _product(
+        self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any,
+        whole: bool = False,
+    ) -> Any:  # fmt: skip
+        """Return a product with each sample's own Jacobian, or with that of the whole batch."""
+        key = (kind, whole, *map(describe, (*args, vectors)), *describe_keywords(kwargs))
+        product = self._products.get(key)
+        if product is None:
+            product = self._products[key] = self._made(kind, args, kwargs, vectors, whole)
+        if product.is_formed:
+            plan, computed = self._run(args, kwargs)
+            along = times_parameters(computed.jacobians, product.flat(vectors), product.several_at is not None)
+            return self._beside_aux(plan.layout.value(along), computed)
+        result = product.jacobian(*product.steps, *product.flat(vectors), *args, **kwargs)
+        if self.options.has_aux:
+            return product.of_jacobian(result[0]), result[1]
+        return product.of_jacobian(result)
+
+    def _made(
+        self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
+    ) -> Product:
+        options, shapes = self.options, self._shapes(args, kwargs)
+        whole = whole or shapes.batch is None
+        single = isinstance(options.argnums, int)
+        chosen = (options.argnums,) if isinstance(options.argnums, int) else options.argnums
+        argnums = tuple(number % len(args) for number in chosen)
+        numbers: tuple[int, ...]
+        common = (self.func, argnums, options.has_aux, whole)
+        if kind is AlongTangents:
+            like = args[argnums[0]] if single else tuple(args[number] for number in argnums)
+            made = tangents(shapes, like, vectors, whole)
+            function: ProductFunction = AlongTangents(*common, made.several, axes=made.axes)
+            numbers, several_at = tuple(range(len(made.steps))), -1
+            single = len(made.steps) == 1
+        else:
+            made = cotangents(shapes, vectors, whole)
+            function = WeighedBy(*common, made.several, count=len(made.in_dims))
+            numbers, several_at = tuple(number + len(made.in_dims) for number in argnums), 0 if whole else 1
+        chosen_options = dataclasses.replace(
+            options,
+            argnums=numbers[0] if single else numbers,
+            in_dims=None if whole else (*made.in_dims, *nested_axes(args, shapes.axes)),
+            layout="blocks",
+            coupling="auto" if whole else of_samples(options.coupling),
+        )
+        jacobian, formed = self._wrapped(function, chosen_options), kind is AlongTangents and shapes.is_blind
+        return Product(jacobian, made.steps, made.nest, shapes.nest, several_at if made.several else None, formed)
+
+    def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
+        """Call func, without a trace, to find what a product is made of."""
+        if transforming():
+            raise UnsupportedError(
+                "a torch.func transform or forward mode is under way, in which nothing can be probed. Call products "
+                "outside of it, or use torch.func.jvp or vjp there"
+            )
+        return call_shapes(self._other("blocks")._plans, args, kwargs)
+
+
+def _without_last(args: Sequence[Any], what: str) -> tuple[Sequence[Any], Any]:
+    if len(args) < 2:
+        raise OptionError(
+            f"{what} expects func's positional arguments and at last a vector, got {counted(len(args), 'argument')}. "
+            f"Pass both, as in jac.{what}(x, {'v' if what == 'jvp' else 'u'})"
+        )
+    return args[:-1], args[-1]
+
+
+def times_parameters(rows: Sequence[Sequence[Tensor]], vectors: Sequence[Tensor], several: bool) -> tuple[Tensor, ...]:
+    """Return the products of Jacobians in parameters, (B, *out, *param), with vectors (*param) or (k, *param)."""
+
+    def times(J: Tensor, v: Tensor) -> Tensor:
+        if not several:
+            product: Tensor = torch.tensordot(J, v, v.dim())
+        else:
+            product = torch.tensordot(J, v.movedim(0, -1), v.dim() - 1).movedim(-1, 0)
+        return product
+
+    products = ([times(J, v) for J, v in zip(row, vectors, strict=True)] for row in rows)
+    return tuple(sum(parts[1:], parts[0]) for parts in products)

@@ -1,0 +1,128 @@
+"""A function moved along tangents, or weighed by cotangents: their small Jacobians are products with its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from autojac.core.module_function import ModuleFunction, ModuleLock
+from autojac.torch_internals import pytree
+
+
+class ProductFunction(ABC):
+    """A function made of another one, whose Jacobian is a product with that one's.
+
+    Args:
+        func: the function.
+        argnums: the arguments of func that are differentiated.
+        has_aux: func returns a pair (output, aux).
+        whole: the product is with the Jacobian of the whole batch, not with each sample's own.
+        several: there are several vectors, on a first axis of their own.
+    """
+
+    kind = ""
+
+    def __init__(
+        self, func: Callable[..., Any], argnums: tuple[int, ...], has_aux: bool, whole: bool, several: bool
+    ) -> None:
+        self.func = func
+        self.argnums = argnums
+        self.has_aux = has_aux
+        self.whole = whole
+        self.several = several
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Return what makes two of them compute the same."""
+        return {"func": self.func, **{name: value for name, value in vars(self).items() if name != "func"}}
+
+    @property
+    def lock(self) -> ModuleLock | None:
+        """The lock to be held while func runs, if it has one."""
+        return self.func.lock if isinstance(self.func, ModuleFunction) else None
+
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        """Return func's output, and its aux in a tuple that is empty without one."""
+        out = self.func(*args, **kwargs)
+        if not self.has_aux:
+            return out, ()
+        out, aux = out
+        return out, (aux,)
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute; the first arguments are those of the product, each a tensor, and the rest func's own."""
+
+
+class AlongTangents(ProductFunction):
+    """t ↦ func(x + t v), whose derivative at t = 0 is J v.
+
+    A sample's step t moves that sample alone, so the blocks in t are J_b v_b, however samples are coupled.
+
+    Args:
+        axes: for each differentiated tensor the axis that runs over samples; None where all of them share it.
+        others: as of `ProductFunction`.
+    """
+
+    kind = "along tangents"
+
+    def __init__(self, *others: Any, axes: tuple[int | None, ...]) -> None:
+        super().__init__(*others)
+        self.axes = axes
+
+    @property
+    def steps(self) -> tuple[bool, ...]:
+        """For each step argument whether samples have steps of their own: (B,) or (B, k), else () or (k,)."""
+        return tuple(sorted({axis is not None for axis in self.axes}, reverse=True))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first, last = len(self.steps), len(self.steps) + len(self.axes)
+        steps = dict(zip(self.steps, args[:first], strict=True))
+        vectors, own = zip(args[first:last], self.axes, strict=True), list(args[last:])
+        for number in self.argnums:
+            flat, spec = pytree.tree_flatten(own[number])
+            own[number] = pytree.tree_unflatten([x + self._shift(x, *next(vectors), steps) for x in flat], spec)
+        out, aux = self._call(own, kwargs)
+        return (out, *aux) if aux else out
+
+    def _shift(self, x: Tensor, tangent: Tensor, axis: int | None, steps: dict[bool, Tensor]) -> Tensor:
+        """Return t v, for one tensor."""
+        step = steps[axis is not None].to(x.dtype)
+        before, after = (0, x.dim()) if axis is None else (axis, x.dim() - axis - 1)
+        if self.several and axis is not None:
+            step = step.T
+        lead = step.shape[: self.several]
+        step = step.reshape((*lead, *[1] * before, *step.shape[self.several :], *[1] * after))
+        return (step * tangent).sum(0) if self.several else step * tangent
+
+
+class WeighedBy(ProductFunction):
+    """x ↦ the sum of u · func(x), for each sample or over the whole batch, whose derivative is uᵀJ.
+
+    Args:
+        count: number of outputs.
+        others: as of `ProductFunction`.
+    """
+
+    kind = "weighed by cotangents"
+
+    def __init__(self, *others: Any, count: int) -> None:
+        super().__init__(*others)
+        self.count = count
+
+    @property
+    def __autojac_originals__(self) -> Callable[[], Sequence[Tensor]] | None:
+        return getattr(self.func, "__autojac_originals__", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out, aux = self._call(args[self.count :], kwargs)
+        scalars = [self._sum(y, u) for y, u in zip(pytree.tree_leaves(out), args, strict=False)]
+        total = sum(scalars[1:], scalars[0])
+        return (total, *aux) if aux else total
+
+    def _sum(self, y: Tensor, cotangent: Tensor) -> Tensor:
+        kept, weighed = self.several + (not self.whole), cotangent * y
+        scalar = weighed if weighed.dim() == kept else weighed.flatten(kept).sum(-1)
+        return scalar.T if self.several and not self.whole else scalar

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from autojac.api.autojacobian import AutoJacobian
 from autojac.api.checks import probe, verify
+from autojac.api.derivatives import Derivatives
 from autojac.api.from_graph import jacobian_from
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.plan import Plan, Trial
@@ -53,6 +54,7 @@ __all__ = [
     "AutoJacobian",
     "AutojacError",
     "AutojacWarning",
+    "Derivatives",
     "InputError",
     "ModesDisagreeWarning",
     "MutationError",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import autojac
 from autojac import (
     AutoJacobian,
+    Derivatives,
     InputError,
     ModesDisagreeWarning,
     MutationError,
@@ -246,6 +247,10 @@ def refused_graph() -> None:
         graph_of(torch.sin)
 
 
+def of_columns(of: Any, **options: Any) -> Derivatives:
+    return Derivatives(lambda x: x[0] if isinstance(x, list) else x, of, **{"store": ":memory:"} | options)
+
+
 def graph_of(func: Callable[[Tensor], Any], **options: Any) -> Any:
     leaf = x.clone().requires_grad_()
     return jacobian_from(func(leaf), leaf, **options)
@@ -342,6 +347,13 @@ MESSAGES = (
     ),
     Message(OptionError, must_be + "a string", "got 3", "", lambda: wrap(torch.sin, version=3)),
     Message(OptionError, must_be + "an int or a tuple", "got 'x'", "", lambda: wrap(torch.sin, argnums="x")),
+    Message(OptionError, "sequence of tuples", r"got \(1, 1\)", "such as", lambda: of_columns((1, 1))),
+    Message(OptionError, "counted from 0", "got -1", "such as", lambda: of_columns(((-1,),))),
+    Message(OptionError, "sequence of tuples", "no derivative", "Call func itself", lambda: of_columns(((),))),
+    Message(OptionError, "by columns", "layout", "Leave it out", lambda: of_columns(((0,),), layout="full")),
+    Message(OptionError, "must be one int", r"got \(0, 1\)", "", lambda: of_columns(((0,),), argnums=(0, 1))),
+    Message(InputError, "2 columns", "u_0,2 was asked", "Name columns", lambda: of_columns(((0, 2),))(x)),
+    Message(InputError, "one tensor", "2 tensors", "torch.stack", lambda: of_columns(((0,),))([x, x])),
     Message(OptionError, must_be + "a number of seconds", "got -1", "", lambda: wrap(torch.sin, budget_s=-1)),
     Message(OptionError, must_be + "a PlanStore, a path", "got an int", "", lambda: wrap(torch.sin, store=3)),
     Message(

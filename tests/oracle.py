@@ -111,3 +111,25 @@ def _double(x: Any) -> Any:
 
 def _double_function(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy.deepcopy(func).double() if isinstance(func, nn.Module) else func
+
+
+def derivative(func: Callable[[Tensor], Tensor], x: Tensor, columns: tuple[int, ...]) -> Tensor:
+    """The derivative of each sample's outputs by columns of its own input, (B, *out): one plain VJP a number and order.
+
+    Args:
+        func: maps (B, *in) to (B, *out).
+        x: where.
+        columns: by which, one for each order.
+    """
+    source = x.detach().clone().requires_grad_()
+    values = func(source)
+    rows = []
+    for number, element in enumerate(values.flatten()):
+        value, sample = element, number // (values.numel() // len(x))
+        for column in columns:
+            found = None
+            if value.requires_grad:
+                (found,) = torch.autograd.grad(value, source, create_graph=True, allow_unused=True)
+            value = torch.zeros_like(value) if found is None else found[sample].flatten()[column]
+        rows.append(value)
+    return torch.stack(rows).reshape(values.shape)

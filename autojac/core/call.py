@@ -36,6 +36,7 @@ class CallLayout:
         # part of what a plan is kept under, as func is
         self.autocast = current_autocast()
         self.has_aux = options.has_aux
+        self.of = options.of
         self.argnums = argnums = options.argnums
         chosen = argnums if isinstance(argnums, tuple) else (argnums,)
         if not args:
@@ -76,7 +77,8 @@ class CallLayout:
         constants = [f"{index}={describe(value)}" for index, value in self.constants.items()]
         axes = self.axes if any(self.declared) else AUTO
         aux = " aux" if self.has_aux else ""
-        return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={axes}{aux}"
+        of = f" of={self.of}" if self.of else ""
+        return f"{self.spec} {' '.join(constants)} argnums={self.argnums} axes={axes}{aux}{of}"
 
     def leaves(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """Return the tensors among the arguments, batch first."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, Self, TypedDict, get_args
 
+from autojac.autodiff.derivative_terms import Terms
 from autojac.core.batch_axes import AUTO, EXPECTED
 from autojac.core.plan import Effort
 from autojac.core.signature import Layout
@@ -25,7 +26,11 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 @dataclass(frozen=True)
 class Options:
-    """Options of an `AutoJacobian`; its docstring explains them."""
+    """Options of an `AutoJacobian`; its docstring explains them.
+
+    Attributes:
+        of: the derivatives by input columns that are asked for in the place of a Jacobian; none for a Jacobian.
+    """
 
     argnums: int | tuple[int, ...] = 0
     in_dims: Any = "auto"
@@ -40,11 +45,12 @@ class Options:
     verify: Verify = "auto"
     store: Any = field(default=None, repr=False)  # which may be a URL with a password
     version: str = ""
+    of: Terms = ()
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all options, in the order of the signature of `AutoJacobian`."""
-        return tuple(option.name for option in dataclasses.fields(cls))
+        return tuple(option.name for option in dataclasses.fields(cls) if option.name != "of")
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Self:
@@ -85,6 +91,10 @@ class Options:
         if not numbers or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
             raise OptionError(f"argnums must be an int or a tuple of ints, got {options.argnums!r}")
         return options
+
+    def replaced(self, **changes: Any) -> Self:
+        """Return the same options but for some."""
+        return dataclasses.replace(self, **changes)
 
     @property
     def declared(self) -> Structure | None:

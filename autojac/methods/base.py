@@ -47,6 +47,8 @@ class Method(ABC):
     runs: ClassVar[FuncRuns] = FuncRuns.ANYHOW
     is_wrapper: ClassVar[bool] = False
     """Whether it goes around any other method: such ones don't go around each other of their own accord."""
+    makes_derivatives: ClassVar[bool] = False
+    """Whether it makes derivatives by columns (`Problem.of`); a wrapper does where its inner method does."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Return why this method can't serve the problem, as a sentence to act on; None if it can."""
@@ -54,6 +56,8 @@ class Method(ABC):
         if EXCHANGES in effects and self.uses_transforms:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
             return f"func {EXCHANGES}, which torch.func's transforms can't do"
+        if problem.of and not self.makes_derivatives:
+            return "it makes Jacobians, not single derivatives"
         harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.runs is FuncRuns.WHOLE_BATCH else {DRAWS_ALIKE, EXCHANGES}
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
@@ -170,6 +174,7 @@ class Wrapper(Method):
     inner: Method
 
     is_wrapper: ClassVar[bool] = True
+    makes_derivatives: ClassVar[bool] = True
 
     @property
     def makes_sparse(self) -> bool:

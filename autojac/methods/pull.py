@@ -32,6 +32,7 @@ class Pull(Method):
     chunk: int | None = None
 
     runs: ClassVar[FuncRuns] = FuncRuns.ONCE
+    makes_derivatives: ClassVar[bool] = True
 
     @property
     def makes_sparse(self) -> bool:
@@ -57,12 +58,21 @@ class Pull(Method):
         kind = seeds_for(problem)
         count = max(seeds.size(shape) for shape in problem.outputs) * (problem.batch if kind == "identity" else 1)
         yield cls(kind, "loop")
+        if problem.of:
+            yield cls(kind, "vmap")
+            return
         for chunk in chunk_sizes(problem, count, depth):
             yield cls(kind, "vmap", chunk)
             yield cls(kind, "batched", chunk)
 
     def cost(self, problem: Problem) -> float:
         count = self._seed_count(problem)
+        if problem.of:
+            # one gradient for each derivative that another one is built on, through a graph that each order makes
+            # three times as long
+            pulled = {columns[:order] for term in problem.terms for columns in term for order in range(len(columns))}
+            passes = sum(count * 3 ** len(columns) for columns in pulled)
+            return dispatch_cost(passes, functional=self.engine == "vmap") + traffic_cost(problem, passes, 1)
         step = 1 if self.engine == "loop" else self.chunk or count
         return dispatch_cost(-(-count // step), functional=self.engine == "vmap") + traffic_cost(problem, count, step)
 

@@ -18,8 +18,8 @@ from autojac.planning.call import Call, detached, not_overwritten, trained_by
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
 from autojac.problem.compared_parts import Extent
+from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Result
-from autojac.problem.reference import Reference
 
 
 class CheckOutcome(NamedTuple):
@@ -89,7 +89,7 @@ class Check:
         generators = GENERATORS if self.difference.what == "function" else None
         return self.plan.sandbox.now(generators, self.plans.buffers() if self.updates_buffers else ())
 
-    def _reference(self, sandbox: Sandbox) -> tuple[Reference, bool]:
+    def _reference(self, sandbox: Sandbox) -> tuple[AnyReference, bool]:
         """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
         plan, keywords = self.plan, self.call.keywords
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
@@ -98,7 +98,7 @@ class Check:
         monitor = RunMonitor() if plan.may_rest else None
         # nor is it func that runs the finalizers of what happens to be collected meanwhile
         with silent(self.modules), gc_disabled(), monitor or nullcontext():
-            reference = Reference(
+            reference = reference_for(
                 problem,
                 self.own_leaves,
                 keywords,
@@ -112,7 +112,7 @@ class Check:
         )
         return reference, is_listed
 
-    def _compare(self, reference: Reference, sandbox: Sandbox) -> CheckOutcome:
+    def _compare(self, reference: AnyReference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""
         result: Result | None = None
         only_gradient = False
@@ -133,12 +133,12 @@ class Check:
             wrong = f"it raises {type(error).__name__}: {error}"
         return CheckOutcome(result, wrong, only_gradient)
 
-    def _gradient_error(self, reference: Reference, sandbox: Sandbox) -> str | None:
+    def _gradient_error(self, reference: AnyReference, sandbox: Sandbox) -> str | None:
         """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
         with sandbox(), without_hooks(reference.trained), silent(self.plans.captured.modules):
             return reference.check_gradient(self.plan.run(self.own_leaves, self.call.keywords))
 
-    def _accept(self, reference: Reference, result: Result, is_listed: bool) -> None:
+    def _accept(self, reference: AnyReference, result: Result, is_listed: bool) -> None:
         """Note that the plan was right."""
         plan, difference = self.plan, self.difference
         if difference.what == "function":
@@ -190,7 +190,7 @@ class Check:
             return plan, plan.run(self.call.leaves, self.call.keywords)
         return Check(self.plans, plan, self.call).run()
 
-    def _warn_untrained(self, reference: Reference, result: Result) -> None:
+    def _warn_untrained(self, reference: AnyReference, result: Result) -> None:
         """Warn, once, where parameters train and the Jacobian has no graph to them: a backward of func's makes none."""
         plans = self.plans
         if plans.has_warned_untrained or any(J.requires_grad for row in result.jacobians for J in row):

@@ -21,7 +21,7 @@ from autojac.probe import first_call, guess_batched
 from autojac.probe.kept_state import keeping
 from autojac.probe.random_generators import drawn
 from autojac.probe.side_effects import FirstCall, evaluate_once
-from autojac.problem.layouts import require_layout
+from autojac.problem.layouts import require_columns, require_layout
 from autojac.problem.problem import Flat
 from autojac.problem.randomness import drawn_alike, redrawn
 
@@ -94,6 +94,7 @@ def inspect_first_call(
             values = fn([leaf.detach() for leaf in call.leaves], call.keywords)
         differentiable = any(value.requires_grad for value in values)
     signature, guess = _signature(call, first, options.layout, differentiable)
+    require_columns(signature, options.of)
     # the tensors that func writes into are few: only these are saved around later evaluations
     return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
 

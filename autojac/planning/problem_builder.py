@@ -121,6 +121,7 @@ class ProblemBuilder:
             originals=getattr(self.func, "__autojac_originals__", None),
             generators=tuple(report.sandbox.state),
             places=report.sandbox.places,
+            of=self.options.of,
         )
 
     @staticmethod

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from autojac.autodiff.derivative_terms import Terms, in_words
 from autojac.core.signature import Layout, Leaf, Signature
-from autojac.errors import OutputError
+from autojac.errors import InputError, OutputError, counted
 
 
 def jacobian_shape(layout: Layout, batch: int, event: Sequence[int], leaf: Leaf) -> tuple[int, ...]:
@@ -29,6 +30,26 @@ def require_layout(signature: Signature) -> None:
             raise OutputError(
                 f"a diagonal needs as many outputs as inputs in a sample, but func maps {leaf.event_shape} to {event}. "
                 "Ask for layout='blocks', or leave that argument out of argnums"
+            )
+
+
+def require_columns(signature: Signature, of: Terms) -> None:
+    """Raise `InputError` unless there is one input, which carries the batch and has every column in `of`."""
+    if not of:
+        return
+    inputs = [leaf for leaf in signature.leaves if leaf.differentiated]
+    if len(inputs) != 1 or not inputs[0].batched:
+        what = "one that all samples share" if len(inputs) == 1 else counted(len(inputs), "tensor")
+        raise InputError(
+            f"derivatives by columns are of one tensor (B, n), got {what}. Pass one whose columns are the variables, "
+            "as torch.stack([t, x], 1) makes it, and take it apart in func"
+        )
+    width = math.prod(inputs[0].event_shape)
+    for term in () if of == "laplacian" else of:
+        if any(column >= width for columns in term for column in columns):
+            raise InputError(
+                f"the derivative {in_words(term)} was asked for, but a sample has {counted(width, 'column')}, counted "
+                "from 0. Name columns that there are"
             )
 
 

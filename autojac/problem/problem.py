@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
+from autojac.autodiff.derivative_terms import Term, Terms, resolved
 from autojac.autodiff.primitives import Bound
 from autojac.autodiff.pullback import Pullback
 from autojac.core.pattern import Pattern
@@ -66,6 +67,8 @@ class Problem:
         trial: whether this is a search, in which a method that can only fall back on another one is of no use.
         generators: the random generators that fn draws from.
         places: the attributes, containers and variables that fn sets.
+        of: the derivatives by columns of the one input that are asked for in the place of a Jacobian: then what stands
+            for a Jacobian has the shape (B, *out, k).
     """
 
     fn: Flat
@@ -86,6 +89,12 @@ class Problem:
     trial: bool = False
     generators: tuple[str, ...] = ()
     places: tuple[Any, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    of: Terms = ()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The derivatives by columns that are asked for; none where it is a Jacobian."""
+        return resolved(self.of, self.in_size)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -123,6 +132,8 @@ class Problem:
 
     def jacobian_shape(self, output: int, position: int) -> tuple[int, ...]:
         """Shape of the Jacobian of an output with respect to a leaf."""
+        if self.of:
+            return (self.batch, *self.outputs[output], len(self.terms))
         if self.layout == "sparse":
             return (self.entries(output, position).pattern.count,)
         return jacobian_shape(self.layout, self.batch, self.outputs[output], self.leaves[position])

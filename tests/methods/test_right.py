@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import warnings
 
@@ -134,7 +135,7 @@ def test_every_method_serves_some_scenario() -> None:
         served |= {
             name
             for name, kind in registry().items()
-            for one in (problem, large)
+            for one in (problem, large, dataclasses.replace(problem, of=(((0,),),)))
             if any(method.unsupported(one) is None for method in kind.candidates(one, 1))
         }
     assert served == set(registry()) - (set() if torch.cuda.is_available() else {"CudaGraph"})

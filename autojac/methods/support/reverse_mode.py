@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
+from autojac.autodiff.nested import NestedPulls, functional_term
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.support.engines import Engine, Pulls
@@ -40,6 +41,8 @@ class ReverseMode:
 
     def prepare(self, problem: Problem) -> Compute:
         """Return the function that evaluates func once and pulls all seeds."""
+        if problem.of:
+            return self._derivatives(problem)
         made = SharedSeeds()
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
@@ -53,7 +56,41 @@ class ReverseMode:
 
     def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
         """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
+        if problem.of:
+            return self._nested(problem, pullback)
         return self._sweep(problem, Pulls.by(pullback, self.engine), SharedSeeds())
+
+    def _derivatives(self, problem: Problem) -> Compute:
+        """Return the function that makes derivatives by columns, order on order."""
+
+        def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+            if self.engine != "vmap":
+                return self._nested(problem, recorded(problem, leaves, kwargs, problem.differentiable))
+            bound, (source,) = bind(problem, leaves, kwargs)
+            columns = []
+            for output in range(len(problem.outputs)):
+
+                def one(x: Tensor, output: int = output) -> Tensor:
+                    return bound(x)[output]
+
+                parts = [functional_term(one, source, term, self.seeds == "shared") for term in problem.terms]
+                columns.append((torch.stack(parts, -1),))
+            return Result(bound(source), tuple(columns))
+
+        return compute
+
+    def _nested(self, problem: Problem, pullback: Pullback) -> Result:
+        (source,), columns = pullback.inputs, []
+        samples = None if self.seeds == "shared" else range(problem.batch)
+        order = max(len(one) for term in problem.terms for one in term)
+        with torch.enable_grad():
+            for output in pullback.recorded:
+                pulls = NestedPulls(output, source, samples, problem.differentiable, order)
+                made = torch.stack([pulls.term(term) for term in problem.terms], -1)
+                # as reverse mode gives it, whatever func's output is
+                made = made.to(source.dtype)
+                columns.append((made if problem.differentiable else made.detach(),))
+        return Result(pullback.outputs, tuple(columns))
 
     def _sweep(self, problem: Problem, pulls: Pulls, made: SharedSeeds) -> Result:
         rows = [

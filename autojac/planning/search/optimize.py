@@ -23,8 +23,8 @@ from autojac.planning.search import measure
 from autojac.planning.search.shoot_out import SearchResult, shoot_out
 from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
 from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt, try_out
+from autojac.problem.derivative_reference import reference_for
 from autojac.problem.problem import Problem, bind
-from autojac.problem.reference import Reference
 from autojac.torch_internals import load_compiler
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
@@ -100,7 +100,7 @@ def _session(
         import_module("autojac.planning.search.propose")
     start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
     deadline, end = start + (1 - SHOOT_OUT_SHARE) * allowed, start + allowed
-    reference = Reference(problem, leaves, kwargs, sandbox, trained=captured)
+    reference = reference_for(problem, leaves, kwargs, sandbox, trained=captured)
     return SearchSession(problem, point, effort, start, deadline, end, reference, progress)
 
 

@@ -21,8 +21,8 @@ from autojac.core.time_limit import within
 from autojac.guards.process_state import unwarned
 from autojac.methods.base import Method
 from autojac.planning.search import measure
+from autojac.problem.derivative_reference import AnyReference
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.problem.reference import Reference
 
 SHORTEST_S = {"quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
 """How long a block of calls must last to be timed."""
@@ -63,7 +63,7 @@ class SearchSession:
     start: float
     deadline: float
     end: float
-    reference: Reference
+    reference: AnyReference
     progress: Progress | None = None
     trials: dict[Method, Trial] = field(default_factory=dict)
     runs: dict[Method, measure.Run] = field(default_factory=dict)

@@ -1,0 +1,133 @@
+"""Derivatives by single columns of the input, as partial differential equations and PINNs need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
+
+import torch
+
+from autojac.api.autojacobian import AutoJacobian, require_function
+from autojac.autodiff.derivative_terms import Columns, Term, Terms
+from autojac.core.options import Options, OptionValues
+from autojac.core.plan import Effort, Plan
+from autojac.errors import OptionError, kind_of
+from autojac.guards.compiled_functions import opaque_methods
+from autojac.torch_internals import pytree
+
+
+@opaque_methods
+class Derivatives:
+    """Derivatives of a function by columns of its input, of any order and mixed ones, each sample's own.
+
+    Only what is asked for is computed, in one plan that shares what the derivatives have in common: nested reverse
+    mode and Taylor mode compete, each also recorded as a flat program or compiled. The plan is found, verified
+    against plain nested `torch.autograd.grad` on a few samples, stored and watched as those of `AutoJacobian` are.
+
+        >>> import torch
+        >>> from autojac import Derivatives
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+        >>> derivatives = Derivatives(net, of=((), (0,), (1,), (1, 1)))
+        >>> u, u_t, u_x, u_xx = derivatives(torch.rand(256, 2))  # (256, 1) each
+        >>> (u_t + u * u_x - 0.05 * u_xx).square().mean().backward()
+
+    Args:
+        func: a function or module of the whole batch: x of shape (B, n) gives y of shape (B, *out).
+        of: a sequence with one entry per derivative, each a tuple of columns: `()` is the value, `(0,)` the derivative
+            by column 0, `(1, 1)` the second one by column 1, `(0, 1)` a mixed one. Of an input (B, *in) the columns
+            of a sample are counted as `x.flatten(1)` has them.
+        options: those of `AutoJacobian` but `layout` and `has_aux`; `argnums` names the one tensor that is
+            differentiated in.
+
+    Raises:
+        OptionError: for an unknown option, a value that is not accepted, or an `of` that names no derivatives.
+
+    Nested reverse mode is what hand-written PINN codes do; Taylor mode follows Griewank and Walther, Evaluating
+    Derivatives (2008), chapter 13.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        of: Sequence[Columns],
+        *,
+        argnums: int = 0,
+        in_dims: Any = "auto",
+        **options: Unpack[OptionValues],
+    ) -> None:
+        require_function(func)
+        for name in ("layout", "has_aux"):
+            if name in options:
+                raise OptionError(f"derivatives by columns have no {name}. Leave it out")
+        if not isinstance(argnums, int):
+            raise OptionError(f"argnums must be one int, the tensor that `of` counts columns of, got {argnums!r}")
+        terms = _terms(of)
+        chosen = Options.checked({"argnums": argnums, "in_dims": in_dims, **options})
+        self._jacobian = jacobian_of(func, chosen, terms)
+        self.func = self._jacobian.func
+        self.of = tuple(term[0] for term in terms)
+
+    def __repr__(self) -> str:
+        return f"Derivatives{repr(self._jacobian).removeprefix('AutoJacobian')}".replace("(", f"(of={self.of}, ", 1)
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Return what another wrapper's fingerprint sees of this one."""
+        return {"jacobian": self._jacobian, "of": self.of}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the derivatives at these arguments.
+
+        Returns:
+            One entry per derivative in `of`, each of the shape of func's output, (B, *out), and nested as that is.
+            Differentiable in the inputs and parameters that require grad.
+
+        Raises:
+            InputError: if more than one tensor is to be differentiated in, or it has not the columns in `of`.
+            OutputError, MutationError, RandomnessError: where there are no such derivatives.
+            SearchError: if no method is right within the limits.
+        """
+        stacked = self._jacobian(*args, **kwargs)
+        if isinstance(stacked, torch.Tensor):
+            return stacked.unbind(-1)
+        flat, spec = pytree.tree_flatten(stacked)
+        return tuple(
+            pytree.tree_unflatten(list(part), spec) for part in zip(*(x.unbind(-1) for x in flat), strict=True)
+        )
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan for such a call; made now if there is none."""
+        return self._jacobian.plan(*args, **kwargs)
+
+    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
+        """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
+        return self._jacobian.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """Explain the plan, as `AutoJacobian.explain` does."""
+        return self._jacobian.explain(*args, **kwargs)
+
+
+def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms) -> AutoJacobian:
+    """Return the wrapper that plans and computes derivatives by columns, stacked along the last axis."""
+    made = AutoJacobian.__new__(AutoJacobian)
+    made.__setstate__({"func": func, "options": options.replaced(of=terms)})
+    return made
+
+
+def _terms(of: Any) -> tuple[Term, ...]:
+    """Return derivatives as sums of one, their columns in order.
+
+    Raises:
+        OptionError: if it is not a sequence of tuples of columns, at least one of them a derivative.
+    """
+    expected = "of must be a sequence of tuples of columns, such as ((), (0,), (1,), (1, 1))"
+    if not isinstance(of, (tuple, list)) or not all(isinstance(columns, (tuple, list)) for columns in of):
+        raise OptionError(f"{expected}; got {of!r}")
+    for columns in of:
+        for column in columns:
+            if not isinstance(column, int) or isinstance(column, bool) or column < 0:
+                what = repr(column) if isinstance(column, int) else kind_of(column)
+                raise OptionError(f"{expected}, columns counted from 0; got {what}")
+    if not any(of):
+        raise OptionError(f"{expected}; got {of!r}, which names no derivative. Call func itself for its value")
+    return tuple((tuple(sorted(columns)),) for columns in of)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from autojac import torch_internals
+from autojac.autodiff.primitives import push_dual_plainly
 from autojac.torch_internals import ATTRIBUTES, PRIVATE
 
 PACKAGE = Path(torch_internals.__file__).parent
@@ -154,6 +155,8 @@ def test_a_name_may_be_missing_where_there_is_another_way(monkeypatch: pytest.Mo
         "torch._C._dynamo.guards.GlobalStateGuard",
         "torch._C._dynamo.guards.TensorGuards",
         "torch._C._dynamo.guards.dict_version",
+        "torch._disable_dynamo",
+        "torch._refs",
     }
     monkeypatch.setattr(torch_internals, "PRIVATE", {})
     assert torch_internals._optional("torch._C._gone", "be fast", "it is slow") is None
@@ -163,3 +166,27 @@ def test_a_name_may_be_missing_where_there_is_another_way(monkeypatch: pytest.Mo
 def test_a_torch_that_compiles_otherwise_compiles_what_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_internals, name, None)
     torch_internals.skip_when_compiling(test_a_torch_that_compiles_otherwise_compiles_what_it_can.__code__)
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (2,)), ((0, 2), (1, 2)), ((), (4,)), ((2, 1, 3), (5, 1)), ((3,), None)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float32, torch.int64)], ids=str)
+@pytest.mark.parametrize("name", ["add", "mul", "div"])
+def test_zero_tangents_get_the_shape_and_dtype_that_torch_gives_them(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype], shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    stands_in = dict(zip(("add", "mul", "div"), torch_internals._answers(), strict=True))[name][1]
+    pairs = zip(shapes, dtypes, strict=True)
+    args = [2.0 if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs]
+    found, expected = stands_in(*args), getattr(torch, name)(*args)
+    assert (found.shape, found.dtype, found.is_meta) == (expected.shape, expected.dtype, True)
+
+
+@pytest.mark.parametrize("missing", ["_shield", "_refs"])
+def test_forward_mode_works_where_torch_loads_its_compiler_otherwise(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_internals, missing, None)
+    monkeypatch.setattr(torch_internals, "is_compiler_loaded", lambda: False)
+    monkeypatch.setattr(torch_internals, "_answers", torch_internals._answers.__wrapped__)
+    _, (pushed,) = push_dual_plainly(lambda x: (2 * x + 1,), (torch.ones(3),), (torch.ones(3),))
+    assert pushed.tolist() == [2, 2, 2]

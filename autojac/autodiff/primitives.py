@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,12 @@ from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
 from autojac.torch_internals import (
     forward_grad_enabled,
+    is_compiler_loaded,
     load_forward_decompositions,
     make_dual,
+    run_backward,
     set_vmap_fallback_warning,
+    without_loading_compiler,
 )
 
 Bound = Callable[..., tuple[Tensor, ...]]
@@ -29,7 +33,33 @@ Mode = Literal["reverse", "forward"]
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
     """torch.func.vjp of a bound function: its outputs and the pullback to vmap over."""
-    outputs, pullback = torch.func.vjp(without_data(fn), *inputs)[:2]
+    if torch.compiler.is_compiling():
+        outputs, by_torch = torch.func.vjp(fn, *inputs)[:2]
+        return outputs, by_torch
+    held: list[Sequence[Tensor]] = []
+
+    def recorded(*wrapped: Tensor) -> tuple[Tensor, ...]:
+        outputs = fn(*wrapped)
+        held.extend((wrapped, outputs))
+        return outputs
+
+    outputs, by_torch = torch.func.vjp(without_data(recorded), *inputs)[:2]
+    wrapped, values = held
+
+    def pullback(cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if is_compiler_loaded():
+            found: tuple[Tensor, ...] = by_torch(tuple(cotangents))
+            return found
+        # torch's own loads its compiler (1 s), to make sure that it does not compile this
+        pairs = [(y, cotangent) for y, cotangent in zip(values, cotangents, strict=True) if y.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(x) for x in wrapped)
+        outs, seeds = zip(*pairs, strict=True)
+        pulled = run_backward(outs, seeds, True, torch.is_grad_enabled(), wrapped, True, False)
+        return tuple(
+            torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(wrapped, pulled, strict=True)
+        )
+
     return outputs, pullback
 
 
@@ -79,7 +109,7 @@ def push_dual_plainly(
     """Make the same JVP without the operators that need torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
-    with forward_lock, forward_grad_enabled(True), forward.dual_level() as level:
+    with without_loading_compiler(), forward_lock, forward_grad_enabled(True), forward.dual_level() as level:
         # forward_ad.make_dual without its loading of decompositions
         duals = [make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
@@ -90,7 +120,8 @@ def push_dual_plainly(
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """torch.func.jvp of a bound function, to be used under vmap over tangents."""
-    outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
+    with nullcontext() if torch.compiler.is_compiling() else without_loading_compiler():
+        outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
 
 

@@ -1,4 +1,4 @@
-"""`import autojac` loads torch and nothing heavier."""
+"""`import autojac` loads torch and nothing heavier, and neither mode loads torch's compiler."""
 
 from __future__ import annotations
 
@@ -22,3 +22,26 @@ def test_import_loads_nothing_heavy_beyond_torch() -> None:
     loaded = json.loads(output.stdout)
     heavy = [name for name in loaded if name.split(".")[0] in HEAVY or name.startswith("torch._dynamo")]
     assert not heavy
+
+
+DIFFERENTIATED = """
+import json, sys, torch
+import autojac
+from autojac.autodiff.primitives import functional_jvp, functional_vjp, vmap
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Tanh())
+x, func = torch.randn(4, 3), lambda x: (2 * net(x) + 1,)
+J = autojac.AutoJacobian(net, effort="estimate", store=":memory:")(x)
+(y,), pullback = functional_vjp(func, (x,))
+(pulled,) = vmap(lambda seed: pullback((seed.expand(4, 5),)))(torch.eye(5))
+pushed = vmap(lambda seed: functional_jvp(func, (x,), (seed.expand(4, 3),))[1][0])(torch.eye(3))
+apart = [(2 * J - pulled.movedim(0, 1)).abs().max().item(), (2 * J - pushed.movedim(0, 2)).abs().max().item()]
+print(json.dumps([apart, [name for name in ("torch._dynamo", "sympy") if name in sys.modules]]))
+"""
+
+
+def test_neither_a_first_call_nor_a_transform_loads_the_compiler() -> None:
+    output = subprocess.run([sys.executable, "-c", DIFFERENTIATED], capture_output=True, text=True, check=True)
+    apart, loaded = json.loads(output.stdout)
+    assert max(apart) < 1e-6
+    assert not loaded

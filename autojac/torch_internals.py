@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import CodeType, FunctionType
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import CodeType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -278,72 +277,10 @@ def load_compiler() -> None:
 
 
 _LOADED_AT_FIRST_CALL: Final = "forward mode loads the compiler (1 s) in the first call of a process"
-_shield: Any = _optional(
+compiler_shield: Any = _optional(
     "torch._disable_dynamo", "recognize functions that load the compiler when first called", _LOADED_AT_FIRST_CALL
 )
-_refs: Any = _optional("torch._refs", "find those that forward mode calls", _LOADED_AT_FIRST_CALL)
-_DISABLED: Final = "__dynamo_disable"
-"""Attribute of such a function that holds what is called in its place."""
-
-
-def is_compiler_loaded() -> bool:
-    """Check whether torch's compiler is loaded already."""
-    return COMPILER in sys.modules
-
-
-@contextmanager
-def without_loading_compiler() -> Iterator[None]:
-    """Keep forward mode from loading torch's compiler (1 s).
-
-    Zero tangents of captured tensors and numbers get their shape and dtype from functions of `torch._refs`, which load
-    the compiler at their first call, to be left alone by it, and sympy. Whoever has an answer there is not asked again.
-    """
-    if is_compiler_loaded():
-        yield
-        return
-    answered = [(hidden, answer) for hidden, answer in _answers() if not hasattr(hidden, _DISABLED)]
-    for hidden, answer in answered:
-        setattr(hidden, _DISABLED, answer)
-    try:
-        yield
-    finally:
-        for hidden, answer in answered:
-            # another thread may have loaded the compiler meanwhile
-            if getattr(hidden, _DISABLED, None) is answer:
-                delattr(hidden, _DISABLED)
-
-
-@functools.cache
-def _answers() -> tuple[tuple[Any, Callable[..., Any]], ...]:
-    """Return the functions of `torch._refs` that zero tangents run through, each with what stands in for it."""
-    hidden = (_behind_shield(getattr(_refs, name, None)) for name in ("add", "mul", "div"))
-    return tuple((function, _outlined(function)) for function in hidden if function is not None)
-
-
-def _behind_shield(function: Any) -> Any:
-    """Return what a decorated function loads the compiler for; None if it does not."""
-    while _shield is not None and isinstance(function, FunctionType):
-        held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("fn")
-        if held is not None and function.__code__.co_filename == _shield.__code__.co_filename:
-            return held.cell_contents
-        function = None if held is None else held.cell_contents
-    return None
-
-
-def _outlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a stand-in for an elementwise function of two tensors without memory: their common shape and dtype."""
-
-    def outline(*args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        known = all(x.is_meta if isinstance(x, torch.Tensor) else isinstance(x, (int, float)) for x in args)
-        if len(args) != 2 or not known or not any(x.is_floating_point() for x in tensors):
-            return function(*args, **kwargs)
-        # torch.broadcast_shapes loads sympy
-        sizes = [*itertools.zip_longest(*(reversed(x.shape) for x in tensors), fillvalue=1)]
-        shape = [next((size for size in some if size != 1), 1) for some in reversed(sizes)]
-        return torch.empty(shape, dtype=torch.result_type(*args), device="meta")
-
-    return outline
+reference_operators: Any = _optional("torch._refs", "find those that forward mode calls", _LOADED_AT_FIRST_CALL)
 
 
 @functools.cache

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.open_modes import forward_lock, in_one_thread
+from autojac.autodiff.zero_tangents import is_compiler_loaded, without_loading_compiler
 from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
 from autojac.torch_internals import (
     forward_grad_enabled,
-    is_compiler_loaded,
     load_forward_decompositions,
     make_dual,
     run_backward,
     set_vmap_fallback_warning,
-    without_loading_compiler,
 )
 
 Bound = Callable[..., tuple[Tensor, ...]]

@@ -1,0 +1,81 @@
+"""Zero tangents, whose shape forward mode asks torch's Python for, without loading torch's compiler (1 s).
+
+What a function captures has no tangent, which stands for zeros without memory. Where these meet a tangent, their common
+shape and dtype come from functions of `torch._refs` that load the compiler at their first call, to be left alone by it,
+and sympy (0.4 s). As long as the compiler is not loaded, others answer in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, Final
+
+import torch
+
+from autojac.torch_internals import COMPILER, compiler_shield, reference_operators
+
+DISABLED: Final = "__dynamo_disable"
+"""Attribute of such a function that holds what is called in its place, once the compiler was told to leave it alone."""
+MEET: Final = ("add", "mul", "true_divide")
+"""The functions that tangents meet zeros in."""
+
+
+def is_compiler_loaded() -> bool:
+    """Check whether torch's compiler is loaded already."""
+    return COMPILER in sys.modules
+
+
+@contextmanager
+def without_loading_compiler() -> Iterator[None]:
+    """Keep forward mode from loading torch's compiler."""
+    if is_compiler_loaded():
+        yield
+        return
+    answered = [(hidden, answer) for hidden, answer in answers().values() if not hasattr(hidden, DISABLED)]
+    for hidden, answer in answered:
+        setattr(hidden, DISABLED, answer)
+    try:
+        yield
+    finally:
+        for hidden, answer in answered:
+            # another thread may have loaded the compiler meanwhile
+            if getattr(hidden, DISABLED, None) is answer:
+                delattr(hidden, DISABLED)
+
+
+@functools.cache
+def answers() -> dict[str, tuple[Any, Callable[..., Any]]]:
+    """Return by name the functions that zero tangents run through, each with what answers in its place."""
+    hidden = {name: _behind_shield(getattr(reference_operators, name, None)) for name in MEET}
+    return {name: (function, _outlined(function)) for name, function in hidden.items() if function is not None}
+
+
+def _behind_shield(function: Any) -> Any:
+    """Return what a decorated function loads the compiler for; None if it does not."""
+    while compiler_shield is not None and isinstance(function, FunctionType):
+        held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("fn")
+        if held is not None and function.__code__.co_filename == compiler_shield.__code__.co_filename:
+            return held.cell_contents
+        function = None if held is None else held.cell_contents
+    return None
+
+
+def _outlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a stand-in for an elementwise function of two tensors without memory: their common shape and dtype."""
+
+    def outline(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        known = all(x.is_meta if isinstance(x, torch.Tensor) else isinstance(x, (int, float)) for x in args)
+        if len(args) != 2 or not known or not any(x.is_floating_point() for x in tensors):
+            return function(*args, **kwargs)
+        # torch.broadcast_shapes loads sympy
+        sizes = [*itertools.zip_longest(*(reversed(x.shape) for x in tensors), fillvalue=1)]
+        shape = [next((size for size in some if size != 1), 1) for some in reversed(sizes)]
+        return torch.empty(shape, dtype=torch.result_type(*args), device="meta")
+
+    return outline

@@ -817,6 +817,27 @@ MESSAGES = (
         "use torch.func.jvp",
         lambda: torch.vmap(wrap(torch.sin).jvp)(x[None], x[None]),
     ),
+    Message(
+        UnsupportedError,
+        "layout='blocks' or 'full'",
+        "got 'sparse'",
+        "go on with the matrix",
+        lambda: wrap(torch.sin, layout="sparse").gram(x),
+    ),
+    Message(
+        SearchError,
+        "are allowed",
+        "Gram matrices alone take",
+        "fewer samples",
+        lambda: wrap(torch.sin, memory_limit=9).gram(x),
+    ),
+    Message(
+        UnsupportedError,
+        "expected to have no effects",
+        "updates buffers",
+        "eval mode",
+        lambda: wrap(nn.BatchNorm1d(2), memory_limit=9).norm(x),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

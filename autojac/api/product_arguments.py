@@ -19,8 +19,8 @@ from autojac.core.module_function import ModuleFunction
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import silent
 from autojac.core.sandbox import without_hooks
-from autojac.core.structure import Structure
-from autojac.errors import InputError, counted, kind_of
+from autojac.core.structure import KEEPS, Structure
+from autojac.errors import InputError, UnsupportedError, counted, kind_of
 from autojac.guards.process_state import as_found
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
@@ -35,17 +35,38 @@ class CallShapes(NamedTuple):
         batch: number of samples; None for a function without a batch.
         axes: for each tensor argument the axis that runs over samples; None where all share it.
         differentiated: positions of the differentiated ones among these, as `argnums` orders them.
+        inputs: shape of each of these, without samples.
         outputs: shape of each output of a sample.
         nest: of func's outputs; None where it returns one tensor.
+        effects: what a call does besides returning a value.
+        item_bytes: of an entry.
+        device: of the inputs.
         is_blind: func reads parameters past its arguments, so that nothing can be put in their place.
     """
 
     batch: int | None
     axes: tuple[int | None, ...]
     differentiated: tuple[int, ...]
+    inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
     nest: pytree.TreeSpec | None
-    is_blind: bool = False
+    effects: tuple[str, ...]
+    item_bytes: int
+    device: torch.device
+    is_blind: bool
+
+    def nested_outputs(self, flat: Sequence[Any]) -> Any:
+        """Return values for the outputs in their nest."""
+        return flat[0] if self.nest is None else pytree.tree_unflatten(list(flat), self.nest)
+
+    def require_repeatable(self, what: str) -> None:
+        """Raise `UnsupportedError` if several calls are not as good as one."""
+        effects = [effect for effect in self.effects if effect != KEEPS]
+        if effects:
+            raise UnsupportedError(
+                f"{what} evaluates func several times, which was expected to have no effects, but it "
+                f"{' and '.join(effects)}. Put the model into eval mode, or raise memory_limit"
+            )
 
 
 def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
@@ -71,8 +92,19 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
     else:
         axes = tuple(axis if has else None for axis, has in zip(layout.sources, batched, strict=True))
     order = tuple(position for _, group in layout.groups for position in group)
-    batch = None if layout.unbatched else report.signature.batch
-    return CallShapes(batch, axes, order, report.signature.outputs, layout.out_spec, blind)
+    roles = layout.roles(call.leaves, layout.batched(batched))
+    return CallShapes(
+        None if layout.unbatched else report.signature.batch,
+        axes,
+        order,
+        tuple(roles[position].shape[1:] if layout.unbatched else roles[position].event_shape for position in order),
+        report.signature.outputs,
+        layout.out_spec,
+        report.first.effects,
+        max(call.leaves[position].element_size() for position in order),
+        call.leaves[order[0]].device,
+        blind,
+    )
 
 
 def _reads_past(func: ModuleFunction, call: Call, report: FirstCallReport) -> bool:

@@ -60,6 +60,7 @@ class Products(Derived):
     """The methods of `AutoJacobian` that multiply with the Jacobian."""
 
     _products: dict[Any, Product]
+    _call_shapes: dict[Any, CallShapes]
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian times a vector, J_b v_b for each sample: the derivative of func along v.
@@ -151,13 +152,11 @@ class Products(Derived):
         options, shapes = self.options, self._shapes(args, kwargs)
         whole = whole or shapes.batch is None
         single = isinstance(options.argnums, int)
-        chosen = (options.argnums,) if isinstance(options.argnums, int) else options.argnums
-        argnums = tuple(number % len(args) for number in chosen)
+        argnums = self._argnums(args)
         numbers: tuple[int, ...]
         common = (self.func, argnums, options.has_aux, whole)
         if kind is AlongTangents:
-            like = args[argnums[0]] if single else tuple(args[number] for number in argnums)
-            made = tangents(shapes, like, vectors, whole)
+            made = tangents(shapes, self._differentiated(args), vectors, whole)
             function: ProductFunction = AlongTangents(*common, made.several, axes=made.axes)
             numbers, several_at = tuple(range(len(made.steps))), -1
             single = len(made.steps) == 1
@@ -175,14 +174,30 @@ class Products(Derived):
         jacobian, formed = self._wrapped(function, chosen_options), kind is AlongTangents and shapes.is_blind
         return Product(jacobian, made.steps, made.nest, shapes.nest, several_at if made.several else None, formed)
 
+    def _argnums(self, args: Sequence[Any]) -> tuple[int, ...]:
+        numbers = self.options.argnums
+        return tuple(number % len(args) for number in (numbers if isinstance(numbers, tuple) else (numbers,)))
+
+    def _differentiated(self, args: Sequence[Any]) -> Any:
+        """Return the argument that is differentiated, or a tuple of those that are."""
+        chosen = tuple(args[number] for number in self._argnums(args))
+        return chosen if isinstance(self.options.argnums, tuple) else chosen[0]
+
+    def _nested_inputs(self, args: Sequence[Any], flat: Sequence[Any]) -> Any:
+        """Return values for what is differentiated in its nest."""
+        return pytree.tree_unflatten(list(flat), pytree.tree_structure(self._differentiated(args)))
+
     def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
-        """Call func, without a trace, to find what a product is made of."""
+        """Return what products follow from; func is called, without a trace, when it is first asked for."""
         if transforming():
             raise UnsupportedError(
                 "a torch.func transform or forward mode is under way, in which nothing can be probed. Call products "
                 "outside of it, or use torch.func.jvp or vjp there"
             )
-        return call_shapes(self._other("blocks")._plans, args, kwargs)
+        key = (*map(describe, args), *describe_keywords(kwargs))
+        if key not in self._call_shapes:
+            self._call_shapes[key] = call_shapes(self._other("blocks")._plans, args, kwargs)
+        return self._call_shapes[key]
 
 
 def _without_last(args: Sequence[Any], what: str) -> tuple[Sequence[Any], Any]:

@@ -1,0 +1,198 @@
+"""Gram matrices, norms and singular values of Jacobians, which need not fit into memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix, one_hot_seeds
+from autojac.api.linalg import HALVES
+from autojac.api.product_arguments import CallShapes
+from autojac.api.products import Products
+from autojac.autodiff.seeds import spans
+from autojac.core.options import format_bytes, parse_bytes
+from autojac.core.product_functions import AlongTangents, WeighedBy
+from autojac.errors import SearchError, UnsupportedError
+from autojac.planning.search.measure import available_bytes
+from autojac.torch_internals import pytree
+
+PART = 4
+"""What share of the memory limit a piece of a Jacobian may take: its seeds and what is made of it need room as well."""
+
+
+class Grams(Products):
+    """The methods of `AutoJacobian` that add up products of a Jacobian with itself."""
+
+    def gram(self, *args: Any, outer: bool = False, **kwargs: Any) -> Any:
+        """Return JᵀJ of each sample's Jacobian, or JJᵀ: Gauss-Newton matrices, or the kernel of a sample with itself.
+
+        From the Jacobian where it fits into the memory limit. Where it does not, row by row (column by column for
+        `outer`) in pieces that fit.
+
+        Args:
+            args, kwargs: the call.
+            outer: JJᵀ instead of JᵀJ.
+
+        Returns:
+            (B, n, n), or (B, m, m) for `outer`, where m and n count all outputs and all differentiated inputs of a
+            sample, flattened in their order. With `layout="full"` that of the whole batch, (B·n, B·n) or (B·m, B·m);
+            without a batch (n, n) or (m, m). Differentiable where J is. With `has_aux=True` the pair (gram, aux).
+
+        Raises:
+            SearchError: if the result does not fit into the memory limit itself.
+            UnsupportedError: for `layout="sparse"`.
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x.cumsum(1), store=":memory:", on_miss="estimate")
+            >>> jac.gram(torch.zeros(1, 2))
+            tensor([[[2., 1.],
+                     [1., 1.]]])
+        """
+
+        def of(matrices: Tensor) -> Tensor:
+            return matrices @ matrices.mT if outer else matrices.mT @ matrices
+
+        def added(pieces: Iterator[Tensor]) -> Tensor:
+            total: Tensor | float = 0.0
+            for piece in pieces:  # (B, n, k), or (B, m, k)
+                total = total + piece @ piece.mT
+            assert isinstance(total, Tensor)
+            return total
+
+        return self._of_whole_matrix("gram", of, added, args, kwargs, columns=outer)
+
+    def norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Frobenius norm of each sample's Jacobian, exactly: no estimate from random vectors.
+
+        From the Jacobian where it fits into the memory limit; where it does not, in pieces that fit.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (B,), of all outputs and inputs together; () for `layout="full"` and `"sparse"`, whose norm is that of the
+            whole batch's Jacobian, and without a batch. Differentiable where J is, with the derivative 0 at a Jacobian
+            of zeros. With `has_aux=True` the pair (norm, aux).
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: 3 * x, store=":memory:", on_miss="estimate")
+            >>> jac.norm(torch.zeros(2, 4))
+            tensor([6., 6.])
+        """
+        if self.options.layout == "sparse":
+            _, result = self._run(self._func_args(args), kwargs)
+            values = torch.cat([part.flatten() for row in result.jacobians for part in row])
+            return self._beside_aux(values.norm(), result)
+
+        def of(matrices: Tensor) -> Tensor:
+            norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+            return norms
+
+        def added(pieces: Iterator[Tensor]) -> Tensor:
+            total: Tensor = torch.linalg.vector_norm(torch.stack([of(piece) for piece in pieces]), dim=0)
+            return total
+
+        return self._of_whole_matrix("norm", of, added, args, kwargs)
+
+    def singular_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the singular values of each sample's Jacobian, in descending order.
+
+        From the Jacobian, by `torch.linalg.svdvals`. The largest one is the local Lipschitz constant.
+
+        Args:
+            args, kwargs: the call.
+
+        Returns:
+            (B, min(m, n)), where m and n count all outputs and all differentiated inputs of a sample; those of the
+            whole batch for `layout="full"`, and (min(m, n),) without a batch. Differentiable where J is. With
+            `has_aux=True` the pair (values, aux).
+
+        Raises:
+            UnsupportedError: for `layout="sparse"`.
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x * torch.tensor([1.0, 2.0]), store=":memory:", on_miss="estimate")
+            >>> jac.singular_values(torch.zeros(1, 2))
+            tensor([[2., 1.]])
+        """
+
+        def of(matrices: Tensor) -> Tensor:
+            computed = matrices.float() if matrices.dtype in HALVES else matrices
+            values: Tensor = torch.linalg.svdvals(computed)
+            return values.to(matrices.dtype)
+
+        return self._of_whole_matrix("singular_values", of, None, args, kwargs)
+
+    def _of_whole_matrix(
+        self,
+        name: str,
+        function: Callable[[Tensor], Tensor],
+        added: Callable[[Iterator[Tensor]], Tensor] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        columns: bool = False,
+    ) -> Any:
+        """Return a function of the matrices, or of pieces of them that are `added` where the whole does not fit."""
+        if self.options.layout == "sparse":
+            raise UnsupportedError(
+                f"{name} expects layout='blocks' or 'full', got 'sparse'. Wrap the function with one of these, or go "
+                "on with the matrix itself: to_scipy(jac(x))"
+            )
+        own = self._func_args(args)
+        shapes = self._shapes(own, kwargs)
+        sizes = MatrixSizes.of(shapes, self._is_whole)
+        limit = self._memory_limit(shapes)
+        if added is not None and sizes.bytes > limit:
+            self._require_room(name, sizes, limit, columns)
+            return self._in_pieces(added, own, kwargs, shapes, limit, columns)
+        source = self if self._is_whole else self._other("blocks")
+        plan, result = source._run(own, kwargs)
+        value = function(as_one_matrix(plan.jacobian(result), shapes, self._is_whole))
+        return self._beside_aux(value, result)
+
+    def _memory_limit(self, shapes: CallShapes) -> int:
+        return parse_bytes(self.options.memory_limit) or available_bytes(shapes.device) // 2
+
+    def _require_room(self, name: str, sizes: MatrixSizes, limit: int, columns: bool) -> None:
+        side = sizes.rows if columns else sizes.columns
+        taken = sizes.matrices * side * side * sizes.item_bytes
+        if name == "gram" and taken > limit:
+            raise SearchError(
+                f"the Gram matrices alone take {format_bytes(taken)}; {format_bytes(limit)} are allowed. Ask for "
+                f"gram(outer={not columns}) or norm(), for fewer samples, or raise memory_limit"
+            )
+
+    def _in_pieces(
+        self, added: Callable[[Iterator[Tensor]], Tensor], args: Sequence[Any], kwargs: Mapping[str, Any],
+        shapes: CallShapes, limit: int, columns: bool,
+    ) -> Any:  # fmt: skip
+        """Return what pieces of the Jacobian add up to, (B, n, k) of some rows or (B, m, k) of some columns."""
+        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
+        whole = self._is_whole or shapes.batch is None
+        aux: list[Any] = []
+        sizes = MatrixSizes.of(shapes, whole)
+        count = sizes.columns if columns else sizes.rows
+        step = max(1, limit // PART // (sizes.matrices * (sizes.rows + sizes.columns) * sizes.item_bytes))
+
+        def pieces() -> Iterator[Tensor]:
+            for start, stop in spans(count, step):
+                seeds = one_hot_seeds(shapes, args, start, stop, columns, whole)
+                vectors = self._nested_inputs(args, seeds) if columns else shapes.nested_outputs(seeds)
+                product = self._product(AlongTangents if columns else WeighedBy, args, kwargs, vectors, whole)
+                if self.options.has_aux:
+                    product, aux[:] = product[0], [product[1]]
+                parts = [t.reshape(len(t), sizes.matrices, -1).permute(1, 2, 0) for t in pytree.tree_leaves(product)]
+                piece = torch.cat(parts, 1)
+                yield piece.squeeze(0) if whole else piece
+
+        value = added(pieces())
+        return (value, aux[0]) if self.options.has_aux else value

@@ -231,7 +231,9 @@ class _Draft:
     def function(self) -> Callable[[], bool]:
         code = _compiled(tuple(self.terms), len(self._cells))
         cells = tuple(self._cells[int(name[1:])] for name in code.co_freevars)
-        return types.FunctionType(code, {"__builtins__": _BUILTINS}, "unchanged", None, cells)
+        # by its module it is known for autojac's own, where a wrapper differentiates what another wrapper gives
+        scope = {"__builtins__": _BUILTINS, "__name__": __name__}
+        return types.FunctionType(code, scope, "unchanged", None, cells)
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from autojac.api.autojacobian import AutoJacobian
 from autojac.api.checks import probe, verify
 from autojac.api.derivatives import Derivatives
 from autojac.api.from_graph import jacobian_from
+from autojac.api.hessian import AutoHessian
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.plan import Plan, Trial
 from autojac.core.structure import Structure
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoHessian",
     "AutoJacobian",
     "AutojacError",
     "AutojacWarning",

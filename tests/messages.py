@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac import (
+    AutoHessian,
     AutoJacobian,
     Derivatives,
     InputError,
@@ -347,6 +348,24 @@ MESSAGES = (
     ),
     Message(OptionError, must_be + "a string", "got 3", "", lambda: wrap(torch.sin, version=3)),
     Message(OptionError, must_be + "an int or a tuple", "got 'x'", "", lambda: wrap(torch.sin, argnums="x")),
+    Message(
+        OptionError, must_be + "one of 'blocks', 'sparse'", "'full'", "", lambda: AutoHessian(torch.sin, layout="full")
+    ),
+    Message(OptionError, "the one output", "has_aux", "Leave it out", lambda: AutoHessian(torch.sin, has_aux=True)),
+    Message(
+        OutputError,
+        "one scalar per sample",
+        r"returns \(3, 2\)",
+        "layout='blocks'",
+        lambda: AutoHessian(torch.sin, store=":memory:").diagonal(x),
+    ),
+    Message(
+        UnsupportedError,
+        "a Hessian of its own",
+        "samples are coupled",
+        "in_dims=None",
+        lambda: AutoHessian(lambda x: (x - x.mean(0)).prod(1), layout="sparse", store=":memory:")(x),
+    ),
     Message(OptionError, "sequence of tuples", r"got \(1, 1\)", "such as", lambda: of_columns((1, 1))),
     Message(OptionError, "counted from 0", "got -1", "such as", lambda: of_columns(((-1,),))),
     Message(OptionError, "sequence of tuples", "no derivative", "Call func itself", lambda: of_columns(((),))),

@@ -107,8 +107,13 @@ class Derivatives:
         return self._jacobian.explain(*args, **kwargs)
 
 
-def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms) -> AutoJacobian:
-    """Return the wrapper that plans and computes derivatives by columns, stacked along the last axis."""
+def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -> AutoJacobian:
+    """Return a wrapper with options that are checked already.
+
+    Args:
+        func, options: as of `AutoJacobian`.
+        terms: derivatives by columns to be planned and computed in the place of the Jacobian, stacked on the last axis.
+    """
     made = AutoJacobian.__new__(AutoJacobian)
     made.__setstate__({"func": func, "options": options.replaced(of=terms)})
     return made

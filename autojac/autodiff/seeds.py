@@ -18,6 +18,8 @@ from torch import Tensor
 from autojac.autodiff.open_modes import transforming
 
 SeedKind = Literal["shared", "identity"]
+LASTING = "autojac_lasting"
+"""Marks a tensor that is kept from call to call and written by nobody: what records a call may hold it."""
 
 
 def size(shape: tuple[int, ...]) -> int:
@@ -45,6 +47,7 @@ class SharedSeeds:
             made = shared(event_shape, batch, like)
             # what a compiler sees while it traces stands for tensors of its own
             if not torch.compiler.is_compiling():
+                setattr(made, LASTING, True)
                 self._made[index] = made
         return made
 

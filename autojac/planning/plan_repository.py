@@ -119,6 +119,8 @@ def function_name(func: Callable[..., Any]) -> str:
         return f"{function_name(func.module)} in its parameters"
     if isinstance(func, ProductFunction):
         return f"{function_name(func.func)} {func.kind}"
+    if hasattr(type(func), "__autojac_reach__") and hasattr(func, "func"):
+        return f"{type(func).__name__} of {function_name(func.func)}"
     if isinstance(func, functools.partial):
         return f"partial({function_name(func.func)})"
     if isinstance(func, torch.nn.Sequential):

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import pulled_back
+from autojac.autodiff.seeds import LASTING
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS
@@ -236,7 +237,7 @@ class _Run:
     def _own(node: fx.Node, own: set[int]) -> None:
         """A tensor that no operator has made is the method's own, or nobody knows where it comes from."""
         value: Tensor = node.meta["value"]
-        if id(value) not in own:
+        if id(value) not in own and not hasattr(value, LASTING):
             raise UnsupportedError(
                 f"it reads a tensor of shape {tuple(value.shape)} that is not reachable from func's closures, globals "
                 "or attributes"

@@ -1,0 +1,166 @@
+"""Second derivatives: each sample's Hessian, its diagonal and Laplacian, and products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
+
+from autojac.api.autojacobian import require_function
+from autojac.api.derivatives import jacobian_of
+from autojac.api.product_arguments import of_samples
+from autojac.core.call import outside_inference_mode
+from autojac.core.options import Options, OptionValues
+from autojac.core.plan import Effort, Plan
+from autojac.errors import OptionError, OutputError, UnsupportedError, require_choice
+from autojac.guards.compiled_functions import opaque_methods
+from autojac.problem.problem import Problem
+from autojac.torch_internals import pytree
+
+
+@opaque_methods
+class AutoHessian:
+    """Exact second derivatives of a function, each sample's own, by the cheapest method measured.
+
+    `func` gives one scalar for each sample: x of shape (B, *in) gives y of shape (B,). A Hessian is the Jacobian of
+    each sample's gradient, so everything that `AutoJacobian` knows applies: forward over reverse, reverse over reverse
+    and forward over forward mode compete, recorded as flat programs or compiled; zeros are found and colored; every
+    candidate is checked against plain VJPs, and training goes through the result. Samples may be coupled: the Hessian
+    is of sample b's scalar in sample b's input. For a function without a batch, `in_dims=None`, it is a drop-in for
+    `torch.func.hessian`.
+
+        >>> import torch
+        >>> from autojac import AutoHessian
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> hessian = AutoHessian(lambda x: net(x).squeeze(1))
+        >>> x = torch.rand(64, 3)
+        >>> hessian(x).shape
+        torch.Size([64, 3, 3])
+        >>> hessian.laplacian(x).shape
+        torch.Size([64])
+
+    Args:
+        func: a function or module of the whole batch. Outputs (B, *out) give Hessians (B, *out, *in, *in).
+        argnums: as of `torch.func.hessian`; int or tuple.
+        in_dims: as of `AutoJacobian`; None for a function without a batch.
+        layout: `"blocks"`, or `"sparse"`: one CSR matrix that is never dense on the way. Of a batch it is (B·n, B·n),
+            for independent samples; of a function without a batch (n, n).
+        options: the others of `AutoJacobian` but `has_aux`.
+
+    Raises:
+        OptionError: for an unknown option or a value that is not accepted.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        *,
+        argnums: int | tuple[int, ...] = 0,
+        in_dims: Any = "auto",
+        **options: Unpack[OptionValues],
+    ) -> None:
+        require_function(func)
+        if "has_aux" in options:
+            raise OptionError("a Hessian has no has_aux. Leave it out, and return the one output from func")
+        self.layout = options.get("layout", "blocks")
+        require_choice("layout", self.layout, ("blocks", "sparse"))
+        chosen = Options.checked({"argnums": argnums, "in_dims": in_dims, **options})
+        inner = chosen.replaced(layout="blocks", effort="estimate", on_miss="estimate", budget_s=None)
+        self._gradient = jacobian_of(func, inner)
+        self.func = self._gradient.func
+        # zeros that were declared are those of func's own Jacobian
+        outer = chosen.replaced(coupling=of_samples(chosen.coupling))
+        self._hessian = jacobian_of(self._gradient, outer)
+        self._diagonals = jacobian_of(self._gradient, outer.replaced(layout="diagonal"))
+        self._laplacian = jacobian_of(func, outer.replaced(layout="blocks"), "laplacian")
+
+    def __repr__(self) -> str:
+        return f"AutoHessian({repr(self._hessian).removeprefix('AutoJacobian(AutoJacobian of ')}"
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Return what another wrapper's fingerprint sees of this one."""
+        return {"hessian": self._hessian}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Hessians at these arguments.
+
+        Returns:
+            (B, *in, *in), or (B, *out, *in, *in) for outputs (B, *out); nested as `torch.func.hessian` nests them. For
+            `layout="sparse"` a CSR matrix. Differentiable where inputs or parameters require grad.
+
+        Raises:
+            InputError, OutputError, MutationError, RandomnessError: where there is no such Hessian.
+            UnsupportedError: for `layout="sparse"` where samples are coupled.
+            SearchError: if no method is right within the limits.
+        """
+        if self.layout == "sparse":
+            problem = self._gradient_problem(args, kwargs)
+            self._require_scalar(problem, "a sparse Hessian")
+            if not problem.structure.independent:
+                raise UnsupportedError(
+                    "samples are coupled, so each sample's scalar has a Hessian of its own, and no one matrix holds "
+                    "them all. Ask for layout='blocks', or pass in_dims=None with a function that returns one scalar "
+                    "for the whole batch"
+                )
+        return self._hessian(*args, **kwargs)
+
+    def diagonal(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the diagonal of each sample's Hessian, (B, n) for n numbers in a sample; one scalar per sample.
+
+        Raises:
+            OutputError: if func returns more than a scalar for each sample.
+        """
+        try:
+            return self._diagonals(*args, **kwargs)
+        except OutputError:
+            self._require_scalar(self._gradient_problem(args, kwargs), "the diagonal of a Hessian")
+            raise
+
+    def laplacian(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Laplacian in each sample's input, the trace of its Hessian: shaped as func's output.
+
+        Taylor mode with one row for the sum, the forward Laplacian of Li et al. (2023) and Dangel et al. (2025), and
+        nested reverse mode compete. Differentiable.
+
+        Raises:
+            InputError: if more than one tensor is differentiated in.
+        """
+        found = self._laplacian(*args, **kwargs)
+        return pytree.tree_map(lambda stack: stack.squeeze(-1), found)
+
+    def hvp(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Hessian times a vector, H_b v_b for each sample, without forming H.
+
+        Args:
+            args: those of func, and at last v, nested and shaped as what is differentiated, or (k, B, *in) for several
+                vectors at a time.
+            kwargs: those of func.
+
+        Returns:
+            (B, *in), or (B, *out, *in) for outputs (B, *out). Differentiable, in v too.
+        """
+        return self._hessian.jvp(*args, **kwargs)
+
+    def _gradient_problem(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Problem:
+        with outside_inference_mode(args, kwargs) as call:
+            return self._gradient._plans.look_up(*call)[0].problem
+
+    @staticmethod
+    def _require_scalar(problem: Problem, what: str) -> None:
+        if problem.out_size != 1:
+            shapes = ", ".join(str((problem.batch, *event)) for event in problem.outputs)
+            raise OutputError(
+                f"{what} is of one scalar per sample, of shape (B,) or (B, 1), but func returns {shapes}. Return one "
+                "scalar, or take the Hessians of all outputs by layout='blocks'"
+            )
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan for the Hessians at such arguments; made now if there is none."""
+        return self._hessian.plan(*args, **kwargs)
+
+    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
+        """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
+        return self._hessian.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """Explain the plan, as `AutoJacobian.explain` does."""
+        return self._hessian.explain(*args, **kwargs)

@@ -1,0 +1,192 @@
+"""Hessians: each sample's own, exact by every method, in every form, trained through, and sparse ones by few passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import oracle
+from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
+from autojac.problem.compression import colors_of
+from autojac.replay.replayer import Replaying
+from harness import compare, in_use
+
+PULL = {"method": "Pull", "seeds": "shared", "engine": "loop", "chunk": None}
+METHODS: dict[str, dict[str, Any]] = {
+    "reverse over reverse": PULL,
+    "forward over reverse": {**PULL, "method": "Push"},
+    "per sample": {"method": "PerSample", "mode": "forward", "chunk": None},
+    "replayed reverse over reverse": {"method": "Replay", "inner": PULL, "without": None},
+    "replayed forward over reverse": {"method": "Replay", "inner": {**PULL, "method": "Push"}, "without": None},
+    "replayed per sample": {
+        "method": "Replay",
+        "inner": {"method": "PerSample", "mode": "reverse", "chunk": None},
+        "without": None,
+    },
+}
+
+
+def estimated(func: Callable[..., Any], **options: Any) -> AutoHessian:
+    return AutoHessian(func, **{"on_miss": "estimate", "store": ":memory:", **options})
+
+
+def by(method: dict[str, Any], func: Callable[..., Any], x: Tensor) -> AutoHessian:
+    """Hessians by one method, which is found in the store."""
+    store = PlanStore(":memory:")
+    maker = estimated(func, store=store)
+    plan, keys = maker.plan(x), in_use(maker._hessian).keys
+    assert keys is not None
+    maker._hessian._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+    return estimated(func, store=store)
+
+
+def right(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(B, *out, n, n), entry by entry."""
+    n = x[0].numel()
+    entries = [[oracle.derivative(func, x, (i, j)) for j in range(n)] for i in range(n)]
+    return torch.stack([torch.stack(row, -1) for row in entries], -2).detach()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 1), nn.Flatten(0)
+    ).double()
+
+
+def points(batch: int = 4, columns: int = 3) -> Tensor:
+    return torch.rand(batch, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3
+
+
+def two_outputs(x: Tensor) -> Tensor:
+    return torch.stack([x.prod(1), (x**3).sum(1) * x[:, 0]], 1)
+
+
+def coupled(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).pow(3).sum(1) * torch.softmax(x[:, 0], 0)
+
+
+@pytest.mark.parametrize("func", [network(), two_outputs, coupled], ids=["network", "two outputs", "coupled"])
+def test_blocks_diagonals_laplacians_and_products(func: Any) -> None:
+    x, hessian = points(), estimated(func)
+    expected = right(func, x)
+    compare(hessian(x), expected)
+    compare(hessian.laplacian(x), expected.diagonal(dim1=-2, dim2=-1).sum(-1))
+    vectors = torch.rand(2, *x.shape).double()
+    products = torch.einsum("b...ij,kbj->kb...i", expected, vectors)
+    compare(hessian.hvp(x, vectors[0]), products[0])
+    compare(hessian.hvp(x, vectors), products)
+    if func is not two_outputs:
+        compare(hessian.diagonal(x), expected.diagonal(dim1=-2, dim2=-1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_right_and_trained_through(method: str) -> None:
+    model, x = network(), points().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    rows = [torch.autograd.grad(slope[:, k].sum(), x, create_graph=True)[0] for k in range(3)]
+    expected = torch.stack(rows, 1)
+    sources = [x, *model.parameters()][:-1]  # the last bias moves no derivative
+    trained = torch.autograd.grad((expected**3).sum(), sources)
+    hessian = by(METHODS[method], model, x)
+    for _ in range(2):
+        found = hessian(x)
+        compare(found.detach(), expected.detach())
+        compare(list(torch.autograd.grad((found**3).sum(), sources)), list(trained))
+    compute = in_use(hessian._hessian).compute
+    if "replayed" in method:
+        assert isinstance(compute, Replaying)
+        assert compute.ready is not None
+
+
+def test_laplacians_are_trained_through() -> None:
+    model, x = network(), points()
+    expected = right(model, x).diagonal(dim1=1, dim2=2).sum(1)
+    found = estimated(model).laplacian(x)
+    compare(found.detach(), expected)
+    weights = [p for name, p in model.named_parameters() if name != "4.bias"]
+    assert all(bool(gradient.any()) for gradient in torch.autograd.grad(found.square().sum(), weights))
+    assert torch.autograd.gradcheck(estimated(lambda x: x.prod(1) ** 2).laplacian, points(2).requires_grad_())
+
+
+@given(batch=st.integers(1, 3), event=st.sampled_from([(), (2,), (2, 1), (1,)]), tail=st.sampled_from([(), (1,), (2,)]))
+@settings(max_examples=6, deadline=None)
+def test_any_shape(batch: int, event: tuple[int, ...], tail: tuple[int, ...]) -> None:
+    def func(x: Tensor) -> Tensor:
+        powers = (x.reshape(batch, -1) ** 3).prod(1)
+        return torch.stack([powers, powers.sin()][: max(sum(tail), 1)], 1).reshape(batch, *tail)
+
+    x = points(batch, torch.Size(event).numel()).reshape(batch, *event)
+    compare(estimated(func)(x), right(func, x).reshape(batch, *tail, *event, *event))
+
+
+def test_a_function_without_a_batch_is_that_of_torch() -> None:
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        return (x.sin() * y[:2].prod()).sum() + (y**4).sum()
+
+    x, y = points(1)[0, :2], points(1)[0]
+    for argnums in (0, (0, 1)):
+        expected = torch.func.hessian(energy, argnums=argnums)(x, y)
+        compare(estimated(energy, argnums=argnums, in_dims=None)(x, y), expected)
+    nested = estimated(lambda d: energy(d["x"], d["y"]), in_dims=None)({"x": x, "y": y})
+    compare(nested, torch.func.hessian(lambda d: energy(d["x"], d["y"]))({"x": x, "y": y}))
+    compare(estimated(lambda y: energy(x, y), in_dims=None).laplacian(y), 12 * y.square().sum())
+
+
+def chain(x: Tensor) -> Tensor:
+    """Neighbors alone meet: tridiagonal."""
+    return (x[1:] - x[:-1].square()).square().sum() + (1 - x).pow(4).sum()
+
+
+def test_sparse_hessians_take_few_passes() -> None:
+    x = points(1, 2000)[0]
+    hessian = estimated(chain, in_dims=None, layout="sparse")
+    found = hessian(x)
+    plan = in_use(hessian._hessian)
+    assert found.layout == torch.sparse_csr
+    assert found.values().numel() == 3 * 2000 - 2
+    assert colors_of(plan.problem, "rows").count <= 6
+    assert plan.plan.method["method"].startswith("Colored")
+    few = x[:6]
+    compare(estimated(chain, in_dims=None, layout="sparse")(few).to_dense(), torch.func.hessian(chain)(few))
+
+
+def test_sparse_hessians_of_a_batch() -> None:
+    x = points(3, 4)
+    found = estimated(torch.vmap(chain), layout="sparse")(x).to_dense()
+    compare(found, torch.block_diag(*(torch.func.hessian(chain)(one) for one in x)))
+    with pytest.raises(UnsupportedError, match="coupled"):
+        estimated(coupled, layout="sparse")(points())
+
+
+def test_what_is_no_scalar_has_no_diagonal() -> None:
+    with pytest.raises(OutputError, match=r"\(4, 2\)"):
+        estimated(two_outputs).diagonal(points())
+
+
+def test_a_jacobian_of_a_jacobian_is_recorded_whoever_planned_first() -> None:
+    x = points()
+    for tuned in (False, True):
+        inner = AutoJacobian(network(), store=":memory:", on_miss="estimate")
+        if tuned:
+            inner(x)
+        outer = AutoJacobian(inner, store=":memory:", effort="quick", budget_s=1.5)
+        compare(outer(x).detach(), right(network(), x))
+        reasons = [str(trial.reason) for trial in outer.plan(x).trials]
+        assert reasons
+        assert not any("not reachable" in reason for reason in reasons)
+
+
+def test_copies_and_names() -> None:
+    hessian = estimated(network())
+    compare(pickle.loads(pickle.dumps(hessian))(points()).detach(), hessian(points()).detach())
+    assert repr(hessian) == "AutoHessian(Sequential(Linear, Tanh, ..., Flatten), 1 plan in use)"
+    assert "AutoJacobian of Sequential" in hessian.explain(points())

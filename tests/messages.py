@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ must_be = r"must be "
 def jac(func: Any, *args: Any, **options: Any) -> Any:
     """Wrap a function and call it, without timing anything."""
     return wrap(func, **options)(*args)
+
+
+def ragged() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        return torch.nested.nested_tensor([x, x[:1]])
 
 
 def wrap(func: Any, **options: Any) -> AutoJacobian:
@@ -437,6 +444,7 @@ MESSAGES = (
         InputError, "floating-point tensor was expected", "int64", "argnums", lambda: jac(torch.sin, torch.arange(3))
     ),
     Message(InputError, "a dense tensor", "meta device", "argnums", lambda: jac(torch.sin, x.to("meta"))),
+    Message(InputError, "tensors of one shape", "nested", "to_padded_tensor", lambda: jac(torch.add, x, ragged())),
     Message(InputError, "batch was expected on axis 0", "is a scalar", "in_dims=None", lambda: jac(torch.sin, x.sum())),
     Message(
         InputError,
@@ -474,6 +482,7 @@ MESSAGES = (
     Message(
         OutputError, "a tensor .* was expected", "output 0 of func is a str", "has_aux", lambda: jac(lambda x: "y", x)
     ),
+    Message(OutputError, "a dense tensor", "sparse_coo", "to_dense", lambda: jac(lambda x: x.to_sparse(), x)),
     Message(OutputError, "no real derivative", "int64", "Return floating-point", lambda: jac(lambda x: x.long(), x)),
     Message(OutputError, "batch on axis 0", "a scalar", r"return one value per sample", lambda: jac(torch.sum, x)),
     Message(OutputError, "share the batch", r"\(3, 2\), \(2,\)", "Expand", lambda: jac(lambda x: (x, x.sum(0)), x)),

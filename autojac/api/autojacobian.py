@@ -154,7 +154,7 @@ class AutoJacobian(Grams):
         Returns:
             J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
             nested as `torch.func.jacrev` nests it where there are several outputs or inputs. With `has_aux=True` the
-            pair (J, aux).
+            pair (J, aux). Values and Jacobians are plain tensors, also of tensors of a class of their own.
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.

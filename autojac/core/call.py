@@ -14,8 +14,9 @@ from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
+from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
 from autojac.errors import InputError, OptionError, OutputError, counted, kind_of
-from autojac.torch_internals import DisableTorchFunctionSubclass, pytree
+from autojac.torch_internals import pytree
 
 
 class CallLayout:
@@ -56,6 +57,7 @@ class CallLayout:
         flat, self.spec = pytree.tree_flatten(tuple(args))
         self.tensor_at = tuple(index for index, value in enumerate(flat) if isinstance(value, Tensor))
         self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}
+        self.classes = tuple(own_class(flat[index]) for index in self.tensor_at)
         self.size = len(flat)
         self.plain = all(isinstance(arg, Tensor) for arg in args)
         self.axes = batch_axes(args, options.in_dims)
@@ -75,6 +77,7 @@ class CallLayout:
     def context(self) -> str:
         """The nesting and the constants of the arguments, as text for a key."""
         constants = [f"{index}={describe(value)}" for index, value in self.constants.items()]
+        constants += [f"{index}: {kind}" for index, kind in enumerate(self.classes) if kind]
         axes = self.axes if any(self.declared) else AUTO
         aux = " aux" if self.has_aux else ""
         of = f" of={self.of}" if self.of else ""
@@ -237,9 +240,10 @@ class CallLayout:
                     "was expected. Where it holds indices, as an embedding takes them, name other arguments in "
                     "argnums, or differentiate in the weights by AutoJacobian.of_parameters; pass quantities as floats"
                 )
-            if tensor.layout != torch.strided or tensor.is_meta:
-                what = "is on the meta device, without values" if tensor.is_meta else f"is stored as {tensor.layout}"
-                instead = "a tensor on a device with memory" if tensor.is_meta else "x.to_dense()"
+            what, instead = not_dense(tensor)
+            if tensor.is_meta:
+                what, instead = "is on the meta device, without values", "a tensor on a device with memory"
+            if what:
                 raise InputError(
                     f"tensor argument {position} {what}; a dense tensor with values was expected. Pass {instead}, or "
                     "leave it out of argnums"
@@ -250,19 +254,6 @@ class CallLayout:
                 "every tensor argument is a scalar; the batch was expected on axis 0: shape (B, ...). For a function "
                 "without a batch pass in_dims=None"
             )
-
-
-def without_subclass(value: Any) -> Any:
-    """Return a tensor of a subclass, whose arithmetic may differ, as a plain one with the same graph.
-
-    One whose class has more than one tensor inside stays what it is.
-    """
-    if type(value) is Tensor or not isinstance(value, Tensor):
-        return value
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return value
-    with DisableTorchFunctionSubclass():
-        return value.as_subclass(Tensor)
 
 
 @contextmanager
@@ -287,7 +278,9 @@ def describe(value: Any) -> Any:
     Of floats only the type counts: a time or a step size changes with every call.
     """
     if isinstance(value, Tensor):
-        return (value.shape, value.dtype, value.device, value.requires_grad)
+        if value.is_nested:
+            raise InputError(NESTED)
+        return (value.shape, value.dtype, value.device, value.requires_grad, own_class(value))
     if isinstance(value, float):
         return float
     if isinstance(value, (int, str, bool, bytes, type(None), torch.dtype, torch.device)):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.open_modes import saved_tensors_apart, version_kept
+from autojac.core.tensor_kinds import not_dense
 from autojac.guards.assignments import Snapshot
 from autojac.guards.escapes import home
 
@@ -97,11 +98,12 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def same_bits(copy: Tensor, leaf: Tensor) -> bool:
-    """Check whether two tensors hold the same bytes, nan included."""
-    if not copy.numel() or copy.layout != torch.strided:
+    """Check whether two tensors hold the same bytes, nan included; of one that is not dense only its version tells."""
+    if not copy.numel() or any(not_dense(copy)):
         return True
     # a single element counts as contiguous whatever its strides, but can't be viewed as bytes with them
-    flat = (t.detach().contiguous().as_strided((t.numel(),), (1,)) for t in (copy, leaf))
+    dense = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (copy, leaf))
+    flat = (t.as_strided((t.numel(),), (1,)) for t in dense)
     one, other = (t.view(torch.uint8) for t in flat)
     return torch.equal(one, other)
 

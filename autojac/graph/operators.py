@@ -20,8 +20,6 @@ BATCH_NORMS = names_with("batch_norm")
 FORWARD_ONCE = names_with("forward_formula_once")
 PARTITIONS = names_with("partition")
 LITERALS = names_with("literal")
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-"""The classes of tensors that run every operator as it is."""
 VIEWS_IN_PLACE = {
     "transpose_": aten.transpose.int,
     "t_": aten.t.default,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import fresh_inputs
+from autojac.core.tensor_kinds import PLAIN, own_class
 from autojac.errors import UnsupportedError
 from autojac.graph.decompositions import decomposed
 from autojac.graph.finalize import graph_of
@@ -24,7 +25,6 @@ from autojac.graph.module_of_frame import running
 from autojac.graph.operators import (
     LITERALS,
     PARTITIONS,
-    PLAIN,
     VIEWS_IN_PLACE,
     call,
     certain,
@@ -118,6 +118,8 @@ class Recorder(Watching):
         self.refusal = ""
         self.reads_data = False
         self.inputs = tuple(self.number(leaf) for leaf in leaves)
+        if any(map(own_class, leaves)):
+            self.refusal = "an argument is of a subclass of torch.Tensor, which may run operators its own way"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -86,7 +86,10 @@ class Walk:
         if (tokens := leaf_tokens(obj)) is not None:
             self.emit(*tokens)
         elif isinstance(obj, torch.Tensor):
-            self._tensor(obj)
+            if obj.is_nested:  # has no shape, and may have no memory of its own
+                self._give_up(kind)
+            else:
+                self._tensor(obj)
         elif hasattr(kind, "__autojac_reach__"):  # what a wrapper is made of, without what it learns as it runs
             self._named("wrapper", name=kind.__qualname__, **obj.__autojac_reach__())
         elif isinstance(obj, torch.nn.Module):

@@ -23,7 +23,8 @@ class CallKey(NamedTuple):
     """What a plan in use is filed under: all that may make one call need another plan than the next.
 
     Attributes:
-        arguments, keywords: shape, dtype, device and `requires_grad` of tensors, values of the rest.
+        arguments, keywords: shape, dtype, device, `requires_grad` and a class of its own of tensors, values of the
+            rest.
         grad: whether autograd records.
         trains: whether it records something that the function holds.
         flags: see `current_flags`.
@@ -39,10 +40,12 @@ class CallKey(NamedTuple):
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any], captured: Captures) -> Self:
         """Return the key of a call of a function that reaches `captured`; part of every call."""
         grad = torch.is_grad_enabled()
+        try:
+            found = [(x.shape, x.dtype, x.device, x.requires_grad) if type(x) is Tensor else describe(x) for x in args]
+        except RuntimeError:  # a nested tensor has no shape
+            found = list(map(describe, args))
         return cls(
-            tuple(
-                [(x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else describe(x) for x in args]
-            ),
+            tuple(found),
             describe_keywords(kwargs) if kwargs else (),
             grad,
             grad and any(map(_requires_grad, captured.tensors)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autojac.core.sandbox import Sandbox, moved, random_state, same_bits
 from autojac.core.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
+from autojac.core.tensor_kinds import not_dense
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.graph.special_kernels import ATTENTION, special_kernels
 from autojac.guards.escapes import Monitor
@@ -225,6 +226,12 @@ def check_outputs(values: Sequence[Any]) -> int:
             raise OutputError(
                 f"output {position} of func is {kind_of(value)}; a tensor (B, ...) was expected. Return anything else "
                 "as aux with has_aux=True"
+            )
+        what, instead = not_dense(value)
+        if what:
+            raise OutputError(
+                f"output {position} of func {what}; a dense tensor was expected. Return {instead}, or return it as aux "
+                "with has_aux=True"
             )
         if not value.is_floating_point():
             raise OutputError(

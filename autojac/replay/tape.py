@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from autojac.core.tensor_kinds import PLAIN
 from autojac.errors import UnsupportedError
-from autojac.graph.operators import BATCH_NORMS, LITERALS, PLAIN, call, certain, reads_data, traits
+from autojac.graph.operators import BATCH_NORMS, LITERALS, call, certain, reads_data, traits
 from autojac.guards.escapes import Watching, home
 from autojac.torch_internals import pytree
 

@@ -20,6 +20,7 @@ from autojac.autodiff.seeds import LASTING
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS
+from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.function_state import FunctionState
@@ -63,7 +64,7 @@ def trace_method(
     """
     start = time.perf_counter()
     state = function_state.present
-    reason = state.guard.reason or unfixed(kwargs)
+    reason = state.guard.reason or unfixed(kwargs) or _of_own_class(leaves, kwargs)
     if reason:
         raise UnsupportedError(reason)
     if KEEPS in problem.structure.effects:
@@ -117,6 +118,13 @@ def unfixed(kwargs: Mapping[str, Any]) -> str:
         if not isinstance(value, (Tensor, *FIXED)):
             return f"{kind_of(value)} among the arguments may be another in each call; pass it as a tensor"
     return ""
+
+
+def _of_own_class(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> str:
+    """Say which tensor among the arguments may run operators its own way, as no program does."""
+    kinds = (own_class(value) for value in (*leaves, *pytree.tree_leaves(kwargs)) if isinstance(value, Tensor))
+    kind = next(filter(None, kinds), "")
+    return f"an argument is a {kind}, whose operators may differ from a plain tensor's" if kind else ""
 
 
 @contextmanager

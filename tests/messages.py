@@ -49,6 +49,7 @@ from autojac import (
     to_scipy,
     verify,
 )
+from autojac.api.least_squares import matrix_free_least_squares
 from autojac.cli import main
 from autojac.methods.pull import Pull
 from autojac.store import Key
@@ -865,6 +866,55 @@ MESSAGES = (
         "updates buffers",
         "eval mode",
         lambda: wrap(nn.BatchNorm1d(2), memory_limit=9).norm(x),
+    ),
+    Message(
+        InputError,
+        "damping was expected to be a number",
+        "got -1",
+        "added to the",
+        lambda: wrap(torch.sin).solve(x, x, damping=-1),
+    ),
+    Message(
+        InputError,
+        "or a tensor of shape .. or .3,.",
+        "got a str",
+        "Pass 0.0",
+        lambda: wrap(torch.sin).solve(x, x, damping="low"),
+    ),
+    Message(
+        SingularJacobianError,
+        "of 3 Jacobians",
+        "short of full rank .sample 0.",
+        "damp",
+        lambda: wrap(lambda z: z * (z > 0.2)).solve(x, x),
+    ),
+    Message(
+        SingularJacobianError,
+        "of 3 Jacobians",
+        "not finite .samples 0, 1, 2.",
+        "division by zero",
+        lambda: wrap(torch.sin, layout="sparse").solve(x, x / 0),
+    ),
+    Message(
+        SingularJacobianError,
+        "of 3 Jacobians",
+        "short of full rank .sample 0.",
+        "damp",
+        lambda: wrap(lambda z: z * (z > 0.2), layout="sparse").solve(x, x),
+    ),
+    Message(
+        SingularJacobianError,
+        "of 3 Jacobians",
+        "short of full rank .sample 0.",
+        "damp",
+        lambda: wrap(lambda z: torch.where(z < 0.3, z.sum(1, True), z), layout="sparse").solve(x, x),
+    ),
+    Message(
+        SearchError,
+        "were expected to converge",
+        "did not in 1 system",
+        "Pass damping",
+        lambda: matrix_free_least_squares(torch.exp, torch.cos, x[:1], x[0, 0], 2),
     ),
 )
 INTERNAL = {

@@ -140,3 +140,11 @@ def test_pictures_are_left_out_where_plotly_is_missing(
     target = tmp_path / "picture.html"
     assert "autojac[report]" in example(name).draw(Pattern.diagonal(3), str(target))
     assert not target.exists()
+
+
+def test_camera_poses_are_found_as_by_hand() -> None:
+    found = example("camera_pose").main(["--cameras=24", "--landmarks=20", "--budget=0.5"])
+    ours, theirs = found["autojac"], found["vmap(jacrev) and lstsq"]
+    assert (ours["pose"] - found["truth"]).abs().max() < 1e-2 < (found["start"] - found["truth"]).abs().max()
+    torch.testing.assert_close(ours["pose"], theirs["pose"], rtol=1e-3, atol=1e-3)
+    assert abs(ours["iterations"] - theirs["iterations"]) <= 2 < ours["iterations"]

@@ -92,7 +92,7 @@ class Derived(ABC):
             OutputError: if a sample has not as many outputs as inputs.
         """
         plan, result = self._other("diagonal")._run(self._func_args(args), kwargs)
-        total = _only(plan, result).sum(-1)
+        total = only(plan, result).sum(-1)
         return self._beside_aux(total.squeeze(0) if plan.layout.unbatched else total, result)
 
     def factors(self, *args: Any, **kwargs: Any) -> LowRankJacobian:
@@ -125,7 +125,7 @@ class Derived(ABC):
     ) -> Any:
         source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
         plan, result = source._run(self._func_args(args), kwargs)
-        problem, jacobian = plan.problem, _only(plan, result)
+        problem, jacobian = plan.problem, only(plan, result)
         if plan.layout.unbatched:
             jacobian = jacobian.squeeze(0)
         leaf = problem.leaves[problem.inputs[0]]
@@ -151,7 +151,7 @@ class Derived(ABC):
         return other
 
 
-def _only(plan: PreparedPlan, result: Result) -> Tensor:
+def only(plan: PreparedPlan, result: Result) -> Tensor:
     """Return the one Jacobian of a call."""
     outputs, inputs = len(result.jacobians), len(plan.problem.inputs)
     if (outputs, inputs) != (1, 1):

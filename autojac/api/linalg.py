@@ -145,7 +145,7 @@ def _inverse_value(matrices: Tensor, stored: torch.dtype) -> Tensor:
         # one sample's NaN hides the zeros that the others share, and what a library makes of NaN is up to it
         stand_in = torch.eye(*matrices.shape[-2:], dtype=matrices.dtype, device=matrices.device)
         _, singular = solve(torch.where(finite[..., None, None], matrices, stand_in), stored)
-    raise _refusal(singular, ~finite, square=matrices.shape[-2] == matrices.shape[-1])
+    raise refusal(singular, ~finite, square=matrices.shape[-2] == matrices.shape[-1])
 
 
 def _inverse_or_nan(matrices: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def _slogdet_push(matrices: Tensor, _: Tensor, tangent: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(pushed), pushed], -1)
 
 
-def _refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacobianError:
+def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacobianError:
     """Return the error that names the samples."""
     samples = [tuple(flags.flatten().nonzero().flatten().tolist()) for flags in (singular, not_finite)]
     flaws = ["singular" if square else "short of full rank", "not finite"]

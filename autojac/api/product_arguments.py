@@ -137,7 +137,7 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
     """Check the vectors that a Jacobian is multiplied with, `like` what is differentiated."""
     flat, spec = pytree.tree_flatten(like)
     nest = None if isinstance(like, Tensor) else spec
-    several, given = _checked(vectors, nest, [tuple(x.shape) for x in flat], "v")
+    several, given = checked_vectors(vectors, nest, [tuple(x.shape) for x in flat], "v")
     axes = tuple(None if whole else shapes.axes[position] for position in shapes.differentiated)
     count = given[0].shape[:several]
     lead = () if shapes.batch is None else (shapes.batch,)
@@ -155,13 +155,13 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
 def cotangents(shapes: CallShapes, vectors: Any, whole: bool) -> ProductVectors:
     """Check the vectors that multiply a Jacobian from the left."""
     lead = () if shapes.batch is None else (shapes.batch,)
-    several, given = _checked(vectors, shapes.nest, [(*lead, *shape) for shape in shapes.outputs], "u")
+    several, given = checked_vectors(vectors, shapes.nest, [(*lead, *shape) for shape in shapes.outputs], "u")
     dims = (None if whole else int(several),) * len(given)
     return ProductVectors((), shapes.nest, several, dims)
 
 
-def _checked(
-    vectors: Any, nest: pytree.TreeSpec | None, wanted: Sequence[tuple[int, ...]], name: str
+def checked_vectors(
+    vectors: Any, nest: pytree.TreeSpec | None, wanted: Sequence[tuple[int, ...]], name: str, several: bool = True
 ) -> tuple[bool, list[Tensor]]:
     """Return whether several vectors were passed, and their tensors."""
     what = "what is differentiated" if name == "v" else "func's outputs"
@@ -176,13 +176,14 @@ def _checked(
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             came = str(tensor.dtype) if isinstance(tensor, Tensor) else kind_of(tensor)
             raise InputError(f"{name} was expected to hold floating-point tensors, got {came}. Convert it")
-    several = len(flat) > 0 and flat[0].dim() == len(wanted[0]) + 1
+    more = ", or (k, ...) with several vectors along a first axis" if several else ""
+    several = several and len(flat) > 0 and flat[0].dim() == len(wanted[0]) + 1
     count = flat[0].shape[:several]
     for tensor, shape in zip(flat, wanted, strict=True):
         if tuple(tensor.shape) != (*count, *shape):
             raise InputError(
-                f"{name} was expected in the shape {shape} of {what}, or (k, ...) with several vectors along a first "
-                f"axis, got {tuple(tensor.shape)}. Pass one vector per sample, or expand it"
+                f"{name} was expected in the shape {shape} of {what}{more}, got {tuple(tensor.shape)}. Pass one vector "
+                "per sample, or expand it"
             )
     return several, flat
 

@@ -18,6 +18,9 @@ from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
 from autojac.torch_internals import pytree
 
+LAST = {"jvp": "v", "vjp": "u", "solve": "r"}
+"""What follows func's arguments, as messages name it."""
+
 
 @dataclasses.dataclass
 class Product:
@@ -90,7 +93,7 @@ class Products(Derived):
             >>> jac.jvp(torch.zeros(3, 2), torch.ones(3, 2)).shape
             torch.Size([3, 2])
         """
-        inputs, tangents = _without_last(args, "jvp")
+        inputs, tangents = without_last(args, "jvp")
         return self._product(AlongTangents, self._func_args(inputs), kwargs, tangents, self._is_whole)
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +123,7 @@ class Products(Derived):
                     [2., 2.],
                     [3., 3.]])
         """
-        inputs, cotangents = _without_last(args, "vjp")
+        inputs, cotangents = without_last(args, "vjp")
         return self._product(WeighedBy, self._func_args(inputs), kwargs, cotangents, self._is_whole)
 
     @property
@@ -200,11 +203,11 @@ class Products(Derived):
         return self._call_shapes[key]
 
 
-def _without_last(args: Sequence[Any], what: str) -> tuple[Sequence[Any], Any]:
+def without_last(args: Sequence[Any], what: str) -> tuple[Sequence[Any], Any]:
     if len(args) < 2:
         raise OptionError(
             f"{what} expects func's positional arguments and at last a vector, got {counted(len(args), 'argument')}. "
-            f"Pass both, as in jac.{what}(x, {'v' if what == 'jvp' else 'u'})"
+            f"Pass both, as in jac.{what}(x, {LAST[what]})"
         )
     return args[:-1], args[-1]
 

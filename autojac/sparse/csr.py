@@ -73,6 +73,11 @@ class Entries:
         _, rows, columns = self.indices(values.device)
         return values.new_zeros(self.pattern.shape[1]).index_add(0, columns, cotangent[rows] * values)
 
+    def push(self, values: Tensor, tangent: Tensor) -> Tensor:
+        """Return the matrix times a tangent (columns,)."""
+        _, rows, columns = self.indices(values.device)
+        return values.new_zeros(self.pattern.shape[0]).index_add(0, rows, values * tangent[columns])
+
 
 def sample_graph(structure: Structure, batch: int, shared: bool) -> Pattern:
     """Return the samples that each sample's output depends on; of an input that all share there is but one copy."""

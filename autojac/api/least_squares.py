@@ -1,0 +1,266 @@
+"""Damped least squares for batches of matrices, sparse matrices, and matrices that are known by their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autojac.api.inversion import MARGIN
+from autojac.api.linalg import HALVES, NAMED, refusal
+from autojac.autodiff.implicit import corrected
+from autojac.errors import SearchError, SingularJacobianError, counted
+from autojac.sparse.csr import Entries
+
+Times = Callable[[Tensor], Tensor]
+MOST_STEPS = 10
+"""Steps of conjugate gradients at most, as a multiple of the unknowns: rounding delays what would end after one."""
+CONVERGED = 256
+"""Multiple of eps that the gradient of a solution may be, relative to that of zero: what rounding leaves of it."""
+INVERSE_STEPS = 3
+"""Steps of inverse iteration after which the null space stands out."""
+
+
+def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tensor:
+    """Return argmin ‖J d + r‖² + λ‖d‖² for each matrix J, the shortest one where several are least.
+
+    By Cholesky factors of JᵀJ + λI, or of JJᵀ + λI for fewer rows than columns, scaled to a unit diagonal, and one step
+    of iterative refinement with residuals of J itself (corrected seminormal equations: Björck, "Stability analysis of
+    the method of seminormal equations for linear least squares problems", Linear Algebra Appl. 88 (1987)). Samples
+    whose factors are too ill-conditioned for that by QR of [J; √λ I], which also tells those that are singular.
+
+    Args:
+        matrices: (B, m, n).
+        residuals: (B, m).
+        damping: λ, () or (B,), zero or more.
+
+    Returns:
+        (B, n), differentiable any number of times.
+
+    Raises:
+        SingularJacobianError: naming the samples that have no unique solution, to rounding, or are not finite.
+    """
+    stored = matrices.dtype
+    if stored in HALVES:
+        matrices, residuals, damping = matrices.float(), residuals.float(), damping.float()
+    shift = damping.expand(len(matrices))[:, None]
+    tall = matrices.shape[1] >= matrices.shape[2]
+    with torch.no_grad():
+        held = matrices.detach(), residuals.detach(), shift.detach()
+        found = _solved(*held, tall)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (matrices, residuals, damping)):
+        # a step of Newton's method from the solution, which has its derivatives of first and second order
+        A, error = _normal_matrix(matrices, shift, tall), _error(matrices, residuals, shift, found, tall)
+        found = found - torch.cholesky_solve(error[..., None], torch.linalg.cholesky_ex(A).L)[..., 0]
+    if not tall:
+        found = -_times(matrices.mT, found)
+    return found.to(stored)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return (matrices @ vectors[..., None])[..., 0]
+
+
+def _normal_matrix(J: Tensor, shift: Tensor, tall: bool) -> Tensor:
+    """Return JᵀJ + λI, or JJᵀ + λI for fewer rows than columns."""
+    A: Tensor = J.mT @ J if tall else J @ J.mT
+    return A + shift[..., None] * torch.eye(A.shape[-1], dtype=J.dtype, device=J.device)
+
+
+def _error(J: Tensor, r: Tensor, shift: Tensor, found: Tensor, tall: bool) -> Tensor:
+    """Return what a solution misses the normal equations by."""
+    if tall:
+        return _times(J.mT, _times(J, found) + r) + shift * found
+    return _times(J, _times(J.mT, found)) + shift * found - r
+
+
+def _solved(J: Tensor, r: Tensor, shift: Tensor, tall: bool) -> Tensor:
+    """Return d with (JᵀJ + λI) d = -Jᵀr, or z with (JJᵀ + λI) z = r, of which d = -Jᵀz."""
+    A, error = _normal_matrix(J, shift, tall), _times(J.mT, r) if tall else -r
+    if not A.numel():
+        return torch.zeros_like(error)
+    scale = A.diagonal(dim1=1, dim2=2).rsqrt()
+    factor, info = torch.linalg.cholesky_ex(A * scale[:, :, None] * scale[:, None, :])
+
+    def solve(right: Tensor) -> Tensor:
+        return scale * torch.cholesky_solve((scale * right)[..., None], factor)[..., 0]
+
+    found = -solve(error)
+    found = found - solve(_error(J, r, shift, found, tall))
+    pivots = factor.diagonal(dim1=1, dim2=2).amin(-1).square()
+    good = info.eq(0) & (pivots > torch.finfo(J.dtype).eps ** 0.5) & found.isfinite().all(-1)
+    if not bool(good.all()):
+        poor = torch.nonzero(~good)[:, 0]
+        found[poor] = _by_qr(J[poor], r[poor], shift[poor], tall, poor, len(J))
+    return found
+
+
+def _by_qr(J: Tensor, r: Tensor, shift: Tensor, tall: bool, numbers: Tensor, batch: int) -> Tensor:
+    finite = J.flatten(1).isfinite().all(1) & r.isfinite().all(1) & shift.isfinite().all(1)
+    if not bool(finite.all()):
+        J, r = (torch.where(finite.view(-1, *[1] * (t.dim() - 1)), t, 1) for t in (J, r))
+    M = J if tall else J.mT
+    size = M.shape[2]
+    roots = shift.sqrt()[..., None] * torch.eye(size, dtype=J.dtype, device=J.device)
+    whole = torch.cat([M, roots], 1)
+    norms = whole.norm(dim=1)
+    scale = torch.where(norms > 0, norms, 1).reciprocal()
+    q, R = torch.linalg.qr(whole * scale[:, None, :])
+    inverse = torch.linalg.solve_triangular(R, torch.eye(size, dtype=J.dtype, device=J.device).expand_as(R), upper=True)
+    condition = R.abs().sum(1).amax(-1) * inverse.abs().sum(1).amax(-1)
+    singular = ~(condition * (MARGIN * torch.finfo(J.dtype).eps) <= 1) & finite
+    if bool((singular | ~finite).any()):
+        blank = torch.zeros(batch, dtype=torch.bool, device=J.device)
+        flaws = [blank.index_put((numbers,), flags) for flags in (singular, ~finite)]
+        raise refusal(flaws[0], flaws[1], square=False)
+    if tall:
+        return -scale * _times(inverse, _times(q[:, : M.shape[1]].mT, r))
+    return scale * _times(inverse, _times(inverse.mT, scale * r))
+
+
+def sparse_least_squares(entries: Entries, values: Tensor, residual: Tensor, damping: Tensor, samples: int) -> Tensor:
+    """Return argmin ‖J d + r‖² + λ‖d‖² for one sparse matrix J, by factors of JᵀJ + λI that are sparse as well.
+
+    SciPy's SuperLU in symmetric mode, pivots on the diagonal, ordered by minimum degree; one step of refinement.
+
+    Args:
+        entries, values: of J, of at least as many rows as columns, or damped.
+        residual: (rows,).
+        damping: λ, ().
+        samples: among which the unknowns are divided.
+
+    Returns:
+        (columns,), differentiable once.
+
+    Raises:
+        SingularJacobianError: naming a sample of the null space, or those that are not finite.
+    """
+    from scipy.sparse import csr_array, diags_array, eye_array
+    from scipy.sparse.linalg import splu
+
+    rows, columns = entries.pattern.shape
+    held, right, shift = values.detach(), residual.detach(), float(damping.detach())
+    for tensor, at in ((held, entries.pattern.rows), (right, np.arange(rows))):
+        wrong = ~tensor.isfinite().cpu().numpy()
+        if wrong.any():
+            flags = torch.zeros(samples, dtype=torch.bool)
+            flags[torch.from_numpy(np.unique(at[wrong] // (rows // samples)).astype(np.int64))] = True
+            raise refusal(torch.zeros_like(flags), flags, square=False)
+    exact = held.double().cpu().numpy()
+    J = csr_array((exact, entries.pattern.columns, entries.pattern.starts), shape=(rows, columns))
+    A = (J.T @ J + shift * eye_array(columns)).tocsc()
+    diagonal = A.diagonal()
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))
+    per_sample = max(1, columns // samples)
+    if not (diagonal > 0).all():
+        raise _singular(np.unique(np.nonzero(~(diagonal > 0))[0] // per_sample), samples)
+    scaled = (diags_array(scale) @ A @ diags_array(scale)).tocsc()
+    options: dict[str, Any] = {"SymmetricMode": True}
+    try:
+        factor = splu(scaled, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+    except RuntimeError:  # exactly singular; moved a little, its null space stands out
+        factor = None
+    if factor is None or np.abs(factor.U.diagonal()).min() < columns * MARGIN * np.finfo(np.float64).eps:
+        moved = splu((scaled + 1e-10 * eye_array(columns)).tocsc())
+        vector = np.random.default_rng(0).standard_normal(columns)
+        for _ in range(INVERSE_STEPS):
+            vector = moved.solve(vector / np.linalg.norm(vector))
+        raise _singular(np.array([np.abs(vector).argmax() // per_sample]), samples)
+
+    def solve(y: Tensor) -> Tensor:
+        solution = scale * factor.solve(scale * y.detach().double().cpu().numpy())
+        return torch.from_numpy(solution).to(y)
+
+    def error(values: Tensor, residual: Tensor, damping: Tensor, found: Tensor) -> Tensor:
+        return entries.pull(values, entries.push(values, found) + residual) + damping * found
+
+    with torch.no_grad():
+        start = right.new_zeros(columns)
+        for _ in range(2):
+            start = start - solve(error(held, right, damping.detach(), start))
+    return corrected(start, error(values, residual, damping, start), solve)
+
+
+def _singular(found: np.ndarray[Any, Any], samples: int) -> SingularJacobianError:
+    flags = torch.zeros(samples, dtype=torch.bool)
+    flags[torch.from_numpy(found.astype(np.int64))] = True
+    return refusal(flags, torch.zeros_like(flags), square=False)
+
+
+def matrix_free_least_squares(times: Times, back: Times, residual: Tensor, damping: Tensor, size: int) -> Tensor:
+    """Return argmin ‖J d + r‖² + λ‖d‖² for each sample, by conjugate gradients on products with J alone.
+
+    CGLS from zero, which finds the shortest solution: Björck, Elfving and Strakoš, "Stability of conjugate gradient and
+    Lanczos methods for linear least squares problems", SIAM J. Matrix Anal. Appl. 19 (1998).
+
+    Args:
+        times: (B, n) ↦ J v, (B, m).
+        back: (B, m) ↦ Jᵀu, (B, n).
+        residual: (B, m).
+        damping: λ, () or (B, 1).
+        size: n.
+
+    Returns:
+        (B, n), differentiable once.
+
+    Raises:
+        SearchError: if it does not converge.
+    """
+    wide = residual.shape[1] < size
+    forth, again, count = (back, times, residual.shape[1]) if wide else (times, back, size)
+
+    def solve(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _conjugate_gradients(forth, again, None, y, damping.detach(), count)
+
+    def error(found: Tensor, r: Tensor, shift: Tensor) -> Tensor:
+        """Return what a solution misses the normal equations by: of d, or for fewer rows than columns of d = -Jᵀz."""
+        if wide:
+            return times(back(found)) + shift * found - r
+        return back(times(found) + r) + shift * found
+
+    with torch.no_grad():
+        r, shift = residual.detach(), damping.detach()
+        if wide:
+            found = solve(r)
+            found = found - solve(error(found, r, shift))
+        else:
+            found = _conjugate_gradients(times, back, -r, None, shift, size)
+    if torch.is_grad_enabled():
+        found = corrected(found, error(found, residual, damping), solve)
+    return -back(found) if wide else found
+
+
+def _conjugate_gradients(
+    times: Times, back: Times, right: Tensor | None, given: Tensor | None, damping: Tensor, size: int
+) -> Tensor:
+    """Return x with (JᵀJ + λI) x = Jᵀ right, or a `given` right-hand side."""
+    like = right if right is not None else given
+    assert like is not None
+    x = like.new_zeros(len(like), size)
+    gradient = back(right) if right is not None else like
+    tolerance = CONVERGED * torch.finfo(x.dtype).eps * gradient.norm(dim=1, keepdim=True)
+    direction, power, rest = gradient, gradient.square().sum(1, keepdim=True), right
+    for _ in range(MOST_STEPS * size + 1):
+        if bool((gradient.norm(dim=1, keepdim=True) <= tolerance).all()):
+            return x
+        moved = times(direction)
+        curvature = moved.square().sum(1, keepdim=True) + damping * direction.square().sum(1, keepdim=True)
+        step = torch.where(curvature > 0, power / curvature, 0)
+        x = x + step * direction
+        if rest is not None:
+            rest = rest - step * moved
+            gradient = back(rest) - damping * x
+        else:
+            gradient = gradient - step * (back(moved) + damping * direction)
+        before, power = power, gradient.square().sum(1, keepdim=True)
+        direction = gradient + torch.where(before > 0, power / before, 0) * direction
+    poor = torch.nonzero((gradient.norm(dim=1, keepdim=True) > tolerance)[:, 0])[:, 0].tolist()
+    named = f"{', '.join(map(str, poor[:NAMED]))}{', ...' * (len(poor) > NAMED)}"
+    raise SearchError(
+        f"conjugate gradients were expected to converge in {MOST_STEPS * size} steps, but did not in "
+        f"{counted(len(poor), 'system')} ({named}). Pass damping, or raise memory_limit to have the Jacobian formed"
+    )

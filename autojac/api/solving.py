@@ -1,0 +1,148 @@
+"""Gauss-Newton and Levenberg-Marquardt steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autojac.api.derived import only
+from autojac.api.grams import Grams
+from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
+from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
+from autojac.api.product_arguments import CallShapes, checked_vectors
+from autojac.api.products import without_last
+from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
+from autojac.errors import InputError, kind_of
+from autojac.torch_internals import pytree
+
+
+class Solving(Grams):
+    """The method of `AutoJacobian` that solves linear least squares problems with the Jacobian."""
+
+    def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
+        """Return argmin ‖J_b d + r_b‖² + λ‖d‖² for each sample: a Gauss-Newton or Levenberg-Marquardt step.
+
+        Of the layout depends which Jacobian that is:
+
+        * blocks: each sample's own, by batched Cholesky factors, and QR for the samples that are ill-conditioned. Where
+          it does not fit into the memory limit, by conjugate gradients on products with it.
+        * `layout="full"`: that of the whole batch, in the same ways. So samples may be coupled.
+        * `layout="sparse"`: that of the whole batch, by sparse factors of SciPy's.
+
+        Args:
+            args: those of func, and at last r, nested and shaped as its outputs, (B, *out): what func returns, for a
+                step that makes it smaller.
+            damping: λ, zero or more; a tensor (B,) for one per sample. With zero the step is the shortest one, if there
+                are fewer outputs than inputs.
+            kwargs: those of func.
+
+        Returns:
+            d, (B, *in), nested as what is differentiated; what all samples share has (*arg) for the whole batch.
+            Differentiable in r, λ, and in whatever J is: twice from blocks, once from sparse factors and conjugate
+            gradients. With `has_aux=True` the pair (d, aux).
+
+        Raises:
+            InputError: if r is not nested or shaped as the outputs, or damping is negative or not (B,).
+            SingularJacobianError: naming the samples that are short of full rank, or not finite.
+            SearchError: if conjugate gradients do not converge.
+
+        Example:
+            One step solves a linear problem.
+
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> target = torch.tensor([[3.0, 4.0, 7.0]])
+            >>> def residual(x):
+            ...     return torch.cat([x, x.sum(1, keepdim=True)], 1) - target
+            >>> jac = AutoJacobian(residual, store=":memory:", on_miss="estimate")
+            >>> x = torch.zeros(1, 2)
+            >>> x + jac.solve(x, residual(x))
+            tensor([[3., 4.]])
+        """
+        inputs, residual = without_last(args, "solve")
+        own = self._func_args(inputs)
+        shapes = self._shapes(own, kwargs)
+        lead = () if shapes.batch is None else (shapes.batch,)
+        wanted = [(*lead, *shape) for shape in shapes.outputs]
+        flat = checked_vectors(residual, shapes.nest, wanted, "r", several=False)[1]
+        whole = self._is_whole or shapes.batch is None
+        count = 1 if whole else int(shapes.batch or 0)
+        r = torch.cat([t.reshape(count, -1) for t in flat], 1)
+        shift = _checked_damping(damping, r, None if whole else count)
+        sizes = MatrixSizes.of(shapes, whole)
+        aux: list[Any] = []
+        if self.options.layout == "sparse":
+            plan, result = self._run(own, kwargs)
+            values, problem = only(plan, result), plan.problem
+            entries = problem.entries(0, problem.inputs[0])
+            samples = problem.batch if problem.leaves[problem.inputs[0]].batched else 1
+            step = sparse_least_squares(entries, values, r[0], shift, samples)[None]
+            aux = [result.aux]
+        elif sizes.bytes <= self._memory_limit(shapes):
+            source = self if self._is_whole else self._other("blocks")
+            plan, result = source._run(own, kwargs)
+            matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
+            step = least_squares(matrices[None] if whole else matrices, r, shift)
+            aux = [result.aux]
+        else:
+            step = self._by_products(own, kwargs, shapes, sizes, r, shift, aux)
+        made = self._nested_inputs(own, _divided(step, shapes, whole))
+        return (made, aux[0]) if self.options.has_aux else made
+
+    def _by_products(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, sizes: MatrixSizes, r: Tensor,
+        shift: Tensor, aux: list[Any],
+    ) -> Tensor:  # fmt: skip
+        """Return the step by conjugate gradients."""
+        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
+        whole = self._is_whole or shapes.batch is None
+        lead = () if shapes.batch is None else (shapes.batch,)
+
+        def product(kind: type[ProductFunction], vectors: Any) -> Tensor:
+            found = self._product(kind, args, kwargs, vectors, whole)
+            if self.options.has_aux:
+                found, aux[:] = found[0], [found[1]]
+            return torch.cat([t.reshape(len(r), -1) for t in pytree.tree_leaves(found)], 1)
+
+        def times(v: Tensor) -> Tensor:
+            flat = _divided(v, shapes, whole)
+            axes = [shapes.axes[position] for position in shapes.differentiated]
+            moved = [t.movedim(0, axis) if axis else t for t, axis in zip(flat, axes, strict=True)]
+            return product(AlongTangents, self._nested_inputs(args, moved))
+
+        def back(u: Tensor) -> Tensor:
+            parts = u.split([prod(shape) * (shapes.batch or 1 if whole else 1) for shape in shapes.outputs], 1)
+            flat = [part.reshape(*lead, *shape) for part, shape in zip(parts, shapes.outputs, strict=True)]
+            return product(WeighedBy, shapes.nested_outputs(flat))
+
+        shift = shift if shift.dim() == 0 else shift[:, None]
+        return matrix_free_least_squares(times, back, r, shift, sizes.columns)
+
+
+def _divided(step: Tensor, shapes: CallShapes, whole: bool) -> list[Tensor]:
+    """Return the parts (B, *in) of steps (B, n), or (1, n) for the whole batch."""
+    batched = [shapes.batch is not None and shapes.axes[p] is not None for p in shapes.differentiated]
+    times = [int(shapes.batch or 0) if whole and has else 1 for has in batched]
+    parts = step.split([count * prod(shape) for count, shape in zip(times, shapes.inputs, strict=True)], 1)
+    lead = [(shapes.batch,) if has or not whole else () for has in batched]
+    return [part.reshape(*n, *shape) for part, n, shape in zip(parts, lead, shapes.inputs, strict=True)]
+
+
+def _checked_damping(damping: Any, like: Tensor, batch: int | None) -> Tensor:
+    wanted = "a number, zero or more" + ("" if batch is None else f", or a tensor of shape () or {(batch,)}")
+    shift = damping if isinstance(damping, Tensor) else None
+    if shift is None and isinstance(damping, (int, float)) and not isinstance(damping, bool):
+        shift = like.new_tensor(float(damping))
+    if shift is None or tuple(shift.shape) not in ((), (batch,)):
+        came = kind_of(damping) if shift is None else f"a tensor of shape {tuple(shift.shape)}"
+        raise InputError(f"damping was expected to be {wanted}, got {came}. Pass 0.0 for a Gauss-Newton step")
+    if bool((shift < 0).any()):
+        raise InputError(
+            f"damping was expected to be {wanted}, got {float(shift.min()):.3g}. Pass what is to be "
+            "added to the diagonal of JᵀJ"
+        )
+    return shift.to(like.dtype)

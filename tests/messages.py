@@ -916,6 +916,13 @@ MESSAGES = (
         "Pass damping",
         lambda: matrix_free_least_squares(torch.exp, torch.cos, x[:1], x[0, 0], 2),
     ),
+    Message(
+        InputError,
+        "tensor of shape .3, 2. was expected",
+        "of shape .2, 2.",
+        "one vector for the whole",
+        lambda: wrap(torch.sin).linear_operator(x) @ x[:2],
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

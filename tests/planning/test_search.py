@@ -43,6 +43,7 @@ def inverted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_block", lambda run, device, calls: 1e-3 / max(true(run, device, 1), 1e-9) * 1e-3)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.usefixtures("inverted")
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("grad", [False, True])

@@ -43,6 +43,7 @@ from autojac import (
     Structure,
     StructureChangedWarning,
     TargetError,
+    TrainingStep,
     UnsupportedError,
     VerificationError,
     jacobian_from,
@@ -373,6 +374,16 @@ MESSAGES = (
         "samples are coupled",
         "in_dims=None",
         lambda: AutoHessian(lambda x: (x - x.mean(0)).prod(1), layout="sparse", store=":memory:")(x),
+    ),
+    Message(
+        InputError, "loss was expected", "a int|an int", "returns a number", lambda: TrainingStep(nn.Linear(2, 2), 3)
+    ),
+    Message(
+        OutputError,
+        "one number",
+        r"shape \(3,\)",
+        "mean",
+        lambda: TrainingStep(nn.Linear(2, 2), lambda y, J: y[:, 0], store=":memory:")(x),
     ),
     Message(OptionError, "sequence of tuples", r"got \(1, 1\)", "such as", lambda: of_columns((1, 1))),
     Message(OptionError, "counted from 0", "got -1", "such as", lambda: of_columns(((-1,),))),

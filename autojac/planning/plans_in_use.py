@@ -65,7 +65,7 @@ class PlansInUse:
         state, moved = function_state.observe() if self._observes else (None, False)
         # a call may have changed the function itself, which was taken for no change after it
         moved = moved or self._version != function_state.version
-        if moved or (self._replays and not function_state.is_unchanged()):
+        if moved or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
             # it may hold other tensors now, which require grad
             self._captured, self._version = None, function_state.version
         return state

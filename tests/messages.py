@@ -934,6 +934,36 @@ MESSAGES = (
         "one vector for the whole",
         lambda: wrap(torch.sin).linear_operator(x) @ x[:2],
     ),
+    # a Jacobian in parts
+    Message(
+        OptionError,
+        "chunks expects a size and layout='blocks'",
+        "got layout='sparse'",
+        "for the sparse Jacobian",
+        lambda: wrap(torch.sin, layout="sparse").chunks(x),
+    ),
+    Message(OptionError, "bytes " + must_be, "got 'many'", "", lambda: wrap(torch.sin).chunks(x, bytes="many")),
+    Message(
+        InputError,
+        "a function with a batch",
+        "in_dims=None says",
+        "Pass in_dims",
+        lambda: wrap(torch.sin, in_dims=None).chunks(x),
+    ),
+    Message(
+        InputError,
+        "hold 2 tensors or arrays",
+        "got 1",
+        "Nest them",
+        lambda: wrap(lambda z: (z, z)).chunks(x, out=torch.zeros(3, 2, 2)),
+    ),
+    Message(
+        InputError,
+        "array of shape .3, 2, 2. and dtype float32",
+        "got float64 of shape .3, 2.",
+        "Make one",
+        lambda: wrap(torch.sin).chunks(x, out=np.zeros((3, 2))),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options
 from autojac.core.plan import Effort
-from autojac.core.product_functions import ProductFunction
+from autojac.core.product_functions import ComposedFunction
 from autojac.guards.captures import Captures, captures, survey
 from autojac.planning.call import Call, CallKey
 from autojac.planning.fast_path import no_fast_path
@@ -42,7 +42,7 @@ class PlansInUse:
         self.options = options
         self.planner = Planner(func, options)
         self.fast_path: FastPath = no_fast_path
-        module_lock = func.lock if isinstance(func, (ModuleFunction, ProductFunction)) else None
+        module_lock = func.lock if isinstance(func, (ModuleFunction, ComposedFunction)) else None
         self.alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
         self.lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
         self.has_warned_untrained = False

@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mask1[0] = True  # a softmax over nothing is nan
         return torch.randn(count, 3), torch.randn(count, 3), mask1, mask2
 
-    jac = AutoJacobian(model, memory_limit=options.memory_limit, budget_s=options.budget, store=options.store)
+    jac = AutoJacobian(
+        model, memory_limit=options.memory_limit, on_miss="tune", budget_s=options.budget, store=options.store
+    )
     inputs = draw(options.samples)
     with torch.no_grad():
         explanation = jac.explain(*inputs)

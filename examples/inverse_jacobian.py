@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data = data.clone()
     data[torch.randperm(options.samples)[: options.broken], 0] = torch.nan
 
-    jac = AutoJacobian(net.block1, budget_s=options.budget, store=options.store)
+    jac = AutoJacobian(net.block1, on_miss="tune", budget_s=options.budget, store=options.store)
     start = time.perf_counter()
     plan = jac.plan(unseen)
     tuning_s = time.perf_counter() - start

@@ -82,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = Solution(options.width)
-    slope = AutoJacobian(model, budget_s=options.budget, store=options.store)
+    slope = AutoJacobian(model, on_miss="tune", budget_s=options.budget, store=options.store)
 
     def value_and_slope(points: Tensor) -> Tensor:
         u, first = slope.value_and_jacobian(points)
         return torch.cat([u, first[:, 0, :1]], dim=1)
 
-    derivatives = AutoJacobian(value_and_slope, budget_s=options.budget, store=options.store)
+    derivatives = AutoJacobian(value_and_slope, on_miss="tune", budget_s=options.budget, store=options.store)
 
     def draw() -> Tensor:
         return torch.rand(options.points, 2) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])

@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
 
     rate = Brusselator(options.size)
-    jac = AutoJacobian(rate, in_dims=None, layout="sparse", budget_s=options.budget, store=options.store)
+    jac = AutoJacobian(
+        rate, in_dims=None, layout="sparse", on_miss="tune", budget_s=options.budget, store=options.store
+    )
     with torch.no_grad():
         begun = time.perf_counter()
         plan = jac.plan(start(options.size))

@@ -489,7 +489,7 @@ class Forced(Planner):
     recovering = False
     recovered: list[PreparedPlan]
 
-    def _make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
+    def make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         if not self.recovering:
             kinds = (
                 [k for k in registry().values() if not k.is_wrapper]
@@ -500,8 +500,8 @@ class Forced(Planner):
             for candidate in self.random.sample(found, min(len(found), 8)):
                 if candidate.unsupported(solid(problem)) is None and _right(candidate, problem, request, seen.sandbox):
                     plan = dataclasses.replace(plan, method=candidate.spec())
-                    return super()._make(request, seen, problem, plan, candidate)
-        return super()._make(request, seen, problem, plan, method)
+                    return super().make(request, seen, problem, plan, candidate)
+        return super().make(request, seen, problem, plan, method)
 
     def recover(self, *args: Any, **options: Any) -> PreparedPlan:
         # what takes the place of a plan that was seen to be wrong is chosen by the search
@@ -519,9 +519,9 @@ class Same(Planner):
 
     same: Plan
 
-    def _make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
+    def make(self, request: Any, seen: Any, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
         problem = dataclasses.replace(problem, structure=self.same.structure)
-        return super()._make(request, seen, problem, self.same, build(self.same.method))
+        return super().make(request, seen, problem, self.same, build(self.same.method))
 
 
 def _candidates(kind: type[Method], problem: Problem) -> list[Method]:

@@ -21,6 +21,7 @@ from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
+from autojac.planning.search import measure
 from autojac.problem.problem import Problem
 from scenarios import Scenario
 
@@ -76,6 +77,27 @@ def in_threads(count: int, work: Callable[[], object]) -> None:
     with ThreadPoolExecutor(count) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()
+
+
+class Ticking(measure.Clock):
+    """A clock by which a call takes what `seconds` makes of its true time; each look at it takes `tick`.
+
+    A busy machine tries as many candidates by it as an idle one.
+    """
+
+    def __init__(self, seconds: Callable[[float], float] = lambda true: true, tick: float = 1e-4) -> None:
+        self.seconds = seconds
+        self.tick = tick
+        self.time = 0.0
+
+    def now(self) -> float:
+        self.time += self.tick
+        return self.time
+
+    def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
+        seconds = self.seconds(super().per_call(run, device, 1))
+        self.time += calls * seconds
+        return seconds
 
 
 class Counted:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
-from autojac.api.chunked import Chunked
 from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
+from autojac.api.solving import Solving
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
@@ -42,12 +42,12 @@ def require_function(func: Any) -> None:
 
 
 @opaque_methods
-class AutoJacobian(Chunked):
+class AutoJacobian(Solving):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
-    `func` gives the Jacobian; its first call for new shapes probes what couples with what across the batch, searches,
-    and remembers.
+    `func` gives the Jacobian. The first call for new shapes probes what couples with what across the batch; faster
+    methods are searched for while the wrapper is used, or ahead of time by `tune`, and remembered.
 
     Args:
         func: a function or `torch.nn.Module` of tensors.
@@ -60,8 +60,10 @@ class AutoJacobian(Chunked):
             outputs as inputs in a sample.
         has_aux: func returns (y, aux); aux comes back untouched.
         effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
-        on_miss: `"tune"`, `"estimate"` or `"error"`: what to do for a call that no plan is known for.
-        budget_s: seconds that a search may take.
+        on_miss: what to do for a call that no plan is known for. `"online"` answers at once by the cost model's choice
+            and searches a step at a time while the wrapper is used, at most a fifth on top of what its calls cost;
+            `"tune"` searches first; `"estimate"` never searches; `"error"` raises `PlanMissError`.
+        budget_s: seconds that a search may take, over all calls where it goes on online.
         memory_limit: bytes, or a size such as `"8GiB"`, that a method may take.
         randomness: `"error"` refuses functions that draw random numbers; `"different"` differentiates what one plain
             call from the current random state would draw; with `"same"` every sample sees the draw that it would see
@@ -85,7 +87,7 @@ class AutoJacobian(Chunked):
         layout: Layout = "blocks",
         has_aux: bool = False,
         effort: Effort = "quick",
-        on_miss: OnMiss = "tune",
+        on_miss: OnMiss = "online",
         budget_s: float | None = None,
         memory_limit: int | str | None = None,
         randomness: Randomness = "error",

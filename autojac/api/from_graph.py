@@ -29,7 +29,7 @@ from autojac.errors import (
 )
 from autojac.guards.compiled_functions import opaque
 from autojac.methods.pull import Pull
-from autojac.planning.search.measure import available_bytes
+from autojac.planning.search.memory import available_bytes
 from autojac.probe.masks import index_masks, split_masks
 from autojac.probe.sample_pairs import cotangent_verdict
 from autojac.probe.side_effects import check_outputs

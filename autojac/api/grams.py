@@ -16,7 +16,7 @@ from autojac.autodiff.seeds import spans
 from autojac.core.options import format_bytes, parse_bytes
 from autojac.core.product_functions import AlongTangents, WeighedBy
 from autojac.errors import SearchError, UnsupportedError
-from autojac.planning.search.measure import available_bytes
+from autojac.planning.search.memory import available_bytes
 from autojac.torch_internals import pytree
 
 PART = 4

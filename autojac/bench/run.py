@@ -108,7 +108,9 @@ def tune(workload: Workload, settings: Settings) -> Tuned:
 def wrapped(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
     """Return the wrapper that a benchmark tunes."""
     store = settings.store or autojac.PlanStore(":memory:")
-    return autojac.AutoJacobian(func, effort=settings.effort, budget_s=settings.budget_s, store=store, **options)
+    return autojac.AutoJacobian(
+        func, on_miss="tune", effort=settings.effort, budget_s=settings.budget_s, store=store, **options
+    )
 
 
 def race(tuned: Tuned, settings: Settings) -> Race:

@@ -94,7 +94,7 @@ def _tell(steps: int, poses: int, effort: Effort) -> None:
     places = arm.places(angles)
     measured = places + NOISE * torch.randn_like(places)
     store = autojac.PlanStore()
-    jac = autojac.AutoJacobian(model, effort=effort, budget_s=BUDGET_S, store=store)
+    jac = autojac.AutoJacobian(model, on_miss="tune", effort=effort, budget_s=BUDGET_S, store=store)
     click.echo(f"A network learns a robot arm from {poses} poses, markers measured with {NOISE * 100:g} cm of noise:")
     click.echo(f"{len(LINKS)} joint angles to {len(LINKS) * MARKERS} places, and the Jacobian that control needs.\n")
 
@@ -112,7 +112,9 @@ def _tell(steps: int, poses: int, effort: Effort) -> None:
     unseen = draw_poses(poses)
     J = jac(unseen).detach()
     autojac.verify(J, model, unseen)
-    ignorant = autojac.AutoJacobian(plain, effort=effort, budget_s=BUDGET_S, store=store)(unseen).detach()
+    ignorant = autojac.AutoJacobian(plain, on_miss="tune", effort=effort, budget_s=BUDGET_S, store=store)(
+        unseen
+    ).detach()
     click.echo(f"\nOn {poses} other poses:")
     click.echo("  verified: J agrees with the network's own vector-Jacobian products")
     click.echo(f"  error against the arm's true Jacobian: {_error(J, arm.jacobian(unseen)):.1%}")

@@ -110,6 +110,8 @@ def explain(
         jac = autojac.AutoJacobian(calls.func, store=store, **options)
         for args in calls.all:
             with calls.blame(args), grad_mode(grad, args):
+                if jac.plan(*args).source == "estimate":
+                    jac.tune(*args)
                 click.echo(jac.explain(*args))
 
 

@@ -17,7 +17,7 @@ from autojac.core.structure import Coupling, Structure
 from autojac.errors import OptionError, kind_of, nearest, require_choice
 from autojac.torch_internals import pytree
 
-OnMiss = Literal["tune", "estimate", "error"]
+OnMiss = Literal["online", "tune", "estimate", "error"]
 Verify = Literal["auto", "always", "never"]
 Randomness = Literal["error", "different", "same"]
 
@@ -37,7 +37,7 @@ class Options:
     layout: Layout = "blocks"
     has_aux: bool = False
     effort: Effort = "quick"
-    on_miss: OnMiss = "tune"
+    on_miss: OnMiss = "online"
     budget_s: float | None = None
     memory_limit: int | str | None = None
     randomness: Randomness = "error"
@@ -150,14 +150,14 @@ def format_bytes(count: int | None) -> str:
     return f"{count} B"
 
 
-def parse_bytes(limit: int | str | None, name: str = "memory_limit") -> int | None:
+def parse_bytes(limit: int | str | None) -> int | None:
     """Return the bytes in `8589934592`, `"8GiB"` or `"500 MB"`."""
     if limit is None:
         return None
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(limit))
     if isinstance(limit, bool) or match is None or match[2].upper() not in UNITS:
-        raise OptionError(f"{name} must be bytes or a size such as '8GiB' or '500MB', got {limit!r}")
+        raise OptionError(f"memory_limit must be bytes or a size such as '8GiB' or '500MB', got {limit!r}")
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size <= 0:
-        raise OptionError(f"{name} must be positive, got {limit!r}")
+        raise OptionError(f"memory_limit must be positive, got {limit!r}")
     return size

@@ -13,6 +13,8 @@ from autojac.errors import require_choice
 
 Effort = Literal["estimate", "quick", "measure", "exhaustive"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
+NOT_TRIED = "not tried yet"
+"""The reason of candidates that were left for later."""
 TrialState = Literal["complete", "pruned", "infeasible", "rejected", "unsupported", "skipped"]
 
 
@@ -40,10 +42,11 @@ class Trial:
         method: the candidate's JSON spec.
         state: `complete` (timed), `pruned` (hopelessly slow), `infeasible` (memory, operator or compiler
             failure), `rejected` (wrong numbers), `unsupported` (does not apply) or `skipped` (no budget left).
-        seconds: median time of one call.
+        seconds: time of one call, by the lower quartile of several timings.
         dispersion: relative spread of the timings (interquartile range over median).
         memory_bytes: peak bytes allocated by one call beyond what was held before.
         reason: why it is not `complete`, as a sentence.
+        predicted: seconds of one call by the cost model.
     """
 
     method: dict[str, Any]
@@ -52,6 +55,7 @@ class Trial:
     dispersion: float | None = None
     memory_bytes: int | None = None
     reason: str | None = None
+    predicted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         # JSON has no nan and no infinity
@@ -63,6 +67,7 @@ class Trial:
             "dispersion": self.dispersion,
             "memory_bytes": self.memory_bytes,
             "reason": self.reason,
+            "predicted": self.predicted,
         }
 
     @classmethod
@@ -79,12 +84,14 @@ class Plan:
         structure: the structure that the method relies on.
         batched: for each tensor of the positional arguments, whether its axis 0 runs over samples.
         effort: how hard the search was.
-        seconds: median time of one call in the final shoot-out; None if nothing was timed.
-        default_seconds: the same for torch's default method, in the same shoot-out.
+        seconds: time of one call in the last comparison; None if nothing was timed.
+        default_seconds: the same for torch's default method.
         memory_bytes: peak bytes of one call, if measured.
         tuning_seconds: what probing and searching cost.
         source: where the plan came from in this process: `search`, `estimate`, `store` or `neighbour`.
         trials: every candidate's fate; empty when the plan was loaded without them.
+        finished: whether the search came to its end; later ones continue those that did not.
+        jitter: spread of the timings in the last comparison, relative: smaller differences say nothing.
     """
 
     method: dict[str, Any]
@@ -97,6 +104,8 @@ class Plan:
     tuning_seconds: float = 0.0
     source: str = "search"
     trials: tuple[Trial, ...] = ()
+    finished: bool = True
+    jitter: float | None = None
 
     def __str__(self) -> str:
         return expression(self.method)
@@ -116,6 +125,8 @@ class Plan:
             "default_seconds": self.default_seconds,
             "memory_bytes": self.memory_bytes,
             "tuning_seconds": self.tuning_seconds,
+            "finished": self.finished,
+            "jitter": self.jitter,
         }
 
     @classmethod

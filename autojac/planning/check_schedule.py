@@ -23,6 +23,7 @@ class CheckSchedule:
     Attributes:
         calls: how many it has served.
         last_check, next_check: calls by their number; 0 where none was checked yet.
+        next_step: the call before which a search goes on a step; infinite where there is none.
         is_off: no call is ever checked.
         numbers: the Python floats of calls that were checked, which signatures leave out; None where none may decide.
     """
@@ -30,6 +31,7 @@ class CheckSchedule:
     calls: int = 0
     last_check: int = 0
     next_check: float = 1
+    next_step: float = math.inf
     is_off: bool = False
     numbers: set[tuple[float, ...]] | None = None
 

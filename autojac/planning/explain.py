@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from autojac.core.options import format_bytes
-from autojac.core.plan import Trial, expression
+from autojac.core.plan import NOT_TRIED, Plan, Trial, expression
 from autojac.core.signature import Signature
 from autojac.planning.plan_repository import PlanRepository
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.compression import colored
 from autojac.problem.problem import Problem
+
+FEW = 3
+"""How many of the candidates that were not tried are named."""
+LARGE_JITTER = 0.2
 
 
 def format_seconds(value: float | None) -> str:
@@ -30,12 +38,23 @@ def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
     """
     signature, plan = prepared.signature, prepared.plan
     trials = plan.trials or (repository.trials(prepared.keys) if prepared.keys else ())
-    made = "derivatives by columns" if prepared.problem.of else f"{signature.layout} Jacobian"
-    lines = [f"{repository.function_name}: {_arguments(signature)} -> {made} of B = {signature.batch}"]
+    lines = [
+        f"{repository.function_name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"
+    ]
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")
     lines.append(f"  from {plan.source}, effort {plan.effort}, made in {format_seconds(plan.tuning_seconds)}")
+    lines += _gain_lines(plan)
+    structure = plan.structure
+    lines.append(f"structure: {structure.coupling}, {structure.assurance}")
+    lines += [f"  {line}" for line in (*structure.evidence, *_graph_lines(prepared.problem))]
+    return "\n".join([*lines, *_search_lines(prepared, trials)])
+
+
+def _gain_lines(plan: Plan) -> list[str]:
+    """Say what a call takes, and what that gains over torch's default."""
+    lines = []
     if plan.seconds is not None:
         lines.append(f"  {format_seconds(plan.seconds)} a call, {format_bytes(plan.memory_bytes)} at its peak")
     if plan.seconds and plan.default_seconds:
@@ -44,13 +63,51 @@ def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
         saved = plan.default_seconds - plan.seconds
         if saved > 0:
             lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
-    structure = plan.structure
-    lines.append(f"structure: {structure.coupling}, {structure.assurance}")
-    lines += [f"  {line}" for line in (*structure.evidence, *_graph_lines(prepared.problem))]
-    if trials:
-        lines.append(f"candidates: {len(trials)}")
-        lines += [_row(trial) for trial in sorted(trials, key=_rank)]
-    return "\n".join(lines)
+    if plan.jitter is not None and plan.jitter > LARGE_JITTER:
+        lines.append(
+            f"  timings varied by {plan.jitter:.0%} in the last comparison: smaller differences say nothing. Tune "
+            "again on an idle machine"
+        )
+    return lines
+
+
+def _search_lines(prepared: PreparedPlan, trials: Sequence[Trial]) -> list[str]:
+    """Say what became of the candidates: the plan's own first, then by time; those without a trial in one line."""
+    if not trials:
+        return []
+    plan = prepared.plan
+    tried = [trial for trial in trials if not _is_untried(trial)]
+    timed = [trial for trial in trials if trial.seconds is not None]
+    heading = f"candidates: {len(timed)} of {len(trials)} timed"
+    if (agreement := rank_correlation(timed)) is not None:
+        heading += f"; rank correlation of predicted and measured times {agreement:.2f}"
+    lines = [heading, *(_row(trial) for trial in sorted(tried, key=lambda trial: _rank(trial, plan)))]
+    untried = [expression(trial.method) for trial in trials if _is_untried(trial)]
+    if untried:
+        more = f", and {len(untried) - FEW} more" if len(untried) > FEW else ""
+        lines.append(f"  not tried: {'; '.join(untried[:FEW])}{more}")
+    if prepared.exploration is not None:
+        lines.append(f"  {prepared.exploration.line()}")
+    elif not plan.finished:
+        lines.append("  the search was not finished: jac.tune(x), a larger budget_s or later calls go on with it")
+    return lines
+
+
+def rank_correlation(trials: Sequence[Trial]) -> float | None:
+    """Return how well the cost model ranks candidates: Spearman's coefficient of predicted and measured times.
+
+    None where fewer than three candidates were timed. Spearman, "The proof and measurement of association between two
+    things", 1904.
+    """
+    pairs = [(t.predicted, t.seconds) for t in trials if t.predicted is not None and t.seconds is not None]
+    if len(pairs) < 3:
+        return None
+    one, other = (np.argsort(np.argsort(np.array(column), kind="stable")) for column in zip(*pairs, strict=True))
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _is_untried(trial: Trial) -> bool:
+    return trial.state == "skipped" and trial.reason == NOT_TRIED
 
 
 def _graph_lines(problem: Problem) -> list[str]:
@@ -60,14 +117,15 @@ def _graph_lines(problem: Problem) -> list[str]:
     return lines + (problem.function_state.lines() if problem.function_state is not None else [])
 
 
-def _rank(trial: Trial) -> tuple[bool, float]:
-    return trial.state != "complete", trial.seconds or 0.0
+def _rank(trial: Trial, plan: Plan) -> tuple[bool, bool, float]:
+    return trial.method != plan.method, trial.seconds is None, trial.seconds or 0.0
 
 
 def _row(trial: Trial) -> str:
+    predicted = "" if trial.predicted is None else f" (predicted {format_seconds(trial.predicted)})"
     facts = f"{format_seconds(trial.seconds):>8} {format_bytes(trial.memory_bytes):>9}  {expression(trial.method)}"
     fate = None if trial.state == "complete" else trial.state
-    return f"  {facts}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
+    return f"  {facts}{predicted}{': ' if fate or trial.reason else ''}{', '.join(filter(None, (fate, trial.reason)))}"
 
 
 def _arguments(signature: Signature) -> str:

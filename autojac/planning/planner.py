@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, NamedTuple
 
-from autojac.autodiff.open_modes import saved_tensors_apart
 from autojac.core.autocast import outside_autocast
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, effort_rank
 from autojac.core.ranks import several, silent
-from autojac.core.sandbox import without_hooks
-from autojac.core.signature import Signature, bucket
 from autojac.core.structure import Structure
-from autojac.core.time_limit import end_watch
-from autojac.errors import PlanMissError, SearchError, StoreError, StructureChangedWarning, warn
+from autojac.errors import SearchError, StoreError, StructureChangedWarning, warn
 from autojac.guards.process_state import as_found
 from autojac.methods.base import Method, build, registry
 from autojac.methods.pull import Pull
+from autojac.planning import progress
 from autojac.planning.call import Call, not_overwritten
 from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
+from autojac.planning.exploration import Exploration
 from autojac.planning.first_call import FirstCallReport
-from autojac.planning.plan_repository import Keys
+from autojac.planning.known_plans import KnownPlans
 from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.room import require_room
+from autojac.planning.search import optimize
+from autojac.planning.search.optimize import PriorKnowledge, SearchResult
+from autojac.planning.search.trial import SearchPoint
+from autojac.planning.undisturbed import nested, undisturbed
 from autojac.probe import ProbeResult
 from autojac.problem.empty_events import solid
 from autojac.problem.problem import Problem
@@ -40,20 +42,14 @@ from autojac.torch_internals import pytree
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 
-_planning: ContextVar[bool] = ContextVar("planning", default=False)
 
+class ProbedCall(NamedTuple):
+    """A call, what its first evaluation and the probing have shown, and when planning began, by `perf_counter`."""
 
-@contextmanager
-def nested() -> Iterator[bool]:
-    """Mark that a plan is being made; tell whether another one was already."""
-    token = _planning.set(True)
-    inside = bool(token.old_value is not Token.MISSING and token.old_value)
-    try:
-        yield inside
-    finally:
-        _planning.reset(token)
-        if not inside:
-            end_watch()
+    call: Call
+    report: FirstCallReport
+    found: ProbeResult
+    start: float
 
 
 class Planner(ProblemBuilder):
@@ -66,7 +62,7 @@ class Planner(ProblemBuilder):
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         super().__init__(func, options)
-        self._neighbours: dict[Signature, tuple[int, Plan]] = {}
+        self.known = KnownPlans(self.repository, options)
 
     def prepare(
         self, call: Call, effort: Effort | None = None, budget_s: float | None = None, force: bool = False
@@ -80,14 +76,7 @@ class Planner(ProblemBuilder):
             force: search even if a plan is known.
         """
         trained, call = call.trained, call.detached()
-        with (
-            outside_autocast(),
-            without_hooks(trained),
-            saved_tensors_apart(),
-            as_found(),
-            silent(call.captured.modules),
-            nested() as inside,
-        ):
+        with undisturbed(call, trained) as inside:
             report = self.inspect(call)
             if report.is_empty:
                 return self._empty(call, report)
@@ -96,12 +85,22 @@ class Planner(ProblemBuilder):
                 # nothing; to several ranks they would say different things, and these would evaluate func unequally
                 # often
                 effort = "estimate"
-            wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
-            known = None if force else self._known(call, report, wanted)
-            if known is not None:
-                return known
             start = time.perf_counter()
-            return self._search(call, report, self.probe(call, report, wanted), wanted, budget_s, start)
+            wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
+            before = self.known.plan(report, force)
+            if before is not None and not force and not self.known.is_too_poor(before, wanted):
+                known = self._apply(call, report, before)
+                if known is not None:
+                    return self._explored(known, before, wanted)
+                before = None
+            self.known.require_allowed(report, force)
+            online = self.options.on_miss == "online" and effort is None and wanted != "estimate"
+            found = self.probe(call, report, "estimate" if online else wanted)
+            probed = ProbedCall(call, report, found, start)
+            if not online:
+                return self._search(probed, wanted, budget_s, before)
+            made = self._search(probed, "estimate", budget_s, before, goal=wanted)
+            return self._explored(made, made.plan, wanted)
 
     def recover(self, plan: PreparedPlan, call: Call, reason: str, structure: bool = True) -> PreparedPlan:
         """Return a plan in place of one that was just caught being wrong.
@@ -113,40 +112,24 @@ class Planner(ProblemBuilder):
             start, call = time.perf_counter(), call.detached()
             if plan.keys is not None:
                 self.repository.refute(plan.keys, reason)
-            self._neighbours.clear()
+            self.known.clear()
             report = self.inspect(call)
             found = self.probe(call, report)
             same = found.structure.sparsity == plan.problem.structure.sparsity is not None
             if structure and (found.structure.independent or same):
                 found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
-            return self._search(call, report, found, "estimate", None, start)
+            made = self._search(ProbedCall(call, report, found, start), "estimate")
+            return self._explored(made, made.plan, self.options.effort)
 
-    def _known(self, call: Call, report: FirstCallReport, wanted: Effort) -> PreparedPlan | None:
-        """Return a plan that needs no search; None if there is none."""
-        known = self._neighbour(report.signature) or self._stored(report.keys, wanted)
-        plan = None if known is None else self._apply(call, report, known)
-        if plan is None and self.options.on_miss == "error":
-            shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
-            raise PlanMissError(
-                f"no plan is stored for arguments {shapes} in {self.repository.description}, and on_miss='error' "
-                "forbids making one. Tune ahead with jac.tune(x) or the command `autojac tune`"
-            )
-        return plan
-
-    def _neighbour(self, signature: Signature) -> Plan | None:
-        """Return the plan of a batch of the same bucket or a larger one: the last partial batch never searches."""
-        known = self._neighbours.get(signature.without_batch())
-        if known is None or bucket(signature.batch) > bucket(known[0]):
-            return None
-        if known[1].structure.samples is not None and signature.batch != known[0]:
-            return None  # a graph of samples belongs to its batch
-        return dataclasses.replace(known[1], source="neighbour")
-
-    def _stored(self, keys: Keys, wanted: Effort) -> Plan | None:
-        plan = self.repository.find(keys)
-        if plan is None or (self.options.on_miss != "error" and effort_rank(plan.effort) < effort_rank(wanted)):
-            return None
-        return plan
+    def _explored(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
+        """Let the search for a plan that is not the best known to be go on while it is used."""
+        unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
+        if self.options.on_miss == "online" and unfinished and not prepared.is_provisional and wanted != "estimate":
+            trials = self.known.trials(prepared.keys, plan)
+            timed = [trial for trial in trials if trial.seconds is not None or trial.state != "complete"]
+            prior = PriorKnowledge(self.known.hints(prepared.keys), build(plan.method), timed)
+            prepared.exploration = Exploration(prior, wanted, self.options.budget_s)
+        return prepared
 
     def _apply(self, call: Call, report: FirstCallReport, plan: Plan) -> PreparedPlan | None:
         """Prepare a known plan for this call; None if its method does not apply here."""
@@ -164,67 +147,72 @@ class Planner(ProblemBuilder):
             return None  # made by another version of autojac
         if method.unsupported(solid(problem)) is not None:
             return None
-        self._remember(report.signature, plan)
-        return self._make(call, report, problem, plan, method)
+        self.known.remember(report.signature, plan)
+        return self.make(call, report, problem, plan, method)
 
     def _search(
         self,
-        call: Call,
-        report: FirstCallReport,
-        found: ProbeResult,
+        probed: ProbedCall,
         effort: Effort,
-        budget_s: float | None,
-        start: float,
+        budget_s: float | None = None,
+        before: Plan | None = None,
+        goal: Effort | None = None,
     ) -> PreparedPlan:
-        # rich and Optuna load only when something is tuned
-        from autojac.planning.progress import reporter
-        from autojac.planning.search.optimize import search
-        from autojac.planning.search.trial import SearchPoint
+        """Make a plan, and store it.
 
+        Args:
+            probed: the call, and what is known of it.
+            effort, budget_s: of the search.
+            before: the plan so far. Only a faster one replaces it, and a search that was not finished goes on.
+            goal: effort of the search that will go on from here.
+        """
+        call, report, found, start = probed
         structure = found.structure
         problem = self.problem(call, report, structure, found.batched, found.analysis)
         require_room(problem)
-        hints = self.repository.hints(report.keys)
-        budget = self.options.budget_s if budget_s is None else budget_s
-        trained = not_overwritten(call.trained, report.sandbox.captured)
-        point = SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
-        with reporter(effort) as progress, _explaining(self.options):
+        search = functools.partial(
+            optimize.search,
+            point=self._point(call, report),
+            effort=effort,
+            budget_s=self.options.budget_s if budget_s is None else budget_s,
+            prior=PriorKnowledge(self.known.hints(report.keys), *self.known.so_far(report.keys, before)),
+        )
+        with progress.reporter(effort) as show, _explaining(self.options):
             try:
-                won = search(solid(problem), point, effort, budget, hints, progress)
+                won = search(solid(problem), progress=show)
             except SearchError as error:
                 if structure.sparsity is None:
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
                 problem = self.problem(call, report, structure, found.batched, found.analysis)
-                won = search(solid(problem), point, effort, budget, hints, progress)
-                if structure.assurance == "declared":
-                    message = (
-                        "the declared pattern misses entries and was left aside. This Jacobian is right. Correct the "
-                        "pattern, or leave it out of coupling= to have it probed"
-                    )
-                    warn(f"{self.repository.function_name}: {message}", StructureChangedWarning)
-        plan = Plan(
-            won.method.spec(),
-            structure,
-            found.batched,
-            effort,
-            won.seconds,
-            won.default_seconds,
-            won.memory_bytes,
-            time.perf_counter() - start,
-            "estimate" if effort == "estimate" else "search",
-            won.trials,
-        )
+                won = search(solid(problem), progress=show)
+                self._tell_of_missed_entries(structure)
+        plan = _plan_of(won, structure, found, effort, goal, time.perf_counter() - start)
         if won.verified:
             self.repository.save(report.keys, plan)
-            self._remember(report.signature, plan)
-        made = self._make(call, report, problem, plan, won.method)
+            self.known.remember(report.signature, plan)
+        made = self.make(call, report, problem, plan, won.method)
         made.is_fresh, made.is_provisional = won.verified, not won.verified
         return made
 
-    def _make(self, call: Call, report: FirstCallReport, problem: Problem, plan: Plan, method: Method) -> PreparedPlan:
-        """Prepare a plan for calls like this one."""
+    @staticmethod
+    def _point(call: Call, report: FirstCallReport) -> SearchPoint:
+        trained = not_overwritten(call.trained, report.sandbox.captured)
+        return SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
+
+    def _tell_of_missed_entries(self, structure: Structure) -> None:
+        if structure.assurance == "declared":
+            message = (
+                "the declared pattern misses entries and was left aside. This Jacobian is right. Correct the "
+                "pattern, or leave it out of coupling= to have it probed"
+            )
+            warn(f"{self.repository.function_name}: {message}", StructureChangedWarning)
+
+    def make(
+        self, call: Call, report: FirstCallReport | PreparedPlan, problem: Problem, plan: Plan, method: Method
+    ) -> PreparedPlan:
+        """Prepare a plan for calls like this one; what stays the same is a report's, or another plan's."""
         compute = prepare_compute(call.layout, problem, method)
         if problem.analysis is not None:
             problem.analysis.close()
@@ -242,11 +230,6 @@ class Planner(ProblemBuilder):
             made.schedule.numbers = set()
         return made
 
-    def _remember(self, signature: Signature, plan: Plan) -> None:
-        key = signature.without_batch()
-        if key not in self._neighbours or self._neighbours[key][0] <= signature.batch:
-            self._neighbours[key] = (signature.batch, plan)
-
     def _empty(self, call: Call, report: FirstCallReport) -> PreparedPlan:
         """Return the plan for a Jacobian without elements."""
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
@@ -256,6 +239,26 @@ class Planner(ProblemBuilder):
         compute = prepare_compute(call.layout, problem, method)
         schedule = CheckSchedule(next_check=math.inf)
         return PreparedPlan(call.layout, problem, plan, compute, report.signature, report.sandbox, schedule=schedule)
+
+
+def _plan_of(
+    won: SearchResult, structure: Structure, found: ProbeResult, effort: Effort, goal: Effort | None, seconds: float
+) -> Plan:
+    """Return the plan for what a search has found; it goes on as one of effort `goal` where there is one."""
+    return Plan(
+        won.method.spec(),
+        structure,
+        found.batched,
+        goal or effort,
+        won.seconds,
+        won.default_seconds,
+        won.memory_bytes,
+        seconds,
+        "estimate" if effort == "estimate" else "search",
+        won.trials,
+        won.finished and goal is None,
+        won.jitter,
+    )
 
 
 @contextmanager

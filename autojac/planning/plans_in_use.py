@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from autojac.autodiff.open_modes import hooked
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options
 from autojac.core.plan import Effort
-from autojac.core.product_functions import ComposedFunction
+from autojac.core.product_functions import ProductFunction
+from autojac.core.structure import UPDATES_BUFFERS
 from autojac.guards.captures import Captures, captures, survey
 from autojac.planning.call import Call, CallKey
 from autojac.planning.fast_path import no_fast_path
+from autojac.planning.online import explore
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.replay.replayer import Replaying
@@ -42,9 +45,10 @@ class PlansInUse:
         self.options = options
         self.planner = Planner(func, options)
         self.fast_path: FastPath = no_fast_path
-        module_lock = func.lock if isinstance(func, (ModuleFunction, ComposedFunction)) else None
+        module_lock = func.lock if isinstance(func, (ModuleFunction, ProductFunction)) else None
         self.alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
         self.lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
+        self._exploring = threading.Lock()
         self.has_warned_untrained = False
         self._plans: dict[CallKey, PreparedPlan] = {}
         self._captured: Captures | None = None
@@ -65,7 +69,7 @@ class PlansInUse:
         state, moved = function_state.observe() if self._observes else (None, False)
         # a call may have changed the function itself, which was taken for no change after it
         moved = moved or self._version != function_state.version
-        if moved or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
+        if moved or (self._replays and not function_state.is_unchanged()):
             # it may hold other tensors now, which require grad
             self._captured, self._version = None, function_state.version
         return state
@@ -137,6 +141,20 @@ class PlansInUse:
         self._replays = self._replays or isinstance(plan.compute, Replaying)
         self._observes = self._observes or not plan.schedule.is_off
         return plan
+
+    def explore(self, plan: PreparedPlan, call: Call) -> bool:
+        """Take a step of the search behind a plan, unless another thread does; tell whether there is a better plan."""
+        if hooked() or not self._exploring.acquire(blocking=False):
+            return False
+        try:
+            with self.lock:
+                updates = UPDATES_BUFFERS in plan.problem.structure.effects
+                better = explore(self.planner, plan, call, self.buffers() if updates else ())
+                if better is not None:
+                    self.keep(call, better)
+                return better is not None
+        finally:
+            self._exploring.release()
 
     def buffers(self) -> list[Tensor]:
         """Return what the function may write into now, buffers that were put in the place of others included."""

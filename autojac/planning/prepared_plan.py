@@ -22,6 +22,7 @@ from autojac.methods.pull import Pull
 from autojac.planning.call import Call
 from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
+from autojac.planning.exploration import Exploration
 from autojac.planning.plan_repository import Keys
 from autojac.planning.prepare_compute import prepare_compute
 from autojac.problem.problem import Compute, Problem, Result
@@ -60,6 +61,7 @@ class PreparedPlan:
         is_doubtful: what decides the structure has changed, and no check since could tell whether it still holds.
         fast_path: serves calls like one that was served; None where nobody has looked yet.
         factors: computes the Jacobian as factors, once that was asked for.
+        exploration: the search that goes on while the plan is used.
     """
 
     layout: CallLayout
@@ -80,6 +82,7 @@ class PreparedPlan:
     is_doubtful: bool = False
     fast_path: FastPath | None = None
     factors: Any = None
+    exploration: Exploration | None = None
     _loop: Compute | None = None
 
     @property

@@ -20,7 +20,7 @@ from autojac.guards.function_state import FunctionState
 from autojac.planning.call import Call, CallKey
 from autojac.planning.first_call import FirstCallReport, inspect_first_call
 from autojac.planning.plan_repository import Keys, PlanRepository
-from autojac.planning.search.measure import available_bytes
+from autojac.planning.search.memory import available_bytes
 from autojac.probe import FlatCall, ProbeResult, Roles, examine, observe
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings

@@ -15,12 +15,13 @@ from autojac.core.signature import current_flags
 from autojac.errors import UnsupportedError
 from autojac.guards.captures import captures
 from autojac.methods.pull import Pull
-from autojac.planning.call import describe_keywords
+from autojac.planning.call import Call, describe_keywords
 from autojac.planning.check import Check
 from autojac.planning.fast_path import fast_path
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepare_compute import prepare_compute
 from autojac.planning.prepared_plan import UNCHANGED, PreparedPlan
+from autojac.planning.search import measure
 from autojac.problem.problem import Result
 
 
@@ -51,9 +52,11 @@ def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         plan.checked_states.add(-1 if state is None else state)
         plans.absorb(plan)
         return plan, result
+    if plan.exploration is not None and schedule.calls >= schedule.next_step and plans.explore(plan, call):
+        return _run(plans, args, kwargs)  # by the plan that was found to be faster, which is checked at its first use
     found: Result | None = None
     try:
-        found = plan.run(call.leaves, call.keywords)
+        found = _run_timed(plan, call) if plan.exploration is not None else plan.run(call.leaves, call.keywords)
     except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
         if schedule.is_off or type(error).__module__ == "torch.utils.checkpoint":
             raise
@@ -65,6 +68,17 @@ def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         plans.fast_path = plan.fast_path
     plans.absorb(plan)
     return plan, found
+
+
+def _run_timed(plan: PreparedPlan, call: Call) -> Result:
+    """Run a plan, and count what that takes towards the search that goes on behind it."""
+    exploration, schedule = plan.exploration, plan.schedule
+    assert exploration is not None
+    start = measure.clock.now()
+    result = plan.run(call.leaves, call.keywords)
+    exploration.credit(schedule.calls, measure.clock.now() - start)
+    schedule.next_step = exploration.next_call()
+    return result
 
 
 def _run_inside_transform(

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from autojac.torch_internals import BelowAutograd, OpOverload
 
 Run = Callable[..., tuple[Tensor, ...]]
+FILENAME = "<autojac program>"
 NAMED = (bool, int, str, type(None))
 """Kinds of arguments that are written out as they are."""
 ARITHMETIC = (
@@ -86,7 +87,7 @@ class _Writer:
             source += f"    with {self.keep(BelowAutograd, 'f')}():\n"
             indent *= 2
         source += "".join(f"{indent}{line}\n" for line in lines)
-        exec(compile(source, "<autojac program>", "exec"), self.scope)
+        exec(compile(source, FILENAME, "exec"), self.scope)
         made: Run = self.scope["program"]
         return made
 
@@ -138,3 +139,19 @@ def callable_of(target: Any) -> Any:
     if name in BOUND:
         return getattr(torch, name)
     return getattr(Tensor, name) if name in METHODS else target._op
+
+
+def work_of(run: Run) -> tuple[Any, ...] | None:
+    """Return what tells programs apart by the work they do: operators, arguments, and the kinds of constant tensors.
+
+    None for what a compiler made, which shows nothing of the kind.
+    """
+    code = getattr(run, "__code__", None)
+    if code is None or code.co_filename != FILENAME:
+        return None
+    scope = [
+        (name, (tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else repr(value))
+        for name, value in run.__globals__.items()
+        if not name.startswith("__") and name != "program"
+    ]
+    return code.co_code, code.co_consts, code.co_names, tuple(scope)

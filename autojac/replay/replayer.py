@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from autojac.core.sandbox import same_bits
 from autojac.errors import UnsupportedError
 from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
+from autojac.replay.codegen import work_of
 from autojac.replay.hoisting import HoistedValues
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
@@ -108,6 +109,18 @@ class Replaying:
         if ready.read and not ready.holds:
             return None
         return self._outputs(ready, leaves, leaves, {})
+
+    @property
+    def program(self) -> Hashable | None:
+        """What tells its programs from those of other methods by the work they do; None where nothing does."""
+        if self.ready is None:
+            return None
+        trace = self.ready.trace
+        runs = [trace.forward, *(pull.run for pull in trace.pulls)]
+        if trace.hoist is not None:
+            runs += filter(None, (trace.hoist.views, trace.hoist.results))
+        works = tuple(map(work_of, runs))
+        return None if None in works else works
 
     def needs_retrace(self) -> bool:
         """Check whether the next call will be traced: func reads something that it has not been traced with before."""

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from sqlalchemy import (
     BigInteger,
-    Column,
+    Boolean,
     Float,
     ForeignKey,
     Integer,
     LargeBinary,
     MetaData,
-    PrimaryKeyConstraint,
     String,
-    Table,
     Text,
     UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSIONS = ("0001", "0002")
-"""Alembic's revisions from first to head, so that a store is recognised and made without importing Alembic."""
-VERSION_TABLE = Table(
-    "alembic_version",
-    MetaData(),
-    Column("version_num", String(32), nullable=False),
-    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
-)
-"""Where Alembic keeps the revision of a schema, as it makes it itself."""
+SCHEMA_VERSIONS = ("0001", "0002", "0003")
+"""Alembic's revisions from first to head, so that a store is recognised without importing Alembic."""
 
 
 class Base(DeclarativeBase):
@@ -61,6 +53,7 @@ class PlanRow(Base):
     created_at: Mapped[str] = mapped_column(String(40))
     updated_at: Mapped[str] = mapped_column(String(40))
     refuted_reason: Mapped[str | None] = mapped_column(Text)
+    finished: Mapped[bool] = mapped_column(Boolean, server_default=sa.true())
 
 
 class TrialRow(Base):
@@ -78,6 +71,18 @@ class TrialRow(Base):
     dispersion: Mapped[float | None] = mapped_column(Float)
     memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     reason: Mapped[str | None] = mapped_column(Text)
+    predicted: Mapped[float | None] = mapped_column(Float)
+
+
+class EnvironmentRow(Base):
+    """What was measured of a processor, an accelerator and a version of torch, for the cost model."""
+
+    __tablename__ = "environments"
+
+    env_key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    env: Mapped[str] = mapped_column(Text)
+    measured: Mapped[str] = mapped_column(Text)
+    updated_at: Mapped[str] = mapped_column(String(40))
 
 
 class ArraysRow(Base):

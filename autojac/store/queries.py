@@ -102,7 +102,10 @@ def listing(connection: Connection) -> QueryResult[list[StoredPlan]]:
 def save(
     connection: Connection, op: Key, env: Key, plan: Plan, function_name: str, patterns: Mapping[str, bytes]
 ) -> None:
-    """Insert or update a plan and replace its trials and patterns, unless a higher effort's plan stands."""
+    """Insert or update a plan and replace its trials and patterns, unless one of a better search stands.
+
+    Of a higher effort, or of the same one where that search was finished and this one was not.
+    """
     values = plan_values(op, env, plan, function_name)
     # PostgreSQL's dialect takes 60 ms to import, which a process that uses SQLite should not pay
     insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_PLANS)
@@ -112,7 +115,14 @@ def save(
         .on_conflict_do_update(
             index_elements=[_PLANS.c.op_key, _PLANS.c.env_key],
             set_={name: value for name, value in values.items() if name not in ("op_key", "env_key", "created_at")},
-            where=sa.or_(_PLANS.c.refuted_reason.is_not(None), stored_rank <= effort_rank(plan.effort)),
+            where=sa.or_(
+                _PLANS.c.refuted_reason.is_not(None),
+                stored_rank < effort_rank(plan.effort),
+                sa.and_(
+                    stored_rank == effort_rank(plan.effort),
+                    sa.or_(sa.literal(plan.finished), sa.not_(_PLANS.c.finished)),
+                ),
+            ),
         )
         .returning(_PLANS.c.id)
     ).scalar()

@@ -63,6 +63,7 @@ def plan_values(op: Key, env: Key, plan: Plan, function_name: str) -> dict[str, 
         "created_at": written,
         "updated_at": written,
         "refuted_reason": None,
+        "finished": plan.finished,
     }
 
 
@@ -75,6 +76,7 @@ def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
             **trial.to_json(),
             "method": _encode(trial.method),
             "dispersion": _finite(trial.dispersion),
+            "predicted": _finite(trial.predicted),
         }
         for ordinal, trial in enumerate(trials)
     ]
@@ -88,7 +90,9 @@ def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial
     """
     data = _decode(text)
     _check_method(data.get("method"))
-    _check_numbers(data, "seconds", "default_seconds", "memory_bytes", "tuning_seconds")
+    _check_numbers(data, "seconds", "default_seconds", "memory_bytes", "tuning_seconds", "jitter")
+    if type(data.get("finished", True)) is not bool:
+        raise BadRowError("`finished` is no boolean")
     batched, structure = data.get("batched"), data.get("structure")
     if not isinstance(batched, list) or not all(type(flag) is bool for flag in batched):
         raise BadRowError("`batched` is not a list of booleans")
@@ -110,10 +114,10 @@ def read_trial(row: Mapping[str, Any]) -> Trial:
     """
     method = _decode(row["method"])
     _check_method(method)
-    _check_numbers(row, "seconds", "dispersion", "memory_bytes")
+    _check_numbers(row, "seconds", "dispersion", "memory_bytes", "predicted")
     if not isinstance(row["state"], str) or not isinstance(row["reason"], (str, type(None))):
         raise BadRowError("a trial's state or reason is not text")
-    fields = {name: row[name] for name in ("state", "seconds", "dispersion", "memory_bytes", "reason")}
+    fields = {name: row[name] for name in ("state", "seconds", "dispersion", "memory_bytes", "reason", "predicted")}
     return Trial(method=method, **fields)
 
 

@@ -38,9 +38,9 @@ def by(method: dict[str, Any], func: Callable[..., Any], of: Any, x: Tensor, **m
     """Derivatives by one method, which is found in the store."""
     options: dict[str, Any] = {"on_miss": "estimate", "store": PlanStore(":memory:"), **more}
     maker = Derivatives(func, of, **options)
-    plan, keys = maker.plan(x), in_use(maker.planned).keys
+    plan, keys = maker.plan(x), in_use(maker._jacobian).keys
     assert keys is not None
-    maker.planned._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+    maker._jacobian._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
     return Derivatives(func, of, **options)
 
 
@@ -225,4 +225,4 @@ def test_a_refused_call_leaves_nothing_behind() -> None:
     derivatives = estimated(network(), ((5,),))
     with pytest.raises(InputError, match="2 columns"):
         derivatives(points())
-    assert not len(derivatives.planned._plans)
+    assert not len(derivatives._jacobian._plans)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from autojac.bench.interop.race import MEAN, SERVED, WHY, WORST, interop, race_c
 from autojac.bench.interop.ways import EXACT, WAYS, exact, loss_gradient
 from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import Settings
-from autojac.planning.search import optimize
+from autojac.planning.search import measure
+from harness import Ticking
 from oracle import jacobian_blocks
 
 SETTINGS = Settings(effort="quick", rounds=3, shortest_s=1e-5, race_s=0.5)
@@ -93,9 +93,7 @@ def test_the_ways_are_right_and_have_a_graph_where_grad_mode_is_on(name: str, tr
 
 
 def test_a_case_is_raced_with_torchs_ways_and_told_whether_a_replay_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a hundredth of a second at each look at the clock: a busy machine gets to the replays as an idle one does
-    clock = itertools.count()
-    monkeypatch.setattr(optimize.time, "monotonic", lambda: 1e-2 * next(clock))
+    monkeypatch.setattr(measure, "clock", Ticking(tick=1e-2))
     settings = dataclasses.replace(SETTINGS, race_s=50.0)
     (found,) = interop(
         [Case("own/net", ("torch",), patient, trains=True), ABSENT], settings, announce=(announced := []).append

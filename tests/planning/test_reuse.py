@@ -30,7 +30,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     true = optimize.search
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        made.append(args[2])
+        made.append(kwargs["effort"])
         return true(*args, **kwargs)
 
     monkeypatch.setattr(optimize, "search", watched)
@@ -38,7 +38,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def cheap(func: Any, **options: Any) -> AutoJacobian:
-    return AutoJacobian(func, **{"budget_s": 0.05, **options})
+    """A wrapper that takes the cost model's first choice and keeps it."""
+    return AutoJacobian(func, **{"effort": "estimate", **options})
 
 
 def test_a_second_wrapper_finds_the_plan_and_probes_nothing(
@@ -46,7 +47,7 @@ def test_a_second_wrapper_finds_the_plan_and_probes_nothing(
 ) -> None:
     x = torch.randn(8, 3)
     first = cheap(torch.sin).plan(x)
-    assert first.source == "search"
+    assert first.source == "estimate"
     evaluations: list[int] = []
     true = CallLayout.fn
     monkeypatch.setattr(CallLayout, "fn", lambda self, *call: (evaluations.append(1), true(self, *call))[1])
@@ -67,7 +68,7 @@ def test_a_second_wrapper_finds_the_plan_and_probes_nothing(
     assert counted(lambda: jac(x)) == once + 1
     jac(x)
     assert counted(lambda: jac(x)) == own
-    assert searches == ["quick"]
+    assert searches == ["estimate"]
 
 
 def test_the_last_partial_batch_never_searches(searches: list[str]) -> None:
@@ -84,14 +85,14 @@ def test_the_last_partial_batch_never_searches(searches: list[str]) -> None:
 def test_batch_sizes_of_a_bucket_share_a_stored_plan(searches: list[str]) -> None:
     cheap(torch.sin).plan(torch.randn(33, 3))
     assert cheap(torch.sin).plan(torch.randn(64, 3)).source == "store"
-    assert cheap(torch.sin).plan(torch.randn(65, 3)).source == "search"
+    assert cheap(torch.sin).plan(torch.randn(65, 3)).source == "estimate"
     assert len(searches) == 2
 
 
 def test_higher_effort_serves_lower_and_not_the_other_way(searches: list[str]) -> None:
     x = torch.randn(8, 3)
     cheap(torch.sin, on_miss="estimate").plan(x)
-    assert cheap(torch.sin).plan(x).source == "search"
+    assert cheap(torch.sin, effort="quick", on_miss="tune").plan(x).source == "search"
     assert cheap(torch.sin, on_miss="estimate").plan(x).effort == "quick"
     assert searches == ["estimate", "quick"]
 
@@ -102,7 +103,7 @@ def test_on_miss_error_says_how_to_tune_ahead(searches: list[str]) -> None:
         cheap(torch.sin, on_miss="error")(x)
     cheap(torch.sin).tune(x)
     compare(cheap(torch.sin, on_miss="error")(x), torch.diag_embed(x.cos()), rtol=1e-6)
-    assert searches == ["quick"]
+    assert searches == ["estimate"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import optuna
@@ -16,15 +18,26 @@ from autojac import AutoJacobian
 from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
-from autojac.planning.search import measure, optimize, propose, shoot_out
+from autojac.planning.search import looks, measure, race
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
-from harness import Counted, compare, planned
+from autojac.problem.reference import Reference
+from harness import Counted, Ticking, compare, planned
 from oracle import jacobian_blocks
 
 
 def tuned(func: Any, **options: Any) -> AutoJacobian:
-    return AutoJacobian(func, **{"store": ":memory:", **options})
+    """A wrapper that searches before it answers."""
+    return AutoJacobian(func, **{"store": ":memory:", "on_miss": "tune", **options})
+
+
+CLOCKS: dict[str, Callable[[], Callable[[float], float]]] = {
+    "inverted": lambda: lambda true: 1e-6 / max(true, 1e-9),
+    "constant": lambda: lambda true: 1e-3,
+    "random": lambda: partial(lambda draws, true: 10 ** draws.uniform(-5, -2), random.Random(0)),
+    "drifting": lambda: partial(lambda turns, true: 1e-5 * next(turns), itertools.count(1)),
+}
+"""Clocks that make the worst of what is measured: whatever they say, results are right and budgets hold."""
 
 
 def problem_of(func: Any, *args: Tensor, **options: Any) -> Problem:
@@ -36,21 +49,16 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double().requires_grad_(False)
 
 
-@pytest.fixture
-def inverted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks that make every slow thing look fast, and the other way round."""
-    true = measure._block
-    monkeypatch.setattr(measure, "_block", lambda run, device, calls: 1e-3 / max(true(run, device, 1), 1e-9) * 1e-3)
-
-
-@pytest.mark.by_day(2)
-@pytest.mark.usefixtures("inverted")
+@pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_inverted_timings_still_give_right_results(net: nn.Module, coupled: bool, grad: bool) -> None:
+def test_misleading_timings_still_give_right_results(
+    net: nn.Module, clock: str, coupled: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def func(x: Tensor) -> Tensor:
         return net(x - x.mean(0)) if coupled else net(x)
 
+    monkeypatch.setattr(measure, "clock", Ticking(CLOCKS[clock]()))
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=grad)
     jac = tuned(func)
     compare(jac(x).detach(), jacobian_blocks(func, (x,)))
@@ -94,29 +102,25 @@ def test_infeasible_candidates_keep_their_reason_and_the_others_go_on() -> None:
     assert all(t.reason for t in broken)
 
 
-def test_the_default_takes_part_in_every_shoot_out(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    true = measure.interleaved
-
-    def watched(runs: Any, *rest: Any) -> Any:
-        seen.append(len(runs))
-        return true(runs, *rest)
-
-    clock = itertools.count()
-    monkeypatch.setattr(optimize.time, "monotonic", lambda: 1e-3 * next(clock))
-    monkeypatch.setattr(shoot_out, "FINALISTS", 1)
-    monkeypatch.setattr(measure, "interleaved", watched)
+def test_the_default_is_timed_in_every_search(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "FINALISTS", 1)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3))
     plan = tuned(net).plan(torch.randn(64, 3, dtype=torch.float64))
-    assert plan.default_seconds is not None
-    # the fastest, where that needs torch.func one that does not, and the default
-    assert len(seen) == 1
-    assert seen[0] in (2, 3)
+    assert plan.default_seconds == 1e-3
 
 
 def test_inside_the_noise_the_default_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_block", lambda run, device, calls: (run(), 1e-3)[1])
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3))
     plan = tuned(net).plan(torch.randn(16, 3, dtype=torch.float64))
     assert plan.method == {"method": "PerSample", "mode": "reverse", "chunk": None}
+
+
+def test_inside_the_noise_the_plan_so_far_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(16, 3, dtype=torch.float64)
+    jac = tuned(net)
+    before = jac.tune(x, effort="estimate").method
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3))
+    assert jac.tune(x, effort="quick").method == before
 
 
 def test_the_same_clock_gives_the_same_plan_twice(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +128,7 @@ def test_the_same_clock_gives_the_same_plan_twice(net: nn.Module, monkeypatch: p
     plans = []
     for _ in range(2):
         ticks = itertools.count(1)
-        monkeypatch.setattr(
-            measure, "_block", lambda run, device, calls, ticks=ticks: (run(), 1e-3 + 1e-6 * (next(ticks) % 7))[1]
-        )
+        monkeypatch.setattr(measure, "clock", Ticking(lambda true, ticks=ticks: 1e-3 + 1e-6 * (next(ticks) % 7)))
         plans.append(tuned(net).plan(x).method)
     assert plans[0] == plans[1]
 
@@ -135,7 +137,7 @@ def test_estimate_times_nothing(net: nn.Module, monkeypatch: pytest.MonkeyPatch)
     def forbidden(*_: Any) -> float:
         raise AssertionError("estimate must not time")
 
-    monkeypatch.setattr(measure, "_block", forbidden)
+    monkeypatch.setattr(measure.Clock, "per_call", forbidden)
     x = torch.randn(16, 3, dtype=torch.float64)
     for jac in (tuned(net, effort="estimate"), tuned(net, on_miss="estimate")):
         plan = jac.plan(x)
@@ -158,10 +160,29 @@ def test_a_budget_of_nothing_still_gives_a_plan(net: nn.Module) -> None:
 
 
 def test_the_budget_stops_the_search_after_one_candidate(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()
-    monkeypatch.setattr(optimize.time, "monotonic", lambda: float(next(clock)))
+    clock = Ticking(lambda true: 1e-3, tick=0.3)
+    monkeypatch.setattr(measure, "clock", clock)
     plan = tuned(net).tune(torch.randn(16, 3, dtype=torch.float64), effort="quick", budget_s=4)
-    assert 1 <= sum(t.state in ("complete", "pruned") for t in plan.trials) <= 4
+    timed = sum(trial.seconds is not None for trial in plan.trials)
+    assert 1 <= timed < 8
+    assert not plan.finished
+    assert any(trial.reason == "not tried yet" for trial in plan.trials)
+
+
+def test_an_unfinished_search_goes_on_where_it_stopped(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.3))
+    x = torch.randn(16, 3, dtype=torch.float64)
+    timed, rounds = [0], 0
+    while rounds < 40:
+        plan = tuned(net, store=None).plan(x)  # the test's own store, by another wrapper each time
+        timed.append(sum(trial.seconds is not None for trial in plan.trials))
+        rounds += 1
+        if plan.finished:
+            break
+    assert plan.finished
+    assert rounds > 2
+    assert all(before <= after for before, after in itertools.pairwise(timed))
+    assert tuned(net, store=None).plan(x).source == "store"
 
 
 def test_quick_leaves_the_compiler_out_and_measure_includes_it(net: nn.Module) -> None:
@@ -178,7 +199,7 @@ def test_memory_is_a_hard_bound(net: nn.Module) -> None:
     plan = jac.plan(x)
     assert plan.memory_bytes is not None
     assert plan.memory_bytes <= 64 * 1024
-    assert any("GiB" in str(t.reason) for t in plan.trials if t.state == "infeasible")
+    assert any("64 KiB allowed" in str(t.reason) for t in plan.trials if t.state == "infeasible")
     with pytest.raises(autojac.SearchError, match="the Jacobian alone takes 12 KiB"):
         tuned(net, memory_limit="1KiB")(x)
 
@@ -201,21 +222,43 @@ def test_every_path_of_the_space_is_a_candidate(net: nn.Module) -> None:
         assert choose(space, lambda name, options, d=decisions: d[name]) == method
 
 
-@pytest.mark.parametrize("limit", [128, 0], ids=["brute force", "TPE"])
-def test_both_samplers_find_a_plan(net: nn.Module, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(propose, "BRUTE_FORCE_LIMIT", limit)
+def test_optuna_proposes_where_there_are_many_candidates(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "MOST_IN_ORDER", 3)
     x = torch.randn(8, 3, dtype=torch.float64)
     level = optuna.logging.get_verbosity()
-    compare(tuned(net, budget_s=1)(x), jacobian_blocks(net, (x,)))
+    asked: list[int] = []
+    true = optuna.study.Study.ask
+    monkeypatch.setattr(optuna.study.Study, "ask", lambda self, *rest: (asked.append(1), true(self, *rest))[1])
+    compare(tuned(net)(x), jacobian_blocks(net, (x,)))
+    assert asked
     assert optuna.logging.get_verbosity() == level
 
 
-def test_brute_force_visits_every_candidate(net: nn.Module) -> None:
+def test_a_search_to_its_end_leaves_out_only_what_it_says(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
     x = torch.randn(8, 3, dtype=torch.float64)
-    plan = tuned(net, budget_s=60).plan(x)
+    plan = tuned(net).plan(x)
     problem = problem_of(net, x)
     tried = {str(t.method) for t in plan.trials}
-    assert {str(m.spec()) for m in [*candidates(problem, 0), *default_methods(problem)]} == tried
+    assert {str(m.spec()) for m in [*candidates(problem, 0), *default_methods(problem)]} <= tried
+    assert all(t.reason for t in plan.trials if t.state != "complete")
+
+
+def test_compilers_come_last_and_for_the_best_programs(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    true = race.look
+
+    def watched(session: Any, method: Any, *rest: Any) -> Any:
+        order.append("compiled" if method.compiles else "other")
+        if method.compiles:
+            return session.record(method, "infeasible", reason="no compiler in this test")
+        return true(session, method, *rest)
+
+    monkeypatch.setattr(race, "look", watched)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
+    tuned(net, effort="measure").plan(torch.randn(8, 3, dtype=torch.float64))
+    assert order == sorted(order, reverse=True)
+    assert order.count("compiled") == looks.COMPILED_PROGRAMS
 
 
 def test_ctrl_c_during_a_search_reaches_the_user(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +268,7 @@ def test_ctrl_c_during_a_search_reaches_the_user(net: nn.Module, monkeypatch: py
     x = torch.randn(8, 3, dtype=torch.float64)
     jac = tuned(net)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measure, "_block", interrupt)
+        patch.setattr(measure.Clock, "per_call", interrupt)
         jac(x)
     compare(jac(x), jacobian_blocks(net, (x,)))
 
@@ -278,7 +321,7 @@ def test_one_compiled_candidate_is_right_and_differentiable(net: nn.Module) -> N
     method = build(
         {"method": "Compiled", "inner": {"method": "Replay", "inner": {"method": "PerSample", "mode": "reverse"}}}
     )
-    reference = optimize.Reference(problem, request.leaves, {}, Sandbox(()), trained=request.trained)
+    reference = Reference(problem, request.leaves, {}, Sandbox(()), trained=request.trained)
     result = method.prepare(problem)(request.leaves, {})
     assert reference.check(result) is None
     assert reference.check_gradient(result) is None

@@ -211,7 +211,7 @@ def test_a_hung_candidate_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trial, "LEAST_S", 0.3)
     monkeypatch.setattr(Push, "_columns", lambda *_: endless())
     x = torch.randn(6, 3, dtype=torch.float64)
-    jac = AutoJacobian(torch.sin, store=":memory:", budget_s=20.0)
+    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune", budget_s=20.0)
     compare(jac(x), torch.diag_embed(x.cos()))
     reasons = [trial.reason for trial in jac.plan(x).trials if trial.method["method"] == "Push"]
     assert any("TimeoutError: did not finish" in str(reason) for reason in reasons)

@@ -25,10 +25,10 @@ from autojac.core.sandbox import Sandbox
 from autojac.guards.captures import captures
 from autojac.guards.walker import Walk
 from autojac.methods.base import build, registry
-from autojac.planning.search import optimize
+from autojac.planning.search import measure
 from autojac.replay.passes import passes
 from autojac.replay.replayer import MOST_TRACES
-from harness import compare, forced, in_threads, in_use, planned
+from harness import Ticking, compare, forced, in_threads, in_use, planned
 from oracle import jacobian_blocks
 from scenarios import SCENARIOS, Scenario
 
@@ -79,7 +79,7 @@ HIDDEN = re.compile("reads values|among the arguments|has compiled|from the same
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
-@pytest.mark.by_day(12)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("most", [4, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
@@ -750,10 +750,8 @@ def test_compiled_replays_draw_as_one_plain_call() -> None:
 def test_a_search_offers_replays_and_explains_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(3, 4, 2)
     x = torch.randn(8, 3, dtype=torch.float64)
-    # a millisecond at each look at the clock: a busy machine tries as many candidates as an idle one
-    clock = itertools.count()
-    monkeypatch.setattr(optimize.time, "monotonic", lambda: 1e-3 * next(clock))
-    jac = autojac.AutoJacobian(model, effort="quick", budget_s=20.0, store=":memory:")
+    monkeypatch.setattr(measure, "clock", Ticking())
+    jac = autojac.AutoJacobian(model, on_miss="tune", budget_s=20.0, store=":memory:")
     compare(jac(x), jacobian_blocks(model, (x,), 0))
     # how fast they are is the machine's affair
     kinds = {trial.method["method"] for trial in jac.plan(x).trials if trial.seconds is not None}
@@ -911,7 +909,6 @@ def test_tracing_looks_into_what_computes_alone(monkeypatch: pytest.MonkeyPatch)
     assert not [name for name in met if name.startswith(("sqlalchemy", "autojac.store", Model.__module__))]
 
 
-@pytest.mark.by_day(2)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 def test_nothing_of_the_recorded_run_is_kept(grad: bool) -> None:
     model = net(3, 64, 2).requires_grad_(grad)

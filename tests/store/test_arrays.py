@@ -250,7 +250,7 @@ def older(path: Path, tmp_path: Path) -> Path:
         command.upgrade(config, "0001")
     engine.dispose()
     PlanStore(path).save(OP, ENV, PLAN, "f")
-    columns, *_ = [", ".join(name for _, name, *_ in execute(path, "PRAGMA table_info(plans)"))]
+    columns, *_ = [", ".join(name for _, name, *_ in execute(older, "PRAGMA table_info(plans)"))]
     (row,) = execute(path, f"SELECT {columns} FROM plans")
     execute(older, f"INSERT INTO plans ({columns}) VALUES ({', '.join('?' * len(row))})", *row)
     return older
@@ -278,6 +278,7 @@ def test_an_older_shared_store_is_read_as_it_is(older: Path, tmp_path: Path, mon
     with warned():
         assert store.find(OP, ENV) == as_found(PLAN)
         assert store.coloring(KEY) is None
+        assert store.trials(OP, ENV) == ()
     assert older.read_bytes() == before
 
 

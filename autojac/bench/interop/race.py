@@ -87,7 +87,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> Promise
             truth = exact(built.func)(built.x)
     except Exception as error:
         return _failed(case.name, Outcome(OWN, "error", reason=f"not built: {_line(error)}"))
-    jac = autojac.AutoJacobian(built.func, store=autojac.PlanStore(":memory:"), **built.options)
+    jac = autojac.AutoJacobian(built.func, store=autojac.PlanStore(":memory:"), on_miss="tune", **built.options)
     start = time.perf_counter()
     try:
         jac(built.x)

@@ -1,42 +1,80 @@
-"""Search: candidates are proposed, each is checked and then timed, and the finalists are compared in pairs."""
+"""Search: a race of candidates, run to its end, or handed over to be run a step at a time."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import time
-from collections.abc import Mapping, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
-from autojac.core.plan import Effort, effort_rank
-from autojac.core.sandbox import Sandbox
-from autojac.errors import SearchError
-from autojac.methods.base import Method
+from autojac.core.plan import Effort, Trial, effort_rank
+from autojac.errors import SearchError, StoreError
+from autojac.methods.base import Method, build
 from autojac.methods.pull import Pull
-from autojac.planning.search import measure
-from autojac.planning.search.shoot_out import SearchResult, shoot_out
+from autojac.planning.search import measure, memory
+from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
-from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt, try_out
-from autojac.problem.derivative_reference import reference_for
+from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt
 from autojac.problem.problem import Problem, bind
 from autojac.torch_internals import load_compiler
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
-SHOOT_OUT_SHARE = 0.25
-"""Share of the budget that is kept for the shoot-out."""
-FIRST_SHARE = 0.6
-"""Share of the rest after which replays and compilers have their turn."""
-HEAD_REPLAYS = 2
-"""How many of the first candidates that were timed are recorded at once: replays win most searches."""
+LEAST_QUICK_S = 1.0
+"""Seconds that `quick` takes at most where a call takes little: more only as far as `CALLS_OF_QUICK` are worth."""
+CALLS_OF_QUICK = 30
+COMPARED_SHARE = 0.3
+"""Share of the budget that is kept for timing longer, and for the last comparison."""
+FAR_AHEAD = 3.0
+"""A hint that the cost model takes for so many times slower than its own first choice is not tried first."""
 
 LAST_RESORT = Pull("identity")
 """One plain VJP per row: right for whatever runs under autograd."""
+
+
+class PriorKnowledge(NamedTuple):
+    """What is known before a search.
+
+    Attributes:
+        hints: methods to try first, such as another device's winner.
+        incumbent: the method of the plan so far, which only a faster one replaces.
+        trials: of an unfinished search, which this one continues.
+    """
+
+    hints: Sequence[Method] = ()
+    incumbent: Method | None = None
+    trials: Sequence[Trial] = ()
+
+
+NOTHING = PriorKnowledge()
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        method: the fastest right method.
+        seconds, default_seconds: of one call by it, and by torch's default; None where they were not timed.
+        memory_bytes: its peak, where it was measured.
+        trials: every candidate's fate.
+        verified: whether the method was compared with a reference; there is none where no derivative is finite.
+        finished: whether all candidates worth a look had one, and the last comparison was decided.
+        jitter: the spread of timings in the last comparison: smaller differences say nothing.
+    """
+
+    method: Method
+    seconds: float | None
+    default_seconds: float | None
+    memory_bytes: int | None
+    trials: tuple[Trial, ...]
+    verified: bool = True
+    finished: bool = True
+    jitter: float | None = None
 
 
 def search(
@@ -44,112 +82,133 @@ def search(
     point: SearchPoint,
     effort: Effort,
     budget_s: float | None = None,
-    hints: Sequence[Method] = (),
+    prior: PriorKnowledge = NOTHING,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the fastest right method for a problem at one point.
 
     Args:
-        problem: what to compute.
-        point: where candidates are checked and timed.
+        problem, point: what to compute, and where candidates are checked and timed.
         effort: `estimate` takes the first right method of the cost model and times nothing.
-        budget_s: seconds for the search; the effort's own by default. Overshot by one candidate's run at most; what
-            torch loads once per process is not counted.
-        hints: methods to try first, such as another device's winner.
+        budget_s: seconds for the search, overshot by one candidate's run at most; the effort's own by default.
+        prior: what is known already.
         progress: called after each trial.
 
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
+    if effort == "estimate":
+        return estimate(problem, point, prior.hints)
+    load_once()
+    start, allowed = measure.clock.now(), BUDGETS_S[effort] if budget_s is None else budget_s
+    race = start_race(problem, point, effort, prior, progress)
+    race.session.end = start + allowed
+    if not race.session.reference.says:
+        return _plain_loop(race.session)
+    finished = _run(race, start, allowed, budget_s is None and effort == "quick")
+    _settle(race)
+    return result_of(race, finished)
+
+
+def _plain_loop(session: SearchSession) -> SearchResult:
+    """Return what is slow and safe, until there is something that a faster method can be compared with."""
+    found = _first_right(session, [Pull.suiting(session.problem, "loop")])
+    return dataclasses.replace(found, verified=False)
+
+
+def load_once() -> None:
+    """Load what torch loads once per process, before anything is timed: no candidate's fault."""
+    # torch loads its compiler (1 s) at the first vmapped VJP of a process
+    load_compiler()
+
+
+def start_race(
+    problem: Problem,
+    point: SearchPoint,
+    effort: Effort,
+    prior: PriorKnowledge = NOTHING,
+    progress: Progress | None = None,
+) -> CandidateRace:
+    """Return a race of all candidates at one point; see `search` for the arguments."""
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
-    session = _session(problem, point, effort, budget_s, progress)
-    problem = session.problem
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, point), trial=True)
+    session = SearchSession(problem, effort, progress=progress)
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
+    if depth < 2:
+        dropped = hopeless(problem, space)
+        for method in space:
+            if method in dropped:
+                session.record(method, "skipped", reason="predicted to be far slower than the best")
+        # compilers join for the best programs only, which are not known yet
+        space = [method for method in space if method not in dropped and not method.compiles]
+    _recall(session, prior.trials, space)
+    first = [method for method in prior.hints if method.unsupported(problem) is None]
+    return CandidateRace(session, space, defaults, first, prior.incumbent).at(point)
+
+
+def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Method]) -> None:
+    """Take over what an earlier search has found out, but for what it had no time for."""
+    for trial in known:
+        try:
+            method = build(trial.method)
+        except StoreError:
+            continue  # made by another version of autojac
+        if trial.state != "skipped" and (method in space or method.compiles):
+            session.trials[method] = trial
+
+
+def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> bool:
+    """Run a race until it is decided or its time is up; tell which.
+
+    Args:
+        race: the race.
+        start, allowed: of its budget, by the search's clock.
+        adapts: take no more time than the Jacobian is worth.
+    """
+    session = race.session
+    while True:
+        if adapts and math.isfinite(session.best):
+            allowed = min(allowed, max(LEAST_QUICK_S, CALLS_OF_QUICK * (race.default_seconds() or session.best)))
+            session.end = start + allowed
+        now = measure.clock.now()
+        looks = now < start + (1 - COMPARED_SHARE) * allowed
+        step = race.next_step(looks)
+        if step is not None and step.compiles and now + race.expected_s(step) > session.end:
+            step = race.next_step(looks=False)
+        if step is None or now > session.end:
+            return not [m for m in race.looks.untried() if not m.compiles or session.effort != "quick"]
+        race.take(step)
+
+
+def result_of(race: CandidateRace, finished: bool) -> SearchResult:
+    """Return what a race has found so far."""
+    winner = race.winner()
+    assert winner is not None
+    trial = race.session.trials[winner]
+    jitter = race.comparison.jitter if race.comparison.rounds > 1 else None
+    return SearchResult(
+        winner, trial.seconds, race.default_seconds(), trial.memory_bytes, race.all_trials(), True, finished, jitter
+    )
+
+
+def estimate(problem: Problem, point: SearchPoint, hints: Sequence[Method] = ()) -> SearchResult:
+    """Take the first right method: a hint's, where the cost model finds nothing against it, else by the cost model."""
+    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, point), trial=True)
+    session = SearchSession(problem, "estimate").at(point)
     if not session.reference.says:
-        # what is slow and safe, until there is something that a faster method can be compared with
-        return dataclasses.replace(_estimate(session, [Pull.suiting(problem, "loop")]), verified=False)
-    if effort == "estimate":
-        # what records a method is worth its while only where that is timed
-        return _estimate(session, [method for method in space if without_replay(method) == method])
-    dropped = hopeless(problem, space) - set(defaults) if depth < 2 else set()
-    for method in dropped:
-        session.record(method, "skipped", reason="predicted to be far slower than the best")
-    space = [method for method in space if method not in dropped]
-    _try_rounds(session, space, hints, defaults)
-    _ensure_one(session, [*space, LAST_RESORT])
-    for method in space:
-        if method not in session.trials:
-            session.record(method, "skipped", reason="no budget was left for it")
-    found = shoot_out(session, defaults)
-    while found is None:
-        _ensure_one(session, [*space, LAST_RESORT])
-        found = shoot_out(session, defaults)
-    return found
+        return _plain_loop(session)
+    # what records a method is worth its while only where that is timed
+    space = [m for m in [*candidates(problem, 0), *default_methods(problem)] if without_replay(m) == m]
+    best = min((method.cost(problem) for method in space), default=math.inf)
+    plain = [without_replay(method) for method in hints if not method.compiles]
+    first = [m for m in plain if m.unsupported(problem) is None and m.cost(problem) <= FAR_AHEAD * best]
+    return _first_right(session, list(dict.fromkeys([*first, *space])))
 
 
-def _session(
-    problem: Problem, point: SearchPoint, effort: Effort, budget_s: float | None, progress: Progress | None
-) -> SearchSession:
-    """Start the clock of a search, once what torch loads once per process is loaded."""
-    leaves, kwargs, captured, sandbox = point
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, leaves, kwargs, sandbox), trial=True)
-    if effort != "estimate":
-        # torch loads its compiler (1 s) at the first vmapped VJP of a process: no candidate's fault
-        load_compiler()
-        import_module("autojac.planning.search.propose")
-    start, allowed = time.monotonic(), BUDGETS_S[effort] if budget_s is None else budget_s
-    deadline, end = start + (1 - SHOOT_OUT_SHARE) * allowed, start + allowed
-    reference = reference_for(problem, leaves, kwargs, sandbox, trained=captured)
-    return SearchSession(problem, point, effort, start, deadline, end, reference, progress)
-
-
-def _try_rounds(
-    session: SearchSession, space: Sequence[Method], hints: Sequence[Method], defaults: Sequence[Method]
-) -> None:
-    """Try candidates round by round, those first that are likely to be fast."""
-    from autojac.planning.search.propose import propose
-
-    start, deadline = session.start, session.deadline
-    rounds = _rounds(space)
-    eager, recorded, _ = rounds
-    head = [method for method in (*hints, *eager[:1], *defaults[:1], *eager[1:3]) if method in eager]
-    _try_all(session, head)
-    _try_all(session, fastest(session, recorded)[:HEAD_REPLAYS])
-    for number, part in enumerate(rounds):
-        fast = fastest(session, part)
-        first = [method for method in (*hints, *fast[:3], *part[:1], *defaults[:1], *part[1:3]) if method in part]
-        # what comes later has its part of the time, however long the first round could take
-        left = bool(number == 0 and any(rounds[1:]))
-        session.deadline = start + FIRST_SHARE * (deadline - start) if left else deadline
-        if part:
-            propose(session, part, first)
-
-
-def _try_all(session: SearchSession, methods: Sequence[Method]) -> None:
-    for method in methods:
-        if method not in session.trials and not session.out_of_time:
-            try_out(session, method)
-
-
-def _rounds(space: Sequence[Method]) -> list[list[Method]]:
-    """Split candidates into eager ones, recorded ones and compiled ones, to be tried in this order."""
-    eager = [method for method in space if not method.compiles and without_replay(method) == method]
-    recorded = [method for method in space if not method.compiles and method not in eager]
-    return [eager, recorded, [method for method in space if method.compiles]]
-
-
-def fastest(session: SearchSession, methods: Sequence[Method]) -> list[Method]:
-    """Return the methods that were timed without their recording, the fastest first."""
-    known = {
-        method: session.trials.get(without_replay(method)) for method in methods if without_replay(method) != method
-    }
-    timed = {method: trial.seconds for method, trial in known.items() if trial is not None and trial.seconds}
-    return sorted(timed, key=timed.__getitem__)
-
-
-def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], sandbox: Sandbox) -> int:
+def _pass_bytes(problem: Problem, point: SearchPoint) -> int:
     """Measure the peak memory of one plain evaluation and one VJP of the first output: the least that a seed costs."""
+    leaves, kwargs, _, sandbox = point
 
     def one_pass() -> object:
         bound, inputs = bind(problem, leaves, kwargs)
@@ -158,13 +217,13 @@ def _pass_bytes(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str,
 
     try:
         with sandbox():
-            return measure.peak_bytes(one_pass, leaves[problem.inputs[0]].device)
+            return memory.peak_bytes(one_pass, leaves[problem.inputs[0]].device) or 0
     except Exception:  # sizes of inputs and outputs have to do; the candidates find out what is wrong
         return 0
 
 
-def _estimate(session: SearchSession, space: Sequence[Method]) -> SearchResult:
-    """Take the cost model's first choice that is right."""
+def _first_right(session: SearchSession, space: Sequence[Method]) -> SearchResult:
+    """Take the first method that is right."""
     for method in [*space, LAST_RESORT]:
         if attempt(session, method, _allowed_s(method)) is not None:
             session.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
@@ -172,15 +231,16 @@ def _estimate(session: SearchSession, space: Sequence[Method]) -> SearchResult:
     raise _nothing_found(session)
 
 
-def _ensure_one(session: SearchSession, methods: Sequence[Method]) -> None:
-    """Find at least one right method, however short the budget."""
-    for method in methods:
-        if session.runs:
-            return
-        if method not in session.trials or session.trials[method].state == "skipped":
-            try_out(session, method, _allowed_s(method))
-    if not session.runs:
-        raise _nothing_found(session)
+def _settle(race: CandidateRace) -> None:
+    """Make sure that something has won that is right and within the memory limit, however short the budget."""
+    candidates_left = iter([*race.defaults, *race.looks.space, LAST_RESORT])
+    while (winner := race.winner()) is None or not race.fits_memory(winner):
+        if winner is not None:
+            continue
+        method = next((m for m in candidates_left if not race.had_its_look(m)), None)
+        if method is None:
+            raise _nothing_found(race.session)
+        race.try_out(method, _allowed_s(method))
 
 
 def _allowed_s(method: Method) -> float:

@@ -1,50 +1,66 @@
-"""Which candidate next: Optuna walks the space, in memory."""
+"""Which candidate next where there are too many for all to be tried: Optuna proposes, in memory."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import optuna
 
+from autojac.core.plan import Trial
 from autojac.guards.process_state import unwarned
 from autojac.methods.base import Method
 from autojac.planning.search.space import choose, path_of
-from autojac.planning.search.trial import SearchSession, try_out
 
-BRUTE_FORCE_LIMIT = 128
+MOST_ASKS = 30
+"""Proposals of candidates that are known already after which the cost model's order decides."""
 
 
-def propose(session: SearchSession, space: Sequence[Method], first: Sequence[Method]) -> None:
-    """Let Optuna walk the space until it is exhausted or time is up."""
-    brute = len(space) <= BRUTE_FORCE_LIMIT
-    with _quiet_optuna():
-        sampler: optuna.samplers.BaseSampler = (
-            optuna.samplers.BruteForceSampler(seed=0)
-            if brute
-            else optuna.samplers.TPESampler(multivariate=True, group=True, seed=0)
-        )
-        study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.NopPruner())
-        for method in dict.fromkeys(first):
-            study.enqueue_trial(path_of(space, method), skip_if_exists=True)
+class Proposer:
+    """Proposes candidates by a tree of Parzen estimators (Bergstra et al., 2011) over methods and their settings.
 
-        def objective(trial: optuna.Trial) -> float:
-            method = choose(space, trial.suggest_categorical)
-            known = session.trials.get(method)
-            outcome = known if known is not None else try_out(session, method)
-            if outcome.state == "complete" and outcome.seconds is not None:
-                return outcome.seconds
-            raise optuna.TrialPruned
+    Args:
+        space: the candidates.
+    """
 
-        def stop(current: optuna.Study, _: Any) -> None:
-            if session.out_of_time or session.trials.keys() >= set(space):
-                current.stop()
+    def __init__(self, space: Sequence[Method]) -> None:
+        self._space = space
+        with _quiet_optuna():
+            self._study = optuna.create_study(
+                sampler=optuna.samplers.TPESampler(multivariate=True, group=True, seed=0),
+                pruner=optuna.pruners.NopPruner(),
+            )
+        self._told: set[Method] = set()
 
-        if not session.out_of_time:
-            study.optimize(objective, n_trials=None if brute else 3 * BRUTE_FORCE_LIMIT, callbacks=[stop])
+    def tell(self, method: Method, trial: Trial) -> None:
+        """Learn what became of a candidate."""
+        if method in self._told or method not in self._space:
+            return
+        self._told.add(method)
+        with _quiet_optuna():
+            self._study.enqueue_trial(path_of(self._space, method))
+            asked = self._study.ask()
+            choose(self._space, asked.suggest_categorical)
+            self._finish(asked, trial)
+
+    def ask(self, known: Container[Method]) -> Method | None:
+        """Return a candidate that is not known yet; None where only known ones come to mind."""
+        with _quiet_optuna():
+            for _ in range(MOST_ASKS):
+                asked = self._study.ask()
+                method = choose(self._space, asked.suggest_categorical)
+                self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                if method not in known:
+                    return method
+        return None
+
+    def _finish(self, asked: optuna.Trial, trial: Trial) -> None:
+        if trial.seconds is None:
+            self._study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self._study.tell(asked, trial.seconds)
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autojac.methods.base import Method, registry
+from autojac.methods.compiled import Compiled
 from autojac.methods.per_sample import PerSample
 from autojac.methods.pull import Pull
+from autojac.methods.replay import Replay
 from autojac.problem.problem import Problem
 
 DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
@@ -50,6 +52,19 @@ def without_replay(method: Method) -> Method:
         return without_replay(inner)
     around: Any = method
     made: Method = dataclasses.replace(around, inner=without_replay(inner))
+    return made
+
+
+def with_compiler(method: Method) -> Method | None:
+    """Return the method with its flat programs compiled; None if it makes none."""
+    if isinstance(method, Replay):
+        return Compiled(method)
+    inner = getattr(method, "inner", None)
+    compiled = None if inner is None else with_compiler(inner)
+    if compiled is None:
+        return None
+    around: Any = method
+    made: Method = dataclasses.replace(around, inner=compiled)
     return made
 
 

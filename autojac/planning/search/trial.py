@@ -15,20 +15,24 @@ from torch import Tensor
 from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import gradient
 from autojac.core.options import format_bytes
-from autojac.core.plan import Effort, Trial, TrialState
+from autojac.core.plan import Effort, Trial, TrialState, expression
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
 from autojac.guards.process_state import unwarned
 from autojac.methods.base import Method
-from autojac.planning.search import measure
-from autojac.problem.derivative_reference import AnyReference
+from autojac.planning.search import measure, memory
+from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Compute, Problem, Result
+from autojac.replay.replayer import Replaying
 
-SHORTEST_S = {"quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
+SHORTEST_S = {"estimate": 2e-3, "quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
 """How long a block of calls must last to be timed."""
-BLOCKS = 5
+LOOKS = 3
+"""Calls by which a candidate is first timed, one by one."""
+BLOCKS = 3
+"""Blocks of calls by which a candidate that survived is timed again."""
 LONG_S = 0.05
-"""A first run this long is timing enough: what is close is compared again in the shoot-out."""
+"""A run this long is timing enough: what is close is compared again in the last comparison."""
 PRUNE_RATIO = 2.0
 LEAST_S = 1.0
 """Seconds that every candidate is allowed, however little of the budget is left."""
@@ -55,42 +59,87 @@ class SearchPoint(NamedTuple):
 
 @dataclass
 class SearchSession:
-    """One search: the problem at one point, and all that is known of its candidates so far."""
+    """All that is known of a problem's candidates, and the point where the next one is tried.
+
+    Attributes:
+        problem: what candidates compute.
+        effort: decides how long candidates are timed.
+        end: when no candidate is started any more, by the search's clock; never by default.
+        progress: called after each trial.
+        trials: what became of each candidate.
+        runs: candidates that ran and were right, ready to run again.
+        programs: the first candidate of each flat program.
+    """
 
     problem: Problem
-    point: SearchPoint
     effort: Effort
-    start: float
-    deadline: float
-    end: float
-    reference: AnyReference
+    end: float = math.inf
     progress: Progress | None = None
     trials: dict[Method, Trial] = field(default_factory=dict)
-    runs: dict[Method, measure.Run] = field(default_factory=dict)
-    slow: dict[Method, measure.Run] = field(default_factory=dict)
-    best: float = math.inf
+    runs: dict[Method, Compute] = field(default_factory=dict)
+    programs: dict[Any, Method] = field(default_factory=dict)
+    _point: SearchPoint | None = None
+    _reference: AnyReference | None = None
+
+    def at(self, point: SearchPoint | None) -> SearchSession:
+        """Try the next candidates at this point; None lets go of it."""
+        self._point, self._reference = point, None
+        return self
+
+    @property
+    def point(self) -> SearchPoint:
+        assert self._point is not None
+        return self._point
+
+    @property
+    def reference(self) -> AnyReference:
+        """What candidates are checked against at this point; it evaluates func when it is first asked for."""
+        if self._reference is None:
+            leaves, kwargs, captured, sandbox = self.point
+            self._reference = reference_for(self.problem, leaves, kwargs, sandbox, trained=captured)
+        return self._reference
 
     @property
     def device(self) -> torch.device:
-        return self.point.leaves[self.problem.inputs[0]].device
+        return torch.device(self.problem.leaves[self.problem.inputs[0]].device)
 
     @property
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self.deadline
+    def best(self) -> float:
+        """The seconds of the fastest candidate so far."""
+        timed = (trial.seconds for trial in self.trials.values() if trial.state == "complete")
+        return min((seconds for seconds in timed if seconds is not None), default=math.inf)
 
     def allowed_s(self, method: Method) -> float:
         """Return the seconds after which a candidate is given up."""
-        left = max(self.end - time.monotonic(), LEAST_S)
+        left = max(self.end - measure.clock.now(), LEAST_S)
         # a compiler that is interrupted may leave more behind than can be put back
         patient = method.compiles or not math.isfinite(self.best)
         return max(left, PATIENCE_S) if patient else left
 
     def record(self, method: Method, state: TrialState, **facts: Any) -> Trial:
-        trial = Trial(method.spec(), state, **facts)
+        """Note what became of a candidate; one that is not right any more is not run any more."""
+        trial = Trial(method.spec(), state, predicted=method.cost(self.problem), **facts)
         self.trials[method] = trial
+        if state != "complete":
+            self.runs.pop(method, None)
         if self.progress is not None:
             self.progress(trial)
         return trial
+
+    def ready(self, method: Method) -> measure.Run | None:
+        """Return what runs a candidate as it is used; None, with the reason kept, if it is not right here."""
+        compute = self.runs.get(method)
+        if compute is None:
+            right = attempt(self, method)
+            if right is None:
+                return None
+            compute = self.runs[method] = right.compute
+        return as_used(self, compute)
+
+
+def is_timed(trial: Trial) -> bool:
+    """Check whether a candidate was right, and timed."""
+    return trial.state == "complete" and trial.seconds is not None
 
 
 @dataclass(frozen=True)
@@ -115,6 +164,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         reason = f"needs at least {format_bytes(needed)} of the {format_bytes(problem.memory_limit)} allowed"
         session.record(method, "infeasible", reason=reason)
         return None
+    reference = session.reference
 
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.prepare_call(problem)
@@ -124,9 +174,9 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)
         seconds = time.perf_counter() - start
-        wrong = session.reference.check(result)
+        wrong = reference.check(result)
         if wrong is None and problem.differentiable:
-            wrong = session.reference.check_gradient(result)
+            wrong = reference.check_gradient(result)
         return compute, seconds, wrong
 
     try:
@@ -134,7 +184,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
             allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
-        session.record(method, "infeasible", reason=_first_line(error))
+        _fail(session, method, error)
         return None
     if wrong is not None:
         session.record(method, "rejected", reason=wrong)
@@ -142,62 +192,86 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     return Attempt(compute, seconds)
 
 
-def try_out(session: SearchSession, method: Method, allowed_s: float | None = None) -> Trial:
-    """Check a candidate, then time it unless its first run is already hopeless."""
+def look(session: SearchSession, method: Method, allowed_s: float | None = None) -> Trial:
+    """Check a candidate, and time a few single calls; one that is hopeless already is not timed any longer."""
     right = attempt(session, method, allowed_s)
     if right is None:
         return session.trials[method]
-    run = _as_used(session, right.compute)
+    if isinstance(right.compute, Replaying) and right.compute.program is not None:
+        same = session.programs.setdefault(right.compute.program, method)
+        if same != method:
+            return session.record(method, "skipped", reason=f"the same program as {expression(same.spec())}")
+    run, best = as_used(session, right.compute), session.best
 
-    def timed() -> tuple[measure.Timing, bool]:
+    def timed() -> float:
         # a run that alone outlasts the budget is not repeated
-        dear = right.seconds > LONG_S and time.monotonic() + right.seconds > session.deadline
-        first = right.seconds if dear else measure.once(run, session.device)
-        if first > PRUNE_RATIO * session.best and not dear:
-            first = min(first, measure.once(run, session.device))
-        hopeless = first > PRUNE_RATIO * session.best
-        if first < LONG_S and not hopeless and not session.out_of_time:
-            return measure.repeat(run, session.device, SHORTEST_S[session.effort], BLOCKS), False
-        return measure.summary([first]), hopeless
+        if right.seconds > LONG_S and measure.clock.now() + right.seconds > session.end:
+            return right.seconds
+        fastest = measure.once(run, session.device)
+        for _ in range(LOOKS - 1):
+            if fastest > LONG_S and fastest < PRUNE_RATIO * best:
+                break
+            fastest = min(fastest, measure.once(run, session.device))
+            if fastest > PRUNE_RATIO * best:
+                break
+        return fastest
 
     try:
         with session.point.sandbox(), unwarned(), levels_restored():
-            timing, hopeless = within(max(session.allowed_s(method), 4 * right.seconds), timed)
+            seconds = within(max(session.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
-        return session.record(method, "infeasible", reason=_first_line(error))
-    if hopeless:
-        session.slow[method] = run
-        return session.record(method, "pruned", seconds=timing.seconds, reason="already twice the best after warm-up")
-    session.best = min(session.best, timing.seconds)
-    session.runs[method] = run
-    return session.record(method, "complete", seconds=timing.seconds, dispersion=timing.dispersion)
+        return _fail(session, method, error)
+    if seconds > PRUNE_RATIO * best:
+        return session.record(method, "pruned", seconds=seconds, reason="already twice the best after warm-up")
+    session.runs[method] = right.compute
+    return session.record(method, "complete", seconds=seconds)
+
+
+def look_longer(session: SearchSession, method: Method) -> None:
+    """Time a candidate that survived by blocks of calls."""
+    run = session.ready(method)
+    if run is None:
+        return
+    try:
+        with session.point.sandbox(), unwarned(), levels_restored():
+            allowed = max(session.allowed_s(method), LEAST_S)
+            timing = within(allowed, lambda: measure.repeat(run, session.device, SHORTEST_S[session.effort], BLOCKS))
+    except Exception as error:
+        _fail(session, method, error)
+        return
+    session.trials[method] = dataclasses.replace(
+        session.trials[method], seconds=timing.seconds, dispersion=timing.dispersion
+    )
 
 
 def measure_memory(session: SearchSession, method: Method) -> bool:
     """Measure a timed candidate's peak memory in a run of its own; tell whether it stays within the limit."""
+    run = session.ready(method)
+    if run is None:
+        return False
     trial = session.trials[method]
     try:
         with session.point.sandbox(), unwarned():
-            memory = measure.peak_bytes(session.runs[method], session.device)
+            peak = memory.peak_bytes(run, session.device)
     except Exception as error:  # it ran before, and may not run any more
-        session.trials[method] = dataclasses.replace(trial, state="infeasible", reason=_first_line(error))
-        del session.runs[method]
+        _fail(session, method, error)
         return False
     limit = session.problem.memory_limit
-    if memory <= limit:
-        session.trials[method] = dataclasses.replace(trial, memory_bytes=memory)
+    if peak is None or peak <= limit:
+        session.trials[method] = dataclasses.replace(trial, memory_bytes=peak)
         return True
-    reason = f"took {format_bytes(memory)} of the {format_bytes(limit)} allowed"
-    session.trials[method] = dataclasses.replace(trial, state="infeasible", memory_bytes=memory, reason=reason)
-    del session.runs[method]
+    reason = f"took {format_bytes(peak)} of the {format_bytes(limit)} allowed"
+    session.record(method, "infeasible", memory_bytes=peak, seconds=trial.seconds, reason=reason)
     return False
 
 
-def _as_used(session: SearchSession, compute: Compute) -> measure.Run:
+def as_used(session: SearchSession, compute: Compute) -> measure.Run:
     """Return what a training step does with the Jacobian: with a graph, the backward through it too."""
     leaves, kwargs = session.point.leaves, session.point.kwargs
+    if not session.problem.differentiable:
+        return lambda: compute(leaves, kwargs)
     sources = [*session.reference.connected, *(x for x in session.point.captured if x.requires_grad)]
-    if not session.problem.differentiable or not sources or session.reference.gradient.once:
+    if not sources or session.reference.gradient.once:
         return lambda: compute(leaves, kwargs)
 
     def step() -> Result:
@@ -208,6 +282,15 @@ def _as_used(session: SearchSession, compute: Compute) -> measure.Run:
         return result
 
     return step
+
+
+def _fail(session: SearchSession, method: Method, error: Exception) -> Trial:
+    """Note that a candidate raised, and let go of what its frames and an accelerator's allocator still hold."""
+    trial = session.record(method, "infeasible", reason=_first_line(error))
+    error.__traceback__ = None
+    if session.device.type != "cpu" and isinstance(error, torch.OutOfMemoryError):
+        torch.accelerator.empty_cache()
+    return trial
 
 
 def _first_line(error: Exception) -> str:

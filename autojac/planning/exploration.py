@@ -1,0 +1,179 @@
+"""A search that goes on while its plan is used: one step before a call, whenever the calls so far have paid for it.
+
+The rule of the ski rental problem (Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", 1988): what is
+spent on exploring stays below a fixed share of what is spent anyway, so whoever calls once pays nothing, and whoever
+calls for ever soon has the best plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from autojac.core.plan import Effort
+from autojac.methods.base import Method
+from autojac.problem.problem import Problem
+
+if TYPE_CHECKING:
+    from autojac.planning.search.optimize import PriorKnowledge
+    from autojac.planning.search.race import CandidateRace, Step
+    from autojac.planning.search.trial import SearchPoint
+
+SHARE = 0.2
+"""What all exploring for a signature may cost, as a share of what its calls have cost."""
+FIRST_STEP_S = 0.02
+"""Seconds that the first step is taken to cost: it lists the candidates and times the plan in use."""
+ADOPT_BELOW = 0.9
+"""A candidate that was timed below this share of the plan in use is compared with it at once."""
+HELD_UP = 4.0
+"""A call that takes more than so many times the fastest one was held up by something else."""
+MOST_FAILURES = 3
+"""Steps that may raise before exploring ends: something other than a candidate fails."""
+
+logger = logging.getLogger("autojac")
+
+
+class Exploration:
+    """What is still to be found out about a plan in use, and what its calls have paid for that.
+
+    Args:
+        prior: what is known already, the method of the plan in use included.
+        effort: of the search.
+        budget_s: what all exploring in this process may cost; no limit of its own by default.
+
+    Attributes:
+        method: of the plan in use.
+        spent, earned: seconds that exploring and that calls have cost so far.
+    """
+
+    def __init__(self, prior: PriorKnowledge, effort: Effort, budget_s: float | None) -> None:
+        assert prior.incumbent is not None
+        self.prior = prior
+        self.method: Method = prior.incumbent
+        self.effort = effort
+        self.budget_s = math.inf if budget_s is None else budget_s
+        self.spent = self.earned = 0.0
+        self.race: CandidateRace | None = None
+        self.is_over = False
+        self._challenger: Method | None = None
+        self._beaten: set[Method] = set()
+        self._calls = self._failures = 0
+        self._expected = FIRST_STEP_S
+        self._forget_times()
+
+    # --- what the calls pay
+
+    def _forget_times(self) -> None:
+        self._fastest = self._per_call = math.inf
+        self._timed, self._count = 0.0, 0
+
+    def credit(self, calls: int, seconds: float) -> None:
+        """Count a call that took some seconds, and those since the last one that was timed by what the timed ones take.
+
+        Args:
+            calls: how many calls the plan has served.
+            seconds: what the last of them took.
+        """
+        self._fastest = min(self._fastest, seconds)
+        # a call that was held up by something else pays for no more than a few
+        self._timed += min(seconds, HELD_UP * self._fastest)
+        self._count += 1
+        self._per_call = self._timed / self._count
+        self.earned += seconds + max(calls - self._calls - 1, 0) * self._per_call
+        self._calls = calls
+
+    def next_call(self) -> float:
+        """Return the call before which the next step is due, by the calls' cost so far; infinite when all is over."""
+        if self.is_over:
+            return math.inf
+        missing = (self.spent + self._expected) / SHARE - self.earned
+        if missing <= 0:
+            return self._calls + 1
+        return self._calls + 1 + math.ceil(missing / self._per_call) if self._per_call else math.inf
+
+    def line(self) -> str:
+        """Say how far the search has come, and what it waits for."""
+        known = 0 if self.race is None else len(self.race.session.trials)
+        return (
+            f"the search goes on as the plan is used: {known} candidates known, {self.spent:.2g} s spent on it, which "
+            f"may become {SHARE:.0%} of the {self.earned:.2g} s that calls have taken"
+        )
+
+    # --- one step
+
+    def take_step(self, problem: Callable[[], Problem], point: SearchPoint) -> Method | None:
+        """Do the next step at a point; return a method to use from now on, if one was found to be faster.
+
+        Args:
+            problem: states what to compute, when the first step needs it.
+            point: where candidates are checked and timed.
+        """
+        from autojac.planning.search import measure
+        from autojac.planning.search.optimize import load_once, start_race
+
+        start = measure.clock.now()
+        try:
+            if self.race is None:
+                load_once()
+                start = measure.clock.now()  # what a process loads once is no part of any search
+                self.race = start_race(problem(), point, self.effort, self.prior)
+            return self._take(self.race, point)
+        except Exception as error:  # func, not a candidate: exploring never fails a call
+            self._failures += 1
+            self.is_over = self._failures >= MOST_FAILURES
+            logger.debug("a step of the search failed: %s", error)
+            return None
+        finally:
+            if self.race is not None:
+                self.race.at(None)
+                step = self._next_step()
+                self._expected = 0.0 if step is None else self.race.expected_s(step)
+            self.spent += measure.clock.now() - start
+            if self.spent >= self.budget_s:
+                self.is_over = True
+
+    def _take(self, race: CandidateRace, point: SearchPoint) -> Method | None:
+        race.at(point)
+        step = self._next_step()
+        if step is None:
+            self.is_over = True
+            return self._adopt(race.winner())
+        if not race.session.reference.says:
+            return None  # nothing can be compared with anything here: a later call will do
+        if self._challenger is not None:
+            challenger, self._challenger = self._challenger, None
+            self._beaten.add(challenger)
+            return self._adopt(challenger) if race.beats(challenger, self.method) else None
+        race.take(step)
+        self._challenger = self._find_challenger(race)
+        return None
+
+    def _next_step(self) -> Step | None:
+        from autojac.planning.search.race import Step
+
+        assert self.race is not None
+        if self._challenger is not None:
+            return Step("duel", self._challenger)
+        return self.race.next_step()
+
+    def _find_challenger(self, race: CandidateRace) -> Method | None:
+        """Return a candidate that seems to be clearly faster than the plan in use."""
+        current = race.session.trials.get(self.method)
+        best = race.fastest()
+        if best is None or best == self.method or best in self._beaten:
+            return None
+        if current is None or current.seconds is None:
+            return best
+        seconds = race.session.trials[best].seconds
+        return best if seconds is not None and seconds < ADOPT_BELOW * current.seconds else None
+
+    def _adopt(self, method: Method | None) -> Method | None:
+        if method is None or method == self.method:
+            return None
+        self.method = method
+        self._forget_times()  # calls are faster from now on
+        if self.race is not None:
+            self.race.incumbent = method
+        return method

@@ -1,0 +1,89 @@
+"""The plans of one function that are known: in this process for shapes it has met, and in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+
+from autojac.core.options import Options
+from autojac.core.plan import Effort, Plan, Trial, effort_rank
+from autojac.core.signature import Signature, bucket
+from autojac.errors import PlanMissError, StoreError
+from autojac.methods.base import Method, build
+from autojac.planning.first_call import FirstCallReport
+from autojac.planning.plan_repository import Keys, PlanRepository
+
+
+class KnownPlans:
+    """What a call may be answered with, or a search begin with.
+
+    Args:
+        repository: the function's stored plans.
+        options: of its `AutoJacobian`.
+    """
+
+    def __init__(self, repository: PlanRepository, options: Options) -> None:
+        self.repository = repository
+        self.options = options
+        self._neighbours: dict[Signature, tuple[int, Plan]] = {}
+
+    def plan(self, report: FirstCallReport, force: bool) -> Plan | None:
+        """Return the plan so far, whatever it is worth: of a neighbouring shape, unless `force` is set, or stored."""
+        neighbour = None if force else self._neighbour(report.signature)
+        return neighbour or self.repository.find(report.keys)
+
+    def _neighbour(self, signature: Signature) -> Plan | None:
+        """Return the plan of a batch of the same bucket or a larger one: the last partial batch never searches."""
+        known = self._neighbours.get(signature.without_batch())
+        if known is None or bucket(signature.batch) > bucket(known[0]):
+            return None
+        if known[1].structure.samples is not None and signature.batch != known[0]:
+            return None  # a graph of samples belongs to its batch
+        return dataclasses.replace(known[1], source="neighbour")
+
+    def remember(self, signature: Signature, plan: Plan) -> None:
+        """Serve calls of the same shapes and no more samples by this plan."""
+        key = signature.without_batch()
+        if key not in self._neighbours or self._neighbours[key][0] <= signature.batch:
+            self._neighbours[key] = (signature.batch, plan)
+
+    def clear(self) -> None:
+        """Forget the plans of neighbouring shapes."""
+        self._neighbours.clear()
+
+    def is_too_poor(self, plan: Plan, wanted: Effort) -> bool:
+        """Check whether a plan must be searched for before a call is answered."""
+        if self.options.on_miss in ("error", "online"):
+            return False
+        return effort_rank(plan.effort) < effort_rank(wanted) or (wanted != "estimate" and not plan.finished)
+
+    def require_allowed(self, report: FirstCallReport, force: bool) -> None:
+        """Raise `PlanMissError` where no plan may be made."""
+        if self.options.on_miss == "error" and not force:
+            shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
+            raise PlanMissError(
+                f"no plan is stored for arguments {shapes} in {self.repository.description}, and on_miss='error' "
+                "forbids making one. Tune ahead with jac.tune(x) or the command `autojac tune`"
+            )
+
+    def so_far(self, keys: Keys, before: Plan | None) -> tuple[Method | None, tuple[Trial, ...]]:
+        """Return the method of the plan so far, and the trials of its search if that was not finished."""
+        if before is None:
+            return None, ()
+        try:
+            method = build(before.method)
+        except StoreError:
+            return None, ()  # made by another version of autojac
+        return method, () if before.finished else self.trials(keys, before)
+
+    def trials(self, keys: Keys | None, plan: Plan) -> tuple[Trial, ...]:
+        """Return what became of the candidates of a plan's search."""
+        return plan.trials or (() if keys is None else self.repository.trials(keys))
+
+    def hints(self, keys: Keys | None) -> list[Method]:
+        """Return methods that won on other devices, or for other shapes of the same function."""
+        found = dict.fromkeys([] if keys is None else self.repository.hints(keys))
+        for _, plan in self._neighbours.values():
+            with suppress(StoreError):
+                found.setdefault(build(plan.method))
+        return list(found)

@@ -1,0 +1,104 @@
+"""Go on with the search behind a plan in use, and put a faster plan in its place when one is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from autojac.autodiff.open_modes import transforming
+from autojac.core.ranks import several
+from autojac.graph.analysis import GraphAnalysis
+from autojac.methods.base import Method
+from autojac.planning.call import Call, not_overwritten
+from autojac.planning.exploration import Exploration
+from autojac.planning.planner import Planner
+from autojac.planning.prepared_plan import PreparedPlan
+from autojac.planning.search.optimize import result_of
+from autojac.planning.search.trial import SearchPoint
+from autojac.planning.undisturbed import undisturbed
+from autojac.problem.empty_events import solid
+from autojac.problem.problem import Problem
+
+logger = logging.getLogger("autojac")
+
+
+def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Sequence[Tensor]) -> PreparedPlan | None:
+    """Take the next step of the search behind a plan in use; return a plan to use in its place, if one was found.
+
+    Args:
+        planner: of the function.
+        prepared: the plan.
+        call: the call before which there is time for it.
+        buffers: what func may write into now.
+    """
+    exploration = prepared.exploration
+    assert exploration is not None
+    trained, call = call.trained, call.detached()
+    with undisturbed(call, trained) as inside:
+        if inside or several() or transforming():
+            return None
+        sandbox = prepared.sandbox.now(None, buffers)
+        point = SearchPoint(call.leaves, call.keywords, not_overwritten(trained, sandbox.captured), sandbox)
+
+        def problem() -> Problem:
+            analysis = GraphAnalysis(
+                (prepared.problem.fn, call.leaves, call.keywords),
+                call.layout.differentiated,
+                prepared.plan.batched,
+                prepared.signature.batch,
+                sandbox,
+                call.captured,
+            )
+            return solid(dataclasses.replace(prepared.problem, analysis=analysis))
+
+        better = exploration.take_step(problem, point)
+        made = _after_step(planner, prepared, call, exploration, better)
+        if exploration.is_over:
+            (made or prepared).exploration = None
+            prepared.schedule.next_step = math.inf
+        return made
+
+
+def _after_step(
+    planner: Planner, prepared: PreparedPlan, call: Call, exploration: Exploration, better: Method | None
+) -> PreparedPlan | None:
+    """Keep what a step of a search has found out, and return the plan by which it replaces the one in use."""
+    race, plan = exploration.race, prepared.plan
+    if race is None:
+        return None
+    trial = race.session.trials.get(exploration.method)
+    if trial is None or trial.state != "complete":
+        return None
+    finished = exploration.is_over and race.next_step() is None
+    found = result_of(race, finished)
+    plan = dataclasses.replace(
+        plan,
+        method=exploration.method.spec(),
+        effort=exploration.effort,
+        seconds=trial.seconds,
+        default_seconds=found.default_seconds,
+        memory_bytes=trial.memory_bytes,
+        tuning_seconds=plan.tuning_seconds if better is None else exploration.spent,
+        source="search",
+        trials=found.trials,
+        finished=finished,
+        jitter=found.jitter,
+    )
+    if prepared.keys is not None:
+        planner.repository.save(prepared.keys, plan)
+    planner.known.remember(prepared.signature, plan)
+    if better is None:
+        prepared.plan = plan
+        return None
+    logger.info(
+        "%s: %s, found after %d calls by %.2g s of search, takes %.3g s where %s took more",
+        planner.repository.function_name, plan, prepared.schedule.calls, exploration.spent, trial.seconds or 0.0,
+        prepared.plan,
+    )  # fmt: skip
+    made = planner.make(call, prepared, prepared.problem, plan, better)
+    made.exploration, made.is_fresh = exploration, True
+    return made

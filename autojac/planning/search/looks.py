@@ -1,0 +1,186 @@
+"""Which candidate is looked at next: in the cost model's order, replays right behind winners, compilers last.
+
+Large batches are looked at on a slice first: candidates that are slow there are not run on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from autojac.methods.base import Method
+from autojac.methods.batch_chunk import BatchChunk
+from autojac.planning.search.space import with_compiler, without_replay
+from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, is_timed, look
+
+if TYPE_CHECKING:
+    from autojac.planning.search.propose import Proposer
+
+HEAD_REPLAYS = 2
+"""How many of the fastest eager candidates are recorded before the next ones are looked at."""
+REPLAY_REACH = 4.0
+"""A replay is worth a look where its method takes no more than so many times the time of the fastest eager one."""
+COMPILED_PROGRAMS = 2
+"""How many flat programs, the fastest distinct ones, are compiled."""
+SLICE = 4096
+"""Samples of the slice on which candidates for larger batches race first."""
+LARGE = 4
+"""A batch of so many slices is worth a race on one of them."""
+SLICE_MARGIN = 1.3
+"""What was so many times slower than the best on the slice is not run on the batch."""
+MOST_IN_ORDER = 100
+"""While more candidates than these are untried, Optuna proposes the next one from what is known."""
+
+
+class Looks:
+    """The order in which candidates are looked at, as it follows from what is known of those before.
+
+    Args:
+        session: the problem, and the trials so far.
+        space: candidates in the order of the cost model.
+        defaults: what a torch user would write.
+        first: candidates to look at before all others.
+
+    Attributes:
+        scout: the same problem on a slice of the batch where that is large; None elsewhere.
+    """
+
+    def __init__(
+        self, session: SearchSession, space: Sequence[Method], defaults: Sequence[Method], first: Sequence[Method]
+    ) -> None:
+        self.session = session
+        self.space = list(dict.fromkeys([*space, *first]))
+        self.defaults = defaults
+        self.first = first
+        self.scout = self._scout()
+        self._proposer: Proposer | None = None
+        self._proposed: Method | None = None
+
+    def next_on_slice(self) -> Method | None:
+        """Return the next candidate to look at on the slice; None where there is none."""
+        return None if self.scout is None else next(self._on_slice(self.scout), None)
+
+    def next(self) -> Method | None:
+        """Return the next candidate to look at; None where all that are worth it had their look."""
+        return next(self._upcoming(), None)
+
+    def untried(self) -> list[Method]:
+        """Return the candidates that are worth a look, as far as is known, and have not had one."""
+        return list(dict.fromkeys(self._upcoming()))
+
+    def by_time(self, methods: Iterable[Method]) -> list[Method]:
+        """Return those that were timed, slow ones included, the fastest first."""
+        return sorted((m for m in methods if math.isfinite(self.time(m))), key=lambda m: (self.time(m), repr(m)))
+
+    def time(self, method: Method) -> float:
+        """Return the seconds of a candidate; infinite where they are not known."""
+        trial = self.session.trials.get(method)
+        return math.inf if trial is None or trial.seconds is None else trial.seconds
+
+    def _upcoming(self) -> Iterator[Method]:
+        """Yield the candidates to look at as far as is known now, the next one first."""
+        known = self.session.trials
+        yield from (m for m in self.first if m not in known)
+        eager = [m for m in self.space if not m.compiles and without_replay(m) == m]
+        recorded = [m for m in self.space if not m.compiles and without_replay(m) != m]
+        leading = self.by_time(eager)
+        for method in leading[:HEAD_REPLAYS]:
+            yield from self._replays_of(method, recorded)
+        untried = [m for m in self._promising([*eager[:1], *self.defaults[:1], *eager[1:]]) if m not in known]
+        if len(untried) > MOST_IN_ORDER and (proposed := self._propose(eager)) is not None:
+            yield proposed
+        yield from untried
+        for method in leading:
+            if self.time(method) <= REPLAY_REACH * self.time(leading[0]):
+                yield from self._replays_of(method, recorded)
+        if self.scout is not None:  # a chunked replay's own eager form may not have been worth a run on the batch
+            yield from (m for m in self._promising(recorded) if m not in known)
+        yield from (m for m in self.space if m.compiles and m not in known)
+        yield from self._compiled()
+
+    def _replays_of(self, method: Method, recorded: Sequence[Method]) -> Iterator[Method]:
+        replays = [m for m in recorded if m not in self.session.trials and without_replay(m) == method]
+        yield from self._promising(replays)
+
+    def _compiled(self) -> Iterator[Method]:
+        """Yield what compiles the fastest distinct flat programs."""
+        flat = [m for m in self.by_time(self.space) if not m.compiles and _inner(m).makes_flat_programs]
+        for method in flat[:COMPILED_PROGRAMS]:
+            compiled = with_compiler(method)
+            if compiled is None or compiled in self.session.trials:
+                continue
+            if compiled.unsupported(self.session.problem) is None:
+                yield compiled
+
+    def _propose(self, eager: Sequence[Method]) -> Method | None:
+        """Return the candidate that Optuna proposes, which stays the same until it was looked at."""
+        from autojac.planning.search.propose import Proposer  # Optuna takes 0.2 s to load
+
+        known = self.session.trials
+        if self._proposer is None:
+            self._proposer = Proposer(list(eager))
+        if self._proposed is None or self._proposed in known:
+            for method, trial in known.items():
+                self._proposer.tell(method, trial)
+            self._proposed = self._proposer.ask(known)
+        return self._proposed
+
+    # a slice of a large batch
+
+    def _scout(self) -> SearchSession | None:
+        problem = self.session.problem
+        structure = problem.structure
+        large = problem.batch >= LARGE * SLICE and self.session.device.type == "cpu"
+        if not (large and structure.independent and structure.sliceable and not structure.effects):
+            return None
+        return SearchSession(problem.resized(SLICE), self.session.effort)
+
+    def at(self, point: SearchPoint | None) -> None:
+        """Look at the next candidates at this point; None lets go of it."""
+        self.session.at(point)
+        if self.scout is not None:
+            roles = self.session.problem.leaves
+            self.scout.at(
+                point
+                and point._replace(
+                    leaves=[x[:SLICE] if leaf.batched else x for x, leaf in zip(point.leaves, roles, strict=True)]
+                )
+            )
+
+    def look_on_slice(self, method: Method) -> None:
+        """Look at a candidate on the slice."""
+        assert self.scout is not None
+        look(self.scout, method)
+        self.scout.runs.clear()
+
+    def by_slice(self, method: Method) -> float:
+        """Return the seconds that a candidate would take if its time grew as the batch does; infinite if unknown."""
+        trial = None if self.scout is None else self.scout.trials.get(_inner(method))
+        if trial is None or trial.seconds is None:
+            return math.inf
+        return trial.seconds * self.session.problem.batch / SLICE
+
+    def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
+        """Yield what is raced on the slice: methods for all samples at once, then the replays of those that ran."""
+        kinds = dict.fromkeys(_inner(m) for m in self.space if not m.compiles)
+        fitting = [m for m in kinds if m not in scout.trials and m.unsupported(scout.problem) is None]
+        yield from (m for m in fitting if without_replay(m) == m)
+        ran = {m for m, trial in scout.trials.items() if is_timed(trial)}
+        yield from (m for m in fitting if without_replay(m) in ran or without_replay(m) not in kinds)
+
+    def _promising(self, methods: Sequence[Method]) -> list[Method]:
+        """Return candidates for a large batch by what a slice of it takes, without the slow ones; others as given."""
+        if self.scout is None:
+            return list(methods)
+        predicted = {method: self.by_slice(method) for method in methods}
+        best = min(map(self.by_slice, self.space), default=math.inf)
+        if math.isinf(best):
+            return list(methods)
+        order = sorted(predicted, key=lambda m: (predicted[m], m.cost(self.session.problem)))
+        return [m for m in order if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
+
+
+def _inner(method: Method) -> Method:
+    """Return what a method does to each chunk of the batch."""
+    return method.inner if isinstance(method, BatchChunk) else method

@@ -1,0 +1,118 @@
+"""Memory: what a computation takes at its peak, and what a device still has."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler import profile
+
+from autojac.core.sandbox import gc_disabled
+from autojac.planning.search.measure import Run, synchronize
+
+FATAL = 3
+"""The severity in torch's C++ code of what ends the process."""
+CGROUP_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where Linux tells a container's memory limit and what it has taken of it, in versions 2 and 1 of control groups."""
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Return the peak memory of one call, beyond what was allocated before it; None where a device can't tell.
+
+    On an accelerator torch's peak statistics are reset.
+    """
+    # garbage that goes meanwhile would count against the call; collecting it first takes up to 0.3 s
+    with gc_disabled():
+        return _cpu_peak(run) if device.type == "cpu" else _accelerator_peak(run, device)
+
+
+def _accelerator_peak(run: Run, device: torch.device) -> int | None:
+    synchronize(device)
+    try:
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+    except (RuntimeError, NotImplementedError):  # as on MPS, whose allocator keeps no such statistics
+        return None
+    run()
+    synchronize(device)
+    return torch.accelerator.max_memory_allocated(device) - before
+
+
+def _cpu_peak(run: Run) -> int:
+    with _silent_profiler(), profile(profile_memory=True) as recorded:
+        run()
+    results = recorded.kineto_results
+    if results is None:
+        return 0
+    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Keep torch from saying on standard error that the profiler starts, or sees memory go that was there before it.
+
+    Neither goes through Python. The one reads a variable of the environment at the process's first profile, the other
+    a variable of torch's own library.
+    """
+    known = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    level, usual = _log_level()
+    level.value = FATAL
+    try:
+        yield
+    finally:
+        level.value = usual
+        if known is None:
+            os.environ.pop("KINETO_LOG_LEVEL", None)
+
+
+@functools.cache
+def _log_level() -> tuple[ctypes.c_int, int]:
+    """Return the variable of the least severity that torch's C++ code logs, and its usual value.
+
+    A variable of our own where torch's library does not export it.
+    """
+    level = ctypes.c_int()
+    with suppress(OSError, ValueError, StopIteration):
+        library = next(Path(torch.__file__).with_name("lib").glob("*c10.*"))
+        level = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level")
+    return level, level.value
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that a computation may still take on the device.
+
+    On a CPU the smaller of what the system can give without swapping and of what the container is allowed; on an
+    accelerator what is free, and what torch's allocator holds unused.
+    """
+    if device.type == "cpu":
+        return min(_system_bytes(), *_cgroup_bytes())
+    free, _ = torch.accelerator.get_memory_info(device)
+    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(free + held)
+
+
+def _system_bytes() -> int:
+    import psutil  # 20 ms that only a first call needs
+
+    return int(psutil.virtual_memory().available)
+
+
+def _cgroup_bytes() -> Iterator[int]:
+    """Return what the container's memory limit leaves, where there is one."""
+    for limit, usage in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):
+            yield max(int(Path(limit).read_text()) - int(Path(usage).read_text()), 0)

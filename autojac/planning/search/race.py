@@ -1,0 +1,268 @@
+"""A race of candidates, step by step: what is run next follows from what is known of all, so it can go on anywhere.
+
+Each candidate is looked at once. Then the slow half is dropped and the rest timed longer, until few are left
+(successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
+2016), and the last few are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from autojac.core.plan import NOT_TRIED, Trial
+from autojac.methods.base import Method
+from autojac.planning.search import measure
+from autojac.planning.search.finals import ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
+from autojac.planning.search.looks import Looks
+from autojac.planning.search.trial import (
+    LONG_S,
+    PRUNE_RATIO,
+    SHORTEST_S,
+    SearchPoint,
+    SearchSession,
+    is_timed,
+    look,
+    look_longer,
+    measure_memory,
+)
+
+FINALISTS = 4
+MOST_LEVELS = 4
+"""How often the slower half is dropped, and the rest timed again, at most."""
+COMPILE_S = 10.0
+"""Seconds that compiling a program takes, until one was compiled."""
+UNTIMED_CALLS = 20
+"""Calls that a step of a kind that was not taken yet is worth."""
+KEPT_RUNS = 12
+"""Candidates, the fastest, that are kept ready to run again."""
+UNSURE = 1.1
+"""What stands stays unless it takes so many times as long, where nothing was compared in pairs."""
+
+
+class Step(NamedTuple):
+    """What a race does next.
+
+    Attributes:
+        kind: `slice` looks at a candidate on a slice of the batch, `look` on the batch; `longer` times it again,
+            `memory` measures its peak, `round` compares the last few once, and `duel` compares one with the plan in
+            use.
+        method: the candidate; None for a round.
+    """
+
+    kind: Literal["slice", "look", "longer", "memory", "round", "duel"]
+    method: Method | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it waits for a compiler."""
+        return self.kind == "look" and self.method is not None and self.method.compiles
+
+    @property
+    def costs_like(self) -> str:
+        """The kind of steps that cost about as much."""
+        if self.method is None or self.kind != "look":
+            return self.kind
+        return "compile" if self.compiles else "record" if self.method.makes_flat_programs else "look"
+
+
+class CandidateRace:
+    """The candidates of one problem, and what is known of them.
+
+    Args:
+        session: the problem, the trials so far and the point where the next ones are made.
+        space: candidates in the order of the cost model.
+        defaults: what a torch user would write.
+        first: candidates to look at before all others, such as a neighbour's plan.
+        incumbent: the method of the plan that is used so far, which only a faster one replaces.
+    """
+
+    def __init__(
+        self,
+        session: SearchSession,
+        space: Sequence[Method],
+        defaults: Sequence[Method],
+        first: Sequence[Method] = (),
+        incumbent: Method | None = None,
+    ) -> None:
+        self.session = session
+        self.defaults = defaults
+        self.incumbent = incumbent
+        self.looks = Looks(session, space, defaults, [*([] if incumbent is None else [incumbent]), *first])
+        self.comparison = Comparison()
+        self.levels: dict[Method, int] = {}
+        self.weighed: set[Method] = set()
+        self._costs: dict[str, list[float]] = {}
+        self._racers: list[Method] | None = None
+
+    def at(self, point: SearchPoint | None) -> CandidateRace:
+        """Make the next steps at this point; None lets go of it."""
+        self.looks.at(point)
+        return self
+
+    def next_step(self, looks: bool = True) -> Step | None:
+        """Return what to do next; None where all is decided.
+
+        Args:
+            looks: whether new candidates are looked at; if not, those known are compared.
+        """
+        if looks:
+            if (method := self.looks.next_on_slice()) is not None:
+                return Step("slice", method)
+            if (method := self.looks.next()) is not None:
+                return Step("look", method)
+        if (method := self._next_longer()) is not None:
+            return Step("longer", method)
+        racers = self.racers()
+        if (method := next((m for m in racers if m not in self.weighed), None)) is not None:
+            return Step("memory", method)
+        if len(racers) < 2 or self.comparison.rounds >= MOST_ROUNDS[self.session.effort] or self.comparison.is_decided:
+            return None
+        return Step("round")
+
+    def take(self, step: Step) -> None:
+        """Do a step at the session's point."""
+        start, session, method = measure.clock.now(), self.session, step.method
+        if method is None:
+            self.comparison.run_round(session, self.racers())
+            if set(self.racers()) != set(self.comparison.samples):
+                self.choose_racers()
+        elif step.kind == "slice":
+            self.looks.look_on_slice(method)
+        elif step.kind == "look":
+            self.try_out(method)
+        elif step.kind == "longer":
+            look_longer(session, method)
+            self.levels[method] = self.levels.get(method, 0) + 1
+            self.choose_racers()
+        else:
+            self.fits_memory(method)
+        self._costs.setdefault(step.costs_like, []).append(measure.clock.now() - start)
+
+    def expected_s(self, step: Step) -> float:
+        """Return about how long a step will take, by those of its kind so far."""
+        costs = self._costs.get(step.costs_like)
+        if costs:
+            return sum(costs) / len(costs)
+        best = self.session.best if math.isfinite(self.session.best) else 0.0
+        if step.kind == "duel":
+            return 2 * ENOUGH_ROUNDS * max(SHORTEST_S[self.session.effort], best)
+        return COMPILE_S if step.compiles else UNTIMED_CALLS * best
+
+    def try_out(self, method: Method, allowed_s: float | None = None) -> None:
+        """Look at a candidate, and let go of those that will hardly run again."""
+        if method not in self.looks.space:
+            self.looks.space.append(method)
+        look(self.session, method, allowed_s)
+        for known in self.looks.by_time(self.session.runs)[KEPT_RUNS:]:
+            if known not in self.standing:
+                del self.session.runs[known]
+        self.choose_racers()
+
+    def beats(self, challenger: Method, current: Method) -> bool:
+        """Compare a candidate with another one in a few rounds; tell whether it is faster, and fits the memory."""
+        if not self.fits_memory(challenger):
+            return False
+        duel = Comparison()
+        for _ in range(ENOUGH_ROUNDS):
+            duel.run_round(self.session, [challenger, current])
+        return set(duel.samples) == {challenger, current} and duel.is_faster(challenger, current)
+
+    def had_its_look(self, method: Method) -> bool:
+        """Check whether a candidate was looked at."""
+        trial = self.session.trials.get(method)
+        return trial is not None and trial.state != "skipped"
+
+    def fits_memory(self, method: Method) -> bool:
+        """Check whether a timed candidate stays within the memory limit, by a run of its own if that is not known."""
+        if method in self.weighed:
+            return True
+        self.weighed.add(method)
+        fits = measure_memory(self.session, method)
+        if not fits:
+            self.choose_racers()
+        return fits
+
+    # halving, and the last comparison
+
+    def timed(self) -> list[Method]:
+        """Return the candidates that were timed, hopeless ones left out, the fastest first."""
+        return self.looks.by_time(m for m, trial in self.session.trials.items() if is_timed(trial))
+
+    def _next_longer(self) -> Method | None:
+        """Return the next survivor to be timed longer; None where few are left."""
+        timed = self.timed()
+        for level in range(1, MOST_LEVELS + 1):
+            if len(timed) <= FINALISTS:
+                return None
+            half = max((len(timed) + 1) // 2, FINALISTS)
+            fastest = self.looks.time(timed[0])
+            timed = [m for m in timed[:half] if self.looks.time(m) < PRUNE_RATIO * fastest]
+            for method in timed:
+                # a long run was timed well enough
+                if self.levels.get(method, 0) < level and self.looks.time(method) < LONG_S:
+                    return method
+        return None
+
+    def choose_racers(self) -> None:
+        """Choose anew who takes part in the last comparison: something else is known now."""
+        self._racers = None
+
+    def racers(self) -> list[Method]:
+        """Return who takes part in the last comparison: the fastest few, and what stands unless it is beaten."""
+        if self._racers is None:
+            timed = self.timed()
+            racers = timed[:FINALISTS]
+            if racers and all(method.uses_transforms for method in racers):
+                racers += [m for m in timed[FINALISTS:] if not m.uses_transforms][:1]
+            for method in self.standing:
+                # what is far behind is known well enough
+                if (
+                    method in timed
+                    and method not in racers
+                    and self.looks.time(method) < PRUNE_RATIO * self.session.best
+                ):
+                    racers.append(method)
+            self._racers = racers
+            if set(self.comparison.samples) - set(racers) or set(racers) - set(self.comparison.samples):
+                self.comparison = Comparison()
+        return self._racers
+
+    @property
+    def standing(self) -> list[Method]:
+        """What stays within the noise: the plan so far, then torch's default that works."""
+        default = next((m for m in self.defaults if math.isfinite(self.looks.time(m))), None)
+        return [m for m in (self.incumbent, default) if m is not None]
+
+    # results
+
+    def fastest(self) -> Method | None:
+        """Return the candidate that was timed fastest so far."""
+        return next(iter(self.timed()), None)
+
+    def winner(self) -> Method | None:
+        """Return the fastest right candidate as far as is known; None if there is none."""
+        racers = self.racers()
+        if not racers:
+            return None
+        trials = self.session.trials
+        if self.comparison.rounds:
+            for method, timing in self.comparison.timings().items():
+                trials[method] = dataclasses.replace(
+                    trials[method], seconds=timing.seconds, dispersion=timing.dispersion
+                )
+            return self.comparison.winner(self.standing, {m: trials[m].memory_bytes for m in racers})
+        close = [m for m in self.standing if m in racers and self.looks.time(m) < UNSURE * self.looks.time(racers[0])]
+        return close[0] if close else racers[0]
+
+    def default_seconds(self) -> float | None:
+        """Return what torch's default takes, by its time on a slice where it was not worth a run on the batch."""
+        times = [*map(self.looks.time, self.defaults), *map(self.looks.by_slice, self.defaults)]
+        return next(filter(math.isfinite, times), None)
+
+    def all_trials(self) -> tuple[Trial, ...]:
+        """Return every candidate's fate, those that have not been looked at included."""
+        unknown = (Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.untried())
+        return (*self.session.trials.values(), *unknown)

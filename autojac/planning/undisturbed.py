@@ -1,0 +1,46 @@
+"""Planning apart from the caller: no hook of theirs fires, no mode of theirs sees it, and other ranks hear nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+
+from torch import Tensor
+
+from autojac.autodiff.open_modes import saved_tensors_apart
+from autojac.core.autocast import outside_autocast
+from autojac.core.ranks import silent
+from autojac.core.sandbox import without_hooks
+from autojac.core.time_limit import end_watch
+from autojac.guards.process_state import as_found
+from autojac.planning.call import Call
+
+_planning: ContextVar[bool] = ContextVar("planning", default=False)
+
+
+@contextmanager
+def nested() -> Iterator[bool]:
+    """Mark that a plan is being made; tell whether another one was already."""
+    token = _planning.set(True)
+    inside = bool(token.old_value is not Token.MISSING and token.old_value)
+    try:
+        yield inside
+    finally:
+        _planning.reset(token)
+        if not inside:
+            end_watch()
+
+
+@contextmanager
+def undisturbed(call: Call, trained: Sequence[Tensor]) -> Iterator[bool]:
+    """Keep what is tried from the caller's hooks, modes and other ranks; tell whether a plan was being made."""
+    with (
+        outside_autocast(),
+        without_hooks(trained),
+        saved_tensors_apart(),
+        as_found(),
+        silent(call.captured.modules),
+        nested() as inside,
+    ):
+        yield inside

@@ -191,6 +191,11 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     return edge.node, edge.output_nr
 
 
+def node_of(tensor: Tensor) -> Any:
+    """Return the node of the graph that a tensor stands at, an input's too; None where it has no graph."""
+    return _edge(tensor)[0] if tensor.requires_grad else None
+
+
 def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
     """Gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
     if not scalar.requires_grad:

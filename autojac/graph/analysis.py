@@ -15,6 +15,7 @@ from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
 from autojac.graph.cuts.accumulation import Accumulation, ChainProduct, accumulate, products
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
+from autojac.graph.operators import custom_functions
 from autojac.graph.recorder import FunctionRecording, record
 from autojac.guards.captures import Captures
 from autojac.torch_internals import pytree
@@ -60,11 +61,12 @@ class GraphAnalysis:
         self.batch = batch
 
     @functools.cached_property
-    def found(self) -> BatchFlow | str:
-        """How the batch runs through the graph; or why there is none, as a sentence."""
+    def recording(self) -> FunctionRecording | str:
+        """The call, made once; or why it can't be watched, as a sentence."""
         if self._call is None:
             return "func was not recorded"
         fn, leaves, kwargs, sandbox, modules = self._call
+        self._call = None
         try:
             with sandbox():
                 recording = record(fn, leaves, kwargs, self.differentiated, named=True)
@@ -72,17 +74,45 @@ class GraphAnalysis:
             return (
                 f"func can't be recorded, it raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             )
-        finally:
-            self._call = None
-        if recording.graph is None:
-            return recording.reason
         self._owners = _paths(recording, modules)
         self.captured, self.escaped = recording.captured, recording.escaped
+        return recording
+
+    @functools.cached_property
+    def has_custom_backward(self) -> bool:
+        """Whether a backward of the user's own stands behind the outputs, or may."""
+        recording = self.recording
+        return isinstance(recording, str) or bool(custom_functions(recording.values))
+
+    @functools.cached_property
+    def found(self) -> BatchFlow | str:
+        """How the batch runs through the graph; or why there is none, as a sentence."""
+        recording = self.recording
+        if isinstance(recording, str):
+            return recording
+        if recording.graph is None:
+            return recording.reason
         return flow_of(recording.graph, self.batched, self.batch)
+
+    def assign(self, batched: Sequence[bool]) -> None:
+        """Take other leaves for those that carry the batch."""
+        if self.batched != tuple(batched):
+            self.batched = tuple(batched)
+            self._chains.clear()
+            for known in ("found", "read_pool", "least_pool"):
+                vars(self).pop(known, None)
+
+    def let_go(self) -> None:
+        """Let go of the tensors of the call, once its graph is followed."""
+        if isinstance(vars(self).get("recording"), FunctionRecording):
+            assert self.found is not None  # made while there are tensors
+            vars(self)["recording"] = "the tensors of the call are gone"
+        self.captured = ()
 
     def close(self) -> None:
         """Let go of the call: what was not asked by now stays unknown."""
-        self._call, self.captured = None, ()
+        self.let_go()
+        self._call = None
 
     def names(self, numbers: Sequence[int]) -> str:
         """Return tensors in human-readable form: by module the operators that they come from, with their shapes."""

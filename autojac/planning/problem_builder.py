@@ -79,7 +79,9 @@ class ProblemBuilder:
         kernels: tuple[str, ...] = ()
         if report.signature.differentiable:
             kernels = reachable_kernels(self.function_state.present.guard.codes, call.captured.modules)
-        seen = observe(report.first, *flat, kernels)
+        analysis = self.analyze(call, report, report.guess)
+        recording = analysis.recording
+        seen = observe(report.first, flat, kernels, None if isinstance(recording, str) else recording)
         known = self._batched_arguments.setdefault(layout.context, {})
         found = examine(
             flat,
@@ -87,8 +89,9 @@ class ProblemBuilder:
             Roles(report.guess, layout.declared, known),
             declared=self.options.declared,
             budget_s=PROBE_BUDGET_S[effort],
-            analyze=lambda batched: self.analyze(call, report, batched),
+            analysis=analysis,
         )
+        analysis.let_go()
         if report.signature.batch > 1:
             known.update(enumerate(found.batched))
         self._warn(found)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from torch import Tensor
 from autojac.core.pattern import Sparsity
 from autojac.core.structure import Structure
 from autojac.graph.analysis import GraphAnalysis
-from autojac.probe.batched_arguments import guess_batched, resolve_batched
+from autojac.probe.batch_axis_proof import Proof, prove
+from autojac.probe.batched_arguments import SomeSamples, guess_batched, resolve_batched, some_samples
 from autojac.probe.coupling import PairProbe
 from autojac.probe.feature_pattern import check_declared, find_feature_pattern
 from autojac.probe.flat_call import FlatCall, Roles
@@ -65,7 +68,7 @@ def examine(
     *,
     declared: Structure | None = None,
     budget_s: float = 1.0,
-    analyze: Callable[[Sequence[bool]], GraphAnalysis] | None = None,
+    analysis: GraphAnalysis | None = None,
 ) -> ProbeResult:
     """Probe a flat function at one point.
 
@@ -75,36 +78,102 @@ def examine(
         roles: what is known of which leaves carry the batch.
         declared: coupling declared by the user; then nothing is probed for it.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
-        analyze: makes the graph of the call, once it is known which leaves carry the batch.
+        analysis: what the graph of the call shows, with the leaves that are guessed to carry the batch.
     """
     with torch.no_grad():
         held = tuple(leaf.detach() for leaf in call.leaves)
-    batched, refusal = resolve_batched(call._replace(leaves=held), seen.values, roles)
-    compared, notice, flat = compare_modes(call, SEED)
-    cut = _without_derivative(call, seen.cut, flat)
+    call = call._replace(leaves=held)
+    where = _where(call, seen.values, roles, analysis)
+    compared, notice, flat = compare_modes(where.compared, SEED)
+    cut = _without_derivative(where.compared, seen.cut, flat)
     evidence = [seen.evidence, compared]
-    analysis = None if analyze is None else analyze(batched)
+    found = partial(ProbeResult, batched=where.batched, notice=notice, analysis=analysis, cut=cut)
     values, differentiated = seen.values, call.differentiated
-    inputs = tuple(position for position in differentiated if batched[position])
-    sides = tuple(position for position, has in enumerate(batched) if has and position not in differentiated)
     if declared is not None:
         if declared.sparsity is not None:
             sizes = [value[0].numel() for value in values if len(value)]
-            events = [held[p].numel() // (len(held[p]) if batched[p] else 1) for p in differentiated if held[p].numel()]
+            events = [
+                held[p].numel() // (len(held[p]) if where.batched[p] else 1) for p in differentiated if held[p].numel()
+            ]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        structure = _declared(declared, seen, evidence, refusal is None)
-        return ProbeResult(structure, batched, notice, analysis, cut)
-    point = ProbePoint(call.fn, held, call.kwargs, inputs, sides, len(values[0]), call.sandbox)
+        return found(_declared(declared, seen, evidence, where.refusal is None))
     generator = torch.Generator().manual_seed(SEED)
-    cost = time_one_call(point)
-    point = dataclasses.replace(point, limit_s=max(HANG_RATIO * cost, HANG_S))
-    weights = len(inputs) < len(differentiated)
-    pairs = PairProbe(point, analysis, values, weights, cost, budget_s, generator)
-    found = pairs.structure(refusal)
+    point, structure = _coupling(call, values, where, analysis, generator, budget_s)
     structure = dataclasses.replace(
-        found, effects=seen.effects, kernels=seen.kernels, evidence=(*evidence, *found.evidence)
+        structure, effects=seen.effects, kernels=seen.kernels, evidence=(*evidence, *structure.evidence)
     )
-    return ProbeResult(_featured(structure, point, differentiated, generator, budget_s), batched, notice, analysis, cut)
+    return found(_featured(structure, point, differentiated, generator, budget_s))
+
+
+class _Where(NamedTuple):
+    """Where a call is probed.
+
+    Attributes:
+        batched: which leaves carry the batch.
+        refusal: why func can't be called on some of the samples; None if it can.
+        proof: what the graph of the call proves.
+        few: some of the samples, where nothing more is needed.
+        compared: the call at which the modes are compared.
+    """
+
+    batched: tuple[bool, ...]
+    refusal: str | None
+    proof: Proof
+    few: SomeSamples | None
+    compared: FlatCall
+
+
+def _where(call: FlatCall, values: Sequence[Tensor], roles: Roles, analysis: GraphAnalysis | None) -> _Where:
+    """Find out which leaves carry the batch, and whether some of the samples are enough."""
+    batched, refusal, few = roles.guess, None, None
+    proof = Proof(False, "") if analysis is None else prove(analysis)
+    if proof.any_values and len(values[0]) > 1:
+        few = some_samples(call, values, batched)
+    if few is None:
+        batched, refusal = resolve_batched(call, values, roles)
+        if analysis is not None:
+            analysis.assign(batched)
+            proof = prove(analysis)
+        if proof.any_values and len(values[0]) > 1:
+            few = some_samples(call, values, batched, keywords=refusal is not None)
+    # a backward that the user wrote may do anything to any sample
+    own = analysis is not None and analysis.has_custom_backward
+    return _Where(batched, refusal, proof, few, call if few is None or own else few.call)
+
+
+def _coupling(
+    call: FlatCall,
+    values: Sequence[Tensor],
+    where: _Where,
+    analysis: GraphAnalysis | None,
+    generator: torch.Generator,
+    budget_s: float,
+) -> tuple[ProbePoint, Structure]:
+    """Return what couples with what across the batch, and the point at which more is found out."""
+    batched, refusal, proof, few, _ = where
+    inputs = tuple(position for position in call.differentiated if batched[position])
+    sides = tuple(position for position, has in enumerate(batched) if has and position not in call.differentiated)
+    whole = ProbePoint(call.fn, tuple(call.leaves), call.kwargs, inputs, sides, len(values[0]), call.sandbox)
+    weights = len(inputs) < len(call.differentiated)
+    point = whole
+    if few is not None and len(few.values[0]) > 1:
+        limit = max(HANG_RATIO * few.seconds, HANG_S)
+        point = dataclasses.replace(
+            whole, leaves=tuple(few.call.leaves), kwargs=few.call.kwargs, batch=len(few.values[0]), limit_s=limit
+        )
+        values_there: Sequence[Tensor] = few.values
+    else:
+        values_there = values
+    if proof.any_values and whole.batch > 1:
+        pairs = PairProbe(point, analysis, values_there, weights, 0.0, budget_s, generator, proof)
+        found = pairs.by_proof(refusal, whole)
+        if found is not None:
+            return point, found
+        proof = Proof(False, "proof: none, numbers contradict it", meets=proof.meets)
+    cost = time_one_call(whole)
+    whole = dataclasses.replace(whole, limit_s=max(HANG_RATIO * cost, HANG_S))
+    pairs = PairProbe(whole, analysis, values, weights, cost, budget_s, generator, proof)
+    return whole, pairs.structure(refusal)
 
 
 def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from autojac.probe.flat_call import FlatCall, Roles
 from autojac.torch_internals import pytree
 
 MOST_AMBIGUOUS = 4
+MOST_SAMPLES = 256
+"""Samples that what is proved of a call is tried on."""
 HANG_S = 60.0
 """Some of the samples should take no longer than all; a loop that waits for the others never ends."""
 
@@ -29,6 +33,56 @@ def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
 def slice_samples(leaves: Sequence[Tensor], batched: Sequence[bool], stop: int) -> list[Tensor]:
     """Return the first `stop` samples of every tensor that carries the batch."""
     return [leaf[:stop] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
+
+
+@dataclass(frozen=True)
+class SomeSamples:
+    """A call of func with some of the samples, which gave what the whole batch gave for these.
+
+    Attributes:
+        call: with these samples alone.
+        values: its outputs.
+        seconds: what it took.
+    """
+
+    call: FlatCall
+    values: tuple[Tensor, ...]
+    seconds: float
+
+
+def some_samples(
+    call: FlatCall, values: Sequence[Tensor], batched: Sequence[bool], keywords: bool = False
+) -> SomeSamples | None:
+    """Call func with some of the samples; None where that does not give the same as for the whole batch.
+
+    Args:
+        call: with detached leaves.
+        values: its outputs.
+        batched: which leaves carry the batch.
+        keywords: take the same samples of keyword arguments as long as the batch.
+    """
+    batch = len(values[0])
+    count = min((batch + 1) // 2, MOST_SAMPLES)
+    # the first, the last, and those between in equal steps
+    rows = torch.linspace(0, batch - 1, count, dtype=torch.float64).round().long()
+    leaves = [leaf[rows.to(leaf.device)] if has else leaf for leaf, has in zip(call.leaves, batched, strict=True)]
+    kwargs = call.kwargs
+    if keywords:
+        kwargs = pytree.tree_map_only(Tensor, lambda x: x[rows.to(x.device)] if _as_long_as(x, batch) else x, kwargs)
+    few = call._replace(leaves=[leaf.detach() for leaf in leaves], kwargs=kwargs)
+    samples = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(leaves)]
+    start = time.perf_counter()
+    try:
+        # func may differentiate itself
+        with call.sandbox(), torch.enable_grad():
+            parts = tuple(part.detach() for part in within(HANG_S, functools.partial(call.fn, samples, kwargs)))
+        same = all(
+            part.shape == (count, *whole.shape[1:]) and disagreement(part, whole[rows.to(whole.device)]) is None
+            for part, whole in zip(parts, values, strict=True)
+        )
+    except Exception:  # whatever func raises on a part of the batch says that it can't be called on one
+        return None
+    return SomeSamples(few, parts, time.perf_counter() - start) if same else None
 
 
 def resolve_batched(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...], str | None]:

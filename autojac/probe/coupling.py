@@ -14,12 +14,12 @@ from autojac.core.pattern import Sparsity
 from autojac.core.ranks import several
 from autojac.core.structure import Coupling, Structure
 from autojac.graph.analysis import GraphAnalysis
-from autojac.probe.batch_axis_proof import Proof, meeting, prove
+from autojac.probe.batch_axis_proof import Proof, confirm, meeting
 from autojac.probe.cancelling import SLIGHT
-from autojac.probe.masks import masks_within
+from autojac.probe.masks import masks_within, split_masks
 from autojac.probe.rounding import only_rounding
 from autojac.probe.sample_graph import find_sample_graph
-from autojac.probe.sample_pairs import ProbePoint, Verdict, gradient_layer, nan_layer, value_layer
+from autojac.probe.sample_pairs import SCALES, ProbePoint, Verdict, gradient_layer, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
 
 PATIENCE = 10.0
@@ -38,6 +38,7 @@ class PairProbe:
         cost: seconds of one evaluation.
         budget_s: seconds that each of the three pair layers may cost.
         generator: of masks and other points.
+        proof: what the graph proves.
     """
 
     point: ProbePoint
@@ -47,6 +48,7 @@ class PairProbe:
     cost: float
     budget_s: float
     generator: torch.Generator
+    proof: Proof
 
     @functools.cached_property
     def masks(self) -> tuple[list[Tensor], str]:
@@ -69,10 +71,44 @@ class PairProbe:
             evidence.append(side.evidence)
             if side.coupled:
                 refusal = "an output depends on side inputs of other samples"
-        evidence.append(f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func")
+        evidence.append(_sliced(refusal))
         if meet:
             return self._of_coupled(verdicts, refusal, evidence)
         return self._of_independent(verdicts, refusal, evidence)
+
+    def by_proof(self, refusal: str | None, whole: ProbePoint) -> Structure | None:
+        """Return the structure that the proof shows, once numbers agree with it here; None where they contradict it.
+
+        What the operators prove holds for every pair, so one half-split of the samples is enough to see that the
+        numbers are those of the operators.
+
+        Args:
+            refusal: why func can't be called on some of the samples, as far as is known.
+            whole: the call, of which this point may be a part.
+        """
+        point, analysis, generator = self.point, self.analysis, self.generator
+        if not self.proof.any_values or analysis is None or (self.weights and refusal is not None):
+            return None
+        mask = split_masks(point.batch, 1, generator)[0].to(point.leaves[0].device)
+        called = f"one half-split of {point.batch} samples"
+        scales = SCALES if point.batch < whole.batch else SCALES[1:2]
+        layers: list[Callable[[], Verdict]] = [
+            lambda: gradient_layer(point, [mask, ~mask], called, generator),
+            lambda: value_layer(point, [mask], called, generator, point.inputs, scales),
+            lambda: nan_layer(point, [~mask], called, self.values),
+        ]
+        verdicts = [layer() for layer in layers] if point.inputs else []
+        evidence = [verdict.evidence for verdict in verdicts] or ["pairs: no input carries the batch"]
+        if point.sides:
+            side = value_layer(point, [mask], called, generator, point.sides, scales)
+            evidence.append(side.evidence)
+            if side.coupled:
+                return None
+        if any(verdict.coupled for verdict in verdicts):
+            return None
+        evidence.append(_sliced(refusal))
+        proof = confirm(self.proof, analysis, *((point,) if point is whole else (point, whole)))
+        return self._independent(verdicts, refusal, evidence, proof)
 
     def _verdicts(self) -> list[Verdict]:
         """Return what the pair layers say."""
@@ -126,12 +162,17 @@ class PairProbe:
                 return Structure(
                     "statistics", "observed", False, split, evidence=tuple(evidence), depends_on_arguments=True
                 )
-        proof = Proof(False, "")
-        if self.analysis is not None and self.point.inputs:
-            proof = prove(self.analysis, self.point)
+        proof = self.proof if self.analysis is None else confirm(self.proof, self.analysis, self.point)
+        return self._independent(verdicts, refusal, evidence, proof)
+
+    def _independent(
+        self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str], proof: Proof
+    ) -> Structure:
+        """Return the structure of independent samples."""
+        if not self.point.inputs:
+            proof = Proof(False, "")
+        elif proof.line:
             evidence.append(proof.line)
-        elif self.analysis is not None:
-            self.analysis.close()
         return Structure(
             "independent",
             "proved" if proof.sound else "observed",
@@ -184,6 +225,11 @@ class PairProbe:
             sparsity=sparsity,
             depends_on_arguments=depends,
         )
+
+
+def _sliced(refusal: str | None) -> str:
+    """Say whether func can be called on some of the samples."""
+    return f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func"
 
 
 def _only_values(verdicts: Sequence[Verdict]) -> bool:

@@ -166,12 +166,17 @@ def cotangent_verdict(
 
 
 def value_layer(
-    point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator, leaves: Sequence[int]
+    point: ProbePoint,
+    masks: Sequence[Tensor],
+    called: str,
+    generator: torch.Generator,
+    leaves: Sequence[int],
+    scales: Sequence[float] = SCALES,
 ) -> Verdict:
     """New values inside the mask; outputs outside must stay."""
     layer = "value taint" if leaves == point.inputs else "value taint of side inputs"
     refused = 0
-    for turn, scale in enumerate(SCALES):
+    for turn, scale in enumerate(scales):
         there = point.at_other_point(turn, scale, generator)
         try:
             base = _accepted(there, {})
@@ -189,16 +194,16 @@ def value_layer(
                 refused += 1
             elif _moved(changed, base, ~mask):
                 return Verdict(layer, True, f"{layer}: coupled, outputs move when other samples change by {scale:g}")
-    if refused == len(SCALES) * len(masks):
+    if refused == len(scales) * len(masks):
         return Verdict(layer, None, f"{layer}: not applicable, func refuses other values")
-    scales = ", ".join(f"{scale:g}" for scale in SCALES)
-    return Verdict(layer, False, f"{layer}: no output moves at scales {scales} ({called})")
+    sizes = ", ".join(f"{scale:g}" for scale in scales)
+    return Verdict(layer, False, f"{layer}: no output moves at scales {sizes} ({called})")
 
 
-def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str) -> Verdict:
-    """NaN inside the mask; outputs outside must gain none."""
+def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Sequence[Tensor] | None = None) -> Verdict:
+    """NaN inside the mask; outputs outside must gain none. `base` are the outputs at the point, where known."""
     layer = "NaN taint"
-    base = point.values({})
+    base = point.values({}) if base is None else base
     for mask in masks:
         replaced = {
             position: torch.where(_along(mask, leaf) > 0, torch.full_like(leaf, float("nan")), leaf)

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.autodiff.pullback import node_of
 from autojac.core.sandbox import Sandbox, moved, random_state, same_bits
 from autojac.core.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 from autojac.core.tensor_kinds import not_dense
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
+from autojac.graph.recorder import FunctionRecording
 from autojac.graph.special_kernels import ATTENTION, special_kernels
 from autojac.guards.escapes import Monitor
 from autojac.guards.process_state import unwarned
 from autojac.guards.run_monitor import RunMonitor
+from autojac.probe.flat_call import FlatCall
 from autojac.probe.kept_state import UNLIKE, unlike
 
 Flat = Any
@@ -95,30 +98,23 @@ def first_call(
 
 
 def observe(
-    first: FirstCall,
-    fn: Flat,
-    leaves: Sequence[Tensor],
-    kwargs: Mapping[str, Any],
-    differentiated: Sequence[int],
-    sandbox: Sandbox,
-    reached: Sequence[str] = (),
+    first: FirstCall, call: FlatCall, reached: Sequence[str] = (), recording: FunctionRecording | None = None
 ) -> SideEffects:
     """Call func again from the same state and compare.
 
     Args:
         first: the first call.
-        fn, leaves, kwargs, differentiated, sandbox: the call.
+        call: the same, to be made again.
         reached: operators that lack derivatives, which another branch of func may run.
+        recording: a second call that was made already, to be taken if it agrees with the first.
 
     Raises:
         RandomnessError: if equal inputs and equal random state give different outputs.
+        OutputError: if the outputs move with the inputs and no graph leads there.
     """
-    with sandbox():
-        second, nodes = evaluate_once(fn, leaves, kwargs, differentiated)
-    if unlike(first.values, second):
-        raise RandomnessError(f"{UNLIKE} Seen: {first.unlisted}" if first.unlisted else UNLIKE)
+    second, nodes = _second(first, call, recording)
     cut = without_graph_to(second, nodes)
-    moving = moving_with(fn, leaves, kwargs, differentiated, sandbox, dict.fromkeys(cut)) if cut else ()
+    moving = moving_with(*call, dict.fromkeys(cut)) if cut else ()
     if moving and len(cut) == len(second):
         raise OutputError(
             "the outputs of func move with its input, but none has a graph to it, so every derivative would be zero. "
@@ -135,10 +131,24 @@ def observe(
     )
 
 
+def _second(
+    first: FirstCall, call: FlatCall, recording: FunctionRecording | None
+) -> tuple[Sequence[Tensor], Sequence[Any]]:
+    """Return the outputs of a second call, which must agree with the first, and the graph's nodes of its inputs."""
+    if recording is not None and not unlike(first.values, recording.values):
+        return recording.values, [node_of(tensor) for tensor in recording.inputs]
+    with call.sandbox():
+        second, nodes = evaluate_once(call.fn, call.leaves, call.kwargs, call.differentiated)
+    if unlike(first.values, second):
+        raise RandomnessError(f"{UNLIKE} Seen: {first.unlisted}" if first.unlisted else UNLIKE)
+    return second, nodes
+
+
 def without_graph_to(values: Sequence[Tensor], nodes: Sequence[Any]) -> tuple[int, ...]:
     """Return which values no path of the autograd graph joins to the nodes."""
     wanted = set(nodes)
-    return tuple(number for number, value in enumerate(values) if not _leads(value.grad_fn, wanted))
+    # an output may be an input itself
+    return tuple(number for number, value in enumerate(values) if not _leads(node_of(value), wanted))
 
 
 def _leads(start: Any, wanted: set[Any]) -> bool:

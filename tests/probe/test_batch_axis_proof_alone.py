@@ -19,7 +19,7 @@ from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.propagation import UNFORESEEN
 from autojac.graph.recorder import record
 from autojac.planning.problem_builder import ProblemBuilder
-from autojac.probe.batch_axis_proof import prove
+from autojac.probe.batch_axis_proof import confirm, prove
 from autojac.probe.sample_pairs import ProbePoint
 from harness import planned
 from programs import program
@@ -29,7 +29,8 @@ from provable import COUPLED, INDEPENDENT
 def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     request, seen, problem = planned(func, (x,), in_dims=0)
     analysis = ProblemBuilder.analyze(request, seen, [True])
-    return prove(analysis, ProbePoint(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox))[:2]
+    point = ProbePoint(seen.fn, request.leaves, {}, (0,), (), problem.batch, seen.sandbox)
+    return confirm(prove(analysis), analysis, point)[:2]
 
 
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")

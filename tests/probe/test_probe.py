@@ -82,14 +82,77 @@ def test_splits_are_halves() -> None:
     assert [int(mask.sum()) for mask in masks] == [50] * 5
 
 
+def unproved(x: Tensor) -> Tensor:
+    """Independent, which no graph proves, since Python sees a number."""
+    x.detach()[0, 0].item()
+    return x.sin()
+
+
 def test_passes_grow_with_the_logarithm_of_the_batch() -> None:
     counts = []
     for batch in (16, 256):
-        func = Counted(torch.sin)
+        func = Counted(unproved)
         autojac.probe(func, torch.randn(batch, 2))
         counts.append(func.calls)
     # three scales of values and one of NaN: four evaluations a mask, two masks a bit
     assert counts[1] - counts[0] == 4 * 2 * 4
+
+
+def test_what_is_proved_is_tried_on_some_of_the_samples() -> None:
+    counts = []
+    for batch in (600, 6000):
+        func = Counted(torch.sin)
+        assert autojac.probe(func, torch.randn(batch, 2)).assurance == "proved"
+        counts.append((func.calls, func.batches.count(batch)))
+    assert counts == [(20, 2), (20, 2)]
+    assert max(size for size in func.batches if size != batch) == 256
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose backward couples samples."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent + cotangent.flip(0)
+
+
+@pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
+@pytest.mark.parametrize("batch", [2, 5, 700])
+def test_numbers_that_contradict_a_proof_are_believed(batch: int) -> None:
+    structure = autojac.probe(Backward.apply, torch.randn(batch, 2))
+    assert not structure.independent
+
+
+@pytest.mark.parametrize("batch", [2, 3, 9, 300])
+def test_a_captured_tensor_of_the_batch_forbids_slicing_and_no_proof(batch: int) -> None:
+    weights = torch.randn(batch, 1)
+    structure = autojac.probe(lambda x: (weights * x).tanh(), torch.randn(batch, 2))
+    assert structure.assurance == "proved"
+    assert not structure.sliceable
+
+
+@pytest.mark.parametrize("batch", [9, 300])
+def test_keyword_arguments_of_the_batch_forbid_slicing_and_no_proof(batch: int) -> None:
+    func = Counted(lambda x, scale: (scale * x).tanh())
+    structure = autojac.probe(func, torch.randn(batch, 2), scale=torch.randn(batch, 1))
+    assert structure.assurance == "proved"
+    assert not structure.sliceable
+    assert func.batches.count(batch) <= 12
+
+
+def test_a_branch_on_the_size_of_the_batch_is_no_matter_of_its_parts() -> None:
+    def func(x: Tensor) -> Tensor:
+        return x - x.mean(0) if len(x) > 100 else x.sin()
+
+    assert not autojac.probe(func, torch.randn(700, 2)).independent
+    assert autojac.probe(func, torch.randn(90, 2)).assurance == "proved"
+    large = autojac.probe(lambda x: x.sin() if len(x) > 400 else x - x.mean(0), torch.randn(700, 2))
+    assert large.assurance == "proved"
+    assert not large.sliceable
 
 
 def test_side_inputs_of_other_samples_forbid_slicing() -> None:
@@ -124,7 +187,7 @@ def test_large_batches_are_split_at_random(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("autojac.planning.problem_builder.PROBE_BUDGET_S", {"quick": 0.0})
     structure = autojac.probe(lambda x: x - x.mean(0), torch.randn(4096, 2))
     assert not structure.independent
-    structure = autojac.probe(torch.sin, torch.randn(4096, 2))
+    structure = autojac.probe(unproved, torch.randn(4096, 2))
     assert structure.independent
     assert any("6 random half-splits of 4096 samples" in line for line in structure.evidence)
 

@@ -21,6 +21,7 @@ from autojac.api.checks import probe, verify
 from autojac.api.derivatives import Derivatives
 from autojac.api.from_graph import jacobian_from
 from autojac.api.hessian import AutoHessian
+from autojac.api.training_step import TrainingStep
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.plan import Plan, Trial
 from autojac.core.structure import Structure
@@ -76,6 +77,7 @@ __all__ = [
     "Structure",
     "StructureChangedWarning",
     "TargetError",
+    "TrainingStep",
     "Trial",
     "UnsupportedError",
     "VerificationError",

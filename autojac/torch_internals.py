@@ -88,6 +88,8 @@ COMPILER: Final = "torch._dynamo"
 """Module that defines what torch.compile makes of a module."""
 TENSOR_HOME: Final = "torch._tensor"
 """Module that defines the methods of tensors that are written in Python."""
+PYTREE_HOME, TRANSFORMS_HOME, FAKES_HOME = "torch.utils._pytree", "torch._functorch", "torch._subclasses"
+"""Where nests are, vmap and its like, and tensors without values."""
 OPERATORS_HOME: Final = OpOverload.__module__
 """Module that defines operators, overloads and namespaces."""
 CUSTOM_OPERATOR: Final = "torch._library.custom_ops.CustomOpDef"

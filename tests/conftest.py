@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    # every collection of garbage would look at half a million objects of torch and of these tests again
+    gc.collect()
+    gc.freeze()
+
+
 def _at_night(item: pytest.Item, of: int, turn: int = 0) -> bool:
     """Check whether a combination waits for the night; tests of different turns choose different names."""
     assert isinstance(item, pytest.Function)
@@ -52,7 +59,9 @@ def known_threads() -> None:
 def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else each device would take down the stack, to be seeded later
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ from autojac import (
     Structure,
     StructureChangedWarning,
     TargetError,
+    TrainingStep,
     UnsupportedError,
     VerificationError,
     jacobian_from,
@@ -373,6 +374,16 @@ MESSAGES = (
         "samples are coupled",
         "in_dims=None",
         lambda: AutoHessian(lambda x: (x - x.mean(0)).prod(1), layout="sparse", store=":memory:")(x),
+    ),
+    Message(
+        InputError, "loss was expected", "a int|an int", "returns a number", lambda: TrainingStep(nn.Linear(2, 2), 3)
+    ),
+    Message(
+        OutputError,
+        "one number",
+        r"shape \(3,\)",
+        "mean",
+        lambda: TrainingStep(nn.Linear(2, 2), lambda y, J: y[:, 0], store=":memory:")(x),
     ),
     Message(OptionError, "sequence of tuples", r"got \(1, 1\)", "such as", lambda: of_columns((1, 1))),
     Message(OptionError, "counted from 0", "got -1", "such as", lambda: of_columns(((-1,),))),
@@ -915,6 +926,43 @@ MESSAGES = (
         "did not in 1 system",
         "Pass damping",
         lambda: matrix_free_least_squares(torch.exp, torch.cos, x[:1], x[0, 0], 2),
+    ),
+    Message(
+        InputError,
+        "tensor of shape .3, 2. was expected",
+        "of shape .2, 2.",
+        "one vector for the whole",
+        lambda: wrap(torch.sin).linear_operator(x) @ x[:2],
+    ),
+    # a Jacobian in parts
+    Message(
+        OptionError,
+        "chunks expects a size and layout='blocks'",
+        "got layout='sparse'",
+        "for the sparse Jacobian",
+        lambda: wrap(torch.sin, layout="sparse").chunks(x),
+    ),
+    Message(OptionError, "bytes " + must_be, "got 'many'", "", lambda: wrap(torch.sin).chunks(x, bytes="many")),
+    Message(
+        InputError,
+        "a function with a batch",
+        "in_dims=None says",
+        "Pass in_dims",
+        lambda: wrap(torch.sin, in_dims=None).chunks(x),
+    ),
+    Message(
+        InputError,
+        "hold 2 tensors or arrays",
+        "got 1",
+        "Nest them",
+        lambda: wrap(lambda z: (z, z)).chunks(x, out=torch.zeros(3, 2, 2)),
+    ),
+    Message(
+        InputError,
+        "array of shape .3, 2, 2. and dtype float32",
+        "got float64 of shape .3, 2.",
+        "Make one",
+        lambda: wrap(torch.sin).chunks(x, out=np.zeros((3, 2))),
     ),
 )
 INTERNAL = {

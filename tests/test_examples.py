@@ -94,6 +94,7 @@ def test_attention_gives_exact_blocks_and_trains() -> None:
     assert found["losses"][-1] < 0.8 * found["losses"][0]
 
 
+@pytest.mark.nightly  # four processes
 def test_plan_is_reused_without_a_trial() -> None:
     found = example("plan_reuse").main(["--batch=32", "--epochs=5", "--budget=0.5"])
     assert found["source"] == "store"

@@ -32,13 +32,13 @@ def fuzzed(mode: Mode, calls: int, first: int) -> Tally:
 
 
 def test_fuzzed_calls_through_replays() -> None:
-    tally = fuzzed("replays", 150, 0)
+    tally = fuzzed("replays", 60, 0)
     assert tally.replayed > REPLAYED * tally.due, tally
 
 
 def test_fuzzed_calls_without_replays() -> None:
-    fuzzed("methods", 75, 0)
-    tally = fuzzed("estimate", 75, 100)
+    fuzzed("methods", 30, 0)
+    tally = fuzzed("estimate", 30, 100)
     assert not tally.replayed
 
 

@@ -68,6 +68,7 @@ def test_blocks_agree_with_the_jacobian_by_hand(scenario: Scenario) -> None:
         assert all(block.isfinite().all() for block in pytree.tree_leaves(blocks))
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("scenario", SMOOTH, ids=str)
 def test_full_jacobian_agrees_with_central_differences(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from autojac import torch_internals
 from autojac.autodiff import zero_tangents
@@ -124,6 +125,10 @@ def test_the_installed_torch_has_every_private_attribute(path: str) -> None:
 def test_what_is_recognized_by_its_home_is_at_home_there() -> None:
     assert type(torch.compile(torch.nn.Identity(), backend="eager")).__module__ == torch_internals.COMPILED_HOME
     assert torch.Tensor.__iter__.__globals__["__name__"] == torch_internals.TENSOR_HOME
+    assert torch_internals.pytree.__name__ == torch_internals.PYTREE_HOME
+    assert torch.vmap.__globals__["vmap_impl"].__module__.startswith(torch_internals.TRANSFORMS_HOME)
+    with FakeTensorMode():
+        assert type(torch.ones(1)).__module__.startswith(torch_internals.FAKES_HOME)
     operators = torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.ops.aten
     assert {type(one).__module__ for one in operators} == {torch_internals.OPERATORS_HOME}
     assert f"{type(same).__module__}.{type(same).__qualname__}" == torch_internals.CUSTOM_OPERATOR

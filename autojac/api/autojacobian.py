@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
+from autojac.api.chunked import Chunked
 from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
-from autojac.api.solving import Solving
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
@@ -42,7 +42,7 @@ def require_function(func: Any) -> None:
 
 
 @opaque_methods
-class AutoJacobian(Solving):
+class AutoJacobian(Chunked):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call

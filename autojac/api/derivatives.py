@@ -63,16 +63,16 @@ class Derivatives:
             raise OptionError(f"argnums must be one int, the tensor that `of` counts columns of, got {argnums!r}")
         terms = _terms(of)
         chosen = Options.checked({"argnums": argnums, "in_dims": in_dims, **options})
-        self._jacobian = jacobian_of(func, chosen, terms)
-        self.func = self._jacobian.func
+        self.planned = jacobian_of(func, chosen, terms)
+        self.func = self.planned.func
         self.of = tuple(term[0] for term in terms)
 
     def __repr__(self) -> str:
-        return f"Derivatives{repr(self._jacobian).removeprefix('AutoJacobian')}".replace("(", f"(of={self.of}, ", 1)
+        return f"Derivatives{repr(self.planned).removeprefix('AutoJacobian')}".replace("(", f"(of={self.of}, ", 1)
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """Return what another wrapper's fingerprint sees of this one."""
-        return {"jacobian": self._jacobian, "of": self.of}
+        return {"jacobian": self.planned, "of": self.of}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the derivatives at these arguments.
@@ -86,7 +86,7 @@ class Derivatives:
             OutputError, MutationError, RandomnessError: where there are no such derivatives.
             SearchError: if no method is right within the limits.
         """
-        stacked = self._jacobian(*args, **kwargs)
+        stacked = self.planned(*args, **kwargs)
         if isinstance(stacked, torch.Tensor):
             return stacked.unbind(-1)
         flat, spec = pytree.tree_flatten(stacked)
@@ -96,15 +96,15 @@ class Derivatives:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none."""
-        return self._jacobian.plan(*args, **kwargs)
+        return self.planned.plan(*args, **kwargs)
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
         """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
-        return self._jacobian.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+        return self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
-        return self._jacobian.explain(*args, **kwargs)
+        return self.planned.explain(*args, **kwargs)
 
 
 def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -> AutoJacobian:

@@ -12,6 +12,7 @@ from torch import Tensor
 from autojac.api.linalg import Slogdet, as_matrices, inverse, slogdet
 from autojac.api.low_rank_factors import LowRankJacobian
 from autojac.core.options import Options
+from autojac.core.plan import Plan
 from autojac.core.signature import Layout
 from autojac.errors import InputError
 from autojac.planning.plans_in_use import PlansInUse
@@ -29,6 +30,9 @@ class Derived(ABC):
 
     @abstractmethod
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]: ...
+
+    @abstractmethod
+    def plan(self, *args: Any, **kwargs: Any) -> Plan: ...
 
     @abstractmethod
     def _func_args(self, args: Sequence[Any]) -> Sequence[Any]: ...
@@ -153,10 +157,14 @@ class Derived(ABC):
 
 def only(plan: PreparedPlan, result: Result) -> Tensor:
     """Return the one Jacobian of a call."""
-    outputs, inputs = len(result.jacobians), len(plan.problem.inputs)
+    require_one_pair(len(result.jacobians), len(plan.problem.inputs))
+    return result.jacobians[0][0]
+
+
+def require_one_pair(outputs: int, inputs: int) -> None:
+    """Raise `InputError` unless there is one output and one input."""
     if (outputs, inputs) != (1, 1):
         raise InputError(
             f"one output and one input were expected, but func has {outputs} and {inputs}: each pair has a Jacobian of "
             "its own. Wrap a function that concatenates them"
         )
-    return result.jacobians[0][0]

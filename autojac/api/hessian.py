@@ -69,16 +69,16 @@ class AutoHessian:
         self.func = self._gradient.func
         # zeros that were declared are those of func's own Jacobian
         outer = chosen.replaced(coupling=of_samples(chosen.coupling))
-        self._hessian = jacobian_of(self._gradient, outer)
+        self.planned = jacobian_of(self._gradient, outer)
         self._diagonals = jacobian_of(self._gradient, outer.replaced(layout="diagonal"))
         self._laplacian = jacobian_of(func, outer.replaced(layout="blocks"), "laplacian")
 
     def __repr__(self) -> str:
-        return f"AutoHessian({repr(self._hessian).removeprefix('AutoJacobian(AutoJacobian of ')}"
+        return f"AutoHessian({repr(self.planned).removeprefix('AutoJacobian(AutoJacobian of ')}"
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """Return what another wrapper's fingerprint sees of this one."""
-        return {"hessian": self._hessian}
+        return {"hessian": self.planned}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Hessians at these arguments.
@@ -101,7 +101,7 @@ class AutoHessian:
                     "them all. Ask for layout='blocks', or pass in_dims=None with a function that returns one scalar "
                     "for the whole batch"
                 )
-        return self._hessian(*args, **kwargs)
+        return self.planned(*args, **kwargs)
 
     def diagonal(self, *args: Any, **kwargs: Any) -> Any:
         """Return the diagonal of each sample's Hessian, (B, n) for n numbers in a sample; one scalar per sample.
@@ -138,7 +138,7 @@ class AutoHessian:
         Returns:
             (B, *in), or (B, *out, *in) for outputs (B, *out). Differentiable, in v too.
         """
-        return self._hessian.jvp(*args, **kwargs)
+        return self.planned.jvp(*args, **kwargs)
 
     def _gradient_problem(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Problem:
         with outside_inference_mode(args, kwargs) as call:
@@ -155,12 +155,12 @@ class AutoHessian:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for the Hessians at such arguments; made now if there is none."""
-        return self._hessian.plan(*args, **kwargs)
+        return self.planned.plan(*args, **kwargs)
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
         """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
-        return self._hessian.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+        return self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
-        return self._hessian.explain(*args, **kwargs)
+        return self.planned.explain(*args, **kwargs)

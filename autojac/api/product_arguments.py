@@ -42,6 +42,8 @@ class CallShapes(NamedTuple):
         item_bytes: of an entry.
         device: of the inputs.
         is_blind: func reads parameters past its arguments, so that nothing can be put in their place.
+        is_sliceable: samples are independent, and some of them alone are computed as they are among the others; False
+            where nobody has probed.
     """
 
     batch: int | None
@@ -54,6 +56,7 @@ class CallShapes(NamedTuple):
     item_bytes: int
     device: torch.device
     is_blind: bool
+    is_sliceable: bool
 
     def nested_outputs(self, flat: Sequence[Any]) -> Any:
         """Return values for the outputs in their nest."""
@@ -69,8 +72,14 @@ class CallShapes(NamedTuple):
             )
 
 
-def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
-    """Return the shapes of a call: those that are not declared are found as for a Jacobian."""
+def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool) -> CallShapes:
+    """Return the shapes of a call: those that are not declared are found as for a Jacobian.
+
+    Args:
+        plans: of the function.
+        args, kwargs: the call.
+        probing: probe the coupling in any case.
+    """
     planner = plans.planner
     with outside_inference_mode(args, kwargs) as arguments, plans.lock:
         call = plans.describe(*arguments)
@@ -83,9 +92,10 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
             silent(call.captured.modules),
         ):
             report = planner.inspect(call)
-            layout, batched = call.layout, report.guess
-            if len(layout.axes) > 1 and AUTO in layout.axes and not report.is_empty:
-                batched = planner.probe(call, report, "estimate").batched
+            layout = call.layout
+            undeclared = len(layout.axes) > 1 and AUTO in layout.axes
+            found = planner.probe(call, report) if (probing or undeclared) and not report.is_empty else None
+            batched = report.guess if found is None else found.batched
             blind = isinstance(plans.func, ModuleFunction) and _reads_past(plans.func, call, report)
     if layout.unbatched:
         axes: tuple[int | None, ...] = (None,) * len(layout.axes)
@@ -104,6 +114,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
         max(call.leaves[position].element_size() for position in order),
         call.leaves[order[0]].device,
         blind,
+        found is not None and found.structure.independent and found.structure.sliceable,
     )
 
 

@@ -190,16 +190,16 @@ class Products(Derived):
         """Return values for what is differentiated in its nest."""
         return pytree.tree_unflatten(list(flat), pytree.tree_structure(self._differentiated(args)))
 
-    def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallShapes:
+    def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool = False) -> CallShapes:
         """Return what products follow from; func is called, without a trace, when it is first asked for."""
         if transforming():
             raise UnsupportedError(
                 "a torch.func transform or forward mode is under way, in which nothing can be probed. Call products "
                 "outside of it, or use torch.func.jvp or vjp there"
             )
-        key = (*map(describe, args), *describe_keywords(kwargs))
+        key = (probing, *map(describe, args), *describe_keywords(kwargs))
         if key not in self._call_shapes:
-            self._call_shapes[key] = call_shapes(self._other("blocks")._plans, args, kwargs)
+            self._call_shapes[key] = call_shapes(self._other("blocks")._plans, args, kwargs, probing)
         return self._call_shapes[key]
 
 

@@ -1,15 +1,16 @@
-"""Gauss-Newton and Levenberg-Marquardt steps."""
+"""Linear systems with a Jacobian: Gauss-Newton and Levenberg-Marquardt steps, and an operator for SciPy."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from autojac.api.derived import only
+from autojac.api.derived import only, require_one_pair
 from autojac.api.grams import Grams
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
@@ -19,9 +20,12 @@ from autojac.core.product_functions import AlongTangents, ProductFunction, Weigh
 from autojac.errors import InputError, kind_of
 from autojac.torch_internals import pytree
 
+if TYPE_CHECKING:
+    from autojac.api.linear_operator import JacobianOperator
+
 
 class Solving(Grams):
-    """The method of `AutoJacobian` that solves linear least squares problems with the Jacobian."""
+    """The methods of `AutoJacobian` for linear systems with the Jacobian."""
 
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
         """Return argmin ‖J_b d + r_b‖² + λ‖d‖² for each sample: a Gauss-Newton or Levenberg-Marquardt step.
@@ -92,6 +96,68 @@ class Solving(Grams):
             step = self._by_products(own, kwargs, shapes, sizes, r, shift, aux)
         made = self._nested_inputs(own, _divided(step, shapes, whole))
         return (made, aux[0]) if self.options.has_aux else made
+
+    def linear_operator(self, *args: Any, **kwargs: Any) -> JacobianOperator:
+        """Return the Jacobian of the whole batch at this point as an operator for SciPy's solvers and for tensors.
+
+        What it multiplies with is computed once, where that fits into the memory limit: the sparse Jacobian for
+        `layout="sparse"`; else the factors of `factors` where samples are independent or meet in shared statistics
+        alone. Otherwise it is matrix-free: each product is one pass, which evaluates func with its parameters as they
+        are then, and may be several vectors wide.
+
+        Args:
+            args, kwargs: the call, with one differentiated tensor and one output.
+
+        Returns:
+            A `scipy.sparse.linalg.LinearOperator` of shape (B·m, B·n), (B·m, n) for an input that all samples share,
+            that takes tensors as well. It carries no graph. aux is left out.
+
+        Raises:
+            InputError: if there are several outputs or inputs.
+            UnsupportedError: if it would be matrix-free and func updates buffers or draws random numbers.
+
+        Example:
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x**2, store=":memory:", on_miss="estimate")
+            >>> operator = jac.linear_operator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+            >>> operator.shape
+            (4, 4)
+            >>> operator @ torch.ones(2, 2)
+            tensor([[2., 4.],
+                    [6., 8.]])
+        """
+        # 0.2 s to import
+        from autojac.api import linear_operator as operators
+
+        own = self._func_args(args)
+        with torch.no_grad():
+            shapes = self._shapes(own, kwargs)
+            require_one_pair(len(shapes.outputs), len(shapes.inputs))
+            lead = () if shapes.batch is None else (shapes.batch,)
+            axis = shapes.axes[shapes.differentiated[0]]
+            outputs, inputs = (*lead, *shapes.outputs[0]), (*(lead if axis is not None else ()), *shapes.inputs[0])
+            if self.options.layout == "sparse":
+                plan, result = self._run(own, kwargs)
+                entries = plan.problem.entries(0, plan.problem.inputs[0])
+                return operators.JacobianOperator(operators.of_entries(entries, only(plan, result), outputs, inputs))
+            if axis is not None and MatrixSizes.of(shapes, False).bytes <= self._memory_limit(shapes):
+                blocks = self._other("blocks")
+                if blocks.plan(*args, **kwargs).structure.coupling in ("independent", "statistics"):
+                    return operators.JacobianOperator(operators.of_factors(blocks.factors(*args, **kwargs)))
+            shapes.require_repeatable("an operator that is matrix-free")
+            point = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(own))
+
+            def product(kind: type[ProductFunction], vectors: Tensor) -> Tensor:
+                moved = vectors.movedim(1, 1 + axis) if axis and kind is AlongTangents else vectors
+                nested = self._nested_inputs(own, [moved]) if kind is AlongTangents else shapes.nested_outputs([moved])
+                found = self._product(kind, point, kwargs, nested, True)
+                result: Tensor = pytree.tree_leaves(found[0] if self.options.has_aux else found)[0]
+                return result
+
+            times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeighedBy))
+            like = pytree.tree_leaves(self._differentiated(point))[0]
+            return operators.JacobianOperator(operators.Applied("matrix-free", times, back, outputs, inputs, like))
 
     def _by_products(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, sizes: MatrixSizes, r: Tensor,

@@ -149,7 +149,8 @@ class Pullback:
     def hidden(self) -> list[int]:
         """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
         unused = self.unused() if any(y.requires_grad for y in self.recorded) else []
-        leaves = [self.inputs[number] for number in unused]
+        # a backward reaches all of them, and adds to what is there
+        leaves = self.inputs if unused else ()
         before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
@@ -157,7 +158,7 @@ class Pullback:
             if unused:
                 outputs = [y for y in self.recorded if y.requires_grad]
                 torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
-            return [number for number, leaf in zip(unused, leaves, strict=True) if leaf.grad is not None]
+            return [number for number in unused if leaves[number].grad is not None]
         finally:
             for leaf, gradient in zip(leaves, before, strict=True):
                 leaf.grad = gradient
@@ -210,3 +211,18 @@ def pulled_back(
 ) -> tuple[Tensor | None, ...]:
     """VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""
     return torch.autograd.grad(outputs, sources, cotangents, retain_graph=True, allow_unused=True)
+
+
+def backward(scalar: Tensor) -> None:
+    """Add the gradients of a scalar to `.grad` of all leaves that it leads back to."""
+    torch.autograd.backward(scalar)
+
+
+def accumulate_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add gradients to `.grad` of leaves as a backward that arrives there does: through the hooks of each.
+
+    Args:
+        pairs: leaves and what arrives.
+    """
+    if pairs:
+        torch.autograd.backward([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])

@@ -150,14 +150,14 @@ def format_bytes(count: int | None) -> str:
     return f"{count} B"
 
 
-def parse_bytes(limit: int | str | None) -> int | None:
+def parse_bytes(limit: int | str | None, name: str = "memory_limit") -> int | None:
     """Return the bytes in `8589934592`, `"8GiB"` or `"500 MB"`."""
     if limit is None:
         return None
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(limit))
     if isinstance(limit, bool) or match is None or match[2].upper() not in UNITS:
-        raise OptionError(f"memory_limit must be bytes or a size such as '8GiB' or '500MB', got {limit!r}")
+        raise OptionError(f"{name} must be bytes or a size such as '8GiB' or '500MB', got {limit!r}")
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size <= 0:
-        raise OptionError(f"memory_limit must be positive, got {limit!r}")
+        raise OptionError(f"{name} must be positive, got {limit!r}")
     return size

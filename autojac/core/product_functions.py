@@ -1,4 +1,4 @@
-"""A function moved along tangents, or weighed by cotangents: their small Jacobians are products with its own."""
+"""Functions made of another one, whose Jacobians are products with its own, or a part of it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,21 @@ from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.torch_internals import pytree
 
 
-class ProductFunction(ABC):
-    """A function made of another one, whose Jacobian is a product with that one's.
+class ComposedFunction(ABC):
+    """A function made of another one.
 
     Args:
         func: the function.
         argnums: the arguments of func that are differentiated.
         has_aux: func returns a pair (output, aux).
-        whole: the product is with the Jacobian of the whole batch, not with each sample's own.
-        several: there are several vectors, on a first axis of their own.
     """
 
     kind = ""
 
-    def __init__(
-        self, func: Callable[..., Any], argnums: tuple[int, ...], has_aux: bool, whole: bool, several: bool
-    ) -> None:
+    def __init__(self, func: Callable[..., Any], argnums: tuple[int, ...], has_aux: bool) -> None:
         self.func = func
         self.argnums = argnums
         self.has_aux = has_aux
-        self.whole = whole
-        self.several = several
 
     def __autojac_reach__(self) -> dict[str, Any]:
         """Return what makes two of them compute the same."""
@@ -53,7 +47,24 @@ class ProductFunction(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute; the first arguments are those of the product, each a tensor, and the rest func's own."""
+        """Compute; the first arguments are those of this function, each a tensor, and the rest func's own."""
+
+
+class ProductFunction(ComposedFunction):
+    """A function whose Jacobian is a product with another one's.
+
+    Args:
+        func, argnums, has_aux: as of `ComposedFunction`.
+        whole: the product is with the Jacobian of the whole batch, not with each sample's own.
+        several: there are several vectors, on a first axis of their own.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], argnums: tuple[int, ...], has_aux: bool, whole: bool, several: bool
+    ) -> None:
+        super().__init__(func, argnums, has_aux)
+        self.whole = whole
+        self.several = several
 
 
 class AlongTangents(ProductFunction):
@@ -126,3 +137,40 @@ class WeighedBy(ProductFunction):
         kept, weighed = self.several + (not self.whole), cotangent * y
         scalar = weighed if weighed.dim() == kept else weighed.flatten(kept).sum(-1)
         return scalar.T if self.several and not self.whole else scalar
+
+
+class SampleWindow(ComposedFunction):
+    """Some samples of func, as a function of these samples' inputs: index, parts ↦ func(x with parts at index)[index].
+
+    Its blocks are those of the samples, however they are coupled with the others, which stay as they are.
+
+    Args:
+        func, argnums, has_aux: as of `ComposedFunction`.
+        axes: for each differentiated tensor the axis that runs over samples; None where all of them share it, which is
+            replaced as a whole.
+    """
+
+    kind = "at some samples"
+
+    def __init__(
+        self, func: Callable[..., Any], argnums: tuple[int, ...], has_aux: bool, axes: tuple[int | None, ...]
+    ) -> None:
+        super().__init__(func, argnums, has_aux)
+        self.axes = axes
+
+    @property
+    def __autojac_originals__(self) -> Callable[[], Sequence[Tensor]] | None:
+        return getattr(self.func, "__autojac_originals__", None)
+
+    def __call__(self, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parts, own = zip(args[: len(self.axes)], self.axes, strict=True), list(args[len(self.axes) :])
+        for number in self.argnums:
+            flat, spec = pytree.tree_flatten(own[number])
+            placed = []
+            for x in flat:
+                part, axis = next(parts)
+                placed.append(part if axis is None else x.index_copy(axis, index, part))
+            own[number] = pytree.tree_unflatten(placed, spec)
+        out, aux = self._call(own, kwargs)
+        chosen = pytree.tree_map(lambda y: y[index], out)
+        return (chosen, *aux) if aux else chosen

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.torch_internals import DisableTorchFunctionSubclass
+from autojac.torch_internals import FAKES_HOME, DisableTorchFunctionSubclass
 
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """The classes of tensors that run every operator as it is."""
@@ -15,7 +15,6 @@ NESTED: Final = (
     "an argument is a nested tensor; tensors of one shape for all samples were expected. Pass a padded tensor, as "
     "x.to_padded_tensor(0.0), or build the nested one inside func"
 )
-_OF_TRANSFORMS: Final = "torch._subclasses."
 
 
 def own_class(tensor: Tensor) -> str:
@@ -29,7 +28,7 @@ def not_dense(tensor: Tensor) -> tuple[str, str]:
     kind = type(tensor)
     if tensor.is_nested:
         return "is nested", "a padded tensor, as x.to_padded_tensor(0.0)"
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(_OF_TRANSFORMS):
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(FAKES_HOME):
         return f"is a {kind.__qualname__}, which is made of other tensors", "the tensor inside, as x.to_local()"
     if tensor.layout != torch.strided:
         return f"is stored as {tensor.layout}", "x.to_dense()"

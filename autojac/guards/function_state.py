@@ -219,6 +219,11 @@ class FunctionState:
                 self._changes.clear()
 
     @property
+    def ignores_some(self) -> bool:
+        """Whether `observe` leaves out places that change all the time, such as parameters that others stand in for."""
+        return bool(self._ignored)
+
+    @property
     def reason(self) -> str:
         """Why not everything the function reads can be listed; empty if it can, or where nothing was listed yet."""
         return self._states[-1].guard.reason if self._states else ""

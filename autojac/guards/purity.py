@@ -31,6 +31,8 @@ _C_MODULES: Final = TRUSTED | _words(
 )
 # What torch itself calls for its own ends.
 _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
+# Whoever calls the latter is looked at where it is called.
+_ALLOWED: Final = (("_pickle", "dumps"), ("sys", "_getframe"))
 _HARMLESS: Final = _words(
     """abs all any ascii bin callable chr delattr dir divmod format getattr hasattr hex isinstance issubclass iter len
     max min next oct ord pow repr round setattr sorted sum __build_class__"""
@@ -149,7 +151,7 @@ def c_reason(function: Any) -> str:
 def _module_function(home: str, name: str) -> str:
     if home in ("builtins", "_io"):
         return "" if name in _HARMLESS else f"it calls {name}"
-    if package(home) not in _C_MODULES and (home, name) != ("_pickle", "dumps"):
+    if package(home) not in _C_MODULES and (home, name) not in _ALLOWED:
         return f"it calls {name} of {home}"
     if _of_state(home, name):
         return f"it calls {name} of {home}, which reads the state of the process"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autojac.guards.compiled_functions import runs_eagerly
 from autojac.guards.escapes import ESCAPES
-from autojac.guards.provenance import is_core
+from autojac.guards.provenance import is_core, is_installed
 from autojac.guards.purity import (
     c_reason,
     frame_reason,
@@ -22,7 +22,7 @@ from autojac.guards.purity import (
     sets_random_state,
     tells_compilers,
 )
-from autojac.torch_internals import COMPILER, TENSOR_HOME
+from autojac.torch_internals import COMPILER, PYTREE_HOME, TENSOR_HOME, TRANSFORMS_HOME
 
 
 class RunMonitor:
@@ -44,6 +44,7 @@ class RunMonitor:
         self.repeated = False
         self._own: dict[int, types.CodeType] = {}
         self._logging: dict[int, types.CodeType] = {}
+        self._patches: dict[int, types.CodeType] = {}
         self._frames: dict[int, tuple[types.CodeType, _Callers, str]] = {}
         self._calls: dict[tuple[Any, ...], str] = {}
         self._before: Any = None
@@ -97,6 +98,9 @@ class RunMonitor:
         """Check whether a frame runs the function's own code, and not Python's or torch's."""
         if home.startswith("namedtuple_") and "_tuple_new" in frame.f_globals:  # made by collections, from names
             return False
+        if is_installed(home) and self._is_patch(frame):
+            self._patches[id(frame.f_code)] = frame.f_code
+            return False
         return not is_core(home) and (not serves_torch(home) or self.by_user(frame.f_back))
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
@@ -106,6 +110,10 @@ class RunMonitor:
             # whoever calls them, the code of torch included; `item` is an operator
             if name in ESCAPES and name != "item" and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
                 self.reason = f"it reads values of a tensor ({name})"
+            return
+        if name == "_getframe":
+            # a package looks for who called it, to read annotations or to say where an error is
+            self.reason = "" if is_installed(_home(frame)) else "it calls _getframe of sys"
             return
         key = (type(owner), owner if isinstance(owner, type) else None, getattr(function, "__module__", None), name)
         reason = self._calls.get(key)
@@ -129,6 +137,16 @@ class RunMonitor:
         """Check whether the user's code sets random numbers; torch's own only makes them repeat."""
         self.repeated = True
         return self.by_user(caller)
+
+    def _is_patch(self, frame: types.FrameType) -> bool:
+        """Check whether a package has put what runs in place of a function by which torch's transforms work."""
+        caller, code = frame.f_back, frame.f_code
+        while caller is not None and _home(caller) == PYTREE_HOME:
+            caller = caller.f_back
+        if caller is None or id(caller.f_code) in self._patches:
+            return caller is not None
+        named = caller.f_globals.get(code.co_name) if is_inside(_home(caller), (TRANSFORMS_HOME,)) else None
+        return isinstance(named, types.FunctionType) and named.__code__ is code
 
     def _is_logged(self, frame: types.FrameType) -> bool:
         """Check whether a frame handles a line that is logged, which no result depends on."""

@@ -94,9 +94,10 @@ class Bottleneck(Method):
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         for first in (cls(cuts=cuts, sides=sides) for sides in ("either", "pull") for cuts in ("one", "several")):
-            found = first._found(problem)
-            if found is None or first.unsupported(problem) is not None:
+            if first.unsupported(problem) is not None:
                 continue
+            found = first._found(problem)
+            assert found is not None
             if first.sides == "pull":
                 if depth or (problem.differentiable and problem.forward_once(recorded=True)):
                     yield from (dataclasses.replace(first, engine=engine) for engine in ("vmap", "loop"))

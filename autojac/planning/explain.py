@@ -38,9 +38,8 @@ def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
     """
     signature, plan = prepared.signature, prepared.plan
     trials = plan.trials or (repository.trials(prepared.keys) if prepared.keys else ())
-    lines = [
-        f"{repository.function_name}: {_arguments(signature)} -> {signature.layout} Jacobian of B = {signature.batch}"
-    ]
+    made = "derivatives by columns" if prepared.problem.of else f"{signature.layout} Jacobian"
+    lines = [f"{repository.function_name}: {_arguments(signature)} -> {made} of B = {signature.batch}"]
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.core.autocast import outside_autocast
+from autojac.core.module_function import ModuleFunction
 from autojac.guards.tensor_metadata import metadata_check
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.replay.replayer import Replaying
@@ -28,13 +29,21 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
     All that a key is made of is compared in C in one pass: of the arguments shapes, strides, types, `requires_grad` and
     the modes that their dispatch depends on; of the process its global flags. What func reads is the replay's to watch.
 
+    Of a module's parameters the wrapper is called with the module's own arguments: the parameters are those of the call
+    that was served, as long as the guard sees that the module holds them still.
+
     Args:
         plan: what served the call.
         args: its positional arguments; it had no others.
     """
     replaying, layout, schedule = plan.compute, plan.layout, plan.schedule
-    tensors = [arg for arg in args if isinstance(arg, Tensor) and not arg.is_inference() and arg.is_contiguous()]
-    plain = layout.plain and not layout.moved and not layout.has_aux and len(tensors) == len(args) > 0
+    held: tuple[Tensor, ...] = ()
+    if isinstance(layout.func, ModuleFunction):
+        held, args = tuple(args[0].values()), args[1]
+    elif not layout.plain:
+        return no_fast_path
+    tensors = [arg for arg in (*held, *args) if _is_plain(arg)]
+    plain = not layout.moved and not layout.has_aux and len(tensors) == len(held) + len(args) > len(held)
     # the plan may depend on the values of these
     watched = plan.contents is not None and (plan.contents.constants or plan.contents.arguments)
     if not plain or watched or plan.problem.layout == "sparse" or not isinstance(replaying, Replaying):
@@ -48,12 +57,15 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
 
     def serve(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
         # first of all: torch.compile must not trace what follows
-        if transforming() or len(args) != count or not same(*args) or not steady() or (differentiable and hooked()):
+        if transforming() or len(args) != count:
+            return None
+        given = (*held, *args) if held else args
+        if not same(*given) or not steady() or (differentiable and hooked()):
             return None
         calls = schedule.calls + 1
         if calls >= schedule.next_check or calls >= schedule.next_step or plan.fast_path is not serve:
             return None
-        outputs = try_replay(args)
+        outputs = try_replay(given)
         if outputs is None:
             return None
         schedule.calls = calls
@@ -63,6 +75,10 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
         return layout.value(result.values), layout.jacobian(result.jacobians)
 
     return serve
+
+
+def _is_plain(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and not arg.is_inference() and arg.is_contiguous()
 
 
 def _outside_autocast(try_replay: TryReplay) -> TryReplay:

@@ -18,7 +18,7 @@ from autojac.errors import InputError, OutputError, RandomnessError
 from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
 from autojac.probe import first_call, guess_batched
-from autojac.probe.kept_state import keeping
+from autojac.probe.kept_state import UNLIKE, keeping, unlike
 from autojac.probe.random_generators import drawn
 from autojac.probe.side_effects import FirstCall, evaluate_once
 from autojac.problem.layouts import require_columns, require_layout
@@ -135,7 +135,10 @@ def _kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sa
     with Sandbox(written)():
         fn(leaves, kwargs)
     later = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
-    first = _undrawn(call, later)
+    before, first = first, _undrawn(call, later)
+    if not before.moved and unlike(before.values, first.values):
+        # what it has kept, such as a flag, changes its result
+        raise RandomnessError(UNLIKE)
     later.kept = list(sandbox.kept)
     if later.state:
         restore_random_state(sandbox.state)

@@ -15,7 +15,7 @@ from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options, parse_bytes
 from autojac.core.pattern import Indices
 from autojac.core.plan import Plan, Trial
-from autojac.core.product_functions import ProductFunction
+from autojac.core.product_functions import ComposedFunction
 from autojac.core.signature import Signature
 from autojac.errors import StoreError
 from autojac.guards.captures import fingerprint
@@ -117,7 +117,7 @@ def function_name(func: Callable[..., Any]) -> str:
     """Return a human-readable name: where a function is defined, a class, or what a sequence or a partial holds."""
     if isinstance(func, ModuleFunction):
         return f"{function_name(func.module)} in its parameters"
-    if isinstance(func, ProductFunction):
+    if isinstance(func, ComposedFunction):
         return f"{function_name(func.func)} {func.kind}"
     if hasattr(type(func), "__autojac_reach__") and hasattr(func, "func"):
         return f"{type(func).__name__} of {function_name(func.func)}"

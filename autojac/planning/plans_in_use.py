@@ -14,7 +14,7 @@ from autojac.autodiff.open_modes import hooked
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options
 from autojac.core.plan import Effort
-from autojac.core.product_functions import ProductFunction
+from autojac.core.product_functions import ComposedFunction
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.guards.captures import Captures, captures, survey
 from autojac.planning.call import Call, CallKey
@@ -45,7 +45,7 @@ class PlansInUse:
         self.options = options
         self.planner = Planner(func, options)
         self.fast_path: FastPath = no_fast_path
-        module_lock = func.lock if isinstance(func, (ModuleFunction, ProductFunction)) else None
+        module_lock = func.lock if isinstance(func, (ModuleFunction, ComposedFunction)) else None
         self.alone: AbstractContextManager[Any] = nullcontext() if module_lock is None else module_lock
         self.lock: AbstractContextManager[Any] = threading.RLock() if module_lock is None else module_lock
         self._exploring = threading.Lock()
@@ -69,7 +69,7 @@ class PlansInUse:
         state, moved = function_state.observe() if self._observes else (None, False)
         # a call may have changed the function itself, which was taken for no change after it
         moved = moved or self._version != function_state.version
-        if moved or (self._replays and not function_state.is_unchanged()):
+        if moved or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
             # it may hold other tensors now, which require grad
             self._captured, self._version = None, function_state.version
         return state

@@ -26,7 +26,7 @@ def require_room(problem: Problem) -> None:
         f"the Jacobian alone takes {format_bytes(problem.result_bytes)} in layout='{problem.layout}', of shape "
         f"{shapes}; {format_bytes(problem.memory_limit)} are allowed. "
         + (f"Choose another layout ({fitting})" if fitting else "Differentiate fewer samples per call")
-        + ", or raise memory_limit"
+        + ", take it in parts by jac.chunks(x, bytes=..., out=...), or raise memory_limit"
     )
 
 

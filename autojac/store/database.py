@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import NullPool, StaticPool
 
 from autojac.store.location import on_network
-from autojac.store.models import SCHEMA_VERSIONS, Base
+from autojac.store.models import SCHEMA_VERSIONS, VERSION_TABLE, Base
 from autojac.store.uninterruptible import uninterrupted
 
 T = TypeVar("T")
@@ -197,13 +197,19 @@ class Database:
         self._current = True
 
     def _migrate(self) -> None:
-        # Alembic takes as long to import as a small search; only a missing or old schema pays for it.
-        from alembic import command
-        from alembic.config import Config
-
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        """Make the tables, or bring those of an earlier autojac up to date."""
         with self._connect("rwc", immediate=True) as connection:
+            if not {*Base.metadata.tables, VERSION_TABLE.name} & {*sa.inspect(connection).get_table_names()}:
+                Base.metadata.create_all(connection)
+                VERSION_TABLE.create(connection)
+                connection.execute(VERSION_TABLE.insert().values(version_num=SCHEMA_VERSIONS[-1]))
+                return
+            # takes as long to import as a small search
+            from alembic import command
+            from alembic.config import Config
+
+            config = Config()
+            config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 

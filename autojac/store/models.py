@@ -6,19 +6,29 @@ import sqlalchemy as sa
 from sqlalchemy import (
     BigInteger,
     Boolean,
+    Column,
     Float,
     ForeignKey,
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     String,
+    Table,
     Text,
     UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA_VERSIONS = ("0001", "0002", "0003")
-"""Alembic's revisions from first to head, so that a store is recognised without importing Alembic."""
+"""Alembic's revisions from first to head, so that a store is recognised and made without importing Alembic."""
+VERSION_TABLE = Table(
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+"""Where Alembic keeps the revision of a schema, as it makes it itself."""
 
 
 class Base(DeclarativeBase):

@@ -166,11 +166,18 @@ def later(name: str) -> None:
 NAMES = {"right": CASES, "stored": CASES, "later": METHODS}
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)], ids=["some", "all"])
-@pytest.mark.parametrize("what", ["right", "stored", "later"])
+@pytest.mark.parametrize(
+    ("what", "every"),
+    [("right stored later", 5), *(pytest.param(what, 1, marks=pytest.mark.nightly) for what in NAMES)],
+)
 def test_no_transform_meets_an_assignment_to_data(what: str, every: int) -> None:
-    names = f"list(t.NAMES['{what}'])[::{every}]"
-    code = f"import test_data_assigned as t\nfor name in {names}: print(name, flush=True); t.{what}(name)"
+    code = f"""
+import test_data_assigned as t
+for what in {what.split()}:
+    for name in list(t.NAMES[what])[::{every}]:
+        print(name, flush=True)
+        getattr(t, what)(name)
+"""
     path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)

@@ -38,9 +38,9 @@ def by(method: dict[str, Any], func: Callable[..., Any], of: Any, x: Tensor, **m
     """Derivatives by one method, which is found in the store."""
     options: dict[str, Any] = {"on_miss": "estimate", "store": PlanStore(":memory:"), **more}
     maker = Derivatives(func, of, **options)
-    plan, keys = maker.plan(x), in_use(maker._jacobian).keys
+    plan, keys = maker.plan(x), in_use(maker.planned).keys
     assert keys is not None
-    maker._jacobian._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+    maker.planned._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
     return Derivatives(func, of, **options)
 
 
@@ -207,10 +207,11 @@ def test_a_wrong_plan_is_noticed_and_the_call_is_right(monkeypatch: pytest.Monke
 def test_a_stored_plan_needs_no_search_and_other_derivatives_another() -> None:
     store, x, model = PlanStore(":memory:"), points(), network()
     for of in (PINN, HIGH, PINN):
-        derivatives = Derivatives(model, of, effort="quick", budget_s=0.05, store=store)
+        derivatives = Derivatives(model, of, on_miss="tune", budget_s=0.05, store=store)
         known = derivatives.plan(x).source
     assert known == "store"
     assert "Taylor" in derivatives.explain(x)
+    assert "derivatives by columns of B = 4" in derivatives.explain(x)
     assert len(AutoJacobian(model, on_miss="estimate", store=store)(x).shape) == 3
 
 
@@ -225,4 +226,4 @@ def test_a_refused_call_leaves_nothing_behind() -> None:
     derivatives = estimated(network(), ((5,),))
     with pytest.raises(InputError, match="2 columns"):
         derivatives(points())
-    assert not len(derivatives._jacobian._plans)
+    assert not len(derivatives.planned._plans)

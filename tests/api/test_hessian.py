@@ -42,9 +42,9 @@ def by(method: dict[str, Any], func: Callable[..., Any], x: Tensor) -> AutoHessi
     """Hessians by one method, which is found in the store."""
     store = PlanStore(":memory:")
     maker = estimated(func, store=store)
-    plan, keys = maker.plan(x), in_use(maker._hessian).keys
+    plan, keys = maker.plan(x), in_use(maker.planned).keys
     assert keys is not None
-    maker._hessian._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+    maker.planned._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
     return estimated(func, store=store)
 
 
@@ -101,7 +101,7 @@ def test_every_method_is_right_and_trained_through(method: str) -> None:
         found = hessian(x)
         compare(found.detach(), expected.detach())
         compare(list(torch.autograd.grad((found**3).sum(), sources)), list(trained))
-    compute = in_use(hessian._hessian).compute
+    compute = in_use(hessian.planned).compute
     if "replayed" in method:
         assert isinstance(compute, Replaying)
         assert compute.ready is not None
@@ -150,7 +150,7 @@ def test_sparse_hessians_take_few_passes() -> None:
     x = points(1, 2000)[0]
     hessian = estimated(chain, in_dims=None, layout="sparse")
     found = hessian(x)
-    plan = in_use(hessian._hessian)
+    plan = in_use(hessian.planned)
     assert found.layout == torch.sparse_csr
     assert found.values().numel() == 3 * 2000 - 2
     assert colors_of(plan.problem, "rows").count <= 6

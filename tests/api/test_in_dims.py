@@ -108,6 +108,7 @@ CASES = {
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.by_day(2)
 @cases
 @pytest.mark.parametrize("layout", ["blocks", "full"])
 def test_against_the_oracle_on_moved_inputs(case: Case, layout: str) -> None:
@@ -222,7 +223,7 @@ def nests(draw: st.DrawFn) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int |
 
 
 @given(nests())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_nest_of_axes(drawn: tuple[tuple[Any, ...], tuple[Any, ...], list[int | None]]) -> None:
     args, in_dims, axes = drawn
 
@@ -248,7 +249,7 @@ def scaled_by_keyword(x: Tensor, s: Tensor, *, y: Tensor) -> Tensor:
     return (x * s).sin() * y
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("options", [{}, {"coupling": "dense"}, {"coupling": "independent"}], ids=str)
 @pytest.mark.parametrize("effort", ["estimate", "quick"])
 def test_a_shared_tensor_as_long_as_the_batch_is_not_taken_for_batched(options: dict[str, Any], effort: str) -> None:

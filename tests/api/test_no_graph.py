@@ -113,6 +113,7 @@ PARTLY = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     "dtype, options",
     [(torch.float64, EFFORTS[0]), (torch.float32, EFFORTS[0]), (torch.float64, EFFORTS[1])],

@@ -36,6 +36,7 @@ def network(normalized: bool) -> nn.Module:
     return nn.Sequential(*layers).double().eval()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_ensemble_whose_skeleton_is_on_meta(normalized: bool, trained: bool) -> None:
@@ -84,7 +85,7 @@ GROUPS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", GROUPS)
 def test_outputs_of_a_class_with_an_arithmetic_of_its_own(name: str) -> None:
     func, x = GROUPS[name], points()

@@ -99,7 +99,7 @@ PAST = {
 WAYS = {"estimate": {}, "quick": {"on_miss": "tune", "effort": "quick", "budget_s": 0.3}}
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.filterwarnings("ignore:.*the backward of Asked can't be differentiated:autojac.NoGraphWarning")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("way", WAYS)

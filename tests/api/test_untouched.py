@@ -77,7 +77,7 @@ def test_tuning_leaves_everything_as_it_was(grad: bool, dtype: torch.dtype | Non
     (model, fired), x = furnished(), torch.randn(6, 3)
     if grad:
         x.requires_grad_().grad = torch.ones_like(x)
-    jac = AutoJacobian(model, effort="quick", budget_s=1, store=":memory:")
+    jac = AutoJacobian(model, effort="quick", budget_s=0.3, store=":memory:")
     with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         for _ in range(2):
             with untouched(model, x):

@@ -58,6 +58,7 @@ def read(graph: Graph, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows, found
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("start", range(0, 200, PROGRAMS))
 def test_samples_coordinates_and_both_hold_what_is_read(start: int) -> None:
     for seed in range(start, start + PROGRAMS):

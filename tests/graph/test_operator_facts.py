@@ -270,6 +270,7 @@ def test_dependence_holds_every_entry_of_the_jacobian(name: str) -> None:
     assert not bool((truly(function, shape) & ~told(graph, shape, follow_values=True)).any())
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("name", CASES)
 def test_the_batch_is_where_the_rules_say(name: str) -> None:

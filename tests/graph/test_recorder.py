@@ -72,8 +72,8 @@ def test_a_replay_has_the_values_and_gradients_of_the_call(scenario: Scenario) -
 
 
 def test_most_scenarios_are_recorded() -> None:
-    graphs = [recorded(func, *args, **kwargs)[0].graph for func, args, kwargs in (s.make(0) for s in SAFE)]
-    assert sum(graph is None for graph in graphs) < 0.08 * len(SAFE)
+    graphs = [recorded(func, *args, **kwargs)[0].graph for func, args, kwargs in (s.make(0) for s in SAFE[::4])]
+    assert sum(graph is None for graph in graphs) < 0.08 * len(graphs)
 
 
 class Noted(torch.autograd.Function):

@@ -191,6 +191,7 @@ def test_a_replay_knows_literals_that_read_tensors(name: str, change: str) -> No
     assert "values of a tensor" in line
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_that_are_read_of_held_tensors_are_compared(name: str, change: str) -> None:
@@ -292,7 +293,7 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_patterns_follow_arguments_that_literals_read(name: str, differentiable: bool) -> None:

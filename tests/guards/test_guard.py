@@ -15,7 +15,6 @@ import operator
 import pathlib
 import random
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -290,7 +289,7 @@ def test_partials() -> None:
     noticed(guard, lambda: inner.__setstate__((torch.sin, (), {}, {})), "func")
 
 
-@pytest.mark.parametrize("hot", [1, 1000])
+@pytest.mark.parametrize("hot", [1, 200])
 @pytest.mark.parametrize("make", [Data, Net, Slotted, lambda: types.SimpleNamespace(value=1.0)])
 def test_stores_of_specialised_bytecode_are_noticed(make: Callable[[], Any], hot: int) -> None:
     """The interpreter rewrites stores that run often; some of these write past the dict as long as there is none."""
@@ -325,7 +324,7 @@ def test_augmented_stores_are_noticed() -> None:
 
     counter = Counter()
     guard = held(counter)
-    for _ in range(1000):
+    for _ in range(200):
         counter(WEIGHT)
         assert not guard.is_unchanged()
         assert guard.diff().what == "attribute count of Counter"
@@ -608,17 +607,6 @@ def test_functions_with_another_dict() -> None:
     noticed(held(func), lambda: setattr(func, "__dict__", {"gain": 3.0}), "attributes of func")
 
 
-def test_nothing_heavy_is_imported() -> None:
-    lines = [
-        "import sys, torch, autojac.guards.guard, autojac.guards.run_monitor",
-        "guard = autojac.guards.guard.Guard(torch.nn.Linear(2, 2))",
-        "assert guard.is_unchanged() and guard.diff().what == ''",
-        "print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor', 'sympy'))])",
-    ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_looking_runs_nothing_of_the_users() -> None:
     calls = []
 
@@ -687,7 +675,7 @@ def test_threads_hold_at_once() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        found.append(all(guard.is_unchanged() for _ in range(2000)))
+        found.append(all(guard.is_unchanged() for _ in range(500)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -721,7 +709,7 @@ def holders(thing: Any) -> list[Any]:
     return []
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.recursive(SCALARS, nested, max_leaves=8), st.data())
 def test_any_change_of_something_nested_is_noticed(thing: Any, data: st.DataObject) -> None:
     root = [thing]

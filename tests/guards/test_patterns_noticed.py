@@ -74,7 +74,7 @@ def right(func: Callable[..., Any], x: Tensor, found: Tensor, **kwargs: Any) -> 
         torch.testing.assert_close(found, whole.diagonal(dim1=0, dim2=2).movedim(-1, 0))
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 @pytest.mark.parametrize("name", CHANGES)
@@ -191,7 +191,7 @@ def test_an_index_that_func_exchanges_in_each_call_decides_the_next_one(layout: 
 
     model, x = Turning(), torch.randn(6, 2, dtype=torch.float64)
     jac = AutoJacobian(model, layout=layout, store=":memory:", on_miss="estimate")
-    for _ in range(20):
+    for _ in range(9):  # past the check of the eighth call
         near = model.near
         whole = jacobian_full(lambda x, near=near: x * x[near], (x,))
         found = jac(x)

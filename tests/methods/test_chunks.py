@@ -54,6 +54,7 @@ def problem_of(kind: str) -> tuple[Any, Problem, Any]:
     return request, problem, expected
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("method", "engine"), ENGINES)
 @pytest.mark.parametrize("seeds", ["identity", "shared"])

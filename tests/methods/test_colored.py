@@ -115,7 +115,7 @@ def dense(problem: Problem, jacobian: Tensor, output: int) -> Tensor:
     return problem.entries(output, 0).matrix(jacobian).to_dense() if problem.layout == "sparse" else jacobian
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

@@ -23,6 +23,7 @@ from scenarios import BY_NAME, SCENARIOS, Scenario
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
+@pytest.mark.by_day(2, 1)  # the other half by day in another layout
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_blocks_equal_the_oracles(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(0, torch.float64)
@@ -85,7 +86,7 @@ def test_a_function_that_writes_into_its_input_is_refused(scenario: Scenario) ->
     assert all(torch.equal(arg, kept) for arg, kept in zip(args, before, strict=True))
 
 
-@pytest.mark.by_day(8)
+@pytest.mark.by_day(24)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_every_candidate_is_right_or_caught(scenario: Scenario, grad: bool) -> None:

@@ -71,6 +71,7 @@ def test_every_trait_has_a_scenario() -> None:
     assert TRAITS.keys() == {trait for scenario in SCENARIOS for trait in scenario.traits}
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_float32_version_is_the_rounded_float64_version(scenario: Scenario) -> None:
     exact = pytree.tree_leaves(scenario.make(dtype=torch.float64)[1:])
@@ -82,6 +83,7 @@ def test_float32_version_is_the_rounded_float64_version(scenario: Scenario) -> N
             assert a.stride() == b.stride()
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("scenario", select(lacking=("hidden", "nan")), ids=str)
 def test_coupling_is_what_the_full_jacobian_shows(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make()
@@ -133,6 +135,7 @@ def vmap_reverses_grid_sample() -> bool:
 UNREMARKABLE = ("no_vmap", "no_vmap_jacrev", "no_functorch_vjp", "random", "nan", "wrong_vmap_jacrev")
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("scenario", select(lacking=UNREMARKABLE, coupling="independent"), ids=str)
 def test_vmap_of_jacrev_is_right_where_nothing_else_is_said(scenario: Scenario) -> None:
     if scenario.name == "image warped by grid_sample" and not vmap_reverses_grid_sample():

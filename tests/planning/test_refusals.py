@@ -49,14 +49,16 @@ def test_a_jacobian_without_room_says_its_size_and_what_fits(monkeypatch: pytest
     assert text == (
         "the Jacobian alone takes 549 MiB in layout='full', of shape (500, 24, 500, 24); 977 KiB are allowed. Choose "
         "another layout ('sparse' takes 141 KiB and holds every entry that can be nonzero; 'diagonal' takes 46.9 KiB "
-        "and holds every entry that can be nonzero), or raise memory_limit"
+        "and holds every entry that can be nonzero), take it in parts by jac.chunks(x, bytes=..., out=...), or raise "
+        "memory_limit"
     )
     text = message(
         SearchError, lambda: AutoJacobian(softmax_of_the_batch, layout="full", **options)(torch.randn(300, 8))
     )
     assert "'blocks' takes 75 KiB and holds a part of them only" in text
     text = message(SearchError, lambda: AutoJacobian(lambda x: x @ x.T @ x[:, :90], **options)(torch.randn(30, 100)))
-    assert text.endswith("Differentiate fewer samples per call, or raise memory_limit")
+    parts = "take it in parts by jac.chunks(x, bytes=..., out=...)"
+    assert text.endswith(f"Differentiate fewer samples per call, {parts}, or raise memory_limit")
 
 
 @pytest.mark.parametrize(("layout", "count"), [("blocks", 20 * 25), ("full", 20 * 25 * 20), ("diagonal", 20 * 5)])

@@ -149,7 +149,7 @@ def found(func: Callable[[Tensor], Tensor], x: Tensor) -> Structure:
 @pytest.mark.parametrize("kind", CENTRED)
 def test_what_cancels_couples_no_derivatives(kind: type[Posterior], dtype: torch.dtype) -> None:
     model = kind(dtype)
-    for seed in range(3):
+    for seed in range(1):
         x = torch.randn(B, N, dtype=dtype, generator=torch.Generator().manual_seed(seed))
         structure = found(model, x)
         assert structure.independent and not structure.sliceable and structure.assurance == "observed"

@@ -227,6 +227,11 @@ PACKAGES = {
         on_func(by=3.0),
         make=lambda p: p.a.Net(),
     ),
+    "who called it": one(
+        "import sys\nfrom sys import _getframe\nBY = 2.0\ndef func(x):\n"
+        " assert _getframe(0).f_code is func.__code__ and sys._getframe(0)\n return x.sin() * BY",
+        assign(BY=3.0),
+    ),
     "pattern matching and walrus": one(
         "BY = {'kind': 'sin', 'by': 2.0}\ndef func(x):\n match BY:\n"
         "  case {'kind': 'sin', 'by': by}: return x.sin() * by\n"
@@ -308,6 +313,25 @@ def test_what_was_compiled_is_replayed_as_it_was_written() -> None:
         for _ in range(2):
             x = torch.rand(4, 3, dtype=torch.float64)
             compare(jac(x), jacobian_blocks(lambda x: torch.cat([net(x), x.sin() * 2], 1), (x,)))
+        (line,) = jac._plans.planner.function_state.traces
+    assert "operators left" in line
+
+
+def test_a_package_that_replaces_a_part_of_torchs_transforms(
+    imported: Callable[[dict[str, str]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensordict does."""
+    source = (
+        "from torch._functorch import vmap\nfrom torch.utils._pytree import tree_map\nplain = vmap._unwrap_batched\n"
+        "def seen(leaf): return leaf\ndef helper(): return True\ndef _unwrap_batched(*args, **kwargs):\n"
+        " assert helper()\n return tree_map(seen, plain(*args, **kwargs))"
+    )
+    patch, x = imported({"a": source}).a, torch.rand(4, 3, dtype=torch.float64)
+    monkeypatch.setattr(patch.vmap, "_unwrap_batched", patch._unwrap_batched)
+    with torch.no_grad():
+        jac = forced(torch.sin, (x,), REPLAY)
+        for _ in range(2):
+            compare(jac(x), torch.diag_embed(x.cos()))
         (line,) = jac._plans.planner.function_state.traces
     assert "operators left" in line
 

@@ -79,7 +79,7 @@ HIDDEN = re.compile("reads values|among the arguments|has compiled|from the same
 SAFE = [scenario for scenario in SCENARIOS if "mutates_input" not in scenario.traits]
 
 
-@pytest.mark.by_day(6)
+@pytest.mark.by_day(12)
 @pytest.mark.parametrize("most", [4, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SAFE, ids=str)
 def test_what_was_recorded_at_one_point_is_right_at_another(scenario: Scenario, most: int) -> None:
@@ -909,6 +909,7 @@ def test_tracing_looks_into_what_computes_alone(monkeypatch: pytest.MonkeyPatch)
     assert not [name for name in met if name.startswith(("sqlalchemy", "autojac.store", Model.__module__))]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 def test_nothing_of_the_recorded_run_is_kept(grad: bool) -> None:
     model = net(3, 64, 2).requires_grad_(grad)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -196,12 +197,36 @@ def test_the_schema_constant_is_alembics_history() -> None:
     assert tuple(reversed(revisions)) == SCHEMA_VERSIONS
 
 
-def test_migrations_make_the_models_tables(tmp_path: Path) -> None:
-    path = filled(tmp_path / "plans.db")
-    engine = sa.create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
-    engine.dispose()
+def test_migrations_make_the_tables_of_a_fresh_store(tmp_path: Path) -> None:
+    fresh = sa.create_engine(f"sqlite:///{filled(tmp_path / 'fresh.db')}")
+    migrated = sa.create_engine(f"sqlite:///{tmp_path / 'migrated.db'}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(autojac.store.__file__).parent / "migrations"))
+    with migrated.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    found = []
+    for engine in (fresh, migrated):
+        with engine.connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+            inspector = sa.inspect(connection)
+            names = sorted(inspector.get_table_names())
+            assert "alembic_version" in names
+            found.append(
+                [
+                    (
+                        name,
+                        [str(column) for column in inspector.get_columns(name)],
+                        inspector.get_pk_constraint(name),
+                        sorted(map(str, inspector.get_foreign_keys(name))),
+                        sorted(map(str, inspector.get_unique_constraints(name))),
+                        sorted(map(str, inspector.get_indexes(name))),
+                    )
+                    for name in names
+                ]
+            )
+        engine.dispose()
+    assert found[0] == found[1]
 
 
 def test_a_hit_imports_neither_alembic_nor_filelock(tmp_path: Path) -> None:
@@ -215,6 +240,8 @@ op, env = Key({OP.digest!r}, {{}}), Key({ENV.digest!r}, {{}})
 store = PlanStore({str(path)!r})
 assert store.find(op, env) is not None
 assert not {{"alembic", "filelock", "optuna"}} & set(sys.modules)
+assert PlanStore({str(tmp_path / "new.db")!r}).clear() is None
+assert not {{"alembic", "optuna"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], env=child_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -213,10 +213,13 @@ class _Planner:
         if narrowest < 2:
             return None
         between = self._between(sources, targets)
+        capacities = {number: self._capacity(number) for number in between}
+        if not any(capacity < narrowest for capacity in capacities.values()):
+            return None  # no cut is narrower than its narrowest tensor
         # a derivative does not run into a source, which is given
         links = [(one, other) for one, other in edges(self.flow.graph, between) if other not in sources]
         starts, goals = ([n for n in ends if n in between] for ends in (sources, targets))
-        found = minimum_cut(links, {n: self._capacity(n) for n in between}, starts, goals)
+        found = minimum_cut(links, capacities, starts, goals)
         if not found or self.flow.width(found) >= narrowest:
             return None
         cut = tuple(found)

@@ -1,0 +1,203 @@
+"""Jacobians that do not fit into memory, some samples at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autojac.api.jacobian_matrices import one_hot_seeds
+from autojac.api.product_arguments import CallShapes
+from autojac.api.solving import Solving
+from autojac.autodiff.seeds import spans
+from autojac.core.options import parse_bytes
+from autojac.core.product_functions import SampleWindow, WeighedBy
+from autojac.errors import InputError, OptionError, counted, kind_of
+from autojac.torch_internals import pytree
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Chunked(Solving):
+    """The method of `AutoJacobian` that computes a Jacobian some samples at a time."""
+
+    def chunks(self, *args: Any, bytes: int | str = "1GiB", out: Any = None, **kwargs: Any) -> Any:
+        """Yield the Jacobian some samples at a time: (start, J) with J[0] that of sample number `start`.
+
+        Independent samples are computed apart. Where they are coupled, each part evaluates the whole batch.
+
+        Args:
+            args, kwargs: the call.
+            bytes: what the Jacobian of a part may take, as bytes or a size such as `"1GiB"`; half of memory_limit at
+                most, and one sample's at least.
+            out: a tensor, a NumPy array or a memory map in the shape of the whole Jacobian, or such in its nest:
+                everything is computed now and written there, without a graph.
+
+        Returns:
+            An iterator over pairs (start, J) with J of shape (b, *out, *in), (b, *out, B, *in) for `layout="full"`, (b,
+            n) for `"diagonal"`, nested as J is; aux is left out. With `out`, that.
+
+        Raises:
+            OptionError: for `layout="sparse"`, which holds no zeros, or a size that is none.
+            InputError: for a function without a batch, or if `out` has not the shape and dtype of J or is read-only.
+            UnsupportedError: if func updates buffers or draws random numbers.
+
+        Example:
+            >>> import numpy
+            >>> import torch
+            >>> from autojac import AutoJacobian
+            >>> jac = AutoJacobian(lambda x: x**2, store=":memory:", on_miss="estimate")
+            >>> x = torch.ones(5, 2)
+            >>> [(start, J.shape) for start, J in jac.chunks(x, bytes=48)]
+            [(0, torch.Size([3, 2, 2])), (3, torch.Size([2, 2, 2]))]
+            >>> jac.chunks(x, bytes=48, out=numpy.zeros((5, 2, 2), "float32"))[4]
+            array([[2., 0.],
+                   [0., 2.]], dtype=float32)
+        """
+        size = parse_bytes(bytes, "bytes")
+        if size is None or self.options.layout == "sparse":
+            came = "bytes=None" if size is None else "layout='sparse', which holds no zeros"
+            raise OptionError(
+                f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {came}. Pass bytes='1GiB', or "
+                "call jac(x) for the sparse Jacobian"
+            )
+        own = self._func_args(args)
+        shapes = self._shapes(own, kwargs, probing=True)
+        if shapes.batch is None:
+            raise InputError(
+                "chunks expects a function with a batch, whose samples it divides, but in_dims=None says that there is "
+                "none. Pass in_dims, or differentiate fewer inputs at a time"
+            )
+        shapes.require_repeatable("a Jacobian in parts")
+        wanted = self._jacobian_shapes(shapes)
+        targets = None if out is None else _checked_targets(out, wanted, own, shapes)
+        each = sum(prod(shape[1:]) for shape in wanted) * shapes.item_bytes
+        step = max(1, min(size, self._memory_limit(shapes) // 2) // max(each, 1))
+        parts = self._parts(own, kwargs, shapes, step)
+        if targets is None:
+            return parts
+        with torch.no_grad():
+            for start, J in parts:
+                for target, part in zip(targets, pytree.tree_leaves(J), strict=True):
+                    target[start : start + len(part)].copy_(part)
+        return out
+
+    def _jacobian_shapes(self, shapes: CallShapes) -> list[tuple[int, ...]]:
+        """Return the shape of each Jacobian, those of an output side by side."""
+        assert shapes.batch is not None
+        found: list[tuple[int, ...]] = []
+        for event in shapes.outputs:
+            for position, own in zip(shapes.differentiated, shapes.inputs, strict=True):
+                if self.options.layout == "diagonal":
+                    found.append((shapes.batch, prod(own)))
+                    continue
+                lead = (shapes.batch,) if self._is_whole and shapes.axes[position] is not None else ()
+                found.append((shapes.batch, *event, *lead, *own))
+        return found
+
+    def _parts(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, step: int
+    ) -> Iterator[tuple[int, Any]]:
+        window = None
+        for start, stop in spans(int(shapes.batch or 0), step):
+            if self._is_whole:
+                yield start, self._rows(args, kwargs, shapes, start, stop)
+            elif shapes.is_sliceable:
+                plan, result = self._run(_sliced(args, shapes.axes, start, stop), kwargs)
+                yield start, plan.jacobian(result)
+            else:
+                window = window or self._window(args, shapes)
+                yield start, self._through(window, args, kwargs, shapes, range(start, stop))
+
+    def _rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, start: int, stop: int) -> Any:
+        """Return the rows of some samples, of the whole batch's Jacobian."""
+        batch, offset, rows = int(shapes.batch or 0), 0, []
+        for event in shapes.outputs:
+            count = prod(event)
+            first, last = offset + start * count, offset + stop * count
+            offset += batch * count
+            cotangents = shapes.nested_outputs(one_hot_seeds(shapes, args, first, last, False, True))
+            pulled = self._product(WeighedBy, args, kwargs, cotangents, True)
+            pulled = pulled[0] if self.options.has_aux else pulled
+            rows.append(pytree.tree_map(lambda t, event=event: t.reshape(stop - start, *event, *t.shape[1:]), pulled))
+        return shapes.nested_outputs(rows)
+
+    def _window(self, args: Sequence[Any], shapes: CallShapes) -> Any:
+        """Return the wrapper for the Jacobians of some samples among the others."""
+        axes = tuple(shapes.axes[position] for position in shapes.differentiated)
+        function = SampleWindow(self.func, self._argnums(args), self.options.has_aux, axes)
+        options = dataclasses.replace(
+            self.options,
+            argnums=tuple(range(1, len(axes) + 1)),
+            in_dims=(0, *axes, *[None] * len(args)),
+            coupling=self.options.coupling if isinstance(self.options.coupling, str) else "auto",
+        )
+        return self._wrapped(function, options)
+
+    def _through(
+        self, window: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, samples: range
+    ) -> Any:
+        flat = pytree.tree_leaves(self._differentiated(args))
+        axes = [shapes.axes[position] for position in shapes.differentiated]
+        parts = [
+            x if axis is None else x.narrow(axis, samples.start, len(samples))
+            for x, axis in zip(flat, axes, strict=True)
+        ]
+        index = torch.arange(samples.start, samples.stop, device=shapes.device)
+        found = window(index, *parts, *args, **kwargs)
+        leaves = pytree.tree_leaves(found[0] if self.options.has_aux else found)
+        count = len(parts)
+        rows = [leaves[number * count : (number + 1) * count] for number in range(len(shapes.outputs))]
+        return shapes.nested_outputs([self._nested_inputs(args, row) for row in rows])
+
+
+def _sliced(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: int) -> tuple[Any, ...]:
+    """Return the arguments of some samples alone."""
+    taken = iter(axes)
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        axis = next(taken)
+        return value if axis is None else value.narrow(axis, start, stop - start)
+
+    return tuple(pytree.tree_map(cut, tuple(args)))
+
+
+def _checked_targets(
+    out: Any, wanted: Sequence[tuple[int, ...]], args: Sequence[Any], shapes: CallShapes
+) -> list[Tensor]:
+    """Return what is written into, as tensors that share its memory."""
+    tensors = [value for value in pytree.tree_leaves(tuple(args)) if isinstance(value, Tensor)]
+    dtypes = [tensors[position].dtype for position in shapes.differentiated] * len(shapes.outputs)
+    flat = pytree.tree_leaves(out)
+    if len(flat) != len(wanted):
+        raise InputError(
+            f"out was expected to hold {counted(len(wanted), 'tensor')} or arrays, one per Jacobian, got {len(flat)}. "
+            "Nest them as J is nested"
+        )
+    return [_target(*each) for each in zip(flat, wanted, dtypes, strict=True)]
+
+
+def _target(target: Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    wanted = str(dtype).removeprefix("torch.")
+    came, name = None, str(getattr(target, "dtype", "")).removeprefix("torch.")
+    if isinstance(target, Tensor):
+        came = "one that requires grad" if target.requires_grad else None
+    elif not (hasattr(target, "flags") and hasattr(target, "__array__")):
+        came = kind_of(target)
+    elif not target.flags.writeable:
+        came = "one that is read-only"
+    if came is None and (tuple(target.shape) != shape or name != wanted):
+        came = f"{name} of shape {tuple(target.shape)}"
+    if came is not None:
+        raise InputError(
+            f"out was expected to be a writable tensor or array of shape {shape} and dtype {wanted}, got {came}. "
+            "Make one by torch.empty, or by numpy.memmap with mode='w+'"
+        )
+    return target if isinstance(target, Tensor) else torch.from_numpy(target)

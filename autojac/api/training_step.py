@@ -1,0 +1,282 @@
+"""A whole training step as one plan: derivatives of a model, a loss on them, and its gradients in the parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from autojac.api.autojacobian import AutoJacobian, require_function
+from autojac.api.derivatives import Derivatives
+from autojac.api.hessian import AutoHessian
+from autojac.autodiff.open_modes import hooked, transforming
+from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
+from autojac.core.call import describe
+from autojac.core.module_function import ModuleFunction
+from autojac.core.options import OnMiss, Randomness, Verify
+from autojac.core.plan import Effort, Plan
+from autojac.core.ranks import several
+from autojac.core.sandbox import without_hooks
+from autojac.errors import InputError, OutputError, SearchError, UnsupportedError, kind_of
+from autojac.guards.captures import captures
+from autojac.guards.compiled_functions import opaque_methods
+from autojac.planning.fast_path import no_fast_path
+from autojac.planning.prepared_plan import PreparedPlan
+from autojac.problem.problem import recorded
+from autojac.replay.replayer import Replaying
+from autojac.torch_internals import pytree
+
+
+class StepOptions(TypedDict, total=False):
+    """Options of a `TrainingStep`: those of `AutoJacobian` that say how to plan."""
+
+    effort: Effort
+    on_miss: OnMiss
+    budget_s: float | None
+    memory_limit: int | str | None
+    randomness: Randomness
+    verify: Verify
+    store: Any
+    version: str
+
+
+class LossOfDerivatives(nn.Module):
+    """A loss on the derivatives of a model, as a module that holds all parameters that it trains.
+
+    Its arguments have one more axis in front, of length one, and so has what it returns: to the planner the whole
+    batch is one sample, and the parameters are shared.
+
+    Args:
+        source: a wrapper that gives derivatives.
+        loss: a function of these and of further arguments.
+        modules: what of func and loss holds parameters.
+    """
+
+    def __init__(self, source: Any, loss: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.source, self.loss = source, loss
+        self.trained = nn.ModuleList(modules)
+
+    def forward(self, *args: Any) -> Tensor:
+        own = pytree.tree_map_only(Tensor, lambda x: x.squeeze(0), args)
+        return self.value(*own).unsqueeze(0)
+
+    def value(self, x: Any, *rest: Any) -> Tensor:
+        """Return the loss, with its graph."""
+        with torch.enable_grad():
+            if isinstance(self.source, AutoJacobian):
+                parts = self.source.value_and_jacobian(x)
+            elif isinstance(self.source, Derivatives):
+                parts = self.source(x)
+            else:
+                parts = (self.source(x),)
+            value = self.loss(*parts, *rest)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
+            raise OutputError(f"a loss returns one number, got {what}. Reduce it, as by .mean(), before it is returned")
+        return value.reshape(())
+
+
+@opaque_methods
+class TrainingStep:
+    """One training step on a loss of derivatives: value and gradients in one plan, as one program where that pays.
+
+    `step(x, *rest)` computes what `y, J = jac.value_and_jacobian(x)`, `value = loss(y, J, *rest)` and
+    `value.backward()` do, and leaves the gradients in `.grad` as these would: added to what is there, through tensor
+    hooks, None where nothing leads. The optimizer is the caller's. Candidates are J with a backward, the whole step
+    recorded as one flat program, and that program compiled; each is checked against plain autograd, timed, stored and
+    watched as plans of `AutoJacobian` are. What can't be planned as a whole is computed as J and a backward.
+
+        >>> import torch
+        >>> from autojac import TrainingStep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> step = TrainingStep(net, lambda y, J, target: (y - target).square().mean() + J.square().mean())
+        >>> optimizer.zero_grad()
+        >>> value = step(torch.rand(64, 3), torch.rand(64, 3))
+        >>> optimizer.step()
+
+    Args:
+        model: a module or function, whose Jacobian is taken; or an `AutoJacobian`, `Derivatives` or `AutoHessian`, for
+            their options.
+        loss: a function `loss(y, J, *rest)` that returns one number; of `Derivatives` each is an argument,
+            `loss(u, u_t, u_x, u_xx, *rest)`; of an `AutoHessian` H, `loss(H, *rest)`.
+        options: how to plan: `effort`, `on_miss`, `budget_s`, `memory_limit`, `randomness`, `verify`, `store` and
+            `version` of `AutoJacobian`, by default those of the wrapper given.
+
+    Raises:
+        InputError: if model or loss can't be called.
+        OptionError: for an unknown option or a value that is not accepted.
+    """
+
+    def __init__(self, model: Any, loss: Callable[..., Any], **options: Unpack[StepOptions]) -> None:
+        require_function(model)
+        if not callable(loss):
+            raise InputError(
+                f"the loss was expected to be a function, got {kind_of(loss)}. Pass one that returns a number"
+            )
+        wrapped = isinstance(model, (AutoJacobian, Derivatives, AutoHessian))
+        self.source = model if wrapped else AutoJacobian(model, **options)
+        self.loss = loss
+        inner = self.source if isinstance(self.source, AutoJacobian) else self.source.planned
+        known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
+        self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
+        self._whole: AutoJacobian | None = None
+        self._refused: dict[Any, str] = {}
+        self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
+        self._served: tuple[Any, int] | None = None
+        self._known: Sequence[tuple[str, Tensor]] = ()
+        self._unhooked: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "loss": self.loss, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["source"], state["loss"], **state["options"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"TrainingStep({self.source!r})"
+
+    def __call__(self, x: Any, *rest: Any) -> Tensor:
+        """Compute the loss, and add its gradients to `.grad` of all parameters that require grad.
+
+        Args:
+            x: what the model takes; the batch.
+            rest: what the loss takes besides derivatives, such as targets.
+
+        Returns:
+            The loss, a number without graph.
+
+        Raises:
+            OutputError: if the loss is not one number.
+            InputError, MutationError, RandomnessError: where there are no such derivatives.
+        """
+        args = (x, *rest)
+        if self._reason(args):
+            return self._plain(args)
+        whole = self._wrapper()
+        try:
+            # hooks see what arrives at a parameter, once
+            with torch.no_grad(), self._without_hooks(whole):
+                value, gradients = whole.value_and_jacobian(*_lifted(args))
+                targets = self._targets(whole, args)
+        except (SearchError, UnsupportedError) as error:
+            self._refused[_key(args)] = str(error)
+            return self._plain(args)
+        accumulate_gradients([(leaf, gradients[name].squeeze(0)) for name, leaf in targets])
+        total: Tensor = value.squeeze(0)
+        return total
+
+    def plan(self, x: Any, *rest: Any) -> Plan:
+        """Return the plan for such a step; made now if there is none.
+
+        Raises:
+            SearchError, UnsupportedError: if there is none for the step as a whole.
+        """
+        with torch.no_grad():
+            return self._wrapper().plan(*_lifted((x, *rest)))
+
+    def tune(self, x: Any, *rest: Any, effort: Effort | None = None, budget_s: float | None = None) -> Plan:
+        """Search for the best plan for such a step: first the method for the derivatives, then the step with it.
+
+        Args:
+            x, rest: a step.
+            effort, budget_s: of each of the two searches, as of `AutoJacobian.tune`.
+        """
+        self.source.tune(x, effort=effort, budget_s=budget_s)
+        self._refused.pop(_key((x, *rest)), None)
+        with torch.no_grad():
+            return self._wrapper().tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
+
+    def explain(self, x: Any, *rest: Any) -> str:
+        """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
+        reason = self._reason((x, *rest))
+        if reason:
+            return f"derivatives, then a backward: {reason}\n{self.source.explain(x)}"
+        with torch.no_grad():
+            return self._wrapper().explain(*_lifted((x, *rest)))
+
+    def _reason(self, args: Sequence[Any]) -> str:
+        """Return why a step can't be planned as a whole; empty if it can."""
+        if several():
+            return "several ranks reduce gradients in their own backward"
+        if hooked() or transforming():
+            return "a transform, or hooks on saved tensors, are to see the backward"
+        if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(args)):
+            return "an argument requires grad, which a backward would reach besides the parameters"
+        if self._whole is None and self._stray():
+            return "tensors outside of all modules require grad: make them parameters of a module to plan with them"
+        return self._refused.get(_key(args), "") if self._refused else ""
+
+    def _stray(self) -> bool:
+        reached = [captures(self.source.func), captures(self.loss)]
+        owned = {id(p) for found in reached for module in found.modules for p in module.parameters()}
+        tensors = itertools.chain.from_iterable(found.tensors for found in reached)
+        return any(t.requires_grad and id(t) not in owned for t in tensors)
+
+    def _wrapper(self) -> AutoJacobian:
+        """Return what plans the step: a Jacobian of one number, in all parameters."""
+        if self._whole is None:
+            modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
+            step = LossOfDerivatives(self.source, self.loss, modules)
+            self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)
+        return self._whole
+
+    def _without_hooks(self, whole: AutoJacobian) -> AbstractContextManager[None]:
+        """Keep tensor hooks from firing while the gradients are computed."""
+        state = whole._plans.planner.function_state
+        if self._unhooked == state.version and state.is_unchanged():
+            return nullcontext()
+        assert isinstance(whole.func, ModuleFunction)
+        parameters = tuple(whole.func.parameters().values())
+        is_hooked = any(parameter._backward_hooks for parameter in parameters)
+        self._unhooked = None if is_hooked else state.version
+        return without_hooks(parameters)
+
+    def _targets(self, whole: AutoJacobian, args: Sequence[Any]) -> Sequence[tuple[str, Tensor]]:
+        """Return the parameters that the loss leads back to, by name: a backward leaves the others without a gradient.
+
+        Found by a plain evaluation, without a trace, once for each plan and state of what func reads.
+        """
+        plans = whole._plans
+        served, version = plans.fast_path, plans.planner.function_state.version
+        if served is not no_fast_path and self._served == (served, version):
+            return self._known
+        assert isinstance(whole.func, ModuleFunction)
+        named = whole.func.parameters()
+        plan, call = plans.look_up(whole._func_args(_lifted(args)), {})
+        if plan.plan.effort != "estimate" and not isinstance(plan.compute, Replaying):
+            self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
+        at = id(plan), version
+        if at not in self._reached:
+            with plan.sandbox():
+                pullback = recorded(plan.problem, call.leaves, call.keywords, False)
+                (value,) = pullback.recorded
+                found = pulled_back([value], pullback.inputs, [torch.ones_like(value)])
+            # the plan is kept, so that its id stays its own
+            self._reached = {at: (plan, [gradient is not None for gradient in found])}
+        reached = self._reached[at][1]
+        self._known = [pair for pair, has in zip(named.items(), reached, strict=True) if has]
+        self._served = served, version
+        return self._known
+
+    def _plain(self, args: Sequence[Any]) -> Tensor:
+        """Compute derivatives, loss and backward one after the other."""
+        value = LossOfDerivatives(self.source, self.loss, ()).value(*args)
+        backward(value)
+        return value.detach()
+
+
+def _lifted(args: Sequence[Any]) -> Any:
+    """Return the arguments with the batch as one sample."""
+    if all(isinstance(x, Tensor) for x in args):
+        return tuple(x.unsqueeze(0) for x in args)
+    return pytree.tree_map_only(Tensor, lambda x: x.unsqueeze(0), tuple(args))
+
+
+def _key(args: Sequence[Any]) -> Any:
+    return tuple(map(str, map(describe, args)))

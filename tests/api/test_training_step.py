@@ -1,0 +1,260 @@
+"""Training steps: value and gradients as a backward leaves them, by one program where that is possible."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
+from autojac.replay.replayer import Replaying
+from harness import compare, in_use
+
+OPTIONS: dict[str, Any] = {"on_miss": "estimate", "store": ":memory:"}
+PULL = {"method": "Pull", "seeds": "identity", "engine": "loop", "chunk": None}
+METHODS: dict[str, dict[str, Any]] = {
+    "eager": PULL,
+    "one program": {"method": "Replay", "inner": PULL, "without": None},
+}
+
+
+def network(outputs: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+
+
+def points(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def loss(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+    return (y - target).square().mean() + (J**3).sum()
+
+
+def by_hand(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    rows = [torch.autograd.grad(y[:, k].sum(), x, create_graph=True)[0] for k in range(y.shape[1])]
+    value = loss(y, torch.stack(rows, 1), target)
+    value.backward()
+    return value.detach()
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [torch.zeros(0) if p.grad is None else p.grad for p in module.parameters()]
+
+
+def by(method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any) -> TrainingStep:
+    """A step by one method, which is found in the store."""
+    store = PlanStore(":memory:")
+    maker = make(on_miss="estimate", store=store)
+    plan = maker.plan(*args)
+    whole = maker._whole
+    assert whole is not None
+    keys = in_use(whole).keys
+    assert keys is not None
+    whole._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+    return make(on_miss="estimate", store=store)
+
+
+def program(step: TrainingStep) -> Any:
+    assert step._whole is not None
+    return in_use(step._whole).compute
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_value_and_gradients_are_those_of_a_backward_and_add_up(method: str) -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    for _ in range(6):
+        value = step(x, target)
+        compare(value, by_hand(reference, x, target))
+        assert not value.requires_grad
+        compare(gradients(model), gradients(reference))
+    if method == "one program":
+        assert isinstance(program(step), Replaying)
+        assert program(step).ready is not None
+
+
+def test_an_optimizer_takes_the_same_way() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
+    ways = [(model, step), (reference, lambda *args: by_hand(reference, *args))]
+    optimizers = [torch.optim.Adam(module.parameters(), lr=0.05) for module, _ in ways]
+    for _ in range(8):
+        for optimizer, (_, take) in zip(optimizers, ways, strict=True):
+            optimizer.zero_grad()
+            take(x, target)
+            optimizer.step()
+    compare(list(model.parameters()), list(reference.parameters()), rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_frozen_unused_and_exchanged_parameters(method: str) -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.unused = network(), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, x, target = Spare(), points(4, 3), points(4, 2)
+    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    seen: list[str] = []
+
+    def both(change: Callable[[Any], None]) -> None:
+        change(model)
+        reference = copy.deepcopy(model)
+        reference.zero_grad()
+        by_hand(reference, x, target)
+        for _ in range(3):
+            model.zero_grad()
+            step(x, target)
+            compare(gradients(model), gradients(reference))
+
+    both(lambda model: None)
+    assert model.unused.grad is None
+    both(lambda model: model.inner[0].weight.requires_grad_(False))
+    assert model.inner[0].weight.grad is None
+    both(lambda model: model.inner[0].weight.requires_grad_())
+    both(lambda model: setattr(model.inner[0], "bias", nn.Parameter(torch.rand(5).double())))
+    both(lambda model: model.inner[2].weight.data.mul_(2))
+    model.inner[2].bias.register_hook(lambda gradient: 3 * gradient)
+    model.inner[2].bias.register_post_accumulate_grad_hook(lambda leaf: seen.append("accumulated"))
+    before = model.inner[2].bias.grad.clone()
+    model.zero_grad()
+    step(x, target)
+    compare(model.inner[2].bias.grad, 3 * before)
+    assert seen == ["accumulated"]
+
+
+def residual(u: Tensor, u_t: Tensor, u_x: Tensor, u_xx: Tensor) -> Tensor:
+    return (u_t + u * u_x - 0.1 * u_xx).square().mean()
+
+
+def hand_written_pinn(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope[:, 1].sum(), x, create_graph=True)
+    value = residual(u, slope[:, :1], slope[:, 1:2], second[:, 1:2])
+    value.backward()
+    return value.detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives_in_place_of_a_jacobian(method: str) -> None:
+    model, x = network(1), points(4, 3)
+    reference = copy.deepcopy(model)
+
+    def make(**options: Any) -> TrainingStep:
+        return TrainingStep(Derivatives(model, ((), (0,), (1,), (1, 1)), **options), residual)
+
+    step = by(METHODS[method], make, x)
+    for _ in range(3):
+        compare(step(x), hand_written_pinn(reference, x))
+        compare(gradients(model), gradients(reference))
+
+
+def test_hessians_and_wrappers_with_their_own_options() -> None:
+    model, x = network(1), points(4, 3)
+    hessian = AutoHessian(lambda x: model(x).squeeze(1), **OPTIONS)
+    value = TrainingStep(hessian, lambda H: H.square().sum())(x)
+    compare(value, hessian(x).detach().square().sum())
+    found = gradients(model)
+    model.zero_grad()
+    hessian(x).square().sum().backward()
+    compare(found, gradients(model))
+    full = AutoJacobian(model, layout="full", **OPTIONS)
+    compare(TrainingStep(full, lambda y, J: J.square().sum())(x), full(x).detach().square().sum())
+
+
+def test_parameters_of_the_loss_train_and_buffers_move_once() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, y: Tensor, J: Tensor) -> Tensor:
+            return self.weight * y.square().mean() + J.square().mean()
+
+    model, weighted, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double(), Weighted(), points(4, 3)
+    step = TrainingStep(model, weighted, **OPTIONS)
+    value = step(x)
+    assert model[1].num_batches_tracked.item() == 1
+    assert weighted.weight.grad is not None
+    assert bool(weighted.weight.grad < value)
+
+
+def test_what_is_no_step_of_parameters_alone_is_a_backward() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, **OPTIONS)
+    trained = x.clone().requires_grad_()
+    step(trained, target)
+    assert trained.grad is not None
+    assert "an argument requires grad" in step.explain(trained, target)
+    scale = torch.tensor(2.0).double().requires_grad_()
+    loose = TrainingStep(model, lambda y, J: (scale * J).sum(), **OPTIONS)
+    loose(x)
+    assert scale.grad is not None
+    assert "outside of all modules" in loose.explain(x)
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        compare(step(x, target), by_hand(reference, x, target))
+    compare(gradients(model), gradients(reference))
+
+
+def test_nested_targets_and_numbers_pass_through() -> None:
+    model, x = network(), points(4, 3)
+
+    def scaled(y: Tensor, J: Tensor, targets: dict[str, Tensor], factor: float) -> Tensor:
+        return factor * ((y - targets["y"]).square().sum() + (J - targets["J"]).square().sum())
+
+    targets = {"y": points(4, 2), "J": points(4, 2, 3)}
+    jac = AutoJacobian(model, **OPTIONS)
+    for factor in (0.5, 2.0):
+        expected = scaled(*jac.value_and_jacobian(x), targets, factor).detach()
+        compare(TrainingStep(jac, scaled)(x, targets, factor), expected)
+
+
+def test_a_search_of_a_whole_step_finds_one_program() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, store=":memory:", effort="quick", budget_s=1.0)
+    plan = step.tune(x, target)
+    assert plan.trials
+    assert "Replay" in step.explain(x, target)
+    compare(step(x, target), by_hand(copy.deepcopy(model), x, target))
+
+
+def refused(make: Callable[[], Any]) -> Sequence[Any]:
+    with pytest.raises((OutputError, RandomnessError)) as caught:
+        make()
+    return caught.value.args
+
+
+def test_losses_and_models_that_are_none() -> None:
+    model, x = network(), points(4, 3)
+    step = TrainingStep(model, lambda y, J: J.sum(0), **OPTIONS)
+    assert "one number" in refused(lambda: step(x))[0]
+    assert all(p.grad is None for p in model.parameters())
+    drawing = TrainingStep(nn.Sequential(model, nn.Dropout()), lambda y, J: J.sum(), **OPTIONS)
+    assert "random" in refused(lambda: drawing(x))[0]
+
+
+def test_copies_and_names() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, **OPTIONS)
+    other = pickle.loads(pickle.dumps(step))
+    compare(other(x, target), step(x, target))
+    assert repr(step).startswith("TrainingStep(AutoJacobian(Sequential")

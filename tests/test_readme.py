@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_the_table_of_methods_is_the_registry() -> None:
     assert rows == [(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in registry().items()]
 
 
-@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(Options)])
+@pytest.mark.parametrize("option", Options.names())
 def test_every_option_is_documented(option: str) -> None:
     assert f"| `{option}` |" in README
 

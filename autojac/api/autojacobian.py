@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from autojac.store import PlanStore
 
 
+HINT = (
+    "\nhint: AutoHessian(func) plans second derivatives, and Derivatives(func, of=((), (0,), (1, 1))) computes only "
+    "those by columns that are asked for"
+)
+"""What a Jacobian of a Jacobian is told."""
+
+
 def require_function(func: Any) -> None:
     """Raise `InputError` unless `func` can be called with tensors."""
     if isinstance(func, type) and issubclass(func, torch.nn.Module):
@@ -210,7 +217,7 @@ class AutoJacobian(Chunked):
         """Explain the plan: what was probed, and every candidate with its time and memory or why it was rejected."""
         with outside_inference_mode(self._func_args(args), kwargs) as call:
             plan, _ = self._plans.look_up(*call)
-        return explanation(plan, self._plans.planner.repository)
+        return explanation(plan, self._plans.planner.repository) + (HINT if isinstance(self.func, AutoJacobian) else "")
 
     def _func_args(self, args: Sequence[Any]) -> Sequence[Any]:
         return self.func.arguments(args) if isinstance(self.func, ModuleFunction) else args

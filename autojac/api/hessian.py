@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
-from autojac.api.autojacobian import require_function
+from autojac.api.autojacobian import HINT, require_function
 from autojac.api.derivatives import jacobian_of
 from autojac.api.product_arguments import of_samples
 from autojac.core.call import outside_inference_mode
@@ -163,4 +163,4 @@ class AutoHessian:
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
-        return self.planned.explain(*args, **kwargs)
+        return self.planned.explain(*args, **kwargs).removesuffix(HINT)

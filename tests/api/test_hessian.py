@@ -183,6 +183,7 @@ def test_a_jacobian_of_a_jacobian_is_recorded_whoever_planned_first() -> None:
         reasons = [str(trial.reason) for trial in outer.plan(x).trials]
         assert reasons
         assert not any("not reachable" in reason for reason in reasons)
+        assert "Derivatives(func" in outer.explain(x)
 
 
 def test_copies_and_names() -> None:
@@ -190,3 +191,4 @@ def test_copies_and_names() -> None:
     compare(pickle.loads(pickle.dumps(hessian))(points()).detach(), hessian(points()).detach())
     assert repr(hessian) == "AutoHessian(Sequential(Linear, Tanh, ..., Flatten), 1 plan in use)"
     assert "AutoJacobian of Sequential" in hessian.explain(points())
+    assert "hint" not in hessian.explain(points())

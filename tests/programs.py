@@ -113,6 +113,21 @@ def _scatter(r: random.Random, t: Tensor, batch: int) -> Step:
     return lambda t, x: torch.zeros_like(t).scatter_add(axis, t.abs().long() % t.shape[axis], t)
 
 
+def _put(r: random.Random, t: Tensor, batch: int) -> Step:
+    axis, size = _axis(r, t) % t.dim(), 2
+    shape = (size,) if r.random() < 0.5 else (size, 2)
+    index = [None] * axis + [torch.randint(t.shape[axis], shape)]
+    other = r.randrange(t.dim())
+
+    def step(t: Tensor, x: Tensor) -> Tensor:
+        taken = t.transpose(axis, other) if t.shape[axis] == t.shape[other] else t
+        return torch.ops.aten.index_put(
+            torch.zeros_like(t), index, taken[tuple(slice(None) if i is None else i for i in index)]
+        )
+
+    return step
+
+
 def _written(t: Tensor, x: Tensor) -> Tensor:
     y = t.clone()
     y.transpose_(0, -1)
@@ -126,7 +141,8 @@ def _copied(t: Tensor, x: Tensor) -> Tensor:
 MAKERS: dict[str, Make] = {
     **{"reshape": _reshape, "permute": _permute, "expand": _expand, "index": _pick, "narrow": _narrow, "pad": _pad},
     **{"product": _product, "einsum": _einsum, "linalg": _algebra, "layer_norm": _norm, "conv1d": _convolution},
-    "scatter": _scatter,
+    **{"scatter": _scatter, "index_put": _put},
+    "index_add": _along(lambda t, a: torch.zeros_like(t).index_add(a, torch.arange(t.shape[a]).flip(0), t)),
     "transpose": _between(Tensor.transpose),
     "movedim": _between(lambda t, a, b: t.movedim(a, b)),
     "diagonal": _between(lambda t, a, b: t.diagonal(0, a, b)),

@@ -106,6 +106,9 @@ def written(x: Tensor) -> Tensor:
     return y
 
 
+aten = torch.ops.aten
+put = aten.index_put.default
+
 ACTIVATIONS = (
     *("ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "ELU", "SELU"),
     *("Softplus", "Mish", "LeakyReLU", "Hardswish", "PReLU", "LogSigmoid"),
@@ -164,6 +167,19 @@ INDEPENDENT: dict[str, Build] = {
     "distances of samples to points": of(lambda x: torch.cdist(x, torch.ones(3, 4)), 5, 4),
     "distances of points to samples": of(lambda x: torch.cdist(torch.ones(30, 4), x).T, 5, 4),
     "GLU": of(F.glu, 5, 4),
+    "written by index": of(lambda x: put(torch.zeros(5, 6), (None, torch.tensor([4, 1])), x[:, :2].sin()), 5, 4),
+    "written by a table": of(
+        lambda x: put(x, (None, torch.tensor([[0, 1], [2, 0]])), x[:, :2, None] * torch.ones(2), True),
+        5,
+        4,
+    ),
+    "one value written": of(lambda x: put(x, (None, torch.tensor([0, 2])), torch.ones(())), 5, 4),
+    "written before the batch": of(
+        lambda x: put(torch.zeros(3, 5, 4), (torch.tensor([2, 0]),), x).permute(1, 0, 2), 5, 4
+    ),
+    "added by index": of(lambda x: torch.zeros(5, 2).index_add(1, torch.tensor([0, 1, 1, 0]), x), 5, 4),
+    "copied by index": of(lambda x: x.index_copy(1, torch.tensor([3, 1]), x[:, :2].exp()), 5, 4),
+    "attention with a mask": of(lambda x: aten._safe_softmax(x @ x.mT - 1, -1) @ x, 5, 3, 4),
     "channel mixing": of(lambda x: (torch.ones(3, 3) @ x.mT).mT.flatten(1), 5, 4, 3),
 }
 
@@ -257,6 +273,13 @@ COUPLED: dict[str, Build] = {
     "repeat_interleave": of(lambda x: x.repeat_interleave(2, 0)[:4], 4, 4),
     "rot90": of(lambda x: x.rot90(), 4, 4),
     "Kronecker product": of(lambda x: torch.kron(x, torch.ones(2, 1))[1:5], 4, 4),
+    "values for all samples": of(lambda x: put(x, (None, torch.tensor([0, 1])), x[1, :2]), 4, 4),
+    "values of other samples": of(lambda x: put(x, (None, torch.tensor([0, 1, 2, 3])), x.T), 4, 4),
+    "samples written where a value says": of(lambda x: put(x, (None, x[:, 0].argsort()), x), 4, 4),
+    "slices written to samples": of(lambda x: put(x, (torch.tensor([1, 0, 3, 2]),), x), 4, 4),
+    "slices of samples added": of(lambda x: torch.zeros(4, 4).index_add(1, torch.tensor([1, 0, 3, 2]), x.T) + x, 4, 4),
+    "attention across samples with a mask": of(lambda x: aten._safe_softmax(x @ x.mT, -1) @ x, 4, 4),
+    "safe softmax across samples": of(lambda x: aten._safe_softmax(x, 0), 5, 4),
     "written by rows": of(lambda x: x.clone().index_put_((torch.tensor([0, 1]),), x[2:].detach()), 4, 4),
     "in-place transposition": of(lambda x: x.clone().t_() * 2, 4, 4),
     "in-place sum with a flip": of(lambda x: x.clone().add_(x.flip(0)), 4, 4),

@@ -107,6 +107,7 @@ ANY: dict[str, Function] = {
     "logcumsumexp": lambda x: x.logcumsumexp(1),
     "cummax": lambda x: x.cummax(1)[0],
     "_softmax": lambda x: x.softmax(1),
+    "_safe_softmax": lambda x: aten._safe_softmax(x, 1),
     "_log_softmax": lambda x: x.log_softmax(2),
     "sort": lambda x: x.sort(1)[0],
     "topk": lambda x: x.topk(2, 2)[0],

@@ -58,3 +58,44 @@ def indexing(context: RuleContext) -> State:
     if own.axis == axis:
         raise BatchAxisLost("it takes samples by index")
     return own._replace(axis=own.axis + (len(context.shape(index)) - 1 if axis < own.axis else 0))
+
+
+WRITES = "it writes samples by index"
+
+
+@register("index_add index_copy index_reduce")
+def index_add(context: RuleContext) -> State:
+    """Slices of the source go to places along `dim`; the batch lies on one other axis of both tensors."""
+    if isinstance(context.state(context["index"]), BatchAxis):
+        raise BatchAxisLost(WRITES)
+    found = {state for _, state in context.carried()}
+    if len(found) != 1:
+        raise Meets(MEET)
+    state = found.pop()
+    if context["dim"] % max(1, len(context.out)) == state.axis:
+        raise BatchAxisLost(WRITES)
+    return state
+
+
+@register("index_put _unsafe_index_put _index_put_impl")
+def index_put(context: RuleContext) -> State:
+    """x[..., index, ...] = values with one index tensor of integers, the same for all samples."""
+    used = [(axis, index) for axis, index in enumerate(context["indices"]) if index is not None]
+    if len(used) != 1 or context.graph.dtypes[used[0][1].number] in (torch.bool, torch.uint8):
+        raise BatchAxisLost("it writes entries by several indices or by a mask")
+    (axis, index) = used[0]
+    own, source = context.state(context["self"]), context.state(context["values"])
+    found = {own} if isinstance(own, BatchAxis) else set()
+    if isinstance(source, BatchAxis):
+        # values are broadcast to what the index takes, which has the index's axes in the place of one
+        shape, more = context.shape(context["values"]), len(context.shape(index)) - 1
+        place = source.axis + len(context.out) + more - len(shape)
+        at = place if place < axis else place - more
+        if axis <= place <= axis + more or context.out[at] != shape[source.axis]:
+            raise BatchAxisLost(WRITES)
+        found.add(source._replace(axis=at))
+    if isinstance(context.state(index), BatchAxis) or axis in {state.axis for state in found}:
+        raise BatchAxisLost(WRITES)
+    if len(found) != 1:
+        raise Meets(MEET)
+    return found.pop()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from autojac.core.plan import Effort
+from autojac.core.plan import Effort, Trial
 from autojac.methods.base import Method
 from autojac.problem.problem import Problem
 
@@ -81,8 +81,16 @@ class Exploration:
         self._timed += min(seconds, HELD_UP * self._fastest)
         self._count += 1
         self._per_call = self._timed / self._count
+        if (trial := self._trial) is not None and trial.seconds is not None:
+            # the fast path takes less than calls that are timed here
+            self._per_call = min(self._per_call, trial.seconds)
         self.earned += seconds + max(calls - self._calls - 1, 0) * self._per_call
         self._calls = calls
+
+    @property
+    def _trial(self) -> Trial | None:
+        """What became of the plan in use."""
+        return None if self.race is None else self.race.session.trials.get(self.method)
 
     def next_call(self) -> float:
         """Return the call before which the next step is due, by the calls' cost so far; infinite when all is over."""
@@ -119,6 +127,7 @@ class Exploration:
                 load_once()
                 start = measure.clock.now()  # what a process loads once is no part of any search
                 self.race = start_race(problem(), point, self.effort, self.prior)
+                self._time_by_calls(self.race)
             return self._take(self.race, point)
         except Exception as error:  # func, not a candidate: exploring never fails a call
             self._failures += 1
@@ -134,13 +143,23 @@ class Exploration:
             if self.spent >= self.budget_s:
                 self.is_over = True
 
+    def _time_by_calls(self, race: CandidateRace) -> None:
+        """Take the plan in use for timed, where its calls have been: without a backward, and by a device that waits."""
+        session = race.session
+        if session.problem.differentiable or session.device.type != "cpu" or self.method in session.trials:
+            return
+        if self._count:
+            session.record(self.method, "complete", seconds=self._fastest)
+
     def _take(self, race: CandidateRace, point: SearchPoint) -> Method | None:
         race.at(point)
         step = self._next_step()
         if step is None:
             self.is_over = True
             return self._adopt(race.winner())
-        if not race.session.reference.says:
+        if step.compiles and (winner := race.winner()) not in (None, self.method):
+            return self._adopt(winner)  # rather than after a compiler
+        if not race.session_of(step).reference.says:
             return None  # nothing can be compared with anything here: a later call will do
         if self._challenger is not None:
             challenger, self._challenger = self._challenger, None

@@ -15,6 +15,8 @@ ENOUGH_ROUNDS = 5
 """Rounds after which a winner that has won them all is taken: by chance it would have in one case of 32."""
 NOISE = 0.02
 """Paired differences below this share are noise, and what stands stays."""
+CLEARLY = 0.8
+"""A ratio of times that noise does not make in several rounds."""
 COMPILER_LOAD_MARGIN = 0.1
 """The share by which a method must win for which every process has to load torch's compiler first."""
 
@@ -74,6 +76,11 @@ class Comparison:
         """Check whether `one` beats `other` in paired rounds by more than noise."""
         ratios = [a / b for a, b in zip(self.samples[one], self.samples[other], strict=False)]
         return statistics.median(ratios) < 1 - NOISE and sum(ratio < 1 for ratio in ratios) > 0.6 * len(ratios)
+
+    def is_clear(self, one: Method, other: Method) -> bool:
+        """Check whether every round shows the same large difference."""
+        ratios = [a / b for a, b in zip(self.samples[one], self.samples[other], strict=False)]
+        return max(ratios) < CLEARLY or min(ratios) > 1 / CLEARLY
 
     @property
     def is_decided(self) -> bool:

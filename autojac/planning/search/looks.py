@@ -62,12 +62,16 @@ class Looks:
         return None if self.scout is None else next(self._on_slice(self.scout), None)
 
     def next(self) -> Method | None:
-        """Return the next candidate to look at; None where all that are worth it had their look."""
+        """Return the next candidate to look at, compilers apart; None where all that are worth it had their look."""
         return next(self._upcoming(), None)
 
-    def untried(self) -> list[Method]:
+    def next_compiled(self) -> Method | None:
+        """Return the next candidate that takes a compiler: the fastest distinct flat programs are compiled."""
+        return next(self._compiled(), None)
+
+    def untried(self, compilers: bool = True) -> list[Method]:
         """Return the candidates that are worth a look, as far as is known, and have not had one."""
-        return list(dict.fromkeys(self._upcoming()))
+        return list(dict.fromkeys([*self._upcoming(), *(self._compiled() if compilers else ())]))
 
     def by_time(self, methods: Iterable[Method]) -> list[Method]:
         """Return those that were timed, slow ones included, the fastest first."""
@@ -82,36 +86,35 @@ class Looks:
         """Yield the candidates to look at as far as is known now, the next one first."""
         known = self.session.trials
         yield from (m for m in self.first if m not in known)
-        eager = [m for m in self.space if not m.compiles and without_replay(m) == m]
-        recorded = [m for m in self.space if not m.compiles and without_replay(m) != m]
+        space = [m for m in self.space if not m.compiles]
+        if self.scout is not None:
+            yield from (m for m in self._promising(space) if m not in known)
+            return
+        eager = [m for m in space if without_replay(m) == m]
         leading = self.by_time(eager)
         for method in leading[:HEAD_REPLAYS]:
-            yield from self._replays_of(method, recorded)
-        untried = [m for m in self._promising([*eager[:1], *self.defaults[:1], *eager[1:]]) if m not in known]
+            yield from self._replays_of(method, space)
+        untried = [m for m in [*eager[:1], *self.defaults[:1], *eager[1:]] if m not in known]
         if len(untried) > MOST_IN_ORDER and (proposed := self._propose(eager)) is not None:
             yield proposed
         yield from untried
         for method in leading:
             if self.time(method) <= REPLAY_REACH * self.time(leading[0]):
-                yield from self._replays_of(method, recorded)
-        if self.scout is not None:  # a chunked replay's own eager form may not have been worth a run on the batch
-            yield from (m for m in self._promising(recorded) if m not in known)
-        yield from (m for m in self.space if m.compiles and m not in known)
-        yield from self._compiled()
+                yield from self._replays_of(method, space)
 
-    def _replays_of(self, method: Method, recorded: Sequence[Method]) -> Iterator[Method]:
-        replays = [m for m in recorded if m not in self.session.trials and without_replay(m) == method]
-        yield from self._promising(replays)
+    def _replays_of(self, method: Method, space: Sequence[Method]) -> Iterator[Method]:
+        known = self.session.trials
+        yield from (m for m in space if m not in known and m != method and without_replay(m) == method)
 
     def _compiled(self) -> Iterator[Method]:
-        """Yield what compiles the fastest distinct flat programs."""
+        known = self.session.trials
+        yield from (m for m in self.space if m.compiles and m not in known)
         flat = [m for m in self.by_time(self.space) if not m.compiles and _inner(m).makes_flat_programs]
         for method in flat[:COMPILED_PROGRAMS]:
             compiled = with_compiler(method)
-            if compiled is None or compiled in self.session.trials:
+            if compiled is None or compiled in known or compiled.unsupported(self.session.problem) is not None:
                 continue
-            if compiled.unsupported(self.session.problem) is None:
-                yield compiled
+            yield compiled
 
     def _propose(self, eager: Sequence[Method]) -> Method | None:
         """Return the candidate that Optuna proposes, which stays the same until it was looked at."""
@@ -171,14 +174,18 @@ class Looks:
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
         """Return candidates for a large batch by what a slice of it takes, without the slow ones; others as given."""
-        if self.scout is None:
-            return list(methods)
         predicted = {method: self.by_slice(method) for method in methods}
         best = min(map(self.by_slice, self.space), default=math.inf)
         if math.isinf(best):
             return list(methods)
-        order = sorted(predicted, key=lambda m: (predicted[m], m.cost(self.session.problem)))
+        # chunks that stay in cache win most often among those that are the same on the slice
+        order = sorted(predicted, key=lambda m: (predicted[m], not isinstance(m, BatchChunk), _distance(m)))
         return [m for m in order if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
+
+
+def _distance(method: Method) -> int:
+    """Return by how many powers of two a chunk's size differs from the slice's."""
+    return abs(method.size.bit_length() - SLICE.bit_length()) if isinstance(method, BatchChunk) else 0
 
 
 def _inner(method: Method) -> Method:

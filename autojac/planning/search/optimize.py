@@ -177,7 +177,7 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         if step is not None and step.compiles and now + race.expected_s(step) > session.end:
             step = race.next_step(looks=False)
         if step is None or now > session.end:
-            return not [m for m in race.looks.untried() if not m.compiles or session.effort != "quick"]
+            return not race.looks.untried(compilers=session.effort != "quick")
         race.take(step)
 
 

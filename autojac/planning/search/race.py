@@ -34,10 +34,13 @@ MOST_LEVELS = 4
 """How often the slower half is dropped, and the rest timed again, at most."""
 COMPILE_S = 10.0
 """Seconds that compiling a program takes, until one was compiled."""
-UNTIMED_CALLS = 20
-"""Calls that a step of a kind that was not taken yet is worth."""
+UNTIMED_CALLS = 8
+"""Calls that a step of a kind that was not taken yet takes, besides `UNTIMED_S` seconds."""
+UNTIMED_S = 0.02
 KEPT_RUNS = 12
 """Candidates, the fastest, that are kept ready to run again."""
+CLEAR_ROUNDS = 3
+"""Rounds after which a large difference that every one of them shows is believed."""
 UNSURE = 1.1
 """What stands stays unless it takes so many times as long, where nothing was compared in pairs."""
 
@@ -118,9 +121,18 @@ class CandidateRace:
         racers = self.racers()
         if (method := next((m for m in racers if m not in self.weighed), None)) is not None:
             return Step("memory", method)
-        if len(racers) < 2 or self.comparison.rounds >= MOST_ROUNDS[self.session.effort] or self.comparison.is_decided:
-            return None
-        return Step("round")
+        if len(racers) > 1 and not self._is_decided():
+            return Step("round")
+        if looks and (method := self.looks.next_compiled()) is not None:
+            return Step("look", method)
+        return None
+
+    def _is_decided(self) -> bool:
+        return self.comparison.rounds >= MOST_ROUNDS[self.session.effort] or self.comparison.is_decided
+
+    def session_of(self, step: Step) -> SearchSession:
+        """Return the session in which a step is made: the slice's, or that of the whole batch."""
+        return self.looks.scout if step.kind == "slice" and self.looks.scout is not None else self.session
 
     def take(self, step: Step) -> None:
         """Do a step at the session's point."""
@@ -149,7 +161,7 @@ class CandidateRace:
         best = self.session.best if math.isfinite(self.session.best) else 0.0
         if step.kind == "duel":
             return 2 * ENOUGH_ROUNDS * max(SHORTEST_S[self.session.effort], best)
-        return COMPILE_S if step.compiles else UNTIMED_CALLS * best
+        return COMPILE_S if step.compiles else UNTIMED_S + UNTIMED_CALLS * best
 
     def try_out(self, method: Method, allowed_s: float | None = None) -> None:
         """Look at a candidate, and let go of those that will hardly run again."""
@@ -165,10 +177,12 @@ class CandidateRace:
         """Compare a candidate with another one in a few rounds; tell whether it is faster, and fits the memory."""
         if not self.fits_memory(challenger):
             return False
-        duel = Comparison()
-        for _ in range(ENOUGH_ROUNDS):
+        duel, both = Comparison(), {challenger, current}
+        while duel.rounds < ENOUGH_ROUNDS and not (duel.rounds >= CLEAR_ROUNDS and duel.is_clear(challenger, current)):
             duel.run_round(self.session, [challenger, current])
-        return set(duel.samples) == {challenger, current} and duel.is_faster(challenger, current)
+            if set(duel.samples) != both:
+                return False
+        return duel.is_faster(challenger, current)
 
     def had_its_look(self, method: Method) -> bool:
         """Check whether a candidate was looked at."""

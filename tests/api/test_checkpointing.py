@@ -41,7 +41,7 @@ def expected(x: Tensor) -> Any:
     return grad(lambda x: (jacrev(scalar)(x) ** 2).sum())(x.detach())
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("verify", ["auto", "always"])
 @pytest.mark.parametrize("on_miss", ["estimate", "tune"])

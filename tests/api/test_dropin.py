@@ -116,7 +116,7 @@ def unbatched(func: Callable[..., Any], **options: Any) -> AutoJacobian:
     return AutoJacobian(func, **{"in_dims": None, "on_miss": "estimate", "store": ":memory:", **options})
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @cases
 def test_same_as_jacrev(case: Case) -> None:
     args = case.args()

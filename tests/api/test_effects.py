@@ -222,7 +222,7 @@ class ActNorm(torch.nn.Module):
         return (x * self.scale.exp()).sin()
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("effort", ["estimate", "quick"])
 @pytest.mark.parametrize("kind", ["assigned parameter", "assigned buffer", "copied parameter", "copied buffer"])

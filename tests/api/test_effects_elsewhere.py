@@ -136,6 +136,7 @@ class Converting(torch.nn.Module):
         return self.norm(self.linear(x)).tanh()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("effort", ["estimate", "quick"])

@@ -29,6 +29,7 @@ def attention(x: Tensor) -> Tensor:
     return (x @ x.T).softmax(1) @ x
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("scenario", "layout"),
     [(s, "blocks") for s in USABLE] + [(s, "full") for s in USABLE if s.coupling == "dense"],

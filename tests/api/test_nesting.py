@@ -50,7 +50,7 @@ HESSIANS = {
 }
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("make", HESSIANS.values(), ids=HESSIANS)
 @pytest.mark.parametrize("func", [scalar, torch.sin, nested, hollow], ids=["scalar", "sin", "nested", "hollow"])
 def test_hessians(func: Callable[..., Any], make: Callable[[Any, Any], Callable[[Any], Any]]) -> None:

@@ -36,7 +36,7 @@ def network(normalized: bool) -> nn.Module:
     return nn.Sequential(*layers).double().eval()
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_ensemble_whose_skeleton_is_on_meta(normalized: bool, trained: bool) -> None:

@@ -110,6 +110,7 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("name", MODULES)
 def test_every_way_is_exact_in_the_weights(name: str, grad: bool) -> None:

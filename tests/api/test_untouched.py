@@ -70,6 +70,7 @@ def furnished() -> tuple[nn.Module, list[str]]:
     return model, fired
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["plain", "autocast"])

@@ -186,6 +186,7 @@ BOTTLENECKS: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {
 W = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore:.*no_grad:autojac.ModesDisagreeWarning")
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "differentiable"])
 @pytest.mark.parametrize("name", BOTTLENECKS)

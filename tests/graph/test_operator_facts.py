@@ -258,7 +258,7 @@ def test_each_kind_has_a_case() -> None:
     assert {OPERATORS[name].axes for name in CASES} == set(Axes)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("name", CASES)
 def test_dependence_holds_every_entry_of_the_jacobian(name: str) -> None:

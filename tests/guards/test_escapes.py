@@ -176,7 +176,7 @@ def put(x: Tensor, index: Any) -> Tensor:
     return y
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(4)
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize(
     ("name", "change"),

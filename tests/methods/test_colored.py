@@ -331,6 +331,7 @@ def test_a_graph_of_samples_belongs_to_its_batch() -> None:
         torch.testing.assert_close(jac(x), jacobian_full(neighbours, (x,)))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 def test_colors_compile_and_go_through_slices_of_the_batch(layout: str) -> None:
     problem, x, expected = posed("stencil", layout)

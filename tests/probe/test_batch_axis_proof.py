@@ -38,6 +38,7 @@ def test_most_common_models_are_proved() -> None:
     assert len(missed) <= len(INDEPENDENT) // 10, missed
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.filterwarnings("ignore:.*some entries of output 0 of func move:autojac.NoGraphWarning")

@@ -33,6 +33,7 @@ def proved(func: Any, x: Tensor) -> tuple[bool, str]:
     return confirm(prove(analysis), analysis, point)[:2]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.filterwarnings("ignore:.*some entries of output 0 of func move:autojac.NoGraphWarning")

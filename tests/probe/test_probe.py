@@ -18,6 +18,7 @@ from scenarios import SCENARIOS, Scenario
 KNOWN = [s for s in SCENARIOS if not s.traits & {"mutates_input", "dense_accepted", "hidden"}]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("scenario", KNOWN, ids=str)
 def test_the_verdict_is_the_true_coupling(scenario: Scenario) -> None:
     func, args, kwargs = scenario.make(0, torch.float64)

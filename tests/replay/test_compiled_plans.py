@@ -126,6 +126,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("name", DRAWS)
 def test_functions_that_draw_are_not_compiled(name: str, compilations: list[Any]) -> None:
     class Noisy(nn.Module):

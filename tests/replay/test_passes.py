@@ -304,7 +304,7 @@ def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
     checked(program, ())
 
 
-@pytest.mark.by_day(2, 0)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=12, deadline=None)
 @given(programs)
@@ -485,7 +485,7 @@ LEFT: dict[str, tuple[int, ...]] = {
 CASES = [(made, kind, most) for made, counts in LEFT.items() for kind, most in zip(KINDS, counts, strict=True)]
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize(("made", "kind", "most"), CASES, ids=[f"{made}, {kind}" for made, kind, _ in CASES])
 def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[fx.Graph] = []

@@ -20,8 +20,8 @@ class Writer(Protocol):
     shapes: dict[int, tuple[int, ...]]
     operations: list[Operation]
     marks: dict[int, str]
-    refusal: str
 
+    def refuse(self, reason: str) -> None: ...
     def seen(self, value: Any) -> Any: ...
     def number(self, tensor: Tensor) -> int: ...
     def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int: ...
@@ -44,7 +44,7 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
     eps = args[-1]
     training = args[5] if tracked and name != "_batch_norm_with_update" else True
     if kwargs:
-        writer.refusal = f"func calls {name} with keyword arguments"
+        writer.refuse(f"func calls {name} with keyword arguments")
     source, parameters = writer.seen(x), [writer.seen(part) for part in (weight, bias)]
     running = [] if training else [writer.seen(part) for part in (means, variances)]
     made = func(*args, **kwargs)

@@ -30,9 +30,10 @@ class Notes(Protocol):
     stale: set[int]
     written: dict[int, str]
     inputs: tuple[int, ...]
-    refusal: str
+    reason: str
     reads_data: bool
 
+    def refuse(self, reason: str) -> None: ...
     def current(self) -> Iterator[tuple[int, Tensor]]: ...
 
 
@@ -49,13 +50,13 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     outputs = []
     for value in values:
         if id(value) not in notes.numbers:
-            notes.refusal = notes.refusal or "an output comes from where no operator was seen"
+            notes.refuse("an output comes from where no operator was seen")
             break
         if id(value) in notes.stale:
-            notes.refusal = notes.refusal or "an output is a view of a tensor that was written in place"
+            notes.refuse("an output is a view of a tensor that was written in place")
         outputs.append(notes.numbers[id(value)])
-    if notes.refusal:
-        raise UnsupportedError(notes.refusal)
+    if notes.reason:
+        raise UnsupportedError(notes.reason)
     _require_plain(notes, values, inputs)
     operations, unseen = _reconnected(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import fresh_inputs
-from autojac.core.tensor_kinds import PLAIN, own_class
+from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError
+from autojac.graph.capture import Capture
 from autojac.graph.decompositions import decomposed
 from autojac.graph.finalize import graph_of
 from autojac.graph.ir import Graph, Operation, Value
@@ -27,12 +28,10 @@ from autojac.graph.operators import (
     PARTITIONS,
     VIEWS_IN_PLACE,
     call,
-    certain,
     functional,
     reads_data,
-    traits,
 )
-from autojac.guards.escapes import Watching, home
+from autojac.guards.escapes import home
 
 MOST_OPERATIONS = 4000
 
@@ -95,11 +94,11 @@ def record(
     return FunctionRecording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
 
 
-class Recorder(Watching):
+class Recorder(Capture):
     """Writes down the operators that run under it, in-place ones as what they do to a tensor's value."""
 
     def __init__(self, leaves: Sequence[Tensor], named: bool = False, watched: bool = True) -> None:
-        super().__init__(watched)
+        super().__init__(MOST_OPERATIONS, watched)
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.constants: dict[int, Tensor] = {}
@@ -109,27 +108,23 @@ class Recorder(Watching):
         self.owners: dict[int, int] = {}
         self.made: list[tuple[int, Tensor]] = []
         self.numbers: dict[int, int] = {}
-        self.homes: dict[int, tuple[Any, ...]] = {}
         self.passing: set[int] = set()
-        self.storages: dict[int, list[int]] = {}
         self.apart: list[set[int]] = []
         self.stale: set[int] = set()
         self.written: dict[int, str] = {}
-        self.refusal = ""
         self.reads_data = False
         self.inputs = tuple(self.number(leaf) for leaf in leaves)
         if any(map(own_class, leaves)):
-            self.refusal = "an argument is of a subclass of torch.Tensor, which may run operators its own way"
+            self.refuse("an argument is of a subclass of torch.Tensor, which may run operators its own way")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.refusal or len(self.operations) > MOST_OPERATIONS:
-            self.refusal = self.refusal or f"func runs more than {MOST_OPERATIONS} operators"
-            return call(func, args, kwargs)
-        name, written, draws = traits(func)
-        self.reads_data |= reads_data(func, args)
-        if not PLAIN.issuperset(types):
-            self.refusal = "func uses a subclass of torch.Tensor that runs operators its own way"
+    @property
+    def written_operators(self) -> int:
+        return len(self.operations)
+
+    def write(
+        self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        self.reads_data |= reads_data(func, args) or bool(self.literal_of_tensors(name))
         count = len(self.shapes)
         several, made = decomposed(self, name, func, args, kwargs)
         if not several:
@@ -146,10 +141,9 @@ class Recorder(Watching):
         made = call(func, args, kwargs)
         held = not torch.is_grad_enabled()
         if name in LITERALS:
-            self.reads_data |= bool(self.monitor.literal)
             # what was written out in the code, made again in each call
             self.passing.update(value.number for value in seen[0] if type(value) is Value)
-        if draws and not certain(func, args, kwargs):
+        if draws:
             self._draw(made if isinstance(made, (tuple, list)) else (made,), name)
         elif written:
             self._write(func, name, written, args, seen, held)
@@ -165,18 +159,15 @@ class Recorder(Watching):
     def finish(self) -> None:
         """Take note of what no operator has shown."""
         self.reads_data |= bool(self.monitor.escaped)
-        held = (tensor for tensor in self.constants.values() if id(tensor) in self.homes)
-        if any(self.homes[id(tensor)] != home(tensor) for tensor in held):
-            self.refusal = self.refusal or "func gives a tensor that it holds the memory of another"
+        for tensor in self.constants.values():
+            self.require_home(tensor)
 
     def number(self, tensor: Tensor) -> int:
         """A number for the tensor's value as it is now."""
         index = len(self.shapes)
         self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
         self.numbers[id(tensor)] = index
-        if tensor.layout == torch.strided:
-            self.homes[id(tensor)] = home(tensor)
-            self.storages.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+        self.settle(tensor)
         self.made.append((index, tensor))
         return index
 
@@ -191,10 +182,9 @@ class Recorder(Watching):
         if isinstance(value, Tensor):
             if id(value) not in self.numbers:
                 self._capture(value)
-            elif id(value) in self.homes and self.homes[id(value)] != home(value):
-                self.refusal = "func gives a tensor the memory of another"
+            self.require_home(value)
             if id(value) in self.stale:
-                self.refusal = "func reads a tensor whose memory was written in place before"
+                self.refuse("func reads a tensor whose memory was written in place before")
             return Value(self.numbers[id(value)])
         if isinstance(value, (tuple, list)):
             return type(value)(self.seen(part) for part in value) if type(value) in (tuple, list) else value
@@ -202,11 +192,14 @@ class Recorder(Watching):
 
     def _capture(self, tensor: Tensor) -> None:
         """A tensor that no operator of the call has made; it must not be another face of one that was."""
-        strided = tensor.layout == torch.strided
-        made = self.storages.get(tensor.untyped_storage()._cdata, ()) if strided else ()
-        if any(self.numbers[other] not in self.constants for other in made):
-            self.refusal = "func makes a tensor of another's memory where no operator is seen"
+        if any(self.numbers[id(other)] not in self.constants for other in self._sharing_with(tensor)):
+            self.refuse("func makes a tensor of another's memory where no operator is seen")
         self.constants[self.number(tensor)] = tensor
+
+    def _sharing_with(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the tensors met that share the memory of one."""
+        place = home(tensor)
+        return self.sharing.get(place[1], ()) if len(place) > 1 else ()
 
     def _draw(self, parts: Sequence[Any], name: str) -> None:
         """Random numbers are constants of the call."""
@@ -222,11 +215,11 @@ class Recorder(Watching):
         self, func: Any, name: str, written: Sequence[int | str], args: Any, seen: tuple[Any, Any], held: bool
     ) -> None:
         if list(written) != [0] or not isinstance(args[0], Tensor):
-            self.refusal = f"func uses the operator {name} that writes into several tensors"
+            self.refuse(f"func uses the operator {name} that writes into several tensors")
             return
         target, before = args[0], seen[0][0].number
         if before in self.inputs:
-            self.refusal = "func writes into its argument"
+            self.refuse("func writes into its argument")
         elif before in self.constants and before not in self.written:
             # a counter or a running statistic: right as long as nothing else reads it
             self.stale.add(id(target))
@@ -237,12 +230,12 @@ class Recorder(Watching):
             self.operations.append(Operation(view, *seen, (self.number(target),), False, held))
             return
         siblings = set[int]().union(*(group for group in self.apart if id(target) in group))
-        sharing = self.storages.get(target.untyped_storage()._cdata, ())
+        sharing = (id(other) for other in self._sharing_with(target))
         self.stale.update(other for other in sharing if other != id(target) and other not in siblings)
         after = self.number(target)
         operation = functional(func, name, seen, after, self.shapes[before], self.dtypes[before], held)
         if operation is None:
-            self.refusal = f"func writes in place by the operator {name}, which has no other form"
+            self.refuse(f"func writes in place by the operator {name}, which has no other form")
             return
         self.operations.append(operation)
 

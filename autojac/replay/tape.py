@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from autojac.core.tensor_kinds import PLAIN
 from autojac.errors import UnsupportedError
-from autojac.graph.operators import BATCH_NORMS, LITERALS, call, certain, reads_data, traits
-from autojac.guards.escapes import Watching, home
+from autojac.graph.capture import Capture
+from autojac.graph.operators import BATCH_NORMS, LITERALS, call, reads_data
+from autojac.guards.escapes import home
 from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
@@ -29,7 +29,7 @@ MOST_READ = 1024
 Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"]
 
 
-class Tape(Watching):
+class Tape(Capture):
     """Takes down what runs under it as an `fx.Graph` of aten operators.
 
     Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
@@ -44,15 +44,13 @@ class Tape(Watching):
 
     Attributes:
         graph: without an output node.
-        reason: why what ran can't run again from the graph alone; empty if it can.
         draws: whether random numbers were drawn.
         read: captured tensors whose values Python has read, as they were.
     """
 
     def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
-        super().__init__()
+        super().__init__(MOST_OPERATORS)
         self.graph = fx.Graph()
-        self.reason = ""
         self.draws = False
         self.read: dict[int, Tensor] = {}
         self._written: set[int] = set()
@@ -60,12 +58,11 @@ class Tape(Watching):
         self.most_bytes = most_bytes
         self._bytes = 0
         self._nodes: dict[int, fx.Node] = {}
-        self._storages: dict[int, list[Tensor]] = {}
         self._external: set[int] = set()
         # a freed tensor's identity would be given to another
         self._alive: list[Any] = []
         self._captured = {id(tensor): tensor for tensor in captured}
-        self._homes = {id(tensor): home(tensor) for tensor in captured}
+        self.homes = {id(tensor): home(tensor) for tensor in captured}
         for tensor in given:
             self.give(tensor)
 
@@ -74,24 +71,24 @@ class Tape(Watching):
         watching = sys.getprofile()
         sys.setprofile(None)
         try:
-            return self._run(func, types, args, kwargs or {})
+            return super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             sys.setprofile(watching)
 
-    def _run(self, func: Any, types: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        if self.reason:
-            return call(func, args, kwargs)
-        if not PLAIN.issuperset(types):
-            self._refuse("func uses a subclass of torch.Tensor that runs operators its own way")
-            return call(func, args, kwargs)
-        name, _, draws = traits(func)
+    @property
+    def written_operators(self) -> int:
+        return len(self.graph.nodes)
+
+    def write(
+        self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
         readable = self._look(func, name, args, nodes)
         try:
             made = call(func, args, kwargs)
         except Exception:
             # who catches it takes another way where the operator succeeds
-            self._refuse(f"the operator {name} fails as it runs")
+            self.refuse(f"the operator {name} fails as it runs")
             raise
         if not readable:
             return made
@@ -102,10 +99,9 @@ class Tape(Watching):
         # what is written out in the code is made again in each run, and may be written into
         node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
         self._describe(node, "operator", None)
-        draws = draws and not certain(func, args, kwargs)
         self.draws |= draws
         # what returns nothing raises an error where something is wrong
-        node.meta |= {"writes": frozenset(_written(func, name, args, kwargs)), "draws": draws or checks}
+        node.meta |= {"writes": frozenset(_written_storages(name, written, args, kwargs)), "draws": draws or checks}
         self._written |= node.meta["writes"]
         if name in LITERALS:
             # torch gives the very tensor back
@@ -118,8 +114,6 @@ class Tape(Watching):
                     item = self.graph.call_function(operator.getitem, (node, place))
                     self._describe(item, "operator", None)
                     self._outcome(item, part)
-        if len(self.graph.nodes) > MOST_OPERATORS:
-            self._refuse(f"it runs more than {MOST_OPERATORS} operators", at_once=True)
         return made
 
     def give(self, tensor: Tensor) -> None:
@@ -129,7 +123,7 @@ class Tape(Watching):
     def node(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor; one that no operator has made enters the graph as there from the start."""
         known = self._nodes.get(id(tensor))
-        self._require_home(tensor)
+        self.require_home(tensor)
         if known is None and id(tensor) in self._captured:
             return self._enter(tensor, "captured")
         if known is None:
@@ -142,9 +136,9 @@ class Tape(Watching):
     def finish(self) -> None:
         """Take note of what no operator has shown."""
         if self.monitor.escaped:
-            self._refuse(f"it reads or writes values of a tensor by {self.monitor.escaped}, where no operator is seen")
+            self.refuse(f"it reads or writes values of a tensor by {self.monitor.escaped}, where no operator is seen")
         for tensor in self._captured.values():
-            self._require_home(tensor)
+            self.require_home(tensor)
 
     def knows(self, tensor: Tensor) -> bool:
         """Check whether the tensor was given or has been met."""
@@ -154,8 +148,8 @@ class Tape(Watching):
         """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
         if name in LITERALS:
             (literal,) = nodes[0]
-            if maker := self.monitor.literal:
-                self._refuse(f"it reads values of a tensor: {maker} is given a list that holds one (use torch.stack)")
+            if maker := self.literal_of_tensors(name):
+                self.refuse(f"it reads values of a tensor: {maker} is given a list that holds one (use torch.stack)")
             if literal.meta["role"] == "unknown":
                 # as it is now: what comes of it may be written into
                 literal.meta |= {"role": "literal", "value": args[0].clone(), "storage": None}
@@ -166,11 +160,11 @@ class Tape(Watching):
                 captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
                 self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
             else:
-                self._refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
+                self.refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
         if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
-            self._refuse("it reads an argument's memory by positions, which may be others in another call")
+            self.refuse("it reads an argument's memory by positions, which may be others in another call")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
-            self._refuse("it draws from a random generator of its own")
+            self.refuse("it draws from a random generator of its own")
         return not self.reason
 
     def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
@@ -207,14 +201,14 @@ class Tape(Watching):
 
     def _face(self, tensor: Tensor) -> fx.Node | None:
         """Another object for memory that is known, which no operator has told of: a saved tensor, say."""
-        sharing = self._storages.get(_storage(tensor), ())
+        sharing = self.sharing.get(_storage(tensor), ())
         if not sharing:
             return None
         alike = [other for other in sharing if _place(other) == _place(tensor)]
         source = self._nodes[id((alike or sharing)[-1])]
         if not alike:
             if sharing[-1].dtype != tensor.dtype or _storage(tensor) in self._external:
-                self._refuse("it reads or writes a tensor's memory where no operator is seen")
+                self.refuse("it reads or writes a tensor's memory where no operator is seen")
                 return source
             places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
             source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))
@@ -228,10 +222,10 @@ class Tape(Watching):
 
     def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
         """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
-        before, now = self._homes.get(id(tensor)), home(tensor)
+        before, now = self.homes.get(id(tensor)), home(tensor)
         if before is None or before[:2] == now[:2]:
             # a view in place has another shape
-            self._homes[id(tensor)] = now
+            self.homes[id(tensor)] = now
         if id(tensor) in self._nodes:
             return
         storage = _storage(tensor)
@@ -239,23 +233,17 @@ class Tape(Watching):
             node.meta["value"], node.meta["storage"] = tensor, storage
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
-        if storage and storage not in self._storages and node.op != "placeholder":
+        if storage and storage not in self.sharing and node.op != "placeholder":
             self._bytes += tensor.untyped_storage().nbytes()
             if self._bytes > self.most_bytes:
-                self._refuse(f"recording it takes more than {self.most_bytes / 2**30:.2g} GiB", at_once=True)
+                self.exceed(f"recording it takes more than {self.most_bytes / 2**30:.2g} GiB")
         if storage:
-            self._storages.setdefault(storage, []).append(tensor)
+            self.sharing.setdefault(storage, []).append(tensor)
 
-    def _require_home(self, tensor: Tensor) -> None:
-        known = self._homes.get(id(tensor))
-        if known is not None and known != home(tensor):
-            self._refuse("func gives a tensor the memory of another")
-
-    def _refuse(self, reason: str, at_once: bool = False) -> None:
-        """Note why nothing will come of this, and break off what would take time or memory to no end."""
-        self.reason = self.reason or reason
-        if at_once:
-            raise UnsupportedError(reason)
+    def exceed(self, reason: str) -> None:
+        """Break off what would take time or memory to no end."""
+        self.refuse(reason)
+        raise UnsupportedError(reason)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -270,9 +258,10 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _written(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
-    """Storages that an operator writes into."""
-    written = traits(func)[1]
+def _written_storages(
+    name: str, written: Sequence[int | str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> set[int]:
+    """Return the storages that an operator writes into."""
     targets = [kwargs.get(at) if isinstance(at, str) else (args[at] if at < len(args) else None) for at in written]
     if name in BATCH_NORMS:
         # their running statistics, which the schema of some does not tell

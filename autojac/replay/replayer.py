@@ -67,6 +67,7 @@ class Replaying:
         function_state: of the problem's function.
         without: passes to leave out.
         lower: what to make of the programs.
+        threads: how many of torch's threads a program may use; all by default.
     """
 
     problem: Problem
@@ -75,6 +76,7 @@ class Replaying:
     function_state: FunctionState
     without: tuple[str, ...] = ()
     lower: Lower | None = None
+    threads: int | None = None
     ready: Ready | None = None
     traces: int = 0
     _known: dict[int, Ready] = field(default_factory=dict, repr=False)
@@ -120,7 +122,7 @@ class Replaying:
         if trace.hoist is not None:
             runs += filter(None, (trace.hoist.views, trace.hoist.results))
         works = tuple(map(work_of, runs))
-        return None if None in works else works
+        return None if None in works else (self.threads, *works)
 
     def needs_retrace(self) -> bool:
         """Check whether the next call will be traced: func reads something that it has not been traced with before."""
@@ -162,6 +164,21 @@ class Replaying:
     ) -> Sequence[Tensor] | None:
         """Run the program; return None where an operator raises."""
         self.calls += 1
+        if self.threads is not None:
+            return self._outputs_by_threads(self.threads, ready, given, leaves, kwargs)
+        return self._run_program(ready, given, leaves, kwargs)
+
+    def _outputs_by_threads(self, count: int, *call: Any) -> Sequence[Tensor] | None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            return self._run_program(*call)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run_program(
+        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
         trace = ready.trace
         try:
             if trace.pulls:

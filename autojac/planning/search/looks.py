@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from autojac.methods.base import Method
 from autojac.methods.batch_chunk import BatchChunk
+from autojac.methods.threads import Threads
 from autojac.planning.search.space import with_compiler, without_replay
 from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, is_timed, look
 
@@ -23,6 +24,10 @@ REPLAY_REACH = 4.0
 """A replay is worth a look where its method takes no more than so many times the time of the fastest eager one."""
 COMPILED_PROGRAMS = 2
 """How many flat programs, the fastest distinct ones, are compiled."""
+THREADED = 2
+"""How many of the fastest candidates are tried with one thread."""
+SMALL_S = 5e-3
+"""Candidates that take longer gain by every thread."""
 SLICE = 4096
 """Samples of the slice on which candidates for larger batches race first."""
 LARGE = 4
@@ -94,6 +99,7 @@ class Looks:
         leading = self.by_time(eager)
         for method in leading[:HEAD_REPLAYS]:
             yield from self._replays_of(method, space)
+        yield from self._with_fewer_threads()
         untried = [m for m in [*eager[:1], *self.defaults[:1], *eager[1:]] if m not in known]
         if len(untried) > MOST_IN_ORDER and (proposed := self._propose(eager)) is not None:
             yield proposed
@@ -101,6 +107,17 @@ class Looks:
         for method in leading:
             if self.time(method) <= REPLAY_REACH * self.time(leading[0]):
                 yield from self._replays_of(method, space)
+
+    def _with_fewer_threads(self) -> Iterator[Method]:
+        """Yield the fastest candidates with one thread, where they are so small that others may cost more than help."""
+        known = self.session.trials
+        fastest = [m for m in self.by_time(self.space) if not (m.compiles or isinstance(m, Threads))]
+        for method in fastest[:THREADED]:
+            single = Threads(1, method)
+            # by what is predicted too: threads that wait for each other on a busy machine take many times as long
+            seconds = min(self.time(method), method.cost(self.session.problem))
+            if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
+                yield single
 
     def _replays_of(self, method: Method, space: Sequence[Method]) -> Iterator[Method]:
         known = self.session.trials

@@ -16,6 +16,7 @@ from autojac.core.plan import Effort, Trial, effort_rank
 from autojac.errors import SearchError, StoreError
 from autojac.methods.base import Method, build
 from autojac.methods.pull import Pull
+from autojac.methods.threads import Threads
 from autojac.planning.search import measure, memory
 from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
@@ -140,8 +141,9 @@ def start_race(
         for method in space:
             if method in dropped:
                 session.record(method, "skipped", reason="predicted to be far slower than the best")
-        # compilers join for the best programs only, which are not known yet
-        space = [method for method in space if method not in dropped and not method.compiles]
+        # compilers and fewer threads join for the best candidates only, which are not known yet
+        later = [method for method in space if method.compiles or isinstance(method, Threads)]
+        space = [method for method in space if method not in dropped and method not in later]
     _recall(session, prior.trials, space)
     first = [method for method in prior.hints if method.unsupported(problem) is None]
     return CandidateRace(session, space, defaults, first, prior.incumbent).at(point)
@@ -154,7 +156,7 @@ def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Meth
             method = build(trial.method)
         except StoreError:
             continue  # made by another version of autojac
-        if trial.state != "skipped" and (method in space or method.compiles):
+        if trial.state != "skipped" and (method in space or method.compiles or isinstance(method, Threads)):
             session.trials[method] = trial
 
 

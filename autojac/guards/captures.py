@@ -16,7 +16,7 @@ import torch
 
 from autojac.guards.assignments import AttributeMapping, BufferMapping, VariableMapping
 from autojac.guards.compiled_functions import is_compiled
-from autojac.guards.provenance import is_library, own_names, slots
+from autojac.guards.provenance import is_core, is_library, own_names, slots
 from autojac.guards.walker import Walk
 
 
@@ -131,7 +131,7 @@ class _Reach(Walk):
     def _instance(self, obj: Any, kind: type) -> None:
         if isinstance(state := getattr(obj, "__dict__", None), dict):
             self.places.append(state)
-        if slots(kind) and not is_library(kind.__module__):
+        if slots(kind) and not is_core(kind.__module__):
             self.places.append(AttributeMapping(obj, functools.partial(slots, kind)))
         super()._instance(obj, kind)
 

@@ -57,6 +57,7 @@ class FunctionPlaces(Walk):
         reason: why there may be more than the places; empty if there is not.
         settable: where packages that ran may set something: variables, attributes of classes, containers.
         called: a human-readable name of each object, by its id.
+        backwards: the code of derivatives that autograd may run in threads of its own, where nothing watches.
     """
 
     def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
@@ -68,6 +69,7 @@ class FunctionPlaces(Walk):
         self.reason = ""
         self.called: dict[int, str] = {}
         self.settable: list[Any] = []
+        self.backwards: list[types.CodeType] = []
         self._known: set[tuple[int, type]] = set()
         self._scope: types.FunctionType | None = None
 
@@ -166,7 +168,9 @@ class FunctionPlaces(Walk):
             self._whole_module(module)
             if not installed:
                 return
-        looked = tuple(sorted(name for name in uses.attributes if name in kept or not (core or installed)))
+        # a name that is not there yet matters where it may be asked for, as by hasattr
+        asked = uses.dynamic or not (core or installed)
+        looked = tuple(sorted(name for name in uses.attributes if name in kept or asked))
         if installed:
             self._place(Attributes(kept, f"{home}.{{}}"))
         elif looked:

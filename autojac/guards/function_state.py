@@ -128,7 +128,7 @@ class FunctionState:
                 its base classes may read the attribute.
         """
         own = list(own_code(kind)) if kind is not None else []
-        for code in (*self._all_ran.values(), *own):
+        for code in (*self._all_ran.values(), *self.present.guard.backwards, *own):
             lines = lines_read(code)
             # torch's own code computes names only for who asks for an attribute by its name
             line = lines.get(name, None if code in own else lines.get(ANY))

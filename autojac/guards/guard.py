@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from autojac.guards.assignments import AttributeMapping
 from autojac.guards.compiled_check import Reading, checker
 from autojac.guards.dict_versions import versions_of
 from autojac.guards.object_places import ObjectPlaces
@@ -56,6 +57,7 @@ class Guard:
         tensors: the distinct tensors that it reaches: parameters, buffers, those in closures, globals and attributes.
         settable: variables, attributes and containers of installed packages that what ran may set.
         codes: the code of every function that it reaches and that is followed, nested functions included.
+        backwards: the code of derivatives of Functions that it reaches; no run shows whether they have run.
         is_unchanged: tells whether everything is the object that it was; quick, and runs none of the user's code.
             `rebase` replaces it.
     """
@@ -64,6 +66,7 @@ class Guard:
     tensors: tuple[Tensor, ...]
     codes: tuple[types.CodeType, ...]
     settable: tuple[Any, ...]
+    backwards: tuple[types.CodeType, ...]
     is_unchanged: Callable[[], bool]
 
     def __init__(
@@ -93,11 +96,10 @@ class Guard:
 
     def class_of(self, place: Any) -> type | None:
         """Return the class of the object whose attributes a place holds, or the class itself; None if unknown."""
-        owner = getattr(place, "owner", place)
-        if isinstance(owner, type):
-            return owner
+        if isinstance(place, AttributeMapping):
+            return place.owner if isinstance(place.owner, type) else type(place.owner)
         objects = (one.owner for one in self._places if isinstance(one, Fields))
-        return next((type(one) for one in objects if one is owner or getattr(one, "__dict__", None) is owner), None)
+        return next((type(one) for one in objects if getattr(one, "__dict__", None) is place), None)
 
     def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
         """Return what tells whether everything but these spots is from now on what it is now."""
@@ -140,6 +142,7 @@ class Guard:
         self.reason = reached.reason
         self.codes = reached.codes
         self.settable = tuple(reached.settable)
+        self.backwards = tuple(reached.backwards)
         places = [(place, place.without(self._ignored)) for place in reached.places]
         self._places = tuple(rest for _, rest in places if rest is not None)
         # a result of the last call would be kept alive, with its graph

@@ -60,6 +60,9 @@ _OF_ALL_CODE: Final = ((torch, "torch.{}"), (torch.nn.functional, "torch.nn.func
 _FIXED_TYPE: Final = 1 << 8
 """Flag of classes made in C, whose attributes can't be set."""
 _LOCKS: Final = ("lock", "RLock")
+_FUNCTION: Final = "torch.autograd.function.Function"
+_DERIVATIVES: Final = ("backward", "vjp", "jvp")
+"""What autograd calls of a Function."""
 
 
 class ObjectPlaces(LibraryPlaces):
@@ -168,6 +171,9 @@ class ObjectPlaces(LibraryPlaces):
         return (() if reader is None else (("__dict__", reader),)) + slot_readers(kind)
 
     def _class(self, kind: type) -> None:
+        if not is_core(kind.__module__) and any(f"{b.__module__}.{b.__name__}" == _FUNCTION for b in kind.__mro__):
+            found = [inspect.unwrap(getattr(kind, name)) for name in _DERIVATIVES]
+            self.backwards += [one.__code__ for one in found if not is_core(one.__module__)]
         if isinstance(kind, abc.ABCMeta):
             self._place(Fields(abc, "{}", (("what is registered with abstract classes", _registrations),)))
         if kind.__module__ in _BY_CONTEXT:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autojac.errors import UnsupportedError
-from autojac.guards.assignments import BufferMapping, Snapshot, VariableMapping
+from autojac.guards.assignments import AttributeMapping, BufferMapping, Snapshot, VariableMapping
 from autojac.guards.function_state import FunctionState
 from autojac.guards.places import Spot
 from autojac.guards.walker import MODULE_FIELDS
@@ -48,4 +48,7 @@ def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], functio
 
 
 def _called(place: Any, key: Any) -> str:
+    if isinstance(place, AttributeMapping):
+        kind = place.owner if isinstance(place.owner, type) else type(place.owner)
+        return f"the attribute {key} of {kind.__name__}"
     return f"the buffer {key}" if isinstance(place, BufferMapping) else f"a {type(place).__name__}"

@@ -449,3 +449,29 @@ def test_a_class_may_change_its_bases() -> None:
     kind.__bases__ = (other,)
     for _ in range(3):
         compare(jac(x), jacobian_blocks(func, (x,)))
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: Any) -> Tensor:
+        ctx.net = net
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return cotangent * ctx.net.gain, None
+
+
+class SetsGain(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        self.gain = self.other = 2.0
+        return Scaled.apply(x, self)
+
+
+def test_what_a_backward_reads_counts_where_it_has_not_been_seen_to_run() -> None:
+    """On a GPU autograd runs it in a thread of its own."""
+    state = FunctionState(SetsGain())
+    state.cover([SetsGain.forward.__code__])
+    assert "test_function_state.py, line" in state.where_read("gain", SetsGain)
+    assert state.where_read("other", SetsGain) == ""

@@ -227,6 +227,18 @@ PACKAGES = {
         on_func(by=3.0),
         make=lambda p: p.a.Net(),
     ),
+    "slots": one(
+        "class Net:\n __slots__ = ('by', 'calls', 'last')\n def __init__(self):\n  self.by, self.calls = 2.0, 0\n"
+        "  self.last = None\n def __call__(self, x):\n  y = x.sin() * self.by\n  self.last = y.sum(-1)\n"
+        "  self.calls += 1\n  return y",
+        on_func(by=3.0),
+        make=lambda p: p.a.Net(),
+    ),
+    "names that torch may have": one(
+        "def func(x): return x.sin() * (2.0 if hasattr(torch, 'autojac_later') else 1.0)",
+        lambda p, f: setattr(torch, "autojac_later", 1),
+        lambda p, f: delattr(torch, "autojac_later"),
+    ),
     "who called it": one(
         "import sys\nfrom sys import _getframe\nBY = 2.0\ndef func(x):\n"
         " assert _getframe(0).f_code is func.__code__ and sys._getframe(0)\n return x.sin() * BY",
@@ -289,8 +301,9 @@ def test_what_packages_read_is_noticed_and_replayed(name: str, imported: Callabl
         assert jac.plan(x).method["method"] == "Replay"
 
 
-def test_replays_leave_what_a_plain_call_leaves(imported: Callable[[dict[str, str]], Any]) -> None:
-    func = PACKAGES["last result"].make(imported(PACKAGES["last result"].files))
+@pytest.mark.parametrize("name", ["last result", "slots"])
+def test_replays_leave_what_a_plain_call_leaves(name: str, imported: Callable[[dict[str, str]], Any]) -> None:
+    func = PACKAGES[name].make(imported(PACKAGES[name].files))
     with torch.no_grad():
         jac = forced(func, (torch.rand(4, 3),), REPLAY)
         before = func.calls

@@ -28,6 +28,9 @@ MOST_KEYS = 256
 class GraphAnalysis:
     """The graph of a call, without its tensors.
 
+    Attributes:
+        pass_bytes: what one plain evaluation and one VJP take at their peak; 0 as long as that is not known.
+
     Args:
         call: fn, leaves and keyword arguments; the call is made once, without a trace, when something is first asked.
         differentiated: indices of the leaves to differentiate.
@@ -56,6 +59,7 @@ class GraphAnalysis:
         self._owners: dict[int, str] = {}
         self.captured: tuple[Tensor, ...] = ()
         self.escaped = ""
+        self.pass_bytes = 0
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
         self.batch = batch
@@ -76,6 +80,7 @@ class GraphAnalysis:
             )
         self._owners = _paths(recording, modules)
         self.captured, self.escaped = recording.captured, recording.escaped
+        self.pass_bytes = recording.pass_bytes()
         return recording
 
     @functools.cached_property

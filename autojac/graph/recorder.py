@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from autojac.autodiff.pullback import fresh_inputs
 from autojac.core.tensor_kinds import own_class
@@ -47,6 +48,7 @@ class FunctionRecording:
         captured: the tensors that no operator of the call has made, but for literals and random numbers.
         owners: for each tensor the id of the module in whose code it was made, where names were asked for.
         escaped: the method by which func hands its data to other code; empty if it does not.
+        memory: the memory of each tensor that an operator made, and its bytes, where names were asked for.
     """
 
     values: tuple[Tensor, ...]
@@ -56,6 +58,19 @@ class FunctionRecording:
     captured: tuple[Tensor, ...] = ()
     owners: Mapping[int, int] = dataclasses.field(default_factory=dict)
     escaped: str = ""
+    memory: tuple[tuple[StorageWeakRef, int], ...] = ()
+
+    def pass_bytes(self) -> int:
+        """Return what an evaluation and one VJP take at their peak; 0 if the graph is not known.
+
+        What autograd has saved is what is still there now. Besides it backward holds cotangents of the outputs, and at
+        an operator those of its result and its argument.
+        """
+        if self.graph is None:
+            return 0
+        held = sum(size for memory, size in self.memory if not memory.expired())
+        cotangents = sum(value.numel() * value.element_size() for value in self.values)
+        return held + cotangents + 2 * max((size for _, size in self.memory), default=0)
 
 
 def record(
@@ -91,7 +106,8 @@ def record(
     except UnsupportedError as error:
         graph, reason = None, str(error)
     captured = tuple(t for number, t in recorder.constants.items() if number not in recorder.passing)
-    return FunctionRecording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped)
+    memory = recorder.memory() if named else ()
+    return FunctionRecording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped, memory)
 
 
 class Recorder(Capture):
@@ -161,6 +177,16 @@ class Recorder(Capture):
         self.reads_data |= bool(self.monitor.escaped)
         for tensor in self.constants.values():
             self.require_home(tensor)
+
+    def memory(self) -> tuple[tuple[StorageWeakRef, int], ...]:
+        """Return the memory that was allocated, each piece once, and its bytes."""
+        strided = [(index, tensor.untyped_storage()) for index, tensor in self.made if id(tensor) in self.homes]
+        given = {storage._cdata for index, storage in strided if index in self.inputs or index in self.constants}
+        found: dict[int, tuple[StorageWeakRef, int]] = {}
+        for _, storage in strided:
+            if storage._cdata not in given and storage._cdata not in found:
+                found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return tuple(found.values())
 
     def number(self, tensor: Tensor) -> int:
         """A number for the tensor's value as it is now."""

@@ -117,6 +117,7 @@ class ProblemBuilder:
             structure,
             signature.differentiable,
             available_bytes(call.leaves[0].device) // 2 if limit is None else limit,
+            pass_bytes=0 if analysis is None else analysis.pass_bytes,
             has_aux=call.layout.has_aux,
             analysis=analysis,
             colorings=self.colorings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class ComparedParts:
         generator: what rows and projections are drawn from.
         extent: how much is compared.
         keep: pull the projections now, and keep them.
+        alone: evaluates func on some of the samples alone, where that gives what single rows need; else None.
 
     Attributes:
         weights: for each output, such that each of its coordinates counts alike.
@@ -61,7 +62,13 @@ class ComparedParts:
     """
 
     def __init__(
-        self, problem: Problem, pullback: Pullback, generator: torch.Generator, extent: Extent, keep: bool
+        self,
+        problem: Problem,
+        pullback: Pullback,
+        generator: torch.Generator,
+        extent: Extent,
+        keep: bool,
+        alone: Callable[[Sequence[int]], Pullback] | None = None,
     ) -> None:
         self.problem = problem
         self.pullback = pullback
@@ -72,11 +79,7 @@ class ComparedParts:
         self.values = pullback.outputs
         self.evidence = Evidence.at(problem, pullback.inputs, self.values)
         self.weights = [balance([value])[0] for value in self.values]
-        self.rows = [
-            (output, row, self._single(output, row))
-            for output in range(len(self.values))
-            for row in self._chosen(output, extent.rows)
-        ]
+        self.rows = self._rows(extent.rows, alone)
         with pullback.without_graph():
             self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
             self.scaled = list(self._scaled())
@@ -165,9 +168,29 @@ class ComparedParts:
         """Return a random cotangent of one output."""
         return seeds.noise(self.values[output], self.generator) * self.weights[output]
 
-    def _single(self, output: int, row: int) -> list[Tensor]:
-        value = self.values[output]
-        return self.pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
+    def _rows(
+        self, rows: int, alone: Callable[[Sequence[int]], Pullback] | None
+    ) -> list[tuple[int, int, list[Tensor]]]:
+        """Pull some rows of each output."""
+        chosen = [(output, row) for output in range(len(self.values)) for row in self._chosen(output, rows)]
+        if alone is None or not chosen:
+            return [(output, row, self._single(self.pullback, output, row)) for output, row in chosen]
+        sizes = [seeds.size(event) for event in self.problem.outputs]
+        samples = sorted({row // sizes[output] for output, row in chosen})
+        places = {sample: place for place, sample in enumerate(samples)}
+        pullback, pulled = alone(samples), []
+        for output, row in chosen:
+            sample, element = divmod(row, sizes[output])
+            parts = self._single(pullback, output, places[sample] * sizes[output] + element)
+            at = (torch.tensor(samples, device=parts[0].device),)
+            pairs = zip(self.pullback.inputs, parts, strict=True)
+            pulled.append((output, row, [x.new_zeros(x.shape).index_put(at, part) for x, part in pairs]))
+        return pulled
+
+    @staticmethod
+    def _single(pullback: Pullback, output: int, row: int) -> list[Tensor]:
+        value = pullback.recorded[output].detach()
+        return pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
 
     def _scaled(self) -> Iterator[tuple[int, Projection, Projection, Tensor]]:
         """Yield, for samples that are taken for apart, two projections: in the other each sample has a factor.

@@ -56,7 +56,7 @@ class Problem:
         structure: what couples with what.
         differentiable: whether the Jacobian carries a graph.
         memory_limit: bytes that a method may allocate.
-        pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it was measured.
+        pass_bytes: what one plain evaluation and one VJP allocate at their peak, where it is known.
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
         analysis: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.

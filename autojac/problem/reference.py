@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from autojac.problem.problem import Problem, Result, recorded
 from autojac.problem.trained_gradient import GradientReference
 
 EXTENT = Extent()
+LARGE_BATCH = 4096
+"""Samples from which on rows of a proved function are pulled through their own samples alone."""
 
 
 class Reference:
@@ -72,6 +75,7 @@ class Reference:
                 self.generator,
                 extent,
                 keep=self.calibrated or not extent.every,
+                alone=partial(self._alone, leaves, kwargs) if self._shows_rows_alone() else None,
             )
             self.places, self.evidence = parts.places, parts.evidence
             self.floors = [
@@ -84,6 +88,25 @@ class Reference:
                 if problem.differentiable:
                     self.gradient.prepare()
             self.says = extent.every or parts.says()
+
+    def _shows_rows_alone(self) -> bool:
+        """Check whether rows of single samples are those of these samples evaluated alone, and this is far cheaper.
+
+        A projection of the whole batch is pulled all the same.
+        """
+        problem, structure = self.problem, self.problem.structure
+        own = problem.layout in ("blocks", "diagonal") and not problem.shared_input and problem.originals is None
+        known = structure.assurance == "proved" and structure.independent and structure.sliceable
+        return own and known and not structure.effects and problem.batch >= LARGE_BATCH
+
+    def _alone(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], samples: Sequence[int]) -> Pullback:
+        """Evaluate func on some of the samples."""
+        with torch.enable_grad():
+            few = [
+                leaf[torch.tensor(samples, device=leaf.device)] if kind.batched else leaf
+                for leaf, kind in zip(leaves, self.problem.leaves, strict=True)
+            ]
+        return recorded(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
 
     def check(self, result: Result) -> str | None:
         """Return why a result is wrong, as a sentence; None if it agrees with everything checked."""

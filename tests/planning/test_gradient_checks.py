@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from autojac import StructureChangedWarning
-from harness import forced
+from autojac.problem.problem import Result
+from autojac.problem.reference import Reference
+from harness import forced, planned
 
 PUSH = {"method": "Push", "seeds": "shared", "engine": "loop", "chunk": None}
 FORWARD = [
@@ -128,3 +130,42 @@ def test_functions_without_a_second_derivative_are_served() -> None:
     jac = forced(distances, (x,), {"method": "Pull", "seeds": "shared", "engine": "loop", "chunk": None})
     for _ in range(5):
         assert jac(x).shape == (4, 2, 2)
+
+
+def large(wrong_row: float = 0.0, wrong_graph: float = 0.0) -> tuple[Reference, Result]:
+    """A reference that pulls rows through their own samples, and a result with something wrong at the last sample."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()).double()
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(12, 2).requires_grad_()
+    request, report, problem = planned(net, (x,))
+    assert problem.structure.assurance == "proved"
+    reference = Reference(problem, request.leaves, {}, report.sandbox, trained=request.trained)
+    y = net(x)
+    J = torch.stack([torch.autograd.grad(y[:, k].sum(), x, create_graph=True)[0] for k in range(3)], 1)
+    last = torch.zeros_like(J)
+    last[-1, -1] = 1
+    J = J + wrong_row * last + wrong_graph * last * (J - J.detach())
+    return reference, Result((y,), ((J,),))
+
+
+def test_rows_of_a_large_batch_are_pulled_through_their_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.problem.reference.LARGE_BATCH", 12)
+    reference, right = large()
+    alone = [reference.parts.rows[place][2][0] for place in (0, -1)]
+    assert [row.nonzero()[:, 0].unique().tolist() for row in alone] == [[0], [11]]
+    assert reference.check(right) is None
+    assert reference.check_gradient(right) is None
+    reference, wrong = large(wrong_row=1e-3)
+    assert "row 35 of output 0" in str(reference.check(wrong))
+    reference, wrong = large(wrong_graph=1e-3)
+    assert reference.check(wrong) is None
+    assert "the gradient through J" in str(reference.check_gradient(wrong))
+
+
+def test_a_large_batch_is_projected_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.problem.reference.LARGE_BATCH", 12)
+    reference, right = large()
+    ((J,),) = right.jacobians
+    moved = J.detach().clone()
+    moved[5, 1] += 1e-3  # in no row that is compared
+    assert not any(row // 3 == 5 for _, row, _ in reference.parts.rows)
+    assert "a random projection of the whole batch" in str(reference.check(Result(right.values, ((moved,),))))

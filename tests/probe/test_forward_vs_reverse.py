@@ -88,7 +88,7 @@ def test_one_that_sides_with_reverse_mode_is_explained(dtype: torch.dtype) -> No
 
 def test_no_forward_candidate_wins_where_modes_disagree() -> None:
     x = torch.randn(5, 3, dtype=torch.float64)
-    jac = AutoJacobian(gated, store=":memory:", budget_s=2.0)
+    jac = AutoJacobian(gated, store=":memory:", on_miss="tune", budget_s=2.0)
     with pytest.warns(ModesDisagreeWarning):
         plan = jac.plan(x)
     fates = {trial.state for trial in plan.trials if trial.method["method"] == "Push"}

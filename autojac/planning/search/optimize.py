@@ -132,7 +132,7 @@ def start_race(
 ) -> CandidateRace:
     """Return a race of all candidates at one point; see `search` for the arguments."""
     depth = max(effort_rank(effort) - effort_rank("quick"), 0)
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, point), trial=True)
+    problem = dataclasses.replace(problem, pass_bytes=problem.pass_bytes or _pass_bytes(problem, point), trial=True)
     session = SearchSession(problem, effort, progress=progress)
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
@@ -196,7 +196,7 @@ def result_of(race: CandidateRace, finished: bool) -> SearchResult:
 
 def estimate(problem: Problem, point: SearchPoint, hints: Sequence[Method] = ()) -> SearchResult:
     """Take the first right method: a hint's, where the cost model finds nothing against it, else by the cost model."""
-    problem = dataclasses.replace(problem, pass_bytes=_pass_bytes(problem, point), trial=True)
+    problem = dataclasses.replace(problem, pass_bytes=problem.pass_bytes or _pass_bytes(problem, point), trial=True)
     session = SearchSession(problem, "estimate").at(point)
     if not session.reference.says:
         return _plain_loop(session)

@@ -964,6 +964,56 @@ MESSAGES = (
         "Make one",
         lambda: wrap(torch.sin).chunks(x, out=np.zeros((3, 2))),
     ),
+    # parameters
+    Message(
+        InputError,
+        "names was expected to match parameters",
+        "'weigth' matches nothing .did you mean 'weight'",
+        "Pass names",
+        lambda: AutoJacobian.of_parameters(nn.Linear(2, 2), names="weigth"),
+    ),
+    Message(
+        OptionError,
+        "names must be a name or a pattern",
+        "got .3",
+        "Leave it out",
+        lambda: AutoJacobian.of_parameters(nn.Linear(2, 2), names=[3]),
+    ),
+    Message(
+        InputError,
+        "needs real parameters",
+        "parameter weight is torch.complex64",
+        "view_as_complex",
+        lambda: AutoJacobian.of_parameters(nn.Linear(2, 2, dtype=torch.complex64))(x),
+    ),
+    Message(
+        UnsupportedError,
+        "ntk expects layout='blocks'",
+        "got 'full'",
+        "Wrap",
+        lambda: wrap(torch.sin, layout="full").ntk(x),
+    ),
+    Message(
+        InputError,
+        "ntk expects a function with a batch",
+        "in_dims=None",
+        "Call gram",
+        lambda: wrap(torch.sin, in_dims=None).ntk(x),
+    ),
+    Message(
+        InputError,
+        "gradient_norms expects a function with a batch",
+        "in_dims=None",
+        "Call vjp",
+        lambda: wrap(torch.sin, in_dims=None).gradient_norms(x, x),
+    ),
+    Message(
+        InputError,
+        "expected to return a scalar",
+        "of shape .3, 2.",
+        "return the sum",
+        lambda: wrap(torch.sin).ggn_product(x, x, loss=torch.sin),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
-from autojac.api.chunked import Chunked
+from autojac.api.kernels import Kernels
 from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
@@ -49,7 +49,7 @@ def require_function(func: Any) -> None:
 
 
 @opaque_methods
-class AutoJacobian(Chunked):
+class AutoJacobian(Kernels):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
@@ -133,7 +133,11 @@ class AutoJacobian(Chunked):
 
     @staticmethod
     def of_parameters(
-        module: torch.nn.Module, *, in_dims: Any = "auto", **options: Unpack[OptionValues]
+        module: torch.nn.Module,
+        *,
+        names: str | Sequence[str] | None = None,
+        in_dims: Any = "auto",
+        **options: Unpack[OptionValues],
     ) -> AutoJacobian:
         """Return each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
 
@@ -142,11 +146,13 @@ class AutoJacobian(Chunked):
 
         Args:
             module: called with the whole batch.
+            names: a parameter's name, or a pattern such as `"*.weight"`, or several: differentiate in these alone.
             in_dims: where each of the module's own arguments carries the batch, as in `AutoJacobian`.
             options: all other options of `AutoJacobian` but `argnums`.
 
         Raises:
-            InputError: if it is no module or a scripted one, or when called if no parameter requires grad.
+            InputError: if it is no module or a scripted one, or `names` match nothing; when called if no parameter
+                requires grad, or one is complex.
             OptionError: for an unknown option or a value that is not accepted.
         """
         if "argnums" in options:
@@ -155,7 +161,7 @@ class AutoJacobian(Chunked):
                 "or wrap the module itself, AutoJacobian(module, argnums=...), for derivatives in its arguments"
             )
         own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
-        return AutoJacobian(module_function(module), in_dims=(None, own), **options)
+        return AutoJacobian(module_function(module, names), in_dims=(None, own), **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian of func at these arguments.

@@ -23,6 +23,10 @@ PART = 4
 """What share of the memory limit a piece of a Jacobian may take: its seeds and what is made of it need room as well."""
 
 
+WORKSPACE = 2
+"""Multiple of a Jacobian that computing it takes, as most methods join rows or blocks that they have."""
+
+
 class Grams(Products):
     """The methods of `AutoJacobian` that add up products of a Jacobian with itself."""
 
@@ -151,7 +155,7 @@ class Grams(Products):
         shapes = self._shapes(own, kwargs)
         sizes = MatrixSizes.of(shapes, self._is_whole)
         limit = self._memory_limit(shapes)
-        if added is not None and sizes.bytes > limit:
+        if added is not None and not self._fits(sizes.bytes, shapes):
             self._require_room(name, sizes, limit, columns)
             return self._in_pieces(added, own, kwargs, shapes, limit, columns)
         source = self if self._is_whole else self._other("blocks")
@@ -161,6 +165,12 @@ class Grams(Products):
 
     def _memory_limit(self, shapes: CallShapes) -> int:
         return parse_bytes(self.options.memory_limit) or available_bytes(shapes.device) // 2
+
+    def _fits(self, size: int, shapes: CallShapes) -> bool:
+        """Check whether a Jacobian of that many bytes can be formed within the memory limit."""
+        limit = self._memory_limit(shapes)
+        # what can't be made in pieces is formed if it can be
+        return WORKSPACE * size <= limit or (size <= limit and not shapes.is_repeatable)
 
     def _require_room(self, name: str, sizes: MatrixSizes, limit: int, columns: bool) -> None:
         side = sizes.rows if columns else sizes.columns

@@ -62,10 +62,15 @@ class CallShapes(NamedTuple):
         """Return values for the outputs in their nest."""
         return flat[0] if self.nest is None else pytree.tree_unflatten(list(flat), self.nest)
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether several calls are as good as one."""
+        return not set(self.effects) - {KEEPS}
+
     def require_repeatable(self, what: str) -> None:
         """Raise `UnsupportedError` if several calls are not as good as one."""
-        effects = [effect for effect in self.effects if effect != KEEPS]
-        if effects:
+        if not self.is_repeatable:
+            effects = [effect for effect in self.effects if effect != KEEPS]
             raise UnsupportedError(
                 f"{what} evaluates func several times, which was expected to have no effects, but it "
                 f"{' and '.join(effects)}. Put the model into eval mode, or raise memory_limit"

@@ -18,7 +18,7 @@ from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
 from autojac.torch_internals import pytree
 
-LAST = {"jvp": "v", "vjp": "u", "solve": "r"}
+LAST = {"jvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
 """What follows func's arguments, as messages name it."""
 
 
@@ -33,6 +33,7 @@ class Product:
         outputs: the nest of func's outputs; None for one tensor.
         several_at: the axis of the result that runs over several vectors; None for a single one.
         is_formed: the Jacobian itself is computed, and multiplied.
+        is_summed: the product with the Jacobian of the whole batch is the sum of those with each sample's.
     """
 
     jacobian: Any
@@ -41,6 +42,7 @@ class Product:
     outputs: pytree.TreeSpec | None
     several_at: int | None
     is_formed: bool = False
+    is_summed: bool = False
 
     def flat(self, vectors: Any) -> list[Any]:
         """Return the vectors in the order in which the function takes them."""
@@ -52,11 +54,13 @@ class Product:
             flat = pytree.tree_leaves(jacobian)
             sums = [own + shared for own, shared in zip(flat[::2], flat[1::2], strict=True)]
             jacobian = sums[0] if self.outputs is None else pytree.tree_unflatten(sums, self.outputs)
-        if self.several_at is None:
+        if self.several_at is None and not self.is_summed:
             return jacobian
-        if isinstance(jacobian, Tensor):
-            return jacobian.movedim(self.several_at, 0)
-        return pytree.tree_map(lambda part: part.movedim(self.several_at, 0), jacobian)
+        return self._changed(jacobian) if isinstance(jacobian, Tensor) else pytree.tree_map(self._changed, jacobian)
+
+    def _changed(self, part: Tensor) -> Tensor:
+        moved = part if self.several_at is None else part.movedim(self.several_at, 0)
+        return moved.sum(int(self.several_at is not None)) if self.is_summed else moved
 
 
 class Products(Derived):
@@ -136,10 +140,7 @@ class Products(Derived):
         whole: bool = False,
     ) -> Any:  # fmt: skip
         """Return a product with each sample's own Jacobian, or with that of the whole batch."""
-        key = (kind, whole, *map(describe, (*args, vectors)), *describe_keywords(kwargs))
-        product = self._products.get(key)
-        if product is None:
-            product = self._products[key] = self._made(kind, args, kwargs, vectors, whole)
+        product = self._prepared(kind, args, kwargs, vectors, whole)
         if product.is_formed:
             plan, computed = self._run(args, kwargs)
             along = times_parameters(computed.jacobians, product.flat(vectors), product.several_at is not None)
@@ -149,11 +150,23 @@ class Products(Derived):
             return product.of_jacobian(result[0]), result[1]
         return product.of_jacobian(result)
 
+    def _prepared(
+        self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
+    ) -> Product:
+        """Return the product for such a call, made now if there is none."""
+        key = (kind, whole, *map(describe, (*args, vectors)), *describe_keywords(kwargs))
+        product = self._products.get(key)
+        if product is None:
+            product = self._products[key] = self._made(kind, args, kwargs, vectors, whole)
+        return product
+
     def _made(
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
     ) -> Product:
         options, shapes = self.options, self._shapes(args, kwargs)
-        whole = whole or shapes.batch is None
+        # a module that reads its parameters past the arguments is differentiated in these alone
+        summed = whole and shapes.is_blind and kind is WeighedBy
+        whole = (whole and not summed) or shapes.batch is None
         single = isinstance(options.argnums, int)
         argnums = self._argnums(args)
         numbers: tuple[int, ...]
@@ -175,7 +188,9 @@ class Products(Derived):
             coupling="auto" if whole else of_samples(options.coupling),
         )
         jacobian, formed = self._wrapped(function, chosen_options), kind is AlongTangents and shapes.is_blind
-        return Product(jacobian, made.steps, made.nest, shapes.nest, several_at if made.several else None, formed)
+        return Product(
+            jacobian, made.steps, made.nest, shapes.nest, several_at if made.several else None, formed, summed
+        )
 
     def _argnums(self, args: Sequence[Any]) -> tuple[int, ...]:
         numbers = self.options.argnums

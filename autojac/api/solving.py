@@ -86,7 +86,7 @@ class Solving(Grams):
             samples = problem.batch if problem.leaves[problem.inputs[0]].batched else 1
             step = sparse_least_squares(entries, values, r[0], shift, samples)[None]
             aux = [result.aux]
-        elif sizes.bytes <= self._memory_limit(shapes):
+        elif self._fits(sizes.bytes, shapes):
             source = self if self._is_whole else self._other("blocks")
             plan, result = source._run(own, kwargs)
             matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
@@ -141,7 +141,7 @@ class Solving(Grams):
                 plan, result = self._run(own, kwargs)
                 entries = plan.problem.entries(0, plan.problem.inputs[0])
                 return operators.JacobianOperator(operators.of_entries(entries, only(plan, result), outputs, inputs))
-            if axis is not None and MatrixSizes.of(shapes, False).bytes <= self._memory_limit(shapes):
+            if axis is not None and self._fits(MatrixSizes.of(shapes, False).bytes, shapes):
                 blocks = self._other("blocks")
                 if blocks.plan(*args, **kwargs).structure.coupling in ("independent", "statistics"):
                     return operators.JacobianOperator(operators.of_factors(blocks.factors(*args, **kwargs)))

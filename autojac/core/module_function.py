@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from autojac.errors import InputError, kind_of
+from autojac.errors import InputError, OptionError, kind_of, nearest
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _naming = threading.Lock()
@@ -79,17 +80,20 @@ class ModuleFunction:
 
     Args:
         module: its parameters are put aside for the length of a call, unless they are what is passed.
+        names: patterns of the names of those to differentiate in, as `fnmatch` reads them; None for all that require
+            grad.
 
     Attributes:
         lock: held while they are put aside, so that no other thread calls the module or looks at it then.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None = None) -> None:
         self.module = module
+        self.names = names
         self.lock = ModuleLock(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
+        return {"module": self.module, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -102,6 +106,15 @@ class ModuleFunction:
         with self.lock:
             named = self.module.named_parameters()
             found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
+            if self.names is not None:
+                found = _chosen(self.module, found, self.names)
+        for name, parameter in found.items():
+            if parameter.is_complex():
+                raise InputError(
+                    f"parameter {name} is {parameter.dtype}; a real Jacobian needs real parameters. Hold its real and "
+                    "imaginary part as one real parameter, and call torch.view_as_complex in forward; or leave it out "
+                    "by names="
+                )
         if not found:
             raise InputError(
                 f"parameters that require grad were expected, but {type(self.module).__name__} has none. Call "
@@ -122,11 +135,28 @@ class ModuleFunction:
             return self.module(*args, **kwargs)
 
 
-def module_function(module: torch.nn.Module) -> ModuleFunction:
-    """Return a module as a function of its parameters.
+def _chosen(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+    """Return the parameters that patterns name, by any of the names that tied ones have."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    chosen: set[int] = set()
+    for pattern in patterns:
+        matching = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
+        usable = [id(every[name]) for name in matching if any(every[name] is p for p in found.values())]
+        if not usable:
+            what = f"{matching[0]}, which is frozen" if matching else f"nothing{nearest(pattern, every)}"
+            raise InputError(
+                f"names was expected to match parameters of {type(module).__name__} that require grad, but {pattern!r} "
+                f"matches {what}. Pass names of named_parameters(), or patterns such as '*.weight'"
+            )
+        chosen.update(usable)
+    return {name: parameter for name, parameter in found.items() if id(parameter) in chosen}
+
+
+def module_function(module: torch.nn.Module, names: str | Sequence[str] | None = None) -> ModuleFunction:
+    """Return a module as a function of its parameters, or of those that `names` match.
 
     Raises:
-        InputError: if it is no module, or a scripted one.
+        InputError: if it is no module, or a scripted one, or no parameter has such a name.
     """
     if not isinstance(module, torch.nn.Module):
         raise InputError(
@@ -139,4 +169,13 @@ def module_function(module: torch.nn.Module) -> ModuleFunction:
             f"{scripted[0] or type(module).__name__} is a scripted or traced module, whose parameters TorchScript "
             "holds itself, so that none can be put in their place. Pass the module that it was made from"
         )
-    return ModuleFunction(module)
+    if names is None:
+        return ModuleFunction(module)
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    if not patterns or not all(isinstance(name, str) for name in patterns):
+        raise OptionError(
+            f"names must be a name or a pattern, or a sequence of these, got {names!r}. Leave it out for all parameters"
+        )
+    function = ModuleFunction(module, patterns)
+    function.parameters()
+    return function

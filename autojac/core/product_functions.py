@@ -125,7 +125,8 @@ class WeighedBy(ProductFunction):
 
     @property
     def __autojac_originals__(self) -> Callable[[], Sequence[Tensor]] | None:
-        return getattr(self.func, "__autojac_originals__", None)
+        # with the whole batch for one sample the differentiated arguments are no longer what stands behind them
+        return None if self.whole else getattr(self.func, "__autojac_originals__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out, aux = self._call(args[self.count :], kwargs)

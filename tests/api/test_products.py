@@ -168,6 +168,8 @@ def test_products_in_parameters_are_per_sample_gradients(x: Tensor) -> None:
     v = {name: torch.randn_like(p) for name, p in reversed(list(net.named_parameters()))}
     compare(jac.vjp(x, u), {name: torch.einsum("bm,bm...->b...", u, block) for name, block in J.items()})
     compare(jac.jvp(x, v), sum(torch.einsum("bmp,p->bm", J[n].flatten(2), v[n].flatten()) for n in J))
+    full = AutoJacobian.of_parameters(net, layout="full", on_miss="estimate", store=":memory:")
+    compare(full.vjp(x, u), {name: torch.tensordot(u, block, 2) for name, block in J.items()})
 
 
 def test_parameters_read_past_the_arguments_count_too(x: Tensor) -> None:
@@ -180,6 +182,10 @@ def test_parameters_read_past_the_arguments_count_too(x: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (x * self.others[0]).sin()
 
+    full = AutoJacobian.of_parameters(Listed(), layout="full", on_miss="estimate", store=":memory:")
+    J, u = full(x)["scale"], torch.randn(6, 3, dtype=x.dtype)
+    compare(full.vjp(x, u)["scale"], torch.tensordot(u, J, 2))
+    compare(full.vjp(x, torch.stack([u, 2 * u]))["scale"][1], 2 * torch.tensordot(u, J, 2))
     jac = AutoJacobian.of_parameters(Listed(), on_miss="estimate", store=":memory:")
     v = {"scale": torch.randn(3, dtype=torch.float64)}
     for _ in range(2):

@@ -52,10 +52,11 @@ class Model(nn.Module):
         self.inner = nn.Sequential(Own())
         self.plain = lambda x: x.exp()
         self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("near", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         y = mixed(x) * self.inner(x) * self.plain(x) * self.scale
-        if self.coupled or GLOBAL["coupled"]:
+        if self.coupled or GLOBAL["coupled"] or self.near.dim():
             y = y + coupled(x)
         for step in self.options["steps"]:
             y = y + x.roll(step, 0).sin()
@@ -65,6 +66,7 @@ class Model(nn.Module):
 CHANGES: dict[str, Callable[[Model, pytest.MonkeyPatch], Any]] = {
     "attribute": lambda model, patch: setattr(model, "coupled", True),
     "item": lambda model, patch: model.options["steps"].append(1),
+    "buffer": lambda model, patch: setattr(model, "near", torch.zeros(1)),
     "list replaced": lambda model, patch: model.options.update(steps=[2]),
     "layer replaced": lambda model, patch: model.inner.__setitem__(0, nn.BatchNorm1d(3).double()),
     "function replaced": lambda model, patch: setattr(model, "plain", coupled),

@@ -21,7 +21,8 @@ from autojac.graph.recorder import record
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.probe.batch_axis_proof import confirm, prove
 from autojac.probe.sample_pairs import ProbePoint
-from harness import planned
+from harness import compare, forced, planned
+from oracle import jacobian_full
 from programs import program
 from provable import COUPLED, INDEPENDENT
 
@@ -157,6 +158,21 @@ def test_coupling_that_hides_is_not_proved_away(name: str) -> None:
     sound, line = proved(HIDDEN[name], torch.randn(4, 4))
     assert not sound, line
     assert line.startswith("proof: none")
+
+
+@pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
+@pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
+@pytest.mark.parametrize("name", HIDDEN)
+def test_coupling_that_hides_is_replayed_right_or_not_at_all(name: str) -> None:
+    func, x = HIDDEN[name], torch.randn(4, 4)
+    method = {"method": "Replay", "inner": {"method": "Pull", "seeds": "identity", "engine": "loop"}}
+    jac = forced(func, (x,), method, coupling="dense", layout="full", verify="never")
+    waking = x.clone()
+    waking[1, 0] = 2e6  # where what is dead elsewhere lives
+    for point in (x, 2 * x, waking, x, torch.zeros_like(x), waking):
+        value, J = jac.value_and_jacobian(point)
+        compare(value, func(point), 1e-6)
+        compare(J, jacobian_full(func, (point,)), 1e-5)
 
 
 @given(r=st.randoms(use_true_random=False), batch=st.sampled_from([2, 3, 4, 6]))

@@ -647,7 +647,7 @@ class _Run:
         self.tally.announced += announced
         (entry,) = (e for _, e in self.jac._plans.items() if e.schedule.calls != before.get(id(e)))
         served = entry.compute if isinstance(entry.compute, Replaying) else None
-        replayed, replays = served is not None and served.ready is not None, program.replays(net.training)
+        replayed, replays = served is not None and served.bound is not None, program.replays(net.training)
         if replayed and replays is False:
             raise self._wrong(number, "is replayed, while a feature of it says that it can't be")
         self.tally.replayed += replayed and replays is True

@@ -209,7 +209,7 @@ def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
 def pulled_back(
     outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""
+    """Return VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""
     return torch.autograd.grad(outputs, sources, cotangents, retain_graph=True, allow_unused=True)
 
 

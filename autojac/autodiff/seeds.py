@@ -28,7 +28,7 @@ def size(shape: tuple[int, ...]) -> int:
 
 
 def shared(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
-    """All one-hot seeds of an event, each for every sample: (k, B, *event), a view of k × k numbers."""
+    """Return all one-hot seeds of an event, each for every sample: (k, B, *event), a view of k × k numbers."""
     count = size(event_shape)
     eye = torch.eye(count, dtype=like.dtype, device=like.device)
     return eye.view(count, 1, *event_shape).expand(count, batch, *event_shape)

@@ -97,10 +97,10 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     # a call that is found wrong gets another plan
     assert jac._run((x,), {})[0].compute is compute
     replaying = served(compute)
-    ready = replaying.ready
-    assert ready is not None
-    captured = ready.captured if ready.kept is None else ready.kept()
-    forward, steady = ready.trace.forward, replaying.function_state.is_unchanged
+    bound = replaying.bound
+    assert bound is not None
+    captured = bound.captured if bound.kept is None else bound.kept()
+    forward, steady = bound.trace.forward, replaying.function_state.is_unchanged
     shortest, rounds, until = settings.shortest_s / FINER, FINER * settings.rounds, time.monotonic() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
     return measure.interleaved(runs, x.device, shortest, rounds, until)
@@ -113,7 +113,7 @@ def served(compute: Compute) -> Replaying:
         RuntimeError: if there is no trace, with the reason.
     """
     assert isinstance(compute, Replaying)
-    if compute.ready is None:
+    if compute.bound is None:
         raise RuntimeError("; ".join(compute.function_state.lines()))
     return compute
 

@@ -189,7 +189,7 @@ class GraphAnalysis:
         return self.found if isinstance(self.found, str) else None
 
     def chain(self, recursive: bool = False, forward: bool = True) -> Accumulation | None:
-        """The chain rule through cuts, as `accumulate` plans it; None if it has no cut, or none that one had not."""
+        """Return the chain rule through cuts, by `accumulate`; None if it has no cut, or none that one had not."""
         key = recursive, forward
         if key not in self._chains:
             flow = self.flow

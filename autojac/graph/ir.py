@@ -142,7 +142,7 @@ class Graph:
         }
 
     def needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
-        """Positions of the operators that lead from the given tensors to those wanted."""
+        """Return positions of the operators that lead from the given tensors to those wanted."""
         todo, found = [index for index in wanted if index not in given], set()
         while todo:
             place = self.producers.get(todo.pop())

@@ -133,11 +133,6 @@ class Facts:
     any_layout: bool = False
     literal: bool = False
 
-    @property
-    def moves_entries(self) -> bool:
-        """Whether the operator, run on the numbers of entries, tells where each result comes from."""
-        return self.kind in (Kind.MOVE, Kind.GATHER) or (self.kind is Kind.POINTWISE and bool(self.selectors))
-
 
 MOVING = frozenset({Kind.VIEW, Kind.AXES, Kind.MOVE})
 """Kinds that move entries without looking at any."""

@@ -189,7 +189,7 @@ class Recorder(Capture):
         return tuple(found.values())
 
     def number(self, tensor: Tensor) -> int:
-        """A number for the tensor's value as it is now."""
+        """Return a number for the tensor's value as it is now."""
         index = len(self.shapes)
         self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
         self.numbers[id(tensor)] = index
@@ -198,13 +198,13 @@ class Recorder(Capture):
         return index
 
     def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """A number for a tensor that no operator of the call has made."""
+        """Return a number for a tensor that no operator of the call has made."""
         index = len(self.shapes)
         self.shapes[index], self.dtypes[index] = tuple(shape), dtype
         return index
 
     def seen(self, value: Any) -> Any:
-        """An argument with its tensors as `Value`; a tensor that nobody made was captured."""
+        """Return an argument with its tensors as `Value`; a tensor that nobody made was captured."""
         if isinstance(value, Tensor):
             if id(value) not in self.numbers:
                 self._capture(value)
@@ -217,7 +217,7 @@ class Recorder(Capture):
         return value
 
     def _capture(self, tensor: Tensor) -> None:
-        """A tensor that no operator of the call has made; it must not be another face of one that was."""
+        """Number a tensor that no operator of the call has made; it must not be another face of one that was."""
         if any(self.numbers[id(other)] not in self.constants for other in self._sharing_with(tensor)):
             self.refuse("func makes a tensor of another's memory where no operator is seen")
         self.constants[self.number(tensor)] = tensor
@@ -228,7 +228,7 @@ class Recorder(Capture):
         return self.sharing.get(place[1], ()) if len(place) > 1 else ()
 
     def _draw(self, parts: Sequence[Any], name: str) -> None:
-        """Random numbers are constants of the call."""
+        """Take random numbers for constants of the call."""
         for part in parts:
             if isinstance(part, Tensor):
                 index = self.number(part)
@@ -266,5 +266,5 @@ class Recorder(Capture):
         self.operations.append(operation)
 
     def current(self) -> Iterator[tuple[int, Tensor]]:
-        """The tensors whose value is still the one that has the number."""
+        """Return the tensors whose value is still the one that has the number."""
         return ((index, tensor) for index, tensor in self.made if self.numbers[id(tensor)] == index)

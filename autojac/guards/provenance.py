@@ -78,7 +78,7 @@ def followed_fields(kind: type) -> tuple[str, ...]:
 
 
 def source_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """Code and constants of a ScriptModule or GraphModule, whose class says nothing; None for other modules."""
+    """Return code and constants of a ScriptModule or GraphModule, whose class says nothing; None for other modules."""
     if any(base.__module__ == "torch.fx.graph_module" for base in type(module).__mro__):
         return str(module.code), {}
     if not isinstance(module, torch.jit.ScriptModule):

@@ -104,7 +104,7 @@ class Push(Method):
         position: int,
         made: SharedSeeds,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """All values, and the Jacobian of each output with respect to one input."""
+        """Return all values, and the Jacobian of each output with respect to one input."""
         leaf = problem.leaves[position]
         shape = self._seeded(problem, position, self.seeds)
         count = seeds.size(shape)
@@ -139,7 +139,7 @@ class Push(Method):
         )
 
     def _arrange(self, problem: Problem, rows: Tensor, event: tuple[int, ...], position: int) -> Tensor:
-        """Columns, in the order of the seeds, as a Jacobian of the problem's layout."""
+        """Return columns, in the order of the seeds, as a Jacobian of the problem's layout."""
         leaf, batch = problem.leaves[position], problem.batch
         if problem.layout == "diagonal":
             return rows.T if rows.dim() == 2 else rows.view(batch, -1)

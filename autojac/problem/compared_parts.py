@@ -105,7 +105,7 @@ class ComparedParts:
         return any(rows) or any(projections)
 
     def projections(self, output: int) -> Iterable[Projection]:
-        """Random projections of one output's Jacobian."""
+        """Return random projections of one output's Jacobian."""
         return self.kept[output] if self.kept else self._projections(output)
 
     def _projections(self, output: int) -> Iterator[Projection]:
@@ -127,7 +127,7 @@ class ComparedParts:
             yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
 
     def _coordinates(self, value: Tensor) -> list[list[int]]:
-        """Sets of coordinates that don't reach each other, as far as is known, so that each shows its own diagonal."""
+        """Return sets of coordinates that don't reach each other, as far as is known: each shows its own diagonal."""
         count, sparsity = value[0].numel(), self.problem.structure.sparsity
         if self.every:
             return [[coordinate] for coordinate in range(count)]
@@ -137,7 +137,7 @@ class ComparedParts:
         return self._classes(sparsity.features)
 
     def _apart(self, batch: int) -> list[list[int]]:
-        """Sets of samples that don't reach each other, as far as is known, so that each shows its own block alone."""
+        """Return sets of samples that don't reach each other, as far as is known: each shows its own block alone."""
         drawn = torch.randperm(batch, generator=self.generator)
         few = batch if self.every else SAMPLES
         if self.evidence.samples is not None:

@@ -63,7 +63,7 @@ class Colors:
         self._masks = KeptTensors[tuple[Tensor | None, Tensor]]()
 
     def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
-        """Seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
+        """Return seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
 
         Args:
             start, stop: which seeds.
@@ -94,7 +94,7 @@ def _one_hot(colors: DeviceIndices, count: int, like: Tensor) -> Tensor:
 
 
 def colors_of(problem: Problem, side: Side) -> Colors:
-    """Colors for one side of a problem: as few seeds as its layout needs."""
+    """Return colors for one side of a problem: as few seeds as its layout needs."""
     structure = problem.structure
     samples = structure.samples if problem.batch > 1 else None
     alike = samples is None and not structure.independent
@@ -115,7 +115,7 @@ def _colors(
     count: int,
     batch: int,
 ) -> Colors:
-    """Colors that keep apart what reads the same entries.
+    """Return colors that keep apart what reads the same entries.
 
     Args:
         colorings: makes and keeps them.
@@ -137,7 +137,7 @@ def _colors(
 
 
 def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
-    """Colors of rows and columns that read every entry of independent samples together, and which read which.
+    """Return colors of rows and columns that read every entry of independent samples together, and which read which.
 
     Returns:
         Rows, columns, and for each entry of the pattern inside a sample whether it is read from the rows, (entries,).

@@ -54,7 +54,7 @@ def require_columns(signature: Signature, of: Terms) -> None:
 
 
 def embed(blocks: Tensor, event_dims: int) -> Tensor:
-    """Blocks (B, *out, *in) on the diagonal of a full Jacobian (B, *out, B, *in) that is zero elsewhere."""
+    """Return blocks (B, *out, *in) on the diagonal of a full Jacobian (B, *out, B, *in) that is zero elsewhere."""
     return blocks.movedim(0, -1).diag_embed(dim1=0, dim2=1 + event_dims)
 
 

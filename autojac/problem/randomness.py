@@ -40,7 +40,7 @@ def redrawn(fn: Flat) -> Flat:
 
 
 def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
-    """A flat function for `randomness="same"`: every sample is a batch of one that starts from the same random state.
+    """Return a function for `randomness="same"`: each sample is a batch of one, from the same random state.
 
     Args:
         fn: the flat function.

@@ -128,7 +128,7 @@ class TrainedRows:
 
 
 def _gradients(scalar: Tensor, sources: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Gradients of a scalar, added up within each group of sources."""
+    """Return gradients of a scalar, added up within each group of sources."""
     parts = iter(gradient(scalar, list(itertools.chain(*sources))))
     return [torch.stack([next(parts) for _ in group]).sum(0) for group in sources]
 

@@ -46,7 +46,7 @@ def _installed(name: str, path: str | None) -> bool:
 
 
 def compiled(program: Callable[P, T], strict: bool) -> Callable[P, T]:
-    """A program as one compiled graph, whose first call compiles it and leaves no trace.
+    """Return a program as one compiled graph, whose first call compiles it and leaves no trace.
 
     Args:
         program: it does nothing but return.
@@ -65,7 +65,7 @@ def compiled(program: Callable[P, T], strict: bool) -> Callable[P, T]:
 
 
 def lowered(run: Run, strict: bool, repeatable: bool) -> Run:
-    """A program of plain operators as what Inductor makes of it for the tensors of its first call.
+    """Return a program of plain operators as what Inductor makes of it for the tensors of its first call.
 
     What Dynamo would guard in each call, 35 µs, a trace's own guards have looked at.
 

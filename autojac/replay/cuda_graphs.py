@@ -15,7 +15,7 @@ WARM_UPS = 3
 
 
 def captured(run: Run) -> Run:
-    """A program as a CUDA graph that its first call captures.
+    """Return a program as a CUDA graph that its first call captures.
 
     A graph reads and writes the memory that it was captured with, so every call copies its arguments there, and
     returns copies. While the caller captures a graph of its own, the program runs as it is, as a part of that.

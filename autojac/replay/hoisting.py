@@ -75,7 +75,7 @@ def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.No
 
 
 def _kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Views of captured tensors, and results that depend on captured tensors and constants alone."""
+    """Return views of captured tensors, and results that depend on captured tensors and constants alone."""
     unsteady = ordered(graph)
     faces = {node for node in captured if node.meta["value"].layout == torch.strided}
     known = set(faces)

@@ -28,17 +28,18 @@ CALLS_A_TRACE = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A trace with the tensors that it reads besides the arguments.
+class BoundTrace:
+    """A trace bound to the tensors that it reads besides the arguments, for one state of the function.
 
     Attributes:
         trace: the programs.
         captured: the tensors.
         given: how many tensors a call brings.
-        version, state: of the function's state: a count of changes, and the number of the state that was traced.
-        kept: what is kept from call to call.
-        unchanged: whether what the function reads is as it was then.
-        read: tensors whose values Python has read, with these.
+        version: the count of changes of the function's state when it was bound.
+        state: the number of the state that was traced.
+        unchanged: checks whether what the function reads is as it was then.
+        read: tensors whose values Python has read, each with these values.
+        kept: values that are computed once and reused from call to call.
     """
 
     trace: Trace
@@ -51,7 +52,7 @@ class Ready:
     kept: HoistedValues | None = None
 
     @property
-    def holds(self) -> bool:
+    def reads_the_same(self) -> bool:
         """Whether Python would read the same values of tensors as it did."""
         return not self.read or all(_same_values(tensor, values) for tensor, values in self.read)
 
@@ -77,9 +78,9 @@ class Replaying:
     without: tuple[str, ...] = ()
     lower: Lower | None = None
     threads: int | None = None
-    ready: Ready | None = None
+    bound: BoundTrace | None = None
     traces: int = 0
-    _known: dict[int, Ready] = field(default_factory=dict, repr=False)
+    _known: dict[int, BoundTrace] = field(default_factory=dict, repr=False)
     _refused: set[int] = field(default_factory=set, repr=False)
     calls: int = 0
     _eager: Compute | None = field(default=None, repr=False)
@@ -88,16 +89,16 @@ class Replaying:
         if function_modes() or dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
             return self.eager(leaves, kwargs)
-        ready = self._unchanged_trace or self._refresh(leaves, kwargs)
-        if ready is None:
+        bound = self._unchanged_trace or self._refresh(leaves, kwargs)
+        if bound is None:
             return self.eager(leaves, kwargs)
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
             given: Sequence[Tensor] = arranged(leaves, kwargs)
-            if kwargs and (len(given) != ready.given or unfixed(kwargs)):
+            if kwargs and (len(given) != bound.given or unfixed(kwargs)):
                 return self.eager(leaves, kwargs)
         else:
             given = leaves
-        outputs = self._outputs(ready, given, leaves, kwargs)
+        outputs = self._outputs(bound, given, leaves, kwargs)
         return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
 
     def try_replay(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
@@ -105,19 +106,19 @@ class Replaying:
 
         The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
         """
-        ready = self.ready
-        if ready is None or ready.version != self.function_state.version or function_modes() or not ready.unchanged():
+        bound = self.bound
+        if bound is None or bound.version != self.function_state.version or function_modes() or not bound.unchanged():
             return None
-        if ready.read and not ready.holds:
+        if bound.read and not bound.reads_the_same:
             return None
-        return self._outputs(ready, leaves, leaves, {})
+        return self._outputs(bound, leaves, leaves, {})
 
     @property
     def program(self) -> Hashable | None:
         """What tells its programs from those of other methods by the work they do; None where nothing does."""
-        if self.ready is None:
+        if self.bound is None:
             return None
-        trace = self.ready.trace
+        trace = self.bound.trace
         runs = [trace.forward, *(pull.run for pull in trace.pulls)]
         if trace.hoist is not None:
             runs += filter(None, (trace.hoist.views, trace.hoist.results))
@@ -130,20 +131,20 @@ class Replaying:
             return False
         if function_modes() or dispatch_modes():
             # nothing is traced, nor looked at more closely, while a caller's mode would see that
-            return self.ready is not None
+            return self.bound is not None
         if self._is_past_limit:
             return False
         number = self.function_state.settled().number
         known = self._known.get(number)
-        return (known is None or not known.holds) and number not in self._refused
+        return (known is None or not known.reads_the_same) and number not in self._refused
 
     @property
-    def _unchanged_trace(self) -> Ready | None:
-        """The ready trace, while what func reads is as it was traced; None otherwise."""
-        ready = self.ready
-        if ready is None or ready.version != self.function_state.version or not ready.unchanged():
+    def _unchanged_trace(self) -> BoundTrace | None:
+        """The bound trace, while what func reads is as it was traced; None otherwise."""
+        bound = self.bound
+        if bound is None or bound.version != self.function_state.version or not bound.unchanged():
             return None
-        return ready if ready.holds else None
+        return bound if bound.reads_the_same else None
 
     @property
     def _is_past_limit(self) -> bool:
@@ -160,13 +161,13 @@ class Replaying:
         return Result(tuple(outputs[:values]), rows)
 
     def _outputs(
-        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+        self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor] | None:
         """Run the program; return None where an operator raises."""
         self.calls += 1
         if self.threads is not None:
-            return self._outputs_by_threads(self.threads, ready, given, leaves, kwargs)
-        return self._run_program(ready, given, leaves, kwargs)
+            return self._outputs_by_threads(self.threads, bound, given, leaves, kwargs)
+        return self._run_program(bound, given, leaves, kwargs)
 
     def _outputs_by_threads(self, count: int, *call: Any) -> Sequence[Tensor] | None:
         before = torch.get_num_threads()
@@ -177,15 +178,15 @@ class Replaying:
             torch.set_num_threads(before)
 
     def _run_program(
-        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+        self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor] | None:
-        trace = ready.trace
+        trace = bound.trace
         try:
             if trace.pulls:
-                return self._connected(ready, given, leaves, kwargs)
-            if ready.kept is None:
-                return trace.forward(*given, *ready.captured)
-            return trace.forward(*given, *ready.kept())
+                return self._connected(bound, given, leaves, kwargs)
+            if bound.kept is None:
+                return trace.forward(*given, *bound.captured)
+            return trace.forward(*given, *bound.kept())
         except Exception:
             # func may catch what an operator raises, and take another way
             if self.problem.structure.effects:
@@ -193,16 +194,16 @@ class Replaying:
             return None
 
     def _connected(
-        self, ready: Ready, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+        self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """Run the program so that autograd can differentiate its outputs."""
-        trace, function_state = ready.trace, self.function_state
-        inputs = (*given, *ready.captured)
+        trace, function_state = bound.trace, self.function_state
+        inputs = (*given, *bound.captured)
 
         def recompute() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             state = function_state.settled()
             captured = [state.tensors[place] for place in trace.captured]
-            if ready.state != state.number or not all(map(operator.is_, captured, ready.captured)):
+            if bound.state != state.number or not all(map(operator.is_, captured, bound.captured)):
                 raise UnsupportedError(
                     "func has changed since its Jacobian was taken, so no derivative of the backward through that can "
                     "be had. Differentiate twice before changing what func reads"
@@ -221,7 +222,7 @@ class Replaying:
             self._eager = self.served(self.problem)
         return self._eager
 
-    def _refresh(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Ready | None:
+    def _refresh(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> BoundTrace | None:
         """Find or make a trace for the current state of func; return None where there can't be one, or not yet."""
         function_state = self.function_state
         with function_state.lock:
@@ -233,19 +234,19 @@ class Replaying:
                 trace = self._try_trace(state.number, leaves, kwargs)
                 state = function_state.settled()
             if trace is None:
-                self.ready = None
+                self.bound = None
                 return None
             read = tuple((state.tensors[place], values) for place, values in trace.read)
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
             kept = None if trace.hoist is None else HoistedValues(trace.hoist, captured)
-            self.ready = Ready(
+            self.bound = BoundTrace(
                 trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, read, kept
             )
-            self._known[state.number] = self.ready
+            self._known[state.number] = self.bound
             for number in sorted(self._known)[:-MOST_STATES]:
                 del self._known[number]
-            return self.ready
+            return self.bound
 
     def _try_trace(self, state: int, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Trace | None:
         if self._is_past_limit or state in self._refused:

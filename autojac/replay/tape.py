@@ -200,7 +200,7 @@ class Tape(Capture):
         return node
 
     def _face(self, tensor: Tensor) -> fx.Node | None:
-        """Another object for memory that is known, which no operator has told of: a saved tensor, say."""
+        """Return another object for memory that is known, which no operator has shown: a saved tensor, say."""
         sharing = self.sharing.get(_storage(tensor), ())
         if not sharing:
             return None

@@ -82,7 +82,7 @@ class RecordedGraph:
     sources: Sequence[int]
 
     def trace(self, captured: Sequence[int], unseen: Unseen, keep: bool = True, lower: Lower | None = None) -> Trace:
-        """Programs that do what was recorded, held against it in one run.
+        """Return programs that do what was recorded, checked against it in one run.
 
         Args:
             captured: as in `Trace`.
@@ -138,7 +138,7 @@ class RecordedGraph:
     def _programs(
         self, captured: Sequence[int], apart: Sequence[int], aside: Part | None, lower: Lower | None = None
     ) -> Trace:
-        """`apart` lists outputs to copy, since they share memory with what outlives the call."""
+        """Return the programs; `apart` lists outputs to copy, since they share memory with what outlives the call."""
         results, gradients = self._ends[: len(self.outputs)], iter(self._ends[len(self.outputs) :])
         nodes = [node for node in self.graph.nodes if node.op == "call_function"]
         early = [node for node in nodes if node.meta["phase"] == 0]
@@ -172,14 +172,14 @@ class RecordedGraph:
 
 
 def differs(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are not the same but for rounding."""
+    """Check whether two tensors are not the same but for rounding."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return True
     return disagreement(one.reshape(1, -1), other.reshape(1, -1)) is not None
 
 
 def _closure(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], phase: int) -> Iterator[fx.Node]:
-    """The operators of a phase, with what they need that another one has computed and this one without."""
+    """Return the operators of a phase, with what they need that another one has computed and this one without."""
     wanted = {*ends, *(n for n in nodes if n.meta["phase"] == phase)}
     for node in reversed(nodes):
         if node in wanted and node.meta["phase"]:
@@ -188,7 +188,7 @@ def _closure(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], phase: int) -> I
 
 
 def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[fx.Node]) -> list[fx.Node]:
-    """The operators that lead to some nodes from others that are given, and those that do more than return."""
+    """Return the operators that lead to some nodes from others that are given, and those that do more than return."""
     wanted, known = set(ends) - set(given), set(given)
     for node in reversed(nodes):
         if node in wanted or node.meta["draws"] or node.meta["writes"]:
@@ -197,7 +197,7 @@ def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[
 
 
 def _sharing(found: Sequence[Tensor], outputs: int, lasting: Sequence[Tensor]) -> list[int]:
-    """Positions of the outputs that share memory with something before them, or with what outlives the call."""
+    """Return positions of the outputs that share memory with something before them, or with what outlives the call."""
     left = found[outputs:]
     return [
         place
@@ -207,7 +207,7 @@ def _sharing(found: Sequence[Tensor], outputs: int, lasting: Sequence[Tensor]) -
 
 
 def _shares(one: Tensor, lasting: Sequence[Tensor]) -> bool:
-    """Whether writing into a tensor changes others, which outlive the call, or entries of its own."""
+    """Check whether writing into a tensor changes others, which outlive the call, or entries of its own."""
     if one.layout != torch.strided:
         return False
     if any(step == 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)):

@@ -106,7 +106,7 @@ def trace_method(
 
 
 def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of a call, flat, in the one memory layout that programs are made for."""
+    """Return the tensors of a call, flat, in the one memory layout that programs are made for."""
     if kwargs:
         leaves = [*leaves, *(value for value in pytree.tree_leaves(kwargs) if isinstance(value, Tensor))]
     return [x if x.layout != torch.strided or x.is_contiguous() else x.contiguous() for x in leaves]
@@ -129,7 +129,7 @@ def _of_own_class(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
-    """Random state and buffers as they were, afterwards; no hook fires and nothing is said."""
+    """Leave random state and buffers as they were, fire no hook, and say nothing."""
     buffers = [tensor for tensor in captured if not tensor.requires_grad]
     trained = [tensor for tensor in captured if tensor.requires_grad and tensor.is_leaf]
     sandbox = Sandbox(buffers, random_state(problem.generators), problem.places, trained)
@@ -194,7 +194,7 @@ class _Run:
         )
 
     def _pull(self) -> None:
-        """Jacobians and values apart: most losses look at one of them only."""
+        """Record VJPs of Jacobians and of values apart: most losses look at one of them only."""
         self.sources = [t for t in (*self.given, *self.captured) if t.requires_grad and self.tape.knows(t)]
         if any(tensor.grad_fn is not None for tensor in self.sources):
             raise UnsupportedError("func holds a tensor that was computed from others which require grad")
@@ -210,7 +210,7 @@ class _Run:
                 self.pulls.append(RecordedVjp(places, cotangents, tuple(found)))
 
     def compare(self, compute: Compute) -> None:
-        """A run that is looked at gives what one gives that is not: some code takes another way."""
+        """Require that the recorded run gave what an unrecorded one gives: some code takes another way."""
         result = compute(self.leaves, self.kwargs)
         plain = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
         for one, other in zip(self.outputs, plain, strict=True):
@@ -243,7 +243,7 @@ class _Run:
 
     @staticmethod
     def _own(node: fx.Node, own: set[int]) -> None:
-        """A tensor that no operator has made is the method's own, or nobody knows where it comes from."""
+        """Take a tensor that no operator has made for the method's own, or refuse it where nobody knows its origin."""
         value: Tensor = node.meta["value"]
         if id(value) not in own and not hasattr(value, LASTING):
             raise UnsupportedError(

@@ -101,7 +101,7 @@ def _total(colors: tuple[Indices, Indices]) -> int:
 
 
 def _colored(matrix: scipy.sparse.csr_array, peeled: Indices, thorough: bool) -> tuple[Indices, Indices]:
-    """Colors of the peeled rows, and of the columns of the others."""
+    """Return colors of the peeled rows, and of the columns of the others."""
     rows = _none(matrix.shape[0])
     rows[peeled] = fewest(matrix[peeled], thorough)
     rest = np.ones(matrix.shape[0], dtype=bool)
@@ -112,7 +112,7 @@ def _colored(matrix: scipy.sparse.csr_array, peeled: Indices, thorough: bool) ->
 def _divisions(
     matrix: scipy.sparse.csr_array, transposed: scipy.sparse.csr_array, limit: int
 ) -> list[tuple[int, Indices, bool]]:
-    """Rows, or columns, to be read apart, with a lower bound on all colors then; the most promising first."""
+    """Return rows, or columns, to be read apart, with a lower bound on all colors then; the most promising first."""
     found = []
     for flipped, side in ((False, matrix), (True, transposed)):
         for order in _orders(side):
@@ -135,7 +135,7 @@ def _orders(matrix: scipy.sparse.csr_array) -> Iterator[Indices]:
 
 
 def _prefixes(order: Indices, degrees: Indices) -> Iterator[Indices]:
-    """The first few in an order: some powers of the square root of 2, and where the numbers of entries drop most."""
+    """Yield the first few in an order: powers of the square root of 2, and where the numbers of entries drop most."""
     sorted_degrees = np.maximum(degrees[order], 1)
     drops = np.argsort(sorted_degrees[1:] / sorted_degrees[:-1], kind="stable")[:8] + 1
     powers = np.floor(np.sqrt(2.0) ** np.arange(2 * np.log2(max(2, len(order))))).astype(np.int64)
@@ -145,7 +145,7 @@ def _prefixes(order: Indices, degrees: Indices) -> Iterator[Indices]:
 
 
 def _bound(matrix: scipy.sparse.csr_array, peeled: Indices) -> int:
-    """Colors needed at least: entries in a column of the peeled rows, and in a row of the others."""
+    """Return colors needed at least: entries in a column of the peeled rows, and in a row of the others."""
     degrees = np.diff(matrix.indptr)
     degrees[peeled] = 0
     return int(np.bincount(matrix[peeled].indices, minlength=1).max()) + int(degrees.max(initial=0))

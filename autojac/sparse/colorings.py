@@ -107,7 +107,7 @@ class Colorings:
         return made
 
     def orthogonal(self, pattern: Pattern, side: Side) -> Indices:
-        """As the function of this name."""
+        """Return what the function of this name does."""
         size = pattern.shape[side == "columns"]
 
         def is_right(colors: Arrays) -> bool:
@@ -119,7 +119,7 @@ class Colorings:
         return self._found(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
 
     def apart(self, graph: Pattern) -> Indices:
-        """As the function of this name."""
+        """Return what the function of this name does."""
 
         def is_right(found: Arrays) -> bool:
             colors = found["samples"]
@@ -130,7 +130,7 @@ class Colorings:
         return made["samples"]
 
     def both(self, pattern: Pattern) -> tuple[Indices, Indices]:
-        """As the function of this name."""
+        """Return what the function of this name does."""
 
         def made() -> Arrays:
             rows, columns = both(pattern)

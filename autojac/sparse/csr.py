@@ -54,7 +54,7 @@ class Entries:
         return rows[own[first:last] - start, columns[first:last]]
 
     def row(self, values: Tensor, row: int) -> Tensor:
-        """One row of the matrix, dense."""
+        """Return one row of the matrix, dense."""
         start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
         _, _, columns = self.indices(values.device)
         blank = values.new_zeros(self.pattern.shape[1])
@@ -101,7 +101,7 @@ def feature_pattern(sparsity: Sparsity | None, rows: tuple[int, int], columns: t
 
 @functools.lru_cache(maxsize=16)
 def entries(samples: Pattern, features: Pattern) -> Entries:
-    """The entries of a whole Jacobian: those of the sample graph, each with all of the pattern inside a sample."""
+    """Return all entries of a Jacobian: those of the sample graph, each with the whole pattern inside a sample."""
     _load_sparse()
     if samples.shape == (1, 1):
         return Entries(features)

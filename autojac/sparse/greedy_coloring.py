@@ -81,7 +81,7 @@ def _largest_first(nodes: scipy.sparse.csr_array, sharers: Indices) -> Iterator[
 
 
 def _by_conflicts(nodes: scipy.sparse.csr_array) -> Iterator[Indices]:
-    """Colorings by orders that need every conflict as an edge."""
+    """Yield colorings by orders that need every conflict as an edge."""
     import rustworkx
     import scipy.sparse
 

@@ -83,7 +83,7 @@ class PlanStore:
         return self._first(lambda connection: queries.find(connection, op, env))
 
     def hints(self, op: Key) -> list[Plan]:
-        """Plans for the same operation in any environment, latest first: worth trying, not worth trusting."""
+        """Return plans for the same operation in any environment, latest first: worth trying, not worth trusting."""
         kept: dict[str, Plan] = {}
         nothing: queries.QueryResult[list[Plan]] = queries.QueryResult([])
         for base in self._bases():

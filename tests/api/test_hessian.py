@@ -104,7 +104,7 @@ def test_every_method_is_right_and_trained_through(method: str) -> None:
     compute = in_use(hessian.planned).compute
     if "replayed" in method:
         assert isinstance(compute, Replaying)
-        assert compute.ready is not None
+        assert compute.bound is not None
 
 
 def test_laplacians_are_trained_through() -> None:

@@ -80,7 +80,7 @@ def test_value_and_gradients_are_those_of_a_backward_and_add_up(method: str) -> 
         compare(gradients(model), gradients(reference))
     if method == "one program":
         assert isinstance(program(step), Replaying)
-        assert program(step).ready is not None
+        assert program(step).bound is not None
 
 
 def test_an_optimizer_takes_the_same_way() -> None:

@@ -156,7 +156,7 @@ def _settle(jac: Callable[[Tensor], Tensor], built: Built, truth: Tensor) -> Non
 def is_served(prepared: PreparedPlan) -> bool:
     """Check whether a recorded program serves calls."""
     compute = prepared.compute
-    return isinstance(compute, Replaying) and compute.ready is not None
+    return isinstance(compute, Replaying) and compute.bound is not None
 
 
 def reason(prepared: PreparedPlan) -> str:

@@ -62,7 +62,7 @@ class BatchFlow:
         )
 
     def width(self, tensors: Iterable[int]) -> int:
-        """Elements of one sample in tensors that carry the batch."""
+        """Return elements of one sample in tensors that carry the batch."""
         return sum(math.prod(self.graph.shapes[number]) for number in tensors) // self.batch
 
     @property

@@ -264,7 +264,7 @@ class _Planner:
 
 
 def work(graph: Graph, operation: Operation) -> float:
-    """Numbers that a seed moves through one operator, products of matrices counted in moves."""
+    """Return numbers that a seed moves through one operator, products of matrices counted in moves."""
     made = sum(math.prod(graph.shapes[number]) for number in operation.outputs[:1] if number is not None)
     read = sum(math.prod(graph.shapes[number]) for number in operation.sources[:1])
     facts, length = facts_of(operation.target), 0

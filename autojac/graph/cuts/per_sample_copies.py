@@ -47,7 +47,7 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
 def _slices(
     flow: BatchFlow, operation: Operation, carried: Mapping[int, BatchAxis], results: Sequence[Result | None]
 ) -> bool:
-    """Whether the operator of one sample's slices makes slices: what is read besides must not be as long as a batch."""
+    """Check whether one sample's slices give slices: what is read besides must not be as long as a batch."""
     graph, env = flow.graph, {}
     for number in operation.sources:
         state = carried.get(number)

@@ -60,7 +60,7 @@ class SharedTensors:
 
 
 def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> SharedTensors | None:
-    """The shared tensors that all coupling runs through; None if it runs elsewhere too, or if there is no coupling.
+    """Return the shared tensors that all coupling runs through; None if it runs elsewhere, or nothing is coupled.
 
     Args:
         flow: how the batch runs.

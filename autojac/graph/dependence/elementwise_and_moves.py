@@ -22,7 +22,7 @@ WORTH_NARROWING = 1000
 
 
 def without_inputs(context: DependenceContext) -> Unknown:
-    """No input stands behind what is read; a product, or what only moves elements, is zero wherever that is."""
+    """Let no input stand behind what is read; a product, or what only moves elements, is zero wherever that is."""
     facts, sources = context.facts, context.operation.sources
     masks = [found for number in sources if (found := context.nonzero(Value(number))) is not None]
     if not facts.keeps_zeros or not masks:
@@ -56,13 +56,13 @@ def pointwise(context: DependenceContext) -> Result:
 
 
 def viewing(context: DependenceContext) -> Result:
-    """Elements keep their order."""
+    """Keep the order of elements."""
     ((value, state),) = context.sets()
     return context.algebra.reshaped(state, context.shape(value), context.out)
 
 
 def moving(context: DependenceContext) -> Result:
-    """Elements change place: so do the numbers of their sets."""
+    """Move the numbers of sets as the operator moves elements."""
     context.select([Value(number) for number in context.selector_numbers()])
     sets = context.sets()
     matrix, starts = context.algebra.stacked([state for _, state in sets])
@@ -146,13 +146,13 @@ def gathering(context: DependenceContext) -> Result:
 
 
 def _anywhere(context: DependenceContext, value: Value, state: IndexSets, axes: Collection[int]) -> list[IndexSets]:
-    """Elements are chosen along some axes by numbers that may be any: all there share one set, and any number does."""
+    """Join sets along some axes where elements are chosen by numbers that may be any: any number may be meant."""
     mixed = context.mixed(state, list(axes))
     return _moved(context, mixed.matrix, {value.number: mixed.index})
 
 
 def placing(context: DependenceContext) -> Result:
-    """Elements of a source go to numbered places of a tensor, instead of what is there or onto it."""
+    """Put elements of a source to numbered places of a tensor, instead of what is there or onto it."""
     facts, given, out = context.facts, context.arguments, context.out
     (chosen,) = (context[name] for name in facts.selectors)
     own, other = context.state(given["self"]), context.state(given.get(facts.source))

@@ -27,7 +27,7 @@ def of_first(rule: Callable[[DependenceContext, Value, IndexSets], Result]) -> C
 
 
 def keeping_axes(context: DependenceContext) -> list[IndexSets]:
-    """Axes that the rules of the batch axis keep stay; along all others each result reads everything."""
+    """Keep the axes that the rules of the batch axis keep; along all others each result reads everything."""
     totals: list[IndexSets | None] = [None] * len(context.outputs)
     for value, state in context.sets():
         places = {axis: context.kept_axis(value, axis) for axis in state.axes}
@@ -50,7 +50,7 @@ def leaves_alone(context: DependenceContext) -> bool:
 
 
 def mixing(context: DependenceContext) -> Result:
-    """Each result reads its whole line along some axes: reductions, softmax, sorting, transforms."""
+    """Join whole lines along some axes, which each result reads: reductions, softmax, sorting, transforms."""
     total: IndexSets | None = None
     shapes = {context.shape(value) for value, _ in context.sets()}
     if len(shapes) > 1:
@@ -67,7 +67,7 @@ def mixing(context: DependenceContext) -> Result:
 
 
 def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[DependenceContext], Result]:
-    """Results share some leading axes with all tensors that they read, and read all behind these."""
+    """Join all that lies behind the leading axes that results share with all tensors that they read."""
 
     def rule(context: DependenceContext) -> Result:
         total: IndexSets | None = None
@@ -91,7 +91,7 @@ def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[Dep
 
 @of_first
 def normalization(context: DependenceContext, value: Value, state: IndexSets) -> Result:
-    """Results read their whole group: the last axes, or groups of channels."""
+    """Join the groups that results read whole: the last axes, or groups of channels."""
     if "group" not in context.arguments:
         return keeping_axes(context)
     shape, groups = context.shape(value), context["group"]

@@ -16,7 +16,7 @@ from autojac.graph.ir import Value
 
 @of_first
 def convolution(context: DependenceContext, value: Value, state: IndexSets) -> Result:
-    """Each result reads the channels of its group, in a window whose taps may be nonzero."""
+    """Join the channels of a group, in a window whose taps may be nonzero."""
     shape, kernel, groups = context.shape(value), context.shape(context["weight"])[2:], context["groups"]
     if len(shape) != len(kernel) + 2:
         return None
@@ -32,7 +32,7 @@ def convolution(context: DependenceContext, value: Value, state: IndexSets) -> R
 
 @of_first
 def pooling(context: DependenceContext, value: Value, state: IndexSets) -> Result:
-    """Windows of each channel by itself."""
+    """Join windows of each channel by itself."""
     dims = context.facts.window_axes
     kernel = _each(context["kernel_size"], dims)
     given = (context["stride"] or kernel, context["padding"], context.arguments.get("dilation") or 1)
@@ -42,7 +42,7 @@ def pooling(context: DependenceContext, value: Value, state: IndexSets) -> Resul
 
 @of_first
 def adaptive(context: DependenceContext, value: Value, state: IndexSets) -> Result:
-    """Windows that divide the axes evenly, or else all of each channel."""
+    """Join windows that divide the axes evenly, or else all of each channel."""
     out = list(context["output_size"])
     lead = len(context.out) - len(out)
     sizes = context.shape(value)[lead:]

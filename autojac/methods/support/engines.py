@@ -15,7 +15,6 @@ from autojac.autodiff.pullback import Pullback
 from autojac.graph.batch_axis.states import BatchAxis
 
 Engine = Literal["loop", "vmap", "batched"]
-PullMany = Callable[..., Sequence[Tensor]]
 PushMany = Callable[[int, Tensor], Sequence[Tensor]]
 
 

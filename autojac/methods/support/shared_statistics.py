@@ -127,7 +127,7 @@ class Sharing:
         ]
 
     def _back(self, number: int, felt: Tensor, base: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Cotangents of what is read of the weights, (c, *shape), as cotangents of the inputs that it is made of."""
+        """Return cotangents of what is read of weights, (c, *shape), as those of the inputs that it is made of."""
         graph = self.graph
         lone = {
             graph.inputs[p]: order for order, p in enumerate(self.problem.inputs) if not self.problem.leaves[p].batched

@@ -75,7 +75,7 @@ def _replace(editor: Editor, room: fx.Node, writes: list[fx.Node], sources: list
 
 
 def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
-    """Axis, start and end of the slice that is written, and what is written; None for other writes."""
+    """Return axis, start and end of the slice that is written, and what is written; None for other writes."""
     if write.target is not aten.copy_.default:
         return None
     target: Any = write.args[0]

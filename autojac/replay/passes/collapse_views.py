@@ -11,7 +11,7 @@ RANK = 60
 
 
 def collapse_views(graph: fx.Graph) -> None:
-    """What only looks at memory in another way does so in one step, or not at all where it looks at all of it."""
+    """Look at memory in another way in one step, or not at all where all of it is looked at."""
     sweep(graph, _collapsed)
 
 
@@ -25,7 +25,7 @@ def _collapsed(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _in_two(editor: Editor, node: fx.Node, first: fx.Node) -> fx.Node | None:
-    """A view with its axes in the order of memory and nothing repeated, and one step from there."""
+    """Return a view with its axes in the order of memory and nothing repeated, and one step from there."""
     value = node.meta["value"]
     lean = narrowed(value)
     axes = sorted(range(lean.dim()), key=lean.stride().__getitem__, reverse=True)

@@ -37,7 +37,7 @@ def _embedded(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _turned(node: fx.Node) -> fx.Node | None:
-    """A diagonal matrix is its own transpose."""
+    """Transpose a diagonal matrix, which is its own transpose."""
     made: Any = node.args[0]
     axes: Any = node.args[1]
     many = len(axes)

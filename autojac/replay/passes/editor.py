@@ -56,7 +56,7 @@ class Editor:
         return is_known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
 
     def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
-        """A node before `at`, in its phase; None if the operator can't do that."""
+        """Return a new node before `at`, in its phase; None if the operator can't do that."""
         value = _computed(target, args, kwargs)
         return None if value is None else self._made(at, target, args, kwargs, value)
 
@@ -69,12 +69,12 @@ class Editor:
         )
 
     def same(self, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
-        """One of the nodes that is `wanted`."""
+        """Return one of the nodes that is `wanted`."""
         place = placement_of(wanted)
         return next((node for node in nodes if placement_of(node.meta["value"]) == place), None)
 
     def reach(self, at: fx.Node, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
-        """A node that is `wanted`, one operator away from one of the nodes."""
+        """Return a node that is `wanted`, one operator away from one of the nodes."""
         place = placement_of(wanted)
         for node in nodes:
             for target, args in moves(node.meta["value"], wanted):
@@ -84,7 +84,7 @@ class Editor:
         return None
 
     def narrow(self, at: fx.Node, node: fx.Node, wanted: Tensor) -> fx.Node | None:
-        """A node for some entries of another one: `wanted` is a view of its value."""
+        """Return a node for some entries of another one: `wanted` is a view of its value."""
         if node.meta["role"] == "constant":
             return self.constant(wanted)
         if node.op == "call_function" and not self.free(node):
@@ -93,7 +93,7 @@ class Editor:
         return self.same(wanted, nodes) or self.reach(at, wanted, nodes)
 
     def constant(self, value: Tensor) -> fx.Node:
-        """A tensor that is the same in every run."""
+        """Return a tensor that is the same in every run."""
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.create_node("placeholder", "constant")
         node.meta = {"role": "constant", "value": value, "storage": None, "order": 0, "phase": 0}
@@ -162,7 +162,7 @@ class Editor:
             node.meta |= {"value": value, "storage": _storage(value, [origin])}
 
     def _absorbed(self, node: fx.Node) -> fx.Node:
-        """A node with better arguments: the same one if its own layout stays as it is."""
+        """Return a node with better arguments: the same one if its own layout stays as it is."""
         if not self.better:
             return node
         changed = {source: self.better[source] for source in node.all_input_nodes if source in self.better}
@@ -222,7 +222,7 @@ class Editor:
                     node.replace_input_with(old, copy)
 
     def _end(self, output: fx.Node) -> None:
-        """Results keep their layout, or get the plain one."""
+        """Keep the layout of results, or give them the plain one."""
         for old in output.all_input_nodes:
             new = self.better.get(old)
             if new is not None and not new.meta["value"].is_contiguous() and old.meta["value"].is_contiguous():
@@ -272,7 +272,7 @@ def chain(editor: Editor, node: fx.Node) -> list[fx.Node]:
 
 
 def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
-    """As the tape tells memory apart: that of a constant is nobody's."""
+    """Return what tells memory apart on the tape: that of a constant is nobody's."""
     home: int | None = value.untyped_storage()._cdata
     for source in sources:
         if shares(value, source):

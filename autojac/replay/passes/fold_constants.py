@@ -31,7 +31,7 @@ def fold_constants(graph: fx.Graph) -> None:
 
 
 def _constant(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are the same in every run, with all that share their memory.
+    """Return nodes that are the same in every run, with all that share their memory.
 
     Memory that is written into is constant as a whole or not at all; it is taken as it is after the last write, so
     nothing else may look at it before.
@@ -71,7 +71,7 @@ def _touched(node: fx.Node) -> set[int]:
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
-    """Storages that are not constant because this node, which is not, writes into them or reads them early."""
+    """Return storages that are not constant because this node, which is not, writes into them or reads them early."""
     if node.op == "output":
         return set()
     early: set[int] = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}

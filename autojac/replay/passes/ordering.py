@@ -23,7 +23,7 @@ def touched(node: fx.Node) -> set[int]:
 
 
 def ordered(graph: fx.Graph) -> set[fx.Node]:
-    """Operators that may not be merged with others or moved: what they do depends on when they run."""
+    """Return operators that may not be merged with others or moved: what they do depends on when they run."""
     unsteady = set(written(graph))
     return {
         node

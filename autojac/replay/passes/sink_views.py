@@ -29,7 +29,7 @@ def _sunk(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
-    """f(view(x)) as view(f(x))."""
+    """Write f(view(x)) as view(f(x))."""
     origin = source(editor, moved)
     if (
         moved.target not in MOVES
@@ -44,7 +44,7 @@ def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
 
 
 def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
-    """f of views with an axis of length 1 as such a view of f without that axis."""
+    """Write f of views with an axis of length 1 as such a view of f without that axis."""
     shape = node.meta["value"].shape
     thin = [axis for axis, size in enumerate(shape) if size == 1]
     if not thin:

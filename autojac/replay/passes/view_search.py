@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def moves(held: Tensor, wanted: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Operators that might make one view of another."""
+    """Yield operators that might make one view of another."""
     if held.numel() == wanted.numel():
         if held.dim() == wanted.dim():
             axes = _axes(held, wanted)
@@ -39,7 +39,7 @@ def _axes(held: Tensor, wanted: Tensor) -> list[int] | None:
 
 
 def _cut(held: Tensor, wanted: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """One entry of an axis, or a range of it."""
+    """Yield one entry of an axis, or a range of it."""
     first = wanted.storage_offset() - held.storage_offset()
     for axis, (size, step) in enumerate(zip(held.shape, held.stride(), strict=True)):
         rest = (*held.shape[:axis], *held.shape[axis + 1 :])

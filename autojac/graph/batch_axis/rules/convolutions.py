@@ -10,7 +10,7 @@ from autojac.graph.operator_facts import Axes, facts_of
 
 @register(Axes.LEADING)
 def leading(context: RuleContext) -> State:
-    """The batch on axis 0 of some arguments, free or shared tensors elsewhere; all outputs keep it."""
+    """Expect the batch on axis 0 of some arguments, free or shared tensors elsewhere; all outputs keep it."""
     args = context.operation.args
     positions = [place for place in facts_of(context.operation.target).batched if place < len(args)]
     allowed = {args[place].number for place in positions if isinstance(args[place], Value)}

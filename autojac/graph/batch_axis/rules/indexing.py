@@ -65,7 +65,7 @@ WRITES = "it writes samples by index"
 
 @register("index_add index_copy index_reduce")
 def index_add(context: RuleContext) -> State:
-    """Slices of the source go to places along `dim`; the batch lies on one other axis of both tensors."""
+    """Put slices of the source to places along `dim`; the batch lies on one other axis of both tensors."""
     if isinstance(context.state(context["index"]), BatchAxis):
         raise BatchAxisLost(WRITES)
     found = {state for _, state in context.carried()}

@@ -249,7 +249,8 @@ class TrainingStep:
         assert isinstance(whole.func, ModuleFunction)
         named = whole.func.parameters()
         plan, call = plans.look_up(whole._func_args(_lifted(args)), {})
-        if plan.plan.effort != "estimate" and not isinstance(plan.compute, Replaying):
+        searched = plan.exploration is None and plan.plan.effort != "estimate"
+        if searched and not isinstance(plan.compute, Replaying):
             self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
         at = id(plan), version
         if at not in self._reached:

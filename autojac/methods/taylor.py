@@ -16,7 +16,8 @@ from autojac.graph.operators import forward_once
 from autojac.methods.base import Method, dispatch_cost, traffic_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
-from autojac.methods.support.taylor import CarriedRows, TaylorMode
+from autojac.methods.support.taylor import TaylorMode
+from autojac.methods.support.taylor_rows import CarriedRows
 from autojac.problem.problem import Compute, Problem
 
 
@@ -76,7 +77,7 @@ class Taylor(Method):
             return None if forward_once(flow.graph) else wanted
 
         def derivatives(graph: Graph, wanted: CarriedRows, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-            mode = TaylorMode(graph, wanted, dict(zip(graph.inputs, leaves, strict=True)))
+            mode = TaylorMode(graph, wanted, terms, dict(zip(graph.inputs, leaves, strict=True)))
             mode.run(graph.inputs[position])
             dtype = leaves[position].dtype
             stacks = [torch.stack([mode.term(y, term) for term in terms], -1).to(dtype) for y in graph.outputs]

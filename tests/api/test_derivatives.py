@@ -17,7 +17,7 @@ import oracle
 from autojac import AutoJacobian, Derivatives, InputError, PlanStore, StructureChangedWarning
 from autojac.autodiff.derivative_terms import partitions, resolved
 from autojac.core.options import Options
-from autojac.methods.support.taylor import CarriedRows
+from autojac.methods.support.taylor_rows import CarriedRows
 from harness import Counted, compare, in_use
 
 Columns = tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autojac import AutoJacobian, InputError, OptionError
-from harness import compare, in_threads
+from autojac import AutoJacobian, InputError, OptionError, PlanStore
+from harness import compare, in_threads, in_use
 
 
 def by_rows(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -167,3 +168,33 @@ def test_a_template_without_values_is_left_out() -> None:
     assert list(J) == ["net.weight", "net.bias"]
     slope = module.net(x).detach().cos()
     compare(J["net.bias"].detach(), slope.diag_embed())
+
+
+def test_later_calls_take_the_fast_path_and_follow_what_the_module_holds() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    method = {"method": "Replay", "inner": {"method": "Pull", "seeds": "identity", "engine": "loop"}, "without": None}
+    store = PlanStore(":memory:")
+    with torch.no_grad():
+        maker = AutoJacobian.of_parameters(net, on_miss="estimate", store=store)
+        plan, keys = maker.plan(x), in_use(maker).keys
+        assert keys is not None
+        maker._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
+        jac = AutoJacobian.of_parameters(net, on_miss="estimate", store=store)
+
+        def right() -> Any:
+            return AutoJacobian.of_parameters(net, on_miss="estimate", store=":memory:")(x)
+
+        for _ in range(10):
+            compare(jac(x), right())
+        assert jac._plans.fast_path((x,)) is not None
+        net[0].weight.mul_(2)
+        compare(jac(x), right())
+        assert jac._plans.fast_path((x,)) is not None
+        net[0].bias = nn.Parameter(torch.ones(4).double())
+        assert jac._plans.fast_path((x,)) is None
+        compare(jac(x), right())
+        net[2].bias.requires_grad_(False)
+        assert "2.bias" not in jac(x)
+        compare(jac(x), right())

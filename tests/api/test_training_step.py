@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
+from autojac.planning.search import measure
 from autojac.replay.replayer import Replaying
-from harness import compare, in_use
+from harness import Ticking, compare, in_use
 
 OPTIONS: dict[str, Any] = {"on_miss": "estimate", "store": ":memory:"}
 PULL = {"method": "Pull", "seeds": "identity", "engine": "loop", "chunk": None}
@@ -258,3 +259,19 @@ def test_copies_and_names() -> None:
     other = pickle.loads(pickle.dumps(step))
     compare(other(x, target), step(x, target))
     assert repr(step).startswith("TrainingStep(AutoJacobian(Sequential")
+
+
+def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking())
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = TrainingStep(model, loss, store=":memory:")
+    by_hand(reference, x, target)
+    for _ in range(1000):
+        model.zero_grad()
+        step(x, target)
+        compare(gradients(model), gradients(reference))
+        if isinstance(program(step), Replaying):
+            break
+    assert isinstance(program(step), Replaying)
+    assert "Jacobian of B = 1" in step.explain(x, target)

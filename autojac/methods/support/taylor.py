@@ -10,98 +10,22 @@ collapsed Taylor mode (Dangel et al. 2025), which for the Laplacian is the forwa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from autojac.autodiff.derivative_terms import Term, partitions, parts
+from autojac.autodiff.derivative_terms import Term
 from autojac.autodiff.primitives import functional_jvp, vmap
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.operator_facts import MOVING, Kind, facts_of
-from autojac.methods.support.pointwise import Factors, derivatives_of
+from autojac.methods.support.pointwise import derivatives_of
+from autojac.methods.support.taylor_rows import CarriedPart, CarriedRows, Series, Split
 
 LINEAR = MOVING | {Kind.COPY, Kind.GATHER, Kind.SCATTER}
 """Kinds of operators that are linear in all tensors whose entries they read, but for their selectors."""
 LINEAR_NAMES = frozenset({"neg", "add", "sub", "rsub", "sum", "mean", "cumsum", "where", "masked_fill"})
 """Others that are."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Terms of one row of Faà di Bruno's formula that have the same number of blocks.
-
-    Attributes:
-        row: which row they are added to.
-        blocks: for each block the rows that fill it, one for each term.
-    """
-
-    row: int
-    blocks: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class CarriedRows:
-    """Which derivatives are carried, and how they depend on each other.
-
-    Attributes:
-        keys: what each row holds, ordered by order: a derivative, or a sum of second ones.
-        ends: number of rows of at most first, second, ... order.
-        splits: what operators that are not linear add to rows.
-    """
-
-    keys: tuple[Term, ...]
-    ends: tuple[int, ...]
-    splits: tuple[Split, ...]
-
-    @classmethod
-    def needed(cls, terms: Sequence[Term]) -> CarriedRows:
-        """Return the rows that lead to sums of derivatives."""
-        found: dict[Term, None] = {}
-        for term in terms:
-            if _collapses(term):
-                found |= {((column,),): None for columns in term for column in columns} | {term: None}
-            else:
-                found |= {(part,): None for columns in term for part in parts(columns) if part}
-        keys = tuple(sorted(found, key=lambda term: (len(term[0]), len(term) > 1, term)))
-        place = {key: number for number, key in enumerate(keys)}
-        highest = max((len(key[0]) for key in keys), default=0)
-        ends = tuple(sum(len(key[0]) <= order for key in keys) for order in range(1, highest + 1))
-        splits = []
-        for key in keys:
-            grouped: dict[int, list[tuple[int, ...]]] = {}
-            for columns in key:
-                for blocks in partitions(columns):
-                    if len(blocks) > 1:
-                        filled = tuple(place[(tuple(sorted(block)),)] for block in blocks)
-                        grouped.setdefault(len(blocks), []).append(filled)
-            splits += [Split(place[key], tuple(zip(*each, strict=True))) for each in grouped.values()]
-        return cls(keys, ends, tuple(splits))
-
-    def after(self, order: int) -> list[Split]:
-        """Return what operators add to rows whose arguments have rows of at most this order, and none beyond."""
-        known = self.ends[order - 1]
-        return [split for split in self.splits if all(row < known for block in split.blocks for row in block)]
-
-
-def _collapses(term: Term) -> bool:
-    return len(term) > 1 and all(len(columns) == 2 for columns in term)
-
-
-@dataclass
-class Series:
-    """A value and the rows of its derivatives.
-
-    Attributes:
-        value: the tensor.
-        rows: (r, *shape), the leading ones; rows beyond these are zero.
-        order: the highest order that they reach.
-    """
-
-    value: Tensor
-    rows: Tensor
-    order: int
 
 
 class TaylorMode:
@@ -110,128 +34,208 @@ class TaylorMode:
     Args:
         graph: recorded.
         wanted: the rows.
+        terms: what is asked of the outputs.
         base: values of the graph's tensors that are known, its inputs among them.
     """
 
-    def __init__(self, graph: Graph, wanted: CarriedRows, base: Mapping[int, Tensor]) -> None:
+    def __init__(self, graph: Graph, wanted: CarriedRows, terms: Sequence[Term], base: Mapping[int, Tensor]) -> None:
         self.graph = graph
         self.wanted = wanted
         self.env: dict[int, Tensor] = {**graph.constants, **base}
         self.series: dict[int, Series] = {}
+        self.places = graph.needed(graph.outputs, frozenset(self.env))
+        asked = {row for term in terms for row in wanted.of(term) if row is not None}
+        self.needed: dict[int, set[int]] = {number: set(asked) for number in graph.outputs}
+        for place in reversed(self.places):
+            operation = graph.operations[place]
+            rows = wanted.into(set().union(*(self.needed.get(n, set()) for n in operation.outputs if n is not None)))
+            for number in operation.sources:
+                self.needed.setdefault(number, set()).update(rows)
 
     def run(self, source: int) -> None:
         """Carry the derivatives from one input, whose own are unit vectors, to the outputs."""
-        value, singles = self.env[source], self.wanted.ends[0]
-        columns = [key[0][0] for key in self.wanted.keys[:singles]]
+        value = self.env[source]
+        singles = tuple(row for row in range(len(self.wanted.keys)) if self.wanted.order(row) == 1)
         flat = value.numel() // max(len(value), 1)
+        columns = [self.wanted.keys[row][0][0] for row in singles]
         unit = torch.eye(flat, dtype=value.dtype, device=value.device)[columns]
-        rows = unit.view(singles, 1, *value.shape[1:]).expand(singles, *value.shape)
-        self.series[source] = Series(value, rows, 1)
-        for place in self.graph.needed(self.graph.outputs, frozenset(self.env)):
+        self.series[source] = Series(value, {1: CarriedPart(singles, unit.view(len(singles), 1, *value.shape[1:]))})
+        for place in self.places:
             self._step(self.graph.operations[place])
 
     def term(self, output: int, term: Term) -> Tensor:
         """Return a sum of derivatives of an output."""
-        value, found = self.env[output], self.series.get(output)
         total: Tensor | None = None
-        for key in (term,) if _collapses(term) else tuple((columns,) for columns in term):
-            row = self._row(value, found, key)
-            total = row if total is None else total + row
+        for row in self.wanted.of(term):
+            found = self._row(output, row)
+            total = found if total is None else total + found
         assert total is not None
         return total
 
-    def _row(self, value: Tensor, found: Series | None, key: Term) -> Tensor:
-        if key == ((),):
+    def _row(self, output: int, row: int | None) -> Tensor:
+        value, series = self.env[output], self.series.get(output)
+        if row is None:
             return value
-        place = self.wanted.keys.index(key)
-        return torch.zeros_like(value) if found is None or place >= len(found.rows) else found.rows[place]
+        if series is None or not series.has([row]):
+            return torch.zeros_like(value)
+        return series.taken(self.wanted.order(row), [row])[0].expand(value.shape)
 
     def _step(self, operation: Operation) -> None:
         active = [] if operation.held else [n for n in dict.fromkeys(operation.sources) if n in self.series]
-        facts = facts_of(operation.target)
         values = operation(self.env)
-        made = [
-            (place, number)
-            for place, number in enumerate(operation.outputs)
-            if number is not None and values[place].is_floating_point()
-        ]
-        for number, value in zip(operation.outputs, values, strict=False):
+        made: list[tuple[int, int]] = []
+        for place, (number, value) in enumerate(zip(operation.outputs, values, strict=False)):
             if number is not None:
                 self.env[number] = value
-        if not active or not facts.has_derivative or not made:
+                if value.is_floating_point():
+                    made.append((place, number))
+        if not active or not facts_of(operation.target).has_derivative or not made:
             return
         given = [self.series[number] for number in active]
-        order = max(series.order for series in given)
-        count = self.wanted.ends[order - 1]
-        rows = [_padded(series, count) for series in given]
-        if _is_unary(operation) and not _is_linear(operation, active):
-            (_, number), (series,) = made[0], given
-            factors = derivatives_of(operation.name, functools.partial(self._applied, operation, active, [0]))
-            self.series[number] = self._pointwise(series, values[0], factors, rows[0])
-            return
-        function = functools.partial(self._applied, operation, active, [place for place, _ in made])
-        at = [series.value for series in given]
-        found = _forms(function, at, [rows])
-        extras: list[tuple[int, Sequence[Tensor]]] = []
-        for split in [] if _is_linear(operation, active) else self.wanted.after(order):
-            directions = [[_taken(each, block) for each in rows] for block in split.blocks]
-            extras.append((split.row, [_total(form) for form in _forms(function, at, directions)]))
+        needed = set().union(*(self.needed.get(number, set()) for _, number in made))
+        is_linear = is_linear_in(operation, active)
+        splits = [] if is_linear else [split for split in self.wanted.splits if split.row in needed]
+        step = _Step(operation, active, [place for place, _ in made], self.env, given)
+        if (matrix := step.matrix()) is not None:
+            found = {order: [part @ matrix] for order, part in step.linear_rows(needed)}
+            added: list[tuple[int, list[Tensor]]] = []
+        elif is_unary(operation) and not is_linear:
+            found, added = step.pointwise(needed, splits, values[made[0][0]])
+        else:
+            found, added = step.general(needed, splits)
         for which, (_, number) in enumerate(made):
-            added = [(row, forms[which]) for row, forms in extras]
-            self.series[number] = self._joined(self.env[number], found[which], order, added)
+            linear = {order: CarriedPart(step.rows[order], forms[which]) for order, forms in found.items()}
+            extra = [(row, forms[which]) for row, forms in added]
+            self.series[number] = Series(self.env[number], self._joined(linear, extra))
 
-    def _applied(
-        self, operation: Operation, active: Sequence[int], places: Sequence[int], *given: Tensor
-    ) -> tuple[Tensor, ...]:
-        env = {**self.env, **dict(zip(active, given, strict=True))}
-        made = operation(env)
-        return tuple(made[place] for place in places)
-
-    def _pointwise(self, series: Series, value: Tensor, factors: Factors, rows: Tensor) -> Series:
-        """Return what a function of one number makes of a series, from its derivatives."""
-        factor = functools.cache(functools.partial(factors, series.value, value))
-        added = []
-        for split in self.wanted.after(series.order):
-            product = _taken(rows, split.blocks[0])
-            for block in split.blocks[1:]:
-                product = product * _taken(rows, block)
-            added.append((split.row, _total(product) * factor(len(split.blocks))))
-        return self._joined(value, rows * factor(1), series.order, added)
-
-    def _joined(self, value: Tensor, rows: Tensor, order: int, added: Sequence[tuple[int, Tensor]]) -> Series:
-        """Return a series from its linear part and what is added to single rows."""
-        if not added:
-            return Series(value, rows, order)
+    def _joined(self, linear: dict[int, CarriedPart], extra: Sequence[tuple[int, Tensor]]) -> dict[int, CarriedPart]:
+        """Return parts from the linear ones and what is added to single rows."""
         sums: dict[int, Tensor] = {}
-        for row, part in added:
+        for row, part in extra:
             sums[row] = sums[row] + part if row in sums else part
-        # what follows from rows of these orders reaches up to the highest of the products
-        reached = next(n for n, end in enumerate(self.wanted.ends, 1) if max(sums) < end)
-        order = max(order, reached)
-        pieces, first = [], min(sums)
-        if first:
-            pieces.append(rows[:first])
-        for row in range(first, self.wanted.ends[order - 1]):
-            known = [rows[row]] if row < len(rows) else []
-            known += [sums[row]] if row in sums else []
-            total = known[0] + known[1] if len(known) == 2 else known[0] if known else torch.zeros_like(value)
-            pieces.append(total.unsqueeze(0))
-        return Series(value, torch.cat(pieces), order)
+        joined = dict(linear)
+        for order in sorted({self.wanted.order(row) for row in sums}):
+            known = linear.get(order)
+            rows = tuple(sorted({*(known.rows if known else ()), *(r for r in sums if self.wanted.order(r) == order)}))
+            pieces = []
+            for row in rows:
+                own = known.values[known.rows.index(row)] if known and row in known.rows else None
+                more = sums.get(row)
+                pieces.append(own + more if own is not None and more is not None else more if own is None else own)
+            whole = [piece for piece in pieces if piece is not None]
+            if len(whole) == 1:
+                joined[order] = CarriedPart(rows, whole[0].unsqueeze(0))
+            else:
+                joined[order] = CarriedPart(rows, torch.stack(torch.broadcast_tensors(*whole)))
+        return joined
 
 
-def _padded(series: Series, count: int) -> Tensor:
-    missing = count - len(series.rows)
-    if not missing:
-        return series.rows
-    return torch.cat([series.rows, series.rows.new_zeros(missing, *series.rows.shape[1:])])
+class _Step:
+    """One operator at work on the series of its arguments.
 
+    Args:
+        operation: the operator.
+        active: the tensors among its arguments that carry rows.
+        places: which of its results do.
+        env: values of all tensors.
+        given: the series of the active ones.
 
-def _taken(rows: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return some rows; a view where they lie side by side."""
-    start, count = numbers[0], len(numbers)
-    if list(numbers) == list(range(start, start + count)):
-        return rows[start : start + count]
-    return torch.cat([rows[number : number + 1] for number in numbers])
+    Attributes:
+        rows: for each order the rows that the operator's linear part gives, once that was asked for.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        active: Sequence[int],
+        places: Sequence[int],
+        env: Mapping[int, Tensor],
+        given: Sequence[Series],
+    ) -> None:
+        self.operation, self.active, self.places = operation, active, places
+        self.env, self.given = env, given
+        self.rows: dict[int, tuple[int, ...]] = {}
+
+    def apply(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return the results with other tensors in the place of the active ones."""
+        made = self.operation({**self.env, **dict(zip(self.active, given, strict=True))})
+        return tuple(made[place] for place in self.places)
+
+    def matrix(self) -> Tensor | None:
+        """Return the matrix that the one active tensor is multiplied with from the right, if that is what happens."""
+        name, sources = self.operation.name, self.operation.sources
+        left = {"mm": 0, "addmm": 1}.get(name)
+        if left is None or len(self.active) > 1 or sources.count(self.active[0]) > 1 or self.operation.kwargs:
+            return None
+        if self.operation.args[left] != Value(self.active[0]):
+            return None
+        return self.env[self.operation.args[left + 1].number]
+
+    def linear_rows(self, needed: set[int]) -> Iterator[tuple[int, Tensor]]:
+        """Return for each order the rows of the one active tensor that are needed."""
+        (series,) = self.given
+        for order, part in series.parts.items():
+            rows = tuple(row for row in part.rows if row in needed)
+            if rows:
+                self.rows[order] = rows
+                yield order, series.taken(order, rows)
+
+    def pointwise(
+        self, needed: set[int], splits: Sequence[Split], value: Tensor
+    ) -> tuple[dict[int, list[Tensor]], list[tuple[int, list[Tensor]]]]:
+        """Return what a function of one number makes of rows, from its derivatives."""
+        (series,) = self.given
+        factors = derivatives_of(self.operation.name, self.apply)
+        factor = functools.cache(functools.partial(factors, series.value, value))
+        found = {order: [part * factor(1)] for order, part in self.linear_rows(needed)}
+        added = []
+        for split in splits:
+            if series.has(split.rows):
+                product = self._block(series, split.blocks[0], split)
+                for block in split.blocks[1:]:
+                    product = product * self._block(series, block, split)
+                added.append((split.row, [_total(product) * factor(len(split.blocks))]))
+        return found, added
+
+    def _block(self, series: Series, block: Sequence[int], split: Split) -> Tensor:
+        order = next(order for order, part in series.parts.items() if block[0] in part.rows)
+        return series.taken(order, block)
+
+    def general(
+        self, needed: set[int], splits: Sequence[Split]
+    ) -> tuple[dict[int, list[Tensor]], list[tuple[int, list[Tensor]]]]:
+        """Return what any operator makes of rows, from JVPs of it, and JVPs of JVPs."""
+        at = [series.value for series in self.given]
+        found = {}
+        for order in sorted({order for series in self.given for order in series.parts}):
+            rows = sorted({row for s in self.given if order in s.parts for row in s.parts[order].rows if row in needed})
+            if rows:
+                self.rows[order] = tuple(rows)
+                found[order] = list(_forms(self.apply, at, [[self._filled(s, rows) for s in self.given]]))
+        added = []
+        for split in splits:
+            if any(series.has(block) for series in self.given for block in split.blocks):
+                directions = [[self._filled(series, block) for series in self.given] for block in split.blocks]
+                added.append((split.row, [_total(form) for form in _forms(self.apply, at, directions)]))
+        return found, added
+
+    @staticmethod
+    def _filled(series: Series, rows: Sequence[int]) -> Tensor:
+        """Return rows of one order in full, zeros where they are not carried."""
+        shape = (len(rows), *series.value.shape)
+        for order, part in series.parts.items():
+            if set(rows) <= set(part.rows):
+                return series.taken(order, rows).expand(shape)
+            if set(rows) & set(part.rows):
+                return torch.stack(
+                    [
+                        part.values[part.rows.index(row)].expand(series.value.shape)
+                        if row in part.rows
+                        else torch.zeros_like(series.value)
+                        for row in rows
+                    ]
+                )
+        return series.value.new_zeros(()).expand(shape)
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -269,7 +273,7 @@ def _along(
     return derivative
 
 
-def _is_linear(operation: Operation, active: Sequence[int]) -> bool:
+def is_linear_in(operation: Operation, active: Sequence[int]) -> bool:
     """Check whether an operator is linear in the tensors that derivatives run through, but for a constant."""
     facts, name = facts_of(operation.target), operation.name
     alone = len(active) == 1 and operation.sources.count(active[0]) == 1
@@ -281,6 +285,6 @@ def _is_linear(operation: Operation, active: Sequence[int]) -> bool:
     return (name in LINEAR_NAMES or facts.kind in LINEAR) and not combines
 
 
-def _is_unary(operation: Operation) -> bool:
+def is_unary(operation: Operation) -> bool:
     """Check whether an operator applies a function of one number to each entry."""
     return facts_of(operation.target).kind is Kind.POINTWISE and len(operation.sources) == 1

@@ -132,5 +132,9 @@ class ModesDisagreeWarning(AutojacWarning):
     """Forward and reverse mode give different derivatives; reverse mode's are returned."""
 
 
+class PerformanceWarning(AutojacWarning):
+    """Calls take more time or memory than they need to."""
+
+
 class NoGraphWarning(AutojacWarning):
     """A derivative is zero, or a Jacobian can't be trained, because func leaves autograd somewhere."""

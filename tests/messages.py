@@ -32,6 +32,7 @@ from autojac import (
     OptionError,
     OutputError,
     Pattern,
+    PerformanceWarning,
     PlanMissError,
     PlanStore,
     RandomnessError,
@@ -235,6 +236,19 @@ def changed() -> None:
     func(x)
     couples.append(True)
     func(x)
+
+
+def crowded() -> None:
+    """A call whose plan runs out of memory."""
+    own = wrap(lambda x: x.sin() * x.sum(1, keepdim=True))
+    own(x)
+    ((_, plan),) = own._plans.items()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plan.compute = full
+    own(x)
 
 
 def spoiled() -> None:
@@ -485,6 +499,13 @@ MESSAGES = (
         "writes into its tensor argument",
         "clone",
         lambda: jac(lambda x: x.mul_(2), x),
+    ),
+    Message(
+        PerformanceWarning,
+        "In use from now on: BatchChunk",
+        "memory ran out in the plan",
+        "Pass memory_limit",
+        crowded,
     ),
     # what func returns and does
     Message(

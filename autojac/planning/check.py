@@ -17,6 +17,7 @@ from autojac.guards.run_monitor import RunMonitor
 from autojac.planning.call import Call, detached, not_overwritten, trained_by
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
+from autojac.planning.search.memory import is_out_of_memory
 from autojac.problem.compared_parts import Extent
 from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Result
@@ -130,6 +131,8 @@ class Check:
         except Exception as error:  # func itself has just run: memory, a compiler or a transform failed the plan
             if type(error).__module__ == "torch.utils.checkpoint":
                 raise  # it stops a recomputation that has saved what it needs
+            if is_out_of_memory(error) and not self.plan.problem.structure.effects:
+                raise  # nothing is wrong with the plan but its size
             wrong = f"it raises {type(error).__name__}: {error}"
         return CheckOutcome(result, wrong, only_gradient)
 

@@ -17,11 +17,13 @@ from autojac.guards.captures import captures
 from autojac.methods.pull import Pull
 from autojac.planning.call import Call, describe_keywords
 from autojac.planning.check import Check
+from autojac.planning.demotion import demote
 from autojac.planning.fast_path import fast_path
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepare_compute import prepare_compute
 from autojac.planning.prepared_plan import UNCHANGED, PreparedPlan
 from autojac.planning.search import measure
+from autojac.planning.search.memory import is_out_of_memory
 from autojac.problem.problem import Result
 
 
@@ -44,8 +46,23 @@ def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         return _run_inside_transform(plans, args, kwargs)
     state = plans.observe()
     plan, call = plans.look_up(args, kwargs)
+    plan.schedule.calls += 1
+    try:
+        return _serve(plans, plan, call, state)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or plan.problem.structure.effects:
+            raise
+        error.__traceback__ = None  # its frames hold what filled the memory
+        smaller = demote(plans, plan, call)
+        if smaller is None:
+            raise
+    smaller.schedule.calls = 1
+    return Check(plans, smaller, call).run()
+
+
+def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None) -> tuple[PreparedPlan, Result]:
+    """Compute a call by its plan, checked where that is due."""
     schedule = plan.schedule
-    schedule.calls += 1
     difference = UNCHANGED if schedule.is_off else plan.diff(call, state)
     if difference.what or schedule.is_due(call.keywords):
         plan, result = Check(plans, plan, call, difference).run()
@@ -53,18 +70,20 @@ def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         plans.absorb(plan)
         return plan, result
     if plan.exploration is not None and schedule.calls >= schedule.next_step and plans.explore(plan, call):
-        return _run(plans, args, kwargs)  # by the plan that was found to be faster, which is checked at its first use
+        # by the plan that was found to be faster, which is checked at its first use
+        return _run(plans, call.args, call.kwargs)
     found: Result | None = None
     try:
         found = _run_timed(plan, call) if plan.exploration is not None else plan.run(call.leaves, call.keywords)
     except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
-        if schedule.is_off or type(error).__module__ == "torch.utils.checkpoint":
+        is_stop = type(error).__module__ == "torch.utils.checkpoint"
+        if schedule.is_off or is_stop or is_out_of_memory(error):
             raise
     if found is None or not plan.fits(found):
         plan, found = Check(plans, plan, call).run()
     elif not call.keywords:
         if plan.fast_path is None:
-            plan.fast_path = fast_path(plan, args)
+            plan.fast_path = fast_path(plan, call.args)
         plans.fast_path = plan.fast_path
     plans.absorb(plan)
     return plan, found

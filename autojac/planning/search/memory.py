@@ -92,6 +92,11 @@ def _log_level() -> tuple[ctypes.c_int, int]:
     return level, level.value
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an allocation failed: on an accelerator, by torch on a CPU, or in Python."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def available_bytes(device: torch.device) -> int:
     """Return the memory that a computation may still take on the device.
 

@@ -288,7 +288,7 @@ def _fail(session: SearchSession, method: Method, error: Exception) -> Trial:
     """Note that a candidate raised, and let go of what its frames and an accelerator's allocator still hold."""
     trial = session.record(method, "infeasible", reason=_first_line(error))
     error.__traceback__ = None
-    if session.device.type != "cpu" and isinstance(error, torch.OutOfMemoryError):
+    if session.device.type != "cpu" and memory.is_out_of_memory(error):
         torch.accelerator.empty_cache()
     return trial
 

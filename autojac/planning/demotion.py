@@ -1,0 +1,80 @@
+"""A plan that ran out of memory gives way to one that takes less: slower, and right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+
+from autojac.core.options import format_bytes
+from autojac.core.plan import Plan, expression
+from autojac.core.ranks import silent
+from autojac.errors import PerformanceWarning, StoreError, warn
+from autojac.methods.base import Method, build
+from autojac.methods.batch_chunk import BatchChunk
+from autojac.methods.pull import Pull
+from autojac.planning.call import Call
+from autojac.planning.plans_in_use import PlansInUse
+from autojac.planning.prepared_plan import PreparedPlan
+from autojac.planning.search.memory import is_out_of_memory
+from autojac.problem.empty_events import solid
+from autojac.problem.problem import Problem
+
+
+def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | None:
+    """Return a plan that has room for a call, in the place of one that ran out of memory; None if there is none.
+
+    It serves this process: where a plan is stored, another call may have more room.
+
+    Args:
+        plans: of the function.
+        plan: what ran out of memory.
+        call: the call.
+    """
+    problem, planner = solid(plan.problem), plans.planner
+    trials = planner.known.trials(plan.keys, plan.plan)
+    for method in smaller(problem, dataclasses.replace(plan.plan, trials=trials)):
+        if method.unsupported(problem) is not None:
+            continue
+        if call.leaves[problem.inputs[0]].device.type != "cpu":
+            torch.accelerator.empty_cache()
+        chosen = dataclasses.replace(plan.plan, method=method.spec(), seconds=None, memory_bytes=None, source="demoted")
+        try:
+            with silent(call.captured.modules):
+                made = planner.make(call.detached(), plan, plan.problem, chosen, method)
+                made.run(call.leaves, call.keywords)
+        except Exception as error:  # what it raises besides is found out by a check, of the next one
+            if not is_out_of_memory(error):
+                return None
+            continue
+        made.keys = None  # no plan of its own in the store, to be refuted or replaced
+        plans.keep(call, made)
+        took = (
+            "" if plan.plan.memory_bytes is None else f", which took {format_bytes(plan.plan.memory_bytes)} when tuned"
+        )
+        warn(
+            f"{planner.repository.function_name}: memory ran out in the plan {plan.plan}{took}. In use from now on: "
+            f"{expression(chosen.method)}, which takes less memory and more time. Pass memory_limit=, so that the "
+            "search leaves room for what else is on the device",
+            PerformanceWarning,
+        )
+        return made
+    return None
+
+
+def smaller(problem: Problem, plan: Plan) -> Iterator[Method]:
+    """Yield methods that take less memory than a plan: the fastest first of those measured, then smaller chunks."""
+    own = plan.memory_bytes or 0
+    weighed = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
+    measured = [trial for trial in weighed if (trial.memory_bytes or 0) < own]
+    for trial in sorted(measured, key=lambda trial: trial.seconds or 0.0):
+        with suppress(StoreError):  # made by another version of autojac
+            yield build(trial.method)
+    method = build(plan.method)
+    size, inner = (method.size, method.inner) if isinstance(method, BatchChunk) else (problem.batch, method)
+    while size > 1:
+        size = (size + 1) // 2
+        yield BatchChunk(size, inner)
+    yield Pull.suiting(problem, "loop")

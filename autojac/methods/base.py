@@ -21,6 +21,7 @@ import autojac.methods
 from autojac.autodiff.open_modes import transforming
 from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
 from autojac.errors import StoreError
+from autojac.graph.special_kernels import ATTENTION
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
 from autojac.methods.support.func_runs import FuncRuns
@@ -62,15 +63,17 @@ class Method(ABC):
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
         if problem.has_aux and effects and not self.runs_func_plainly:
-            return (
-                f"func {' and '.join(effects)} and returns aux, so it must run exactly once and outside of transforms"
-            )
+            does = " and ".join(effects)
+            return f"func {does} and returns aux, so it must run exactly once and outside of transforms"
         once = problem.forward_once(self.runs is FuncRuns.RECORDED) if problem.differentiable and self.pushes else ()
         if once:
             return (
                 f"func may run {' and '.join(once)}, whose forward mode in torch has a wrong derivative, and this "
                 "Jacobian is differentiable. Under torch.no_grad() it is not"
             )
+        if ATTENTION in problem.structure.kernels and (self.pushes or problem.differentiable):
+            lacks = "forward mode" if self.pushes else "second derivative"
+            return f"func uses a fused {ATTENTION}, whose kernel has no {lacks} in torch; its formula has"
         if {KEEPS, UPDATES_BUFFERS} <= set(problem.structure.effects) and not self.runs_func_plainly:
             return f"func {KEEPS} and {UPDATES_BUFFERS}, so it must run exactly once and outside of transforms"
         if problem.layout == "sparse" and not self.makes_sparse and not problem.structure.independent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -28,7 +29,9 @@ class PlainAttention(Wrapper):
     def unsupported(self, problem: Problem) -> str | None:
         if ATTENTION not in problem.structure.kernels:
             return f"func was not seen to use a fused {ATTENTION}"
-        return self.inner.unsupported(problem)
+        others = tuple(kernel for kernel in problem.structure.kernels if kernel != ATTENTION)
+        structure = dataclasses.replace(problem.structure, kernels=others)
+        return self.inner.unsupported(dataclasses.replace(problem, structure=structure))
 
     @property
     def runs_func_plainly(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autojac.api.autojacobian import AutoJacobian, require_function
-from autojac.api.derivatives import Derivatives
+from autojac.api.derivatives import Derivatives, jacobian_of
 from autojac.api.hessian import AutoHessian
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
@@ -125,6 +126,8 @@ class TrainingStep:
         inner = self.source if isinstance(self.source, AutoJacobian) else self.source.planned
         known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
+        # the step is what is improved while it is used, not the derivatives inside
+        self._inner = _settled(self.source)
         self._whole: AutoJacobian | None = None
         self._refused: dict[Any, str] = {}
         self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
@@ -187,7 +190,7 @@ class TrainingStep:
             x, rest: a step.
             effort, budget_s: of each of the two searches, as of `AutoJacobian.tune`.
         """
-        self.source.tune(x, effort=effort, budget_s=budget_s)
+        self._inner.tune(x, effort=effort, budget_s=budget_s)
         self._refused.pop(_key((x, *rest)), None)
         with torch.no_grad():
             return self._wrapper().tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
@@ -222,7 +225,7 @@ class TrainingStep:
         """Return what plans the step: a Jacobian of one number, in all parameters."""
         if self._whole is None:
             modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
-            step = LossOfDerivatives(self.source, self.loss, modules)
+            step = LossOfDerivatives(self._inner, self.loss, modules)
             self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)
         return self._whole
 
@@ -270,6 +273,15 @@ class TrainingStep:
         value = LossOfDerivatives(self.source, self.loss, ()).value(*args)
         backward(value)
         return value.detach()
+
+
+def _settled(source: Any) -> Any:
+    """Return the same derivatives by plans that are stored, or that the cost model chooses."""
+    if isinstance(source, AutoJacobian):
+        return jacobian_of(source.func, source.options.replaced(on_miss="estimate"), source.options.of)
+    made = copy.copy(source)
+    made.planned = _settled(source.planned)
+    return made
 
 
 def _lifted(args: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.autodiff.pullback import node_of
 from autojac.core.sandbox import Sandbox, moved, random_state, same_bits
 from autojac.core.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
-from autojac.core.tensor_kinds import not_dense
+from autojac.core.tensor_kinds import not_dense, own_class
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.graph.recorder import FunctionRecording
 from autojac.graph.special_kernels import ATTENTION, special_kernels
@@ -135,7 +135,9 @@ def _second(
     first: FirstCall, call: FlatCall, recording: FunctionRecording | None
 ) -> tuple[Sequence[Tensor], Sequence[Any]]:
     """Return the outputs of a second call, which must agree with the first, and the graph's nodes of its inputs."""
-    if recording is not None and not unlike(first.values, recording.values):
+    # an argument of a class of its own is not the tensor that its operators show
+    plain = recording is not None and not any(map(own_class, call.leaves))
+    if recording is not None and plain and not unlike(first.values, recording.values):
         return recording.values, [node_of(tensor) for tensor in recording.inputs]
     with call.sandbox():
         second, nodes = evaluate_once(call.fn, call.leaves, call.kwargs, call.differentiated)

@@ -75,7 +75,7 @@ def test_an_interrupt_puts_the_callers_threads_back(method: dict[str, Any], monk
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    if hasattr(compute, "ready"):
+    if hasattr(compute, "bound"):
         monkeypatch.setattr(type(compute), "_run_program", interrupt)
     else:
         monkeypatch.setattr(torch.autograd, "grad", interrupt)

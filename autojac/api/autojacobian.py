@@ -168,7 +168,8 @@ class AutoJacobian(Kernels):
 
         Returns:
             J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
-            nested as `torch.func.jacrev` nests it where there are several outputs or inputs. With `has_aux=True` the
+            nested as `torch.func.jacrev` nests it where there are several outputs or inputs. A nest that is
+            differentiated may hold ids, masks, strings and None besides: there J holds None. With `has_aux=True` the
             pair (J, aux). Values and Jacobians are plain tensors, also of tensors of a class of their own.
 
         Raises:

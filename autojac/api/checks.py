@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autojac.core.autocast import outside_autocast
+from autojac.core.nests import tensor_leaves
 from autojac.core.options import Options
 from autojac.core.pattern import Pattern
 from autojac.core.ranks import silent
@@ -22,7 +23,6 @@ from autojac.problem.compared_parts import Extent
 from autojac.problem.problem import Problem, Result
 from autojac.problem.reference import Reference
 from autojac.sparse.csr import Entries
-from autojac.torch_internals import pytree
 
 
 @opaque
@@ -81,7 +81,7 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
     report = builder.inspect(call)
     structure = Structure("independent", "declared", effects=report.first.effects)
     independent = builder.problem(call, report, structure, report.guess)
-    flat = pytree.tree_leaves(jacobian)
+    flat = tensor_leaves(jacobian)
     wanted = len(independent.inputs) * len(independent.outputs)
     if len(flat) != wanted:
         raise VerificationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from autojac.api.jacobian_matrices import one_hot_seeds
 from autojac.api.product_arguments import CallShapes
 from autojac.api.solving import Solving
 from autojac.autodiff.seeds import spans
+from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.options import parse_bytes
 from autojac.core.product_functions import SampleWindow, WeighedBy
 from autojac.errors import InputError, OptionError, counted, kind_of
@@ -83,7 +85,7 @@ class Chunked(Solving):
             return parts
         with torch.no_grad():
             for start, J in parts:
-                for target, part in zip(targets, pytree.tree_leaves(J), strict=True):
+                for target, part in zip(targets, tensor_leaves(J), strict=True):
                     target[start : start + len(part)].copy_(part)
         return out
 
@@ -124,7 +126,8 @@ class Chunked(Solving):
             cotangents = shapes.nested_outputs(one_hot_seeds(shapes, args, first, last, False, True))
             pulled = self._product(WeighedBy, args, kwargs, cotangents, True)
             pulled = pulled[0] if self.options.has_aux else pulled
-            rows.append(pytree.tree_map(lambda t, event=event: t.reshape(stop - start, *event, *t.shape[1:]), pulled))
+            shape = (stop - start, *event)
+            rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflattened, shape), pulled))
         return shapes.nested_outputs(rows)
 
     def _window(self, args: Sequence[Any], shapes: CallShapes) -> Any:
@@ -142,7 +145,7 @@ class Chunked(Solving):
     def _through(
         self, window: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, samples: range
     ) -> Any:
-        flat = pytree.tree_leaves(self._differentiated(args))
+        flat = [t for t in tensor_leaves(self._differentiated(args)) if is_differentiable(t)]
         axes = [shapes.axes[position] for position in shapes.differentiated]
         parts = [
             x if axis is None else x.narrow(axis, samples.start, len(samples))
@@ -150,10 +153,14 @@ class Chunked(Solving):
         ]
         index = torch.arange(samples.start, samples.stop, device=shapes.device)
         found = window(index, *parts, *args, **kwargs)
-        leaves = pytree.tree_leaves(found[0] if self.options.has_aux else found)
+        leaves = tensor_leaves(found[0] if self.options.has_aux else found)
         count = len(parts)
         rows = [leaves[number * count : (number + 1) * count] for number in range(len(shapes.outputs))]
         return shapes.nested_outputs([self._nested_inputs(args, row) for row in rows])
+
+
+def _unflattened(shape: tuple[int, ...], rows: Tensor) -> Tensor:
+    return rows.reshape(*shape, *rows.shape[1:])
 
 
 def _sliced(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: int) -> tuple[Any, ...]:
@@ -173,9 +180,9 @@ def _checked_targets(
     out: Any, wanted: Sequence[tuple[int, ...]], args: Sequence[Any], shapes: CallShapes
 ) -> list[Tensor]:
     """Return what is written into, as tensors that share its memory."""
-    tensors = [value for value in pytree.tree_leaves(tuple(args)) if isinstance(value, Tensor)]
+    tensors = tensor_leaves(tuple(args))
     dtypes = [tensors[position].dtype for position in shapes.differentiated] * len(shapes.outputs)
-    flat = pytree.tree_leaves(out)
+    flat = [value for value in pytree.tree_leaves(out) if value is not None]
     if len(flat) != len(wanted):
         raise InputError(
             f"out was expected to hold {counted(len(wanted), 'tensor')} or arrays, one per Jacobian, got {len(flat)}. "

@@ -13,11 +13,11 @@ from autojac.api.linalg import HALVES
 from autojac.api.product_arguments import CallShapes
 from autojac.api.products import Products
 from autojac.autodiff.seeds import spans
+from autojac.core.nests import tensor_leaves
 from autojac.core.options import format_bytes, parse_bytes
 from autojac.core.product_functions import AlongTangents, WeighedBy
 from autojac.errors import SearchError, UnsupportedError
 from autojac.planning.search.memory import available_bytes
-from autojac.torch_internals import pytree
 
 PART = 4
 """What share of the memory limit a piece of a Jacobian may take: its seeds and what is made of it need room as well."""
@@ -200,7 +200,7 @@ class Grams(Products):
                 product = self._product(AlongTangents if columns else WeighedBy, args, kwargs, vectors, whole)
                 if self.options.has_aux:
                     product, aux[:] = product[0], [product[1]]
-                parts = [t.reshape(len(t), sizes.matrices, -1).permute(1, 2, 0) for t in pytree.tree_leaves(product)]
+                parts = [t.reshape(len(t), sizes.matrices, -1).permute(1, 2, 0) for t in tensor_leaves(product)]
                 piece = torch.cat(parts, 1)
                 yield piece.squeeze(0) if whole else piece
 

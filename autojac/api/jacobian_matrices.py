@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autojac.api.product_arguments import CallShapes
 from autojac.autodiff.seeds import identity as one_hot
-from autojac.torch_internals import pytree
+from autojac.core.nests import tensor_leaves
 
 
 class MatrixSizes(NamedTuple):
@@ -42,7 +42,7 @@ class MatrixSizes(NamedTuple):
 
 def as_one_matrix(jacobian: Any, shapes: CallShapes, whole: bool) -> Tensor:
     """Return the Jacobians of all outputs in all inputs as one matrix per sample, or one for the whole batch."""
-    flat = pytree.tree_leaves(jacobian)
+    flat = tensor_leaves(jacobian)
     rows = []
     for number, event in enumerate(shapes.outputs):
         row = flat[number * len(shapes.inputs) : (number + 1) * len(shapes.inputs)]
@@ -65,7 +65,7 @@ def one_hot_seeds(
     """
     events = shapes.inputs if columns else shapes.outputs
     axes: list[int | None] = [shapes.axes[p] for p in shapes.differentiated] if columns else [0] * len(events)
-    tensors = [value for value in pytree.tree_leaves(tuple(args)) if isinstance(value, Tensor)]
+    tensors = tensor_leaves(tuple(args))
     chosen = [tensors[position] for position in shapes.differentiated]
     likes = chosen if columns else [chosen[0]] * len(events)
     lead = () if shapes.batch is None else (shapes.batch,)

@@ -13,9 +13,9 @@ from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.product_arguments import CallShapes
 from autojac.api.products import without_last
 from autojac.autodiff.second_order import hessian_product
+from autojac.core.nests import tensor_leaves
 from autojac.core.product_functions import AlongTangents, WeighedBy
 from autojac.errors import InputError, UnsupportedError
-from autojac.torch_internals import pytree
 
 PART = 4
 """What share of the memory limit the Jacobian of a part may take."""
@@ -127,9 +127,9 @@ class Kernels(Chunked):
         if loss is not None:
             outputs = self.func(*own, **kwargs)
             outputs = outputs[0] if self.options.has_aux else outputs
-            flat = pytree.tree_leaves(outputs)
+            flat = tensor_leaves(outputs)
             pushed = shapes.nested_outputs(
-                hessian_product(lambda *ys: loss(shapes.nested_outputs(ys)), flat, pytree.tree_leaves(pushed))
+                hessian_product(lambda *ys: loss(shapes.nested_outputs(ys)), flat, tensor_leaves(pushed))
             )
         pulled = self._product(WeighedBy, own, kwargs, pushed, True)
         return pulled[0] if self.options.has_aux else pulled
@@ -171,7 +171,7 @@ class Kernels(Chunked):
             return _norms(pulled[0] if self.options.has_aux else pulled)
         product = self._prepared(WeighedBy, own, kwargs, cotangents, False)
         room = self._memory_limit(shapes) // PART
-        parts = product.jacobian.chunks(*product.flat(cotangents), *own, bytes=room, **kwargs)
+        parts = product.jacobian.chunks(*product.nest.flat(cotangents), *own, bytes=room, **kwargs)
         return torch.cat([_norms(part) for _, part in parts])
 
 
@@ -182,6 +182,6 @@ def _all_pairs(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _norms(gradients: Any) -> Tensor:
-    parts = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in pytree.tree_leaves(gradients)]
+    parts = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in tensor_leaves(gradients)]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return norms

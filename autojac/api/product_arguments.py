@@ -16,6 +16,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction
+from autojac.core.nests import is_differentiable
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import silent
 from autojac.core.sandbox import without_hooks
@@ -26,6 +27,25 @@ from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.torch_internals import pytree
+
+
+class VectorNest(NamedTuple):
+    """Where the vectors of a product are in what is passed.
+
+    Attributes:
+        spec: of the nest; None for one tensor.
+        places: of the vectors among its leaves; the others belong to what has no derivative, whatever they are.
+    """
+
+    spec: pytree.TreeSpec | None
+    places: tuple[int, ...]
+
+    def flat(self, vectors: Any) -> list[Any]:
+        """Return the vectors alone."""
+        if self.spec is None:
+            return [vectors]
+        every = self.spec.flatten_up_to(vectors)
+        return [every[number] for number in self.places]
 
 
 class CallShapes(NamedTuple):
@@ -57,6 +77,11 @@ class CallShapes(NamedTuple):
     device: torch.device
     is_blind: bool
     is_sliceable: bool
+
+    @property
+    def outputs_nest(self) -> VectorNest:
+        """Where cotangents are in their nest."""
+        return VectorNest(self.nest, tuple(range(len(self.outputs))))
 
     def nested_outputs(self, flat: Sequence[Any]) -> Any:
         """Return values for the outputs in their nest."""
@@ -106,7 +131,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
         axes: tuple[int | None, ...] = (None,) * len(layout.axes)
     else:
         axes = tuple(axis if has else None for axis, has in zip(layout.sources, batched, strict=True))
-    order = tuple(position for _, group in layout.groups for position in group)
+    order = tuple(layout.order)
     roles = layout.roles(call.leaves, layout.batched(batched))
     return CallShapes(
         None if layout.unbatched else report.signature.batch,
@@ -136,14 +161,14 @@ class ProductVectors(NamedTuple):
 
     Attributes:
         steps: zeros, which come first along tangents.
-        nest: of the vectors.
+        nest: where the vectors are in what is passed.
         several: there are several.
         in_dims: of steps and vectors.
         axes: of the differentiated tensors, along tangents.
     """
 
     steps: tuple[Tensor, ...]
-    nest: pytree.TreeSpec | None
+    nest: VectorNest
     several: bool
     in_dims: tuple[int | None, ...]
     axes: tuple[int | None, ...] = ()
@@ -151,8 +176,10 @@ class ProductVectors(NamedTuple):
 
 def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> ProductVectors:
     """Check the vectors that a Jacobian is multiplied with, `like` what is differentiated."""
-    flat, spec = pytree.tree_flatten(like)
-    nest = None if isinstance(like, Tensor) else spec
+    leaves, spec = pytree.tree_flatten(like)
+    places = tuple(number for number, value in enumerate(leaves) if is_differentiable(value))
+    flat = [leaves[number] for number in places]
+    nest = VectorNest(None if isinstance(like, Tensor) else spec, places)
     several, given = checked_vectors(vectors, nest, [tuple(x.shape) for x in flat], "v")
     axes = tuple(None if whole else shapes.axes[position] for position in shapes.differentiated)
     count = given[0].shape[:several]
@@ -171,18 +198,18 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
 def cotangents(shapes: CallShapes, vectors: Any, whole: bool) -> ProductVectors:
     """Check the vectors that multiply a Jacobian from the left."""
     lead = () if shapes.batch is None else (shapes.batch,)
-    several, given = checked_vectors(vectors, shapes.nest, [(*lead, *shape) for shape in shapes.outputs], "u")
+    several, given = checked_vectors(vectors, shapes.outputs_nest, [(*lead, *shape) for shape in shapes.outputs], "u")
     dims = (None if whole else int(several),) * len(given)
-    return ProductVectors((), shapes.nest, several, dims)
+    return ProductVectors((), shapes.outputs_nest, several, dims)
 
 
 def checked_vectors(
-    vectors: Any, nest: pytree.TreeSpec | None, wanted: Sequence[tuple[int, ...]], name: str, several: bool = True
+    vectors: Any, nest: VectorNest, wanted: Sequence[tuple[int, ...]], name: str, several: bool = True
 ) -> tuple[bool, list[Tensor]]:
     """Return whether several vectors were passed, and their tensors."""
     what = "what is differentiated" if name == "v" else "func's outputs"
     try:
-        flat = [vectors] if nest is None else nest.flatten_up_to(vectors)
+        flat = nest.flat(vectors)
     except ValueError as error:
         raise InputError(
             f"{name} was expected in the nest of {what}, {counted(len(wanted), 'tensor')}, got {kind_of(vectors)} that "

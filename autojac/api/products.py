@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from autojac.api.derived import Derived
-from autojac.api.product_arguments import CallShapes, call_shapes, cotangents, nested_axes, of_samples, tangents
+from autojac.api.product_arguments import (
+    CallShapes,
+    VectorNest,
+    call_shapes,
+    cotangents,
+    nested_axes,
+    of_samples,
+    tangents,
+)
 from autojac.autodiff.open_modes import transforming
 from autojac.core.call import describe
+from autojac.core.nests import is_differentiable
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
 from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
@@ -29,7 +38,7 @@ class Product:
     Attributes:
         jacobian: the wrapper whose Jacobian is the product.
         steps: of a product along tangents, its first arguments: zeros.
-        nest: of the vectors; None for one tensor.
+        nest: where the vectors are in what is passed.
         outputs: the nest of func's outputs; None for one tensor.
         several_at: the axis of the result that runs over several vectors; None for a single one.
         is_formed: the Jacobian itself is computed, and multiplied.
@@ -38,15 +47,11 @@ class Product:
 
     jacobian: Any
     steps: tuple[Tensor, ...]
-    nest: pytree.TreeSpec | None
+    nest: VectorNest
     outputs: pytree.TreeSpec | None
     several_at: int | None
     is_formed: bool = False
     is_summed: bool = False
-
-    def flat(self, vectors: Any) -> list[Any]:
-        """Return the vectors in the order in which the function takes them."""
-        return [vectors] if self.nest is None else self.nest.flatten_up_to(vectors)
 
     def of_jacobian(self, jacobian: Any) -> Any:
         """Return the product from the Jacobian of the function made for it."""
@@ -56,7 +61,7 @@ class Product:
             jacobian = sums[0] if self.outputs is None else pytree.tree_unflatten(sums, self.outputs)
         if self.several_at is None and not self.is_summed:
             return jacobian
-        return self._changed(jacobian) if isinstance(jacobian, Tensor) else pytree.tree_map(self._changed, jacobian)
+        return pytree.tree_map_only(Tensor, self._changed, jacobian)
 
     def _changed(self, part: Tensor) -> Tensor:
         moved = part if self.several_at is None else part.movedim(self.several_at, 0)
@@ -143,9 +148,9 @@ class Products(Derived):
         product = self._prepared(kind, args, kwargs, vectors, whole)
         if product.is_formed:
             plan, computed = self._run(args, kwargs)
-            along = times_parameters(computed.jacobians, product.flat(vectors), product.several_at is not None)
+            along = times_parameters(computed.jacobians, product.nest.flat(vectors), product.several_at is not None)
             return self._beside_aux(plan.layout.value(along), computed)
-        result = product.jacobian(*product.steps, *product.flat(vectors), *args, **kwargs)
+        result = product.jacobian(*product.steps, *product.nest.flat(vectors), *args, **kwargs)
         if self.options.has_aux:
             return product.of_jacobian(result[0]), result[1]
         return product.of_jacobian(result)
@@ -203,7 +208,9 @@ class Products(Derived):
 
     def _nested_inputs(self, args: Sequence[Any], flat: Sequence[Any]) -> Any:
         """Return values for what is differentiated in its nest."""
-        return pytree.tree_unflatten(list(flat), pytree.tree_structure(self._differentiated(args)))
+        leaves, spec = pytree.tree_flatten(self._differentiated(args))
+        given = iter(flat)
+        return pytree.tree_unflatten([next(given) if is_differentiable(value) else None for value in leaves], spec)
 
     def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool = False) -> CallShapes:
         """Return what products follow from; func is called, without a trace, when it is first asked for."""

@@ -16,6 +16,7 @@ from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
 from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
+from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
 from autojac.errors import InputError, kind_of
 from autojac.torch_internals import pytree
@@ -72,7 +73,7 @@ class Solving(Grams):
         shapes = self._shapes(own, kwargs)
         lead = () if shapes.batch is None else (shapes.batch,)
         wanted = [(*lead, *shape) for shape in shapes.outputs]
-        flat = checked_vectors(residual, shapes.nest, wanted, "r", several=False)[1]
+        flat = checked_vectors(residual, shapes.outputs_nest, wanted, "r", several=False)[1]
         whole = self._is_whole or shapes.batch is None
         count = 1 if whole else int(shapes.batch or 0)
         r = torch.cat([t.reshape(count, -1) for t in flat], 1)
@@ -152,11 +153,11 @@ class Solving(Grams):
                 moved = vectors.movedim(1, 1 + axis) if axis and kind is AlongTangents else vectors
                 nested = self._nested_inputs(own, [moved]) if kind is AlongTangents else shapes.nested_outputs([moved])
                 found = self._product(kind, point, kwargs, nested, True)
-                result: Tensor = pytree.tree_leaves(found[0] if self.options.has_aux else found)[0]
+                result: Tensor = tensor_leaves(found[0] if self.options.has_aux else found)[0]
                 return result
 
             times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeighedBy))
-            like = pytree.tree_leaves(self._differentiated(point))[0]
+            like = next(t for t in tensor_leaves(self._differentiated(point)) if is_differentiable(t))
             return operators.JacobianOperator(operators.Applied("matrix-free", times, back, outputs, inputs, like))
 
     def _by_products(
@@ -172,7 +173,7 @@ class Solving(Grams):
             found = self._product(kind, args, kwargs, vectors, whole)
             if self.options.has_aux:
                 found, aux[:] = found[0], [found[1]]
-            return torch.cat([t.reshape(len(r), -1) for t in pytree.tree_leaves(found)], 1)
+            return torch.cat([t.reshape(len(r), -1) for t in tensor_leaves(found)], 1)
 
         def times(v: Tensor) -> Tensor:
             flat = _divided(v, shapes, whole)

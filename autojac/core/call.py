@@ -12,6 +12,7 @@ from torch import Tensor
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
+from autojac.core.nests import differentiated_places, tensor_leaves
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
@@ -66,12 +67,17 @@ class CallLayout:
         # the axes to bring to the front; elsewhere the batch is there already
         self.sources = tuple(axis if isinstance(axis, int) else 0 for axis in self.axes)
         self.moved = any(self.sources) or self.unbatched
-        self.groups = self._groups(args, chosen)
-        self.differentiated = tuple(sorted(position for _, group in self.groups for position in group))
+        self.groups = differentiated_places(args, chosen)
+        self.differentiated = tuple(sorted(self.order))
         # one tensor in and one out, the usual case, costs no nesting
         self.single = self.plain and not self.unbatched and isinstance(argnums, int)
         self._require_floats(flat)
         self.out_spec: pytree.TreeSpec | None = None
+
+    @property
+    def order(self) -> list[int]:
+        """The positions of the differentiated tensors among the leaves, in the order of `argnums` and their nests."""
+        return [position for _, group in self.groups for position in group if position is not None]
 
     @property
     def context(self) -> str:
@@ -156,7 +162,10 @@ class CallLayout:
         return own[0] if self.out_spec is None else pytree.tree_unflatten(own, self.out_spec)
 
     def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
-        """Return the Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside."""
+        """Return the Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside.
+
+        In the place of what has no derivative, such as ids in a dict of an argument, there is None.
+        """
         if self.single and self.out_spec is None:
             return rows[0][0]
         nested = [self._nest_row(row) for row in rows]
@@ -164,9 +173,8 @@ class CallLayout:
 
     def unnested(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
-        flat = pytree.tree_leaves(jacobian)
-        order = [position for _, group in self.groups for position in group]
-        rows = []
+        flat, order, rows = tensor_leaves(jacobian), self.order, []
+
         for start in range(0, len(flat), len(order)):
             at = dict(zip(order, flat[start : start + len(order)], strict=True))
             row = [at[position] for position in self.differentiated]
@@ -203,28 +211,11 @@ class CallLayout:
         if self.unbatched:
             # a sparse matrix has no axis for the batch
             at = {p: one.squeeze(0) if one.layout == torch.strided else one for p, one in at.items()}
-        nests = tuple(pytree.tree_unflatten([at[position] for position in group], spec) for spec, group in self.groups)
+        at_places = (
+            (spec, [None if position is None else at[position] for position in group]) for spec, group in self.groups
+        )
+        nests = tuple(pytree.tree_unflatten(placed, spec) for spec, placed in at_places)
         return nests if isinstance(self.argnums, tuple) else nests[0]
-
-    def _groups(self, args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, tuple[int, ...]]]:
-        """Return for each differentiated argument its nesting and the positions of its tensors among the leaves."""
-        order = {index: position for position, index in enumerate(self.tensor_at)}
-        starts = [0]
-        for arg in args:
-            starts.append(starts[-1] + len(pytree.tree_leaves(arg)))
-        groups = []
-        for number in chosen:
-            _, spec = pytree.tree_flatten(args[number])
-            indices = range(starts[number], starts[number + 1])
-            strangers = [index for index in indices if index not in order]
-            if strangers or starts[number] == starts[number + 1]:
-                what = kind_of(self.constants[strangers[0]]) if strangers else "nothing"
-                raise InputError(
-                    f"argument {number} is to be differentiated, but holds {what}; tensors were expected. Pass "
-                    "tensors, or leave it out of argnums"
-                )
-            groups.append((spec, tuple(order[index] for index in indices)))
-        return groups
 
     def _require_floats(self, flat: Sequence[Any]) -> None:
         for position in self.differentiated:

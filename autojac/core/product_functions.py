@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autojac.core.module_function import ModuleFunction, ModuleLock
+from autojac.core.nests import is_differentiable
 from autojac.torch_internals import pytree
 
 
@@ -94,7 +95,8 @@ class AlongTangents(ProductFunction):
         vectors, own = zip(args[first:last], self.axes, strict=True), list(args[last:])
         for number in self.argnums:
             flat, spec = pytree.tree_flatten(own[number])
-            own[number] = pytree.tree_unflatten([x + self._shift(x, *next(vectors), steps) for x in flat], spec)
+            moved = [x + self._shift(x, *next(vectors), steps) if is_differentiable(x) else x for x in flat]
+            own[number] = pytree.tree_unflatten(moved, spec)
         out, aux = self._call(own, kwargs)
         return (out, *aux) if aux else out
 
@@ -169,7 +171,7 @@ class SampleWindow(ComposedFunction):
             flat, spec = pytree.tree_flatten(own[number])
             placed = []
             for x in flat:
-                part, axis = next(parts)
+                part, axis = next(parts) if is_differentiable(x) else (x, None)
                 placed.append(part if axis is None else x.index_copy(axis, index, part))
             own[number] = pytree.tree_unflatten(placed, spec)
         out, aux = self._call(own, kwargs)

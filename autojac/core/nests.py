@@ -1,0 +1,52 @@
+"""Nests of arguments: which of their leaves have derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from autojac.errors import InputError, kind_of
+from autojac.torch_internals import pytree
+
+Positions = tuple[int | None, ...]
+
+
+def is_differentiable(value: Any) -> bool:
+    """Check whether a value has derivatives; a complex tensor counts, to be refused by its name."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def tensor_leaves(nest: Any) -> list[Tensor]:
+    """Return the tensors of a nest, flat."""
+    return [value for value in pytree.tree_leaves(nest) if isinstance(value, Tensor)]
+
+
+def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, Positions]]:
+    """Return each differentiated argument's nesting, and where its tensors are among those of all arguments.
+
+    None where a nest holds what has no derivative besides what has one: ids, masks, strings.
+    """
+    flat = pytree.tree_leaves(tuple(args))
+    tensor_at = (index for index, value in enumerate(flat) if isinstance(value, Tensor))
+    order = {index: position for position, index in enumerate(tensor_at)}
+    start = 0
+    groups: list[tuple[pytree.TreeSpec, Positions]] = []
+    starts = [start := start + len(pytree.tree_leaves(arg)) for arg in args]
+    for number in chosen:
+        values, spec = pytree.tree_flatten(args[number])
+        first = starts[number] - len(values)
+        tensors = [isinstance(value, Tensor) for value in values]
+        moving = [is_differentiable(value) for value in values]
+        if not any(moving) and not (values and all(tensors)):
+            strangers = [value for value, has in zip(values, tensors, strict=True) if not has]
+            what = kind_of(strangers[0]) if strangers else "nothing"
+            raise InputError(
+                f"argument {number} is to be differentiated, but holds {what}; tensors were expected. Pass "
+                "tensors, or leave it out of argnums"
+            )
+        # where nothing has a derivative, that is told of the tensors
+        kept = moving if any(moving) else tensors
+        groups.append((spec, tuple(order[first + at] if has else None for at, has in enumerate(kept))))
+    return groups

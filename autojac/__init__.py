@@ -46,6 +46,7 @@ from autojac.errors import (
     UnsupportedError,
     VerificationError,
 )
+from autojac.planning.pinned import pin
 from autojac.sparse.csr import to_scipy
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "jacobian_from",
+    "pin",
     "probe",
     "report",
     "to_scipy",

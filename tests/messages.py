@@ -251,6 +251,15 @@ def crowded() -> None:
     own(x)
 
 
+def pinned_miss() -> None:
+    """A call that no pinned plan is for."""
+    autojac.pin(PlanStore(":memory:"))
+    try:
+        wrap(torch.sin)(x)
+    finally:
+        autojac.pin(None)
+
+
 def spoiled() -> None:
     """Differentiate a replayed Jacobian again, after func has changed."""
     net = nn.Linear(2, 2)
@@ -506,6 +515,12 @@ MESSAGES = (
         "memory ran out in the plan",
         "Pass memory_limit",
         crowded,
+    ),
+    Message(
+        PlanMissError, "are pinned", "none is for arguments", r"unpin them by autojac\.pin\(None\), tune", pinned_miss
+    ),
+    Message(
+        StoreError, "were to be pinned", "there is no plan store at", "Tune ahead", lambda: autojac.pin(here("no.db"))
     ),
     # what func returns and does
     Message(

@@ -11,6 +11,7 @@ from autojac.core.signature import Signature, bucket
 from autojac.errors import PlanMissError, StoreError
 from autojac.methods.base import Method, build
 from autojac.planning.first_call import FirstCallReport
+from autojac.planning.pinned import pinned_store
 from autojac.planning.plan_repository import Keys, PlanRepository
 
 
@@ -53,12 +54,19 @@ class KnownPlans:
 
     def is_too_poor(self, plan: Plan, wanted: Effort) -> bool:
         """Check whether a plan must be searched for before a call is answered."""
-        if self.options.on_miss in ("error", "online"):
+        if self.options.on_miss in ("error", "online") or pinned_store() is not None:
             return False
         return effort_rank(plan.effort) < effort_rank(wanted) or (wanted != "estimate" and not plan.finished)
 
     def require_allowed(self, report: FirstCallReport, force: bool) -> None:
         """Raise `PlanMissError` where no plan may be made."""
+        if pinned_store() is not None:
+            shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
+            raise PlanMissError(
+                f"the plans of {self.repository.description} are pinned, and none is for arguments {shapes} on this "
+                "machine. Nothing is searched while plans are pinned: unpin them by autojac.pin(None), tune, and pin "
+                "them again"
+            )
         if self.options.on_miss == "error" and not force:
             shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
             raise PlanMissError(

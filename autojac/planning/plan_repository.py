@@ -20,6 +20,7 @@ from autojac.core.signature import Signature
 from autojac.errors import StoreError
 from autojac.guards.captures import fingerprint
 from autojac.methods.base import Method, build
+from autojac.planning.pinned import pinned_store
 from autojac.store.keys import Key, environment_key, operation_key
 
 if TYPE_CHECKING:
@@ -48,9 +49,13 @@ class PlanRepository:
         """Return nothing: where results are kept changes none of them."""
         return {}
 
-    @cached_property
+    @property
     def store(self) -> PlanStore:
-        """The store: one per location and process; in memory, one per wrapper."""
+        """The store: the pinned one, else one per location and process; in memory, one per wrapper."""
+        return pinned_store() or self._own_store
+
+    @cached_property
+    def _own_store(self) -> PlanStore:
         from autojac.store import PlanStore
 
         place = self.options.store
@@ -87,7 +92,9 @@ class PlanRepository:
         return self.store.trials(*keys)
 
     def save(self, keys: Keys, plan: Plan) -> None:
-        self.store.save(*keys, plan, self.function_name)
+        """Keep a plan, unless plans are pinned."""
+        if pinned_store() is None:
+            self.store.save(*keys, plan, self.function_name)
 
     def coloring(self, key: str) -> dict[str, Indices] | None:
         return self.store.coloring(key)
@@ -96,7 +103,9 @@ class PlanRepository:
         self.store.save_coloring(key, arrays)
 
     def refute(self, keys: Keys, reason: str) -> None:
-        self.store.refute(*keys, reason)
+        """Never find a plan again, unless plans are pinned: then each process finds out anew."""
+        if pinned_store() is None:
+            self.store.refute(*keys, reason)
 
     def keys(self, signature: Signature, digest: str = "") -> Keys:
         """Return what a plan is filed under: the function, by a digest or as it is now, the call, and the device."""

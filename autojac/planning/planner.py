@@ -26,6 +26,7 @@ from autojac.planning.contents_watch import ContentsWatch
 from autojac.planning.exploration import Exploration
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.known_plans import KnownPlans
+from autojac.planning.pinned import pinned_store
 from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
@@ -124,7 +125,8 @@ class Planner(ProblemBuilder):
     def _explored(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
         """Let the search for a plan that is not the best known to be go on while it is used."""
         unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
-        if self.options.on_miss == "online" and unfinished and not prepared.is_provisional and wanted != "estimate":
+        explores = self.options.on_miss == "online" and wanted != "estimate" and pinned_store() is None
+        if explores and unfinished and not prepared.is_provisional:
             trials = self.known.trials(prepared.keys, plan)
             timed = [trial for trial in trials if trial.seconds is not None or trial.state != "complete"]
             prior = PriorKnowledge(self.known.hints(prepared.keys), build(plan.method), timed)

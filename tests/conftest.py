@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,13 @@ def fixed_seeds() -> None:
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_available():  # else each device would take down the stack, to be seeded later
         torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture(autouse=True)
+def no_code_known() -> None:
+    """Tests of one process share lambdas, and are not told that they wrap them anew."""
+    if "autojac.planning.same_code" in sys.modules:
+        sys.modules["autojac.planning.same_code"]._codes.clear()
 
 
 @pytest.fixture(autouse=True)

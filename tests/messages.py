@@ -260,6 +260,16 @@ def pinned_miss() -> None:
         autojac.pin(None)
 
 
+def wrapped_in_a_loop() -> None:
+    """Wrappers of one lambda with other constants."""
+
+    def scaled(value: float) -> Any:
+        return lambda x: value * x.sin()
+
+    for value in range(8):
+        wrap(scaled(value + 1.5))(x)
+
+
 def spoiled() -> None:
     """Differentiate a replayed Jacobian again, after func has changed."""
     net = nn.Linear(2, 2)
@@ -521,6 +531,13 @@ MESSAGES = (
     ),
     Message(
         StoreError, "were to be pinned", "there is no plan store at", "Tune ahead", lambda: autojac.pin(here("no.db"))
+    ),
+    Message(
+        PerformanceWarning,
+        "Wrap the function once",
+        "each with another value of `value`",
+        "as an argument",
+        wrapped_in_a_loop,
     ),
     # what func returns and does
     Message(

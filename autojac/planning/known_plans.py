@@ -13,6 +13,7 @@ from autojac.methods.base import Method, build
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.pinned import pinned_store
 from autojac.planning.plan_repository import Keys, PlanRepository
+from autojac.planning.same_code import hint_for
 
 
 class KnownPlans:
@@ -89,8 +90,9 @@ class KnownPlans:
         return plan.trials or (() if keys is None else self.repository.trials(keys))
 
     def hints(self, keys: Keys | None) -> list[Method]:
-        """Return methods that won on other devices, or for other shapes of the same function."""
+        """Return methods that won on other devices, for other shapes, or for other constants in the same code."""
         found = dict.fromkeys([] if keys is None else self.repository.hints(keys))
+        found |= dict.fromkeys(hint_for(self.repository.func))
         for _, plan in self._neighbours.values():
             with suppress(StoreError):
                 found.setdefault(build(plan.method))

@@ -17,11 +17,13 @@ from autojac.core.plan import Effort
 from autojac.core.product_functions import ComposedFunction
 from autojac.core.structure import UPDATES_BUFFERS
 from autojac.guards.captures import Captures, captures, survey
+from autojac.methods.base import build
 from autojac.planning.call import Call, CallKey
 from autojac.planning.fast_path import no_fast_path
 from autojac.planning.online import explore
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
+from autojac.planning.same_code import note_plan
 from autojac.replay.replayer import Replaying
 
 
@@ -168,5 +170,9 @@ class PlansInUse:
             call = self.planner.describe(found, args, kwargs)
             plan = self._plans.get(call.key)
             if plan is None:
+                is_first = not self._plans
                 plan = self.keep(call, self.planner.prepare(call))
+                if is_first:
+                    repository = self.planner.repository
+                    note_plan(self.func, repository.function_name, build(plan.plan.method))
             return plan, call

@@ -68,10 +68,10 @@ class AutoHessian:
         self._gradient = jacobian_of(func, inner)
         self.func = self._gradient.func
         # zeros that were declared are those of func's own Jacobian
-        outer = chosen.replaced(coupling=of_samples(chosen.coupling))
+        outer = chosen.replaced(coupling=of_samples(chosen.coupling), symmetric=True)
         self.planned = jacobian_of(self._gradient, outer)
         self._diagonals = jacobian_of(self._gradient, outer.replaced(layout="diagonal"))
-        self._laplacian = jacobian_of(func, outer.replaced(layout="blocks"), "laplacian")
+        self._laplacian = jacobian_of(func, outer.replaced(layout="blocks", symmetric=False), "laplacian")
 
     def __repr__(self) -> str:
         return f"AutoHessian({repr(self.planned).removeprefix('AutoJacobian(AutoJacobian of ')}"

@@ -30,6 +30,7 @@ class Options:
 
     Attributes:
         of: the derivatives by input columns that are asked for in the place of a Jacobian; none for a Jacobian.
+        symmetric: the Jacobian of each sample is known to be symmetric, as that of a gradient is.
     """
 
     argnums: int | tuple[int, ...] = 0
@@ -46,11 +47,12 @@ class Options:
     store: Any = field(default=None, repr=False)  # which may be a URL with a password
     version: str = ""
     of: Terms = ()
+    symmetric: bool = False
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all options, in the order of the signature of `AutoJacobian`."""
-        return tuple(option.name for option in dataclasses.fields(cls) if option.name != "of")
+        return tuple(option.name for option in dataclasses.fields(cls) if option.name not in ("of", "symmetric"))
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Self:

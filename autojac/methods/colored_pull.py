@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cos
 from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
-from autojac.problem.compression import colors_of, nothing_gained
+from autojac.problem.compression import Colors, colors_of, mirrored_rows, nothing_gained
 from autojac.problem.decompression import decompressor
 from autojac.problem.problem import Compute, Problem, Result
 
@@ -24,10 +25,13 @@ class ColoredPull(Method):
     Attributes:
         engine: as in `Pull`.
         chunk: seeds per pass; None for all.
+        coloring: `star` reads a symmetric Jacobian, such as a Hessian, by a star coloring of its rows: of two entries
+            that mirror each other one has to stand alone.
     """
 
     engine: Engine = "loop"
     chunk: int | None = None
+    coloring: Literal["star"] | None = None
 
     runs: ClassVar[FuncRuns] = FuncRuns.ONCE
 
@@ -40,31 +44,44 @@ class ColoredPull(Method):
         return True
 
     def unsupported(self, problem: Problem) -> str | None:
+        if self.coloring == "star":
+            mirrored, rows = mirrored_rows(problem), nothing_gained(problem, "rows")
+            if mirrored is None:
+                return "it is not known to be symmetric, with a symmetric pattern that can be star-colored"
+            if rows is None and mirrored[0].count >= colors_of(problem, "rows").count:
+                return "symmetry saves no color"
+            return super().unsupported(problem)
         return nothing_gained(problem, "rows") or super().unsupported(problem)
+
+    def _colors(self, problem: Problem) -> Colors:
+        mirrored = mirrored_rows(problem) if self.coloring == "star" else None
+        return colors_of(problem, "rows") if mirrored is None else mirrored[0]
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        if cls().unsupported(problem) is not None:
-            return
-        yield cls("loop")
-        for chunk in chunk_sizes(problem, colors_of(problem, "rows").count, depth):
-            yield cls("vmap", chunk)
-            yield cls("batched", chunk)
+        for first in (cls(), cls(coloring="star")):
+            if first.unsupported(problem) is None:
+                yield first
+                for chunk in chunk_sizes(problem, first._colors(problem).count, depth):
+                    yield dataclasses.replace(first, engine="vmap", chunk=chunk)
+                    yield dataclasses.replace(first, engine="batched", chunk=chunk)
 
     def cost(self, problem: Problem) -> float:
-        count = colors_of(problem, "rows").count
+        count = self._colors(problem).count
         step = 1 if self.engine == "loop" else self.chunk or count or 1
         return dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
 
     def workspace(self, problem: Problem) -> int:
-        count = colors_of(problem, "rows").count
+        count = self._colors(problem).count
         compressed = count * problem.item_bytes * problem.batch * problem.in_size
         return compressed + (1 if self.engine == "loop" else self.chunk or count) * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        colors = colors_of(problem, "rows")
+        colors = self._colors(problem)
+        mirrored = mirrored_rows(problem) if self.coloring == "star" else None
+        swapped = None if mirrored is None else mirrored[1]
         readers = [
-            [decompressor(problem, (colors,), output, position) for position in problem.inputs]
+            [decompressor(problem, (colors,), output, position, swapped=swapped) for position in problem.inputs]
             for output in range(len(problem.outputs))
         ]
 

@@ -126,6 +126,7 @@ class ProblemBuilder:
             generators=tuple(report.sandbox.state),
             places=report.sandbox.places,
             of=self.options.of,
+            symmetric=self.options.symmetric,
         )
 
     @staticmethod

@@ -17,6 +17,7 @@ from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, decoded
+from autojac.sparse.star_coloring import is_symmetric, is_within_reach, mirrored_reading, star
 
 Kept = Literal["all", "blocks", "diagonals"]
 """Of the Jacobian of a batch: the whole, each sample's block, or the diagonal of each block."""
@@ -150,6 +151,28 @@ def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
 def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
     rows, columns = colorings.both(features)
     return Colors("rows", None, rows), Colors("columns", None, columns), decoded(features, rows, columns)
+
+
+def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
+    """Return colors of the rows of a symmetric Jacobian, and which entries are read as their mirror images.
+
+    None where nothing is known to be symmetric, or its pattern is not or is too large.
+    """
+    sparsity = problem.structure.sparsity
+    if not problem.symmetric or not problem.structure.independent or problem.layout == "diagonal":
+        return None
+    if sparsity is None or sparsity.features is None or len(problem.outputs) > 1 or len(problem.inputs) > 1:
+        return None
+    found: tuple[Colors, Marks] | None = problem.colorings.derived(_mirrored_rows, sparsity.features)
+    return found
+
+
+def _mirrored_rows(colorings: Colorings, features: Pattern) -> tuple[Colors, Marks] | None:
+    if not is_symmetric(features) or not is_within_reach(features):
+        return None
+    colors = star(features)
+    swapped = mirrored_reading(features, colors)
+    return None if swapped is None else (Colors("rows", None, colors), swapped)
 
 
 def inapplicable(problem: Problem) -> str | None:

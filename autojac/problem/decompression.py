@@ -23,7 +23,12 @@ class Decompress(Protocol):
 
 
 def decompressor(
-    problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Marks | None = None
+    problem: Problem,
+    sides: Sequence[Colors],
+    output: int,
+    position: int,
+    from_rows: Marks | None = None,
+    swapped: Marks | None = None,
 ) -> Decompress:
     """Prepare the reading of one Jacobian.
 
@@ -33,9 +38,10 @@ def decompressor(
         output, position: which Jacobian.
         from_rows: for each entry of the pattern inside a sample whether it is read from the side of the rows,
             (entries,) bool; needed where there are two sides.
+        swapped: for each entry of a symmetric Jacobian whether its mirror image is read, (entries,) bool.
     """
     if problem.structure.independent or problem.layout in ("blocks", "diagonal"):
-        return _OwnBlocks(problem, sides, output, position, from_rows)
+        return _OwnBlocks(problem, sides, (output, position), from_rows, swapped)
     assert len(sides) == 1
     return _WholeBatch(problem, sides[0], output, position)
 
@@ -44,8 +50,14 @@ class _OwnBlocks:
     """Every sample has the same entries, all in its own block."""
 
     def __init__(
-        self, problem: Problem, sides: Sequence[Colors], output: int, position: int, from_rows: Marks | None
+        self,
+        problem: Problem,
+        sides: Sequence[Colors],
+        pair: tuple[int, int],
+        from_rows: Marks | None,
+        swapped: Marks | None,
     ) -> None:
+        output, position = pair
         self.problem, self.sides = problem, sides
         self.event, self.leaf = problem.outputs[output], problem.leaves[position]
         pattern = problem.patterns(output, position)[1]
@@ -57,6 +69,8 @@ class _OwnBlocks:
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
         self.places = DeviceIndices(places)
+        if swapped is not None:
+            rows, columns = np.where(swapped, columns, rows), np.where(swapped, rows, columns)
         self.sources = []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))

@@ -69,6 +69,7 @@ class Problem:
         places: the attributes, containers and variables that fn sets.
         of: the derivatives by columns of the one input that are asked for in the place of a Jacobian: then what stands
             for a Jacobian has the shape (B, *out, k).
+        symmetric: each sample's Jacobian is symmetric: of one output in one input, as many.
     """
 
     fn: Flat
@@ -90,6 +91,7 @@ class Problem:
     generators: tuple[str, ...] = ()
     places: tuple[Any, ...] = dataclasses.field(default=(), compare=False, repr=False)
     of: Terms = ()
+    symmetric: bool = False
 
     @property
     def terms(self) -> tuple[Term, ...]:

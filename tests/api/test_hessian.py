@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import oracle
 from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
-from autojac.problem.compression import colors_of
+from autojac.problem.compression import colors_of, mirrored_rows
 from autojac.replay.replayer import Replaying
 from harness import compare, in_use
 
@@ -38,14 +38,14 @@ def estimated(func: Callable[..., Any], **options: Any) -> AutoHessian:
     return AutoHessian(func, **{"on_miss": "estimate", "store": ":memory:", **options})
 
 
-def by(method: dict[str, Any], func: Callable[..., Any], x: Tensor) -> AutoHessian:
+def by(method: dict[str, Any], func: Callable[..., Any], x: Tensor, **more: Any) -> AutoHessian:
     """Hessians by one method, which is found in the store."""
     store = PlanStore(":memory:")
-    maker = estimated(func, store=store)
+    maker = estimated(func, store=store, **more)
     plan, keys = maker.plan(x), in_use(maker.planned).keys
     assert keys is not None
     maker.planned._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
-    return estimated(func, store=store)
+    return estimated(func, store=store, **more)
 
 
 def right(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -192,3 +192,22 @@ def test_copies_and_names() -> None:
     assert repr(hessian) == "AutoHessian(Sequential(Linear, Tanh, ..., Flatten), 1 plan in use)"
     assert "AutoJacobian of Sequential" in hessian.explain(points())
     assert "hint" not in hessian.explain(points())
+
+
+def test_symmetry_saves_passes_where_rows_alone_take_one_each() -> None:
+    def hub(x: Tensor) -> Tensor:
+        return (x[0] * x[1:].square()).sum() + x.pow(4).sum()
+
+    x = points(1, 12)[0]
+    hessian = estimated(hub, in_dims=None, layout="sparse")
+    compare(hessian(x).to_dense(), torch.func.hessian(hub)(x))
+    method = {"method": "ColoredPull", "engine": "loop", "chunk": None, "coloring": "star"}
+    star = by(method, hub, x, in_dims=None, layout="sparse")
+    compare(star(x).to_dense(), torch.func.hessian(hub)(x))
+    problem = in_use(star.planned).problem
+    found = mirrored_rows(problem)
+    assert found is not None
+    assert found[0].count == 2
+    assert colors_of(problem, "rows").count == 12
+    compare(by(method, hub, x, in_dims=None)(x), torch.func.hessian(hub)(x))
+    assert star.planned.plan(x).method == method

@@ -111,6 +111,23 @@ def command(*words: str) -> None:
                     del sys.modules[name]
 
 
+class Listing(nn.Module):
+    """A module that reads its parameter past its attributes."""
+
+    weight = nn.Parameter(torch.ones(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Listing.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * Listing.weight
+
+
+def of_listing() -> AutoJacobian:
+    return AutoJacobian.of_parameters(Listing(), store=":memory:", on_miss="estimate")
+
+
 def tune(target: str, *words: str) -> None:
     command("tune", target, "--effort", "estimate", *(words or ("--shape", "3x2")))
 
@@ -1066,6 +1083,31 @@ MESSAGES = (
         "of shape .3, 2.",
         "return the sum",
         lambda: wrap(torch.sin).ggn_product(x, x, loss=torch.sin),
+    ),
+    # a part of the output
+    Message(OptionError, "select must be a path", "got 3", "or a function", lambda: wrap(torch.sin, select=3)),
+    Message(
+        OptionError,
+        "exclude each other",
+        "select and has_aux=True",
+        "Leave has_aux out",
+        lambda: wrap(torch.sin, select="y", has_aux=True),
+    ),
+    Message(
+        OutputError,
+        "expected to pick a part of func's output",
+        "has no 'logit' .did you mean 'logits'",
+        "Name keys",
+        lambda: jac(lambda z: {"logits": z}, x, select="logit"),
+    ),
+    Message(
+        UnsupportedError,
+        "a vector without a graph was expected",
+        "reads its parameters past",
+        "Pass vector.detach",
+        lambda: AutoJacobian.of_parameters(Listing(), store=":memory:", on_miss="estimate").vjp(
+            x, Listing.weight.exp() * x
+        ),
     ),
 )
 INTERNAL = {

@@ -15,6 +15,8 @@ from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
 from autojac.core.options import OnMiss, Options, OptionValues, Randomness, Verify, check_budget
 from autojac.core.plan import Effort, Plan, effort_rank
+from autojac.core.product_functions import SelectedOutput
+from autojac.core.selection import Select, require_selection
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
 from autojac.errors import InputError, OptionError, kind_of
@@ -66,6 +68,9 @@ class AutoJacobian(Kernels):
             2-D sparse CSR tensor (B·m, B·n) that is never dense on the way, or `"diagonal"` (B, n), for as many
             outputs as inputs in a sample.
         has_aux: func returns (y, aux); aux comes back untouched.
+        select: what of func's output is differentiated, whatever else it holds: a path of keys, attributes and
+            positions, such as `"logits"` or `"states.0"`, or a function of the output. The whole output comes back as
+            aux does.
         effort: `"estimate"`, `"quick"`, `"measure"` or `"exhaustive"`: how hard to search.
         on_miss: what to do for a call that no plan is known for. `"online"` answers at once by the cost model's choice
             and searches a step at a time while the wrapper is used, at most a fifth on top of what its calls cost;
@@ -93,6 +98,7 @@ class AutoJacobian(Kernels):
         in_dims: Any = "auto",
         layout: Layout = "blocks",
         has_aux: bool = False,
+        select: Select | None = None,
         effort: Effort = "quick",
         on_miss: OnMiss = "online",
         budget_s: float | None = None,
@@ -107,6 +113,9 @@ class AutoJacobian(Kernels):
         options = dict(locals())
         options = {name: options[name] for name in Options.names()} | options["unknown"]
         require_function(func)
+        if select is not None:
+            require_selection(select, has_aux)
+            func, options["has_aux"] = SelectedOutput(original(func), select), True
         self.__setstate__({"func": func, "options": Options.checked(options)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,6 +145,7 @@ class AutoJacobian(Kernels):
         module: torch.nn.Module,
         *,
         names: str | Sequence[str] | None = None,
+        select: Select | None = None,
         in_dims: Any = "auto",
         **options: Unpack[OptionValues],
     ) -> AutoJacobian:
@@ -147,6 +157,7 @@ class AutoJacobian(Kernels):
         Args:
             module: called with the whole batch.
             names: a parameter's name, or a pattern such as `"*.weight"`, or several: differentiate in these alone.
+            select: what of the module's output is differentiated, as in `AutoJacobian`.
             in_dims: where each of the module's own arguments carries the batch, as in `AutoJacobian`.
             options: all other options of `AutoJacobian` but `argnums`.
 
@@ -161,7 +172,11 @@ class AutoJacobian(Kernels):
                 "or wrap the module itself, AutoJacobian(module, argnums=...), for derivatives in its arguments"
             )
         own = tuple(in_dims) if isinstance(in_dims, list) else in_dims
-        return AutoJacobian(module_function(module, names), in_dims=(None, own), **options)
+        function = module_function(module, names)
+        if select is not None:
+            require_selection(select, options.get("has_aux", False))
+            function.select, options["has_aux"] = select, True
+        return AutoJacobian(function, in_dims=(None, own), **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian of func at these arguments.

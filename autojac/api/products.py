@@ -21,7 +21,7 @@ from autojac.api.product_arguments import (
 )
 from autojac.autodiff.open_modes import transforming
 from autojac.core.call import describe
-from autojac.core.nests import is_differentiable
+from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
 from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
@@ -42,6 +42,7 @@ class Product:
         outputs: the nest of func's outputs; None for one tensor.
         several_at: the axis of the result that runs over several vectors; None for a single one.
         is_formed: the Jacobian itself is computed, and multiplied.
+        reads_past: it pulls to a module's own parameters, in whose place nothing can be put.
         is_summed: the product with the Jacobian of the whole batch is the sum of those with each sample's.
     """
 
@@ -52,6 +53,7 @@ class Product:
     several_at: int | None
     is_formed: bool = False
     is_summed: bool = False
+    reads_past: bool = False
 
     def of_jacobian(self, jacobian: Any) -> Any:
         """Return the product from the Jacobian of the function made for it."""
@@ -163,6 +165,11 @@ class Products(Derived):
         product = self._products.get(key)
         if product is None:
             product = self._products[key] = self._made(kind, args, kwargs, vectors, whole)
+        if product.reads_past and any(vector.grad_fn is not None for vector in tensor_leaves(vectors)):
+            raise UnsupportedError(
+                "this module reads its parameters past its arguments, so a vector without a graph was expected, got "
+                "one whose graph may lead to them. Pass vector.detach()"
+            )
         return product
 
     def _made(
@@ -183,7 +190,7 @@ class Products(Derived):
             single = len(made.steps) == 1
         else:
             made = cotangents(shapes, vectors, whole)
-            function = WeighedBy(*common, made.several, count=len(made.in_dims))
+            function = WeighedBy(*common, made.several, count=len(made.in_dims), reads_past=shapes.is_blind)
             numbers, several_at = tuple(number + len(made.in_dims) for number in argnums), 0 if whole else 1
         chosen_options = dataclasses.replace(
             options,
@@ -192,9 +199,15 @@ class Products(Derived):
             layout="blocks",
             coupling="auto" if whole else of_samples(options.coupling),
         )
-        jacobian, formed = self._wrapped(function, chosen_options), kind is AlongTangents and shapes.is_blind
         return Product(
-            jacobian, made.steps, made.nest, shapes.nest, several_at if made.several else None, formed, summed
+            self._wrapped(function, chosen_options),
+            made.steps,
+            made.nest,
+            shapes.nest,
+            several_at if made.several else None,
+            is_formed=kind is AlongTangents and shapes.is_blind,
+            is_summed=summed,
+            reads_past=kind is WeighedBy and shapes.is_blind,
         )
 
     def _argnums(self, args: Sequence[Any]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from autojac.core.selection import picked
 from autojac.errors import InputError, OptionError, kind_of, nearest
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -80,6 +81,7 @@ class ModuleFunction:
 
     Args:
         module: its parameters are put aside for the length of a call, unless they are what is passed.
+        select: picks what of the module's output is differentiated, and the whole is returned besides; None for all.
         names: patterns of the names of those to differentiate in, as `fnmatch` reads them; None for all that require
             grad.
 
@@ -87,13 +89,14 @@ class ModuleFunction:
         lock: held while they are put aside, so that no other thread calls the module or looks at it then.
     """
 
-    def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None = None) -> None:
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None = None, select: Any = None) -> None:
         self.module = module
         self.names = names
+        self.select = select
         self.lock = ModuleLock(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "names": self.names}
+        return {"module": self.module, "names": self.names, "select": self.select}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -132,7 +135,8 @@ class ModuleFunction:
 
     def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
         with self.lock, parameters_replaced(self.module, parameters):
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
+        return output if self.select is None else (picked(output, self.select), output)
 
 
 def _chosen(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.core.nests import is_differentiable
+from autojac.core.selection import Select, picked
 from autojac.torch_internals import pytree
 
 
@@ -116,19 +117,21 @@ class WeighedBy(ProductFunction):
 
     Args:
         count: number of outputs.
+        reads_past: func reads parameters past its arguments, so that they are to be differentiated in themselves.
         others: as of `ProductFunction`.
     """
 
     kind = "weighed by cotangents"
 
-    def __init__(self, *others: Any, count: int) -> None:
+    def __init__(self, *others: Any, count: int, reads_past: bool) -> None:
         super().__init__(*others)
         self.count = count
+        self.reads_past = reads_past
 
     @property
     def __autojac_originals__(self) -> Callable[[], Sequence[Tensor]] | None:
-        # with the whole batch for one sample the differentiated arguments are no longer what stands behind them
-        return None if self.whole else getattr(self.func, "__autojac_originals__", None)
+        # cotangents may have a graph to these, which is no part of the derivative
+        return getattr(self.func, "__autojac_originals__", None) if self.reads_past else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out, aux = self._call(args[self.count :], kwargs)
@@ -177,3 +180,17 @@ class SampleWindow(ComposedFunction):
         out, aux = self._call(own, kwargs)
         chosen = pytree.tree_map(lambda y: y[index], out)
         return (chosen, *aux) if aux else chosen
+
+
+class SelectedOutput(ComposedFunction):
+    """A function that returns the selected part of another one's output, and all of it as aux."""
+
+    kind = "as selected"
+
+    def __init__(self, func: Callable[..., Any], select: Select) -> None:
+        super().__init__(func, (), False)
+        self.select = select
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.func(*args, **kwargs)
+        return picked(output, self.select), output

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autojac import AutoJacobian, InputError, verify
+from autojac import AutoJacobian, InputError, OutputError, verify
 from harness import compare
 from oracle import jacobian_blocks
 
@@ -84,3 +86,57 @@ def test_nests_without_a_derivative_are_refused(graph: dict[str, Any]) -> None:
     for nest in ({"name": "water"}, {}, {"kinds": KINDS, "name": "water"}, {"kinds": KINDS}):
         with pytest.raises(InputError, match=r"holds|no derivative"):
             estimated(lambda nest: graph["positions"])(nest)
+
+
+@dataclasses.dataclass
+class Output:
+    """What models of libraries return: not registered with torch, with a scalar and None besides."""
+
+    logits: Tensor
+    loss: Tensor
+    cache: None = None
+    states: tuple[Any, ...] = ()
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Output:
+        y = self.linear(x).tanh()
+        return Output(y, y.sum(), states=("first", {"hidden": y.exp()}))
+
+
+@pytest.mark.parametrize("select", ["logits", lambda out: out.logits], ids=["path", "function"])
+def test_a_part_of_the_output_is_picked(select: Any) -> None:
+    head, x = Head(), torch.randn(4, 3, dtype=torch.float64)
+    right = jacobian_blocks(lambda x: head(x).logits, (x,))
+    jac = estimated(head, select=select)
+    for _ in range(2):
+        y, J, output = jac.value_and_jacobian(x)
+        assert isinstance(output, Output) and output.states[0] == "first"
+        compare([y, J, output.loss], [head(x).logits, right, head(x).loss])
+        compare(jac(x)[0], right)
+    compare(jac.jvp(x, x)[0], torch.einsum("bmn,bn->bm", right, x))
+
+
+def test_paths_lead_through_positions_keys_and_attributes() -> None:
+    head, x = Head(), torch.randn(4, 3, dtype=torch.float64)
+    right = jacobian_blocks(lambda x: head(x).states[1]["hidden"], (x,))
+    compare(estimated(head, select="states.1.hidden")(x)[0], right)
+    compare(estimated(head, select="states.-1")(x)[0], {"hidden": right})
+    with pytest.raises(OutputError, match="has no 'hiden'"):
+        estimated(head, select="states.1.hiden")(x)
+    with pytest.raises(OutputError, match="is None"):
+        estimated(head, select="cache")(x)
+
+
+def test_parts_are_picked_of_modules_in_their_parameters_too() -> None:
+    head, x = Head(), torch.randn(4, 3, dtype=torch.float64)
+    jac = AutoJacobian.of_parameters(head, select="logits", names="*.bias", on_miss="estimate", store=":memory:")
+    J, output = jac(x)
+    compare(J["linear.bias"], torch.diag_embed(1 - head(x).logits ** 2))
+    assert isinstance(output, Output)
+    compare(jac.vjp(x, output.logits)[0]["linear.bias"], output.logits * (1 - output.logits**2))
+    assert isinstance(pickle.loads(pickle.dumps(jac))(x)[1], Output)

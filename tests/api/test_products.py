@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autojac import AutoJacobian, InputError, probe
+from autojac import AutoJacobian, InputError, UnsupportedError, probe
 from harness import Counted, compare
 from oracle import jacobian_blocks, jacobian_full
 from scenarios import SCENARIOS, Scenario
@@ -172,6 +172,18 @@ def test_products_in_parameters_are_per_sample_gradients(x: Tensor) -> None:
     compare(full.vjp(x, u), {name: torch.tensordot(u, block, 2) for name, block in J.items()})
 
 
+def test_the_graph_of_a_cotangent_is_no_part_of_the_product(x: Tensor) -> None:
+    net = network()
+    jac = AutoJacobian.of_parameters(net, on_miss="estimate", store=":memory:")
+    J, y = jac(x), net(x)
+    for _ in range(2):
+        compare(jac.vjp(x, y), {name: torch.einsum("bm,bm...->b...", y, block) for name, block in J.items()})
+        x.requires_grad_()
+        y = net(x)
+    own, right = estimated(net).vjp(x, y), torch.einsum("bm,bmn->bn", y, jacobian_blocks(net, (x,)))
+    compare(own, right)
+
+
 def test_parameters_read_past_the_arguments_count_too(x: Tensor) -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
@@ -192,6 +204,8 @@ def test_parameters_read_past_the_arguments_count_too(x: Tensor) -> None:
         right = torch.einsum("bmn,n->bm", jac(x)["scale"], v["scale"])
         compare(jac.jvp(x, v), right)
         compare(jac.jvp(x, {"scale": torch.stack([v["scale"], 2 * v["scale"]])})[1], 2 * right)
+    with pytest.raises(UnsupportedError, match="reads its parameters past"):
+        jac.vjp(x, jac.jvp(x, v))
 
 
 def test_side_inputs_axes_nests_and_aux_are_as_in_a_jacobian(x: Tensor) -> None:

@@ -16,6 +16,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.core.sandbox import Sandbox
 from autojac.graph.special_kernels import plain_formulas
 from autojac.problem.compared_parts import Extent
+from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Problem, Result, bind, recorded
 from autojac.problem.reference import EXTENT, Reference
 
@@ -60,6 +61,8 @@ class DerivativeReference:
         with outside_autocast(), sandbox(), plain_formulas(kernels), torch.enable_grad():
             self.pullback = recorded(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
+            given = (*(leaves[position] for position in problem.inputs), *self.values)
+            self.is_whole = all(bool(torch.isfinite(x).all()) for x in given)
             self.expected = self._derivatives(leaves, kwargs)
             self.gradients = self._gradients() if problem.differentiable else None
         self.says = any(bool(torch.isfinite(one).any()) for output in self.expected for one in output)
@@ -95,7 +98,10 @@ class DerivativeReference:
         top = max(map(largest, self.gradients))
         for mine, theirs in zip(found, self.gradients, strict=True):
             floor = top * torch.finfo(theirs.dtype).eps * ROUNDING
-            error = disagreement(mine.reshape(1, -1), theirs.reshape(1, -1), floor=floor)
+            # elsewhere it is zero times what is NaN in other samples
+            counted = None if self.is_whole else torch.isfinite(mine)
+            one, other = zero_uncounted(counted, mine, theirs)
+            error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=floor)
             if error is not None:
                 return f"the gradient through the derivatives is off by {error:.1g} relative"
         return None
@@ -104,8 +110,8 @@ class DerivativeReference:
         lower = max(map(largest, right))
         for one, other in zip(made, right, strict=True):
             floor = ROUNDING * torch.finfo(other.dtype).eps * lower
-            # all samples share a scale: a derivative may vanish at one by cancellation
-            error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=floor)
+            # all samples share a scale, each coordinate its own: a derivative may vanish at one by cancellation
+            error = disagreement(one.reshape(len(one), -1).T, other.reshape(len(other), -1).T, floor=floor)
             if error is not None:
                 return error
         return None

@@ -226,3 +226,16 @@ def test_a_refused_call_leaves_nothing_behind() -> None:
     with pytest.raises(InputError, match="2 columns"):
         derivatives(points())
     assert not len(derivatives.planned._plans)
+
+
+def test_a_sample_that_is_not_finite_leaves_the_others_right_and_warns_of_nothing() -> None:
+    model, x = network(), points()
+    x[1] = float("nan")
+    for method in ("pull", "taylor"):
+        derivatives = by(METHODS[method], model, PINN, x, verify="always")
+        for _ in range(4):
+            found = derivatives(x)
+            others = [0, 2, 3]
+            expected = [oracle.derivative(model, x[others], columns).detach() for columns in PINN]
+            compare([one[others].detach() for one in found], expected)
+            assert all(bool(one[1].isnan()) for one in found)

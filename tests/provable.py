@@ -180,6 +180,7 @@ INDEPENDENT: dict[str, Build] = {
     "added by index": of(lambda x: torch.zeros(5, 2).index_add(1, torch.tensor([0, 1, 1, 0]), x), 5, 4),
     "copied by index": of(lambda x: x.index_copy(1, torch.tensor([3, 1]), x[:, :2].exp()), 5, 4),
     "attention with a mask": of(lambda x: aten._safe_softmax(x @ x.mT - 1, -1) @ x, 5, 3, 4),
+    "asks for a dtype": of(lambda x: x.sin().to(torch.promote_types(x.dtype, torch.float32)), 5, 4),
     "channel mixing": of(lambda x: (torch.ones(3, 3) @ x.mT).mT.flatten(1), 5, 4, 3),
 }
 

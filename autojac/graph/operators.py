@@ -62,6 +62,8 @@ def _looks(func: Any) -> bool:
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
     returns = [str(value.type) for value in func._schema.returns]
     tells = bool(returns) and not any("Tensor" in kind for kind in returns)
+    if not any("Tensor" in str(argument.type) for argument in func._schema.arguments):
+        return False  # such as promote_types
     return (bool(tags) and "index" not in func._schema.name) or (tells and facts_of(func).kind is not Kind.SIZES)
 
 

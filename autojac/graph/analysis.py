@@ -17,6 +17,7 @@ from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
 from autojac.graph.operators import custom_functions
 from autojac.graph.recorder import FunctionRecording, record
+from autojac.graph.work import Work
 from autojac.guards.captures import Captures
 from autojac.torch_internals import pytree
 
@@ -182,6 +183,11 @@ class GraphAnalysis:
     @property
     def flow(self) -> BatchFlow | None:
         return None if isinstance(self.found, str) else self.found
+
+    @functools.cached_property
+    def work(self) -> Work | None:
+        """What one evaluation does; None where there is no graph."""
+        return None if self.flow is None else Work.of(self.flow.graph)
 
     @property
     def reason(self) -> str | None:

@@ -32,8 +32,6 @@ from autojac.problem.randomness import from_one_state
 from autojac.replay.replayer import Replaying
 from autojac.replay.trace import Lower
 
-CACHE_BYTES = 32 * 2**20
-BYTES_PER_SECOND = 4e9
 WORKSPACE_MARGIN = 2
 """How much more than a chunk's own seeds a chunk is allowed for when chunk sizes are proposed."""
 
@@ -158,7 +156,7 @@ class Method(ABC):
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
-        """Predicted seconds of one call, from passes and sizes; only the order of candidates matters."""
+        """Predicted seconds of one call, from passes, the graph's work and the machine's constants."""
 
     @abstractmethod
     def workspace(self, problem: Problem) -> int:
@@ -283,18 +281,3 @@ def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
         size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * problem.seed_bytes * size < room
     ]
     return [None, *sizes] if depth else [None, *sizes[-2:]]
-
-
-def dispatch_cost(passes: int, functional: bool) -> float:
-    """Predicted seconds of host work: a plain pass is dozens of operators, functorch makes each dearer."""
-    return (3e-4 if functional else 1e-4) * (passes + 1)
-
-
-def traffic_cost(problem: Problem, count: int, step: int) -> float:
-    """Predicted seconds of moving `count` seeds through the batch, dearer where many at a time overflow the cache.
-
-    A single seed that is too large for it is so in every way.
-    """
-    moved = problem.seed_bytes
-    overflow = 1.3 if step > 1 and moved * step > CACHE_BYTES else 1.0
-    return overflow * moved * (count + 1) / BYTES_PER_SECOND

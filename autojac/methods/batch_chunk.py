@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.methods.base import WORKSPACE_MARGIN, Method, Wrapper, dispatch_cost, registry
+from autojac.methods.base import WORKSPACE_MARGIN, Method, Wrapper, registry
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result
 
@@ -55,7 +55,7 @@ class BatchChunk(Wrapper):
 
     def cost(self, problem: Problem) -> float:
         slices = problem.batch / self.size
-        return slices * self.inner.cost(self._part(problem, self.size)) + dispatch_cost(0, functional=False)
+        return slices * self.inner.cost(self._part(problem, self.size))
 
     def workspace(self, problem: Problem) -> int:
         return self.inner.workspace(self._part(problem, self.size))

@@ -23,7 +23,8 @@ from autojac.graph.cuts.accumulation import (
 )
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
-from autojac.methods.base import BYTES_PER_SECOND, Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import cutting_cost, pull_cost
 from autojac.methods.support.engines import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
@@ -117,13 +118,12 @@ class Bottleneck(Method):
         found = self._found(problem)
         if found is None:
             return float("inf")
-        passes = sum(-(-sweep.passes // self._step(sweep.passes)) for sweep in sweeps(found.tree))
-        count = round(found.seeds)
-        made = problem.result_bytes / BYTES_PER_SECOND
-        # the call itself is watched, then both sides run it again
-        dispatched = 3 * dispatch_cost(passes, self.engine == "vmap")
-        swept = dispatched + traffic_cost(problem, count, self._step(count))
-        return (0.8 if self.compiled else 1) * swept + made
+        machine, passes = problem.machine, sum(sweep.passes for sweep in sweeps(found.tree))
+        # each sweep runs a part of func, and multiplies: one operator at every cut
+        share = found.seeds / max(passes, 1)
+        products = 2 * problem.result_bytes / problem.item_bytes * found.width / machine.flops_per_s
+        swept = share * pull_cost(problem, passes, self._step(passes), self.engine)
+        return cutting_cost(problem) + (0.8 if self.compiled else 1) * swept + products
 
     def workspace(self, problem: Problem) -> int:
         found = self._found(problem)

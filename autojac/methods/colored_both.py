@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.methods.base import Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
 from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors, push_colors
+from autojac.methods.support.costs import evaluation_cost, pull_cost, push_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import both_sides, colors_of, inapplicable
 from autojac.problem.decompression import decompressor
@@ -66,8 +67,8 @@ class ColoredBoth(Method):
     def cost(self, problem: Problem) -> float:
         count = _count(problem)
         step = 1 if self.engine == "loop" else self.chunk or count or 1
-        # the columns' passes evaluate func again
-        return 1.5 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
+        pulled = pull_cost(problem, count // 2, step, self.engine)
+        return evaluation_cost(problem) + pulled + push_cost(problem, -(-count // 2), step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         rows, columns, _ = both_sides(problem)

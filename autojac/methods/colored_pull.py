@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes
 from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors
+from autojac.methods.support.costs import evaluation_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import Colors, colors_of, mirrored_rows, nothing_gained
@@ -69,7 +70,7 @@ class ColoredPull(Method):
     def cost(self, problem: Problem) -> float:
         count = self._colors(problem).count
         step = 1 if self.engine == "loop" else self.chunk or count or 1
-        return dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
+        return evaluation_cost(problem) + pull_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         count = self._colors(problem).count

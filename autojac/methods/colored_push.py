@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes
 from autojac.methods.support.colored_sweeps import SweepOptions, push_colors
+from autojac.methods.support.costs import assembly_cost, push_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import colors_of, nothing_gained
 from autojac.problem.decompression import decompressor
@@ -57,8 +58,7 @@ class ColoredPush(Method):
     def cost(self, problem: Problem) -> float:
         count = colors_of(problem, "columns").count
         step = 1 if self.engine == "loop" else self.chunk or count or 1
-        # every pass evaluates func again, and dual numbers double its operators
-        return 2 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
+        return assembly_cost(problem) + push_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         count = colors_of(problem, "columns").count

@@ -9,9 +9,13 @@ from typing import Any, Self, get_args
 from torch import Tensor
 
 from autojac.autodiff.primitives import Mode, load_forward_rules, sample_jacobian, vmap
-from autojac.methods.base import Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import TRANSFORM_OPERATORS, assembly_cost
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result
+
+NESTED_OPERATORS = 3
+"""What an operator under two transforms takes, in operators under one."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,14 @@ class PerSample(Method):
                     yield cls(mode, chunk)
 
     def cost(self, problem: Problem) -> float:
-        count = problem.out_size if self.mode == "reverse" else 2 * problem.in_size
-        passes = -(-problem.batch // (self.chunk or problem.batch))
-        return dispatch_cost(2 * passes, functional=True) + traffic_cost(problem, count, count)
+        machine, work, samples = problem.machine, problem.work, min(self.chunk or problem.batch, problem.batch)
+        forward = self.mode == "forward"
+        count = problem.in_size if forward else problem.out_size
+        # seeds and samples are axes of two transforms, which copy what they bring to the front
+        moved = machine.seconds(work) + 2 * machine.seconds(work, count * samples / problem.batch)
+        host = NESTED_OPERATORS * (work.operators + TRANSFORM_OPERATORS) * machine.batched_s
+        pushed = forward * work.operators * (machine.dual_s + TRANSFORM_OPERATORS * machine.batched_s)
+        return assembly_cost(problem) + problem.batch / samples * (host + pushed + moved)
 
     def workspace(self, problem: Problem) -> int:
         count = problem.out_size if self.mode == "reverse" else problem.in_size

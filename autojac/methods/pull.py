@@ -9,7 +9,8 @@ from typing import ClassVar, Self
 from autojac.autodiff import seeds
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind
-from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes
+from autojac.methods.support.costs import evaluation_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
@@ -72,9 +73,9 @@ class Pull(Method):
             # three times as long
             pulled = {columns[:order] for term in problem.terms for columns in term for order in range(len(columns))}
             passes = sum(count * 3 ** len(columns) for columns in pulled)
-            return dispatch_cost(passes, functional=self.engine == "vmap") + traffic_cost(problem, passes, 1)
+            return evaluation_cost(problem) + pull_cost(problem, passes, 1, self.engine)
         step = 1 if self.engine == "loop" else self.chunk or count
-        return dispatch_cost(-(-count // step), functional=self.engine == "vmap") + traffic_cost(problem, count, step)
+        return evaluation_cost(problem) + pull_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)

@@ -12,7 +12,8 @@ from torch import Tensor
 from autojac.autodiff import seeds
 from autojac.autodiff.primitives import Bound, load_forward_rules
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
-from autojac.methods.base import Method, chunk_sizes, dispatch_cost, traffic_cost
+from autojac.methods.base import Method, chunk_sizes
+from autojac.methods.support.costs import assembly_cost, push_cost
 from autojac.methods.support.engines import of_one_input, push
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
@@ -58,10 +59,7 @@ class Push(Method):
     def cost(self, problem: Problem) -> float:
         count = self._seed_count(problem)
         step = 1 if self.engine == "loop" else self.chunk or count
-        # every pass evaluates func again, and dual numbers double its operators
-        return 2 * dispatch_cost(-(-count // step), functional=self.engine == "vmap") + traffic_cost(
-            problem, count, step
-        )
+        return assembly_cost(problem) + push_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         step = 1 if self.engine == "loop" else self.chunk or self._seed_count(problem)

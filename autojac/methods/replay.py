@@ -61,8 +61,8 @@ class Replay(Wrapper):
             yield from (cls(m) for m in inner if not (m.compiles or m.is_chunked or m in twice))
 
     def cost(self, problem: Problem) -> float:
-        # what is saved is the host's work, which the model knows least about: tried right after what it wraps
-        return 1.001 * self.inner.cost(problem)
+        # what is saved is the host's work
+        return self.inner.cost(dataclasses.replace(problem, machine=problem.machine.host_only()))
 
     def prepare(self, problem: Problem) -> Compute:
         return self.prepare_lowered(problem, None)

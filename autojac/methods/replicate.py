@@ -12,7 +12,8 @@ from torch import Tensor
 from autojac.autodiff import seeds
 from autojac.autodiff.primitives import Mode, push_dual
 from autojac.autodiff.pullback import Pullback
-from autojac.methods.base import Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import assembly_cost
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result, bind
 
@@ -50,7 +51,9 @@ class Replicate(Method):
 
     def cost(self, problem: Problem) -> float:
         count = self._seed_count(problem)
-        return dispatch_cost(2, functional=False) + 2 * traffic_cost(problem, count, count)
+        machine, work = problem.machine, problem.work
+        each = machine.dual_s if self.mode == "forward" else machine.recorded_s + machine.pulled_s
+        return assembly_cost(problem) + each * work.operators + 2 * machine.seconds(work, count)
 
     def workspace(self, problem: Problem) -> int:
         return self._seed_count(problem) * problem.seed_bytes

@@ -14,7 +14,8 @@ from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
-from autojac.methods.base import Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import cutting_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
@@ -98,7 +99,7 @@ class Statistics(Method):
     def cost(self, problem: Problem) -> float:
         count = self.passes(problem)
         step = 1 if self.engine == "loop" else min(self.chunk, count)
-        return 3 * dispatch_cost(-(-count // step), self.engine == "vmap") + traffic_cost(problem, count, step)
+        return cutting_cost(problem) + pull_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         count = self.passes(problem)

@@ -13,7 +13,8 @@ from autojac.autodiff.primitives import load_forward_rules
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.ir import Graph
 from autojac.graph.operators import forward_once
-from autojac.methods.base import Method, dispatch_cost, traffic_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import cutting_cost, push_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
 from autojac.methods.support.taylor import TaylorMode
@@ -63,7 +64,7 @@ class Taylor(Method):
     def cost(self, problem: Problem) -> float:
         rows = len(CarriedRows.needed(problem.terms).keys)
         # each operator is differentiated by itself, through transforms
-        return 4 * dispatch_cost(2, functional=True) + traffic_cost(problem, rows, 1)
+        return cutting_cost(problem) + push_cost(problem, rows, rows, "vmap")
 
     def workspace(self, problem: Problem) -> int:
         return len(CarriedRows.needed(problem.terms).keys) * problem.seed_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +22,17 @@ from autojac.core.signature import Layout, Leaf
 from autojac.core.structure import Structure
 from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.operators import FORWARD_ONCE, forward_once
+from autojac.graph.work import Work
 from autojac.guards.function_state import FunctionState
 from autojac.problem.layouts import jacobian_shape
+from autojac.problem.machine import DEFAULT, Machine
 from autojac.sparse.colorings import Colorings
 from autojac.sparse.csr import Entries, entries, feature_pattern, sample_graph
 
 INDEX_BYTES = 8
 """What a sparse matrix takes for each entry besides its value."""
+UNKNOWN_OPERATORS = 30
+"""What func is taken to consist of where nothing is known of it."""
 Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
@@ -70,6 +75,7 @@ class Problem:
         of: the derivatives by columns of the one input that are asked for in the place of a Jacobian: then what stands
             for a Jacobian has the shape (B, *out, k).
         symmetric: each sample's Jacobian is symmetric: of one output in one input, as many.
+        machine: the constants of the cost model.
     """
 
     fn: Flat
@@ -92,6 +98,7 @@ class Problem:
     places: tuple[Any, ...] = dataclasses.field(default=(), compare=False, repr=False)
     of: Terms = ()
     symmetric: bool = False
+    machine: Machine = dataclasses.field(default=DEFAULT, compare=False, repr=False)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -184,6 +191,19 @@ class Problem:
     def seed_bytes(self) -> int:
         """What one seed through the whole batch drags along: its share of every intermediate value."""
         return max(self.pass_bytes, self.item_bytes * self.batch * (self.out_size + self.in_size))
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """What one evaluation does; where func has no graph, some operators on what one seed drags along."""
+        if self.analysis is None or (work := self.analysis.work) is None:
+            each = self.seed_bytes / UNKNOWN_OPERATORS
+            return Work(UNKNOWN_OPERATORS, {round(math.log2(max(each, 1))): self.seed_bytes}, 0.0)
+        share = self.batch / max(self.analysis.batch, 1)
+        if share == 1:
+            return work
+        shift = math.log2(max(share, 1e-9))
+        moved = {math.floor(size + shift + 0.5): total * share for size, total in work.moved.items()}
+        return Work(work.operators, moved, work.flops * share)
 
     def resized(self, batch: int) -> Problem:
         """Return the same problem for another number of samples."""

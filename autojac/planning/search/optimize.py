@@ -19,7 +19,7 @@ from autojac.methods.pull import Pull
 from autojac.methods.threads import Threads
 from autojac.planning.search import measure, memory
 from autojac.planning.search.race import CandidateRace
-from autojac.planning.search.space import candidates, default_methods, hopeless, without_replay
+from autojac.planning.search.space import candidates, default_methods, hopeless, predicted_seconds, without_replay
 from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt
 from autojac.problem.problem import Problem, bind
 from autojac.torch_internals import load_compiler
@@ -202,9 +202,9 @@ def estimate(problem: Problem, point: SearchPoint, hints: Sequence[Method] = ())
         return _plain_loop(session)
     # what records a method is worth its while only where that is timed
     space = [m for m in [*candidates(problem, 0), *default_methods(problem)] if without_replay(m) == m]
-    best = min((method.cost(problem) for method in space), default=math.inf)
+    best = min((predicted_seconds(problem, method) for method in space), default=math.inf)
     plain = [without_replay(method) for method in hints if not method.compiles]
-    first = [m for m in plain if m.unsupported(problem) is None and m.cost(problem) <= FAR_AHEAD * best]
+    first = [m for m in plain if m.unsupported(problem) is None and predicted_seconds(problem, m) <= FAR_AHEAD * best]
     return _first_right(session, list(dict.fromkeys([*first, *space])))
 
 

@@ -11,6 +11,7 @@ from autojac.methods.compiled import Compiled
 from autojac.methods.per_sample import PerSample
 from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
+from autojac.planning.search.corrections import correction_kind
 from autojac.problem.problem import Problem
 
 DEPTHS = {"estimate": 0, "quick": 0, "measure": 1, "exhaustive": 2}
@@ -27,7 +28,12 @@ def candidates(problem: Problem, depth: int) -> list[Method]:
         for method in kind.candidates(problem, depth):
             if method.unsupported(problem) is None:
                 found.setdefault(method)
-    return sorted(found, key=lambda method: method.cost(problem))
+    return sorted(found, key=lambda method: predicted_seconds(problem, method))
+
+
+def predicted_seconds(problem: Problem, method: Method) -> float:
+    """Return what the cost model says of a method, corrected by what methods of its kind took before."""
+    return method.cost(problem) * problem.machine.correction(correction_kind(method.spec()))
 
 
 def default_methods(problem: Problem) -> list[Method]:
@@ -37,8 +43,8 @@ def default_methods(problem: Problem) -> list[Method]:
 
 
 def hopeless(problem: Problem, methods: Sequence[Method]) -> set[Method]:
-    """Return the methods that are predicted to be too slow to be worth one run."""
-    costs = {method: method.cost(problem) for method in methods}
+    """Return the methods that are predicted to be too slow to be worth one run; a replay is one if its method is."""
+    costs = {method: predicted_seconds(problem, without_replay(method)) for method in methods}
     best = min(costs.values(), default=0.0)
     return {method for method, cost in costs.items() if cost > HOPELESS * best}
 

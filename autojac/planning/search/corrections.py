@@ -1,0 +1,45 @@
+"""How many times longer than the cost model says methods of each kind took, by the trials of a machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from autojac.core.plan import Trial
+
+FEWEST = 3
+"""A kind's own median counts as much as that of all kinds once it has so many trials."""
+LARGEST = 10.0
+"""No method is corrected by more than so many times: what took that long was held up, or is another problem."""
+
+
+def correction_kind(spec: Mapping[str, Any]) -> str:
+    """Return the kind by which a method is corrected: what goes around what, by which engine or mode."""
+    inner = spec.get("inner")
+    own = str(spec.get("engine") or spec.get("mode") or "")
+    nested = correction_kind(inner) if isinstance(inner, Mapping) else ""
+    return "/".join(part for part in (str(spec["method"]), own, nested) if part)
+
+
+def corrections_from(trials: Iterable[Trial]) -> dict[str, float]:
+    """Return for each kind of method how many times longer than predicted it took; "" stands for all other kinds.
+
+    The median of the logarithms, which a few trials beside a busy process do not move; that of a kind with few trials
+    is drawn towards that of all.
+    """
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
+        if trial.seconds and trial.predicted:
+            ratios[correction_kind(trial.method)].append(math.log(trial.seconds / trial.predicted))
+    if not ratios:
+        return {}
+    overall = statistics.median(ratio for found in ratios.values() for ratio in found)
+    medians = {
+        kind: (len(found) * statistics.median(found) + FEWEST * overall) / (len(found) + FEWEST)
+        for kind, found in ratios.items()
+    }
+    most = math.log(LARGEST)
+    return {kind: math.exp(min(max(value, -most), most)) for kind, value in {"": overall, **medians}.items()}

@@ -1,0 +1,133 @@
+"""The cost model: the order of candidates follows from the graph, the machine and earlier trials."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autojac.core.plan import Trial
+from autojac.methods.base import Method, registry
+from autojac.methods.per_sample import PerSample
+from autojac.methods.pull import Pull
+from autojac.methods.push import Push
+from autojac.methods.replay import Replay
+from autojac.planning.search.corrections import LARGEST, correction_kind, corrections_from
+from autojac.planning.search.space import candidates, hopeless, predicted_seconds
+from autojac.problem.machine import DEFAULT, SIZES, Machine
+from autojac.problem.problem import Problem
+from harness import planned
+
+
+def problem_on(machine: Machine, func: Any, x: Tensor) -> Problem:
+    return dataclasses.replace(planned(func, (x,))[2], machine=machine)
+
+
+def net(*sizes: int) -> nn.Module:
+    layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False)
+
+
+LOOP, MANY = Pull("shared", "loop"), Pull("shared", "batched")
+
+
+def test_slow_dispatch_favours_fewer_passes_and_slow_transforms_loops() -> None:
+    func, x = net(3, 16, 8), torch.randn(8, 3)
+    slow_host = problem_on(dataclasses.replace(DEFAULT, pulled_s=1e-3), func, x)
+    assert MANY.cost(slow_host) < LOOP.cost(slow_host)
+    slow_transforms = problem_on(dataclasses.replace(DEFAULT, batched_s=1e-3), func, x)
+    assert LOOP.cost(slow_transforms) < MANY.cost(slow_transforms)
+
+
+def test_the_side_with_fewer_seeds_is_predicted_to_win_where_work_counts() -> None:
+    machine = dataclasses.replace(DEFAULT, flops_per_s=1e6)
+    wide, tall = (
+        problem_on(machine, net(2, 32, 64), torch.randn(32, 2)),
+        problem_on(machine, net(64, 32, 2), torch.randn(32, 64)),
+    )
+    push = Push("shared", "vmap")
+    assert push.cost(wide) < MANY.cost(wide)
+    assert MANY.cost(tall) < push.cost(tall)
+
+
+def test_seeds_that_overflow_the_cache_are_dearer_many_at_a_time() -> None:
+    machine = dataclasses.replace(DEFAULT, batched_s=1e-7, pulled_s=1e-7, rates=(1e12, 1e10, 1e8), flops_per_s=1e15)
+    problem = problem_on(machine, net(4, 256, 128), torch.randn(256, 4))
+    assert Pull("shared", "batched", 4).cost(problem) < MANY.cost(problem)
+
+
+def test_a_replay_is_predicted_without_what_transforms_add() -> None:
+    problem = problem_on(DEFAULT, net(3, 16, 3), torch.randn(8, 3))
+    assert Replay(PerSample("reverse")).cost(problem) < 0.2 * PerSample("reverse").cost(problem)
+    slow = dataclasses.replace(problem, machine=dataclasses.replace(DEFAULT, batched_s=1.0, dual_s=1.0, pulled_s=1.0))
+    assert Replay(MANY).cost(slow) == Replay(MANY).cost(problem)
+
+
+@pytest.mark.parametrize("kind", registry())
+def test_every_candidate_has_a_finite_price(kind: str) -> None:
+    problem = planned(net(8, 4, 8), (torch.randn(6, 8),))[2]
+    for method in registry()[kind].candidates(problem, 1):
+        if method.unsupported(problem) is None:
+            assert 0 < method.cost(problem) < 60
+
+
+def test_rates_lie_between_those_that_were_measured() -> None:
+    machine = dataclasses.replace(DEFAULT, rates=(8e9, 4e9, 1e9))
+    assert [machine.rate(size) for size in SIZES] == pytest.approx([8e9, 4e9, 1e9])
+    assert machine.rate(1) == pytest.approx(8e9)
+    assert machine.rate(2**40) == pytest.approx(1e9)
+    assert 1e9 < machine.rate(2**24) < 4e9
+
+
+def test_a_machine_survives_json_and_another_versions_is_unknown() -> None:
+    machine = dataclasses.replace(DEFAULT, plain_s=1e-6, corrections={"Pull": 2.0})
+    data = machine.to_json()
+    assert Machine.from_json(data) == dataclasses.replace(machine, corrections={})
+    for wrong in ({}, {**data, "more": 1.0}, {**data, "plain_s": "1"}, {**data, "plain_s": -1.0}, {**data, "rates": 1}):
+        assert Machine.from_json(wrong) is None
+
+
+# corrections from trials
+
+
+def trial(method: Method, seconds: float | None, predicted: float | None = 1.0) -> Trial:
+    return Trial(method.spec(), "complete", seconds, predicted=predicted)
+
+
+def test_kinds_name_what_goes_around_what() -> None:
+    assert correction_kind(Replay(MANY).spec()) == "Replay/Pull/batched"
+    assert correction_kind(PerSample("forward", 256).spec()) == "PerSample/forward"
+
+
+def test_a_kind_is_corrected_by_the_median_of_its_trials() -> None:
+    trials = [trial(LOOP, 4.0)] * 40 + [trial(LOOP, 1e6), trial(LOOP, None), trial(LOOP, 1.0, None)]
+    found = corrections_from(trials)
+    assert found["Pull/loop"] == pytest.approx(4.0)
+    assert found[""] == pytest.approx(4.0)
+    assert corrections_from([]) == {}
+
+
+def test_a_kind_with_few_trials_stays_near_all_others_and_no_correction_is_extreme() -> None:
+    found = corrections_from([trial(LOOP, 1.0)] * 30 + [trial(MANY, 8.0)])
+    assert 1.0 < found["Pull/batched"] < 2.0
+    assert corrections_from([trial(MANY, 1e9)] * 9)["Pull/batched"] == pytest.approx(LARGEST)
+
+
+def test_corrections_decide_the_order_of_candidates_and_what_is_hopeless() -> None:
+    problem = planned(net(3, 16, 3), (torch.randn(8, 3),))[2]
+    first = candidates(problem, 0)[0]
+    corrected = dataclasses.replace(
+        problem, machine=dataclasses.replace(DEFAULT, corrections={correction_kind(first.spec()): 1e4})
+    )
+    assert candidates(corrected, 0)[-1] == first
+    assert predicted_seconds(corrected, first) == pytest.approx(1e4 * predicted_seconds(problem, first))
+    slow = MANY
+    corrected = dataclasses.replace(
+        problem, machine=dataclasses.replace(DEFAULT, corrections={correction_kind(slow.spec()): 1e4})
+    )
+    dropped = hopeless(corrected, [LOOP, slow, Replay(slow)])
+    assert dropped == {slow, Replay(slow)}  # a replay is as hopeless as its method

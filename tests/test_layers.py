@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import rustworkx
 
+from sources import PACKAGE, nodes
+
 TOP = Path(__file__).parent.parent
-PACKAGE = TOP / "autojac"
 
 # a room imports from rooms in the rows above it, and from no other room of its own row
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -75,7 +76,7 @@ def room(name: str) -> str:
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, at any depth of nesting, `from a import b` as `a.b`."""
     package = ["autojac", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -96,7 +97,7 @@ def own_imports(path: Path) -> Iterator[str]:
 
 def used_attributes(path: Path) -> Iterator[str]:
     """Dotted chains such as `torch.func.vjp` that a file writes out."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         parts: list[str] = []
         chain: ast.AST = node
         while isinstance(chain, ast.Attribute):

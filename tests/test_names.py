@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "autojac"
+from sources import PACKAGE, nodes
+
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -28,16 +29,15 @@ CALLED_BY_USERS = {"AutoJacobian.__init__", "jacobian_from", "bench", "tune"}
 
 def defined(path: Path) -> Iterator[str]:
     """Classes, and functions that other files may import."""
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.iter_child_nodes(nodes(path)[0]):
         if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and not node.name.startswith("_")):
             yield node.name
 
 
 def functions(path: Path) -> Iterator[tuple[str, Function]]:
     """Functions and methods by their names, those inside of others by their own."""
-    tree = ast.parse(path.read_text())
-    owners = {part: node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
-    for node in ast.walk(tree):
+    owners = {part: node.name for node in nodes(path) if isinstance(node, ast.ClassDef) for part in node.body}
+    for node in nodes(path):
         if isinstance(node, Function):
             yield (f"{owners[node]}.{node.name}" if node in owners else node.name), node
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -19,8 +20,8 @@ from autojac import torch_internals
 from autojac.autodiff import zero_tangents
 from autojac.autodiff.primitives import push_dual_plainly
 from autojac.torch_internals import ATTRIBUTES, PRIVATE
+from sources import PACKAGE, nodes
 
-PACKAGE = Path(torch_internals.__file__).parent
 # bench times torch's own ways, as their users write them
 MODULES = [
     path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "bench" and path.name != "torch_internals.py"
@@ -29,7 +30,7 @@ MODULES = [
 
 def dotted_names(path: Path) -> Iterator[str]:
     """Everything that a file imports or reaches by a chain of attributes."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -46,7 +47,7 @@ def dotted_names(path: Path) -> Iterator[str]:
 
 def defined_names(path: Path) -> Iterator[str]:
     """Names of functions, classes, variables and attributes that a file defines."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -57,15 +58,19 @@ def defined_names(path: Path) -> Iterator[str]:
 
 def foreign_attributes(path: Path) -> Iterator[str]:
     """Private attributes that a file reads and autojac does not define, but those of Python and operators of aten."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr) and node.attr not in DEFINED:
+    for node in nodes(path):
+        if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr) and node.attr not in defined():
             owner = ast.unparse(node.value)
             # a namedtuple's `_asdict` is public
             if owner not in sys.stdlib_module_names and owner != "aten" and node.attr != "_asdict":
                 yield node.attr
 
 
-DEFINED = {name for path in MODULES for name in defined_names(path)}
+@functools.cache
+def defined() -> set[str]:
+    return {name for path in MODULES for name in defined_names(path)}
+
+
 PRIVATE_NAME = re.compile(r"torch(\.[A-Za-z]\w*)*\._(?!_)\w")
 
 
@@ -73,7 +78,7 @@ PRIVATE_NAME = re.compile(r"torch(\.[A-Za-z]\w*)*\._(?!_)\w")
 def test_private_names_of_torch_stay_in_one_file(path: Path) -> None:
     strings = {
         node.value
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value
     }
     private = {name for name in (*dotted_names(path), *strings) if PRIVATE_NAME.match(name)}

@@ -5,6 +5,8 @@ READY := $(VENV)/.ready
 
 # threads that spin while they wait slow each other down on a machine that does anything else
 export OMP_WAIT_POLICY ?= passive
+# modules are compiled once, not by every process that the suite starts
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-interop matrix coverage check format bench clean

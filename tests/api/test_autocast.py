@@ -61,6 +61,7 @@ def hold(jacobian: Tensor, func: Any, x: Tensor, layout: str, error: float) -> N
     assert float((dense - expected).abs().amax()) <= error * float(expected.abs().amax())
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("layout", ["blocks", "full", "diagonal", "sparse"])
 @pytest.mark.parametrize("name", ["exp", "centred", "mixed"])
@@ -73,7 +74,7 @@ def test_every_layout_is_as_exact_as_func(name: str, layout: str, trained: bool)
             hold(jac(x), func, x, layout, error)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method_is(method: dict[str, Any], trained: bool) -> None:

@@ -70,6 +70,7 @@ def mixed(x: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("of", [PINN, HIGH], ids=["pinn", "high orders"])
 @pytest.mark.parametrize("func", [network(outputs=2), mixed], ids=["network", "mixed"])

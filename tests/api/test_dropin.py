@@ -146,6 +146,7 @@ def test_layout_changes_nothing_without_a_batch(name: str) -> None:
     compare(unbatched(case.func, argnums=case.argnums, layout="full")(*args), jacrev(case.func, case.argnums)(*args))
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", ["sin", "nests everywhere", "matrix products", "scalars beside vectors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(name: str, dtype: torch.dtype) -> None:

@@ -59,6 +59,7 @@ def check_left(module: Keeping, x: Tensor, calls: int) -> None:
     assert all(len(feature) == len(x) for feature in module.features)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_module_is_left_with_what_one_plain_call_keeps(method: str, trained: bool) -> None:
@@ -124,6 +125,7 @@ class Centred(torch.nn.Module):
         return y
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("norm", [False, True])

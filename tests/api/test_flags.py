@@ -111,6 +111,7 @@ def left_alike(kind: type[Net], modes: str, effort: Any) -> None:
                 one.inner[1].train()
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("modes", MODES)
 def test_flags_are_left_as_by_a_plain_call(kind: type[Net], modes: str) -> None:

@@ -43,6 +43,7 @@ def x() -> Tensor:
     return torch.randn(4, 20, dtype=torch.float64)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("limit", [None, FEW], ids=["formed", "pieces"])
 @pytest.mark.parametrize("func", [plain, centred, paired])
 def test_of_every_block(func: Callable[[Tensor], Tensor], limit: int | None, x: Tensor) -> None:

@@ -74,6 +74,7 @@ def test_gauss_newton_products_are_of_the_whole_batch(between: tuple[nn.Module, 
         compare(torch.cat([t.flatten() for t in ours.values()]), M.T @ (middle @ (M @ flat)))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("limit", [None, 100_000], ids=["formed", "parts"])
 @pytest.mark.parametrize("between", [(), (NORMED,)], ids=["independent", "batch norm"])
 def test_gradient_norms_are_those_of_each_sample(between: tuple[nn.Module, ...], limit: int | None, x: Tensor) -> None:

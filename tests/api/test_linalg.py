@@ -131,7 +131,7 @@ def test_gradients_are_those_of_a_general_matrix(structure: str, value: str) -> 
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "lower"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_derivatives_of_any_order_and_mode(shape: tuple[int, ...], structure: str) -> None:

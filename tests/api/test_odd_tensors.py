@@ -121,6 +121,7 @@ class Keeps(nn.Module):
         return self.held.sin() * 2
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_tensor_that_func_writes_its_input_into(search: str, weight: bool) -> None:

@@ -59,6 +59,7 @@ MODULES = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("grad", [True, False])
 def test_equals_one_vjp_a_row(name: str, grad: bool) -> None:

@@ -48,6 +48,7 @@ def x() -> Tensor:
     return torch.randn(6, 3, dtype=torch.float64)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("func", COUPLINGS)
 def test_products_are_those_with_each_block(func: Callable[[Tensor], Tensor], several: bool, x: Tensor) -> None:

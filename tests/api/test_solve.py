@@ -56,6 +56,7 @@ def x() -> Tensor:
 DAMPING = [0.0, 0.3, torch.tensor([0.0, 1e-3, 0.1, 2.0, 50.0], dtype=torch.float64)]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("damping", DAMPING, ids=["none", "one", "each"])
 @pytest.mark.parametrize("func", [tall, wide, chain, centred])
 def test_steps_of_each_sample(func: Callable[[Tensor], Tensor], damping: Any, x: Tensor) -> None:
@@ -63,6 +64,7 @@ def test_steps_of_each_sample(func: Callable[[Tensor], Tensor], damping: Any, x:
     compare(estimated(func).solve(x, r, damping=damping), reference(J, r, damping))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("limit", [None, 2500], ids=["formed", "conjugate gradients"])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("func", [chain, centred])
@@ -100,6 +102,7 @@ def test_blocks_that_do_not_fit_are_multiplied_only(shape: str, damping: float) 
     compare(*both, rtol=1e-7)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("damping", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(7, 3), (3, 3), (2, 4)], ids=str)
 def test_first_and_second_derivatives(shape: tuple[int, int], damping: float) -> None:

@@ -89,6 +89,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("first", ARGUMENTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_arguments_of_classes_in_turn(first: str, method: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,17 +180,3 @@ def test_graphs_of_one_structure_have_one_key() -> None:
     assert one is not None and other is not None
     assert one.reads_data
     assert one.key != other.key
-
-
-SCRIPT = """
-import sys
-import torch
-from autojac.graph.recorder import record
-net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-assert record(lambda leaves, kwargs: (net(leaves[0]),), [torch.randn(5, 3)], {}, [0]).graph
-assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
-"""
-
-
-def test_recording_loads_no_compiler() -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], check=True, timeout=120)

@@ -199,6 +199,7 @@ def test_numbers_that_are_read_of_held_tensors_are_compared(name: str, change: s
     assert "operators left of" in line
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("engine", REPLAYS)
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize(
@@ -254,6 +255,7 @@ def with_other_memory_later(m: Holder, x: Tensor) -> Tensor:
 EXCHANGES = (given_memory, set_to, swapped_inside, cut_short, with_other_memory_later)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("func", EXCHANGES, ids=lambda func: func.__name__)
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_a_replay_notices_memory_that_is_exchanged(func: Any, differentiable: bool) -> None:

@@ -122,6 +122,7 @@ def test_variables_and_globals_are_looked_at(layout: str, monkeypatch: pytest.Mo
     right(func, x, jac(x))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 @pytest.mark.parametrize("keyword", [False, True])
 def test_neighbours_may_change_with_every_call(layout: str, keyword: bool) -> None:

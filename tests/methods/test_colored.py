@@ -138,6 +138,7 @@ def test_every_method_is_right_in_every_layout(name: str, layout: str) -> None:
     assert layout != "sparse" or {"ColoredPull", "ColoredPush"} <= tried
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("spec", COLORED, ids=named)
 @pytest.mark.parametrize("layout", ["blocks", "sparse"])
 @pytest.mark.parametrize("name", ["stencil", "neighbours"])

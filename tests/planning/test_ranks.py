@@ -50,7 +50,7 @@ def run(kind):
     if kind in ("eval", "changes"):
         plain.eval()
     seen = []
-    jac = AutoJacobian(lambda x: plain(x), effort="quick", budget_s=1.0, store=":memory:", verify="auto")
+    jac = AutoJacobian(lambda x: plain(x), effort="quick", budget_s=0.3, store=":memory:", verify="auto")
     generator = torch.Generator().manual_seed(rank)
 
     def oracle(x):
@@ -75,7 +75,7 @@ def run(kind):
             if kind != "synchronized":
                 torch.testing.assert_close(J, oracle(x))
         if kind == "train":
-            jac.tune(torch.randn(7, 3, dtype=torch.float64, generator=generator), effort="measure", budget_s=0.5)
+            jac.tune(torch.randn(7, 3, dtype=torch.float64, generator=generator), effort="measure", budget_s=0.2)
     dist.barrier()
     # the user's own training goes on
     x = torch.randn(6, 3, dtype=torch.float64, generator=generator)

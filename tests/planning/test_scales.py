@@ -136,6 +136,7 @@ class Later:
         return torch.cat([self.scale * x[:, :1].sin(), x.sin() + other], 1)[:, :3]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("layout", ["blocks", "diagonal", "full", "sparse"])
 @pytest.mark.parametrize("kind", ["roll", "mean"])
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=["float32", "float64"])

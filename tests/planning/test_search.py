@@ -49,7 +49,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double().requires_grad_(False)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("grad", [False, True])

@@ -309,6 +309,7 @@ def test_a_time_that_changes_with_every_call_is_not_checked_for_ever(x: Tensor) 
     assert func.calls == before + 1
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("kind", ["boolean", "additive", "index"])
 def test_coupling_through_another_mask_than_the_first_is_foreseen(keyword: bool, kind: str, x: Tensor) -> None:

@@ -146,6 +146,7 @@ EXACT: dict[str, tuple[Func, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.filterwarnings("ignore::autojac.errors.ModesDisagreeWarning")
 def test_patterns_are_exact(name: str) -> None:

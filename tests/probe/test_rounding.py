@@ -188,6 +188,7 @@ def test_one_of_a_single_precision_is_found() -> None:
     assert not found(lambda x: model(x) + in_float32(model, x), x).independent
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("off", [256, 1e5, 1e8])
 def test_what_cancels_but_for_little_does_not(dtype: torch.dtype, off: float) -> None:

@@ -230,6 +230,7 @@ def assert_covers(found: np.ndarray[Any, Any], func: Func, x: Tensor) -> None:
         assert not (truth(func, x + scale * torch.randn_like(x)) & ~found).any()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_followed_graph_is_the_truth(name: str) -> None:
     func, kind = EXACT[name]
@@ -252,6 +253,7 @@ def test_a_followed_graph_holds_for_all_values(name: str) -> None:
     assert_covers(graph_of(structure), SUPERSET[name], x)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPAQUE)
 def test_opaque_functions_are_probed(name: str, dtype: torch.dtype) -> None:
@@ -277,6 +279,7 @@ def test_statistics_are_preferred_where_they_take_fewer_passes() -> None:
     assert autojac.probe(by_index(2), x).coupling == "grouped"
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("batch", [7, 11, 13, 64])
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("make", [in_groups, by_index], ids=["padded", "by index"])

@@ -147,6 +147,7 @@ def test_arguments_that_keep_samples_apart_at_first_may_couple_them_later(name: 
             compare(served(jac, name, copied(values[turn]), keyword, x), expected[turn])
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("layout", ["full", "sparse"])
 @pytest.mark.parametrize("name", ["segment ids", "lag", "adjacency", "attention mask"])

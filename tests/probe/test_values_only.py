@@ -100,6 +100,7 @@ def test_it_costs_one_pass_per_output_coordinate(x: Tensor) -> None:
     assert Equilibrium.pulls - before <= 3
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("kind", SLEEPING)
 def test_coupling_that_sleeps_behind_it_is_found(kind: str, x: Tensor) -> None:
     for seed in range(1):

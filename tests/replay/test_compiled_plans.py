@@ -71,6 +71,7 @@ CHANGES: dict[str, Callable[[Layer, pytest.MonkeyPatch], Any]] = {
 }
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", [FLAT, OLD], ids=["flat", "of earlier versions"])
 def test_changes_are_seen_at_once(
@@ -210,6 +211,7 @@ def refusing(times: int) -> Callable[..., Any]:
     return compiler
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("times", [-1, 0, 1, 2, 4])
 @pytest.mark.parametrize("grad", [False, True])
 def test_where_a_compiler_refuses_the_program_runs_as_it_is(

@@ -152,6 +152,7 @@ FIGURES: dict[str, Callable[[], Matrix]] = {
 }  # fmt: skip
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("name", FIGURES)
 def test_never_more_colors_than_largest_first_greedy(name: str) -> None:
     matrix = FIGURES[name]()

@@ -1109,6 +1109,13 @@ MESSAGES = (
             x, Listing.weight.exp() * x
         ),
     ),
+    Message(
+        InputError,
+        "do not depend on the parameters of Listing",
+        "one was computed from them",
+        "Pass x.detach",
+        lambda: of_listing()(Listing.weight.exp() * x),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

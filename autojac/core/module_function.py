@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from autojac.autodiff.pullback import Pullback
+from autojac.core.nests import tensor_leaves
 from autojac.core.selection import picked
 from autojac.errors import InputError, OptionError, kind_of, nearest
 
@@ -130,8 +132,22 @@ class ModuleFunction:
         return tuple(self.parameters().values())
 
     def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the arguments of this function for a call of the module's."""
-        return self.parameters(), tuple(args)
+        """Return the arguments of this function for a call of the module's.
+
+        Raises:
+            InputError: if they were computed from the parameters, so that a derivative in these would go through them.
+        """
+        parameters = self.parameters()
+        computed = [value for value in tensor_leaves(tuple(args)) if value.grad_fn is not None]
+        if computed and torch.is_grad_enabled():
+            own = list(parameters.values())
+            if len(Pullback.of_graph(computed, own, False).unused()) < len(own):
+                raise InputError(
+                    f"arguments that do not depend on the parameters of {type(self.module).__name__} were expected, "
+                    "but one was computed from them, and its graph would count. Pass x.detach(), or wrap a module that "
+                    "computes it inside"
+                )
+        return parameters, tuple(args)
 
     def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
         with self.lock, parameters_replaced(self.module, parameters):

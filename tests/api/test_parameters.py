@@ -199,3 +199,18 @@ def test_later_calls_take_the_fast_path_and_follow_what_the_module_holds() -> No
         net[2].bias.requires_grad_(False)
         assert "2.bias" not in jac(x)
         compare(jac(x), right())
+
+
+def test_an_argument_computed_from_the_parameters_is_refused() -> None:
+    net, other, z = (
+        network(nn.Linear(3, 3), nn.Tanh()),
+        nn.Linear(3, 3).double(),
+        torch.randn(4, 3, dtype=torch.float64),
+    )
+    jac = estimated(net)
+    with pytest.raises(InputError, match="computed from them"):
+        jac(net[0](z))
+    compare(jac(other(z)), by_rows(net, other(z).detach()))
+    expected = by_rows(net, net[0](z).detach())
+    with torch.no_grad():
+        compare(jac(net[0](z)), expected)

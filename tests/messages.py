@@ -346,6 +346,25 @@ def remembered() -> Callable[[Tensor], Tensor]:
     return Warm()
 
 
+def flagged() -> Any:
+    """A module that leaves train mode in its first call."""
+
+    class Settles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.calls = nn.Linear(2, 4), nn.BatchNorm1d(4), 0
+            self.inner = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+
+        def forward(self, x: Tensor) -> Any:
+            found = self.inner(self.norm(self.first(x).tanh()))
+            if self.calls == 0:
+                self.calls = 1
+                self.norm.eval()
+            return found
+
+    return Settles().train()
+
+
 def scripted() -> Any:
     with mock.patch("warnings.warn"):
         return torch.jit.script(nn.Linear(2, 2))
@@ -603,6 +622,13 @@ MESSAGES = (
         "two different outputs",
         "Pass such a value",
         lambda: jac(counted(), x),
+    ),
+    Message(
+        RandomnessError,
+        "equal ones were expected",
+        "two different outputs",
+        "Pass such a value",
+        lambda: torch.no_grad()(jac)(flagged(), x),
     ),
     Message(
         RandomnessError,

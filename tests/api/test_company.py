@@ -64,7 +64,7 @@ def test_a_deep_copy_has_weights_of_its_own(x: Tensor) -> None:
 
 
 def test_a_pickled_wrapper_finds_its_plans_again(x: Tensor, tmp_path: Any) -> None:
-    jac = AutoJacobian(network(), store=PlanStore(tmp_path / "plans.db", timeout_s=7.0), budget_s=1.0)
+    jac = AutoJacobian(network(), store=PlanStore(tmp_path / "plans.db", timeout_s=7.0), effort="estimate")
     plan = jac.plan(x)
     again = pickle.loads(pickle.dumps(jac))
     assert again.plan(x).source == "store" and again.plan(x).method == plan.method

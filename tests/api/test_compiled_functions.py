@@ -107,7 +107,7 @@ def test_a_search_over_a_compiled_module() -> None:
     func = compiled(net)
     trained(func)
     x = torch.randn(5, 3, dtype=torch.float64)
-    compare(AutoJacobian(func, budget_s=0.5, store=":memory:")(x), jacobian_blocks(net, (x,), 0))
+    compare(AutoJacobian(func, on_miss="tune", budget_s=0.5, store=":memory:")(x), jacobian_blocks(net, (x,), 0))
     trained(func)
     jacobians = AutoJacobian.of_parameters(func, on_miss="estimate", store=":memory:")(x)
     assert set(jacobians) == {name for name, _ in func.named_parameters()}

@@ -142,5 +142,5 @@ def test_a_keyword_argument_that_is_trained_is_reached(nested: bool) -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_function_without_a_second_derivative_is_tuned_all_the_same() -> None:
     func, (x,), _ = BY_NAME["TransformerEncoderLayer in eval mode"].make()
-    jac = AutoJacobian(func, budget_s=0.1, store=":memory:")
+    jac = AutoJacobian(func, on_miss="tune", budget_s=0.1, store=":memory:")
     compare(jac(x).detach(), jacobian_blocks(func, (x,)))

@@ -84,9 +84,9 @@ def test_a_module_is_left_with_what_one_plain_call_keeps(method: str, trained: b
 def test_a_search_leaves_what_one_plain_call_keeps(effort: Any) -> None:
     module = Keeping()
     x = torch.randn(6, 3, dtype=torch.float64)
-    AutoJacobian(module, store=":memory:", effort=effort)(x)
+    AutoJacobian(module, store=":memory:", on_miss="tune", effort=effort)(x)
     check_left(module, x, 1)
-    AutoJacobian(module, store=":memory:", effort=effort)(x)
+    AutoJacobian(module, store=":memory:", on_miss="tune", effort=effort)(x)
     check_left(module, x, 2)
 
 
@@ -232,7 +232,7 @@ def test_a_module_that_initialises_itself_is_initialised_once(kind: str, effort:
     module, plain = ActNorm(kind), ActNorm(kind)
     batches = [scale * torch.randn(6, 3, dtype=torch.float64) for scale in (3, 2, 1)]
     with torch.set_grad_enabled(grad):
-        jac = AutoJacobian(module, store=":memory:", effort=effort)
+        jac = AutoJacobian(module, store=":memory:", on_miss="tune", effort=effort)
         for calls, x in enumerate(batches, 1):
             plain(x)
             scale = plain.scale.detach().exp()

@@ -97,7 +97,7 @@ def left_alike(kind: type[Net], modes: str, effort: Any) -> None:
     plain, x = kind(), torch.randn(5, 3, dtype=torch.float64)
     MODES[modes](plain)
     net = copy.deepcopy(plain)
-    jac = AutoJacobian(net, store=":memory:", effort=effort, budget_s=0.2)
+    jac = AutoJacobian(net, store=":memory:", on_miss="tune", effort=effort, budget_s=0.2)
     for turn in range(4):
         right = jacobian_blocks(copy.deepcopy(plain), (x,), 0)
         with torch.no_grad():

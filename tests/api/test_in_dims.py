@@ -255,10 +255,18 @@ def scaled_by_keyword(x: Tensor, s: Tensor, *, y: Tensor) -> Tensor:
 def test_a_shared_tensor_as_long_as_the_batch_is_not_taken_for_batched(options: dict[str, Any], effort: str) -> None:
     for batch in (4, 5):
         x, s, y = doubles(batch, 4), doubles(4), doubles(batch, 4)
-        jac = AutoJacobian(scaled_by_keyword, argnums=1, effort=effort, budget_s=0.3, store=":memory:", **options)
+        jac = AutoJacobian(
+            scaled_by_keyword, argnums=1, on_miss="tune", effort=effort, budget_s=0.3, store=":memory:", **options
+        )
         compare(jac(x, s, y=y), ((x * s).cos() * x * y).diag_embed())
         plain = AutoJacobian(
-            lambda x, s: (x * s).sin(), argnums=1, effort=effort, budget_s=0.3, store=":memory:", **options
+            lambda x, s: (x * s).sin(),
+            argnums=1,
+            on_miss="tune",
+            effort=effort,
+            budget_s=0.3,
+            store=":memory:",
+            **options,
         )
         compare(plain(x, s), ((x * s).cos() * x).diag_embed())
 

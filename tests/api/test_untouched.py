@@ -78,7 +78,7 @@ def test_tuning_leaves_everything_as_it_was(grad: bool, dtype: torch.dtype | Non
     (model, fired), x = furnished(), torch.randn(6, 3)
     if grad:
         x.requires_grad_().grad = torch.ones_like(x)
-    jac = AutoJacobian(model, effort="quick", budget_s=0.3, store=":memory:")
+    jac = AutoJacobian(model, on_miss="tune", effort="quick", budget_s=0.3, store=":memory:")
     with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         for _ in range(2):
             with untouched(model, x):
@@ -94,7 +94,7 @@ def test_tuning_keeps_the_default_dtype(default: torch.dtype) -> None:
     torch.set_default_dtype(default)
     try:
         with untouched(model, x):
-            AutoJacobian(model, effort="quick", budget_s=0.3, store=":memory:")(x)
+            AutoJacobian(model, on_miss="tune", effort="quick", budget_s=0.3, store=":memory:")(x)
     finally:
         torch.set_default_dtype(before)
 
@@ -104,7 +104,7 @@ def test_a_random_function_leaves_the_state_that_one_call_leaves() -> None:
     state = torch.get_rng_state()
     model(x)
     after = torch.get_rng_state()
-    jac = AutoJacobian(model, effort="quick", budget_s=0.3, randomness="different", store=":memory:")
+    jac = AutoJacobian(model, on_miss="tune", effort="quick", budget_s=0.3, randomness="different", store=":memory:")
     for _ in range(2):
         torch.set_rng_state(state)
         jac(x)

@@ -22,7 +22,7 @@ import autojac
 from autojac import AutoJacobian, ModesDisagreeWarning
 from autojac.errors import kind_of
 from autojac.guards.process_state import unwarned
-from autojac.planning.search.measure import peak_bytes
+from autojac.planning.search.memory import peak_bytes
 from autojac.planning.search.propose import _quiet_optuna
 from harness import compare
 from oracle import jacobian_blocks
@@ -47,7 +47,7 @@ class Keeps(torch.nn.Module):
         return self.last * x.cumsum(1)
 
 before = state()
-jac = AutoJacobian(Keeps(), effort=sys.argv[1], budget_s=0.5, store=":memory:")
+jac = AutoJacobian(Keeps(), on_miss="tune", effort=sys.argv[1], budget_s=0.5, store=":memory:")
 for _ in range(3):
     jac(torch.randn(16, 3, requires_grad=sys.argv[1] == "quick"))
 after = state()

@@ -33,7 +33,9 @@ def test_torchdiffeq(adjoint: bool, effort: Any, recwarn: pytest.WarningsRecorde
     solve = library.odeint_adjoint if adjoint else library.odeint
     flow, x = Flow(), torch.rand(4, 3, dtype=torch.float64)
     times = torch.linspace(0, 1, 3, dtype=torch.float64)
-    jac = AutoJacobian(lambda x: solve(flow, x, times, method="rk4")[-1], store=":memory:", effort=effort, budget_s=0.3)
+    jac = AutoJacobian(
+        lambda x: solve(flow, x, times, method="rk4")[-1], store=":memory:", on_miss="tune", effort=effort, budget_s=0.3
+    )
     right = exact(lambda x: library.odeint(flow, x, times, method="rk4")[-1])(x)
     for _ in range(3):
         J = jac(x)

@@ -37,7 +37,7 @@ def parameters(chosen: Sequence[Case]) -> list[Any]:
 @pytest.mark.parametrize("case", parameters(cases()))
 def test_jacobian_is_right_and_a_call_leaves_what_a_plain_one_leaves(case: Case) -> None:
     plain, built = case.build(), case.build()
-    jac = autojac.AutoJacobian(built.func, budget_s=0.5, **built.options)
+    jac = autojac.AutoJacobian(built.func, on_miss="tune", budget_s=0.5, **built.options)
     with torch.no_grad():
         for point in (built.x, elsewhere(built.x), built.x):
             before, stream = point.clone(), torch.get_rng_state()

@@ -28,7 +28,7 @@ def agrees(func: Callable[[Tensor], Tensor], x: Tensor, given: Any = None) -> No
     """Compare with one VJP a row of func on plain tensors; `given` is what autojac gets in place of x."""
     right = jacobian_blocks(lambda x: func(x).as_subclass(Tensor), (x,), 0)
     for effort in ("estimate", "quick"):
-        jac = AutoJacobian(func, store=":memory:", effort=effort, budget_s=0.3)  # type: ignore[arg-type]
+        jac = AutoJacobian(func, store=":memory:", on_miss="tune", effort=effort, budget_s=0.3)  # type: ignore[arg-type]
         for _ in range(3):
             y, J = jac.value_and_jacobian(x if given is None else given)
             assert (type(y), type(J)) == (Tensor, Tensor)
@@ -59,8 +59,8 @@ def test_tensordict() -> None:
     held, given = TensorDict({"w": torch.rand(3, dtype=torch.float64)}), TensorDict({"a": x, "b": x.exp()}, [4])
     agrees(lambda x: x.sin() * held["w"], x)
     agrees(lambda x: TensorDict({"y": x.sin()}, [4])["y"], x)
-    jac = AutoJacobian(lambda given: given["a"].sin() + given["b"] ** 2, store=":memory:", budget_s=0.3)
-    nested = AutoJacobian(lambda x: TensorDict({"y": x.sin()}, [4]), store=":memory:", budget_s=0.3)
+    jac = AutoJacobian(lambda given: given["a"].sin() + given["b"] ** 2, store=":memory:", on_miss="tune", budget_s=0.3)
+    nested = AutoJacobian(lambda x: TensorDict({"y": x.sin()}, [4]), store=":memory:", on_miss="tune", budget_s=0.3)
     for _ in range(3):
         J = jac(given)
         assert isinstance(J, TensorDict)

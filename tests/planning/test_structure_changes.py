@@ -210,7 +210,7 @@ def test_wrappers_nest(x: Tensor) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     inner = estimated(model)
     inner(x)
-    outer = AutoJacobian(lambda z: inner(z)[:, 0], store=":memory:", budget_s=0.5)
+    outer = AutoJacobian(lambda z: inner(z)[:, 0], store=":memory:", on_miss="tune", budget_s=0.5)
     hessian = torch.func.vmap(torch.func.hessian(lambda z: model(z)[0]))(x)
     compare(outer(x).detach(), hessian.detach(), rtol=1e-9)
     compare(

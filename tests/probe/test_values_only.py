@@ -129,7 +129,7 @@ def test_a_threshold_that_the_whole_batch_crosses_later_is_not_looked_for_in_par
     x = torch.rand(6, 3, dtype=torch.float64)
     structure = autojac.probe(func, x)
     assert not structure.sliceable
-    jac = AutoJacobian(func, effort="quick", budget_s=0.5, store=":memory:")
+    jac = AutoJacobian(func, on_miss="tune", effort="quick", budget_s=0.5, store=":memory:")
     compare(jac(x), jacobian_blocks(func, (x,)))
     x[0] = 20
     for _ in range(3):

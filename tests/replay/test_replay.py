@@ -798,7 +798,7 @@ def test_aux_comes_with_it() -> None:
 def test_parameters_jacobian() -> None:
     model = net(3, 4, 2).requires_grad_()
     x = torch.randn(5, 3, dtype=torch.float64)
-    jac = autojac.AutoJacobian.of_parameters(model, effort="quick", budget_s=1.5, store=":memory:")
+    jac = autojac.AutoJacobian.of_parameters(model, on_miss="tune", effort="quick", budget_s=1.5, store=":memory:")
     reference = autojac.AutoJacobian.of_parameters(model, on_miss="estimate", store=":memory:")
     for _ in range(2):
         with torch.no_grad():

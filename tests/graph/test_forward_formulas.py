@@ -152,7 +152,10 @@ def far_apart(x: Tensor) -> Tensor:
 def test_what_another_branch_may_run_counts_too(func: Any) -> None:
     x = POINT.clone().requires_grad_()
     *_, problem = planned(func, (x,))
-    assert all("may run native" in str(method.unsupported(problem)) for method in pushing(problem))
+    for method in pushing(problem):
+        # one with fewer threads is ruled out before, where torch has no more
+        otherwise = method.unsupported(dataclasses.replace(problem, differentiable=False))
+        assert (otherwise or "may run native") in str(method.unsupported(problem)), method
     with torch.no_grad():
         *_, problem = planned(func, (POINT,))
     assert build(PUSH).unsupported(problem) is None

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from autojac.problem.machine import DEFAULT
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +56,14 @@ def _at_night(item: pytest.Item, of: int, turn: int = 0) -> bool:
 def known_threads() -> None:
     # plans are keyed by it; subprocesses read the same variable
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def known_machine() -> Iterator[None]:
+    # the order of candidates follows from it, and would follow from how busy the machine is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autojac.planning.search.calibrate.measured_once", lambda device, threads: DEFAULT)
+        yield
 
 
 @pytest.fixture(autouse=True)

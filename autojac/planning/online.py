@@ -53,7 +53,10 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
                 sandbox,
                 call.captured,
             )
-            return solid(dataclasses.replace(prepared.problem, analysis=analysis))
+            machine = prepared.problem.machine
+            if prepared.keys is not None:
+                machine = planner.repository.machine(prepared.keys[1], str(call.leaves[0].device))
+            return solid(dataclasses.replace(prepared.problem, analysis=analysis, machine=machine))
 
         better = exploration.take_step(problem, point)
         made = _after_step(planner, prepared, call, exploration, better)

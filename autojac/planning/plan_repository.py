@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,6 +23,9 @@ from autojac.errors import StoreError
 from autojac.guards.captures import fingerprint
 from autojac.methods.base import Method, build
 from autojac.planning.pinned import pinned_store
+from autojac.planning.search import calibrate
+from autojac.planning.search.corrections import corrections_from
+from autojac.problem.machine import DEFAULT, Machine
 from autojac.store.keys import Key, environment_key, operation_key
 
 if TYPE_CHECKING:
@@ -30,6 +35,8 @@ Keys = tuple[Key, Key]
 """What a plan is filed under: the operation, and the environment that it was tuned in."""
 
 _shared: dict[Any, PlanStore] = {}
+_machines: WeakKeyDictionary[PlanStore, dict[tuple[Key, str], Machine | None]] = WeakKeyDictionary()
+"""What stores say of environments, by the number of threads; with "" for it, by what trials there are corrected."""
 
 
 class PlanRepository:
@@ -120,6 +127,29 @@ class PlanRepository:
         # Without the module: what a script defines as `__main__`, others import by the name of its file.
         operation = operation_key(_named(self.func).__qualname__, digest, signature, chosen)
         return operation, environment_key(signature.leaves[0].device)
+
+    def machine(self, env: Key, device: str, measure: bool = False) -> Machine:
+        """Return the constants of the cost model, corrected by the store's trials; the store is asked once a process.
+
+        Args:
+            env: the environment's key.
+            device: a torch device.
+            measure: measure the machine if that was not done yet, in a fraction of a second, and store the result.
+        """
+        threads = str(torch.get_num_threads())
+        known = _machines.setdefault(self.store, {})
+        if (env, threads) not in known:
+            stored = (self.store.environment(env) or {}).get(threads)
+            known[env, threads] = Machine.from_json(stored) if isinstance(stored, dict) else None
+        if (env, "") not in known:
+            known[env, ""] = dataclasses.replace(DEFAULT, corrections=corrections_from(self.store.predictions(env)))
+        found, corrected = known[env, threads], known[env, ""]
+        assert corrected is not None
+        if found is None and measure:
+            found = known[env, threads] = calibrate.measured_once(device, threads)
+            others = self.store.environment(env) or {}
+            self.store.save_environment(env, {**others, threads: found.to_json()})
+        return dataclasses.replace(found or DEFAULT, corrections=corrected.corrections)
 
 
 def function_name(func: Callable[..., Any]) -> str:

@@ -37,6 +37,7 @@ from autojac.planning.search.trial import SearchPoint
 from autojac.planning.undisturbed import nested, undisturbed
 from autojac.probe import ProbeResult
 from autojac.problem.empty_events import solid
+from autojac.problem.machine import DEFAULT
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import unfixed
 from autojac.torch_internals import pytree
@@ -169,8 +170,10 @@ class Planner(ProblemBuilder):
             goal: effort of the search that will go on from here.
         """
         call, report, found, start = probed
-        structure = found.structure
-        problem = self.problem(call, report, structure, found.batched, found.analysis)
+        structure, device = found.structure, str(call.leaves[0].device)
+        # ranks must decide alike, whatever their machines
+        machine = DEFAULT if several() else self.repository.machine(report.keys[1], device, effort != "estimate")
+        problem = self.problem(call, report, structure, found.batched, found.analysis, machine)
         require_room(problem)
         search = functools.partial(
             optimize.search,
@@ -187,7 +190,7 @@ class Planner(ProblemBuilder):
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
-                problem = self.problem(call, report, structure, found.batched, found.analysis)
+                problem = self.problem(call, report, structure, found.batched, found.analysis, machine)
                 won = search(solid(problem), progress=show)
                 self._tell_of_missed_entries(structure)
         plan = _plan_of(won, structure, found, effort, goal, time.perf_counter() - start)

@@ -22,6 +22,7 @@ from autojac.planning.first_call import FirstCallReport, inspect_first_call
 from autojac.planning.plan_repository import Keys, PlanRepository
 from autojac.planning.search.memory import available_bytes
 from autojac.probe import FlatCall, ProbeResult, Roles, examine, observe
+from autojac.problem.machine import DEFAULT, Machine
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings
 
@@ -104,6 +105,7 @@ class ProblemBuilder:
         structure: Structure,
         batched: Sequence[bool],
         analysis: GraphAnalysis | None = None,
+        machine: Machine = DEFAULT,
     ) -> Problem:
         """State the problem that methods solve; those that cut a graph need to know what it looks like."""
         signature = report.signature
@@ -127,6 +129,7 @@ class ProblemBuilder:
             places=report.sandbox.places,
             of=self.options.of,
             symmetric=self.options.symmetric,
+            machine=machine,
         )
 
     @staticmethod

@@ -53,10 +53,10 @@ def plan_values(op: Key, env: Key, plan: Plan, function_name: str) -> dict[str, 
     return {
         "op_key": op.digest,
         "env_key": env.digest,
-        "op": _encode(op.fields),
-        "env": _encode(env.fields),
+        "op": encode(op.fields),
+        "env": encode(env.fields),
         "function_name": function_name,
-        "plan": _encode(plan.to_json()),
+        "plan": encode(plan.to_json()),
         "effort": plan.effort,
         "seconds": _finite(plan.seconds),
         "memory_bytes": plan.memory_bytes,
@@ -74,7 +74,7 @@ def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
             "plan_id": plan_id,
             "ordinal": ordinal,
             **trial.to_json(),
-            "method": _encode(trial.method),
+            "method": encode(trial.method),
             "dispersion": _finite(trial.dispersion),
             "predicted": _finite(trial.predicted),
         }
@@ -88,7 +88,7 @@ def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial
     Raises:
         BadRowError: it is not one.
     """
-    data = _decode(text)
+    data = decode(text)
     _check_method(data.get("method"))
     _check_numbers(data, "seconds", "default_seconds", "memory_bytes", "tuning_seconds", "jitter")
     if type(data.get("finished", True)) is not bool:
@@ -112,7 +112,7 @@ def read_trial(row: Mapping[str, Any]) -> Trial:
     Raises:
         BadRowError: it is not one.
     """
-    method = _decode(row["method"])
+    method = decode(row["method"])
     _check_method(method)
     _check_numbers(row, "seconds", "dispersion", "memory_bytes", "predicted")
     if not isinstance(row["state"], str) or not isinstance(row["reason"], (str, type(None))):
@@ -136,8 +136,8 @@ def read_stored(row: Mapping[str, Any], patterns: Callable[[str], Pattern], tria
     return StoredPlan(
         id=row["id"],
         function_name=row["function_name"],
-        op=Key(row["op_key"], _decode(row["op"])),
-        env=Key(row["env_key"], _decode(row["env"])),
+        op=Key(row["op_key"], decode(row["op"])),
+        env=Key(row["env_key"], decode(row["env"])),
         plan=read_plan(row["plan"], patterns, trials),
         created_at=created,
         updated_at=updated,
@@ -145,7 +145,8 @@ def read_stored(row: Mapping[str, Any], patterns: Callable[[str], Pattern], tria
     )
 
 
-def _encode(value: Any) -> str:
+def encode(value: Any) -> str:
+    """Return plain types as JSON, with None in the place of NaN and infinity."""
     return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
 
 
@@ -160,7 +161,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _decode(text: Any) -> dict[str, Any]:
+def decode(text: Any) -> dict[str, Any]:
+    """Return the object in a JSON text.
+
+    Raises:
+        BadRowError: there is none.
+    """
     try:
         data = json.loads(text, parse_constant=_no_constant)
     except (TypeError, ValueError, RecursionError) as error:

@@ -5,32 +5,31 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autojac.core.pattern import Indices, pack
 from autojac.core.plan import Plan, Trial
 from autojac.errors import StoreError, StoreWarning, warn
-from autojac.store import arrays, queries
+from autojac.store import arrays, environments, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
+from autojac.store.faults import FAULTS, DatabaseFault, value_or_fault
 from autojac.store.keys import Key
 from autojac.store.location import database_url, default_location, hider, shared_urls, shown
 from autojac.store.records import StoredPlan
 
 T = TypeVar("T")
-_FAULTS: Final = (sa.exc.SQLAlchemyError, NewerSchemaError, OSError, ImportError, ValueError)
 
 
 class PlanStore:
     """Plans by operation and environment, in a database that may fail without stopping anybody.
 
-    `find`, `hints`, `trials`, `save`, `refute`, `coloring` and `save_coloring` never raise for a fault of the
-    database: it is told once as a `StoreWarning`, and this process goes on in memory. What people call at a prompt
-    (`listing`, `get`, `remove`, `clear`) raises `StoreError` instead. Nothing is opened before it is needed.
+    `listing`, `get`, `remove` and `clear` are what people call at a prompt, and raise `StoreError` for a fault of the
+    database. All else never raises for one: it is told once as a `StoreWarning`, and this process goes on in memory.
+    Nothing is opened before it is needed.
 
     Args:
         location: path of a SQLite file, `:memory:`, or a database URL; by default what AUTOJAC_STORE says, else
@@ -55,7 +54,7 @@ class PlanStore:
             if text is None:
                 raise FileNotFoundError("this user has no home directory; set AUTOJAC_STORE to a path")
             self._main = Database(database_url(text), timeout_s)
-        except _FAULTS as error:
+        except FAULTS as error:
             self._fault = self._sentence(error)
 
     def __repr__(self) -> str:
@@ -134,6 +133,18 @@ class PlanStore:
         data = pack(**colors)
         self._write(lambda connection: arrays.save_coloring(connection, key, data))
 
+    def environment(self, env: Key) -> dict[str, Any] | None:
+        """Return what was measured of an environment, as plain JSON types; None if nothing was, or can be read."""
+        return self._first(lambda connection: environments.read_environment(connection, env))
+
+    def save_environment(self, env: Key, measured: Mapping[str, Any]) -> None:
+        """Keep what was measured of an environment, plain JSON types, instead of what was before."""
+        self._write(lambda connection: environments.write_environment(connection, env, measured))
+
+    def predictions(self, env: Key, most: int = 500) -> tuple[Trial, ...]:
+        """Return the latest trials in an environment that were both predicted and timed."""
+        return self._first(lambda connection: environments.predictions(connection, env, most)) or ()
+
     def listing(self) -> list[StoredPlan]:
         """Return every plan kept, latest first, with its trials.
 
@@ -196,8 +207,8 @@ class PlanStore:
         return None
 
     def _safely(self, base: Database, query: Callable[[Connection], T], empty: T) -> T:
-        result = _attempt(lambda: base.read(query, empty))
-        if not isinstance(result, _Fault):
+        result = value_or_fault(lambda: base.read(query, empty))
+        if not isinstance(result, DatabaseFault):
             if base is self._main and base.newer and not self._read_only:
                 self._main_failed(base, NewerSchemaError(f"it has schema {base.newer!r}, made by a later autojac"))
             return result
@@ -213,8 +224,8 @@ class PlanStore:
         for _ in range(2):  # once more where a fresh file took the place of a corrupt one
             if self._main is None or self._read_only:
                 break
-            result = _attempt(functools.partial(self._main.write, change))
-            if not isinstance(result, _Fault):
+            result = value_or_fault(functools.partial(self._main.write, change))
+            if not isinstance(result, DatabaseFault):
                 return
             self._main_failed(self._main, result.error)
         self._overlaid = True
@@ -227,7 +238,7 @@ class PlanStore:
         if main.path is not None and fault_of(error) == "corrupt":
             try:
                 moved = main.quarantine()
-            except _FAULTS as problem:
+            except FAULTS as problem:
                 error = problem
             else:
                 if moved is not None:
@@ -269,8 +280,8 @@ class PlanStore:
         return StoreError(f"{self._name} has no plan {plan_id}; `autojac plans list` shows those it has")
 
     def _asked(self, action: Callable[[], T]) -> T:
-        result = _attempt(action)
-        if isinstance(result, _Fault):
+        result = value_or_fault(action)
+        if isinstance(result, DatabaseFault):
             raise StoreError(f"{self._name} can't be used as a plan store: {self._sentence(result.error)}. Use another")
         return result
 
@@ -280,20 +291,3 @@ class PlanStore:
             text = error.strerror or ""  # without the path, which the store's name says
         text = self._hide(text).strip()
         return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-@dataclass(frozen=True)
-class _Fault:
-    error: Exception
-
-
-def _attempt(action: Callable[[], T]) -> T | _Fault:
-    """Return what an action returns, or the fault of a database that it raised.
-
-    To be handled outside of the `except`: whatever is raised inside, a warning too, carries the fault as its context,
-    and so the message as a driver wrote it, passwords included.
-    """
-    try:
-        return action()
-    except _FAULTS as error:
-        return _Fault(error)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from autojac.core.plan import Trial
+from autojac import AutoJacobian, PlanStore
+from autojac.core.options import Options
+from autojac.core.plan import Plan, Trial
+from autojac.errors import StoreWarning
 from autojac.methods.base import Method, registry
 from autojac.methods.per_sample import PerSample
 from autojac.methods.pull import Pull
 from autojac.methods.push import Push
 from autojac.methods.replay import Replay
+from autojac.planning.plan_repository import PlanRepository
+from autojac.planning.search import calibrate, measure
 from autojac.planning.search.corrections import LARGEST, correction_kind, corrections_from
 from autojac.planning.search.space import candidates, hopeless, predicted_seconds
 from autojac.problem.machine import DEFAULT, SIZES, Machine
 from autojac.problem.problem import Problem
+from autojac.store.keys import Key, environment_key
 from harness import planned
 
 
@@ -131,3 +139,81 @@ def test_corrections_decide_the_order_of_candidates_and_what_is_hopeless() -> No
     )
     dropped = hopeless(corrected, [LOOP, slow, Replay(slow)])
     assert dropped == {slow, Replay(slow)}  # a replay is as hopeless as its method
+
+
+# what is known of a machine
+
+
+def test_a_machine_is_measured_by_few_operators_and_no_clock_of_the_search() -> None:
+    class Turns(measure.Clock):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
+            run()
+            self.calls += 1
+            return 1e-3
+
+    clock = Turns()
+    machine = calibrate.measured_machine(torch.device("cpu"), clock)
+    assert clock.calls == 9 * calibrate.TURNS
+    assert machine.plain_s == machine.dual_s == 1e-3 / calibrate.OPERATORS
+    assert machine.rates == tuple(size / 1e-3 for size in SIZES)
+    assert machine.flops_per_s == 2 * calibrate.SIDE**3 / 1e-3
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine that is fast in all things; how often it was measured."""
+    times: list[str] = []
+
+    def measured(device: str, threads: str) -> Machine:
+        times.append(f"{device} {threads}")
+        return dataclasses.replace(DEFAULT, plain_s=7e-7)
+
+    monkeypatch.setattr(calibrate, "measured_once", measured)
+    return times
+
+
+def test_a_search_measures_the_machine_once_and_stores_it_and_an_estimate_reads_it(
+    measuring: list[str], tmp_path: Path
+) -> None:
+    func, x, place = net(3, 8, 2), torch.randn(8, 3), tmp_path / "plans.db"
+    AutoJacobian(func, store=place, effort="estimate")(x)
+    assert measuring == []
+    for size in (8, 300):
+        AutoJacobian(func, store=place).tune(torch.randn(size, 3), budget_s=0.05)
+    threads = str(torch.get_num_threads())
+    assert measuring == [f"cpu {threads}"]
+    env = environment_key("cpu")
+    stored = PlanStore(place).environment(env)
+    assert stored is not None
+    assert stored[threads]["plain_s"] == 7e-7
+    repository = PlanRepository(func, Options.checked({"store": PlanStore(place)}))
+    assert repository.machine(env, "cpu").plain_s == 7e-7
+    assert measuring == [f"cpu {threads}"]
+
+
+def test_an_estimate_is_corrected_by_the_trials_of_other_functions(tmp_path: Path) -> None:
+    x = torch.randn(8, 3)
+    store = PlanStore(tmp_path / "plans.db")
+    first = AutoJacobian(net(3, 8, 2), store=store, effort="estimate").plan(x)
+    env, structure = environment_key("cpu"), first.structure
+    slow = [Trial(first.method, "complete", 1.0, predicted=1e-3)] * 30
+    quick = [Trial(m.spec(), "complete", 1e-3, predicted=1e-3) for m in (LOOP, MANY) if m.spec() != first.method] * 30
+    plan = Plan(first.method, structure, (True,), "quick", 1.0, trials=(*slow, *quick))
+    store.save(Key.of({"function": "another"}), env, plan, "another")
+    again = AutoJacobian(net(3, 9, 2), store=PlanStore(tmp_path / "plans.db"), effort="estimate").plan(x)
+    assert again.method != first.method
+
+
+def test_a_row_that_something_else_wrote_is_told_and_passed_over(tmp_path: Path) -> None:
+    store, env = PlanStore(tmp_path / "plans.db"), environment_key("cpu")
+    store.save_environment(env, {"1": DEFAULT.to_json()})
+    store.save_environment(env, {"2": "nonsense"})
+    assert store.environment(env) == {"2": "nonsense"}
+    with sqlite3.connect(tmp_path / "plans.db") as connection:
+        connection.execute("UPDATE environments SET measured = 'no json'")
+    with pytest.warns(StoreWarning, match="can't be used"):
+        assert PlanStore(tmp_path / "plans.db").environment(env) is None
+    assert store.predictions(env) == ()

@@ -1,0 +1,55 @@
+"""What was measured of environments, and how trials there agreed with predictions, in the tables."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autojac.core.plan import Trial
+from autojac.store.keys import Key
+from autojac.store.models import Base, EnvironmentRow, PlanRow, TrialRow
+from autojac.store.queries import QueryResult
+from autojac.store.records import BadRowError, decode, encode, read_trial, timestamp
+
+_ENVIRONMENTS: Final = Base.metadata.tables[EnvironmentRow.__tablename__]
+_PLANS: Final = Base.metadata.tables[PlanRow.__tablename__]
+_TRIALS: Final = Base.metadata.tables[TrialRow.__tablename__]
+
+
+def read_environment(connection: Connection, env: Key) -> QueryResult[dict[str, Any] | None]:
+    """Return what was measured of an environment."""
+    query = sa.select(_ENVIRONMENTS.c.measured).where(_ENVIRONMENTS.c.env_key == env.digest)
+    text = connection.execute(query).scalar()
+    try:
+        return QueryResult(None if text is None else decode(text))
+    except BadRowError as error:
+        return QueryResult(None, problem=str(error))
+
+
+def write_environment(connection: Connection, env: Key, measured: Mapping[str, Any]) -> None:
+    """Keep what was measured of an environment instead of what was before."""
+    insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_ENVIRONMENTS)
+    values = {"env": encode(env.fields), "measured": encode(measured), "updated_at": timestamp()}
+    connection.execute(
+        insert.values(env_key=env.digest, **values).on_conflict_do_update(
+            index_elements=[_ENVIRONMENTS.c.env_key], set_=values
+        )
+    )
+
+
+def predictions(connection: Connection, env: Key, most: int) -> QueryResult[tuple[Trial, ...] | None]:
+    """Return the latest trials in an environment that were both predicted and timed; None where there are none."""
+    here = sa.select(_PLANS.c.id).where(_PLANS.c.env_key == env.digest)
+    both = sa.and_(_TRIALS.c.predicted.is_not(None), _TRIALS.c.seconds.is_not(None))
+    query = sa.select(_TRIALS).where(_TRIALS.c.plan_id.in_(here), both).order_by(_TRIALS.c.id.desc()).limit(most)
+    found, problem = [], None
+    for row in connection.execute(query):
+        try:
+            found.append(read_trial(row._asdict()))
+        except BadRowError as error:
+            problem = str(error)
+    return QueryResult(tuple(found) or None, problem=problem)

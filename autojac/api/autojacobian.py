@@ -202,6 +202,9 @@ class AutoJacobian(Kernels):
     def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return func's value, with its graph, and the Jacobian; func runs no more often than for the Jacobian alone.
 
+        What an output holds besides floating-point tensors (ids, None, strings) comes back in the value, with None in
+        its place in J; func may run once more for it.
+
         Returns:
             (y, J), or (y, J, aux) for `has_aux=True`.
         """
@@ -210,7 +213,7 @@ class AutoJacobian(Kernels):
             if served is not None:
                 return served
         plan, result = self._run(self._func_args(args), kwargs)
-        value, jacobian = plan.layout.value(result.values), plan.jacobian(result)
+        value, jacobian = plan.layout.value(result.values, result.rest), plan.jacobian(result)
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:

@@ -13,7 +13,7 @@ from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.product_arguments import CallShapes
 from autojac.api.products import without_last
 from autojac.autodiff.second_order import hessian_product
-from autojac.core.nests import tensor_leaves
+from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, WeighedBy
 from autojac.errors import InputError, UnsupportedError
 
@@ -127,7 +127,7 @@ class Kernels(Chunked):
         if loss is not None:
             outputs = self.func(*own, **kwargs)
             outputs = outputs[0] if self.options.has_aux else outputs
-            flat = tensor_leaves(outputs)
+            flat = list(filter(is_differentiable, tensor_leaves(outputs)))
             pushed = shapes.nested_outputs(
                 hessian_product(lambda *ys: loss(shapes.nested_outputs(ys)), flat, tensor_leaves(pushed))
             )

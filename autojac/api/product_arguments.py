@@ -58,6 +58,7 @@ class CallShapes(NamedTuple):
         inputs: shape of each of these, without samples.
         outputs: shape of each output of a sample.
         nest: of func's outputs; None where it returns one tensor.
+        kept: which of the leaves of this nest are these outputs; None where all are.
         effects: what a call does besides returning a value.
         item_bytes: of an entry.
         device: of the inputs.
@@ -72,6 +73,7 @@ class CallShapes(NamedTuple):
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
     nest: pytree.TreeSpec | None
+    kept: tuple[bool, ...] | None
     effects: tuple[str, ...]
     item_bytes: int
     device: torch.device
@@ -81,11 +83,16 @@ class CallShapes(NamedTuple):
     @property
     def outputs_nest(self) -> VectorNest:
         """Where cotangents are in their nest."""
-        return VectorNest(self.nest, tuple(range(len(self.outputs))))
+        kept = self.kept or (True,) * len(self.outputs)
+        return VectorNest(self.nest, tuple(number for number, has in enumerate(kept) if has))
 
     def nested_outputs(self, flat: Sequence[Any]) -> Any:
         """Return values for the outputs in their nest."""
-        return flat[0] if self.nest is None else pytree.tree_unflatten(list(flat), self.nest)
+        if self.nest is None:
+            return flat[0]
+        given = iter(flat)
+        leaves = list(flat) if self.kept is None else [next(given) if has else None for has in self.kept]
+        return pytree.tree_unflatten(leaves, self.nest)
 
     @property
     def is_repeatable(self) -> bool:
@@ -140,6 +147,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
         tuple(roles[position].shape[1:] if layout.unbatched else roles[position].event_shape for position in order),
         report.signature.outputs,
         layout.out_spec,
+        layout.out_kept,
         report.first.effects,
         max(call.leaves[position].element_size() for position in order),
         call.leaves[order[0]].device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Product:
         jacobian: the wrapper whose Jacobian is the product.
         steps: of a product along tangents, its first arguments: zeros.
         nest: where the vectors are in what is passed.
-        outputs: the nest of func's outputs; None for one tensor.
+        shapes: of the call.
         several_at: the axis of the result that runs over several vectors; None for a single one.
         is_formed: the Jacobian itself is computed, and multiplied.
         reads_past: it pulls to a module's own parameters, in whose place nothing can be put.
@@ -49,7 +50,7 @@ class Product:
     jacobian: Any
     steps: tuple[Tensor, ...]
     nest: VectorNest
-    outputs: pytree.TreeSpec | None
+    shapes: CallShapes
     several_at: int | None
     is_formed: bool = False
     is_summed: bool = False
@@ -58,9 +59,9 @@ class Product:
     def of_jacobian(self, jacobian: Any) -> Any:
         """Return the product from the Jacobian of the function made for it."""
         if len(self.steps) == 2:
-            flat = pytree.tree_leaves(jacobian)
+            flat = tensor_leaves(jacobian)
             sums = [own + shared for own, shared in zip(flat[::2], flat[1::2], strict=True)]
-            jacobian = sums[0] if self.outputs is None else pytree.tree_unflatten(sums, self.outputs)
+            jacobian = self.shapes.nested_outputs(sums)
         if self.several_at is None and not self.is_summed:
             return jacobian
         return pytree.tree_map_only(Tensor, self._changed, jacobian)
@@ -151,7 +152,7 @@ class Products(Derived):
         if product.is_formed:
             plan, computed = self._run(args, kwargs)
             along = times_parameters(computed.jacobians, product.nest.flat(vectors), product.several_at is not None)
-            return self._beside_aux(plan.layout.value(along), computed)
+            return self._beside_aux(plan.layout.value(along, itertools.repeat(None)), computed)
         result = product.jacobian(*product.steps, *product.nest.flat(vectors), *args, **kwargs)
         if self.options.has_aux:
             return product.of_jacobian(result[0]), result[1]
@@ -203,7 +204,7 @@ class Products(Derived):
             self._wrapped(function, chosen_options),
             made.steps,
             made.nest,
-            shapes.nest,
+            shapes,
             several_at if made.several else None,
             is_formed=kind is AlongTangents and shapes.is_blind,
             is_summed=summed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
-from autojac.core.nests import differentiated_places, tensor_leaves
+from autojac.core.nests import differentiated_places, split_output, tensor_leaves
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
@@ -73,6 +74,13 @@ class CallLayout:
         self.single = self.plain and not self.unbatched and isinstance(argnums, int)
         self._require_floats(flat)
         self.out_spec: pytree.TreeSpec | None = None
+        # which outputs have derivatives, where some have none, such as ids and None
+        self.out_kept: tuple[bool, ...] | None = None
+
+    @property
+    def returns_more(self) -> bool:
+        """Whether func returns more than is differentiated."""
+        return self.has_aux or self.out_kept is not None
 
     @property
     def order(self) -> list[int]:
@@ -142,24 +150,31 @@ class CallLayout:
                     "pair, or leave has_aux out"
                 )
             out, aux = out
-            if isinstance(kwargs, Keywords) and kwargs.aux is not None:
-                kwargs.aux.append(aux)
-        if isinstance(out, Tensor):
-            out = without_subclass(out)
-            return (out.unsqueeze(0),) if self.unbatched else (out,)
-        values, self.out_spec = pytree.tree_flatten(out)
+        else:
+            aux = None
+        values, rest, self.out_spec, self.out_kept = split_output(out)
+        if isinstance(kwargs, Keywords) and kwargs.aux is not None:
+            kwargs.aux.append((aux, rest))
         values = [without_subclass(value) for value in values]
         if not self.unbatched:
             return tuple(values)
         # non-tensors go on as they are, to be refused by name
         return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
 
-    def value(self, values: Sequence[Tensor]) -> Any:
-        """Return the function's result from its flat outputs."""
+    def value(self, values: Sequence[Tensor], rest: Iterable[Any] = ()) -> Any:
+        """Return the function's result from its flat outputs, and from what it returned without a derivative."""
         if self.out_spec is None and not self.unbatched:
             return values[0]
         own = [value.squeeze(0) for value in values] if self.unbatched else list(values)
-        return own[0] if self.out_spec is None else pytree.tree_unflatten(own, self.out_spec)
+        return self._nested_outputs(own, rest)
+
+    def _nested_outputs(self, own: Sequence[Any], rest: Iterable[Any]) -> Any:
+        if self.out_spec is None:
+            return own[0]
+        if self.out_kept is not None:
+            taken, others = iter(own), iter(rest)
+            own = [next(taken) if has else next(others) for has in self.out_kept]
+        return pytree.tree_unflatten(list(own), self.out_spec)
 
     def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
         """Return the Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside.
@@ -169,7 +184,7 @@ class CallLayout:
         if self.single and self.out_spec is None:
             return rows[0][0]
         nested = [self._nest_row(row) for row in rows]
-        return nested[0] if self.out_spec is None else pytree.tree_unflatten(nested, self.out_spec)
+        return self._nested_outputs(nested, itertools.repeat(None))
 
     def unnested(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""

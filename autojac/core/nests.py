@@ -1,9 +1,9 @@
-"""Nests of arguments: which of their leaves have derivatives."""
+"""Nests of arguments and outputs: which of their leaves have derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -50,3 +50,40 @@ def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tu
         kept = moving if any(moving) else tensors
         groups.append((spec, tuple(order[first + at] if has else None for at, has in enumerate(kept))))
     return groups
+
+
+class SplitOutput(NamedTuple):
+    """What func returned, flat.
+
+    Attributes:
+        values: what is to be differentiated.
+        rest: what passes through: None, integers, strings, and tensors of integers or booleans.
+        spec: of the nest of both; None for one tensor.
+        kept: which of its leaves are values; None where all are.
+    """
+
+    values: list[Any]
+    rest: list[Any]
+    spec: pytree.TreeSpec | None
+    kept: tuple[bool, ...] | None
+
+
+def split_output(output: Any) -> SplitOutput:
+    """Return an output's values apart from what passes through; all of it, to be refused by name, without values."""
+    if isinstance(output, Tensor):
+        return SplitOutput([output], [], None, None)
+    leaves, spec = pytree.tree_flatten(output)
+    kept = [not _passes_through(value) for value in leaves]
+    if all(kept) or not any(map(is_differentiable, leaves)):
+        return SplitOutput(leaves, [], spec, None)
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for value, has in zip(leaves, kept, strict=True):
+        parts[not has].append(value)
+    return SplitOutput(*parts, spec, tuple(kept))
+
+
+def _passes_through(value: Any) -> bool:
+    # a float may have been computed from the input, and is refused
+    if isinstance(value, Tensor):
+        return not is_differentiable(value)
+    return value is None or isinstance(value, (int, str, bytes))

@@ -135,7 +135,8 @@ class WeighedBy(ProductFunction):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out, aux = self._call(args[self.count :], kwargs)
-        scalars = [self._sum(y, u) for y, u in zip(pytree.tree_leaves(out), args, strict=False)]
+        values = filter(is_differentiable, pytree.tree_leaves(out))
+        scalars = [self._sum(y, u) for y, u in zip(values, args, strict=False)]
         total = sum(scalars[1:], scalars[0])
         return (total, *aux) if aux else total
 
@@ -178,7 +179,7 @@ class SampleWindow(ComposedFunction):
                 placed.append(part if axis is None else x.index_copy(axis, index, part))
             own[number] = pytree.tree_unflatten(placed, spec)
         out, aux = self._call(own, kwargs)
-        chosen = pytree.tree_map(lambda y: y[index], out)
+        chosen = pytree.tree_map(lambda y: y[index] if is_differentiable(y) else y, out)
         return (chosen, *aux) if aux else chosen
 
 

@@ -43,7 +43,7 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
     elif not layout.plain:
         return no_fast_path
     tensors = [arg for arg in (*held, *args) if _is_plain(arg)]
-    plain = not layout.moved and not layout.has_aux and len(tensors) == len(held) + len(args) > len(held)
+    plain = not layout.moved and not layout.returns_more and len(tensors) == len(held) + len(args) > len(held)
     # the plan may depend on the values of these
     watched = plan.contents is not None and (plan.contents.constants or plan.contents.arguments)
     if not plain or watched or plan.problem.layout == "sparse" or not isinstance(replaying, Replaying):

@@ -66,7 +66,7 @@ def _with_aux(layout: CallLayout, problem: Problem, compute: Compute, plain: boo
         problem, compute: what is computed.
         plain: whether func runs once and as it is. If not, it sees tensors that stand for others, and runs once more.
     """
-    if not layout.has_aux:
+    if not layout.returns_more:
         return compute
 
     def compute_with_aux(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
@@ -76,7 +76,8 @@ def _with_aux(layout: CallLayout, problem: Problem, compute: Compute, plain: boo
         if not plain:
             with torch.set_grad_enabled(problem.differentiable):
                 layout.fn(leaves, collecting)
-        aux = collected[-1]
-        return result._replace(aux=aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux))
+        aux, rest = collected[-1]
+        aux = aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux)
+        return result._replace(aux=aux, rest=tuple(rest))
 
     return compute_with_aux

@@ -120,7 +120,7 @@ class ProblemBuilder:
             signature.differentiable,
             available_bytes(call.leaves[0].device) // 2 if limit is None else limit,
             pass_bytes=0 if analysis is None else analysis.pass_bytes,
-            has_aux=call.layout.has_aux,
+            has_aux=call.layout.returns_more,
             analysis=analysis,
             colorings=self.colorings,
             function_state=self.function_state,

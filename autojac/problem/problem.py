@@ -37,11 +37,15 @@ Flat = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
 class Result(NamedTuple):
-    """Values of all outputs and, for output o and input i, `jacobians[o][i]`; beside them what func returned as aux."""
+    """Values of all outputs and, for output o and input i, `jacobians[o][i]`.
+
+    Besides what func returned as aux, and the rest of its outputs, which have no derivative.
+    """
 
     values: tuple[Tensor, ...]
     jacobians: tuple[tuple[Tensor, ...], ...]
     aux: Any = None
+    rest: tuple[Any, ...] = ()
 
 
 Compute = Callable[[Sequence[Tensor], Mapping[str, Any]], Result]

@@ -140,3 +140,36 @@ def test_parts_are_picked_of_modules_in_their_parameters_too() -> None:
     assert isinstance(output, Output)
     compare(jac.vjp(x, output.logits)[0]["linear.bias"], output.logits * (1 - output.logits**2))
     assert isinstance(pickle.loads(pickle.dumps(jac))(x)[1], Output)
+
+
+def test_outputs_hold_ids_none_and_strings_too() -> None:
+    def func(x: Tensor, w: Tensor) -> dict[str, Any]:
+        y = (x @ w).sin()
+        return {"name": "y", "y": y, "best": y.argmax(1), "cache": None, "pair": (3, y.sum(1))}
+
+    x, w = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    parts = (lambda x: func(x, w)["y"], lambda x: func(x, w)["pair"][1])
+    rights = [jacobian_blocks(part, (x,)) for part in parts]
+    for options in ({}, {"effort": "quick", "on_miss": "tune"}):
+        jac = estimated(func, in_dims=(0, None), **options)
+        for scale in (1, 2, -1):
+            y, J = jac.value_and_jacobian(scale * x, w)
+            expected = func(scale * x, w)
+            assert y["name"] == "y" and y["cache"] is None and y["pair"][0] == 3
+            compare([y["y"], y["best"], y["pair"][1]], [expected["y"], expected["best"], expected["pair"][1]])
+            assert J["best"] is None and J["name"] is None and J["pair"][0] is None
+        compare([jac(x, w)["y"], jac(x, w)["pair"][1]], rights)
+    verify(jac(x, w), func, x, w, in_dims=(0, None))
+    along = jac.jvp(x, w, x)
+    assert along["best"] is None
+    compare(
+        [along["y"], along["pair"][1]], [(J @ x[..., None])[..., 0] if J.dim() == 3 else (J * x).sum(1) for J in rights]
+    )
+    u = {**along, "best": None}
+    pulled = torch.einsum("bmn,bm->bn", rights[0], u["y"]) + rights[1] * u["pair"][1][:, None]
+    compare(jac.vjp(x, w, u), pulled)
+    compare(jac.norm(x, w), torch.cat([rights[0], rights[1][:, None]], 1).flatten(1).norm(dim=1))
+    compare(torch.cat([part["y"] for _, part in jac.chunks(x, w, bytes=250)]), rights[0])
+    for refused in (3.5, object()):
+        with pytest.raises(OutputError, match="output 1 of func is"):
+            estimated(lambda x, refused=refused: (x, refused))(x)

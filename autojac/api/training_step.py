@@ -161,7 +161,7 @@ class TrainingStep:
         args = (x, *rest)
         if self._reason(args):
             return self._plain(args)
-        whole = self._wrapper()
+        whole = self._wrapper(x)
         try:
             # hooks see what arrives at a parameter, once
             with torch.no_grad(), self._without_hooks(whole):
@@ -181,7 +181,7 @@ class TrainingStep:
             SearchError, UnsupportedError: if there is none for the step as a whole.
         """
         with torch.no_grad():
-            return self._wrapper().plan(*_lifted((x, *rest)))
+            return self._wrapper(x).plan(*_lifted((x, *rest)))
 
     def tune(self, x: Any, *rest: Any, effort: Effort | None = None, budget_s: float | None = None) -> Plan:
         """Search for the best plan for such a step: first the method for the derivatives, then the step with it.
@@ -193,7 +193,7 @@ class TrainingStep:
         self._inner.tune(x, effort=effort, budget_s=budget_s)
         self._refused.pop(_key((x, *rest)), None)
         with torch.no_grad():
-            return self._wrapper().tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
+            return self._wrapper(x).tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
 
     def explain(self, x: Any, *rest: Any) -> str:
         """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
@@ -201,7 +201,7 @@ class TrainingStep:
         if reason:
             return f"derivatives, then a backward: {reason}\n{self.source.explain(x)}"
         with torch.no_grad():
-            return self._wrapper().explain(*_lifted((x, *rest)))
+            return self._wrapper(x).explain(*_lifted((x, *rest)))
 
     def _reason(self, args: Sequence[Any]) -> str:
         """Return why a step can't be planned as a whole; empty if it can."""
@@ -221,9 +221,12 @@ class TrainingStep:
         tensors = itertools.chain.from_iterable(found.tensors for found in reached)
         return any(t.requires_grad and id(t) not in owned for t in tensors)
 
-    def _wrapper(self) -> AutoJacobian:
+    def _wrapper(self, x: Any) -> AutoJacobian:
         """Return what plans the step: a Jacobian of one number, in all parameters."""
         if self._whole is None:
+            with torch.enable_grad():
+                # now, since the first call of the step is watched, which makes all that runs in it slow
+                self._inner.plan(x)
             modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
             step = LossOfDerivatives(self._inner, self.loss, modules)
             self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)

@@ -261,7 +261,7 @@ def test_passes_are_as_few_as_the_cuts_are_wide(
 
 
 def test_errors_in_float32_are_as_small_as_plain_rows_make_them() -> None:
-    net, x = layers(64, 32, 4, 32, 64).float(), torch.randn(16, 64)
+    net, x = layers(32, 16, 4, 16, 32).float(), torch.randn(8, 32)
     expected = jacobian_blocks(net, (x,), to_double=True)
     for method, J in supported(Bottleneck, net, (x,)):
         assert J.dtype == torch.float32, method

@@ -179,7 +179,9 @@ def test_a_torch_that_compiles_otherwise_compiles_what_it_can(name: str, monkeyp
     torch_internals.skip_when_compiling(test_a_torch_that_compiles_otherwise_compiles_what_it_can.__code__)
 
 
-@pytest.mark.parametrize("shapes", [((3, 1), (2,)), ((0, 2), (1, 2)), ((), (4,)), ((2, 1, 3), (5, 1)), ((3,), None)])
+@pytest.mark.parametrize(
+    "shapes", [((3, 1), (2,)), ((0, 2), (1, 2)), ((), (4,)), ((4,), ()), ((2, 1, 3), (5, 1)), ((3,), None)]
+)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float32, torch.int64)], ids=str)
 @pytest.mark.parametrize("name", zero_tangents.MEET)
 def test_zero_tangents_get_the_shape_and_dtype_that_torch_gives_them(

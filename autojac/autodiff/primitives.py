@@ -7,6 +7,7 @@ Callers have left inference mode, in which autograd records nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -130,10 +131,42 @@ def sample_jacobian(
     """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
     single = without_data(single)
     if mode == "reverse":
-        return torch.func.jacrev(single, argnums=argnums, has_aux=True)
+        by_torch = torch.func.jacrev(single, argnums=argnums, has_aux=True)
+        by_rows = _rows_pulled(single, argnums)
+        # torch's own loads its compiler (1 s), as its vjp does
+        return by_torch if torch.compiler.is_compiling() or is_compiler_loaded() else by_rows
     return in_one_thread(
         torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
     )
+
+
+def _rows_pulled(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callable[..., Any]:
+    """Return what torch.func.jacrev returns for a function of (outputs, outputs), by the same operators."""
+
+    def jacobian(*args: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
+            given = list(args)
+            for number, tensor in zip(argnums, inputs, strict=True):
+                given[number] = tensor
+            outputs: tuple[Tensor, ...] = single(*given)[0]
+            return outputs
+
+        inputs = [args[number] for number in argnums]
+        outputs, pullback = functional_vjp(bound, inputs)
+        sizes = [y.numel() for y in outputs]
+        basis = []
+        for y, size, start in zip(outputs, sizes, itertools.accumulate(sizes, initial=0), strict=False):
+            seeds = y.new_zeros(sum(sizes), size)
+            seeds.diagonal(-start).fill_(1)
+            basis.append(seeds.view(sum(sizes), *y.shape))
+        pulled = torch.vmap(lambda *seeds: pullback(seeds))(*basis)
+        parts = [torch.split(rows, sizes) for rows in pulled]
+        return tuple(
+            tuple(rows[number].view(y.shape + x.shape) for rows, x in zip(parts, inputs, strict=True))
+            for number, y in enumerate(outputs)
+        ), outputs
+
+    return jacobian
 
 
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.primitives import Bound, quietly
+from autojac.autodiff.zero_tangents import without_loading_compiler
 from autojac.errors import UnsupportedError
 from autojac.torch_internals import (
     batched_vmap,
@@ -201,16 +202,19 @@ def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
     """Gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
     if not scalar.requires_grad:
         return [torch.zeros_like(x) for x in sources]
-    return list(
-        torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    with without_loading_compiler():
+        return list(
+            torch.autograd.grad(scalar, list(sources), retain_graph=True, allow_unused=True, materialize_grads=True)
+        )
 
 
 def pulled_back(
     outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""
-    return torch.autograd.grad(outputs, sources, cotangents, retain_graph=True, allow_unused=True)
+    # as in `Pullback`
+    with without_loading_compiler():
+        return run_backward(tuple(outputs), tuple(cotangents), True, False, tuple(sources), True, False)
 
 
 def backward(scalar: Tensor) -> None:

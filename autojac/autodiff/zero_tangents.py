@@ -23,6 +23,7 @@ DISABLED: Final = "__dynamo_disable"
 """Attribute of such a function that holds what is called in its place, once the compiler was told to leave it alone."""
 MEET: Final = ("add", "mul", "true_divide")
 """The functions that tangents meet zeros in."""
+KINDS: Final = (torch.Tensor, int, float)
 
 
 def is_compiler_loaded() -> bool:
@@ -70,12 +71,16 @@ def _outlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def outline(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        known = all(x.is_meta if isinstance(x, torch.Tensor) else isinstance(x, (int, float)) for x in args)
-        if len(args) != 2 or not known or not any(x.is_floating_point() for x in tensors):
+        floats = [x for x in tensors if x.is_floating_point()]
+        # a scalar decides the dtype only where it is of a higher kind
+        decides = [x for x in floats if x.dim()] or floats
+        plain = all(isinstance(x, KINDS) for x in args) and all(x.is_meta and not x.is_complex() for x in tensors)
+        if len(args) != 2 or not plain or not floats or decides[0].dim() < max(min(x.dim(), 1) for x in tensors):
             return function(*args, **kwargs)
-        # torch.broadcast_shapes loads sympy
+        # torch.broadcast_shapes loads sympy, and torch.result_type is an operator, which a recording would see
         sizes = [*itertools.zip_longest(*(reversed(x.shape) for x in tensors), fillvalue=1)]
         shape = [next((size for size in some if size != 1), 1) for some in reversed(sizes)]
-        return torch.empty(shape, dtype=torch.result_type(*args), device="meta")
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in decides))
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     return outline

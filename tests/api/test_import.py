@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = {"alembic", "click", "optuna", "plotly", "rich", "rustworkx", "scipy", "sqlalchemy"}
 
@@ -49,6 +51,46 @@ print(json.dumps([apart, [name for name in ("torch._dynamo", "torch._inductor", 
 
 def test_first_calls_transforms_recordings_and_guards_load_no_compiler() -> None:
     output = subprocess.run([sys.executable, "-c", DIFFERENTIATED], capture_output=True, text=True, check=True)
+    apart, loaded = json.loads(output.stdout)
+    assert max(apart) < 1e-12
+    assert not loaded
+
+
+SERVED = """
+import json, sys, torch
+import autojac
+from harness import forced
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh()).double()
+def func(x):
+    y = net(x)
+    return y, 2 * y.sum(1) + 1
+x = torch.randn(4, 3, dtype=torch.float64)
+expected = autojac.AutoJacobian(func, effort="estimate", store=":memory:")(x)
+pull = {"method": "Pull", "seeds": "shared", "engine": "vmap", "chunk": None}
+methods = [
+    pull,
+    {"method": "PerSample", "mode": "reverse", "chunk": None},
+    {"method": "PerSample", "mode": "reverse", "chunk": 3},
+    {"method": "Push", "seeds": "shared", "engine": "loop", "chunk": None},
+]
+methods += [{"method": "Replay", "inner": inner} for inner in methods]
+apart = []
+for method in methods:
+    jac = forced(func, (x,), method)
+    found = jac(x)
+    assert jac.plan(x).method == method
+    apart += [(one - other).abs().max().item() for one, other in zip(found, expected)]
+print(json.dumps([apart, [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]]))
+"""
+
+
+def test_neither_methods_nor_their_replays_load_the_compiler() -> None:
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", SERVED]
+    paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     apart, loaded = json.loads(output.stdout)
     assert max(apart) < 1e-12
     assert not loaded

@@ -115,7 +115,7 @@ class Kernels(Chunked):
             >>> net = torch.nn.Linear(2, 1, bias=False)
             >>> jac = AutoJacobian.of_parameters(net, store=":memory:", on_miss="estimate")
             >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-            >>> jac.ggn_product(x, {"weight": torch.ones(1, 2)}, loss=lambda y: y.square().sum())["weight"]
+            >>> jac.ggn_product(x, {"weight": torch.ones(1, 2)}, loss=lambda y: y.square().sum())["weight"].detach()
             tensor([[48., 68.]])
         """
         inputs, tangents = without_last(args, "ggn_product")

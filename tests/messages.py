@@ -53,7 +53,10 @@ from autojac import (
 )
 from autojac.api.least_squares import matrix_free_least_squares
 from autojac.cli import main
+from autojac.core.options import Options
 from autojac.methods.pull import Pull
+from autojac.planning.audit import audit_call
+from autojac.planning.plans_in_use import PlansInUse
 from autojac.store import Key
 
 
@@ -275,6 +278,12 @@ def pinned_miss() -> None:
         wrap(torch.sin)(x)
     finally:
         autojac.pin(None)
+
+
+def nothing_to_audit() -> None:
+    """An audit of a call that was never tuned."""
+    plans = PlansInUse(torch.sin, Options.checked({"store": ":memory:"}))
+    audit_call(plans.planner, plans.describe((x,), {}), "quick")
 
 
 def wrapped_in_a_loop() -> None:
@@ -562,6 +571,7 @@ MESSAGES = (
         "Pass memory_limit",
         crowded,
     ),
+    Message(PlanMissError, "for this call", "no plan is stored", "Make one with `autojac tune`", nothing_to_audit),
     Message(
         PlanMissError, "are pinned", "none is for arguments", r"unpin them by autojac\.pin\(None\), tune", pinned_miss
     ),

@@ -13,6 +13,7 @@ COMMANDS = {
     "tune": "autojac.cli.tune:tune",
     "probe": "autojac.cli.tune:probe",
     "explain": "autojac.cli.tune:explain",
+    "audit": "autojac.cli.audit:audit",
     "plans": "autojac.cli.plans:plans",
     "bench": "autojac.bench.command:bench",
 }

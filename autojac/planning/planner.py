@@ -177,7 +177,7 @@ class Planner(ProblemBuilder):
         require_room(problem)
         search = functools.partial(
             optimize.search,
-            point=self._point(call, report),
+            point=self.point(call, report),
             effort=effort,
             budget_s=self.options.budget_s if budget_s is None else budget_s,
             prior=PriorKnowledge(self.known.hints(report.keys), *self.known.so_far(report.keys, before)),
@@ -202,7 +202,8 @@ class Planner(ProblemBuilder):
         return made
 
     @staticmethod
-    def _point(call: Call, report: FirstCallReport) -> SearchPoint:
+    def point(call: Call, report: FirstCallReport) -> SearchPoint:
+        """Return where candidates are checked and timed."""
         trained = not_overwritten(call.trained, report.sandbox.captured)
         return SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
 

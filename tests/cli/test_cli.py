@@ -126,7 +126,7 @@ def examples(path: tuple[str, ...]) -> list[list[str]]:
 
 
 def test_commands_are_all_there() -> None:
-    assert {path[0] for path in COMMANDS} >= {"demo", "tune", "probe", "explain", "plans"}
+    assert {path[0] for path in COMMANDS} >= {"demo", "tune", "probe", "explain", "audit", "plans"}
     assert {path[1] for path in COMMANDS if len(path) == 2} == {"list", "show", "rm"}
 
 
@@ -139,10 +139,12 @@ def test_every_help_has_an_example_and_explains_each_option(path: tuple[str, ...
     assert all(option.help for option in options)
 
 
-@pytest.mark.parametrize("path", [("tune",), ("probe",), ("explain",)], ids=" ".join)
+@pytest.mark.parametrize("path", [("tune",), ("probe",), ("explain",), ("audit",)], ids=" ".join)
 def test_examples_run(path: tuple[str, ...]) -> None:
     fast = [] if path == ("probe",) else ["--effort", "estimate"]
     for example in examples(path):
+        if path == ("audit",):
+            output("tune", *example[1 : example.index("--shape") + 2], *[o for o in example if o == "--no-grad"], *fast)
         assert output(*example, *fast)
 
 
@@ -317,6 +319,7 @@ def test_a_refuted_plan_says_so(own_store: Path) -> None:
         ([*TUNE, "--store", "foo://bar"], "can't be used as a plan store"),
         ([*TUNE, "--store", "."], "can't be used as a plan store"),
         (["explain", "model.py:model", "--shape", "8x3", "--store", "."], "can't be used as a plan store"),
+        (["audit", "model.py:model", "--shape", "8x3"], "no plan is stored for this call"),
         (["plans", "list", "--store", "foo://bar"], "can't be used as a plan store"),
         (["plans", "show", "7"], "has no plan 7"),
         (["plans", "rm"], "or --all"),

@@ -39,7 +39,7 @@ CLASSES: dict[str, tuple[Callable[[], Any], int, tuple[int, int], dict[str, Any]
     "proved, large batch": (network, 5000, (22, 6), {}),
     "statistics": (lambda: centred, 40, (22, 21), {}),
     "coupled": (lambda: attention, 12, (19, 18), {}),
-    "unbatched": (lambda: lambda x: x.sin() * x.sum(), 12, (12, 11), {"in_dims": None}),
+    "unbatched": (lambda: lambda x: x.sin() * x.sum(), 12, (12, 12), {"in_dims": None}),
     "observed": (lambda: observed, 40, (72, 66), {}),
 }
 """Functions, samples, and evaluations in all and of the whole batch, or of copies of it."""

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["ATTRIBUTES", "PRIVATE", "OpOverload", "PrivateName", "TorchDispatchMode", "pytree"]
 
 TESTED = "2.11 to 2.14"
+COMPILER: Final = "torch._dynamo"
 
 
 class PrivateName(NamedTuple):
@@ -48,7 +49,6 @@ PRIVATE: dict[str, PrivateName] = {
     "torch.utils._python_dispatch.TorchDispatchMode": PrivateName("see every aten operator that runs"),
 }
 """Every private name by its path; filled below, where each is looked up."""
-
 
 ATTRIBUTES: Final[dict[str, PrivateName]] = {
     "torch.Tensor._version": PrivateName("see writes into a tensor"),
@@ -138,6 +138,7 @@ is_wrapped_by_transform: Callable[[Any], bool] = _required(
 set_vmap_fallback_warning: Callable[[bool], None] = _required(
     "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
 )
+is_profiling: Callable[[], bool] = _required("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
 function_modes: Callable[[], int] = _required(
     "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
 )
@@ -275,7 +276,7 @@ def skip_when_compiling(code: CodeType) -> None:
 
 def load_compiler() -> None:
     """Load torch's compiler (1 s), which torch itself does at the first vmapped VJP of a process."""
-    importlib.import_module("torch._dynamo")
+    importlib.import_module(COMPILER)
 
 
 _LOADED_AT_FIRST_CALL: Final = "forward mode loads the compiler (1 s) in the first call of a process"

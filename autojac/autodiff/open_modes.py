@@ -13,13 +13,16 @@ from torch import Tensor
 from autojac.torch_internals import (
     ForceDispatchKeys,
     close_transforms_to_depth,
+    dispatch_modes,
     dual_level,
     enter_dual_level,
     excluded_keys,
     exit_dual_level,
+    function_modes,
     included_keys,
     innermost_transform,
     is_forward_grad_enabled,
+    is_profiling,
     open_transforms,
     preserve_version,
     saved_tensors_hooks,
@@ -58,6 +61,12 @@ def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
 def hooked() -> bool:
     """Check whether a caller's hooks, such as checkpointing's, see what autograd saves."""
     return saved_tensors_hooks(True) is not None
+
+
+def is_observed() -> bool:
+    """Check whether a caller's hooks, modes, profiler or CUDA graph would see what is evaluated now."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return capturing or hooked() or is_profiling() or bool(function_modes() or dispatch_modes())
 
 
 def saved_tensors_apart() -> AbstractContextManager[Any]:

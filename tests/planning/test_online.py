@@ -14,10 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac import AutoJacobian
 from autojac.methods.base import Method
 from autojac.methods.pull import Pull
+from autojac.methods.push import Push
 from autojac.planning import exploration
 from autojac.planning.exploration import SHARE, Exploration
 from autojac.planning.prepared_plan import PreparedPlan
@@ -236,6 +238,45 @@ def test_a_step_that_fails_fails_no_call(net: nn.Module, monkeypatch: pytest.Mon
     run_to_the_end(jac, x)
     compare(jac(x), jacobian_blocks(net, (x,)))
     assert exploration.MOST_FAILURES < 10
+
+
+def test_a_hung_candidate_holds_one_call_up_for_its_limit(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "LEAST_S", 0.2)
+    monkeypatch.setattr(exploration, "SHARE", 1e6)
+
+    def endless(*_: Any) -> Any:
+        while True:
+            pass
+
+    monkeypatch.setattr(Push, "prepare", lambda self, problem: endless)
+    x = torch.randn(16, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    for _ in range(60):
+        compare(jac(x), jacobian_blocks(net, (x,)))
+    hung = [t for t in jac.plan(x).trials if t.method["method"] == "Push" and t.reason is not None]
+    assert any("TimeoutError" in str(t.reason) for t in hung)
+
+
+def test_nothing_is_explored_while_a_caller_observes(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(exploration, "SHARE", 1e6)
+    x = torch.randn(16, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    jac(x)
+    with Seeing(), torch.profiler.profile():
+        for _ in range(5):
+            jac(x)
+    with torch.profiler.profile():
+        for _ in range(5):
+            jac(x)
+    search = explored(jac)
+    assert search is not None
+    assert search.race is None
+    jac(x)
+    assert search.race is not None
 
 
 def test_exploring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

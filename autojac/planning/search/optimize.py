@@ -100,7 +100,7 @@ def search(
     """
     if effort == "estimate":
         return estimate(problem, point, prior.hints)
-    load_once()
+    load_compiler()  # which torch does (1 s) at the first vmapped VJP of a process: no candidate's fault
     start, allowed = measure.clock.now(), BUDGETS_S[effort] if budget_s is None else budget_s
     race = start_race(problem, point, effort, prior, progress)
     race.session.end = start + allowed
@@ -115,12 +115,6 @@ def _plain_loop(session: SearchSession) -> SearchResult:
     """Return what is slow and safe, until there is something that a faster method can be compared with."""
     found = _first_right(session, [Pull.suiting(session.problem, "loop")])
     return dataclasses.replace(found, verified=False)
-
-
-def load_once() -> None:
-    """Load what torch loads once per process, before anything is timed: no candidate's fault."""
-    # torch loads its compiler (1 s) at the first vmapped VJP of a process
-    load_compiler()
 
 
 def start_race(

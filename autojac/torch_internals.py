@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["ATTRIBUTES", "PRIVATE", "OpOverload", "PrivateName", "TorchDispatchMode", "pytree"]
 
 TESTED = "2.11 to 2.14"
-COMPILER: Final = "torch._dynamo"
 
 
 class PrivateName(NamedTuple):

@@ -159,7 +159,7 @@ def test_a_machine_is_measured_by_few_operators_and_no_clock_of_the_search() -> 
     assert clock.calls == 9 * calibrate.TURNS
     assert machine.plain_s == machine.dual_s == 1e-3 / calibrate.OPERATORS
     assert machine.rates == tuple(size / 1e-3 for size in SIZES)
-    assert machine.flops_per_s == 2 * calibrate.SIDE**3 / 1e-3
+    assert machine.flops_per_s == 2 * calibrate.ROWS * calibrate.SIDE**2 / 1e-3
 
 
 @pytest.fixture

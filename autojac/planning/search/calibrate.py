@@ -20,8 +20,8 @@ LAYERS = 8
 OPERATORS = 2 * LAYERS
 """Operators of the chain whose host time is measured: a product and a map in each layer, on almost no data."""
 SEEDS = 4
-SIDE = 256
-"""Rows and columns of the matrices whose product is timed."""
+ROWS, SIDE = 2048, 256
+"""Rows of the tall matrix, and its columns, whose product with a square one is timed, as seeds of a batch make them."""
 TURNS = 5
 """Timings of which the fastest counts."""
 
@@ -83,12 +83,12 @@ def _rates(device: torch.device, fastest: Callable[..., float]) -> tuple[float, 
     """Return the bytes per second of a map that reads two tensors and makes a third."""
     rates = []
     for size in SIZES:
-        one = torch.ones(size // 12, device=device)
+        one, other = torch.ones(2, size // 12, device=device)
         calls = max(SIZES[1] // size, 1)
-        rates.append(size / fastest(lambda one=one: one * one, calls))
+        rates.append(size / fastest(lambda one=one, other=other: one * other, calls))
     return tuple(rates)
 
 
 def _flops_per_s(device: torch.device, fastest: Callable[..., float]) -> float:
-    square = torch.ones(SIDE, SIDE, device=device)
-    return 2.0 * SIDE**3 / fastest(lambda: square @ square, 4)
+    tall, square = torch.ones(ROWS, SIDE, device=device), torch.ones(SIDE, SIDE, device=device)
+    return 2.0 * ROWS * SIDE**2 / fastest(lambda: tall @ square)

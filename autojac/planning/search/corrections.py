@@ -10,8 +10,11 @@ from typing import Any
 
 from autojac.core.plan import Trial
 
-FEWEST = 3
-"""A kind's own median counts as much as that of all kinds once it has so many trials."""
+ENOUGH = 30
+"""A kind's own median counts as much as that of all kinds once it has so many trials.
+
+With 3 the medians of 14 workloads led to worse first choices on 10 others (1.20 times the best instead of 1.19).
+"""
 LARGEST = 10.0
 """No method is corrected by more than so many times: what took that long was held up, or is another problem."""
 
@@ -38,7 +41,7 @@ def corrections_from(trials: Iterable[Trial]) -> dict[str, float]:
         return {}
     overall = statistics.median(ratio for found in ratios.values() for ratio in found)
     medians = {
-        kind: (len(found) * statistics.median(found) + FEWEST * overall) / (len(found) + FEWEST)
+        kind: (len(found) * statistics.median(found) + ENOUGH * overall) / (len(found) + ENOUGH)
         for kind, found in ratios.items()
     }
     most = math.log(LARGEST)

@@ -70,15 +70,17 @@ class _Limit:
         self.thread = threading.get_ident()
         self.lock = threading.Lock()
         self.done = self.raised = False
-        self._phases: OrderedDict[str, None] = OrderedDict(start=None, stop=None)
         # called with "start" before and "stop" after each garbage collection, and written in C: in a function of
-        # Python's the exception would arrive as it is entered, be printed, and be lost
-        self.collects: Any = self._phases.move_to_end
+        # Python's the exception would arrive as it is entered, be printed, and be lost. The first of all that are
+        # called and the last, since others may be Python's.
+        self._phases = [OrderedDict[str, None](start=None, stop=None) for _ in range(2)]
+        self.calls_first: Any = self._phases[0].move_to_end
+        self.calls_last: Any = self._phases[1].move_to_end
 
     @property
     def collecting(self) -> bool:
         """Whether garbage is being collected, in whatever thread."""
-        return next(reversed(self._phases)) == "start"
+        return any(next(reversed(phases)) == "start" for phases in self._phases)
 
     def interrupt(self) -> float | None:
         """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
@@ -135,7 +137,8 @@ class _Watch:
     def add(self, limit: _Limit, seconds: float) -> None:
         until = monotonic() + seconds
         self.limits[limit] = until
-        gc.callbacks.append(limit.collects)
+        gc.callbacks.insert(0, limit.calls_first)
+        gc.callbacks.append(limit.calls_last)
         if self._thread is None or not self._thread.is_alive():
             with self._starting:
                 if self._thread is None or not self._thread.is_alive():
@@ -147,8 +150,9 @@ class _Watch:
 
     def drop(self, limit: _Limit) -> None:
         self.limits.pop(limit, None)
-        with contextlib.suppress(ValueError):  # dropped already
-            gc.callbacks.remove(limit.collects)
+        for call in (limit.calls_first, limit.calls_last):
+            with contextlib.suppress(ValueError):  # dropped already
+                gc.callbacks.remove(call)
         limit.stop()
 
     def end(self) -> None:

@@ -180,7 +180,11 @@ class Recorder(Capture):
 
     def memory(self) -> tuple[tuple[StorageWeakRef, int], ...]:
         """Return the memory that was allocated, each piece once, and its bytes."""
-        strided = [(index, tensor.untyped_storage()) for index, tensor in self.made if id(tensor) in self.homes]
+        strided = [
+            (index, tensor.untyped_storage())
+            for index, tensor in self.made
+            if id(tensor) in self.homes and tensor.layout == torch.strided
+        ]
         given = {storage._cdata for index, storage in strided if index in self.inputs or index in self.constants}
         found: dict[int, tuple[StorageWeakRef, int]] = {}
         for _, storage in strided:

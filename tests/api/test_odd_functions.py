@@ -135,15 +135,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "nothing but detached": (lambda x: x.detach() * 2, "none has a graph"),
     "no_grad around": (torch.no_grad()(lambda x: x * 2), "none has a graph"),
     "nothing": (lambda x: None, "output 0 of func is None; a tensor (B, ...) was expected"),
-    "nothing in a nest": (lambda x: {"x": x, "none": None}, "output 1 of func is None"),
     "an empty nest": (lambda x: (), "func returned no tensor"),
     "a number": (lambda x: (x, 1.5), "output 1 of func is a float"),
     "text": (lambda x: "x", "output 0 of func is a str"),
     "an array": (lambda x: x.detach().numpy(), "output 0 of func is an ndarray"),
     "a generator": (lambda x: (y for y in (x, x)), "output 0 of func is a generator"),
     "a record": (Record, "output 0 of func is a Record"),
-    "indices beside": (lambda x: tuple(x.max(1)), "output 1 of func is torch.int64, which has no real derivative"),
-    "a mask beside": (lambda x: (x, x > 0), "anything else as aux with has_aux=True"),
 }
 
 
@@ -153,6 +150,26 @@ def test_outputs_that_are_refused(name: str, in_dims: Any) -> None:
     func, words = REFUSED[name]
     with pytest.raises(autojac.OutputError, match=re.escape(words)):
         estimated(func, in_dims=in_dims)(doubles(4, 3))
+
+
+BESIDE: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "nothing in a nest": (lambda x: {"x": x.sin(), "none": None}, 0),
+    "indices beside": (lambda x: (x.sin(), x.argmax(1)), 0),
+    "a mask beside": (lambda x: (x > 0, x.sin()), 1),
+}
+
+
+@pytest.mark.parametrize("in_dims", ["auto", None])
+@pytest.mark.parametrize("name", BESIDE)
+def test_outputs_that_have_no_derivative_pass_beside_those_that_have_one(name: str, in_dims: Any) -> None:
+    func, place = BESIDE[name]
+    x = doubles(4, 3)
+    value, J = estimated(func, in_dims=in_dims).value_and_jacobian(x)
+    assert pytree.tree_structure(value) == pytree.tree_structure(func(x))
+    blocks = list(J.values()) if isinstance(J, dict) else list(J)
+    assert blocks[1 - place] is None
+    expected = torch.diag_embed(x.cos())
+    compare(blocks[place], expected if in_dims == "auto" else torch.func.jacrev(torch.sin)(x))
 
 
 def test_a_loss_beside_the_outputs_is_refused_in_a_batch() -> None:

@@ -240,7 +240,7 @@ def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: P
 @pytest.fixture(scope="module")
 def layouts_raced() -> Promised:
     with torch.no_grad():
-        return layouts(convolution("conv", 3, 16, channels=2), replace(SETTINGS, effort="estimate"), 1.0, 1.0)
+        return layouts(convolution("conv", 64, 64, channels=2), replace(SETTINGS, effort="estimate"), 1.0, 1.0)
 
 
 def test_a_wrong_sparse_jacobian_is_not_taken_for_blocks() -> None:

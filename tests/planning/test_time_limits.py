@@ -174,17 +174,31 @@ def test_an_error_inside_is_the_one_that_comes_out() -> None:
     assert within(float("inf"), threading.get_ident) == threading.get_ident()
 
 
-def test_a_limit_that_passes_while_garbage_is_collected_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "with a callback of Python's"])
+def test_a_limit_that_passes_while_garbage_is_collected_is_not_lost(
+    watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost: list[object] = []
+
+    def others(phase: str, info: object) -> None:
+        """Do what hypothesis and torch's compiler do at each collection, in Python."""
+        sum(range(20))
+
     monkeypatch.setattr(sys, "unraisablehook", lost.append)
 
     def collects() -> None:
         while True:
             gc.collect(0)
 
-    for _ in range(30):
-        with pytest.raises(TimeoutError):
-            within(0.01, collects)
+    if watched:
+        gc.callbacks.insert(0, others)
+    try:
+        for _ in range(30):
+            with pytest.raises(TimeoutError):
+                within(0.01, collects)
+    finally:
+        if watched:
+            gc.callbacks.remove(others)
     assert not lost
 
 

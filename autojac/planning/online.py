@@ -17,6 +17,7 @@ from autojac.planning.call import Call, not_overwritten
 from autojac.planning.exploration import Exploration
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import PreparedPlan
+from autojac.planning.search import measure
 from autojac.planning.search.optimize import result_of
 from autojac.planning.search.trial import SearchPoint
 from autojac.planning.undisturbed import undisturbed
@@ -58,8 +59,11 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
                 machine = planner.repository.machine(prepared.keys[1], str(call.leaves[0].device))
             return solid(dataclasses.replace(prepared.problem, analysis=analysis, machine=machine))
 
+        start, before = measure.clock.now(), exploration.spent
         better = exploration.take_step(problem, point)
         made = _after_step(planner, prepared, call, exploration, better)
+        # what is stored and prepared anew is paid for as well
+        exploration.spent = before + measure.clock.now() - start
         if exploration.is_over:
             (made or prepared).exploration = None
             prepared.schedule.next_step = math.inf

@@ -162,7 +162,8 @@ class _Watch:
         self._ending = True
         with contextlib.suppress(RuntimeError):  # it rings already
             self._bell.release()
-        thread.join(LEAVING_S)
+        with contextlib.suppress(RuntimeError):  # it was never started: Ctrl-C came before
+            thread.join(LEAVING_S)
 
     def _ended(self) -> bool:
         """Leave, if asked to and nothing is watched. A limit is there before its thread is looked for, in `add`."""

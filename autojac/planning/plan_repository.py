@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import types
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -27,6 +28,7 @@ from autojac.planning.search import calibrate
 from autojac.planning.search.corrections import corrections_from
 from autojac.problem.machine import DEFAULT, Machine
 from autojac.store.keys import Key, environment_key, operation_key
+from autojac.store.uninterruptible import uninterrupted
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
@@ -63,6 +65,8 @@ class PlanRepository:
 
     @cached_property
     def _own_store(self) -> PlanStore:
+        # an import that Ctrl-C breaks off leaves SQLAlchemy half loaded for good
+        uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
         from autojac.store import PlanStore
 
         place = self.options.store

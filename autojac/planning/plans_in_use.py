@@ -21,6 +21,7 @@ from autojac.methods.base import build
 from autojac.planning.call import Call, CallKey
 from autojac.planning.fast_path import no_fast_path
 from autojac.planning.online import explore
+from autojac.planning.pinned import pinned_store
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.planning.same_code import note_plan
@@ -146,7 +147,7 @@ class PlansInUse:
 
     def explore(self, plan: PreparedPlan, call: Call) -> bool:
         """Take a step of the search behind a plan, unless another thread does; tell whether there is a better plan."""
-        if is_observed() or not self._exploring.acquire(blocking=False):
+        if is_observed() or pinned_store() is not None or not self._exploring.acquire(blocking=False):
             return False
         try:
             with self.lock:

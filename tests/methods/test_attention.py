@@ -65,7 +65,11 @@ def test_forward_mode_competes_by_the_formula_and_the_kernel_in_reverse(
     assert any(
         "Push" in method and "Plain" in method and state in ("complete", "pruned") for method, state in tried.items()
     )
-    assert any("Pull" in method and "Plain" not in method and state == "complete" for method, state in tried.items())
+    # "pruned" was right too, and slower than its own replay
+    assert any(
+        "Pull" in method and "Plain" not in method and state in ("complete", "pruned")
+        for method, state in tried.items()
+    )
     assert "fused scaled_dot_product_attention" in jac.explain(x)
 
 

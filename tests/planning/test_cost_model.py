@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_a_row_that_something_else_wrote_is_told_and_passed_over(tmp_path: Path)
     store.save_environment(env, {"1": DEFAULT.to_json()})
     store.save_environment(env, {"2": "nonsense"})
     assert store.environment(env) == {"2": "nonsense"}
-    with sqlite3.connect(tmp_path / "plans.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "plans.db")) as connection, connection:
         connection.execute("UPDATE environments SET measured = 'no json'")
     with pytest.warns(StoreWarning, match="can't be used"):
         assert PlanStore(tmp_path / "plans.db").environment(env) is None

@@ -258,10 +258,10 @@ def test_nothing_is_explored_while_a_caller_observes(net: nn.Module, monkeypatch
     x = torch.randn(16, 3, dtype=torch.float64)
     jac = AutoJacobian(net, store=":memory:")
     jac(x)
-    with Seeing(), torch.profiler.profile():
+    with Seeing(), torch.profiler.profile(acc_events=True):
         for _ in range(5):
             jac(x)
-    with torch.profiler.profile():
+    with torch.profiler.profile(acc_events=True):
         for _ in range(5):
             jac(x)
     search = explored(jac)

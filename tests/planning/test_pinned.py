@@ -11,6 +11,7 @@ import torch
 
 import autojac
 from autojac import AutoJacobian, PlanMissError, PlanStore, StoreError
+from autojac.planning import exploration
 from autojac.planning.search import optimize
 from harness import compare, in_use
 
@@ -83,3 +84,19 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no plan store"):
         autojac.pin(tmp_path / "absent.db")
     assert not (tmp_path / "absent.db").exists()
+
+
+def test_wrappers_that_were_called_before_keep_their_plans(
+    path: Path, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exploration, "SHARE", 1e6)
+    jac = AutoJacobian(torch.sin, store=":memory:")
+    jac(x)
+    autojac.pin(path)
+    before = jac.plan(x).method
+    for _ in range(30):
+        jac(x)
+    assert jac.plan(x).method == before
+    search = in_use(jac).exploration
+    assert search is not None
+    assert search.race is None

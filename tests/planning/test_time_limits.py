@@ -229,3 +229,9 @@ def test_a_hung_candidate_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyP
     compare(jac(x), torch.diag_embed(x.cos()))
     reasons = [trial.reason for trial in jac.plan(x).trials if trial.method["method"] == "Push"]
     assert any("TimeoutError: did not finish" in str(reason) for reason in reasons)
+
+
+def test_a_watch_whose_thread_was_never_started_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C leaves it that comes while the thread is started."""
+    monkeypatch.setattr(time_limit._watch, "_thread", threading.Thread())
+    time_limit.end_watch()

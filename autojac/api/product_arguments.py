@@ -10,22 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autojac.autodiff.open_modes import saved_tensors_apart
 from autojac.autodiff.pullback import Pullback
-from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction
 from autojac.core.nests import is_differentiable
 from autojac.core.pattern import Sparsity
-from autojac.core.ranks import silent
-from autojac.core.sandbox import without_hooks
 from autojac.core.structure import KEEPS, Structure
 from autojac.errors import InputError, UnsupportedError, counted, kind_of
-from autojac.guards.process_state import as_found
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.plans_in_use import PlansInUse
+from autojac.planning.undisturbed import undisturbed
 from autojac.torch_internals import pytree
 
 
@@ -121,13 +117,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
     with outside_inference_mode(args, kwargs) as arguments, plans.lock:
         call = plans.describe(*arguments)
         trained, call = call.trained, call.without_grad().detached()
-        with (
-            outside_autocast(),
-            without_hooks(trained),
-            saved_tensors_apart(),
-            as_found(),
-            silent(call.captured.modules),
-        ):
+        with undisturbed(call, trained):
             report = planner.inspect(call)
             layout = call.layout
             undeclared = len(layout.axes) > 1 and AUTO in layout.axes

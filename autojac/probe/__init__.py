@@ -136,6 +136,8 @@ def _where(call: FlatCall, values: Sequence[Tensor], roles: Roles, analysis: Gra
             proof = prove(analysis)
         if proof.any_values and len(values[0]) > 1:
             few = some_samples(call, values, batched, keywords=refusal is not None)
+            if few is None and refusal is None:
+                refusal = "func of a few of its samples differs from those samples of func"
     # a backward that the user wrote may do anything to any sample
     own = analysis is not None and analysis.has_custom_backward
     return _Where(batched, refusal, proof, few, call if few is None or own else few.call)

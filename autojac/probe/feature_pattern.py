@@ -54,6 +54,14 @@ class Dense(Exception):
     """A pattern would save nothing; says how many entries there are."""
 
 
+def _with_values(some: ProbePoint, point: ProbePoint) -> tuple[ProbePoint, Sequence[Tensor]]:
+    """Return a function of few samples with its values; that of more where func does not take so few."""
+    try:
+        return some, some.values({})
+    except Exception:
+        return point, point.values({})
+
+
 def find_feature_pattern(
     point: ProbePoint,
     differentiated: Sequence[int],
@@ -76,9 +84,8 @@ def find_feature_pattern(
     # 0.2 s to import
     from autojac.probe.feature_pattern_blackbox import by_nan, completed
 
-    point = few(point, MOST_SAMPLES) if sliceable else point
-    small = few(point, 2) if sliceable else point
-    values = small.values({})
+    small, values = _with_values(few(point, 2) if sliceable else point, point)
+    point = few(point, MOST_SAMPLES) if sliceable and small is not point else point
     where = Coordinates(small, differentiated, values)
     if point.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")

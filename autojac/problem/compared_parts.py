@@ -52,7 +52,7 @@ class ComparedParts:
         generator: what rows and projections are drawn from.
         extent: how much is compared.
         keep: pull the projections now, and keep them.
-        alone: evaluates func on some of the samples alone, where that gives what single rows need; else None.
+        alone: evaluates func on some of the samples alone, where that may give what single rows need.
 
     Attributes:
         weights: for each output, such that each of its coordinates counts alike.
@@ -68,7 +68,7 @@ class ComparedParts:
         generator: torch.Generator,
         extent: Extent,
         keep: bool,
-        alone: Callable[[Sequence[int]], Pullback] | None = None,
+        alone: Callable[[Sequence[int]], Pullback | None] | None = None,
     ) -> None:
         self.problem = problem
         self.pullback = pullback
@@ -169,16 +169,17 @@ class ComparedParts:
         return seeds.noise(self.values[output], self.generator) * self.weights[output]
 
     def _rows(
-        self, rows: int, alone: Callable[[Sequence[int]], Pullback] | None
+        self, rows: int, alone: Callable[[Sequence[int]], Pullback | None] | None
     ) -> list[tuple[int, int, list[Tensor]]]:
         """Pull some rows of each output."""
         chosen = [(output, row) for output in range(len(self.values)) for row in self._chosen(output, rows)]
-        if alone is None or not chosen:
-            return [(output, row, self._single(self.pullback, output, row)) for output, row in chosen]
         sizes = [seeds.size(event) for event in self.problem.outputs]
         samples = sorted({row // sizes[output] for output, row in chosen})
         places = {sample: place for place, sample in enumerate(samples)}
-        pullback, pulled = alone(samples), []
+        pullback = None if alone is None or not chosen else alone(samples)
+        if pullback is None:
+            return [(output, row, self._single(self.pullback, output, row)) for output, row in chosen]
+        pulled = []
         for output, row in chosen:
             sample, element = divmod(row, sizes[output])
             parts = self._single(pullback, output, places[sample] * sizes[output] + element)

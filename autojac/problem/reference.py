@@ -99,14 +99,23 @@ class Reference:
         known = structure.assurance == "proved" and structure.independent and structure.sliceable
         return own and known and not structure.effects and problem.batch >= LARGE_BATCH
 
-    def _alone(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], samples: Sequence[int]) -> Pullback:
-        """Evaluate func on some of the samples."""
+    def _alone(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], samples: Sequence[int]) -> Pullback | None:
+        """Evaluate func on some of the samples; None where so few give other values, or none."""
         with torch.enable_grad():
             few = [
                 leaf[torch.tensor(samples, device=leaf.device)] if kind.batched else leaf
                 for leaf, kind in zip(leaves, self.problem.leaves, strict=True)
             ]
-        return recorded(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
+        try:
+            found = recorded(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
+        except Exception:  # whatever func raises on so few says that it takes another way there
+            return None
+        rows = [whole[list(samples)] for whole in self.values]
+        same = all(
+            one.shape == row.shape and disagreement(one, row) is None
+            for one, row in zip(found.outputs, rows, strict=True)
+        )
+        return found if same else None
 
     def check(self, result: Result) -> str | None:
         """Return why a result is wrong, as a sentence; None if it agrees with everything checked."""

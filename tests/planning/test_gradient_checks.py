@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from autojac import StructureChangedWarning
+from autojac import AutoJacobian, StructureChangedWarning
 from autojac.problem.problem import Result
 from autojac.problem.reference import Reference
-from harness import forced, planned
+from harness import compare, forced, planned
 
 PUSH = {"method": "Push", "seeds": "shared", "engine": "loop", "chunk": None}
 FORWARD = [
@@ -169,3 +169,17 @@ def test_a_large_batch_is_projected_as_a_whole(monkeypatch: pytest.MonkeyPatch) 
     moved[5, 1] += 1e-3  # in no row that is compared
     assert not any(row // 3 == 5 for _, row, _ in reference.parts.rows)
     assert "a random projection of the whole batch" in str(reference.check(Result(right.values, ((moved,),))))
+
+
+@pytest.mark.parametrize("limit", [3, 100, 5000])
+@pytest.mark.parametrize("kind", ["differs", "raises"])
+def test_functions_of_large_batches_that_take_another_way_for_small_ones(limit: int, kind: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        if len(x) < limit and kind == "raises":
+            raise ValueError("too few samples")
+        return x.sin() * (1.0 if len(x) < limit else 2.0)
+
+    x = torch.randn(20_000, 2, dtype=torch.float64)
+    jac = AutoJacobian(func, store=":memory:", verify="always")
+    for scale in (1, 2):
+        compare(jac(scale * x), torch.diag_embed(2 * (scale * x).cos()))

@@ -32,7 +32,7 @@ from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.empty_events import solid
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 Mode = Literal["replays", "methods", "estimate"]
 LAYOUTS = ("blocks", "full", "sparse", "diagonal")
@@ -646,7 +646,7 @@ class _Run:
         announced = any(issubclass(w.category, autojac.AutojacWarning) for w in caught)
         self.tally.announced += announced
         (entry,) = (e for _, e in self.jac._plans.items() if e.schedule.calls != before.get(id(e)))
-        served = entry.compute if isinstance(entry.compute, Replaying) else None
+        served = entry.compute if isinstance(entry.compute, Replayer) else None
         replayed, replays = served is not None and served.bound is not None, program.replays(net.training)
         if replayed and replays is False:
             raise self._wrong(number, "is replayed, while a feature of it says that it can't be")

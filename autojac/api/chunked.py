@@ -17,7 +17,7 @@ from autojac.api.solving import Solving
 from autojac.autodiff.seeds import spans
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.options import parse_bytes
-from autojac.core.product_functions import SampleWindow, WeighedBy
+from autojac.core.product_functions import SampleWindow, WeightedOutput
 from autojac.errors import InputError, OptionError, counted, kind_of
 from autojac.torch_internals import pytree
 
@@ -124,7 +124,7 @@ class Chunked(Solving):
             first, last = offset + start * count, offset + stop * count
             offset += batch * count
             cotangents = shapes.nested_outputs(one_hot_seeds(shapes, args, first, last, False, True))
-            pulled = self._product(WeighedBy, args, kwargs, cotangents, True)
+            pulled = self._product(WeightedOutput, args, kwargs, cotangents, True)
             pulled = pulled[0] if self.options.has_aux else pulled
             shape = (stop - start, *event)
             rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflattened, shape), pulled))

@@ -15,7 +15,7 @@ from autojac.api.products import Products
 from autojac.autodiff.seeds import spans
 from autojac.core.nests import tensor_leaves
 from autojac.core.options import format_bytes, parse_bytes
-from autojac.core.product_functions import AlongTangents, WeighedBy
+from autojac.core.product_functions import AlongTangents, WeightedOutput
 from autojac.errors import SearchError, UnsupportedError
 from autojac.planning.search.memory import available_bytes
 
@@ -197,7 +197,7 @@ class Grams(Products):
             for start, stop in spans(count, step):
                 seeds = one_hot_seeds(shapes, args, start, stop, columns, whole)
                 vectors = self._nested_inputs(args, seeds) if columns else shapes.nested_outputs(seeds)
-                product = self._product(AlongTangents if columns else WeighedBy, args, kwargs, vectors, whole)
+                product = self._product(AlongTangents if columns else WeightedOutput, args, kwargs, vectors, whole)
                 if self.options.has_aux:
                     product, aux[:] = product[0], [product[1]]
                 parts = [t.reshape(len(t), sizes.matrices, -1).permute(1, 2, 0) for t in tensor_leaves(product)]

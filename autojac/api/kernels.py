@@ -14,7 +14,7 @@ from autojac.api.product_arguments import CallShapes
 from autojac.api.products import without_last
 from autojac.autodiff.second_order import hessian_product
 from autojac.core.nests import is_differentiable, tensor_leaves
-from autojac.core.product_functions import AlongTangents, WeighedBy
+from autojac.core.product_functions import AlongTangents, WeightedOutput
 from autojac.errors import InputError, UnsupportedError
 
 PART = 4
@@ -131,7 +131,7 @@ class Kernels(Chunked):
             pushed = shapes.nested_outputs(
                 hessian_product(lambda *ys: loss(shapes.nested_outputs(ys)), flat, tensor_leaves(pushed))
             )
-        pulled = self._product(WeighedBy, own, kwargs, pushed, True)
+        pulled = self._product(WeightedOutput, own, kwargs, pushed, True)
         return pulled[0] if self.options.has_aux else pulled
 
     def gradient_norms(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,9 +167,9 @@ class Kernels(Chunked):
                 "and take the norm of that"
             )
         if self._fits(MatrixSizes.of(shapes, False).columns * shapes.batch * shapes.item_bytes, shapes):
-            pulled = self._product(WeighedBy, own, kwargs, cotangents)
+            pulled = self._product(WeightedOutput, own, kwargs, cotangents)
             return _norms(pulled[0] if self.options.has_aux else pulled)
-        product = self._prepared(WeighedBy, own, kwargs, cotangents, False)
+        product = self._prepared(WeightedOutput, own, kwargs, cotangents, False)
         room = self._memory_limit(shapes) // PART
         parts = product.jacobian.chunks(*product.nest.flat(cotangents), *own, bytes=room, **kwargs)
         return torch.cat([_norms(part) for _, part in parts])

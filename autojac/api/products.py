@@ -23,7 +23,7 @@ from autojac.api.product_arguments import (
 from autojac.autodiff.open_modes import transforming
 from autojac.core.call import describe
 from autojac.core.nests import is_differentiable, tensor_leaves
-from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
+from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
 from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
 from autojac.torch_internals import pytree
@@ -136,7 +136,7 @@ class Products(Derived):
                     [3., 3.]])
         """
         inputs, cotangents = without_last(args, "vjp")
-        return self._product(WeighedBy, self._func_args(inputs), kwargs, cotangents, self._is_whole)
+        return self._product(WeightedOutput, self._func_args(inputs), kwargs, cotangents, self._is_whole)
 
     @property
     def _is_whole(self) -> bool:
@@ -178,7 +178,7 @@ class Products(Derived):
     ) -> Product:
         options, shapes = self.options, self._shapes(args, kwargs)
         # a module that reads its parameters past the arguments is differentiated in these alone
-        summed = whole and shapes.is_blind and kind is WeighedBy
+        summed = whole and shapes.is_blind and kind is WeightedOutput
         whole = (whole and not summed) or shapes.batch is None
         single = isinstance(options.argnums, int)
         argnums = self._argnums(args)
@@ -191,7 +191,7 @@ class Products(Derived):
             single = len(made.steps) == 1
         else:
             made = cotangents(shapes, vectors, whole)
-            function = WeighedBy(*common, made.several, count=len(made.in_dims), reads_past=shapes.is_blind)
+            function = WeightedOutput(*common, made.several, count=len(made.in_dims), reads_past=shapes.is_blind)
             numbers, several_at = tuple(number + len(made.in_dims) for number in argnums), 0 if whole else 1
         chosen_options = dataclasses.replace(
             options,
@@ -208,7 +208,7 @@ class Products(Derived):
             several_at if made.several else None,
             is_formed=kind is AlongTangents and shapes.is_blind,
             is_summed=summed,
-            reads_past=kind is WeighedBy and shapes.is_blind,
+            reads_past=kind is WeightedOutput and shapes.is_blind,
         )
 
     def _argnums(self, args: Sequence[Any]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from autojac.api.least_squares import least_squares, matrix_free_least_squares, 
 from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
 from autojac.core.nests import is_differentiable, tensor_leaves
-from autojac.core.product_functions import AlongTangents, ProductFunction, WeighedBy
+from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
 from autojac.errors import InputError, kind_of
 from autojac.torch_internals import pytree
 
@@ -156,7 +156,7 @@ class Solving(Grams):
                 result: Tensor = tensor_leaves(found[0] if self.options.has_aux else found)[0]
                 return result
 
-            times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeighedBy))
+            times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeightedOutput))
             like = next(t for t in tensor_leaves(self._differentiated(point)) if is_differentiable(t))
             return operators.JacobianOperator(operators.Applied("matrix-free", times, back, outputs, inputs, like))
 
@@ -184,7 +184,7 @@ class Solving(Grams):
         def back(u: Tensor) -> Tensor:
             parts = u.split([prod(shape) * (shapes.batch or 1 if whole else 1) for shape in shapes.outputs], 1)
             flat = [part.reshape(*lead, *shape) for part, shape in zip(parts, shapes.outputs, strict=True)]
-            return product(WeighedBy, shapes.nested_outputs(flat))
+            return product(WeightedOutput, shapes.nested_outputs(flat))
 
         shift = shift if shift.dim() == 0 else shift[:, None]
         return matrix_free_least_squares(times, back, r, shift, sizes.columns)

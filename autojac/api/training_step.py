@@ -28,7 +28,7 @@ from autojac.guards.compiled_functions import opaque_methods
 from autojac.planning.fast_path import no_fast_path
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import recorded
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from autojac.torch_internals import pytree
 
 
@@ -256,7 +256,7 @@ class TrainingStep:
         named = whole.func.parameters()
         plan, call = plans.look_up(whole._func_args(_lifted(args)), {})
         searched = plan.exploration is None and plan.plan.effort != "estimate"
-        if searched and not isinstance(plan.compute, Replaying):
+        if searched and not isinstance(plan.compute, Replayer):
             self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
         at = id(plan), version
         if at not in self._reached:

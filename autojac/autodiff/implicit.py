@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class _Corrected(torch.autograd.Function):
+class _CorrectedSolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solution: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.solve = solve
@@ -18,11 +18,11 @@ class _Corrected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, None]:
-        pulled: Tensor = _Once.apply(-ctx.solve(cotangent.detach()), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        pulled: Tensor = _FirstDerivativeOnly.apply(-ctx.solve(cotangent.detach()), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return None, pulled, None
 
 
-class _Once(torch.autograd.Function):
+class _FirstDerivativeOnly(torch.autograd.Function):
     """A derivative that depends on the residual's tensors in a way that no graph shows."""
 
     @staticmethod
@@ -45,5 +45,5 @@ def corrected(solution: Tensor, residual: Tensor, solve: Callable[[Tensor], Tens
         residual: A d - b, which is zero, with the graph of A and b.
         solve: y ↦ A⁻¹ y for the symmetric A, without a graph: a derivative of the derivative is refused.
     """
-    result: Tensor = _Corrected.apply(solution, residual, solve)  # type: ignore[no-untyped-call]
+    result: Tensor = _CorrectedSolution.apply(solution, residual, solve)  # type: ignore[no-untyped-call]
     return result

@@ -25,7 +25,7 @@ from autojac.methods.base import build
 from autojac.planning.prepare_compute import prepare_compute
 from autojac.planning.search import measure
 from autojac.problem.problem import Compute
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 CALLED = ("sin", "mlp-2-16-2", "mlp-10-layers")
 CALL_US, GUARD_US = 5.0, 2.0
@@ -106,13 +106,13 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     return measure.interleaved(runs, x.device, shortest, rounds, until)
 
 
-def served(compute: Compute) -> Replaying:
+def served(compute: Compute) -> Replayer:
     """Return what replays, after its first call.
 
     Raises:
         RuntimeError: if there is no trace, with the reason.
     """
-    assert isinstance(compute, Replaying)
+    assert isinstance(compute, Replayer)
     if compute.bound is None:
         raise RuntimeError("; ".join(compute.function_state.lines()))
     return compute

@@ -112,7 +112,7 @@ class AlongTangents(ProductFunction):
         return (step * tangent).sum(0) if self.several else step * tangent
 
 
-class WeighedBy(ProductFunction):
+class WeightedOutput(ProductFunction):
     """x ↦ the sum of u · func(x), for each sample or over the whole batch, whose derivative is uᵀJ.
 
     Args:

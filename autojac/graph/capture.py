@@ -17,15 +17,15 @@ from torch import Tensor
 
 from autojac.core.tensor_kinds import PLAIN
 from autojac.graph.operators import LITERALS, call, certain, traits
-from autojac.guards.escapes import Watching, home
+from autojac.guards.escapes import MonitoredMode, home
 
 
-class Capture(Watching):
+class Capture(MonitoredMode):
     """Hands each operator that runs under it to `write`, unless there is a reason why nothing comes of it.
 
     Args:
         most: operators, of which `written_operators` tells how many there are; loops are unrolled.
-        watched: as of `Watching`.
+        watched: as of `MonitoredMode`.
 
     Attributes:
         reason: the first thing that makes what is written worthless; empty if it holds.

@@ -111,7 +111,7 @@ def _takes(func: Any) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
 
 
-class _Copied:
+class _CopyValue:
     """The value of `copy_`: the source in the shape and dtype of the target."""
 
     _schema = aten.expand.default._schema
@@ -121,7 +121,7 @@ class _Copied:
         return source.to(dtype).expand(shape)
 
 
-_copied = _Copied()
+_copied = _CopyValue()
 
 
 def forward_once(graph: Graph) -> tuple[str, ...]:

@@ -25,10 +25,10 @@ from autojac.guards.places import (
     Bytes,
     Cells,
     Fields,
+    FixedTensor,
     Items,
     Members,
     Names,
-    Pinned,
     Place,
     class_dict,
 )
@@ -159,7 +159,7 @@ class _Draft:
             self._members(place, keys, values)
         elif isinstance(place, Bytes):
             self.terms.append(f"{self.constant(place.contents)}() == {self.constant(values[0])}")
-        elif not isinstance(place, Pinned):
+        elif not isinstance(place, FixedTensor):
             self._look(place, keys, values)
 
     def _names(self, scope: dict[str, Any], names: list[str], values: list[Any]) -> None:

@@ -136,7 +136,7 @@ def without_data(fn: Callable[..., Any]) -> Callable[..., Any]:
     return refusing
 
 
-class Watching(TorchDispatchMode):
+class MonitoredMode(TorchDispatchMode):
     """A dispatch mode that comes with a monitor of what it can't see.
 
     Args:

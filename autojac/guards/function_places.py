@@ -18,10 +18,10 @@ from autojac.guards.places import (
     Callables,
     Cells,
     Fields,
+    FixedTensor,
     Items,
     Members,
     Names,
-    Pinned,
     Place,
     cell_contents,
 )
@@ -78,7 +78,7 @@ class FunctionPlaces(Walk):
         self.reason = self.reason or reason
 
     def _place(self, place: Place) -> None:
-        if not isinstance(place, (Names, Pinned)):
+        if not isinstance(place, (Names, FixedTensor)):
             key = (id(place.owner), type(place))
             if key in self._known:
                 return

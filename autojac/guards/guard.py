@@ -15,7 +15,7 @@ from autojac.guards.assignments import AttributeMapping
 from autojac.guards.compiled_check import Reading, checker
 from autojac.guards.dict_versions import versions_of
 from autojac.guards.object_places import ObjectPlaces
-from autojac.guards.places import Cells, Fields, Items, Place, Rest, Spot, class_dict
+from autojac.guards.places import Cells, Fields, Items, PartialPlace, Place, Spot, class_dict
 from autojac.guards.tensor_metadata import Metadata, described
 from autojac.guards.tokens import SCALARS
 
@@ -147,7 +147,7 @@ class Guard:
         self._places = tuple(rest for _, rest in places if rest is not None)
         # a result of the last call would be kept alive, with its graph
         left = {id(value) for place, rest in places if rest is not place for value in place.read()[1]}
-        left -= {id(value) for _, rest in places if isinstance(rest, Rest) for value in rest.read()[1]}
+        left -= {id(value) for _, rest in places if isinstance(rest, PartialPlace) for value in rest.read()[1]}
         self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors if id(tensor) not in left}.values())
         self._names = reached.called
         self._writes: dict[int, int] = {}

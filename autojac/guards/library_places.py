@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from autojac.guards.function_places import FunctionPlaces
-from autojac.guards.places import ABSENT, Bytes, Fields, Items, Pinned
+from autojac.guards.places import ABSENT, Bytes, Fields, FixedTensor, Items
 from autojac.guards.provenance import is_core
 
 _LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
@@ -94,7 +94,7 @@ class LibraryPlaces(FunctionPlaces):
                     todo.append(part)
                 else:
                     if isinstance(part, Tensor):
-                        self._place(Pinned(None, f"result kept by {function.__name__}", part))
+                        self._place(FixedTensor(None, f"result kept by {function.__name__}", part))
                     self.visit(part)
 
 

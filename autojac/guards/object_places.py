@@ -23,9 +23,9 @@ from autojac.guards.places import (
     Attributes,
     Callables,
     Fields,
+    FixedTensor,
     Items,
     Members,
-    Pinned,
     class_dict,
     hidden_state,
     slot_readers,
@@ -91,7 +91,7 @@ class ObjectPlaces(LibraryPlaces):
     def _named(self, label: str, /, **parts: Any) -> None:
         for part in parts.values():
             if isinstance(part, Tensor):
-                self._place(Pinned(None, label, part))
+                self._place(FixedTensor(None, label, part))
         super()._named(label, **parts)
 
     def _give_up(self, kind: type) -> None:
@@ -215,7 +215,7 @@ class ObjectPlaces(LibraryPlaces):
     def _c_callable(self, obj: Any) -> None:
         instance = getattr(obj, "__self__", None)
         if isinstance(instance, Tensor):
-            self._place(Pinned(None, "method of a tensor", instance))
+            self._place(FixedTensor(None, "method of a tensor", instance))
         self.refuse(c_reason(obj))
         super()._c_callable(obj)
 

@@ -58,7 +58,7 @@ class Place:
         keys = {key for number, other, key in spots if number == owner and other is kind}
         if whole in keys:
             return None
-        return Rest(self.owner, self.name, self, frozenset(keys)) if keys else self
+        return PartialPlace(self.owner, self.name, self, frozenset(keys)) if keys else self
 
 
 class Items(Place):
@@ -145,7 +145,7 @@ class Bytes(Place):
 
 
 @dataclass(frozen=True, eq=False)
-class Pinned(Place):
+class FixedTensor(Place):
     """A tensor that is held where nothing can replace it."""
 
     tensor: Tensor
@@ -155,7 +155,7 @@ class Pinned(Place):
 
 
 @dataclass(frozen=True, eq=False)
-class Rest(Place):
+class PartialPlace(Place):
     """A place without some of its keys."""
 
     whole: Place

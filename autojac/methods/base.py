@@ -29,7 +29,7 @@ from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.compression import DeviceIndices
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.problem.randomness import from_one_state
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from autojac.replay.trace import Lower
 
 WORKSPACE_MARGIN = 2
@@ -139,7 +139,7 @@ class Method(ABC):
     def prepare_call(self, problem: Problem) -> Compute:
         """Prepare, and let all evaluations of func within one call draw the same numbers."""
         compute = self.prepare_layout(problem)
-        if isinstance(compute, Replaying):
+        if isinstance(compute, Replayer):
             # its program draws as one run of func does, and runs no transform
             return compute
         if self.uses_transforms and not problem.trial:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from autojac.core.structure import DRAWS_ALIKE
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem.problem import Compute, Problem
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from autojac.replay.trace import Lower
 
 
@@ -70,7 +70,7 @@ class Replay(Wrapper):
     def prepare_lowered(self, problem: Problem, lower: Lower | None) -> Compute:
         assert problem.function_state is not None
         without = () if self.without is None else tuple(self.without.split(","))
-        return Replaying(
+        return Replayer(
             problem, self.inner.prepare_layout, self.inner.prepare_call, problem.function_state, without, lower
         )
 

@@ -19,7 +19,7 @@ from autojac.methods.support.costs import cutting_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.recorded_call import by_cut
-from autojac.methods.support.shared_statistics import Local, Sharing
+from autojac.methods.support.shared_statistics import Local, SharedStatistics
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem
 
@@ -118,9 +118,11 @@ class Statistics(Method):
         found = find_shared_tensors(flow, inputs, least=self.local != "copies")
         return found if found is not None and self._obstacle(found) is None else None
 
-    def sharing(self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]) -> Sharing:
-        """One recorded call, to be differentiated this method's way."""
-        return Sharing(problem, graph, shared, leaves, self.local, self.engine, self.chunk)
+    def sharing(
+        self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]
+    ) -> SharedStatistics:
+        """Return one recorded call, to be differentiated in this method's way."""
+        return SharedStatistics(problem, graph, shared, leaves, self.local, self.engine, self.chunk)
 
     def _jacobians(
         self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Threads(Wrapper):
         return self._with_threads(self.inner.prepare_call(problem))
 
     def _with_threads(self, compute: Compute) -> Compute:
-        if isinstance(compute, Replaying):
+        if isinstance(compute, Replayer):
             compute.threads = self.count
             return compute
 

@@ -12,7 +12,7 @@ from autojac.core.autocast import outside_autocast
 from autojac.core.module_function import ModuleFunction
 from autojac.guards.tensor_metadata import metadata_check
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from autojac.torch_internals import global_state_guard
 
 TryReplay = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
@@ -36,7 +36,7 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
         plan: what served the call.
         args: its positional arguments; it had no others.
     """
-    replaying, layout, schedule = plan.compute, plan.layout, plan.schedule
+    replayer, layout, schedule = plan.compute, plan.layout, plan.schedule
     held: tuple[Tensor, ...] = ()
     if isinstance(layout.func, ModuleFunction):
         held, args = tuple(args[0].values()), args[1]
@@ -46,13 +46,13 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
     plain = not layout.moved and not layout.returns_more and len(tensors) == len(held) + len(args) > len(held)
     # the plan may depend on the values of these
     watched = plan.contents is not None and (plan.contents.constants or plan.contents.arguments)
-    if not plain or watched or plan.problem.layout == "sparse" or not isinstance(replaying, Replaying):
+    if not plain or watched or plan.problem.layout == "sparse" or not isinstance(replayer, Replayer):
         return no_fast_path
     same, steady = metadata_check(tuple(tensors)), _global_state_check()
-    if same is None or steady is None or replaying.problem.structure.effects:
+    if same is None or steady is None or replayer.problem.structure.effects:
         return no_fast_path
     count, single = len(args), layout.single and layout.out_spec is None
-    try_replay = _outside_autocast(replaying.try_replay) if layout.autocast else replaying.try_replay
+    try_replay = _outside_autocast(replayer.try_replay) if layout.autocast else replayer.try_replay
     differentiable = plan.problem.differentiable
 
     def serve(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
@@ -71,7 +71,7 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
         schedule.calls = calls
         if single:
             return outputs  # type: ignore[return-value]
-        result = replaying.result(outputs)
+        result = replayer.result(outputs)
         return layout.value(result.values), layout.jacobian(result.jacobians)
 
     return serve

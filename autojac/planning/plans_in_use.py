@@ -25,7 +25,7 @@ from autojac.planning.pinned import pinned_store
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.planning.same_code import note_plan
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 
 class PlansInUse:
@@ -141,7 +141,7 @@ class PlansInUse:
             before.schedule.next_check = 0
         self._plans[call.key] = plan
         self.fast_path = no_fast_path
-        self._replays = self._replays or isinstance(plan.compute, Replaying)
+        self._replays = self._replays or isinstance(plan.compute, Replayer)
         self._observes = self._observes or not plan.schedule.is_off
         return plan
 

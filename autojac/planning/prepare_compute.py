@@ -18,7 +18,7 @@ from autojac.methods.base import Method
 from autojac.problem.empty_events import filled
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.problem.randomness import leaving_state
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from autojac.torch_internals import pytree
 
 
@@ -37,7 +37,7 @@ def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Com
 def leave_no_graph(compute: Compute, problem: Problem, sandbox: Sandbox) -> Compute:
     """Detach what func writes or sets after each call, as a call of func leaves it that records no graph."""
     writes = sandbox.captured or UPDATES_BUFFERS in problem.structure.effects
-    if not writes or problem.differentiable or isinstance(compute, Replaying):
+    if not writes or problem.differentiable or isinstance(compute, Replayer):
         return compute
 
     def compute_and_detach(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:

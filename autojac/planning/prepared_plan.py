@@ -26,7 +26,7 @@ from autojac.planning.exploration import Exploration
 from autojac.planning.plan_repository import Keys
 from autojac.planning.prepare_compute import prepare_compute
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 FastPath = Callable[[tuple[Any, ...]], tuple[Any, Any] | None]
 """From a call's positional arguments to the value and the Jacobian; None where it can't serve the call."""
@@ -166,7 +166,7 @@ class PreparedPlan:
         changed = False
         if self.schedule.last_check:  # the first use is checked in any case
             changed = state is not None and state not in self.checked_states
-            if isinstance(self.compute, Replaying):
+            if isinstance(self.compute, Replayer):
                 changed = self.compute.needs_retrace() or changed
             changed = changed or (self.rests and not self._guard_is_complete)
         contents = self.contents

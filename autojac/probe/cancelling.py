@@ -24,7 +24,7 @@ SLIGHT = 64.0
 Env = Mapping[int, Tensor]
 
 
-class Coupled(Exception):
+class PossibleCoupling(Exception):
     """Samples are coupled, or may be."""
 
 
@@ -67,7 +67,7 @@ class Look(NamedTuple):
     reached: Env
 
     def require_cancelling(self, operation: Operation) -> None:
-        """Raise `Coupled` where the influence of other samples ends otherwise than by cancelling.
+        """Raise `PossibleCoupling` where the influence of other samples ends otherwise than by cancelling.
 
         Each argument that carries it moves, alone, all that NaN in its place would reach; and where the result stays,
         there are several.
@@ -84,11 +84,11 @@ class Look(NamedTuple):
             return
         tensors = [self.base[number] for number in (*made, *arguments)]
         if not all(tensor.is_floating_point() for tensor in tensors):
-            raise Coupled
+            raise PossibleCoupling
         # views leave entries out, and look at none
         still = not any(argument.alias_info is not None for argument in operation.target._schema.arguments)
         if still and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in made):
-            raise Coupled
+            raise PossibleCoupling
         for argument in arguments:
             carries = self.reached[argument]
             if isinstance(self.states.get(argument), BatchAxis):
@@ -101,4 +101,4 @@ class Look(NamedTuple):
                     if bool(
                         (touched & self.outside[number] & ~changed(self.base[number], part, self.scales[number])).any()
                     ):
-                        raise Coupled
+                        raise PossibleCoupling

@@ -37,7 +37,7 @@ SAMPLED = 3
 
 
 @dataclass
-class Coded:
+class CodedCotangents:
     """What coded cotangents have found, at any number of points.
 
     Attributes:

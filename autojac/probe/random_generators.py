@@ -10,7 +10,7 @@ from typing import Any
 
 from autojac.core.sandbox import moved, random_state, restore_random_state
 from autojac.graph.operators import certain, traits
-from autojac.guards.escapes import Watching
+from autojac.guards.escapes import MonitoredMode
 
 LOOKS = 4
 """Evaluations in each of which a generator that no hook shows must move."""
@@ -37,7 +37,7 @@ def drawn(evaluate: Evaluate, generators: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in generators if found[name])
 
 
-class _Operators(Watching):
+class _Operators(MonitoredMode):
     """Sees the operators of this thread that draw from a generator of the process."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import FunctionRecording, record
-from autojac.probe.cancelling import SLIGHT, Coupled, Env, Look, changed, outside_of, rounding
+from autojac.probe.cancelling import SLIGHT, Env, Look, PossibleCoupling, changed, outside_of, rounding
 from autojac.probe.sample_pairs import SCALES, ProbePoint, step
 
 SHRINKS = 2.0**-23
@@ -47,7 +47,7 @@ class Run(NamedTuple):
         given = dict(zip(self.graph.inputs, leaves, strict=True))
         found = dict(zip(numbers, self.graph.run(numbers, given), strict=True))
         if not all(bool(tensor.isfinite().all()) for tensor in found.values() if tensor.is_floating_point()):
-            raise Coupled
+            raise PossibleCoupling
         return found
 
     def pullback(self, inputs: Sequence[int]) -> Pullback:
@@ -89,12 +89,12 @@ def only_rounding(
 def _look_at(
     there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool
 ) -> None:
-    """Raise `Coupled` unless what passes between samples vanishes with the precision, and where it ends it cancels."""
+    """Raise `PossibleCoupling` unless what passes between samples vanishes with the precision, or cancels at its end."""
     recording, graph = _recorded(there, there.leaves)
     carriers = (*there.inputs, *there.sides)
     flow = flow_of(graph, [position in carriers for position in range(len(there.leaves))], there.batch)
     if flow.lost_output:
-        raise Coupled
+        raise PossibleCoupling
     states = flow.states
     numbers = _numbers(graph, there)
     captured = {id(tensor) for tensor in recording.captured}
@@ -116,7 +116,7 @@ def _look_at(
             # Python may have read what the other samples are
             leaves = [new.to(old.dtype) for new, old in zip(moved, there.leaves, strict=True)]
             if not _same(graph, _recorded(there, leaves)[1]):
-                raise Coupled
+                raise PossibleCoupling
     noisy = _noise(low, states, numbers, masks, moves)
     base = high.all(high.leaves, numbers)
     scales = {number: rounding(tensor) for number, tensor in base.items()}
@@ -125,7 +125,7 @@ def _look_at(
         outside = {number: outside_of(states.get(number), base[number], mask) for number in numbers}
         reached = {n: changed(base[n], after[n], scales[n] + SHRINKS * noisy[n]) & outside[n] for n in numbers}
         if any(bool(reached[number].any()) for number in graph.outputs):
-            raise Coupled
+            raise PossibleCoupling
         look = Look(states, base, after, scales, outside, reached)
         for operation in high.graph.operations:
             look.require_cancelling(operation)
@@ -135,7 +135,7 @@ def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionReco
     with there.sandbox():
         recording = within(there.limit_s, lambda: record(there.fn, leaves, there.kwargs, there.inputs))
     if recording.graph is None:
-        raise Coupled
+        raise PossibleCoupling
     return recording, recording.graph
 
 
@@ -166,16 +166,16 @@ def _noise(
 
 
 def _numbers(graph: Graph, there: ProbePoint) -> tuple[int, ...]:
-    """The graph's tensors; raise `Coupled` where the operators might mean something else in another precision."""
+    """Return the graph's tensors; raise `PossibleCoupling` where operators may mean something else in another precision."""
     if any(operation.target.namespace != "aten" or operation.name == "nextafter" for operation in graph.operations):
-        raise Coupled
+        raise PossibleCoupling
     numbers = dict.fromkeys((*graph.inputs, *graph.constants))
     for operation in graph.operations:
         numbers.update(dict.fromkeys(number for number in operation.outputs if number is not None))
     dtypes = {graph.dtypes[number] for number in numbers}
     dtypes = {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
     if dtypes not in ({torch.float32}, {torch.float64}):
-        raise Coupled
+        raise PossibleCoupling
     return tuple(numbers)
 
 
@@ -226,9 +226,9 @@ def _pull(low: Pullback, high: Pullback, mask: Tensor, generator: torch.Generato
     pairs = zip(low.pull(values, cotangents), high.pull(high.recorded, finer), strict=True)
     for coarse, fine in pairs:
         if not bool(coarse.isfinite().all() and fine.isfinite().all()):
-            raise Coupled
+            raise PossibleCoupling
         outside = _rows(~mask, fine)
         noisy, leak = (coarse.abs() * outside).amax(0).double(), (fine.abs() * outside).amax(0)
         rounding = SLIGHT * torch.finfo(fine.dtype).eps * fine.abs().amax(0)
         if bool((leak > SHRINKS * noisy + rounding).any()):
-            raise Coupled
+            raise PossibleCoupling

@@ -23,7 +23,7 @@ from autojac.core.ranks import deadline
 from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
-from autojac.probe.coded_cotangents import Coded
+from autojac.probe.coded_cotangents import CodedCotangents
 from autojac.probe.sample_pairs import SCALES, ProbePoint, step, where_changed
 from autojac.torch_internals import pytree
 
@@ -173,7 +173,7 @@ def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tup
 
 def _probed(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
     """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
-    coded = Coded(point, generator, deadline(budget_s))
+    coded = CodedCotangents(point, generator, deadline(budget_s))
     quiet_turns = 0
     for turn in range(2 + 2 * MOST_TURNS):
         scale = (None, *SCALES)[turn] if turn <= len(SCALES) else SCALES[1 + turn % 2]

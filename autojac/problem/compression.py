@@ -19,7 +19,7 @@ from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, decoded
 from autojac.sparse.star_coloring import is_symmetric, is_within_reach, mirrored_reading, star
 
-Kept = Literal["all", "blocks", "diagonals"]
+PartOfJacobian = Literal["all", "blocks", "diagonals"]
 """Of the Jacobian of a batch: the whole, each sample's block, or the diagonal of each block."""
 
 MOST_COUPLED = 4096
@@ -100,7 +100,7 @@ def colors_of(problem: Problem, side: Side) -> Colors:
     samples = structure.samples if problem.batch > 1 else None
     alike = samples is None and not structure.independent
     features = None if structure.sparsity is None else structure.sparsity.features
-    kept: Kept = "blocks" if problem.layout in ("blocks", "diagonal") else "all"
+    kept: PartOfJacobian = "blocks" if problem.layout in ("blocks", "diagonal") else "all"
     if problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1:
         kept = "diagonals"
     count = problem.out_size if side == "rows" else problem.in_size
@@ -112,7 +112,7 @@ def _colors(
     side: Side,
     samples: Pattern | None,
     features: Pattern | None,
-    kept: Kept,
+    kept: PartOfJacobian,
     count: int,
     batch: int,
 ) -> Colors:

@@ -13,7 +13,7 @@ from autojac.autodiff import seeds
 from autojac.problem.problem import Compute, Flat, Problem, Result, empty_rows
 
 
-class Kept:
+class SolidOutputs:
     """A flat function of which only some outputs are seen, and of the others the dtype."""
 
     def __init__(self, fn: Flat, outputs: Sequence[int]) -> None:
@@ -37,7 +37,9 @@ def solid(problem: Problem) -> Problem:
     if len(outputs) == len(problem.outputs) and leaves == problem.leaves:
         return problem
     events = tuple(problem.outputs[index] for index in outputs)
-    return dataclasses.replace(problem, fn=Kept(problem.fn, outputs), leaves=leaves, outputs=events, analysis=None)
+    return dataclasses.replace(
+        problem, fn=SolidOutputs(problem.fn, outputs), leaves=leaves, outputs=events, analysis=None
+    )
 
 
 def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
@@ -48,7 +50,7 @@ def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
     if inner is problem:
         return prepare(problem)
     compute, kept = prepare(inner), inner.fn
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, SolidOutputs)
     outputs = _with_elements(problem)
 
     def whole(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:

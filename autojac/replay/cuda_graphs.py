@@ -20,10 +20,10 @@ def captured(run: Run) -> Run:
     A graph reads and writes the memory that it was captured with, so every call copies its arguments there, and
     returns copies. While the caller captures a graph of its own, the program runs as it is, as a part of that.
     """
-    return _Captured(run)
+    return _CapturedProgram(run)
 
 
-class _Captured:
+class _CapturedProgram:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.lock = threading.Lock()

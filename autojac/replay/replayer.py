@@ -58,7 +58,7 @@ class BoundTrace:
 
 
 @dataclass
-class Replaying:
+class Replayer:
     """What `Replay` prepares: calls are served by the trace, or by the method itself where there can be none.
 
     Attributes:

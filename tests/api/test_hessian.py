@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import oracle
 from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
 from autojac.problem.compression import colors_of, mirrored_rows
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from harness import compare, in_use
 
 PULL = {"method": "Pull", "seeds": "shared", "engine": "loop", "chunk": None}
@@ -103,7 +103,7 @@ def test_every_method_is_right_and_trained_through(method: str) -> None:
         compare(list(torch.autograd.grad((found**3).sum(), sources)), list(trained))
     compute = in_use(hessian.planned).compute
     if "replayed" in method:
-        assert isinstance(compute, Replaying)
+        assert isinstance(compute, Replayer)
         assert compute.bound is not None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
 from autojac.planning.search import measure
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from harness import Ticking, compare, in_use
 
 OPTIONS: dict[str, Any] = {"on_miss": "estimate", "store": ":memory:"}
@@ -80,7 +80,7 @@ def test_value_and_gradients_are_those_of_a_backward_and_add_up(method: str) -> 
         assert not value.requires_grad
         compare(gradients(model), gradients(reference))
     if method == "one program":
-        assert isinstance(program(step), Replaying)
+        assert isinstance(program(step), Replayer)
         assert program(step).bound is not None
 
 
@@ -271,7 +271,7 @@ def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) ->
         model.zero_grad()
         step(x, target)
         compare(gradients(model), gradients(reference))
-        if isinstance(program(step), Replaying):
+        if isinstance(program(step), Replayer):
             break
-    assert isinstance(program(step), Replaying)
+    assert isinstance(program(step), Replayer)
     assert "Jacobian of B = 1" in step.explain(x, target)

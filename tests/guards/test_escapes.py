@@ -19,7 +19,7 @@ import autojac
 from autojac import AutoJacobian
 from autojac.core.structure import EXCHANGES as ASSIGNS
 from autojac.guards.escapes import ESCAPES
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
@@ -84,7 +84,7 @@ def replayed(func: Holder, engine: str, differentiable: bool, change: Callable[[
     entry = in_use(jac)
     if ASSIGNS in entry.problem.structure.effects and differentiable:
         return "replay: not possible, it exchanges the memory of a tensor"  # no plan at all
-    assert isinstance(entry.compute, Replaying)
+    assert isinstance(entry.compute, Replayer)
     return list(entry.compute.function_state.lines())[-1]
 
 

@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from autojac.guards.guard import Change, Guard
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
@@ -195,7 +195,7 @@ def test_what_python_writes_into_classes_is_no_change(look: str) -> None:
     for _ in range(5):
         jac(x)
     entry = in_use(jac)
-    assert isinstance(entry.compute, Replaying)
+    assert isinstance(entry.compute, Replayer)
     traces = entry.compute.traces
     for one in (model, model.settings):
         LOOKS[look](model if look in ("help", "annotations") else one)

@@ -14,7 +14,7 @@ from autojac import AutoJacobian
 from autojac.methods.base import build, registry
 from autojac.planning.search.space import candidates
 from autojac.replay import compilation
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 from harness import compare, forced, in_use, planned
 from oracle import jacobian_blocks
 
@@ -40,9 +40,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     yield programs
 
 
-def replaying(jac: AutoJacobian) -> Replaying:
+def replaying(jac: AutoJacobian) -> Replayer:
     entry = in_use(jac)
-    assert isinstance(entry.compute, Replaying)
+    assert isinstance(entry.compute, Replayer)
     return entry.compute
 
 

@@ -20,7 +20,7 @@ from autojac.bench.results import Figure, Outcome, Promised
 from autojac.bench.run import FAR, Entrant, Settings, admitted, raced
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 OWN = "autojac"
 WORST, MEAN = 1.03, {False: 0.5, True: 0.85}
@@ -156,7 +156,7 @@ def _settle(jac: Callable[[Tensor], Tensor], built: Built, truth: Tensor) -> Non
 def is_served(prepared: PreparedPlan) -> bool:
     """Check whether a recorded program serves calls."""
     compute = prepared.compute
-    return isinstance(compute, Replaying) and compute.bound is not None
+    return isinstance(compute, Replayer) and compute.bound is not None
 
 
 def reason(prepared: PreparedPlan) -> str:

@@ -20,7 +20,7 @@ Piece = tuple[list[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Sharing:
+class SharedStatistics:
     """One recorded call and what its samples share.
 
     Attributes:

@@ -23,7 +23,7 @@ from autojac.methods.base import Method
 from autojac.planning.search import measure, memory
 from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.replay.replayer import Replaying
+from autojac.replay.replayer import Replayer
 
 SHORTEST_S = {"estimate": 2e-3, "quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
 """How long a block of calls must last to be timed."""
@@ -197,7 +197,7 @@ def look(session: SearchSession, method: Method, allowed_s: float | None = None)
     right = attempt(session, method, allowed_s)
     if right is None:
         return session.trials[method]
-    if isinstance(right.compute, Replaying) and right.compute.program is not None:
+    if isinstance(right.compute, Replayer) and right.compute.program is not None:
         same = session.programs.setdefault(right.compute.program, method)
         if same != method:
             return session.record(method, "skipped", reason=f"the same program as {expression(same.spec())}")

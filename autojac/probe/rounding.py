@@ -89,7 +89,7 @@ def only_rounding(
 def _look_at(
     there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool
 ) -> None:
-    """Raise `PossibleCoupling` unless what passes between samples vanishes with the precision, or cancels at its end."""
+    """Raise `PossibleCoupling` unless what passes between samples vanishes with the precision or cancels."""
     recording, graph = _recorded(there, there.leaves)
     carriers = (*there.inputs, *there.sides)
     flow = flow_of(graph, [position in carriers for position in range(len(there.leaves))], there.batch)
@@ -166,7 +166,7 @@ def _noise(
 
 
 def _numbers(graph: Graph, there: ProbePoint) -> tuple[int, ...]:
-    """Return the graph's tensors; raise `PossibleCoupling` where operators may mean something else in another precision."""
+    """Return the graph's tensors; raise `PossibleCoupling` where another precision may change what operators mean."""
     if any(operation.target.namespace != "aten" or operation.name == "nextafter" for operation in graph.operations):
         raise PossibleCoupling
     numbers = dict.fromkeys((*graph.inputs, *graph.constants))

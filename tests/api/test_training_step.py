@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
 from autojac.planning.search import measure
 from autojac.replay.replayer import Replayer
-from harness import Ticking, compare, in_use
+from harness import CallCounting, compare, in_use
 
 OPTIONS: dict[str, Any] = {"on_miss": "estimate", "store": ":memory:"}
 PULL = {"method": "Pull", "seeds": "identity", "engine": "loop", "chunk": None}
@@ -262,7 +262,7 @@ def test_copies_and_names() -> None:
 
 
 def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "clock", Ticking(tick=0.05))
+    monkeypatch.setattr(measure, "clock", CallCounting(tick=0.05))
     model, x, target = network(), points(4, 3), points(4, 2)
     reference = copy.deepcopy(model)
     step = TrainingStep(model, loss, store=":memory:")

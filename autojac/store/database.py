@@ -71,11 +71,15 @@ class Database:
         Raises:
             NewerSchemaError, sqlalchemy.exc.SQLAlchemyError, OSError: it can't be read.
         """
-        return uninterrupted(lambda: self._read(work, empty))
+        return uninterrupted(lambda: self._read(work, empty)) if self._exists() else empty
+
+    def _exists(self) -> bool:
+        """Check whether there may be tables to read."""
+        if self.in_memory:
+            return self._current
+        return self.path is None or (self.path.exists() and self.path.stat().st_size > 0)
 
     def _read(self, work: Callable[[Connection], T], empty: T) -> T:
-        if self.path is not None and not (self.path.exists() and self.path.stat().st_size):
-            return empty
         modes: tuple[Mode, ...] = ("rw", "ro", "immutable") if self.writable else ("ro", "immutable")
         for mode in modes:
             try:
@@ -127,8 +131,6 @@ class Database:
         return version is not None
 
     def _schema_version(self, connection: Connection) -> str | None:
-        if self.in_memory:
-            return SCHEMA_VERSIONS[-1] if sa.inspect(connection).has_table("plans") else None
         try:
             version = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
         except sa.exc.DatabaseError as error:
@@ -138,7 +140,7 @@ class Database:
         return None if version is None else str(version)
 
     def _has_current_schema(self) -> bool:
-        if self.path is not None and not self.path.exists():
+        if not self._exists():
             return False
         with self._connect("rw", immediate=False) as connection:
             self._find_schema(connection)
@@ -181,7 +183,8 @@ class Database:
     def _make_schema(self) -> None:
         if self.in_memory:
             with self._connect("rwc", immediate=True) as connection:
-                Base.metadata.create_all(connection)
+                Base.metadata.create_all(connection, checkfirst=False)
+            self._current = True
             return
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,10 @@ class PreparedPlan:
         """Check whether func has returned the planned shapes: they may follow from values that it reads."""
         return [value.shape for value in result.values] == self._shapes
 
+    def has_strayed(self) -> bool:
+        """Check whether func took a way, by what it reads of tensors, on which nothing was checked yet."""
+        return isinstance(self.compute, Replayer) and self.compute.has_strayed() and self.problem.structure.assumes
+
     @functools.cached_property
     def _shapes(self) -> list[torch.Size]:
         return [torch.Size((self.problem.batch, *event)) for event in self.problem.outputs]

@@ -79,7 +79,7 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
         is_stop = type(error).__module__ == "torch.utils.checkpoint"
         if schedule.is_off or is_stop or is_out_of_memory(error):
             raise
-    if found is None or not plan.fits(found):
+    if found is None or not plan.fits(found) or (plan.has_strayed() and not schedule.is_off):
         plan, found = Check(plans, plan, call).run()
     elif not call.keywords:
         if plan.fast_path is None:

@@ -18,6 +18,7 @@ from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.codegen import work_of
 from autojac.replay.hoisting import HoistedValues
+from autojac.replay.outcomes import OtherOutcomeError, Score
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
 from autojac.torch_internals import dispatch_modes, function_modes
@@ -83,6 +84,7 @@ class Replayer:
     _known: dict[int, BoundTrace] = field(default_factory=dict, repr=False)
     _refused: set[int] = field(default_factory=set, repr=False)
     calls: int = 0
+    _score: Score = field(default_factory=Score, repr=False)
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
@@ -99,7 +101,11 @@ class Replayer:
         else:
             given = leaves
         outputs = self._outputs(bound, given, leaves, kwargs)
-        return self.eager(leaves, kwargs) if outputs is None else self.result(outputs)
+        if outputs is not None:
+            return self.result(outputs)
+        if self._score.missed:
+            self._miss(bound)
+        return self.eager(leaves, kwargs)
 
     def try_replay(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Return the outputs for contiguous tensors, values first; None where the whole call has to be made.
@@ -138,6 +144,11 @@ class Replayer:
         known = self._known.get(number)
         return (known is None or not known.reads_the_same) and number not in self._refused
 
+    def has_strayed(self) -> bool:
+        """Check, once, whether the last call took another way than the recorded one, which is to be looked into."""
+        strayed, self._score.strayed = self._score.strayed, False
+        return strayed
+
     @property
     def _unchanged_trace(self) -> BoundTrace | None:
         """The bound trace, while what func reads is as it was traced; None otherwise."""
@@ -149,6 +160,8 @@ class Replayer:
     @property
     def _is_past_limit(self) -> bool:
         """Whether func has been traced so often that this call must do without a new trace."""
+        if self.calls < self._score.rests_until:
+            return True
         return self.traces >= MOST_TRACES and self.calls < CALLS_A_TRACE * (self.traces - MOST_TRACES + 1)
 
     def result(self, outputs: Sequence[Tensor]) -> Result:
@@ -163,7 +176,7 @@ class Replayer:
     def _outputs(
         self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor] | None:
-        """Run the program; return None where an operator raises."""
+        """Run the program; return None where an operator raises, or where Python would take another way."""
         self.calls += 1
         if self.threads is not None:
             return self._outputs_by_threads(self.threads, bound, given, leaves, kwargs)
@@ -187,11 +200,27 @@ class Replayer:
             if bound.kept is None:
                 return trace.forward(*given, *bound.captured)
             return trace.forward(*given, *bound.kept())
+        except OtherOutcomeError:
+            self._score.missed = True
+            self.calls -= 1  # it counts where its whole call is made
+            return None
         except Exception:
             # func may catch what an operator raises, and take another way
             if self.problem.structure.effects:
                 raise
             return None
+
+    def _miss(self, bound: BoundTrace) -> None:
+        """Count a call for which the trace did not hold; after several of them it is given up for a while."""
+        with self.function_state.lock:
+            self.calls += 1
+            if self._score.miss(self.calls, CALLS_A_TRACE) and self.bound is bound:
+                self.bound = None
+                self._known.pop(bound.state, None)
+                self.function_state.traces.append(
+                    "replay: given up for a while, since values that Python reads of tensors decide, and differ too "
+                    "often from those of the recorded call"
+                )
 
     def _connected(
         self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]

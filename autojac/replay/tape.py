@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from autojac.errors import UnsupportedError
 from autojac.graph.capture import Capture
 from autojac.graph.operators import BATCH_NORMS, LITERALS, call, reads_data
 from autojac.guards.escapes import home
+from autojac.replay.outcomes import GUARDED, require_outcome, require_shape
 from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
@@ -41,17 +42,22 @@ class Tape(Capture):
         given: the tensors that stand for the arguments of the run, no two of them the same object.
         captured: the tensors that the function holds. Those that it reads become part of the graph.
         most_bytes: what may be held; nothing is freed while the tape runs.
+        repeatable: whether a program may break off where Python would take another way, and func run instead.
 
     Attributes:
         graph: without an output node.
         draws: whether random numbers were drawn.
+        guarded: whether Python has learned something that other calls may not share.
         read: captured tensors whose values Python has read, as they were.
     """
 
-    def __init__(self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int) -> None:
+    def __init__(
+        self, given: Sequence[Tensor], captured: Sequence[Tensor], most_bytes: int, repeatable: bool = False
+    ) -> None:
         super().__init__(MOST_OPERATORS)
+        self.repeatable = repeatable
         self.graph = fx.Graph()
-        self.draws = False
+        self.draws = self.guarded = False
         self.read: dict[int, Tensor] = {}
         self._written: set[int] = set()
         self.phase = 0
@@ -83,18 +89,24 @@ class Tape(Capture):
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
-        readable = self._look(func, name, args, nodes)
+        tells = self._look(func, name, args, nodes)
         try:
             made = call(func, args, kwargs)
         except Exception:
             # who catches it takes another way where the operator succeeds
             self.refuse(f"the operator {name} fails as it runs")
             raise
-        if not readable:
-            return made
         parts = made if isinstance(made, (tuple, list)) else (made,)
+        if tells and not (
+            self.repeatable and self.phase == 0 and all(isinstance(p, (Tensor, *GUARDED)) for p in parts)
+        ):
+            self.refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
+        if self.reason:
+            return made
         checks = not func._schema.returns
         if not checks and not any(isinstance(part, Tensor) for part in parts):
+            if tells:
+                self._require(require_outcome, func, made, *nodes[0], **nodes[1])
             return made
         # what is written out in the code is made again in each run, and may be written into
         node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
@@ -114,6 +126,8 @@ class Tape(Capture):
                     item = self.graph.call_function(operator.getitem, (node, place))
                     self._describe(item, "operator", None)
                     self._outcome(item, part)
+        for part in parts if tells else ():
+            self._require(require_shape, tuple(part.shape), self.node(part))
         return made
 
     def give(self, tensor: Tensor) -> None:
@@ -137,6 +151,8 @@ class Tape(Capture):
         """Take note of what no operator has shown."""
         if self.monitor.escaped:
             self.refuse(f"it reads or writes values of a tensor by {self.monitor.escaped}, where no operator is seen")
+        if self.guarded and self.draws:
+            self.refuse("it reads values of a tensor in Python, and draws random numbers before or after")
         for tensor in self._captured.values():
             self.require_home(tensor)
 
@@ -144,8 +160,20 @@ class Tape(Capture):
         """Check whether the tensor was given or has been met."""
         return id(tensor) in self._nodes
 
+    def _require(self, check: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Have the program break off where Python would learn something else than it did in this run."""
+        node = self.graph.call_function(check, args, kwargs)
+        self._describe(node, "operator", None)
+        node.meta["draws"] = True
+        self.guarded = True
+
     def _look(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
-        """Refuse what gives the values of a tensor to Python, or a shape to the values, and mark literals."""
+        """Refuse what no program can do, and mark literals.
+
+        Returns:
+            whether the operator tells Python, by a number or a shape, of values that other calls may not share.
+        """
+        tells = False
         if name in LITERALS:
             (literal,) = nodes[0]
             if maker := self.literal_of_tensors(name):
@@ -160,12 +188,12 @@ class Tape(Capture):
                 captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
                 self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
             else:
-                self.refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
+                tells = True
         if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
             self.refuse("it reads an argument's memory by positions, which may be others in another call")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):
             self.refuse("it draws from a random generator of its own")
-        return not self.reason
+        return tells
 
     def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
         """Check whether a tensor is the same in every run: made of literals, numbers and small captured tensors alone.

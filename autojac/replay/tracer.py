@@ -154,7 +154,7 @@ class _Run:
         # func runs once, so it starts from the random state that the call does
         alone = Keywords.of(kwargs, random_state=None, aux=None)
         self.kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), alone)
-        self.tape = Tape(self.given, self.captured, problem.memory_limit)
+        self.tape = Tape(self.given, self.captured, problem.memory_limit, not problem.structure.effects)
         self.outputs: list[Tensor] = []
         self.values = 0
         self.sources: list[Tensor] = []

@@ -590,8 +590,7 @@ REFUSED: dict[str, tuple[Callable[[], Callable[..., Tensor]], str]] = {
     "float of a parameter": (lambda: lambda x: x.sin() * float(WEIGHT), "values of a tensor"),
     "list of a parameter": (lambda: lambda x: x.sin() * BUFFER.tolist()[0], "values of a tensor"),
     "array of a parameter": (lambda: lambda x: x.sin() * BUFFER.numpy()[0], "values of a tensor"),
-    "branch on data": (lambda: lambda x: x.sin() if (x.sum() > 0) else x.cos(), "values of a tensor"),
-    "branch on a parameter": (lambda: lambda x: x.sin() if WEIGHT > 0 else x.cos(), "values of a tensor"),
+    "number of the data": (lambda: lambda x: x.sin() if x.sum().item() > 0 else x.cos(), "values of a tensor"),
     "shape from data": (lambda: lambda x: x.sin() * x[x > 0].sum(), "values of a tensor|coupled"),
     "name looked up": (lambda: lambda x: x.sin() * globals()["KNOB"][0], "globals"),
     "code from text": (lambda: lambda x: eval("x.sin() * KNOB[0]", {"x": x, "KNOB": KNOB}), "eval"),
@@ -619,7 +618,7 @@ def test_what_can_not_be_guarded_is_not_replayed(name: str) -> None:
 
 def test_a_function_that_can_be_traced_for_some_shapes_only() -> None:
     def func(x: Tensor) -> Tensor:
-        return x.sin() * (float(x.sum() > 0) if len(x) > 4 else 2.0)
+        return x.sin() * (float(float(x.sum()) > 0) if len(x) > 4 else 2.0)
 
     x = torch.rand(8, 3, dtype=torch.float64)
     store = autojac.PlanStore(":memory:")

@@ -1,0 +1,77 @@
+"""What Python learns of a tensor's values as func runs: a program holds for the calls in which it would learn the same.
+
+A branch reads one truth value, a mask gives a shape: both come out alike for most inputs, and a program finds out in
+passing whether they do. A number with decimals comes out otherwise in each call, so nothing is recorded that reads one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+GUARDED = (bool, int)
+"""Kinds of outcomes that other calls may share."""
+MOST_MISSES = 4
+"""Calls with another outcome after which a program is given up, besides one in so many of those that it served."""
+HITS_A_MISS = 4
+LOOKED_INTO = 8
+"""Calls with another outcome that are checked at once: what was observed of the way before may not hold on theirs."""
+
+
+class OtherOutcomeError(Exception):
+    """Python would take another way than the one that was recorded."""
+
+
+def require_outcome(operator: Callable[..., Any], expected: Any, *args: Any, **kwargs: Any) -> None:
+    """Check that an operator still tells Python what it told the recorded run.
+
+    Raises:
+        OtherOutcomeError: if it does not.
+    """
+    if operator(*args, **kwargs) != expected:
+        raise OtherOutcomeError
+
+
+def require_shape(expected: tuple[int, ...], tensor: Tensor) -> None:
+    """Check that a tensor has as many entries as in the recorded run.
+
+    Raises:
+        OtherOutcomeError: if it has not.
+    """
+    if tensor.shape != expected:
+        raise OtherOutcomeError
+
+
+class Score:
+    """How often a program held, and for how long it is given up where it rarely did.
+
+    Attributes:
+        rests_until: the call by which another trace may be made.
+        missed: the last run broke off, which is not counted yet.
+        strayed: a call took another way, and nobody has looked into that yet.
+    """
+
+    def __init__(self) -> None:
+        self.rests_until = 0
+        self.missed = self.strayed = False
+        self._since = self._misses = self._rests = self._strays = 0
+
+    def miss(self, calls: int, rest: int) -> bool:
+        """Count a call with another outcome; return whether the program is given up.
+
+        Args:
+            calls: how many there were so far.
+            rest: for how many calls it is given up the first time; then twice as many each time.
+        """
+        self.missed = False
+        self._misses += 1
+        self._strays += 1
+        self.strayed = self._strays <= LOOKED_INTO
+        served = calls - self._since - self._misses
+        if self._misses < MOST_MISSES + served // HITS_A_MISS:
+            return False
+        self.rests_until = calls + rest * 2**self._rests
+        self._since, self._misses, self._rests = self.rests_until, 0, self._rests + 1
+        return True

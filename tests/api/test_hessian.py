@@ -178,7 +178,7 @@ def test_a_jacobian_of_a_jacobian_is_recorded_whoever_planned_first() -> None:
         inner = AutoJacobian(network(), store=":memory:", on_miss="estimate")
         if tuned:
             inner(x)
-        outer = AutoJacobian(inner, store=":memory:", on_miss="tune", effort="quick", budget_s=1.5)
+        outer = AutoJacobian(inner, store=":memory:", on_miss="tune", effort="quick", budget_s=0.5)
         compare(outer(x).detach(), right(network(), x))
         reasons = [str(trial.reason) for trial in outer.plan(x).trials]
         assert reasons

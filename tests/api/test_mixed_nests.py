@@ -150,7 +150,7 @@ def test_outputs_hold_ids_none_and_strings_too() -> None:
     x, w = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     parts = (lambda x: func(x, w)["y"], lambda x: func(x, w)["pair"][1])
     rights = [jacobian_blocks(part, (x,)) for part in parts]
-    for options in ({}, {"effort": "quick", "on_miss": "tune"}):
+    for options in ({}, {"effort": "quick", "on_miss": "tune", "budget_s": 0.2}):
         jac = estimated(func, in_dims=(0, None), **options)
         for scale in (1, 2, -1):
             y, J = jac.value_and_jacobian(scale * x, w)

@@ -231,7 +231,7 @@ def test_nested_targets_and_numbers_pass_through() -> None:
 
 def test_a_search_of_a_whole_step_finds_one_program() -> None:
     model, x, target = network(), points(4, 3), points(4, 2)
-    step = TrainingStep(model, loss, store=":memory:", on_miss="tune", effort="quick", budget_s=1.0)
+    step = TrainingStep(model, loss, store=":memory:", on_miss="tune", effort="quick", budget_s=0.5)
     plan = step.tune(x, target)
     assert plan.trials
     assert "Replay" in step.explain(x, target)

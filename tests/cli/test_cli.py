@@ -369,7 +369,8 @@ def test_warnings_of_autojac_are_one_line(folder: Path, monkeypatch: pytest.Monk
     assert warnings.showwarning is shown
 
 
-def test_demo_tunes_trains_verifies_and_remembers() -> None:
+def test_demo_tunes_trains_verifies_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.planning.search.looks.COMPILED_PROGRAMS", 0)
     first = output("demo", "--steps", "20", "--poses", "32")
     assert re.search(r"Tuned: \d+ candidates", first)
     assert re.search(r"source: search, \d+ trials", first)

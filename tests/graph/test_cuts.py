@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 import subprocess
@@ -280,7 +281,10 @@ class Scaled(nn.Module):
         return self.net(x) * self.scale
 
 
-def test_a_compiled_cut_is_never_stale() -> None:
+def test_a_compiled_cut_is_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what goes stale is what Dynamo took down, and Inductor's code for it takes seconds to make
+    dynamo = functools.partial(torch.compile, backend="eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr("autojac.replay.compilation.compile_flat", dynamo)
     func, x = Scaled(), normal(5, 8)
     with torch.no_grad():
         _, _, problem = planned(func, (x,))

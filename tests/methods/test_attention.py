@@ -76,7 +76,7 @@ def test_forward_mode_competes_by_the_formula_and_the_kernel_in_reverse(
 
 def test_no_method_is_tried_that_the_kernel_has_no_derivative_for(x: Tensor) -> None:
     """Such a trial takes a budget in which a model's training step finds nothing else."""
-    jac = AutoJacobian(Attend().double(), store=":memory:", on_miss="tune", budget_s=1.0)
+    jac = AutoJacobian(Attend().double(), store=":memory:", on_miss="tune", budget_s=0.5)
     failed = [str(trial.method) for trial in jac.plan(x).trials if "not implemented" in (trial.reason or "")]
     assert failed == []
     with torch.no_grad():

@@ -75,6 +75,10 @@ class Embedded(nn.Module):
         return x * self.table((x.abs().sum(-1, keepdim=True) * 0).long()).squeeze(1)
 
 
+def peak(x: Tensor) -> Tensor:
+    return torch.zeros(1).copy_(x.detach().amax())
+
+
 def mlp(activation: nn.Module) -> Build:
     return lambda: (nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 3)), torch.randn(5, 4))
 
@@ -115,6 +119,7 @@ ACTIVATIONS = (
 )
 
 INDEPENDENT: dict[str, Build] = {
+    "axes from a list": of(lambda x: x.view(5, 2, 2).cos().sum(torch.arange(1, 3).tolist()), 5, 4),
     **{f"MLP {name}": mlp(getattr(nn, name)()) for name in ACTIVATIONS},
     "linear": lambda: (nn.Linear(4, 3), torch.randn(5, 4)),
     "in-place ReLU": mlp(nn.ReLU(inplace=True)),
@@ -246,6 +251,7 @@ COUPLED: dict[str, Build] = {
     "mean under no_grad": of(lambda x: x * quietly(x.mean, 0), 5, 4),
     "branch on data": of(lambda x: x.roll(1, 0) if x.max() > 1e6 else x, 5, 4),
     "branch through NumPy": of(lambda x: x.roll(1, 0) if x.detach().numpy().max() > 1e6 else x, 5, 4),
+    "branch through a list written in place": of(lambda x: x.roll(1, 0) if peak(x).tolist()[0] > 1e6 else x, 5, 4),
     "branch through a list": of(lambda x: x.roll(1, 0) if max(x.detach()[:, 0].tolist()) > 1e6 else x, 5, 4),
     "written into a copy": of(written, 5, 4),
     "unfolded batch": of(lambda x: F.pad(x, (0, 0, 1, 1)).unfold(0, 3, 1).sum(-1), 5, 4),

@@ -33,6 +33,7 @@ from autojac.graph.operators import (
     reads_data,
 )
 from autojac.guards.escapes import home
+from autojac.torch_internals import pytree
 
 MOST_OPERATIONS = 4000
 
@@ -128,6 +129,7 @@ class Recorder(Capture):
         self.apart: list[set[int]] = []
         self.stale: set[int] = set()
         self.written: dict[int, str] = {}
+        self.fixed: set[int] = set()
         self.reads_data = False
         self.inputs = tuple(self.number(leaf) for leaf in leaves)
         if any(map(own_class, leaves)):
@@ -140,7 +142,7 @@ class Recorder(Capture):
     def write(
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
-        self.reads_data |= reads_data(func, args) or bool(self.literal_of_tensors(name))
+        self.reads_data |= (reads_data(func, args) and not self._is_fixed(args)) or bool(self.literal_of_tensors(name))
         count = len(self.shapes)
         several, made = decomposed(self, name, func, args, kwargs)
         if not several:
@@ -166,11 +168,18 @@ class Recorder(Capture):
         else:
             many = isinstance(made, (tuple, list))
             parts = made if many else (made,)
+            fixed = self._is_fixed((*args, *kwargs.values()))
             outputs = tuple(self.number(part) if isinstance(part, Tensor) else None for part in parts)
+            self.fixed |= {number for number in outputs if fixed and number is not None}
             self.operations.append(Operation(func, *seen, outputs, many, held))
             if name in PARTITIONS:
                 self.apart.append({id(part) for part in made})
         return made
+
+    def _is_fixed(self, args: Sequence[Any]) -> bool:
+        """Check whether all tensors among arguments are made of nothing but numbers, such as `torch.arange(3)`."""
+        tensors = (part for part in pytree.tree_leaves(args) if isinstance(part, Tensor))
+        return all(self.numbers.get(id(tensor)) in self.fixed for tensor in tensors)
 
     def finish(self) -> None:
         """Take note of what no operator has shown."""

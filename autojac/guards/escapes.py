@@ -26,6 +26,10 @@ ESCAPES: Final = frozenset(
 """Methods of a tensor that read or write its memory, or give it away, where no operator is seen."""
 _NUMBERS: Final = frozenset({"item", "__float__", "__int__", "__index__", "__bool__", "__complex__"})
 """Methods that are an operator, unless torch calls them while dispatch modes are switched off."""
+AS_OPERATORS: Final = frozenset({"item", "tolist"})
+"""Those of `ESCAPES` that a `Monitor` makes visible as operators, where it can."""
+MOST_LISTED: Final = 256
+"""Entries of a tensor of which `tolist` is taken apart, one read for each."""
 HISTORY: Final = frozenset({"grad", "grad_fn", "_version", "_grad"})
 """Attributes of a tensor that show what else was done with it."""
 _BACKWARD: Final = frozenset({"grad", "backward"})
@@ -57,6 +61,8 @@ class Monitor(TorchFunctionMode):
             # the legacy constructors ask each element for its number below every dispatch mode
             if excluded_keys().has(_PYTHON):
                 self.escaped = self.escaped or name
+        elif name == "tolist" and _can_be_listed(args[0]):
+            return _listed(args[0])
         elif name in ESCAPES:
             if not _caller().startswith("autojac."):
                 self.escaped = self.escaped or name
@@ -87,6 +93,17 @@ class Monitor(TorchFunctionMode):
         # code of the user's may run in a backward pass, and is not seen there
         unseen = name in _BACKWARD or any(_holds_tensor(value) for value in (*args, *kwargs.values()))
         return name if unseen else ""
+
+
+def _can_be_listed(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested or excluded_keys().has(_PYTHON):
+        return False
+    return tensor.numel() <= MOST_LISTED and not is_wrapped_by_transform(tensor)
+
+
+def _listed(tensor: Tensor) -> Any:
+    """Return what `tolist` does, by an operator for each entry."""
+    return [_listed(part) for part in tensor.detach().unbind()] if tensor.dim() else tensor.item()
 
 
 def _holds_tensor(value: Any, inside: bool = False) -> bool:

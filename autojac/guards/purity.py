@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
-from autojac.guards.escapes import ESCAPES
+from autojac.guards.escapes import AS_OPERATORS, ESCAPES
 from autojac.guards.places import is_made_in_c
 from autojac.guards.provenance import CORE_PACKAGES, is_core
 from autojac.torch_internals import TENSOR_HOME, TensorBase
@@ -160,8 +160,7 @@ def _module_function(home: str, name: str) -> str:
 
 def _method(kind: type, name: str) -> str:
     if issubclass(kind, TensorBase):
-        # `item` is an operator, which a recording sees
-        return f"it reads values of a tensor ({name})" if name in ESCAPES and name != "item" else ""
+        return f"it reads values of a tensor ({name})" if name in ESCAPES - AS_OPERATORS else ""
     bases = kind.__mro__
     if any(base.__name__ in _UNSAFE_OBJECTS for base in bases):
         return f"it calls {name} of a {kind.__module__}.{kind.__qualname__}"

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.guards.compiled_functions import runs_eagerly
-from autojac.guards.escapes import ESCAPES
+from autojac.guards.escapes import AS_OPERATORS, ESCAPES
 from autojac.guards.provenance import is_core, is_installed
 from autojac.guards.purity import (
     c_reason,
@@ -107,8 +107,8 @@ class RunMonitor:
         owner = getattr(function, "__self__", None)
         name = function.__name__
         if id(frame.f_code) not in self._own:
-            # whoever calls them, the code of torch included; `item` is an operator
-            if name in ESCAPES and name != "item" and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
+            # whoever calls them, the code of torch included
+            if name in ESCAPES - AS_OPERATORS and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
                 self.reason = f"it reads values of a tensor ({name})"
             return
         if name == "_getframe":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import autojac
 from autojac import AutoJacobian
 from autojac.core.structure import EXCHANGES as ASSIGNS
-from autojac.guards.escapes import ESCAPES
+from autojac.guards.escapes import AS_OPERATORS, ESCAPES
 from autojac.replay.replayer import Replayer
 from harness import compare, forced, in_use
 from oracle import jacobian_blocks
@@ -126,7 +126,7 @@ def test_every_escape_is_tried() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:__array_", "ignore:.*not writable")
-@pytest.mark.parametrize("name", sorted(READS.keys() - {"item"}))
+@pytest.mark.parametrize("name", sorted(READS.keys() - AS_OPERATORS))
 def test_a_replay_refuses_what_escapes(name: str) -> None:
     line = replayed(Holder(lambda m, x: x.sin() * READS[name](m, x)), "loop", name < "f", added)
     assert line.startswith("replay: not possible, ")
@@ -163,10 +163,11 @@ LITERALS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sparse": lambda m, x: x.sin() * torch.sparse_coo_tensor([[0, m.index]], [1.0, 2.0], (4,)).to_dense(),
     "full": lambda m, x: x.sin() * torch.full((4,), m.number),
     "item": lambda m, x: x.sin() * m.numbers[1].item(),
+    "tolist": lambda m, x: x.sin() * x.new_tensor(m.numbers.tolist()),
     "python": lambda m, x: x.sin() * torch.tensor([1.0, 2.0, 3.0, float(m.number)]),
 }
 
-NUMBERS = ("index", "full", "item")
+NUMBERS = ("index", "full", "item", "tolist")
 """What asks a tensor for its number by an operator, which a recording sees."""
 
 

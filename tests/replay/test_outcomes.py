@@ -55,13 +55,18 @@ def same_points(x: Tensor) -> Tensor:
     return mixed(x.sin() if torch.equal(x, x.abs()) else x.cos())
 
 
+def listed(x: Tensor) -> Tensor:
+    axes = torch.arange(1, x.dim()).tolist()
+    return mixed(x.sin() if all((x > 0).flatten().tolist()) else x.cos()) * x.sum(axes, keepdim=True)
+
+
 def guarded_by_an_error(x: Tensor) -> Tensor:
     if not torch.all(x > -100):
         raise ValueError("out of range")
     return mixed(x.sin())
 
 
-FUNCS = [branch, branch_on_a_parameter, masked, tally, same_points, guarded_by_an_error]
+FUNCS = [branch, branch_on_a_parameter, masked, tally, same_points, listed, guarded_by_an_error]
 
 
 @pytest.mark.parametrize("func", FUNCS)

@@ -588,7 +588,7 @@ REFUSED: dict[str, tuple[Callable[[], Callable[..., Tensor]], str]] = {
     "random": (lambda: lambda x: x.sin() * (1 + 0 * random.random()), "random"),
     "item of a parameter": (lambda: lambda x: x.sin() * WEIGHT.item(), "values of a tensor"),
     "float of a parameter": (lambda: lambda x: x.sin() * float(WEIGHT), "values of a tensor"),
-    "list of a parameter": (lambda: lambda x: x.sin() * BUFFER.tolist()[0], "values of a tensor"),
+    "list of many numbers": (lambda: lambda x: x.sin() * BUFFER.expand(999).tolist()[0], "values of a tensor"),
     "array of a parameter": (lambda: lambda x: x.sin() * BUFFER.numpy()[0], "values of a tensor"),
     "number of the data": (lambda: lambda x: x.sin() if x.sum().item() > 0 else x.cos(), "values of a tensor"),
     "shape from data": (lambda: lambda x: x.sin() * x[x > 0].sum(), "values of a tensor|coupled"),

@@ -1,4 +1,4 @@
-"""Torch's own ways to a batched Jacobian, written as their users write them, and the truth to hold them against."""
+"""Torch's own ways to a batched Jacobian, written as their users write them, and the truth to check them against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from autojac.autodiff.primitives import load_forward_rules
@@ -81,6 +81,23 @@ def sample_by_sample(transform: Callable[..., Callable[..., Any]]) -> Callable[[
     return prepare
 
 
+def in_parameters(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Callable[[Tensor], Any]]:
+    """Return a transform of `functional_call` in all parameters, sample by sample: a dict name → (B, *out, *param)."""
+
+    def prepare(func: Func) -> Callable[[Tensor], Any]:
+        assert isinstance(func, nn.Module)
+
+        def of_sample(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(func, parameters, (sample.unsqueeze(0),)).squeeze(0)
+            return out
+
+        load_forward_rules()
+        each = torch.func.vmap(transform(of_sample), in_dims=(None, 0))
+        return lambda x: each({name: p.detach() for name, p in func.named_parameters()}, x)
+
+    return prepare
+
+
 def many_rows(workload: Workload) -> str | None:
     rows = workload.batch * workload.m
     if rows > ROWS_LIMIT:
@@ -108,14 +125,20 @@ WAYS: tuple[Way, ...] = (
     Way(DEFAULT, "torch.func.vmap(jacrev(func of one sample))(x)", sample_by_sample(torch.func.jacrev)),
     Way("vmap(jacfwd)", "torch.func.vmap(jacfwd(func of one sample))(x)", sample_by_sample(torch.func.jacfwd)),
 )
+PARAMETER_WAYS: tuple[Way, ...] = (
+    Way(DEFAULT, "torch.func.vmap(jacrev(functional_call))(parameters, x)", in_parameters(torch.func.jacrev)),
+    Way("vmap(jacfwd)", "torch.func.vmap(jacfwd(functional_call))(parameters, x)", in_parameters(torch.func.jacfwd)),
+)
 
 
 def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
-    """Return the Jacobian in float64, by one plain VJP per row, rounded to x's dtype.
+    """Return the Jacobian in float64, by plain VJPs, rounded to x's dtype: (B, m, n), or (B, m, parameters).
 
     Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
     """
     exact, point = moved_to(func, x.device, torch.float64), x.double()
+    if workload.kind == "parameters":
+        return parameter_rows(exact, point).to(x.dtype)
     if workload.kind != "coupled":
         return loop_on_the_sum(exact)(point).to(x.dtype)
     row_bytes = 8 * workload.batch * (workload.n + 2 * workload.width)
@@ -131,3 +154,18 @@ def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
             index = torch.arange(len(seeds), device=x.device)
             blocks.append(pulled[index, (start + index) // workload.m])
     return torch.cat(blocks).view(workload.batch, workload.m, workload.n).to(x.dtype)
+
+
+def parameter_rows(func: Func, x: Tensor) -> Tensor:
+    """Return the gradient in all parameters of each entry of the output, one VJP each: (B, m, parameters)."""
+    assert isinstance(func, nn.Module)
+    parameters = list(func.parameters())
+    with torch.enable_grad():
+        y = func(x)
+        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in y.flatten().unbind()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).view(*y.shape, -1)
+
+
+def flat_parameters(J: dict[str, Tensor]) -> Tensor:
+    """Return a Jacobian in parameters by name, (B, m, *param) each, as one tensor (B, m, parameters)."""
+    return torch.cat([part.flatten(2) for part in J.values()], 2)

@@ -2,131 +2,133 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from pathlib import Path
 
 import click
 import torch
 
-from autojac.bench.contests import against_torch
-from autojac.bench.extra import loaded
-from autojac.bench.interop.case import cases
-from autojac.bench.interop.race import interop, together
-from autojac.bench.jitted import against_jax
-from autojac.bench.overhead import overhead, startup
-from autojac.bench.replayed import replayed
-from autojac.bench.results import Report
-from autojac.bench.run import Settings
-from autojac.bench.run import bench as run_bench
-from autojac.bench.table import print_report
-from autojac.bench.workloads import ALL, WORKLOADS
-from autojac.bench.zeros import RACES
-from autojac.bench.zeros import zeros as put_to_use
+from autojac.bench.results import BenchResult, Report, json_line
+from autojac.bench.run import Settings, environment
+from autojac.bench.suites import SUITES, run_suites
+from autojac.bench.table import markdown, print_report
 from autojac.core.plan import EFFORTS
+
+QUICK_S, BUDGET_S = 2.0, 12.0
+"""Seconds of each search."""
 
 
 @click.command()
-@click.option("--effort", type=click.Choice(EFFORTS), default=None, help="How hard to search.  [default: measure]")
 @click.option(
-    "--workload",
+    "--suite",
     "names",
     multiple=True,
-    type=click.Choice(list(WORKLOADS)),
-    help="Only this one; may be repeated.  [default: those of the README's table]",
+    type=click.Choice(list(SUITES)),
+    help="Only this part; may be repeated.  [default: all but peers and interop]",
 )
-@click.option(
-    "--zeros",
-    "spared",
-    multiple=True,
-    type=click.Choice(list(RACES)),
-    help="Put the zeros of this one to use; may be repeated.",
-)
-@click.option(
-    "--replay", "with_replay", is_flag=True, help="Race replays, uncompiled, against torch's default; what they cost."
-)
-@click.option("--jax", "with_jax", is_flag=True, help="Race against jitted JAX; needs autojac[bench].")
-@click.option("--interop", "with_interop", is_flag=True, help="Race on models of other libraries that are installed.")
-@click.option("--only", multiple=True, help="Of --interop only this library or case; may be repeated.")
-@click.option("--training", is_flag=True, help="Of --interop race training steps: J, a loss, and its backward.")
+@click.option("--only", multiple=True, help="Only this workload, case or library; may be repeated.")
+@click.option("--interop", is_flag=True, help="The suite of other libraries' models that are installed.")
+@click.option("--training", is_flag=True, help="The suite of training steps; with --interop those of other libraries.")
+@click.option("--effort", type=click.Choice(EFFORTS), default=None, help="How hard to search.  [default: measure]")
+@click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.  [default: 12]")
 @click.option("--rounds", type=click.IntRange(min=3), default=None, help="Rounds of each race.  [default: 15]")
-@click.option("--budget", type=click.FloatRange(min=0), default=None, help="Seconds for each search.")
-@click.option("--regret", is_flag=True, help="Race every fixed candidate too.")
-@click.option("--overhead", "with_overhead", is_flag=True, help="What a call adds to its bare method.")
-@click.option("--startup", "with_startup", is_flag=True, help="First Jacobian of a fresh process; import time.")
+@click.option("--quick", is_flag=True, help="Effort quick, short searches and races.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--store", default=None, help="Path or URL of the plans to use; by default every run tunes afresh.")
-@click.option("--quick", is_flag=True, help="Effort quick, 5 rounds, short races.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each result as soon as it is measured.")
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: read what --json has printed; may be repeated.",
+)
+@click.option("--tables", is_flag=True, help="Print the tables in Markdown.")
 def bench(
-    effort: str | None,
     names: tuple[str, ...],
-    spared: tuple[str, ...],
-    with_replay: bool,
-    with_jax: bool,
-    with_interop: bool,
     only: tuple[str, ...],
+    interop: bool,
     training: bool,
-    rounds: int | None,
+    effort: str | None,
     budget: float | None,
-    regret: bool,
-    with_overhead: bool,
-    with_startup: bool,
+    rounds: int | None,
+    quick: bool,
     device: str,
     store: str | None,
-    quick: bool,
     as_json: bool,
+    sources: tuple[Path, ...],
+    tables: bool,
 ) -> None:
     """Race autojac against torch's own ways, interleaved in one run.
 
-    Every way's Jacobian is checked before it is timed. Ratios refer to vmap(jacrev), which torch recommends. With
-    --zeros, --replay, --jax or --interop no workload is raced beside theirs but those named.
+    Every way's result is checked before it is timed. Ratios are autojac's time over the other's, both of one run. At
+    last stands what was asked and what was measured. A run that is stopped keeps what it has measured.
 
     \b
     Examples:
-      autojac bench --quick --workload sin
-      autojac bench --zeros burgers --zeros brusselator
-      autojac bench --replay --jax
+      autojac bench --quick --suite jacobians --only sin
+      autojac bench --json > bench.jsonl
+      autojac bench --from bench.jsonl --tables
       autojac bench --interop --only kornia --only timm/vit
-      autojac bench --regret --overhead --startup --json > bench.json
     """
-    _require(device)
-    if with_jax:
-        _require_jax(device)
-    settings = Settings(
-        effort=next(e for e in EFFORTS if e == (effort or ("quick" if quick else "measure"))),
-        rounds=rounds or (5 if quick else 15),
-        budget_s=budget,
-        device=device,
-        store=store,
-        regret=regret,
-        race_s=10.0 if quick else 60.0,
-    )
-    chosen = [WORKLOADS[name] for name in names] or ([] if spared or with_replay or with_jax or with_interop else ALL)
-    report = run_bench(chosen, settings, _announce)
-    report = dataclasses.replace(report, zeros=tuple(put_to_use(spared, settings, _announce)))
-    if with_replay:
-        races, costs = against_torch(settings, _announce), replayed(settings, _announce)
-        report = dataclasses.replace(report, contests=tuple(races), costs=tuple(costs))
-    if with_jax:
-        report = dataclasses.replace(report, contests=(*report.contests, *against_jax(settings, _announce)))
-    if with_interop:
-        report = _with_interop(report, settings, only, training)
-    if with_overhead:
-        _announce("overhead of a call")
-        report = dataclasses.replace(report, overhead_seconds=overhead(settings))
-    if with_startup:
-        _announce("fresh processes")
-        report = dataclasses.replace(report, startup=startup())
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=1))
+    if sources:
+        report = _read(sources)
     else:
+        _require(device)
+        settings = Settings(
+            effort=next(e for e in EFFORTS if e == (effort or ("quick" if quick else "measure"))),
+            rounds=rounds or (5 if quick else 15),
+            budget_s=budget if budget is not None else (QUICK_S if quick else BUDGET_S),
+            device=device,
+            store=store,
+            race_s=1.5 if quick else 8.0,
+            quick=quick,
+            training=training,
+        )
+        report = _measured(_suites(names, interop, training), only, settings, as_json)
+    if tables:
+        click.echo(markdown(report))
+    elif as_json and sources:
+        click.echo("\n".join(report.lines()))
+    elif not as_json:
         print_report(report)
 
 
-def _with_interop(report: Report, settings: Settings, only: tuple[str, ...], training: bool) -> Report:
-    races = interop(cases(only), settings, training, _announce)
-    costs = (*report.costs, together(races, training))
-    return dataclasses.replace(report, contests=(*report.contests, *races), costs=costs)
+def _suites(names: tuple[str, ...], interop: bool, training: bool) -> list[str]:
+    """Return the suites asked for, or those of the whole benchmark."""
+    asked = [*names]
+    if interop:
+        asked.append("interop")
+    elif training:
+        asked.append("training")
+    return asked or [suite.name for suite in SUITES.values() if suite.by_default]
+
+
+def _measured(names: list[str], only: tuple[str, ...], settings: Settings, as_json: bool) -> Report:
+    report = Report(environment(settings.device), settings.described())
+    found: list[BenchResult] = []
+    if as_json:
+        click.echo(report.head())
+    try:
+        for result in run_suites(names, only, settings, _announce):
+            found.append(result)
+            if as_json:
+                click.echo(json_line(result))
+    except KeyboardInterrupt:
+        _announce(f"stopped; what {len(found)} cases gave is kept")
+    if not found:
+        asked = ", ".join(map(repr, only)) or "any case"
+        raise click.ClickException(f"nothing was measured: no case of {', '.join(names)} is {asked}")
+    return Report(report.environment, report.settings, tuple(found))
+
+
+def _read(sources: tuple[Path, ...]) -> Report:
+    lines = [line for source in sources for line in source.read_text(encoding="utf-8").splitlines()]
+    try:
+        return Report.from_lines(lines)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{error}; pass what `autojac bench --json` has printed", param_hint="--from"
+        ) from error
 
 
 def _require(device: str) -> None:
@@ -135,14 +137,6 @@ def _require(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         line = next(iter(str(error).splitlines()), "")
         raise click.BadParameter(f"{device!r} can't be used here: {line}", param_hint="--device") from error
-
-
-def _require_jax(device: str) -> None:
-    found = loaded("jax")
-    if isinstance(found, str):
-        raise click.ClickException(f"jax is {found}")
-    if torch.device(device).type != "cpu":
-        raise click.BadParameter("JAX is raced on the CPU", param_hint="--device")
 
 
 def _announce(what: str) -> None:

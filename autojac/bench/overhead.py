@@ -1,90 +1,152 @@
-"""What autojac itself costs: at every call, at a process's first call, and at its import."""
+"""What autojac costs beside the operators: at each call, at its guard, and while it records."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from autojac.bench.results import Startup
-from autojac.bench.run import Settings, tune
+import autojac
+from autojac.bench.jacobians import wrapped
+from autojac.bench.results import BenchResult, Facts, Figure, Outcome
+from autojac.bench.run import Settings, at_rest, in_fresh_process
 from autojac.bench.workloads import WORKLOADS, Workload
-from autojac.core.plan import Effort
+from autojac.guards.function_state import FunctionState
+from autojac.methods.base import build
+from autojac.planning.prepare_compute import prepare_compute
 from autojac.planning.search import measure
+from autojac.problem.problem import Compute
+from autojac.replay.replayer import Replayer
 
-UNWANTED = ("alembic", "optuna", "torch._dynamo")
-"""Modules that take long to load and that a first Jacobian from a warm store does without."""
+CALLED = ("sin", "mlp-2-16-2", "mlp-10-layers")
+CALL_US, GUARD_US = {"sin": 3.0, "mlp-2-16-2": 3.0, "mlp-10-layers": 5.0}, 2.0
+FINER = 10
+"""Rounds are that many times as many, their blocks as much shorter, and mostly shorter than a scheduler's slice: a busy
+machine spoils some rounds then and not the median. It takes ways that leave each other's caches warm."""
 PAST_CHECKS = 1025
 """Calls after which the runtime guard checks only every thousandth."""
-
-# Only autojac's part is timed: not torch, not SQLAlchemy, not the making of the function and its input.
-FIRST = """
-import json, sys, time
-import torch, sqlalchemy, sqlalchemy.orm, sqlalchemy.dialects.sqlite, autojac
-from autojac.bench.workloads import WORKLOADS
-store, threads, effort, *unwanted = sys.argv[1:]
-torch.set_num_threads(int(threads))
-func, x = WORKLOADS["sin"].make()
-with torch.no_grad():
-    start = time.perf_counter()
-    jac = autojac.AutoJacobian(func, store=store, on_miss="tune", effort=effort)
-    jac(x)
-    seconds = time.perf_counter() - start
-loaded = [name for name in unwanted if name in sys.modules]
-with torch.no_grad():
-    print(json.dumps({"seconds": seconds, "source": jac.plan(x).source, "loaded": loaded}))
-"""
-
-IMPORT = "import time; start = time.perf_counter(); import {name}; print(time.perf_counter() - start)"
+DEEP, BEFORE = "mlp-10-layers", "sin"
+ENGINES = ("vmap", "loop")
+FIRST_MS, SECOND_MS = 300.0, 150.0
+STARTS = 3
 
 
-def overhead(settings: Settings, workload: Workload = WORKLOADS["sin"], rounds: int = 31) -> float:
-    """Return seconds that `jac(x)` adds to its bare method with the plan's seeds: the median over paired rounds."""
-    with torch.no_grad():
-        tuned = tune(workload, settings)
-        x, compute = tuned.x, tuned.entry.compute
-        for _ in range(PAST_CHECKS):
-            tuned.jac(x)
-        until = time.monotonic() + settings.race_s
-        called, bare = measure.interleaved(
-            [lambda: tuned.jac(x), lambda: compute((x,), {})], x.device, settings.shortest_s, rounds, until
-        )
-    return statistics.median(a - b for a, b in zip(called, bare, strict=True))
+def replay(engine: str) -> dict[str, Any]:
+    return {"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": engine}}
 
 
-def startup(runs: int = 5, effort: Effort = "quick") -> Startup:
-    """Time fresh processes; the first of them tunes, the others find its plan."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store.db")
-        arguments = (store, str(torch.get_num_threads()), effort, *UNWANTED)
-        _fresh(FIRST, *arguments)
-        firsts = [json.loads(_fresh(FIRST, *arguments)) for _ in range(runs)]
-    imports: dict[str, list[float]] = {"torch": [], "autojac": []}
-    for turn in range(runs):
-        for name in sorted(imports, reverse=turn % 2 == 0):
-            imports[name].append(float(_fresh(IMPORT.format(name=name))))
-    return Startup(
-        tuple(first["seconds"] for first in firsts),
-        _common(first["source"] for first in firsts),
-        tuple(sorted({name for first in firsts for name in first["loaded"]})),
-        tuple(imports["torch"]),
-        tuple(imports["autojac"]),
-    )
+def calls(settings: Settings, names: Sequence[str] = CALLED) -> BenchResult:
+    """Return what `jac(x)` adds to its flat program, and what of that is the guard, in paired rounds.
+
+    Args:
+        settings: how to measure.
+        names: of workloads whose plan is a replay, by force.
+    """
+    outcomes: list[Outcome] = []
+    figures: list[Figure] = []
+    with at_rest():
+        for workload in (WORKLOADS[name] for name in names):
+            parts = [f"{workload.name}: {what}" for what in ("call", "program", "guard")]
+            samples = _called(workload, settings)
+            outcomes += [Outcome(name, "right").raced(row) for name, row in zip(parts, samples, strict=True)]
+            call, program, guard = samples
+            added = statistics.median(a - b for a, b in zip(call, program, strict=True))
+            bound = CALL_US.get(workload.name, 5.0)
+            figures.append(Figure(f"{workload.name}: call over its program, µs", 1e6 * added, bound))
+            figures.append(Figure(f"{workload.name}: guard, µs", 1e6 * statistics.median(guard), GUARD_US))
+    return BenchResult("cached calls", tuple(outcomes), tuple(figures), {})
 
 
-def _fresh(script: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"a fresh process failed: {done.stderr.strip().splitlines()[-1:]}")
-    return done.stdout
+def _called(workload: Workload, settings: Settings) -> list[list[float]]:
+    func, x = workload.make(settings.device)
+    jac = wrapped(func, dataclasses.replace(settings, effort="estimate"))
+    entry, _ = jac._run((x,), {})
+    spec = replay("loop")
+    entry.plan = dataclasses.replace(entry.plan, method=spec)
+    compute = entry.compute = prepare_compute(entry.layout, entry.problem, build(spec))
+    entry.fast_path = None
+    for _ in range(PAST_CHECKS):
+        jac(x)
+    # a call that is found wrong gets another plan
+    assert jac._run((x,), {})[0].compute is compute
+    replaying = served(compute)
+    bound = replaying.bound
+    assert bound is not None
+    captured = bound.captured if bound.kept is None else bound.kept()
+    forward, steady = bound.trace.forward, replaying.function_state.is_unchanged
+    shortest, rounds = settings.shortest_s / FINER, FINER * settings.rounds
+    until = measure.clock.now() + settings.race_s
+    runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
+    return measure.interleaved(runs, x.device, shortest, rounds, until)
 
 
-def _common(values: Any) -> str:
-    return ", ".join(sorted(set(values)))
+def served(compute: Compute) -> Replayer:
+    """Return what replays, after its first call.
+
+    Raises:
+        RuntimeError: if there is no trace, with the reason.
+    """
+    assert isinstance(compute, Replayer)
+    if compute.bound is None:
+        raise RuntimeError("; ".join(compute.function_state.lines()))
+    return compute
+
+
+def tracing(settings: Settings, runs: int = STARTS, engines: Sequence[str] = ENGINES) -> BenchResult:
+    """First calls of a replay for one signature and then for another of the same function, in fresh processes.
+
+    Something else is traced before, so that imports and torch's own caches are warm; one process goes without that.
+
+    Args:
+        settings: the device.
+        runs: processes for each engine.
+        engines: of the recorded method.
+    """
+    outcomes: list[Outcome] = []
+    figures: list[Figure] = []
+    facts: Facts = {}
+    for engine in engines:
+        found = [in_fresh_process("overhead:traced", [BEFORE, DEEP], engine, settings.device) for _ in range(runs)]
+        for which, bound, seconds in zip(
+            ("first", "second"), (FIRST_MS, SECOND_MS), zip(*found, strict=True), strict=True
+        ):
+            outcomes.append(Outcome(f"{engine}: {which} signature", "right").raced(seconds))
+            figures.append(Figure(f"{engine}: {which} signature, ms", 1e3 * statistics.median(seconds), bound))
+        cold = in_fresh_process("overhead:traced", [DEEP], engine, settings.device)[0]
+        facts[f"{engine}: first trace of a cold process, ms"] = 1e3 * cold
+    return BenchResult(f"tracing {DEEP}", tuple(outcomes), tuple(figures), facts)
+
+
+def traced(names: Sequence[str], engine: str, device: str = "cpu") -> list[float]:
+    """Seconds of a replay's first call, with everything that is done once: guard, recording, simplifying, comparing.
+
+    Args:
+        names: workloads, of which the last is timed; its whole batch is one signature, half of it another.
+        engine: of the recorded method.
+        device: where to run.
+    """
+    seconds: list[float] = []
+    with at_rest():
+        for name in names:
+            func, x = WORKLOADS[name].make(device)
+            jac = autojac.AutoJacobian(func, effort="estimate", store=autojac.PlanStore(":memory:"))
+            # planned first, and then watched again, so that neither signature finds the other's work done by its
+            # planning
+            problems = [(jac._run((z,), {})[0].problem, z) for z in (x, x[: len(x) // 2])]
+            state = FunctionState(func)
+            seconds = list(_firsts([(dataclasses.replace(p, function_state=state), z) for p, z in problems], engine))
+    return seconds
+
+
+def _firsts(problems: Sequence[tuple[Any, Tensor]], engine: str) -> Iterator[float]:
+    for problem, z in problems:
+        start = time.perf_counter()
+        compute = build(replay(engine)).prepare(problem)
+        compute((z,), {})
+        measure.synchronize(z.device)
+        yield time.perf_counter() - start
+        served(compute)

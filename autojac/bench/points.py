@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,8 +16,8 @@ from torch import Tensor
 import autojac
 from autojac.autodiff.tolerance import disagreement
 from autojac.bench.coupled import Neighbours, cloud
-from autojac.bench.results import Figure, Outcome, Promised, State, ratio
-from autojac.bench.run import Settings
+from autojac.bench.results import BenchResult, Facts, Figure, Outcome, State, ratio
+from autojac.bench.run import Settings, in_fresh_process
 from autojac.planning.search import measure
 from autojac.sparse.colorings import Colorings
 
@@ -33,15 +30,8 @@ RACE_S = 120.0
 """A round of a million points takes tens of seconds."""
 FACTS = ("plan", "colors", "detection s", "coloring s", "first s", "from the store s", "peak GB")
 
-SCRIPT = """
-import json, sys, torch
-from autojac.bench.points import measured
-torch.set_num_threads(int(sys.argv[4]))
-print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
-"""
 
-
-def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Promised:
+def points(settings: Settings, counts: Sequence[int] = COUNTS) -> BenchResult:
     """Race the blocks against plain VJPs for each number of points, in a process of its own for the sake of its peak.
 
     Args:
@@ -49,7 +39,7 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Promised:
         counts: numbers of points, the largest last.
     """
     runs = {count: _fresh(count, settings) for count in counts}
-    facts: dict[str, str | float] = {"neighbours": NEIGHBOURS}
+    facts: Facts = {"neighbours": NEIGHBOURS}
     pulls, blocks = [], []
     for count, run in runs.items():
         pulls.append(Outcome(f"VJP, {count} points", "right").raced(run["vjp"]))
@@ -66,7 +56,7 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> Promised:
         Figure("detection and coloring, s", last["detection s"] + last["coloring s"], 60.0),
         Figure(f"blocks of {share:.3g} times as many points, over those of the fewest", many / few, 1.2 * share),
     )
-    return Promised("points", (*pulls, *blocks), figures, facts)
+    return BenchResult("points", (*pulls, *blocks), figures, facts)
 
 
 def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
@@ -83,7 +73,7 @@ def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
         start = time.perf_counter()
         again(x)
         found, source = time.perf_counter() - start, again.plan(x).source
-        until = time.monotonic() + RACE_S
+        until = measure.clock.now() + RACE_S
         table = measure.interleaved([lambda: vjp(func, x), lambda: jac(x)], x.device, 0.0, ROUNDS, until)
         # what follows is timed again, apart from the rest of a first call
         start = time.perf_counter()
@@ -131,10 +121,5 @@ def _wrong(func: Neighbours, x: Tensor, blocks: Tensor) -> str | None:
 
 def _fresh(count: int, settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(count), str(NEIGHBOURS), str(Path(folder) / "store.db"), str(torch.get_num_threads())]
-        command = [sys.executable, "-c", SCRIPT, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{count} points failed: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = in_fresh_process("points:measured", count, NEIGHBOURS, str(Path(folder) / "store.db"))
     return found

@@ -1,19 +1,22 @@
-"""What a benchmark found, and its JSON."""
+"""What a benchmark found: one record for each thing measured, and a run's report as lines of JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 State = Literal["right", "wrong", "error", "skipped", "slow"]
+Facts = dict[str, str | float]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one way fared on one workload.
+    """How one way fared.
 
     Attributes:
         name: the way.
@@ -35,8 +38,9 @@ class Outcome:
     def from_json(cls, data: dict[str, Any]) -> Self:
         return cls(**{**data, "samples": tuple(data["samples"])})
 
-    def raced(self, samples: list[float]) -> Outcome:
-        return dataclasses.replace(self, seconds=statistics.median(samples), samples=tuple(samples))
+    def raced(self, samples: Iterable[float]) -> Outcome:
+        samples = tuple(samples)
+        return dataclasses.replace(self, seconds=statistics.median(samples), samples=samples)
 
 
 def ratio(one: Outcome, other: Outcome) -> float | None:
@@ -48,211 +52,138 @@ def ratio(one: Outcome, other: Outcome) -> float | None:
     return one.seconds / other.seconds
 
 
-@dataclass(frozen=True)
-class Regret:
-    """The plan against every fixed candidate, in a race of their own.
-
-    Attributes:
-        plan: the tuned plan's method.
-        candidates: every candidate's fate, the plan's own among them.
-    """
-
-    plan: str
-    candidates: tuple[Outcome, ...]
-
-    @property
-    def best(self) -> Outcome:
-        """The fastest fixed candidate."""
-        return min((c for c in self.candidates if c.samples), key=lambda c: c.seconds or math.inf)
-
-    @property
-    def ratio(self) -> float:
-        """Time of the plan over that of the fastest: 1 where the plan is the fastest."""
-        own = next(c for c in self.candidates if c.name == self.plan)
-        return (own.seconds or math.inf) / (self.best.seconds or math.inf)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(data["plan"], tuple(map(Outcome.from_json, data["candidates"])))
-
-
-@dataclass(frozen=True)
-class Race:
-    """One workload: every way in one interleaved run.
-
-    Attributes:
-        workload, kind, batch, n, m: what was raced.
-        default: name of the way that ratios refer to: torch's default, or where that is not right its best right one.
-        substituted: whether it is such a substitute.
-        plan: the tuned plan's method, in human-readable form.
-        coupling: what probing found.
-        tuning_seconds: what probing and searching took.
-        autojac: the call `jac(x)`.
-        ways: torch's own.
-        regret: the plan against all fixed candidates, if asked for.
-    """
-
-    workload: str
-    kind: str
-    batch: int
-    n: int
-    m: int
-    default: str | None
-    substituted: bool
-    plan: str
-    coupling: str
-    tuning_seconds: float
-    autojac: Outcome
-    ways: tuple[Outcome, ...]
-    regret: Regret | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """Torch's default over autojac."""
-        against = next((way for way in self.ways if way.name == self.default), None)
-        return None if against is None else ratio(against, self.autojac)
-
-    @property
-    def best_way(self) -> Outcome | None:
-        """Torch's fastest right way."""
-        right = [way for way in self.ways if way.state == "right"]
-        return min(right, key=lambda way: way.seconds or math.inf, default=None)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        regret = None if data["regret"] is None else Regret.from_json(data["regret"])
-        ways = tuple(map(Outcome.from_json, data["ways"]))
-        return cls(**{**data, "autojac": Outcome.from_json(data["autojac"]), "ways": ways, "regret": regret})
+def fastest(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """Return the fastest that is right, of those in the race if there are any; None where none is."""
+    right = [outcome for outcome in outcomes if outcome.state == "right"]
+    return min(
+        [outcome for outcome in right if outcome.samples] or right,
+        key=lambda outcome: outcome.seconds or math.inf,
+        default=None,
+    )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that was promised.
+    """A number, and what was asked of it.
 
     Attributes:
         what: human-readable.
-        value: as it was measured.
-        bound: what it is to stay below.
+        value: as it was measured; infinite where it could not be.
+        bound: what it is to stay below; None where nothing is asked.
+        least: whether the bound is what it must reach instead.
     """
 
     what: str
     value: float
-    bound: float
+    bound: float | None = None
+    least: bool = False
 
     @classmethod
-    def over(cls, outcome: Outcome, base: Outcome, bound: float) -> Self:
+    def over(cls, outcome: Outcome, base: Outcome | None, bound: float | None = None, what: str = "") -> Self:
         """Return one outcome as a multiple of another; infinite where either has no time."""
-        found = ratio(outcome, base)
-        return cls(f"{outcome.name} over {base.name}", math.inf if found is None else found, bound)
+        found = None if base is None else ratio(outcome, base)
+        label = what or f"{outcome.name} over {base.name if base else 'nothing'}"
+        return cls(label, math.inf if found is None else found, bound)
+
+    @property
+    def missed(self) -> bool:
+        if self.bound is None:
+            return False
+        return not (self.value >= self.bound if self.least else self.value <= self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "value": self.value if math.isfinite(self.value) else None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(**{**data, "value": math.inf if data["value"] is None else data["value"]})
 
 
 @dataclass(frozen=True)
-class Promised:
-    """A part of the benchmark of which figures were promised.
+class BenchResult:
+    """One thing measured.
 
     Attributes:
-        name: the function, or what was measured.
-        outcomes: how each way fared, interleaved in one run.
-        figures: what was promised of it.
-        facts: plans, colors, entries, and what was timed apart.
+        name: the workload, or what was measured.
+        outcomes: how each way fared, interleaved in one run; autojac first.
+        figures: what is asked of it.
+        facts: plans, colors, shapes, and what was timed apart.
+        suite: the part of the benchmark that it belongs to.
     """
 
     name: str
     outcomes: tuple[Outcome, ...]
     figures: tuple[Figure, ...]
-    facts: dict[str, str | float]
+    facts: Facts
+    suite: str = ""
+
+    def figure(self, what: str) -> Figure | None:
+        return next((figure for figure in self.figures if figure.what == what), None)
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        return {**data, "figures": [figure.to_json() for figure in self.figures]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         outcomes = tuple(map(Outcome.from_json, data["outcomes"]))
-        return cls(data["name"], outcomes, tuple(Figure(**figure) for figure in data["figures"]), data["facts"])
-
-
-@dataclass(frozen=True)
-class Startup:
-    """Fresh processes.
-
-    Attributes:
-        first_seconds: from after the imports to the first Jacobian, warm store, one for each process.
-        source: where the plan came from.
-        loaded: which of the modules that this path must do without were loaded all the same.
-        torch_seconds, autojac_seconds: `import torch` and `import autojac`, alternating.
-    """
-
-    first_seconds: tuple[float, ...]
-    source: str
-    loaded: tuple[str, ...]
-    torch_seconds: tuple[float, ...]
-    autojac_seconds: tuple[float, ...]
-
-    @property
-    def import_ratio(self) -> float:
-        """`import autojac` over `import torch`."""
-        return statistics.median(self.autojac_seconds) / statistics.median(self.torch_seconds)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
-        return cls(**values)
+        return cls(**{**data, "outcomes": outcomes, "figures": tuple(map(Figure.from_json, data["figures"]))})
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run of the benchmark.
+    """One run of the benchmark, or several on the same machine.
 
     Attributes:
         environment: versions, threads, capability.
         settings: effort, rounds, budget.
-        races: one a workload.
-        overhead_seconds: what `jac(x)` adds to its bare method, for the sin workload.
-        startup: fresh processes.
-        zeros: one for each function whose zeros were put to use.
-        contests: replays against torch's default, any plan against jitted JAX, and against torch's ways on other
-            libraries' models: one a workload and rival.
-        costs: what replays cost beside their operators, and what other libraries' models give together.
+        results: everything measured.
     """
 
     environment: dict[str, Any]
     settings: dict[str, Any]
-    races: tuple[Race, ...]
-    overhead_seconds: float | None = None
-    startup: Startup | None = None
-    zeros: tuple[Promised, ...] = ()
-    contests: tuple[Promised, ...] = ()
-    costs: tuple[Promised, ...] = ()
+    results: tuple[BenchResult, ...] = ()
+
+    def of(self, *suites: str) -> list[BenchResult]:
+        return [result for result in self.results if result.suite in suites]
 
     @property
-    def mean_speedup(self) -> float | None:
-        """Geometric mean of torch's default over autojac on the dense workloads."""
-        speedups = [race.speedup for race in self.races if race.kind == "dense"]
-        return statistics.geometric_mean(s for s in speedups if s) if any(speedups) else None
+    def suites(self) -> list[str]:
+        return list(dict.fromkeys(result.suite for result in self.results))
 
-    @property
-    def worst_race(self) -> Race | None:
-        """The workload on which autojac gains least."""
-        return min((race for race in self.races if race.speedup), key=lambda race: race.speedup or 0, default=None)
+    def head(self) -> str:
+        """Return the first line of the JSON: what the numbers depend on."""
+        return json.dumps({"environment": self.environment, "settings": self.settings}, ensure_ascii=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything measured, and the figures that follow from it."""
-        return {**dataclasses.asdict(self), "figures": self.figures()}
-
-    def figures(self) -> dict[str, float | None]:
-        """Return the few numbers that the rest is there for."""
-        regrets = [race.regret.ratio for race in self.races if race.regret]
-        worst = self.worst_race
-        return {
-            "geometric_mean_speedup_dense": self.mean_speedup,
-            "worst_tuned_over_default": 1 / worst.speedup if worst and worst.speedup else None,
-            "regret_median": statistics.median(regrets) if regrets else None,
-            "regret_worst": max(regrets, default=None),
-            "overhead_seconds": self.overhead_seconds,
-            "first_jacobian_seconds": statistics.median(self.startup.first_seconds) if self.startup else None,
-            "import_ratio": self.startup.import_ratio if self.startup else None,
-        }
+    def lines(self) -> Iterator[str]:
+        """Return the report as JSON, one line for what it depends on and one for each result."""
+        yield self.head()
+        for result in self.results:
+            yield json_line(result)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        startup = None if data["startup"] is None else Startup.from_json(data["startup"])
-        races = tuple(map(Race.from_json, data["races"]))
-        parts = {name: tuple(map(Promised.from_json, data[name])) for name in ("zeros", "contests", "costs")}
-        return cls(data["environment"], data["settings"], races, data["overhead_seconds"], startup, **parts)
+    def from_lines(cls, lines: Iterable[str]) -> Self:
+        """Read what runs have written, the last line of a stopped one perhaps cut short; of a repeated result the last.
+
+        Raises:
+            ValueError: if no run wrote it.
+        """
+        heads: list[dict[str, Any]] = []
+        found: dict[tuple[str, str], BenchResult] = {}
+        for line in lines:
+            try:
+                data = json.loads(line)
+                if "environment" in data:
+                    heads.append(data)
+                else:
+                    result = BenchResult.from_json(data)
+                    found[result.suite, result.name] = result
+            except (ValueError, KeyError, TypeError):
+                continue
+        if not heads:
+            raise ValueError("no line of it says on what machine it was measured")
+        return cls(heads[-1]["environment"], heads[-1]["settings"], tuple(found.values()))
+
+
+def json_line(result: BenchResult) -> str:
+    return json.dumps(result.to_json(), allow_nan=False, ensure_ascii=False)

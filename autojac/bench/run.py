@@ -1,12 +1,15 @@
-"""The benchmark itself: tune, check every way, then race them in turns."""
+"""How ways are checked and timed: the numbers first, then all in turns in one run."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
-import time
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +18,17 @@ from torch import Tensor
 
 import autojac
 from autojac.autodiff.tolerance import disagreement
-from autojac.bench.baselines import DEFAULT, WAYS, Way, reference
-from autojac.bench.results import Outcome, Race, Regret, Report, State
-from autojac.bench.workloads import Func, Workload
-from autojac.core.plan import Effort, expression
-from autojac.methods.base import Method
-from autojac.planning.prepared_plan import PreparedPlan
+from autojac.bench.results import Outcome, State
+from autojac.core.plan import Effort
 from autojac.planning.search import measure
-from autojac.planning.search.space import DEPTHS, candidates
 
 FAR = 10.0
 """Ways this many times slower than the best are not in the race: their first calls say enough."""
-CANDIDATES_FAR = 4.0
+CLOSE = 1.5
+"""Of other ways than autojac those are raced whose first call took no longer, as a multiple of the fastest."""
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Any]
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,122 +38,57 @@ class Settings:
     Attributes:
         effort: of the search.
         rounds: of each race.
-        budget_s: seconds a search may take; the effort's own by default.
+        budget_s: seconds a search may take; the effort's own if None.
         device: where to run.
         store: where plans are kept; by default in memory, so that every run tunes afresh.
-        regret: whether to race every fixed candidate too.
         shortest_s: seconds that a timed block of calls lasts at least.
-        race_s: seconds after which a race takes no further round, though never fewer than three.
+        race_s: seconds after which a race takes no further round.
+        quick: whether a suite leaves out what takes long.
+        peers: Python interpreter that has JAX and TensorFlow.
+        training: race training steps where there is a choice.
     """
 
     effort: Effort = "measure"
     rounds: int = 15
-    budget_s: float | None = None
+    budget_s: float | None = 12.0
     device: str = "cpu"
     store: str | None = None
-    regret: bool = False
     shortest_s: float = 5e-3
-    race_s: float = 60.0
+    race_s: float = 8.0
+    quick: bool = False
+    peers: str | None = None
+    training: bool = False
 
+    def described(self) -> dict[str, Any]:
+        """Return what of it the numbers depend on; nothing that names the machine."""
+        names = ("effort", "rounds", "budget_s", "shortest_s", "race_s", "quick", "training")
+        return {"fresh_store": self.store is None, **{name: getattr(self, name) for name in names}}
 
-@dataclass(frozen=True)
-class Tuned:
-    """A workload made ready, with its plan."""
-
-    workload: Workload
-    func: Func
-    x: Tensor
-    truth: Tensor
-    jac: autojac.AutoJacobian
-    entry: PreparedPlan
+    def planning(self) -> dict[str, Any]:
+        """Return the options of a wrapper that a benchmark tunes, its store of its own unless one is named."""
+        store = self.store or autojac.PlanStore(":memory:")
+        return {"on_miss": "tune", "effort": self.effort, "budget_s": self.budget_s, "store": store}
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """Something that computes the Jacobian, checked and run twice."""
+    """Something that is raced, checked and run twice."""
 
     outcome: Outcome
     run: Run | None = None
 
 
-def bench(
-    workloads: Iterable[Workload], settings: Settings, announce: Callable[[str], None] = lambda name: None
-) -> Report:
-    """Race torch's ways and autojac on each workload.
+def admitted(name: str, run: Run, truth: Tensor, check: Callable[[], Tensor] | None = None) -> Entrant:
+    """Check a way's numbers first, and time its second call.
 
     Args:
-        workloads: what to race on.
-        settings: how.
-        announce: called with each workload's name before its turn.
+        name: of the way.
+        run: what is timed.
+        truth: what it must give.
+        check: runs it and returns what is compared; `run` by default.
     """
-    races = []
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch tells of slow paths, which the times show
-        warnings.simplefilter("ignore")
-        for workload in workloads:
-            announce(workload.name)
-            tuned = tune(workload, settings)
-            races.append(race(tuned, settings))
-    return Report(environment(settings.device), _described(settings), tuple(races))
-
-
-def tune(workload: Workload, settings: Settings) -> Tuned:
-    """Search for a plan, in a store that knows nothing yet unless one is named."""
-    func, x = workload.make(settings.device)
-    jac = wrapped(func, settings)
-    entry, _ = jac._run((x,), {})
-    return Tuned(workload, func, x, reference(workload, func, x), jac, entry)
-
-
-def wrapped(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
-    """Return the wrapper that a benchmark tunes."""
-    store = settings.store or autojac.PlanStore(":memory:")
-    return autojac.AutoJacobian(
-        func, on_miss="tune", effort=settings.effort, budget_s=settings.budget_s, store=store, **options
-    )
-
-
-def race(tuned: Tuned, settings: Settings) -> Race:
-    """Check and time all ways and autojac on one workload."""
-    workload, x, plan = tuned.workload, tuned.x, tuned.entry.plan
-    own = admitted("autojac", lambda: tuned.jac(x), tuned.truth)
-    ways = [torch_way(way, tuned) for way in WAYS]
-    own, *ways = raced([own, *ways], x.device, settings, FAR, always=("autojac", DEFAULT))
-    outcomes = tuple(entrant.outcome for entrant in ways)
-    right = {way.name: way.seconds or math.inf for way in outcomes if way.state == "right"}
-    default = DEFAULT if DEFAULT in right else min(right, key=right.__getitem__, default=None)
-    return Race(
-        workload.name,
-        workload.kind,
-        workload.batch,
-        workload.n,
-        workload.m,
-        default,
-        default != DEFAULT,
-        str(plan),
-        plan.structure.coupling,
-        plan.tuning_seconds,
-        own.outcome,
-        outcomes,
-        regret(tuned, settings) if settings.regret else None,
-    )
-
-
-def regret(tuned: Tuned, settings: Settings) -> Regret:
-    """Return the plan's bare method against every fixed candidate of the same effort."""
-    entry = tuned.entry
-    methods = {expression(c.spec()): c for c in candidates(entry.problem, DEPTHS[settings.effort])}
-    plan = str(entry.plan)
-    entrants = [admitted(plan, lambda: entry.compute((tuned.x,), {}).jacobians[0][0], tuned.truth)]
-    entrants += [_candidate(name, method, tuned) for name, method in methods.items() if name != plan]
-    entrants = raced(entrants, tuned.x.device, settings, CANDIDATES_FAR, always=(plan,), left_out="slow")
-    return Regret(plan, tuple(entrant.outcome for entrant in entrants))
-
-
-def admitted(name: str, run: Run, truth: Tensor) -> Entrant:
-    """Run it twice: its numbers are checked first, and the second call is timed."""
     try:
-        J = run()
+        J = (check or run)()
         if J.shape != truth.shape:
             return Entrant(Outcome(name, "wrong", reason=f"shape {tuple(J.shape)} instead of {tuple(truth.shape)}"))
         error = disagreement(J, truth)
@@ -162,36 +97,22 @@ def admitted(name: str, run: Run, truth: Tensor) -> Entrant:
         del J
         seconds = measure.once(run, truth.device)
     except Exception as problem:  # whatever a transform or an allocator raises is that way's result
-        line = next(iter(str(problem).strip().splitlines()), "")
-        return Entrant(Outcome(name, "error", reason=f"{type(problem).__name__}: {line}"[:300]))
+        return Entrant(Outcome(name, "error", reason=first_line(problem)))
     return Entrant(Outcome(name, "right", seconds), run)
 
 
-def torch_way(way: Way, tuned: Tuned) -> Entrant:
-    reason = way.too_large(tuned.workload)
-    if reason is not None:
-        return Entrant(Outcome(way.name, "skipped", reason=reason))
-    compute = way.prepare(tuned.func)
-    return admitted(way.name, lambda: compute(tuned.x), tuned.truth)
-
-
-def _candidate(name: str, method: Method, tuned: Tuned) -> Entrant:
-    problem = tuned.entry.problem
-    if problem.result_bytes + method.workspace(problem) > problem.memory_limit:
-        return Entrant(Outcome(name, "skipped", reason="needs more memory than allowed"))
-    try:
-        compute = method.prepare(problem)
-    except Exception as error:
-        return Entrant(Outcome(name, "error", reason=f"{type(error).__name__}: {error}"[:300]))
-    return admitted(name, lambda: compute((tuned.x,), {}).jacobians[0][0], tuned.truth)
+def first_line(problem: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    line = next(iter(str(problem).strip().splitlines()), "")
+    return f"{type(problem).__name__}: {line}"[:300]
 
 
 def raced(
     entrants: Sequence[Entrant],
     device: torch.device,
     settings: Settings,
-    far: float,
-    always: Sequence[str],
+    far: float = FAR,
+    always: Sequence[str] = (),
     left_out: State = "right",
 ) -> list[Entrant]:
     """Return the entrants with their times from one interleaved run, but for those far behind the best."""
@@ -203,7 +124,7 @@ def raced(
         if far * best < seconds < 3 * far * best:
             first[name] = min(seconds, measure.once(runs[name], device))
     names = [name for name in first if name in always or first[name] <= far * best]
-    until = time.monotonic() + settings.race_s
+    until = measure.clock.now() + settings.race_s
     table = measure.interleaved([runs[n] for n in names], device, settings.shortest_s, settings.rounds, until)
     samples = dict(zip(names, table, strict=True))
     timed = []
@@ -215,6 +136,53 @@ def raced(
             outcome = Outcome(outcome.name, left_out, first[outcome.name])
         timed.append(Entrant(outcome, entrant.run))
     return timed
+
+
+def raced_with_best(
+    own: Sequence[Entrant], ways: Sequence[Entrant], device: torch.device, settings: Settings, default: str
+) -> tuple[Outcome, ...]:
+    """Race what is autojac's with the ways that may be the fastest, and the default; of others the first call counts.
+
+    So rounds are short and many.
+    """
+    first = {way.outcome.name: way.outcome.seconds or math.inf for way in ways if way.run is not None}
+    best = min(first.values(), default=0.0)
+    names = [entrant.outcome.name for entrant in own]
+    names += [name for name, seconds in first.items() if seconds <= CLOSE * best or name == default]
+    return tuple(e.outcome for e in raced([*own, *ways], device, settings, far=0.0, always=names))
+
+
+@contextmanager
+def at_rest(training: bool = False) -> Iterator[None]:
+    """Take no graph unless steps are trained; torch warns of slow paths, which the times show."""
+    with torch.set_grad_enabled(training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def in_fresh_process(function: str, *arguments: Any, preload: str = "", grad: bool = False) -> Any:
+    """Call a function of this package in a process of its own, with as many threads as this one.
+
+    Args:
+        function: `module:name`, the module without `autojac.bench.`.
+        arguments: for the function, as JSON.
+        preload: statements to run before anything else.
+        grad: whether grad mode is on.
+
+    Raises:
+        RuntimeError: if it fails, with the last line of its error.
+    """
+    module, _, name = function.partition(":")
+    script = (
+        f"import json, sys\n{preload}\nimport torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
+        f"torch.set_grad_enabled({grad})\nfrom autojac.bench.{module} import {name} as function\n"
+        "print(json.dumps(function(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{function} failed in its process: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -229,13 +197,3 @@ def environment(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         facts |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
     return facts
-
-
-def _described(settings: Settings) -> dict[str, Any]:
-    return {
-        "effort": settings.effort,
-        "rounds": settings.rounds,
-        "budget_s": settings.budget_s,
-        "fresh_store": settings.store is None,
-        "shortest_s": settings.shortest_s,
-    }

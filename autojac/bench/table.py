@@ -1,163 +1,160 @@
-"""The report in human-readable form."""
+"""A report as tables: on a terminal, in Markdown."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from autojac.bench.baselines import WAYS
-from autojac.bench.results import Figure, Outcome, Promised, Race, Report, ratio
+from autojac.bench.results import BenchResult, Figure, Outcome, Report
+from autojac.bench.summary import summarize
 
-PLAIN_WIDTH = 170
+PLAIN_WIDTH = 200
 """Columns where the output is no terminal."""
+MOST_WAYS = 10
+"""Ways that have columns of their own; of more the figures say enough."""
+SHAPES = ("kind", "B", "n", "m")
+SUMMARY = "what was asked"
+FOOTNOTE = (
+    "ms a call, interleaved; ~ too far behind for the race; – too large or not asked; ratios are autojac over the other"
+)
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a report's tables and figures."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    facts = ", ".join(f"{name} {value}" for name, value in report.environment.items())
-    console.print(f"{facts}; effort {report.settings['effort']}", highlight=False)
-    if report.races:
-        console.print(times(report))
-        console.print(
-            "ms a call, interleaved; ~ too far behind for the race; – too large; "
-            "speed-up over torch's default vmap(jacrev), * where that fails over torch's best right way",
-            style="dim",
-        )
-        console.print(plans(report))
-    for rows in grouped(report.contests):
-        console.print(contests(rows))
-    for one in (*report.zeros, *report.costs):
-        console.print(promised(one))
-    for line in figures(report):
-        console.print(line, highlight=False)
+@dataclass(frozen=True)
+class Sheet:
+    """A table as data: its title, its columns, and the text of its cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def times(report: Report) -> Table:
-    """Return one row per workload, one column per way."""
-    table = Table(
-        "workload", "B", "n→m", *(way.name for way in WAYS), "autojac", "speed-up", "over best", box=box.SIMPLE_HEAD
+def sheets(report: Report) -> list[Sheet]:
+    """Return all tables of a report: each suite's ways and figures, and at last what was asked."""
+    found = []
+    for suite in report.suites:
+        groups: dict[tuple[object, ...], list[BenchResult]] = {}
+        for result in report.of(suite):
+            groups.setdefault(_group(result), []).append(result)
+        alone = [each for rows in groups.values() if len(rows) == 1 and not ways(rows[0]) for each in rows]
+        found += [_wide(suite, rows) for rows in groups.values() if rows[0] not in alone]
+        if alone:
+            found.append(_long(suite, alone))
+    return [*found, summary_sheet(report)]
+
+
+def summary_sheet(report: Report) -> Sheet:
+    return Sheet(SUMMARY, ("what", "measured", "asked", ""), tuple(map(_asked, summarize(report))))
+
+
+def ways(result: BenchResult) -> tuple[Outcome, ...]:
+    """Return the ways that have columns of their own."""
+    return result.outcomes if len(result.outcomes) <= MOST_WAYS else ()
+
+
+def _group(result: BenchResult) -> tuple[object, ...]:
+    names = tuple(outcome.name for outcome in ways(result))
+    return (names, () if names[:1] == ("autojac",) else tuple(figure.what for figure in result.figures))
+
+
+def _wide(suite: str, rows: Sequence[BenchResult]) -> Sheet:
+    """Return one row for each result: its shapes, its ways in ms, its figures, its facts."""
+    names = _in_order(outcome.name for row in rows for outcome in ways(row))
+    figures = _in_order(figure.what for row in rows for figure in row.figures)
+    facts = _in_order(fact for row in rows for fact in row.facts)
+    shapes = [name for name in facts if name in SHAPES]
+    rest = [name for name in facts if name not in SHAPES]
+    columns = (suite, *shapes, *names, *figures, *rest)
+    return Sheet(suite, columns, tuple(_cells(row, shapes, names, figures, rest) for row in rows))
+
+
+def _cells(
+    row: BenchResult, shapes: Sequence[str], names: Sequence[str], figures: Sequence[str], facts: Sequence[str]
+) -> tuple[str, ...]:
+    outcomes = {outcome.name: outcome for outcome in row.outcomes}
+    return (
+        row.name,
+        *(_fact(row.facts.get(name)) for name in shapes),
+        *(cell(outcomes.get(name)) for name in names),
+        *(_value(row.figure(name)) for name in figures),
+        *(_fact(row.facts.get(name)) for name in facts),
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for race in report.races:
-        best = race.best_way
-        over_best = best and ratio(best, race.autojac)
-        table.add_row(
-            race.workload,
-            str(race.batch),
-            f"{race.n}→{race.m}",
-            *(cell(way, bold=way is best) for way in race.ways),
-            cell(race.autojac, bold=True),
-            f"{race.speedup:.2f}{'*' if race.substituted else ''}" if race.speedup else "",
-            f"{over_best:.2f}" if over_best else "",
-        )
-    return table
 
 
-def plans(report: Report) -> Table:
-    """Return what was chosen for each workload, and how it compares with the other candidates."""
-    table = Table("workload", "coupling", "tuning s", "regret", "plan", "best candidate", box=box.SIMPLE_HEAD)
-    for race in report.races:
-        regret = race.regret
-        other = regret.best.name if regret and regret.best.name != regret.plan else ""
-        table.add_row(
-            race.workload,
-            race.coupling,
-            f"{race.tuning_seconds:.1f}",
-            f"{regret.ratio:.2f}" if regret else "",
-            race.plan,
-            other,
-        )
-    return table
+def _long(suite: str, results: Sequence[BenchResult]) -> Sheet:
+    """Return one row for each figure and each fact."""
+    rows = [(result.name, *_asked(figure)) for result in results for figure in result.figures]
+    rows += [(result.name, name, _fact(fact), "", "") for result in results for name, fact in result.facts.items()]
+    return Sheet(suite, (suite, "what", "measured", "asked", ""), tuple(rows))
 
 
-def grouped(parts: Iterable[Promised]) -> list[list[Promised]]:
-    """Contests of the same ways together."""
-    groups: dict[tuple[str, ...], list[Promised]] = {}
-    for part in parts:
-        groups.setdefault(tuple(outcome.name for outcome in part.outcomes), []).append(part)
-    return list(groups.values())
+def _in_order(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
-def contests(rows: Sequence[Promised]) -> Table:
-    """Return one row per workload: the same ways in ms, what was promised, and what else is known."""
-    names = [outcome.name for outcome in rows[0].outcomes]
-    table = Table("workload", *names, "ratio", "at most", *rows[0].facts, box=box.SIMPLE_HEAD)
-    for row in rows:
-        (figure,) = row.figures
-        table.add_row(
-            row.name,
-            *map(cell, row.outcomes),
-            f"{figure.value:.3g}{missed(figure)}",
-            f"{figure.bound:.3g}",
-            *map(fact, row.facts.values()),
-        )
-    return table
+def _asked(figure: Figure) -> tuple[str, str, str, str]:
+    bound = "–" if figure.bound is None else f"{'at least' if figure.least else 'at most'} {number(figure.bound)}"
+    return figure.what, number(figure.value), bound, "missed" if figure.missed else ""
 
 
-def promised(part: Promised) -> Table:
-    """Return one part: its ways, what was promised, what else is known."""
-    table = Table(part.name, "", box=box.SIMPLE_HEAD)
-    for outcome in part.outcomes:
-        table.add_row(outcome.name, cell(outcome) + (" ms" if outcome.seconds is not None else ""))
-    table.add_section()
-    for figure in part.figures:
-        table.add_row(figure.what, f"{figure.value:.3g}, at most {figure.bound:.3g}{missed(figure)}")
-    table.add_section()
-    for what, known in part.facts.items():
-        table.add_row(what, fact(known))
-    return table
+def _value(figure: Figure | None) -> str:
+    return "" if figure is None else f"{number(figure.value)}{' missed' if figure.missed else ''}"
 
 
-def missed(figure: Figure) -> str:
-    return "" if figure.value <= figure.bound else ", [red]missed[/red]"
+def _fact(fact: str | float | None) -> str:
+    return "" if fact is None else fact if isinstance(fact, str) else number(fact)
 
 
-def fact(known: str | float) -> str:
-    return known if isinstance(known, str) else f"{known:.4g}"
-
-
-def cell(outcome: Outcome, bold: bool = False) -> str:
+def cell(outcome: Outcome | None) -> str:
     """Return a time in ms, or why there is none."""
-    if outcome.state == "skipped":
+    if outcome is None or outcome.state == "skipped":
         return "–"
-    if outcome.state != "right" or outcome.seconds is None:
-        return f"[red]{outcome.state}[/red]"
-    text = f"{'' if outcome.samples else '~'}{number(outcome.seconds * 1e3)}"
-    return f"[bold]{text}[/bold]" if bold else text
+    if outcome.state not in ("right", "slow") or outcome.seconds is None:
+        return outcome.state
+    return f"{'' if outcome.samples else '~'}{number(outcome.seconds * 1e3)}"
 
 
 def number(value: float) -> str:
     """Three significant digits, never in scientific notation."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def figures(report: Report) -> Iterator[str]:
-    """Return the numbers that the rest is there for, one per line."""
-    dense = [race for race in report.races if race.kind == "dense"]
-    if report.mean_speedup:
-        yield f"geometric mean speed-up over {len(dense)} dense workloads: {report.mean_speedup:.2f}"
-    worst = report.worst_race
-    if worst and worst.speedup:
-        yield f"worst of tuned over torch's default: {1 / worst.speedup:.3f} ({worst.workload})"
-    regrets: list[tuple[float, Race]] = [(race.regret.ratio, race) for race in report.races if race.regret]
-    if regrets:
-        highest, at = max(regrets, key=lambda pair: pair[0])
-        median = statistics.median(value for value, _ in regrets)
-        yield f"regret over the best fixed candidate: median {median:.3f}, worst {highest:.3f} ({at.workload})"
-    if report.overhead_seconds is not None:
-        yield f"a call adds {report.overhead_seconds * 1e6:.1f} µs to its bare method"
-    fresh = report.startup
-    if fresh:
-        first = statistics.median(fresh.first_seconds) * 1e3
-        loaded = ", ".join(fresh.loaded) or "none of them"
-        yield f"first Jacobian of a fresh process, plan from the {fresh.source}: {first:.1f} ms after the imports"
-        yield f"loaded on that path, of Alembic, Optuna and torch._dynamo: {loaded}"
-        yield f"import autojac over import torch: {fresh.import_ratio:.3f}"
+def heading(report: Report) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in report.environment.items())
+    return f"{facts}; effort {report.settings.get('effort', 'of each case')}"
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print a report's tables, and at last what was asked."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(heading(report), highlight=False)
+    for sheet in sheets(report):
+        table = Table(*map(escape, sheet.columns), title=sheet.title, box=box.SIMPLE_HEAD)
+        for row in sheet.rows:
+            table.add_row(*(_marked(text) for text in row))
+        console.print(table)
+    console.print(FOOTNOTE, style="dim")
+
+
+def _marked(text: str) -> str:
+    states = ("missed", "wrong", "error")
+    return f"[red]{escape(text)}[/red]" if text.rsplit(" ", maxsplit=1)[-1] in states else escape(text)
+
+
+def markdown(report: Report) -> str:
+    """Return a report's tables in Markdown."""
+    parts = [heading(report)]
+    for sheet in sheets(report):
+        lines = [_line(sheet.columns), _line(["---"] * len(sheet.columns)), *map(_line, sheet.rows)]
+        parts.append("\n".join([f"### {sheet.title}", "", *lines]))
+    return "\n\n".join([*parts, FOOTNOTE])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"

@@ -12,17 +12,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from autojac.bench.coupled import Neighbours
+
 Func = Callable[[Tensor], Tensor]
-Kind = Literal["dense", "sparse", "coupled"]
+Kind = Literal[
+    "tiny", "dense", "wide", "tall", "bottleneck", "large", "sparse", "coupled", "parameters", "training"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A function of (batch, n) → (batch, m), float32, with frozen parameters.
+    """A function of (batch, n) → (batch, m), float32.
 
     Attributes:
         name: as the command line takes it.
-        kind: `dense` or `sparse` blocks of independent samples, or `coupled` samples.
+        kind: what it is there for. Samples are independent unless it is `coupled`; the Jacobian is that in the
+            parameters for `parameters`, and is trained through for `training`. Other kinds have frozen parameters.
         batch: number of samples B.
         n: elements of one sample's input.
         m: elements of one sample's output.
@@ -43,6 +48,8 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             func, x = self.build(), torch.randn(self.batch, self.n)
+        if isinstance(func, nn.Module):
+            func.requires_grad_(self.kind in ("parameters", "training"))
         return moved_to(func, device, x.dtype), x.to(device)
 
 
@@ -62,29 +69,52 @@ def burgers(u: Tensor) -> Tensor:
     return -u * (right - left) / (2 * step) + 0.01 * (left - 2 * u + right) / step**2
 
 
-def frozen(module: nn.Module) -> Func:
-    return module.requires_grad_(False)
+def lorenz96(x: Tensor) -> Tensor:
+    """Lorenz' model of 1996: (x_{i+1} − x_{i−2})·x_{i−1} − x_i + 8 on a ring."""
+    return (torch.roll(x, -1, -1) - torch.roll(x, 2, -1)) * torch.roll(x, 1, -1) - x + 8
 
 
-def tanh_layers(sizes: Sequence[int], norm: bool) -> nn.Sequential:
-    layers: list[nn.Module] = []
+def attention(x: Tensor) -> Tensor:
+    """Softmax attention of all samples to all samples: every block of J sees the whole batch."""
+    return torch.tanh(torch.softmax(x @ x.T / x.shape[-1] ** 0.5, -1) @ x)
+
+
+class Residual(nn.Sequential):
+    """x plus what its layers make of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Pooled(nn.Module):
+    """A network whose samples see the mean of all samples' features."""
+
+    def __init__(self, n: int, width: int, m: int) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(n, width), nn.Linear(width, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.features(x))
+        out: Tensor = self.head(torch.tanh(hidden + hidden.mean(0)))
+        return out
+
+
+def layers(sizes: Sequence[int], activation: type[nn.Module], norm: bool = False) -> nn.Sequential:
+    """Linear layers with an activation between them, after BatchNorm in train mode where asked for."""
+    found: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), nn.Tanh()]
-    return nn.Sequential(*layers[: -2 if norm else -1])
+        found += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), activation()]
+    return nn.Sequential(*found[: -2 if norm else -1])
 
 
-def mlp(name: str, batch: int, *sizes: int) -> Workload:
-    """Linear layers with tanh between them."""
+def mlp(
+    name: str, kind: Kind, batch: int, *sizes: int, activation: type[nn.Module] = nn.Tanh, norm: bool = False
+) -> Workload:
+    """Linear layers with an activation between them; BatchNorm couples samples through their mean and variance."""
     return Workload(
-        name, "dense", batch, sizes[0], sizes[-1], max(sizes), lambda: frozen(tanh_layers(sizes, norm=False))
-    )
-
-
-def batch_norm(name: str, batch: int, *sizes: int) -> Workload:
-    """Return the same with BatchNorm in train mode: samples are coupled through their mean and variance."""
-    return Workload(
-        name, "coupled", batch, sizes[0], sizes[-1], max(sizes), lambda: frozen(tanh_layers(sizes, norm=True))
-    )
+        name, kind, batch, sizes[0], sizes[-1], max(sizes), lambda: layers(sizes, activation, norm)
+    )  # fmt: skip
 
 
 def convolution(name: str, batch: int, length: int, channels: int = 8) -> Workload:
@@ -92,36 +122,73 @@ def convolution(name: str, batch: int, length: int, channels: int = 8) -> Worklo
 
     def build() -> Func:
         pair: list[Any] = [nn.Conv1d(1, channels, 3, padding=1), nn.Tanh(), nn.Conv1d(channels, 1, 3, padding=1)]
-        return frozen(nn.Sequential(nn.Unflatten(1, (1, length)), *pair, nn.Flatten()))
+        return nn.Sequential(nn.Unflatten(1, (1, length)), *pair, nn.Flatten())
 
     return Workload(name, "sparse", batch, length, length, length * channels, build)
 
 
-ALL: tuple[Workload, ...] = (
-    Workload("sin", "dense", 1024, 3, 3, 3, lambda: sine),
-    mlp("mlp-3-64-64-3", 1024, 3, 64, 64, 3),
-    mlp("mlp-3-64-64-3-100k", 100_000, 3, 64, 64, 3),
-    mlp("mlp-64-256-256-64", 256, 64, 256, 256, 64),
-    mlp("mlp-3-256-512", 256, 3, 256, 512),
-    mlp("mlp-512-256-3", 256, 512, 256, 3),
-    mlp("autoencoder", 128, 256, 128, 4, 128, 256),
-    Workload("burgers", "sparse", 64, 512, 512, 512, lambda: burgers),
+def residual(name: str, kind: Kind, batch: int, n: int, width: int, blocks: int) -> Workload:
+    """Residual blocks of two layers with SiLU between them."""
+    return Workload(
+        name, kind, batch, n, n, width,
+        lambda: nn.Sequential(*[Residual(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, n)) for _ in range(blocks)]),
+    )  # fmt: skip
+
+
+def ring(name: str, batch: int, count: int) -> Workload:
+    """Points that see a few others through an index tensor: a sparse graph of samples."""
+
+    def build() -> Func:
+        steps = torch.arange(1, count + 1) * torch.tensor([1, -1]).repeat(count)[:count]
+        return Neighbours((torch.arange(batch)[:, None] + steps) % batch)
+
+    return Workload(name, "coupled", batch, 3, 3, 3 * count, build)
+
+
+def pointwise(name: str, kind: Kind, batch: int, n: int, func: Func) -> Workload:
+    """A plain function that keeps its input's shape."""
+    return Workload(name, kind, batch, n, n, n, lambda: func)
+
+
+EVERY: tuple[Workload, ...] = (
+    pointwise("sin", "tiny", 1024, 3, sine),
+    mlp("mlp-2-16-2", "tiny", 64, 2, 16, 2),
+    mlp("mlp-6-64-64-6", "tiny", 256, 6, 64, 64, 6),
+    mlp("mlp-10-layers", "tiny", 64, *[16] * 11),
+    mlp("mlp-3-64-64-3", "dense", 1024, 3, 64, 64, 3),
+    mlp("gelu-6-128-128-6", "dense", 2000, 6, 128, 128, 6, activation=nn.GELU),
+    residual("silu-residual-16", "dense", 512, 16, 16, 4),
+    mlp("mlp-64-256-256-64", "dense", 256, 64, 256, 256, 64),
+    mlp("mlp-3-256-512", "wide", 256, 3, 256, 512),
+    mlp("mlp-4-192-384", "wide", 128, 4, 192, 384),
+    mlp("mlp-512-256-3", "tall", 256, 512, 256, 3),
+    mlp("normals-3-64-64-1", "tall", 4096, 3, 64, 64, 1),
+    mlp("autoencoder-256-4", "bottleneck", 128, 256, 128, 4, 128, 256),
+    mlp("autoencoder-200-6", "bottleneck", 128, 200, 96, 6, 96, 200),
+    mlp("mlp-3-64-64-3-100k", "large", 100_000, 3, 64, 64, 3),
+    mlp("mlp-4-32-4-200k", "large", 200_000, 4, 32, 4),
+    mlp("normals-3-64-64-1-200k", "large", 200_000, 3, 64, 64, 1),
+    pointwise("sin-1m", "large", 1_000_000, 3, sine),
+    mlp("normals-2-16-1-1m", "large", 1_000_000, 2, 16, 1),
+    pointwise("burgers", "sparse", 64, 512, burgers),
     convolution("conv1d", 64, 256),
-    batch_norm("batchnorm", 256, 8, 32, 32, 8),
+    pointwise("lorenz-96", "sparse", 128, 96, lorenz96),
+    mlp("batchnorm", "coupled", 256, 8, 32, 32, 8, norm=True),
+    Workload("pooled-context", "coupled", 128, 6, 4, 32, lambda: Pooled(6, 32, 4)),
+    pointwise("attention", "coupled", 64, 3, attention),
+    ring("neighbours", 256, 4),
+    mlp("parameters-3-32-32-1", "parameters", 256, 3, 32, 32, 1),
+    mlp("parameters-8-16-4", "parameters", 64, 8, 16, 4),
+    mlp("pinn-2-50-50-50-1", "training", 2048, 2, 50, 50, 50, 1),
+    mlp("train-12-128-128-12", "training", 256, 12, 128, 128, 12),
+    mlp("train-64-32-16", "training", 256, 64, 32, 16),
+    mlp("train-3-64-64-40", "training", 400, 3, 64, 64, 40),
+    residual("train-flow-8", "training", 512, 8, 32, 2),
 )
-"""The workloads of the project's table of measured facts, by the order in which it lists them."""
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in EVERY}
+"""All workloads by name, in the order of the tables."""
 
-CODES: tuple[Workload, ...] = tuple(
-    mlp(f"autoencoder-{width}", 128, 256, 128, width, 128, 256) for width in (2, 8, 16, 32, 64)
-)
-"""The autoencoder with other widths of its code, raced when asked for: where a cut stops paying must be found."""
 
-REPLAYED: tuple[Workload, ...] = (
-    mlp("mlp-2-16-2", 64, 2, 16, 2),
-    mlp("mlp-6-128-128-6", 64, 6, 128, 128, 6),
-    mlp("mlp-10-layers", 64, *[16] * 11),
-    mlp("mlp-20-layers", 64, 3, *[32] * 19, 3),
-)
-"""Networks so small, or so deep, that the host's work between operators is most of their Jacobian's time."""
-
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (*ALL, *CODES, *REPLAYED)}
+def of_kind(*kinds: Kind) -> list[Workload]:
+    """Return the workloads of these kinds; of all whose Jacobian in the input is raced without a graph by default."""
+    return [w for w in EVERY if (w.kind in kinds if kinds else w.kind not in ("parameters", "training"))]

@@ -7,18 +7,18 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from autojac.bench import asdex
-from autojac.bench.baselines import WAYS
+from autojac.bench.baselines import reference
 from autojac.bench.coupled import brusselator
+from autojac.bench.jacobians import torch_ways, wrapped
 from autojac.bench.points import points
-from autojac.bench.results import Figure, Outcome, Promised
-from autojac.bench.run import FAR, Entrant, Settings, admitted, raced, torch_way, tune, wrapped
+from autojac.bench.results import BenchResult, Facts, Figure, Outcome
+from autojac.bench.run import FAR, Entrant, Settings, admitted, at_rest, raced
 from autojac.bench.workloads import WORKLOADS, Workload
 from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
@@ -34,7 +34,7 @@ FEW_ROUNDS = 3
 SIDES: tuple[Side, ...] = ("rows", "columns")
 
 
-def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_bound: float) -> Promised:
+def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_bound: float) -> BenchResult:
     """Race a function's entries and its blocks against the best of torch's ways and of autojac without a pattern.
 
     Args:
@@ -42,31 +42,32 @@ def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_
         settings: how to measure.
         sparse_bound, blocks_bound: what each is to take at most, in times of the best.
     """
-    tuned = tune(workload, settings)
-    func, x, truth = tuned.func, tuned.x, tuned.truth
+    func, x = workload.make(settings.device)
+    truth = reference(workload, func, x)
+    tuned = wrapped(func, settings)
     colored = wrapped(func, settings, layout="sparse")
     dense = wrapped(func, settings, coupling=Structure("independent", "declared"))
-    ways = [torch_way(way, tuned) for way in WAYS]
+    ways = list(torch_ways(workload, func, x, truth, lambda J: J))
     ways.append(admitted("autojac without zeros", lambda: dense(x), truth))
     ways = raced(ways, x.device, dataclasses.replace(settings, rounds=FEW_ROUNDS), FAR, always=())
     # a busy machine may have favoured one
     finalists = sorted((way for way in ways if way.outcome.samples), key=_seconds)[:2]
     entries = admitted("sparse", lambda: as_blocks(colored(x), truth), truth)
     entries = dataclasses.replace(entries, run=entries.run and (lambda: colored(x)))
-    rivals = [admitted("blocks", lambda: tuned.jac(x), truth), entries, *finalists]
+    rivals = [admitted("blocks", lambda: tuned(x), truth), entries, *finalists]
     names = [rival.outcome.name for rival in rivals]
     timed = [entrant.outcome for entrant in raced(rivals, x.device, settings, math.inf, always=names)]
     blocks, sparse, *last = timed
     best = min(last, key=lambda outcome: outcome.seconds or math.inf)
     left = tuple(way.outcome for way in ways if way.outcome.name not in names)
     entry, _ = colored._run((x,), {})
-    facts = _facts({"blocks": tuned.entry, "sparse": entry, "without zeros": dense._run((x,), {})[0]})
+    facts = _facts({"blocks": tuned._run((x,), {})[0], "sparse": entry, "without zeros": dense._run((x,), {})[0]})
     figures = (Figure.over(sparse, best, sparse_bound), Figure.over(blocks, best, blocks_bound))
-    return Promised(workload.name, (*timed, *left), figures, {**facts, **_colors(entry)})
+    return BenchResult(workload.name, (*timed, *left), figures, {**facts, **_colors(entry)})
 
 
-def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
-    """The Brusselator on a grid: detection in times of a plain call, its Jacobian in those of JVPs, asdex beside it.
+def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> BenchResult:
+    """The Brusselator on a grid: detection against a plain call, its Jacobian against JVPs and VJPs.
 
     Args:
         settings: how to measure.
@@ -89,19 +90,9 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
         "sparse": lambda: jac(x),
     }
     facts = {**_facts({"sparse": entry}), **colors, "entries": pattern.count}
-    rival = asdex.prepared(size, x)
-    if isinstance(rival, str):
-        facts["asdex"] = rival
-    else:
-        wrong = (as_dense(jac(x)) - rival.dense()).abs().max() > 1e-3 * rival.dense().abs().max()
-        facts |= {"asdex colors": rival.colors, **({"asdex": "another Jacobian"} if wrong else {})}
-        runs |= rival.runs
-    until = time.monotonic() + settings.race_s
+    until = measure.clock.now() + settings.race_s
     table = measure.interleaved(list(runs.values()), x.device, settings.shortest_s, rounds, until)
-    timed = {
-        name: Outcome(name, "right", statistics.median(samples), tuple(samples))
-        for name, samples in zip(runs, table, strict=True)
-    }
+    timed = {name: Outcome(name, "right").raced(samples) for name, samples in zip(runs, table, strict=True)}
     # whoever else is on the machine
     found, plain = (cpu_seconds(runs[name], rounds) for name in ("detection", "func"))
     figures = (
@@ -109,7 +100,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> Promised:
         Figure.over(timed["sparse"], timed["JVPs"], 3.0),
         Figure.over(timed["sparse"], timed["VJPs"], 3.0),
     )
-    return Promised(f"brusselator-{size}", tuple(timed.values()), figures, facts)
+    return BenchResult(f"brusselator-{size}", tuple(timed.values()), figures, facts)
 
 
 def detect(func: Callable[[Tensor], Tensor], x: Tensor) -> Features:
@@ -167,8 +158,8 @@ def _seconds(entrant: Entrant) -> float:
     return entrant.outcome.seconds or math.inf
 
 
-def _facts(entries: Mapping[str, PreparedPlan]) -> dict[str, str | float]:
-    plans: dict[str, str | float] = {f"plan, {name}": str(entry.plan) for name, entry in entries.items()}
+def _facts(entries: Mapping[str, PreparedPlan]) -> Facts:
+    plans: Facts = {f"plan, {name}": str(entry.plan) for name, entry in entries.items()}
     return plans | {f"tuning s, {name}": entry.plan.tuning_seconds for name, entry in entries.items()}
 
 
@@ -176,7 +167,7 @@ def _colors(entry: PreparedPlan) -> dict[str, float]:
     return {f"colors of {side}": colors_of(entry.problem, side).count for side in SIDES}
 
 
-RACES: dict[str, Callable[[Settings], Promised]] = {
+RACES: dict[str, Callable[[Settings], BenchResult]] = {
     "burgers": lambda settings: layouts(WORKLOADS["burgers"], settings, 1 / 15, 1 / 2),
     "conv1d": lambda settings: layouts(WORKLOADS["conv1d"], settings, 1 / 6, 1 / 6),
     "brusselator": reaction,
@@ -184,21 +175,7 @@ RACES: dict[str, Callable[[Settings], Promised]] = {
 }
 
 
-def zeros(
-    names: Iterable[str], settings: Settings, announce: Callable[[str], None] = lambda name: None
-) -> list[Promised]:
-    """Put the zeros of each function to use.
-
-    Args:
-        names: of the functions.
-        settings: how to measure.
-        announce: called with each name before its turn.
-    """
-    found = []
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch tells of slow paths, which the times show
-        warnings.simplefilter("ignore")
-        for name in names:
-            announce(name)
-            found.append(RACES[name](settings))
-    return found
+def zeros(name: str, settings: Settings) -> BenchResult:
+    """Put the zeros of a function to use."""
+    with at_rest():
+        return RACES[name](settings)

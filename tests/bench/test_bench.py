@@ -1,65 +1,112 @@
-"""The benchmark's results are complete and true, at sizes where times mean nothing."""
+"""What is raced is right and complete, at sizes where times mean nothing."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable
-from dataclasses import replace
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from click.testing import CliRunner
-from rich.console import Console
+from torch import nn
 
-from autojac.bench import asdex
-from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, WAYS, reference
-from autojac.bench.command import bench as command
-from autojac.bench.coupled import brusselator
-from autojac.bench.overhead import UNWANTED, overhead, startup
-from autojac.bench.points import points
-from autojac.bench.results import Figure, Outcome, Promised, Race, Regret, Report, ratio
-from autojac.bench.run import Settings, admitted, bench
-from autojac.bench.table import print_report
-from autojac.bench.workloads import ALL, CODES, WORKLOADS, Workload, batch_norm, convolution, mlp, sine
-from autojac.bench.zeros import RACES, as_blocks, layouts, reaction
+from autojac.bench import suites
+from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, PARAMETER_WAYS, WAYS, reference
+from autojac.bench.growth import growth_cases
+from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT, ROOFLINE, race_workload
+from autojac.bench.overhead import CALL_US, FINER, calls, traced
+from autojac.bench.regret import race_candidates, regret_of
+from autojac.bench.results import BenchResult, Figure
+from autojac.bench.roofline import least_seconds, machine
+from autojac.bench.run import Settings, admitted, in_fresh_process, raced_with_best
+from autojac.bench.suites import SUITES, Suite, run_suites
+from autojac.bench.training import OF_WHOLE, WHOLE, race_step
+from autojac.bench.workloads import EVERY, WORKLOADS, Workload, mlp, of_kind, pointwise, sine
+from autojac.planning.search import measure
+from harness import Ticking
 from oracle import jacobian_blocks
 
+SETTINGS = Settings(effort="estimate", rounds=3, budget_s=0.2, shortest_s=1e-5, race_s=0.2, quick=True)
 SMALL = (
-    Workload("sin", "dense", 8, 3, 3, 3, lambda: sine),
-    mlp("mlp", 6, 3, 8, 4),
-    convolution("conv", 4, 7, channels=2),
-    batch_norm("norm", 6, 3, 5, 2),
+    pointwise("sin", "tiny", 8, 3, sine),
+    mlp("norm", "coupled", 6, 3, 5, 2, norm=True),
+    mlp("weights", "parameters", 4, 3, 4, 2),
 )
-SETTINGS = Settings(effort="quick", rounds=3, budget_s=0.2, shortest_s=1e-5, race_s=1.0)
+
+
+class Part(nn.Module):
+    """Some of the outputs of a function."""
+
+    def __init__(self, func: Callable[[torch.Tensor], torch.Tensor], outputs: slice) -> None:
+        super().__init__()
+        self.func, self.outputs = func, outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.func(x)[:, self.outputs]
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same with few samples, but for an index tensor over all of them."""
+    return workload if workload.name == "neighbours" else dataclasses.replace(workload, batch=2)
+
+
+@pytest.mark.parametrize("workload", EVERY, ids=lambda workload: workload.name)
+def test_workloads_have_the_shapes_they_state_and_the_jacobian_of_the_oracle(workload: Workload) -> None:
+    small = tiny(workload)
+    func, x = small.make()
+    assert x.shape == (small.batch, workload.n)
+    y = func(x)
+    assert y.shape == (small.batch, workload.m)
+    assert y.requires_grad == (workload.kind in ("parameters", "training"))
+    again, same = small.make()
+    assert torch.equal(x, same)
+    assert torch.equal(y, again(same))
+    if workload.kind != "parameters":
+        # the oracle takes a VJP for each row
+        part = slice(None, None, max(1, workload.m // 2)) if workload.batch < 1000 else slice(None)
+        expected = jacobian_blocks(Part(func, part), (x,), to_double=True)
+        torch.testing.assert_close(reference(small, func, x)[:, part], expected.to(x.dtype))
+
+
+def test_there_are_workloads_of_each_kind() -> None:
+    assert len(EVERY) == len(WORKLOADS) >= 24
+    assert {w.kind for w in EVERY} >= {"dense", "wide", "tall", "bottleneck", "sparse", "coupled", "tiny", "large"}
+    assert max(w.batch for w in EVERY) == 10**6
+    assert not {w.kind for w in of_kind()} & {"parameters", "training"}
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
-    return bench(SMALL, replace(SETTINGS, regret=True))
+def races() -> dict[str, BenchResult]:
+    return {workload.name: race_workload(workload, SETTINGS) for workload in SMALL}
 
 
-def test_every_way_is_raced_on_every_workload(report: Report) -> None:
-    for race, workload in zip(report.races, SMALL, strict=True):
-        assert (race.workload, race.batch, race.n, race.m) == (workload.name, workload.batch, workload.n, workload.m)
-        assert [way.name for way in race.ways] == [way.name for way in WAYS]
-        assert race.autojac.state == "right"
-        assert len(race.autojac.samples) == SETTINGS.rounds
-        assert race.plan.endswith(")")
+def test_every_way_is_raced_and_told_with_the_plan(races: dict[str, BenchResult]) -> None:
+    for workload in SMALL:
+        own, *others = races[workload.name].outcomes
+        ways = PARAMETER_WAYS if workload.kind == "parameters" else WAYS
+        assert [way.name for way in others] == [way.name for way in ways]
+        assert own.state == "right"
+        assert len(own.samples) >= 1
+        facts = races[workload.name].facts
+        assert (facts["kind"], facts["B"], facts["n"], facts["m"]) == (
+            workload.kind, workload.batch, workload.n, workload.m,
+        )  # fmt: skip
+        assert float(facts[ROOFLINE]) > 0
+        assert str(facts["plan"]).endswith(")")
 
 
-def test_all_ways_are_right_where_samples_are_independent(report: Report) -> None:
-    for race in report.races:
-        if race.kind != "coupled":
-            assert {way.state for way in race.ways} == {"right"}
-            assert race.default == DEFAULT
-            assert not race.substituted
+def test_where_samples_are_independent_ratios_refer_to_torchs_default_and_to_its_best(
+    races: dict[str, BenchResult],
+) -> None:
+    assert {way.state for way in races["sin"].outcomes} == {"right"}
+    assert [figure.what for figure in races["sin"].figures] == [OVER_DEFAULT, OVER_BEST]
+    assert all(figure.value > 0 for figure in races["sin"].figures)
 
 
-def test_coupled_samples_fail_what_treats_them_one_by_one(report: Report) -> None:
-    race = report.races[-1]
-    states = {way.name: way.state for way in race.ways}
+def test_coupled_samples_fail_what_treats_them_one_by_one(races: dict[str, BenchResult]) -> None:
+    race = races["norm"]
+    states = {way.name: way.state for way in race.outcomes}
     assert states == {
+        "autojac": "right",
         "jacobian": "right",
         "jacobian vec": "right",
         "Σ jacobian": "wrong",
@@ -68,64 +115,8 @@ def test_coupled_samples_fail_what_treats_them_one_by_one(report: Report) -> Non
         "vmap(jacrev)": "error",
         "vmap(jacfwd)": "error",
     }
-    assert all(way.reason for way in race.ways if way.state != "right")
-    assert race.coupling == "statistics"
-    assert race.substituted
-    assert race.default in ("jacobian", "jacobian vec")
-
-
-def test_ratios_are_positive(report: Report) -> None:
-    for race in report.races:
-        assert race.speedup is not None
-        assert race.speedup > 0
-    figures = report.figures()
-    assert all(figures[name] for name in ("geometric_mean_speedup_dense", "worst_tuned_over_default"))
-
-
-def test_regret_is_at_least_one(report: Report) -> None:
-    for race in report.races:
-        assert race.regret is not None
-        assert race.regret.ratio >= 1
-        assert race.plan in [candidate.name for candidate in race.regret.candidates]
-        assert {candidate.state for candidate in race.regret.candidates} <= {"right", "slow", "error", "skipped"}
-
-
-def test_json_round_trip(report: Report) -> None:
-    text = json.dumps(report.to_json(), allow_nan=False)
-    assert Report.from_json(json.loads(text)) == report
-
-
-def test_environment_names_no_machine(report: Report) -> None:
-    assert set(report.environment) == {"autojac", "torch", "threads", "cpu_capability", "device"}
-
-
-def test_table_shows_every_workload_and_way(report: Report) -> None:
-    console = Console(record=True, file=io.StringIO())
-    print_report(report, console)
-    text = console.export_text()
-    for name in [workload.name for workload in SMALL] + [way.name for way in WAYS]:
-        assert name in text
-    assert "wrong" in text
-    assert "geometric mean speed-up over 2 dense workloads" in text
-
-
-@pytest.mark.parametrize("workload", SMALL, ids=lambda workload: workload.name)
-def test_reference_agrees_with_rows_one_by_one(workload: Workload) -> None:
-    func, x = workload.make()
-    expected = jacobian_blocks(func, (x,), to_double=True)
-    torch.testing.assert_close(reference(workload, func, x), expected.to(x.dtype))
-
-
-@pytest.mark.parametrize("workload", (*ALL, *CODES), ids=lambda workload: workload.name)
-def test_workloads_have_the_shapes_they_state(workload: Workload) -> None:
-    func, x = workload.make()
-    assert x.shape == (workload.batch, workload.n)
-    y = func(x[:64])
-    assert y.shape == (min(workload.batch, 64), workload.m)
-    assert not y.requires_grad
-    again, same = workload.make()
-    assert torch.equal(x, same)
-    assert torch.equal(y, again(same[:64]))
+    assert all(way.reason for way in race.outcomes if way.state != "right")
+    assert [figure.what for figure in race.figures] == [OVER_BEST]
 
 
 def test_ways_that_need_too_much_are_skipped_with_a_reason() -> None:
@@ -155,146 +146,103 @@ def test_numbers_are_checked_before_they_are_timed(
     assert (outcome.seconds is None) == (state != "right")
 
 
-def test_ratio_pairs_rounds() -> None:
-    slow, fast = Outcome("a", "right", 2.0, (2.0, 20.0, 4.0)), Outcome("b", "right", 1.0, (1.0, 10.0, 1.0))
-    assert ratio(slow, fast) == 2.0
-    assert ratio(replace(slow, samples=()), fast) == 2.0
-    assert ratio(Outcome("c", "wrong"), fast) is None
+def test_only_ways_that_may_be_the_fastest_are_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking(tick=1e-3))
+    truth = torch.ones(1)
+    entrants = {name: admitted(name, lambda: truth, truth) for name in ("own", "best", "near", "far", DEFAULT)}
+    for name, seconds in {"own": 1.0, "best": 2.0, "near": 2.5, "far": 9.0, DEFAULT: 9.0}.items():
+        outcome = dataclasses.replace(entrants[name].outcome, seconds=seconds)
+        entrants[name] = dataclasses.replace(entrants[name], outcome=outcome)
+    own, *ways = entrants.values()
+    outcomes = raced_with_best([own], ways, torch.device("cpu"), dataclasses.replace(SETTINGS, race_s=9.0), DEFAULT)
+    assert {o.name: len(o.samples) for o in outcomes} == {"own": 3, "best": 3, "near": 3, "far": 0, DEFAULT: 3}
+    assert outcomes[3].seconds == 9.0
 
 
-def test_figures_of_hand_made_races() -> None:
-    def race(name: str, kind: str, default: float, own: float, best: float) -> Race:
-        candidates = (Outcome("own", "right", own, (own,)), Outcome("other", "right", best, (best,)))
-        ways = (Outcome(DEFAULT, "right", default, (default,)),)
-        own_outcome = Outcome("autojac", "right", own, (own,))
-        return Race(
-            name, kind, 1, 1, 1, DEFAULT, False, "own", "independent", 0.0, own_outcome, ways, Regret("own", candidates)
-        )
+def test_training_steps_are_compared_by_the_gradients_they_leave() -> None:
+    result = race_step(mlp("net", "training", 6, 3, 5, 2), SETTINGS)
+    assert [outcome.name for outcome in result.outcomes[:3]] == ["autojac", WHOLE, DEFAULT]
+    assert {outcome.state for outcome in result.outcomes} == {"right"}
+    assert [figure.what for figure in result.figures] == [OVER_DEFAULT, OVER_BEST, OF_WHOLE]
+    assert result.figures[2].bound == 0.9
 
-    races = (
-        race("a", "dense", 4.0, 1.0, 1.0),
-        race("b", "dense", 9.0, 1.0, 0.8),
-        race("c", "sparse", 1.0, 2.0, 1.0),
+
+def test_regret_is_at_least_one() -> None:
+    result = race_candidates(SMALL[0], dataclasses.replace(SETTINGS, race_s=0.5))
+    (figure,) = result.figures
+    assert figure.what == regret_of("quick")
+    assert figure.value >= 1
+    assert str(result.facts["plan of quick"]) in [outcome.name for outcome in result.outcomes]
+    assert {outcome.state for outcome in result.outcomes} <= {"right", "slow", "error", "skipped"}
+
+
+def test_the_roofline_is_the_larger_of_arithmetic_and_traffic() -> None:
+    operations, bandwidth = machine("cpu", torch.get_num_threads())
+    a, x = torch.rand(64, 64), torch.rand(4)
+    assert least_seconds([lambda: a @ a, lambda: a @ a @ a], x, x) == pytest.approx(2 * 64**3 / operations)
+    assert least_seconds([x.sin], x, x) == pytest.approx(2 * 4 * 4 / bandwidth)
+
+
+def test_calls_of_replays_are_compared_with_their_programs() -> None:
+    result = calls(dataclasses.replace(SETTINGS, race_s=0.05), ["mlp-2-16-2"])
+    assert [outcome.name for outcome in result.outcomes] == [
+        f"mlp-2-16-2: {what}" for what in ("call", "program", "guard")
+    ]
+    assert all(1 <= len(outcome.samples) <= FINER * SETTINGS.rounds for outcome in result.outcomes)
+    assert [figure.bound for figure in result.figures] == [CALL_US["mlp-2-16-2"], 2.0]
+
+
+def test_both_signatures_are_traced() -> None:
+    first, second = traced(["sin"], "loop")
+    assert min(first, second) > 0
+
+
+def test_growth_reaches_from_a_hundred_to_a_million_samples() -> None:
+    names = list(growth_cases())
+    assert names[0].endswith(" at 100")
+    assert names[-1].endswith(" at 1000000")
+
+
+def test_a_fresh_process_has_this_ones_threads() -> None:
+    found = in_fresh_process("roofline:machine", "cpu", torch.get_num_threads())
+    assert len(found) == 2
+
+
+def broken(settings: Settings) -> BenchResult:
+    raise ValueError("no\nmore")
+
+
+def made(name: str) -> Callable[[Settings], BenchResult]:
+    return lambda settings: BenchResult(name, (), (Figure("a", 1.0, 2.0),), {})
+
+
+def test_a_case_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {"lib/a": made("lib/a"), "broken": broken, "c": made("c")}
+    monkeypatch.setattr(
+        suites, "SUITES", {"own": Suite("own", "", lambda: cases, chosen=("broken", "c"), quick=("c",))}
     )
-    figures = Report({}, {}, races).figures()
-    assert figures["geometric_mean_speedup_dense"] == pytest.approx(6)
-    assert figures["worst_tuned_over_default"] == pytest.approx(2)
-    assert figures["regret_median"] == pytest.approx(1.25)
-    assert figures["regret_worst"] == pytest.approx(2)
-    assert figures["import_ratio"] is None
+
+    def names(only: Sequence[str], quick: bool = False) -> list[str]:
+        return [result.name for result in run_suites(["own"], only, dataclasses.replace(SETTINGS, quick=quick))]
+
+    assert names([]) == ["broken", "c"]
+    assert names([], quick=True) == ["c"]
+    assert names(["lib"]) == ["lib/a"]
+    failed, right = run_suites(["own"], [], dataclasses.replace(SETTINGS, quick=False))
+    assert (failed.suite, failed.outcomes[0].state, failed.outcomes[0].reason) == ("own", "error", "ValueError: no")
+    assert right.figures == (Figure("a", 1.0, 2.0),)
 
 
-def test_overhead_is_a_number_of_seconds() -> None:
-    assert -1 < overhead(SETTINGS, SMALL[0], rounds=3) < 1
+def test_every_suite_chooses_among_its_cases() -> None:
+    for suite in SUITES.values():
+        names = set(suite.cases())
+        assert set(suite.chosen or ()) <= names
+        assert set(suite.quick or ()) <= names
+        assert suite.what
 
 
-@pytest.mark.nightly
-def test_fresh_processes_find_the_plan() -> None:
-    fresh = startup(runs=1, effort="estimate")
-    assert fresh.source == "store"
-    assert set(fresh.loaded) <= set(UNWANTED)
-    assert fresh.first_seconds[0] > 0
-    assert fresh.import_ratio > 0
-    whole = Report({}, {"effort": "quick"}, (), 1e-6, fresh)
-    assert Report.from_json(json.loads(json.dumps(whole.to_json()))) == whole
-
-
-def test_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WORKLOADS, "sin", SMALL[0])
-    arguments = ["--quick", "--budget", "0.1", "--rounds", "3", "--workload", "sin", "--json"]
-    done = CliRunner().invoke(command, arguments)
-    assert done.exit_code == 0, done.output
-    data = json.loads(done.stdout)
-    assert [race["workload"] for race in data["races"]] == ["sin"]
-    assert data["settings"]["effort"] == "quick"
-    assert data["figures"]["geometric_mean_speedup_dense"] > 0
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--workload", "nothing"], ["--device", "nowhere"], ["--rounds", "1"], ["--effort", "estimates"]]
-)
-def test_command_refuses_what_it_does_not_know(arguments: list[str]) -> None:
-    done = CliRunner().invoke(command, arguments)
-    assert done.exit_code == 2
-    assert "Traceback" not in done.output
-
-
-def test_help_has_an_example() -> None:
-    assert "autojac bench --quick --workload sin" in CliRunner().invoke(command, ["--help"]).output
-
-
-@pytest.mark.parametrize("name", ["sparse over", "blocks over"])
-def test_layouts_are_raced_against_the_best_that_knows_no_zeros(layouts_raced: Promised, name: str) -> None:
-    (figure,) = (figure for figure in layouts_raced.figures if figure.what.startswith(name))
-    base = figure.what.removeprefix(f"{name} ")
-    outcomes = {outcome.name: outcome for outcome in layouts_raced.outcomes}
-    assert base in (*(way.name for way in WAYS), "autojac without zeros")
-    raced = [outcomes[each] for each in ("blocks", "sparse", base)]
-    assert {outcome.state for outcome in raced} == {"right"}
-    assert figure.value == pytest.approx(ratio(outcomes[name.split(maxsplit=1)[0]], outcomes[base]))
-    assert "Colored" in str(layouts_raced.facts["plan, sparse"])
-    assert "Colored" not in str(layouts_raced.facts["plan, without zeros"])
-    assert layouts_raced.facts["colors of rows"] == 5
-
-
-@pytest.fixture(scope="module")
-def layouts_raced() -> Promised:
-    with torch.no_grad():
-        return layouts(convolution("conv", 64, 64, channels=2), replace(SETTINGS, effort="estimate"), 1.0, 1.0)
-
-
-def test_a_wrong_sparse_jacobian_is_not_taken_for_blocks() -> None:
-    like = torch.zeros(2, 2, 2)
-    own = torch.block_diag(torch.ones(2, 2), 2 * torch.eye(2)).to_sparse_csr()
-    right = torch.stack([torch.ones(2, 2), 2 * torch.eye(2)])
-    assert torch.equal(as_blocks(own, like), right)
-    with pytest.raises(ValueError, match="between samples"):
-        as_blocks(torch.ones(4, 4).to_sparse_csr(), like)
-
-
-def test_brusselator_is_held_against_passes_of_its_colors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autojac.bench.asdex.prepared", lambda size, x: "left out")
-    with torch.no_grad():
-        found = reaction(SETTINGS, size=6, rounds=3)
-    assert found.facts["entries"] == 6 * 2 * 36
-    assert 6 <= float(found.facts["colors of columns"]) <= 10
-    assert found.facts["asdex"] == "left out"
-    assert {"func", "detection", "coloring", "JVPs", "VJPs", "sparse"} == {outcome.name for outcome in found.outcomes}
-    assert [figure.bound for figure in found.figures[1:]] == [3.0, 3.0]
-    report = Report({}, {"effort": "quick"}, (), zeros=(found,))
-    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
-    console = Console(record=True, file=io.StringIO())
-    print_report(report, console)
-    assert "sparse over JVPs" in console.export_text()
-
-
-def test_asdex_says_why_it_is_left_out_or_agrees() -> None:
-    x = torch.rand(72)
-    rival = asdex.prepared(6, x)
-    if isinstance(rival, str):
-        assert "autojac[bench]" in rival
-        return
-    expected = torch.autograd.functional.jacobian(brusselator(6), x)
-    torch.testing.assert_close(rival.dense(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.nightly
-def test_points_are_measured_in_processes_of_their_own() -> None:
-    found = points(SETTINGS, counts=(300, 600))
-    assert [outcome.state for outcome in found.outcomes] == ["right"] * 4
-    assert found.figures[0].what == "blocks over a VJP"
-    assert found.facts["colors, 600 points"] >= 4
-    assert "Colored" in str(found.facts["plan, 600 points"])
-    assert found.figures[-1].bound == pytest.approx(2.4)
-    assert all(figure.value > 0 for figure in found.figures)
-
-
-def test_command_races_zeros_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Promised("it", (), (Figure("a over b", 2.0, 1.0),), {"entries": 3})
-    monkeypatch.setitem(RACES, "burgers", lambda settings: made)
-    done = CliRunner().invoke(command, ["--quick", "--zeros", "burgers", "--json"])
-    assert done.exit_code == 0, done.output
-    data = json.loads(done.stdout)
-    assert data["races"] == []
-    assert data["zeros"][0]["figures"] == [{"what": "a over b", "value": 2.0, "bound": 1.0}]
-    assert "missed" in CliRunner().invoke(command, ["--quick", "--zeros", "burgers"]).output
+def test_parameters_are_frozen_unless_they_are_trained() -> None:
+    for name, trained in {"mlp-2-16-2": False, "parameters-8-16-4": True, "train-64-32-16": True}.items():
+        func, _ = WORKLOADS[name].make()
+        assert isinstance(func, nn.Module)
+        assert {p.requires_grad for p in func.parameters()} == {trained}

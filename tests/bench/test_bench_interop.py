@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from autojac.bench import suites
 from autojac.bench.command import bench as command
 from autojac.bench.interop.case import Built, Case, cases, elsewhere
 from autojac.bench.interop.race import MEAN, SERVED, WHY, WORST, interop, race_case, together
 from autojac.bench.interop.ways import EXACT, WAYS, exact, loss_gradient
-from autojac.bench.results import Figure, Outcome, Promised
+from autojac.bench.results import BenchResult, Figure, Outcome, Report
 from autojac.bench.run import Settings
+from autojac.bench.summary import summarize
 from autojac.planning.search import measure
 from harness import Ticking
 from oracle import jacobian_blocks
@@ -137,10 +138,10 @@ def test_what_cannot_be_made_is_no_race() -> None:
     assert together([found]).figures[0] == Figure("share of cases without a right Jacobian", 1.0, 0.0)
 
 
-def row(name: str, value: float, served: str) -> Promised:
+def row(name: str, value: float, served: str) -> BenchResult:
     outcome = Outcome("autojac", "right", value, (value,))
     facts: dict[str, str | float] = {"first s": value, "watch µs": 2.0, SERVED: served, WHY: "because"}
-    return Promised(name, (outcome, Outcome("torch", "right", 1.0, (1.0,))), (Figure("ratio", value, WORST),), facts)
+    return BenchResult(name, (outcome, Outcome("torch", "right", 1.0, (1.0,))), (Figure("ratio", value, WORST),), facts)
 
 
 def test_figures_of_all_cases() -> None:
@@ -152,15 +153,15 @@ def test_figures_of_all_cases() -> None:
 def test_command_races_the_chosen_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def raced(chosen: list[Case], settings: Settings, training: bool, announce: Any) -> list[Promised]:
-        asked.extend([{case.library for case in chosen}, training])
-        return [row("a", 0.25, "yes")]
+    def raced(chosen: list[Case], settings: Settings, training: bool) -> list[BenchResult]:
+        asked.append((chosen[0].library, training))
+        return [row(chosen[0].name, 0.25, "yes")]
 
-    monkeypatch.setattr("autojac.bench.command.interop", raced)
+    monkeypatch.setattr(suites, "interop", raced)
     done = CliRunner().invoke(command, ["--quick", "--interop", "--training", "--only", "kornia", "--json"])
     assert done.exit_code == 0, done.output
-    data = json.loads(done.stdout)
-    assert data["races"] == []
-    assert [part["name"] for part in data["contests"]] == ["a"]
-    assert data["costs"][0]["name"] == "1 training steps of other libraries"
-    assert asked == [{"kornia"}, True]
+    report = Report.from_lines(done.stdout.splitlines())
+    assert {result.suite for result in report.results} == {"interop"}
+    assert {result.name.split("/")[0] for result in report.results} == {"kornia"}
+    assert set(asked) == {("kornia", True)}
+    assert any("training steps of other" in figure.what for figure in summarize(report))

@@ -13,11 +13,10 @@ from torch import Tensor
 
 import autojac
 from autojac.autodiff.tolerance import disagreement
-from autojac.bench.contests import Announce
 from autojac.bench.interop.case import Built, Case, elsewhere
 from autojac.bench.interop.ways import EXACT, WAYS, exact, loss_gradient
-from autojac.bench.results import Figure, Outcome, Promised
-from autojac.bench.run import FAR, Entrant, Settings, admitted, raced
+from autojac.bench.results import BenchResult, Figure, Outcome
+from autojac.bench.run import FAR, Announce, Entrant, Settings, admitted, raced
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.replay.replayer import Replayer
@@ -40,7 +39,7 @@ LINE = 300
 
 def interop(
     chosen: Sequence[Case], settings: Settings, training: bool = False, announce: Announce = lambda name: None
-) -> list[Promised]:
+) -> list[BenchResult]:
     """Race on each case whose libraries are installed.
 
     Args:
@@ -62,7 +61,7 @@ def interop(
     return races
 
 
-def together(races: Sequence[Promised], training: bool = False) -> Promised:
+def together(races: Sequence[BenchResult], training: bool = False) -> BenchResult:
     """Return the figures that all cases give together."""
     right = [race for race in races if race.outcomes[0].state == "right"]
     ratios = [race.figures[0].value for race in right if math.isfinite(race.figures[0].value)]
@@ -76,10 +75,10 @@ def together(races: Sequence[Promised], training: bool = False) -> Promised:
         Figure("dearest comparison of what func reads, µs", _largest(races, "watch µs"), WATCH_US),
     ]
     name = f"{len(races)} {'training steps' if training else 'cases'} of other libraries"
-    return Promised(name, (), tuple(figures), {})
+    return BenchResult(name, (), tuple(figures), {})
 
 
-def race_case(case: Case, settings: Settings, training: bool = False) -> Promised:
+def race_case(case: Case, settings: Settings, training: bool = False) -> BenchResult:
     """Check and time torch's ways and autojac on one case, in one run."""
     try:
         built = case.build()
@@ -106,7 +105,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> Promise
         SERVED: "yes" if is_served(prepared) else "no",
         WHY: str(prepared.plan) if is_served(prepared) else reason(prepared),
     }
-    return Promised(case.name, (own, *ways), (figure,), facts)
+    return BenchResult(case.name, (own, *ways), (figure,), facts)
 
 
 def _entrants(jac: Callable[[Tensor], Tensor], built: Built, truth: Tensor, training: bool) -> list[Entrant]:
@@ -178,15 +177,15 @@ def watch_us(prepared: PreparedPlan) -> float:
     return 1e6 * measure.repeat(state.is_unchanged, torch.device("cpu"), 1e-3, WATCHES).seconds
 
 
-def _largest(races: Sequence[Promised], fact: str) -> float:
+def _largest(races: Sequence[BenchResult], fact: str) -> float:
     return max((value for race in races if isinstance(value := race.facts[fact], float)), default=math.nan)
 
 
-def _failed(name: str, own: Outcome) -> Promised:
+def _failed(name: str, own: Outcome) -> BenchResult:
     """Return a case without a race, with the outcomes of all others, so that they stand in one table."""
     ways = [Outcome(way, "skipped") for way in (*WAYS, EXACT)]
     facts: dict[str, str | float] = {"first s": "", "watch µs": "", SERVED: "no", WHY: own.reason or ""}
-    return Promised(name, (own, *ways), (Figure(f"{OWN} over torch", math.inf, WORST),), facts)
+    return BenchResult(name, (own, *ways), (Figure(f"{OWN} over torch", math.inf, WORST),), facts)
 
 
 def _line(error: Exception) -> str:

@@ -1,0 +1,129 @@
+"""What is timed in a process of its own: first calls and searches, with nothing loaded or learnt before."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autojac
+from autojac.bench.workloads import WORKLOADS, Func
+from autojac.core.options import OnMiss
+from autojac.core.plan import Effort
+
+LOADED = ("sqlalchemy.orm", "sqlalchemy.dialects.sqlite", "scipy.sparse", "torch._functorch.aot_autograd")
+HEAVY = ("alembic", "optuna", "torch._dynamo")
+"""Modules that take long to load and that a first Jacobian from a warm store does without."""
+NOT_NEEDED = ("bench", "cli", "report", "__main__", "migrations")
+
+
+def since_torch(store: str, effort: Effort, on_miss: OnMiss) -> dict[str, Any]:
+    """First Jacobian of this process: wall seconds since torch was loaded, and what else was loaded on the way."""
+    loaded = sys.modules["__main__"].loaded_torch
+    func, x = WORKLOADS["sin"].make()
+    jac = autojac.AutoJacobian(func, store=store, on_miss=on_miss, effort=effort)
+    jac(x)
+    seconds = time.perf_counter() - loaded
+    return {
+        "seconds": seconds,
+        "source": jac.plan(x).source,
+        "loaded": [name for name in HEAVY if name in sys.modules],
+    }
+
+
+def imported() -> None:
+    """Load all that a call or a search imports on its way."""
+    for module in pkgutil.walk_packages(autojac.__path__, "autojac."):
+        if not any(part in NOT_NEEDED for part in module.name.split(".")):
+            importlib.import_module(module.name)
+    for name in (*HEAVY, *LOADED):
+        importlib.import_module(name)
+
+
+class Counted:
+    """A function that counts how often it is evaluated."""
+
+    def __init__(self, func: Func) -> None:
+        self.func, self.evaluations = func, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self.func(x)
+
+
+def cold_call(workload: str, options: dict[str, Any]) -> dict[str, float]:
+    """CPU seconds after imports, wall seconds, and evaluations of a first call with an empty store."""
+    imported()
+    func, x = WORKLOADS[workload].make()
+    counted = Counted(func)
+    store = autojac.PlanStore(":memory:")
+    return {**_spent(lambda: autojac.AutoJacobian(func, store=store, **options)(x)), **_evaluated(counted, x, options)}
+
+
+def _evaluated(counted: Counted, x: Tensor, options: dict[str, Any]) -> dict[str, float]:
+    # what counts changes what is proved, so it is no part of what is timed
+    autojac.AutoJacobian(counted, store=autojac.PlanStore(":memory:"), **options)(x)
+    return {"evaluations": counted.evaluations}
+
+
+def _spent(run: Callable[[], object]) -> dict[str, float]:
+    start, spent = time.perf_counter(), time.process_time()
+    run()
+    return {"cpu s": time.process_time() - spent, "wall s": time.perf_counter() - start}
+
+
+def signatures(kind: str) -> dict[str, float]:
+    """Seconds of one call for each of many signatures of a function, as they come in a data set."""
+    imported()
+    torch.manual_seed(0)
+    func, points = SIGNATURES[kind]()
+    jac = autojac.AutoJacobian(func, store=autojac.PlanStore(":memory:"))
+    # what a process pays once is no matter of signatures
+    jac(points[0])
+    return {**_spent(lambda: [jac(x) for x in points[1:]]), "signatures": len(points) - 1}
+
+
+class Encoder(nn.Module):
+    """Attention within each sequence, (B, L, 16) → (B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, _ = self.attend(x, x, x, need_weights=False)
+        out: Tensor = self.head(torch.tanh(mixed).mean(1))
+        return out
+
+
+def energy(positions: Tensor) -> Tensor:
+    """Lennard-Jones energies of molecules (B, atoms, 3) → (B,)."""
+    distant = (positions[:, :, None] - positions[:, None]).square().sum(-1)
+    far = distant + 1e3 * torch.eye(distant.shape[-1])
+    return (far.pow(-6) - far.pow(-3)).sum((1, 2))
+
+
+def lengths() -> tuple[Func, Sequence[Tensor]]:
+    return Encoder().requires_grad_(False).eval(), [torch.randn(8, length, 16) for length in range(8, 34, 2)]
+
+
+def batches() -> tuple[Func, Sequence[Tensor]]:
+    func, _ = WORKLOADS["mlp-6-64-64-6"].make()
+    return func, [torch.randn(batch, 6) for batch in range(16, 16 + 61 * 3, 3)]
+
+
+def molecules() -> tuple[Func, Sequence[Tensor]]:
+    return energy, [torch.randn(16, atoms, 3) for atoms in range(4, 22, 2)]
+
+
+SIGNATURES: dict[str, Callable[[], tuple[Func, Sequence[Tensor]]]] = {
+    "sequence lengths": lengths,
+    "batch sizes": batches,
+    "molecule sizes": molecules,
+}

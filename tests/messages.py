@@ -1152,6 +1152,51 @@ MESSAGES = (
         "Pass x.detach",
         lambda: of_listing()(Listing.weight.exp() * x),
     ),
+    Message(
+        OptionError, "a number of axes, 1 or more", "got 0", "pass in_dims=None", lambda: wrap(torch.sin, batch_dims=0)
+    ),
+    Message(
+        OptionError,
+        "expected for a wrapper of autojac's own class",
+        "got Derived",
+        "Let it hold a wrapper",
+        lambda: type("Derived", (AutoJacobian,), {})(torch.sin, batch_dims=2),
+    ),
+    Message(
+        OptionError,
+        "batch_dims=2 expects in_dims of 0, None and 'auto'",
+        "got 1",
+        "Move the axes",
+        lambda: wrap(torch.sin, batch_dims=2, in_dims=1),
+    ),
+    Message(
+        InputError,
+        "batch_dims=3 expects tensors with 3 batch axes in front",
+        r"got \(3, 2\)",
+        "Add the axes, lower batch_dims",
+        lambda: jac(torch.sin, x, batch_dims=3),
+    ),
+    Message(
+        InputError,
+        "arguments share batch axes",
+        r"theirs are \[\(3, 1\), \(3, 2\)\]",
+        "Pass equal sizes, or None in in_dims",
+        lambda: jac(torch.mul, x[..., None], x[:, :1, None], batch_dims=2, in_dims=0),
+    ),
+    Message(
+        OutputError,
+        r"batch_dims=2 expects func's outputs to have the batch axes \(3, 2\) in front",
+        r"got shape \(3,\)",
+        "Return .* say by in_dims .* or lower batch_dims",
+        lambda: jac(lambda x: x.sum(1), x, batch_dims=2),
+    ),
+    Message(
+        UnsupportedError,
+        "expects both calls to have the same ones",
+        r"got \(3, 2\) and \(2, 2\)",
+        "Flatten the batch inside",
+        lambda: wrap(torch.sin, batch_dims=2).ntk(x, x[:2]),
+    ),
 )
 INTERNAL = {
     "graph": "why a call can't be recorded: a reason that explain() lists; see test_recorder.py",

@@ -187,6 +187,15 @@ INDEPENDENT: dict[str, Build] = {
     "attention with a mask": of(lambda x: aten._safe_softmax(x @ x.mT - 1, -1) @ x, 5, 3, 4),
     "asks for a dtype": of(lambda x: x.sin().to(torch.promote_types(x.dtype, torch.float32)), 5, 4),
     "channel mixing": of(lambda x: (torch.ones(3, 3) @ x.mT).mT.flatten(1), 5, 4, 3),
+    "batch taken apart": of(lambda x: F.layer_norm(x.view(2, 3, 4), (4,)).tanh().view(6, 4), 6, 4),
+    "batch taken apart in three": of(lambda x: x.view(2, 3, 2, 4).softmax(-1).sum(-1).view(12), 12, 4),
+    "batch taken apart and permuted": of(
+        lambda x: (
+            nn.functional.linear(x.view(2, 3, 4).permute(1, 0, 2), torch.ones(2, 4)).permute(1, 0, 2).reshape(6, 2)
+        ),
+        6,
+        4,
+    ),
 }
 
 COUPLED: dict[str, Build] = {
@@ -298,5 +307,15 @@ COUPLED: dict[str, Build] = {
     "multi-head attention along the batch": lambda: (Across(), torch.randn(4, 4)),
     "tokens as the batch": of(lambda x: x.transpose(0, 1).softmax(1).transpose(0, 1), 4, 4, 2),
     "pooling over samples": of(lambda x: F.max_pool2d(x[None], 3, 1, 1)[0], 4, 4),
+    "parts of the batch changed over": of(lambda x: x.view(2, 3, 4).transpose(0, 1).reshape(6, 4) * 2, 6, 4),
+    "square batch changed over": of(lambda x: x.view(2, 2, 4).transpose(0, 1).reshape(4, 4) * x, 4, 4),
+    "softmax along a part of the batch": of(lambda x: x.view(2, 3, 4).softmax(1).view(6, 4), 6, 4),
+    "softmax along the other part": of(lambda x: x.view(2, 3, 4).softmax(0).view(6, 4), 6, 4),
+    "attention in parts of the batch": of(lambda x: (x.view(2, 3, 4) @ x.view(2, 3, 4).mT).view(6, 3), 6, 4),
+    "diagonal of the parts": of(lambda x: x + x.view(2, 2, 4).diagonal(0, 0, 1).T.repeat(2, 1), 4, 4),
+    "parts taken apart in two ways": of(
+        lambda x: x * x.view(3, 2, 4).sin().view(6, 4).view(2, 3, 4).flip(1).view(6, 4), 6, 4
+    ),
+    "one part expanded over the other": of(lambda x: (x.view(2, 3, 4) * x.view(2, 3, 4)[:, :1]).view(6, 4), 6, 4),
     "pixel shuffle of samples": of(lambda x: F.pixel_shuffle(x, 2).view(4, 4), 4, 2, 2),
 }

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 
 import torch
 
+from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
 from autojac.api.kernels import Kernels
 from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
+from autojac.api.over_batch_axes import OverBatchAxes
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
@@ -51,7 +53,7 @@ def require_function(func: Any) -> None:
 
 
 @opaque_methods
-class AutoJacobian(Kernels):
+class AutoJacobian(Kernels, BatchAxesChoice):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
@@ -64,6 +66,9 @@ class AutoJacobian(Kernels):
         in_dims: where each positional argument carries the batch: an int, None (shared by all samples), or a tuple of
             these or of nests of them, as in `torch.vmap`; `"auto"` infers it and checks the guess. All None: a function
             without a batch, J is (*out, *in).
+        batch_dims: number of batch axes, which come first: with 2 an input (B1, B2, *in) gives (B1, B2, *out, *in), at
+            the price of the flattened batch. func sees the axes as they are, and may couple samples along any. Every
+            tensor that has the axes carries the batch unless in_dims, of 0 and None, says otherwise.
         layout: `"blocks"` (B, *out, *in), exact whatever the coupling, `"full"` (B, *out, B, *in), `"sparse"`, one
             2-D sparse CSR tensor (B·m, B·n) that is never dense on the way, or `"diagonal"` (B, n), for as many
             outputs as inputs in a sample.
@@ -108,6 +113,7 @@ class AutoJacobian(Kernels):
         verify: Verify = "auto",
         store: PlanStore | str | PathLike[str] | None = None,
         version: str = "",
+        batch_dims: int = 1,
         **unknown: Never,
     ) -> None:
         options = dict(locals())
@@ -116,7 +122,7 @@ class AutoJacobian(Kernels):
         if select is not None:
             require_selection(select, has_aux)
             func, options["has_aux"] = SelectedOutput(original(func), select), True
-        self.__setstate__({"func": func, "options": Options.checked(options)})
+        self.__setstate__({"func": func, "options": Options.checked(options), "batch_dims": batch_dims})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: the function and the options; plans are found again where stored."""
@@ -147,6 +153,7 @@ class AutoJacobian(Kernels):
         names: str | Sequence[str] | None = None,
         select: Select | None = None,
         in_dims: Any = "auto",
+        batch_dims: int = 1,
         **options: Unpack[OptionValues],
     ) -> AutoJacobian:
         """Return each sample's Jacobian in a module's parameters, e.g. for a neural tangent kernel.
@@ -158,7 +165,7 @@ class AutoJacobian(Kernels):
             module: called with the whole batch.
             names: a parameter's name, or a pattern such as `"*.weight"`, or several: differentiate in these alone.
             select: what of the module's output is differentiated, as in `AutoJacobian`.
-            in_dims: where each of the module's own arguments carries the batch, as in `AutoJacobian`.
+            in_dims, batch_dims: of the module's own arguments, as in `AutoJacobian`.
             options: all other options of `AutoJacobian` but `argnums`.
 
         Raises:
@@ -176,7 +183,7 @@ class AutoJacobian(Kernels):
         if select is not None:
             require_selection(select, options.get("has_aux", False))
             function.select, options["has_aux"] = select, True
-        return AutoJacobian(function, in_dims=(None, own), **options)
+        return AutoJacobian(function, in_dims=(None, own), batch_dims=batch_dims, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian of func at these arguments.
@@ -262,3 +269,27 @@ class AutoJacobian(Kernels):
             with outside_autocast():
                 factors: LowRankJacobian = plan.factors(described.leaves, described.keywords)
             return factors
+
+
+@opaque_methods
+class _JacobianOverBatchAxes(OverBatchAxes, AutoJacobian):
+    """An `AutoJacobian` for several batch axes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "batch_dims": self._calls.batch_dims}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.func = original(state["func"])
+        self.options = state["options"]
+        self._calls = CallsOverBatchAxes(self._of_one_axis, self.func, state["batch_dims"], self.options)
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
+
+    def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoJacobian:
+        made = AutoJacobian.__new__(AutoJacobian)
+        made.__setstate__({"func": func, "options": self.options.replaced(in_dims=in_dims)})
+        return made
+
+
+AutoJacobian.over_batch_axes = _JacobianOverBatchAxes

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 
 from autojac.api.autojacobian import AutoJacobian, require_function
+from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
+from autojac.api.over_batch_axes import PlansOverBatchAxes
 from autojac.autodiff.derivative_terms import Columns, Term, Terms
 from autojac.core.options import Options, OptionValues
 from autojac.core.plan import Effort, Plan
@@ -17,7 +20,7 @@ from autojac.torch_internals import pytree
 
 
 @opaque_methods
-class Derivatives:
+class Derivatives(BatchAxesChoice):
     """Derivatives of a function by columns of its input, of any order and mixed ones, each sample's own.
 
     Only what is asked for is computed, in one plan that shares what the derivatives have in common: nested reverse
@@ -36,6 +39,7 @@ class Derivatives:
         of: a sequence with one entry per derivative, each a tuple of columns: `()` is the value, `(0,)` the derivative
             by column 0, `(1, 1)` the second one by column 1, `(0, 1)` a mixed one. Of an input (B, *in) the columns
             of a sample are counted as `x.flatten(1)` has them.
+        batch_dims: as of `AutoJacobian`: with 2 an input (B1, B2, n) gives derivatives (B1, B2, *out).
         options: those of `AutoJacobian` but `layout` and `has_aux`; `argnums` names the one tensor that is
             differentiated in.
 
@@ -53,6 +57,7 @@ class Derivatives:
         *,
         argnums: int = 0,
         in_dims: Any = "auto",
+        batch_dims: int = 1,
         **options: Unpack[OptionValues],
     ) -> None:
         require_function(func)
@@ -66,6 +71,19 @@ class Derivatives:
         self.planned = jacobian_of(func, chosen, terms)
         self.func = self.planned.func
         self.of = tuple(term[0] for term in terms)
+
+    def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> Derivatives:
+        """Return the same derivatives of another function, by the same options, with one batch axis."""
+        made, options = Derivatives.__new__(Derivatives), self.planned.options
+        made.planned = jacobian_of(func, options.replaced(in_dims=in_dims), options.of)
+        made.func, made.of = func, self.of
+        return made
+
+    def _settled(self) -> Self:
+        """Return the same derivatives by plans that are stored, or that the cost model chooses."""
+        made = copy.copy(self)
+        made.planned = self.planned._settled()
+        return made
 
     def __repr__(self) -> str:
         return f"Derivatives{repr(self.planned).removeprefix('AutoJacobian')}".replace("(", f"(of={self.of}, ", 1)
@@ -136,3 +154,30 @@ def _terms(of: Any) -> tuple[Term, ...]:
     if not any(of):
         raise OptionError(f"{expected}; got {of!r}, which names no derivative. Call func itself for its value")
     return tuple((tuple(sorted(columns)),) for columns in of)
+
+
+@opaque_methods
+class _DerivativesOverBatchAxes(PlansOverBatchAxes, Derivatives):
+    """`Derivatives` for several batch axes."""
+
+    def __init__(self, func: Callable[..., Any], of: Sequence[Columns], *, batch_dims: int, **options: Any) -> None:
+        super().__init__(func, of, **options)
+        self._calls = self._calls_over(batch_dims)
+
+    def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
+        return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
+
+    def _settled(self) -> Self:
+        made = super()._settled()
+        made._calls = made._calls_over(self._calls.batch_dims)
+        return made
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        call = self._calls.flat(args)
+        return tuple(call.lead(found) for found in call.wrapper(*call.args, **kwargs))
+
+
+Derivatives.over_batch_axes = _DerivativesOverBatchAxes

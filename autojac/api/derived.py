@@ -38,6 +38,9 @@ class Derived(ABC):
     def _func_args(self, args: Sequence[Any]) -> Sequence[Any]: ...
 
     @abstractmethod
+    def __getstate__(self) -> dict[str, Any]: ...
+
+    @abstractmethod
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
     def inverse(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +154,12 @@ class Derived(ABC):
     def _wrapped(self, func: Callable[..., Any], options: Options) -> Self:
         """Return a wrapper of the same kind, with plans of its own."""
         other = type(self).__new__(type(self))
-        other.__setstate__({"func": func, "options": options})
+        other.__setstate__({**self.__getstate__(), "func": func, "options": options})
         return other
+
+    def _settled(self) -> Self:
+        """Return the same Jacobian by plans that are stored, or that the cost model chooses."""
+        return self._wrapped(self.func, self.options.replaced(on_miss="estimate"))
 
 
 def only(plan: PreparedPlan, result: Result) -> Tensor:

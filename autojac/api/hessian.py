@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from autojac.api.autojacobian import HINT, require_function
 from autojac.api.derivatives import jacobian_of
+from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
+from autojac.api.over_batch_axes import PlansOverBatchAxes
 from autojac.api.product_arguments import of_samples
+from autojac.api.products import without_last
 from autojac.core.call import outside_inference_mode
 from autojac.core.options import Options, OptionValues
 from autojac.core.plan import Effort, Plan
@@ -18,7 +22,7 @@ from autojac.torch_internals import pytree
 
 
 @opaque_methods
-class AutoHessian:
+class AutoHessian(BatchAxesChoice):
     """Exact second derivatives of a function, each sample's own, by the cheapest method measured.
 
     `func` gives one scalar for each sample: x of shape (B, *in) gives y of shape (B,). A Hessian is the Jacobian of
@@ -44,6 +48,7 @@ class AutoHessian:
         in_dims: as of `AutoJacobian`; None for a function without a batch.
         layout: `"blocks"`, or `"sparse"`: one CSR matrix that is never dense on the way. Of a batch it is (B·n, B·n),
             for independent samples; of a function without a batch (n, n).
+        batch_dims: as of `AutoJacobian`: with 2 an input (B1, B2, *in) gives (B1, B2, *out, *in, *in).
         options: the others of `AutoJacobian` but `has_aux`.
 
     Raises:
@@ -56,6 +61,7 @@ class AutoHessian:
         *,
         argnums: int | tuple[int, ...] = 0,
         in_dims: Any = "auto",
+        batch_dims: int = 1,
         **options: Unpack[OptionValues],
     ) -> None:
         require_function(func)
@@ -63,7 +69,10 @@ class AutoHessian:
             raise OptionError("a Hessian has no has_aux. Leave it out, and return the one output from func")
         self.layout = options.get("layout", "blocks")
         require_choice("layout", self.layout, ("blocks", "sparse"))
-        chosen = Options.checked({"argnums": argnums, "in_dims": in_dims, **options})
+        self._take_up(func, Options.checked({"argnums": argnums, "in_dims": in_dims, **options}))
+
+    def _take_up(self, func: Callable[..., Any], chosen: Options) -> None:
+        """Make the wrappers for options that are checked already."""
         inner = chosen.replaced(layout="blocks", effort="estimate", on_miss="estimate", budget_s=None)
         self._gradient = jacobian_of(func, inner)
         self.func = self._gradient.func
@@ -72,6 +81,19 @@ class AutoHessian:
         self.planned = jacobian_of(self._gradient, outer)
         self._diagonals = jacobian_of(self._gradient, outer.replaced(layout="diagonal"))
         self._laplacian = jacobian_of(func, outer.replaced(layout="blocks", symmetric=False), "laplacian")
+
+    def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoHessian:
+        """Return the Hessians of another function, by the same options, with one batch axis."""
+        made = AutoHessian.__new__(AutoHessian)
+        made.layout = self.layout
+        made._take_up(func, self.planned.options.replaced(in_dims=in_dims, symmetric=False))
+        return made
+
+    def _settled(self) -> Self:
+        """Return the same Hessians by plans that are stored, or that the cost model chooses."""
+        made = copy.copy(self)
+        made.planned = self.planned._settled()
+        return made
 
     def __repr__(self) -> str:
         return f"AutoHessian({repr(self.planned).removeprefix('AutoJacobian(AutoJacobian of ')}"
@@ -164,3 +186,44 @@ class AutoHessian:
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
         return self.planned.explain(*args, **kwargs).removesuffix(HINT)
+
+
+@opaque_methods
+class _HessianOverBatchAxes(PlansOverBatchAxes, AutoHessian):
+    """An `AutoHessian` for several batch axes; what is sparse stays a matrix of the flattened batch."""
+
+    def __init__(self, func: Callable[..., Any], *, batch_dims: int, **options: Any) -> None:
+        super().__init__(func, **options)
+        self._calls = self._calls_over(batch_dims)
+
+    def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
+        return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
+
+    def _settled(self) -> Self:
+        made = super()._settled()
+        made._calls = made._calls_over(self._calls.batch_dims)
+        return made
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._calls.flat(args)
+        return call.jacobian(call.wrapper(*call.args, **kwargs), self.layout)
+
+    def diagonal(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._calls.flat(args)
+        return call.lead(call.wrapper.diagonal(*call.args, **kwargs))
+
+    def laplacian(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._calls.flat(args)
+        return call.lead(call.wrapper.laplacian(*call.args, **kwargs))
+
+    def hvp(self, *args: Any, **kwargs: Any) -> Any:
+        inputs, vectors = without_last(args, "hvp")
+        call = self._calls.flat(inputs)
+        tangents, several = call.tangents(vectors)
+        return call.lead(call.wrapper.hvp(*call.args, tangents, **kwargs), int(several))
+
+
+AutoHessian.over_batch_axes = _HessianOverBatchAxes

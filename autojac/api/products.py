@@ -28,7 +28,7 @@ from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
 from autojac.torch_internals import pytree
 
-LAST = {"jvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
+LAST = {"jvp": "v", "hvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
 """What follows func's arguments, as messages name it."""
 
 
@@ -239,7 +239,7 @@ class Products(Derived):
         return self._call_shapes[key]
 
 
-def without_last(args: Sequence[Any], what: str) -> tuple[Sequence[Any], Any]:
+def without_last(args: tuple[Any, ...], what: str) -> tuple[tuple[Any, ...], Any]:
     if len(args) < 2:
         raise OptionError(
             f"{what} expects func's positional arguments and at last a vector, got {counted(len(args), 'argument')}. "

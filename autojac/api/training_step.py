@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autojac.api.autojacobian import AutoJacobian, require_function
-from autojac.api.derivatives import Derivatives, jacobian_of
+from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
@@ -127,7 +126,7 @@ class TrainingStep:
         known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
         # the step is what is improved while it is used, not the derivatives inside
-        self._inner = _settled(self.source)
+        self._inner = self.source._settled()
         self._whole: AutoJacobian | None = None
         self._refused: dict[Any, str] = {}
         self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
@@ -276,15 +275,6 @@ class TrainingStep:
         value = LossOfDerivatives(self.source, self.loss, ()).value(*args)
         backward(value)
         return value.detach()
-
-
-def _settled(source: Any) -> Any:
-    """Return the same derivatives by plans that are stored, or that the cost model chooses."""
-    if isinstance(source, AutoJacobian):
-        return jacobian_of(source.func, source.options.replaced(on_miss="estimate"), source.options.of)
-    made = copy.copy(source)
-    made.planned = _settled(source.planned)
-    return made
 
 
 def _lifted(args: Sequence[Any]) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
-from autojac.core.nests import differentiated_places, split_output, tensor_leaves
+from autojac.core.nests import chosen_arguments, differentiated_places, split_output, tensor_leaves
 from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
-from autojac.errors import InputError, OptionError, OutputError, counted, kind_of
+from autojac.errors import InputError, OutputError, kind_of
 from autojac.torch_internals import pytree
 
 
@@ -41,21 +41,7 @@ class CallLayout:
         self.has_aux = options.has_aux
         self.of = options.of
         self.argnums = argnums = options.argnums
-        chosen = argnums if isinstance(argnums, tuple) else (argnums,)
-        if not args:
-            raise OptionError(
-                "the positional arguments of a call of func were expected, got none. To plan(), tune() and explain() "
-                "too, pass by position what is to be differentiated, as in jac.explain(x)"
-            )
-        for number in chosen:
-            if not -len(args) <= number < len(args):
-                raise OptionError(
-                    f"argnums names argument {number}, but the call has {counted(len(args), 'positional argument')}. "
-                    "Keyword arguments are not differentiated: pass by position what is to be"
-                )
-        chosen = tuple(number % len(args) for number in chosen)
-        if len(set(chosen)) != len(chosen):
-            raise OptionError(f"argnums names an argument twice: {argnums!r}. Name each once")
+        chosen = chosen_arguments(args, argnums)
         flat, self.spec = pytree.tree_flatten(tuple(args))
         self.tensor_at = tuple(index for index, value in enumerate(flat) if isinstance(value, Tensor))
         self.constants = {index: value for index, value in enumerate(flat) if index not in set(self.tensor_at)}

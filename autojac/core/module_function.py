@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
+from autojac.core.batch_grid import BatchGrid
 from autojac.core.nests import tensor_leaves
 from autojac.core.selection import picked
 from autojac.errors import InputError, OptionError, kind_of, nearest
@@ -86,22 +87,34 @@ class ModuleFunction:
         select: picks what of the module's output is differentiated, and the whole is returned besides; None for all.
         names: patterns of the names of those to differentiate in, as `fnmatch` reads them; None for all that require
             grad.
+        grid: how the one batch axis of the arguments stands for several of the module's; None where it has one.
 
     Attributes:
         lock: held while they are put aside, so that no other thread calls the module or looks at it then.
     """
 
-    def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None = None, select: Any = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        names: tuple[str, ...] | None = None,
+        select: Any = None,
+        grid: BatchGrid | None = None,
+    ) -> None:
         self.module = module
         self.names = names
         self.select = select
+        self.grid = grid
         self.lock = ModuleLock(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "names": self.names, "select": self.select}
+        return {"module": self.module, "names": self.names, "select": self.select, "grid": self.grid}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def over(self, grid: BatchGrid) -> ModuleFunction:
+        """Return the same function of arguments with one batch axis, in the place of the module's several."""
+        return ModuleFunction(self.module, self.names, self.select, grid)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters to differentiate in, by the names of `named_parameters()`: tied ones once.
@@ -151,7 +164,10 @@ class ModuleFunction:
 
     def __call__(self, parameters: dict[str, Tensor], args: tuple[Any, ...], **kwargs: Any) -> Any:
         with self.lock, parameters_replaced(self.module, parameters):
-            output = self.module(*args, **kwargs)
+            return self._output(*args, **kwargs) if self.grid is None else self.grid.call(self._output, args, kwargs)
+
+    def _output(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.module(*args, **kwargs)
         return output if self.select is None else (picked(output, self.select), output)
 
 

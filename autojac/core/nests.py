@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from autojac.errors import InputError, kind_of
+from autojac.errors import InputError, OptionError, counted, kind_of
 from autojac.torch_internals import pytree
 
 Positions = tuple[int | None, ...]
@@ -21,6 +21,30 @@ def is_differentiable(value: Any) -> bool:
 def tensor_leaves(nest: Any) -> list[Tensor]:
     """Return the tensors of a nest, flat."""
     return [value for value in pytree.tree_leaves(nest) if isinstance(value, Tensor)]
+
+
+def chosen_arguments(args: Sequence[Any], argnums: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return which arguments are differentiated, counted from the front.
+
+    Raises:
+        OptionError: if there are no such arguments, or one is named twice.
+    """
+    chosen = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not args:
+        raise OptionError(
+            "the positional arguments of a call of func were expected, got none. To plan(), tune() and explain() "
+            "too, pass by position what is to be differentiated, as in jac.explain(x)"
+        )
+    for number in chosen:
+        if not -len(args) <= number < len(args):
+            raise OptionError(
+                f"argnums names argument {number}, but the call has {counted(len(args), 'positional argument')}. "
+                "Keyword arguments are not differentiated: pass by position what is to be"
+            )
+    chosen = tuple(number % len(args) for number in chosen)
+    if len(set(chosen)) != len(chosen):
+        raise OptionError(f"argnums names an argument twice: {argnums!r}. Name each once")
+    return chosen
 
 
 def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tuple[pytree.TreeSpec, Positions]]:

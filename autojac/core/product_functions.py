@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from autojac.core.batch_grid import BatchGrid
 from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.core.nests import is_differentiable
 from autojac.core.selection import Select, picked
@@ -195,3 +196,16 @@ class SelectedOutput(ComposedFunction):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.func(*args, **kwargs)
         return picked(output, self.select), output
+
+
+class FlattenedBatch(ComposedFunction):
+    """A function of a batch with several axes, as a function of a batch with one."""
+
+    kind = "over several batch axes"
+
+    def __init__(self, func: Callable[..., Any], grid: BatchGrid) -> None:
+        super().__init__(func, (), grid.has_aux)
+        self.grid = grid
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.grid.call(self.func, args, kwargs)

@@ -174,6 +174,8 @@ class GraphAnalysis:
         flow = self.flow
         if flow is None:
             return str(self.reason)
+        # along that of several axes at which they do
+        flow = next((along for along in flow.axes if not along.independent), flow)
         if flow.losses:
             place = min(flow.losses)
             shapes = ", ".join(str(flow.graph.shapes[number]) for number in flow.graph.operations[place].sources)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from autojac.graph.batch_axis.rules import rule_of
 from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Graph
-from autojac.graph.operator_facts import Kind, facts_of
+from autojac.graph.operator_facts import Axes, Kind, facts_of
 
 UNFORESEEN = "its rule fails"
+FRONT = BatchAxis(0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BatchFlow:
         states: of each tensor.
         losses: for each operator at which samples meet, by position: why.
         meets: some operator is known to read several samples for one result.
+        start: how the batch lies in the inputs that carry it.
     """
 
     graph: Graph
@@ -35,11 +37,43 @@ class BatchFlow:
     states: Mapping[int, State]
     losses: Mapping[int, str]
     meets: bool = False
+    start: BatchAxis = FRONT
 
-    @property
+    @functools.cached_property
     def independent(self) -> bool:
         """Whether every output has sample b alone behind its row b."""
-        return not self.losses and not self.frontier and not self.lost_output
+        if not self.losses and not self.frontier and not self.lost_output:
+            return True
+        return len(self.axes) > 1 and all(flow.independent for flow in self.axes)
+
+    @functools.cached_property
+    def axes(self) -> tuple[BatchFlow, ...]:
+        """How each of several axes runs through the graph that a view takes the batch apart into; none without one.
+
+        Samples that are kept apart along every one of these axes are kept apart.
+        """
+        sizes = self._sizes_of_view() if self.start == FRONT else ()
+        batched = [self.states.get(number) == self.start for number in self.graph.inputs]
+        shared = [number for number in self.graph.inputs if self.states.get(number) == SHARED]
+        starts = {
+            BatchAxis(0, math.prod(sizes[:place]), math.prod(sizes[place + 1 :])): size
+            for place, size in enumerate(sizes)
+            if 1 < size < self.batch
+        }
+        return tuple(propagate_batch_axis(self.graph, starts[one], batched, shared, one) for one in starts)
+
+    def _sizes_of_view(self) -> tuple[int, ...]:
+        """Return the sizes of the axes that the first view of several takes the batch apart into."""
+        for place in sorted(self.losses):
+            operation = self.graph.operations[place]
+            if facts_of(operation.target).axes is not Axes.REGROUPED or self.states[operation.sources[0]] != self.start:
+                continue
+            (made,) = operation.outputs
+            after = self.graph.shapes[made] if made is not None else ()
+            for count in range(2, len(after) + 1):
+                if math.prod(after[:count]) == self.batch:
+                    return after[:count]
+        return ()
 
     @functools.cached_property
     def frontier(self) -> tuple[int, ...]:
@@ -67,14 +101,24 @@ class BatchFlow:
 
     @property
     def lost_output(self) -> bool:
-        """Whether an output itself is shared, or has the batch elsewhere than in front."""
-        return any(self.states.get(y) not in (BatchAxis(0), None) for y in self.graph.outputs)
+        """Whether an output itself is shared, or has the batch elsewhere than the inputs have it, in front."""
+        return any(self.states.get(y) not in (self.start, None) for y in self.graph.outputs)
 
 
-def propagate_batch_axis(graph: Graph, batch: int, batched: Sequence[bool], shared: Collection[int] = ()) -> BatchFlow:
-    """Follow the batch from the leaves that carry it on axis 0; the `shared` ones among the rest count as shared."""
+def propagate_batch_axis(
+    graph: Graph,
+    batch: int,
+    batched: Sequence[bool],
+    shared: Collection[int] = (),
+    start: BatchAxis = FRONT,
+) -> BatchFlow:
+    """Follow the batch from the leaves that carry it as `start` says; the `shared` ones among the rest count as shared.
+
+    A start with `outer` turns or `inner` entries follows one of several axes that are flattened to one: samples are
+    then all that have the same place along this axis.
+    """
     states: dict[int, State] = {
-        number: BatchAxis(0) if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
+        number: start if carries else None for number, carries in zip(graph.inputs, batched, strict=True)
     }
     states |= dict.fromkeys(shared, SHARED)
     losses: dict[int, str] = {}
@@ -102,7 +146,7 @@ def propagate_batch_axis(graph: Graph, batch: int, batched: Sequence[bool], shar
                 state = made[index] if isinstance(made, list) else made
                 assert state is None or state == SHARED or isinstance(state, BatchAxis)
                 states[number] = _sound(graph, number, state, batch)
-    return BatchFlow(graph, batch, states, losses, meets)
+    return BatchFlow(graph, batch, states, losses, meets, start)
 
 
 def _spread(context: RuleContext) -> State:

@@ -49,6 +49,7 @@ PRIVATE: dict[str, PrivateName] = {
 }
 """Every private name by its path; filled below, where each is looked up."""
 
+_FOLLOWED: Final = PrivateName("follow the user's code in a custom operator")
 ATTRIBUTES: Final[dict[str, PrivateName]] = {
     "torch.Tensor._version": PrivateName("see writes into a tensor"),
     "torch.Tensor._cdata": PrivateName("identify a tensor whatever Python object stands for it", "id"),
@@ -74,11 +75,11 @@ ATTRIBUTES: Final[dict[str, PrivateName]] = {
     "NativeBatchNormBackward0._saved_training": PrivateName(
         "tell whether a batch norm uses the statistics of its batch", without="every batch norm is taken to"
     ),
-    "torch._library.custom_ops.CustomOpDef._init_fn": PrivateName("follow the user's code in a custom operator"),
-    "torch._library.custom_ops.CustomOpDef._backward_fn": PrivateName("follow the user's code in a custom operator"),
-    "torch._library.custom_ops.CustomOpDef._setup_context_fn": PrivateName(
-        "follow the user's code in a custom operator"
-    ),
+    "NativeBatchNormBackward0._input_metadata": PrivateName("recognize graphs of one shape, by that of their tensors"),
+    "NativeBatchNormBackward0._raw_saved_input": PrivateName("recognize graphs of one shape, and what hooks pack"),
+    "torch._library.custom_ops.CustomOpDef._init_fn": _FOLLOWED,
+    "torch._library.custom_ops.CustomOpDef._backward_fn": _FOLLOWED,
+    "torch._library.custom_ops.CustomOpDef._setup_context_fn": _FOLLOWED,
 }
 """Private attributes of torch's objects that other files read."""
 

@@ -311,6 +311,15 @@ def freed_graph() -> None:
     jacobian_from(y, leaf)
 
 
+def hooked_later() -> None:
+    for call in range(4):
+        leaf = torch.ones(5, 7, requires_grad=True)
+        inner = leaf.sin()
+        if call == 3:
+            inner.register_hook(lambda gradient: gradient + gradient.flip(0))
+        jacobian_from(inner.cos(), leaf)
+
+
 def refused_graph() -> None:
     with mock.patch.object(Pull, "of_graph", side_effect=RuntimeError("no vmap rule")):
         graph_of(torch.sin)
@@ -774,6 +783,7 @@ MESSAGES = (
         "Pass coupling=",
         lambda: graph_of(lambda leaf: leaf.softmax(0), coupling="independent"),
     ),
+    Message(StructureChangedWarning, "met before", "couples samples otherwise", "declare coupling=", hooked_later),
     # verification, and what is made of Jacobians
     Message(
         VerificationError,

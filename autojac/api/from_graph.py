@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from autojac.api.graph_plans import by_known_plan, by_new_plan
+from autojac.autodiff.graph_shape import graph_shape
 from autojac.autodiff.open_modes import transforming
 from autojac.autodiff.pullback import Pullback
 from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO, Axis, batch_axes
 from autojac.core.options import Options, parse_bytes
-from autojac.core.sandbox import Sandbox
 from autojac.core.signature import Leaf, Signature
 from autojac.core.structure import Structure
-from autojac.errors import (
-    AutojacError,
-    InputError,
-    OptionError,
-    SearchError,
-    StructureChangedWarning,
-    UnsupportedError,
-    kind_of,
-    warn,
-)
+from autojac.errors import AutojacError, InputError, OptionError, UnsupportedError, kind_of
 from autojac.guards.compiled_functions import opaque
-from autojac.methods.pull import Pull
-from autojac.planning.search.memory import available_bytes
-from autojac.probe.masks import index_masks, split_masks
-from autojac.probe.sample_pairs import cotangent_verdict
 from autojac.probe.side_effects import check_outputs
 from autojac.problem.layouts import require_layout
 from autojac.problem.problem import Problem, Result, empty_rows
-from autojac.problem.reference import Reference
 from autojac.torch_internals import pytree
-
-FEWEST_MASKS = 6
-"""Passes spent on the coupling at least; more only where the Jacobian itself takes more."""
 
 
 @opaque
@@ -59,6 +44,17 @@ def jacobian_from(
 
     Reverse mode through the graph as it is: func is neither needed nor called. What couples with what is probed on that
     graph, and the result is checked against plain VJPs before it is returned.
+
+    In a loop the later calls only pull the rows: what was found is remembered for graphs of the same operators, integer
+    arguments and shapes. Where these operators prove that samples are independent, calls 2, 4, 8, ... are checked, each
+    by one VJP more; where they prove nothing, as a custom Function does, every call is.
+
+        >>> import torch
+        >>> from autojac import jacobian_from
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> x = torch.rand(64, 2, requires_grad=True)
+        >>> jacobian_from(net(x), x, create_graph=True).shape
+        torch.Size([64, 1, 2])
 
     Args:
         outputs: a tensor (B, *out) or a nest of them.
@@ -87,102 +83,103 @@ def jacobian_from(
     Warns:
         StructureChangedWarning: the samples were declared independent and are not; the result is right.
     """
-    options = Options.checked({"layout": layout, "in_dims": in_dims, "coupling": coupling})
-    if layout == "sparse":
-        raise OptionError(
-            "a graph alone does not show which entries are zero everywhere: layout='sparse' needs the function. Use "
-            "AutoJacobian(func, layout='sparse')"
-        )
+    options = _options(layout, in_dims, coupling)
     limit = parse_bytes(memory_limit)
     values, out_spec = pytree.tree_flatten(outputs)
     sources, in_spec = pytree.tree_flatten(inputs)
     _require_graph(values, sources)
-    axes = batch_axes((inputs,), (in_dims,))
+    axes = (AUTO,) * len(sources) if in_dims == AUTO else batch_axes((inputs,), (in_dims,))
     unbatched = all(axis is None for axis in axes)
     if unbatched:
         values = [value.unsqueeze(0) for value in values]
-        options = Options.checked({"layout": "blocks" if layout == "full" else layout, "coupling": coupling})
+        options = _options("blocks" if layout == "full" else layout, AUTO, coupling)
     batch = check_outputs(values)
-    batched = tuple(_carries(x, axis, batch) for x, axis in zip(sources, axes, strict=True))
-    leaves = tuple(
-        Leaf(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), has, True)
-        for x, has in zip(sources, batched, strict=True)
-    )
-    events = tuple(tuple(value.shape[1:]) for value in values)
-    require_layout(Signature(leaves, events, batch, "", options.layout, create_graph, ()))
-    # methods see the outputs that have elements
-    solid = [index for index, value in enumerate(values) if value.numel()] or list(range(len(values)))
+    carriers = tuple([_carries(x, axis, batch) for x, axis in zip(sources, axes, strict=True)])
+    shape = graph_shape(values, sources)
+    if not allow_unused:
+        _require_used(shape.unused)
+    is_known = isinstance(coupling, str)
+    tensors = tuple([(x.shape, x.dtype, x.device) for x in (*values, *sources)])
+    # a structure in full may hold arrays, which are not worth comparing
+    key = (shape.key, tensors, carriers, options.layout, coupling, create_graph, limit) if is_known else None
+    solid = _with_elements(values)
     pullback = Pullback.of_graph([values[index] for index in solid], sources, create_graph)
-    structure = options.declared or Structure("independent")
-    room = available_bytes(sources[0].device) // 2 if limit is None else limit
-    whole = Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, room)
-    problem = dataclasses.replace(whole, outputs=tuple(events[index] for index in solid))
+    every: Sequence[Sequence[Tensor]]
     try:
         with outside_autocast():
-            if not allow_unused:
-                _require_used(Pullback.of_graph(values, sources, False))
-            result = _compute(problem, pullback, probing=options.declared is None)
+            result = by_known_plan(key, pullback)
+            if result is None or len(solid) < len(values):
+                problem = _problem(values, sources, carriers, options, create_graph, limit)
+                result = result or by_new_plan(key, _part(problem, solid), pullback, shape, options.declared is None)
+                every = _with_empty(problem, result, solid, sources)
+            else:
+                every = result.jacobians
         if not retain_graph:
             pullback.free()
     except AutojacError:
         raise
     except RuntimeError as error:
         raise InputError(f"no gradient can be pulled through this graph: {_advice(error)}") from error
-    hollow = dataclasses.replace(whole, outputs=tuple(event for event in events if 0 in event))
-    found, zeros = iter(result.jacobians), iter(empty_rows(hollow, sources))
-    every = [next(found if index in solid else zeros) for index in range(len(values))]
     rows = [pytree.tree_unflatten([J[0] if unbatched else J for J in row], in_spec) for row in every]
     return pytree.tree_unflatten(rows, out_spec)
 
 
-def _compute(problem: Problem, pullback: Pullback, probing: bool) -> Result:
-    carriers = [leaf.batched for leaf in problem.leaves]
-    if 0 in (problem.batch, problem.out_size) or not any(x.numel() for x in pullback.inputs):
-        return Result(pullback.outputs, empty_rows(problem, pullback.inputs))
-    if probing and problem.batch > 1 and any(carriers):
-        exact = index_masks(problem.batch)
-        generator = torch.Generator().manual_seed(0)
-        allowed = max(FEWEST_MASKS, problem.out_size)
-        masks = exact if len(exact) <= allowed else split_masks(problem.batch, allowed, generator)
-        masks = [mask.to(pullback.inputs[0].device) for mask in masks]
-        if cotangent_verdict(pullback, carriers, masks, f"{len(masks)} masks", generator).coupled:
-            problem = _dense(problem)
-    reasons = []
-    while True:
-        reference = Reference(problem, pullback.inputs, {}, Sandbox(()), pullback=pullback)
-        for method in _methods(problem):
-            try:
-                result = method.of_graph(problem, pullback)
-                wrong = reference.check(result)
-            except Exception as error:  # is_grads_batched needs a vmap rule of every operator
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong is None:
-                return result
-            reasons.append(f"{method}: {wrong}")
-        if not problem.structure.independent:
-            raise SearchError(
-                f"no method agrees with plain VJPs of this graph ({'; '.join(reasons)}). Let backwards of custom "
-                "autograd Functions run any number of times, or wrap the function: AutoJacobian(func)(x)"
-            )
-        if not probing:
-            message = (
-                "the samples were declared independent, but are not. This Jacobian was computed again and is right. "
-                "Pass coupling='auto' or 'dense'"
-            )
-            warn(message, StructureChangedWarning)
-        problem = _dense(problem)
+def _problem(
+    values: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    carriers: Sequence[bool],
+    options: Options,
+    create_graph: bool,
+    limit: int | None,
+) -> Problem:
+    """Return what is to be computed of all outputs."""
+    leaves = tuple(
+        Leaf(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), has, True)
+        for x, has in zip(sources, carriers, strict=True)
+    )
+    events, batch = tuple(tuple(value.shape[1:]) for value in values), len(values[0])
+    require_layout(Signature(leaves, events, batch, "", options.layout, create_graph, ()))
+    structure = options.declared or Structure("independent")
+    return Problem(_no_func, leaves, events, batch, options.layout, structure, create_graph, limit or 0)
 
 
-def _dense(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, structure=problem.structure.refuted("the graph couples samples"))
+def _with_elements(values: Sequence[Tensor]) -> Sequence[int]:
+    """Return the outputs that methods see, by their numbers: those with elements, if there are any."""
+    return [index for index, value in enumerate(values) if value.numel()] or range(len(values))
 
 
-def _methods(problem: Problem) -> Sequence[Pull]:
-    """Return those that need no func, the most promising first; the plain loop needs no rule of any operator."""
-    fitting = [m for m in Pull.candidates(problem, 0) if m.runs_func_plainly and m.unsupported(problem) is None]
-    allowed = [m for m in fitting if problem.result_bytes + m.workspace(problem) <= problem.memory_limit]
-    ranked = sorted(allowed, key=lambda method: method.cost(problem))
-    return [*ranked, *(method for method in fitting if method.engine == "loop" and method not in ranked)]
+def _part(problem: Problem, chosen: Sequence[int]) -> Problem:
+    """Return the problem of some of the outputs."""
+    return dataclasses.replace(problem, outputs=tuple(problem.outputs[index] for index in chosen))
+
+
+def _with_empty(
+    problem: Problem, result: Result, solid: Sequence[int], sources: Sequence[Tensor]
+) -> Sequence[Sequence[Tensor]]:
+    """Return Jacobians of all outputs, from those of the outputs with elements."""
+    others = [index for index in range(len(problem.outputs)) if index not in solid]
+    rows = dict(zip(others, empty_rows(_part(problem, others), sources), strict=True))
+    rows |= dict(zip(solid, result.jacobians, strict=True))
+    return [rows[index] for index in range(len(problem.outputs))]
+
+
+def _options(layout: Any, in_dims: Any, coupling: Any) -> Options:
+    if in_dims == AUTO and isinstance(layout, str) and isinstance(coupling, str):
+        options = _automatic(layout, coupling)
+    else:
+        options = Options.checked({"layout": layout, "in_dims": in_dims, "coupling": coupling})
+    if layout == "sparse":
+        raise OptionError(
+            "a graph alone does not show which entries are zero everywhere: layout='sparse' needs the function. Use "
+            "AutoJacobian(func, layout='sparse')"
+        )
+    return options
+
+
+@functools.lru_cache(64)
+def _automatic(layout: str, coupling: str) -> Options:
+    """Check what most calls pass, once."""
+    return Options.checked({"layout": layout, "in_dims": AUTO, "coupling": coupling})
 
 
 def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
@@ -215,8 +212,7 @@ def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
         )
 
 
-def _require_used(pullback: Pullback) -> None:
-    unused = pullback.unused()
+def _require_used(unused: Sequence[int]) -> None:
     if unused:
         inputs = f"input{'s' if len(unused) > 1 else ''} {', '.join(map(str, unused))}"
         raise InputError(

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from autojac.autodiff.graph_shape import edge_of, graph_shape
 from autojac.autodiff.primitives import Bound, quietly
 from autojac.autodiff.zero_tangents import without_loading_compiler
 from autojac.errors import UnsupportedError
@@ -136,16 +137,7 @@ class Pullback:
 
     def unused(self) -> list[int]:
         """Return the inputs that no output leads back to, by their numbers; nothing is pulled."""
-        reached: set[Any] = set()
-        visited: set[Any] = set()
-        waiting = [_edge(y) for y in self.recorded if y.requires_grad]
-        while waiting:
-            edge = waiting.pop()
-            reached.add(edge)
-            if edge[0] not in visited:
-                visited.add(edge[0])
-                waiting += [following for following in edge[0].next_functions if following[0] is not None]
-        return [number for number, x in enumerate(self.inputs) if _edge(x) not in reached]
+        return list(graph_shape(self.recorded, self.inputs).unused)
 
     def hidden(self) -> list[int]:
         """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
@@ -187,15 +179,9 @@ def is_custom(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Return where a tensor stands in the graph: its node, and which of the node's results it is."""
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
 def node_of(tensor: Tensor) -> Any:
     """Return the node of the graph that a tensor stands at, an input's too; None where it has no graph."""
-    return _edge(tensor)[0] if tensor.requires_grad else None
+    return edge_of(tensor)[0] if tensor.requires_grad else None
 
 
 def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:

@@ -155,8 +155,8 @@ ROWS = (
     _row("nan_to_num fmax fmin", Kind.POINTWISE, drops_nan=True),
     _row(
         "hardswish fill polar complex real imag _conj fmod remainder softplus_backward log_sigmoid_forward "
-        "log_sigmoid_backward _prelu_kernel prelu hardtanh_backward elu_backward leaky_relu_backward pow sub rsub lerp "
-        "clamp addcmul addcdiv",
+        "log_sigmoid_backward _prelu_kernel _prelu_kernel_backward prelu hardtanh_backward elu_backward "
+        "leaky_relu_backward pow sub rsub lerp clamp addcmul addcdiv",
         Kind.POINTWISE,
     ),
     _row("mish_backward hardswish_backward hardsigmoid_backward", Kind.POINTWISE, any_layout=True),
@@ -188,7 +188,8 @@ ROWS = (
         Kind.MOVE,
         axes=Axes.LEADING,
     ),
-    _row("slice_scatter select_scatter diagonal_scatter slice_backward select_backward diagonal_backward", Kind.MOVE),
+    _row("slice_scatter select_scatter diagonal_scatter diagonal_backward", Kind.MOVE),
+    _row("slice_backward select_backward", Kind.MOVE, axes=Axes.OWN),
     # entries are chosen by index or by mask
     _row("index_select", Kind.GATHER, axes=Axes.OWN, selectors=("index",), along="dim", any_layout=True),
     _row("gather", Kind.GATHER, axes=Axes.INDEXED, selectors=("index",), along="dim", any_layout=True),
@@ -216,7 +217,12 @@ ROWS = (
         Kind.CHANNEL,
         batched=(0, 1, 2),
     ),
-    _row("col2im", Kind.UNKNOWN, axes=Axes.LEADING),
+    _row(
+        "col2im avg_pool2d_backward max_pool2d_with_indices_backward _adaptive_avg_pool2d_backward "
+        "upsample_nearest2d_backward upsample_bilinear2d_backward _scaled_dot_product_flash_attention_for_cpu_backward",
+        Kind.UNKNOWN,
+        axes=Axes.LEADING,
+    ),
     _row("grid_sampler_2d grid_sampler_3d", Kind.UNKNOWN, axes=Axes.LEADING, batched=(0, 1)),
     # products
     _row("mm bmm", Kind.PRODUCT, factors=("self", "mat2"), any_layout=True),
@@ -239,7 +245,9 @@ ROWS = (
     ),
     _row("cumsum", Kind.SCAN, any_layout=True),
     _row("sort topk argsort cummax cummin", Kind.SCAN, by_value=True),
-    _row("_softmax_backward_data _log_softmax_backward_data linalg_cross", Kind.SCAN, axes=Axes.UNKNOWN),
+    _row("_softmax_backward_data _log_softmax_backward_data", Kind.SCAN),
+    _row("linalg_cross", Kind.SCAN, axes=Axes.UNKNOWN),
+    _row("glu_backward", Kind.UNKNOWN, axes=Axes.NAMED),
     _row(
         "linalg_inv_ex linalg_cholesky_ex linalg_qr _linalg_eigh linalg_lu_factor_ex linalg_lu _linalg_svd "
         "linalg_matrix_exp cholesky_solve cholesky_inverse",
@@ -250,13 +258,14 @@ ROWS = (
     _row("linalg_householder_product", Kind.UNKNOWN, forward_formula_once=True),
     _row("native_layer_norm", Kind.NORMALIZATION, axes=Axes.OWN, forward_formula_once=True),
     _row("native_group_norm", Kind.NORMALIZATION, axes=Axes.OWN, batch_size="N"),
+    _row("native_layer_norm_backward native_group_norm_backward", Kind.UNKNOWN, axes=Axes.OWN),
+    _row("native_batch_norm_backward convolution_backward unfold_backward", Kind.UNKNOWN, axes=Axes.OWN),
     _row(
         "native_batch_norm cudnn_batch_norm _native_batch_norm_legit _batch_norm_with_update",
         Kind.UNKNOWN,
         batch_norm=True,
         forward_formula_once=True,
     ),
-    # no entry is read
     _row(
         "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided zeros ones "
         "full empty empty_strided _new_zeros_with_same_feature_meta",

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from autojac.autodiff import seeds
 from autojac.autodiff.pullback import Pullback
-from autojac.autodiff.seeds import SeedKind
+from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.base import Method, chunk_sizes
 from autojac.methods.support.costs import evaluation_cost, pull_cost
 from autojac.methods.support.engines import Engine
@@ -87,9 +87,14 @@ class Pull(Method):
     def prepare(self, problem: Problem) -> Compute:
         return self._reverse_mode.prepare(problem)
 
-    def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
-        """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
-        return self._reverse_mode.of_graph(problem, pullback)
+    def of_graph(self, problem: Problem, pullback: Pullback, made: SharedSeeds | None = None) -> Result:
+        """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own.
+
+        Args:
+            problem, pullback: the graph.
+            made: the seeds of an earlier run.
+        """
+        return self._reverse_mode.of_graph(problem, pullback, made)
 
     @property
     def _reverse_mode(self) -> ReverseMode:

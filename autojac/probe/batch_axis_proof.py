@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
 from autojac.graph.analysis import GraphAnalysis
+from autojac.graph.backward_recorder import record_backward
+from autojac.graph.batch_axis.propagation import propagate_batch_axis
 from autojac.graph.recorder import record
 from autojac.probe.sample_pairs import ProbePoint, cotangent_verdict
 
@@ -47,6 +50,29 @@ def prove(analysis: GraphAnalysis) -> Proof:
     if analysis.state:
         line += f"; but {analysis.state} may change what runs, so it is checked on like an observation"
     return Proof(not analysis.state, line, any_values=True)
+
+
+def backward_keeps_apart(pullback: Pullback, carriers: Sequence[bool], batch: int) -> bool:
+    """Check whether the operators of one backward pass prove that a cotangent on one sample stays in it.
+
+    What the graph has saved is constant to a pass, so this holds for all graphs on which the same operators run.
+
+    Args:
+        pullback: of a graph that exists already.
+        carriers: for each input, whether axis 0 runs over samples.
+        batch: how many samples there are.
+    """
+
+    def pulled(cotangents: Sequence[Tensor]) -> list[Tensor]:
+        gradients = pullback.pull(pullback.recorded, cotangents)
+        return [gradient for gradient, carries in zip(gradients, carriers, strict=True) if carries]
+
+    cotangents = [torch.ones_like(value, requires_grad=False) for value in pullback.recorded]
+    with pullback.without_graph():
+        graph = record_backward(pulled, cotangents)
+    if graph is None or graph.reads_data:
+        return False
+    return propagate_batch_axis(graph, batch, [True] * len(cotangents)).independent
 
 
 def confirm(proof: Proof, analysis: GraphAnalysis, *points: ProbePoint) -> Proof:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import autojac
 from autojac import InputError, StructureChangedWarning, jacobian_from
-from autojac.api import from_graph
+from autojac.api import graph_plans
 from harness import compare
 from oracle import jacobian_blocks, jacobian_full
 from scenarios import SCENARIOS, Scenario
@@ -141,9 +141,9 @@ def test_one_coupled_pair_is_found(batch: int, source: int, target: int, layout:
 
 def test_work_is_batched_but_for_functions_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = []
-    original = from_graph.Pull.of_graph
+    original = graph_plans.Pull.of_graph
     monkeypatch.setattr(
-        from_graph.Pull, "of_graph", lambda self, *rest: methods.append(self.engine) or original(self, *rest)
+        graph_plans.Pull, "of_graph", lambda self, *rest: methods.append(self.engine) or original(self, *rest)
     )
     x = leaf(4, 40)
     jacobian_from(x.sin() @ torch.randn(40, 40).double(), x)

@@ -36,6 +36,7 @@ ROWS_READ = torch.tensor([2, 0, 1, 2])
 MASK = torch.tensor([True, False, True])[:, None, None].expand(3, 4, 5)
 SPARSE = torch.tensor([[0.0, 1, 0], [2, 0, 0]], dtype=torch.float64).to_sparse()
 CUBE, MATRIX, IMAGE, VOLUME = (3, 4, 5), (3, 4), (2, 4, 4, 3), (2, 2, 3, 4, 2)
+POOLED = constant(2, 4, 8, 6)
 ANY: dict[str, Function] = {
     "neg": lambda x: -x,
     "mul": lambda x: x * torch.tensor([1.0, 0, 2, 0, 3], dtype=x.dtype),
@@ -78,6 +79,9 @@ ANY: dict[str, Function] = {
     "diagonal_scatter": lambda x: aten.diagonal_scatter(x, x[:, 0, :4], 0, 1, 2),
     "slice_backward": lambda x: aten.slice_backward(x, [3, 9, 5], 1, 2, 6, 1),
     "select_backward": lambda x: aten.select_backward(x, [3, 4, 2, 5], 2, 1),
+    "unfold_backward": lambda x: aten.unfold_backward(x, [3, 11], 1, 5, 2),
+    "glu_backward": lambda x: aten.glu_backward(x, constant(3, 8, 5), 1),
+    "_prelu_kernel_backward": lambda x: aten._prelu_kernel_backward(x, constant(3, 4, 5) - 1, constant(4, 1))[0],
     "index_select": lambda x: x.index_select(0, ROWS_READ),
     "gather": lambda x: x.gather(1, torch.tensor([[[3, 0, 1, 2, 2]], [[0, 0, 0, 1, 1]], [[3, 3, 3, 2, 0]]])),
     "take": lambda x: x.take(torch.tensor([[7, 0], [59, 3]])),
@@ -127,6 +131,17 @@ ANY: dict[str, Function] = {
     "baddbmm": lambda x: torch.baddbmm(x[:, :, :2], x, constant(3, 5, 2)),
     "native_layer_norm": lambda x: torch.layer_norm(x, [5], constant(5)),
     "native_group_norm": lambda x: torch.group_norm(x, 2, constant(4)),
+    "native_layer_norm_backward": lambda x: aten.native_layer_norm_backward(
+        *(x, constant(3, 4, 5), [5], constant(3, 4, 1), constant(3, 4, 1), constant(5), None, [True, False, False])
+    )[0],
+    "native_group_norm_backward": lambda x: aten.native_group_norm_backward(
+        *(x, constant(*x.shape), constant(len(x), 1), constant(len(x), 1)),
+        *(None, len(x), x.shape[1], x.shape[2], 1, [True, False, False]),
+    )[0],
+    "native_batch_norm_backward": lambda x: aten.native_batch_norm_backward(
+        *(x, constant(*x.shape), None, None, None),
+        *(constant(x.shape[1]), constant(x.shape[1]), True, 1e-5, [True, False, False]),
+    )[0],
     "_cdist_forward": lambda x: aten._cdist_forward(x, constant(3, 2, 5), 2.0, None),
     "reflection_pad1d": lambda x: aten.reflection_pad1d(x, [1, 2]),
     "replication_pad1d": lambda x: aten.replication_pad1d(x, [1, 2]),
@@ -162,6 +177,19 @@ IMAGES: dict[str, Function] = {
     "im2col": lambda x: aten.im2col(x, [2, 2], [1, 1], [0, 0], [2, 1]),
     "col2im": lambda x: aten.col2im(x.reshape(2, 4, 12), [4, 5], [2, 2], [1, 1], [0, 0], [1, 1]),
     "grid_sampler_2d": lambda x: aten.grid_sampler_2d(x, constant(2, 3, 3, 2) - 1, 0, 0, False),
+    "convolution_backward": lambda x: aten.convolution_backward(
+        *(x, constant(2, 3, 5, 5), constant(4, 3, 2, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        [True, False, False],
+    )[0],
+    "avg_pool2d_backward": lambda x: aten.avg_pool2d_backward(
+        x, constant(2, 4, 8, 6), [2, 2], [2, 2], [0, 0], False, True, None
+    ),
+    "max_pool2d_with_indices_backward": lambda x: aten.max_pool2d_with_indices_backward(
+        *(x, POOLED, [2, 2], [2, 2], [0, 0], [1, 1], False, aten.max_pool2d_with_indices(POOLED, [2, 2])[1])
+    ),
+    "_adaptive_avg_pool2d_backward": lambda x: aten._adaptive_avg_pool2d_backward(x, POOLED),
+    "upsample_nearest2d_backward": lambda x: aten.upsample_nearest2d_backward(x, [4, 3], [2, 4, 2, 2]),
+    "upsample_bilinear2d_backward": lambda x: aten.upsample_bilinear2d_backward(x, [4, 3], [2, 4, 2, 2], False),
     "_scaled_dot_product_flash_attention_for_cpu": lambda x: aten._scaled_dot_product_flash_attention_for_cpu(
         x, x.flip(2), x.flip(3)
     )[0],

@@ -70,7 +70,7 @@ class Pulls:
         final = len(cotangents[0]) - 1
         rows = [
             pullback.pull(outputs, seeds, last=last and number == final)
-            for number, seeds in enumerate(zip(*cotangents, strict=True))
+            for number, seeds in enumerate(zip(*[part.unbind() for part in cotangents], strict=True))
         ]
         return _stacked(rows)
 

@@ -54,11 +54,11 @@ class ReverseMode:
 
         return compute
 
-    def of_graph(self, problem: Problem, pullback: Pullback) -> Result:
+    def of_graph(self, problem: Problem, pullback: Pullback, made: SharedSeeds | None = None) -> Result:
         """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
         if problem.of:
             return self._nested(problem, pullback)
-        return self._sweep(problem, Pulls.by(pullback, self.engine), SharedSeeds())
+        return self._sweep(problem, Pulls.by(pullback, self.engine), made or SharedSeeds())
 
     def _derivatives(self, problem: Problem) -> Compute:
         """Return the function that makes derivatives by columns, order on order."""
@@ -117,7 +117,8 @@ class ReverseMode:
             if diagonal:
                 jacobians.append(whole.T)
                 continue
-            blocks = whole.movedim(0, 1).reshape(problem.batch, *event, *whole.shape[2:])
+            rows_last = whole if count == 1 else whole.movedim(0, 1)
+            blocks = rows_last.reshape(problem.batch, *event, *whole.shape[2:])
             jacobians.append(from_blocks(problem.layout, blocks, event, batched=True))
         return tuple(jacobians)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import register
-from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
+from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Value
 from autojac.graph.operator_facts import Axes, facts_of
 
@@ -29,3 +29,12 @@ def convolution(context: RuleContext) -> State:
     if state.axis != 0:
         raise Meets("it mixes along the batch")
     return state
+
+
+@register("convolution_backward")
+def convolution_backward(context: RuleContext) -> list[State]:
+    """Follow the gradient of the images; those of weight and bias sum over the batch."""
+    _, state = context.only()
+    if state.axis != 0:
+        raise Meets("it mixes along the batch")
+    return [state, SHARED, SHARED]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
-from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
+from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.operator_facts import Axes
 
 
@@ -43,3 +43,19 @@ def group_norm(context: RuleContext) -> list[State]:
     if state != BatchAxis(0):
         raise BatchAxisLost("the batch is not in front")
     return [state, state, state]
+
+
+@register("native_layer_norm_backward native_group_norm_backward native_batch_norm_backward")
+def norm_backward(context: RuleContext) -> list[State]:
+    """Follow the gradient of what was normalized; those of weight and bias sum over the batch."""
+    shape, state = context.only()
+    if "normalized_shape" in context.arguments:
+        meets = state.axis >= len(shape) - len(context["normalized_shape"])
+    elif "train" in context.arguments:
+        # channels have statistics of their own
+        meets = context["train"] and state.axis != 1
+    else:
+        meets = state != BatchAxis(0)
+    if meets:
+        raise Meets("it normalizes over the batch")
+    return [state, SHARED, SHARED]

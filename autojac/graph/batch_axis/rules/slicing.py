@@ -12,7 +12,7 @@ def select(context: RuleContext) -> State:
     return _without_axis(context, "it takes one sample out of the batch")
 
 
-@register("slice")
+@register("slice slice_backward")
 def slicing(context: RuleContext) -> State:
     shape, state = context.only()
     axis = (context["dim"] or 0) % len(shape)
@@ -69,4 +69,20 @@ def pad(context: RuleContext) -> State:
     behind = 2 * (len(shape) - 1 - state.axis)
     if any(amounts[behind : behind + 2]):
         raise BatchAxisLost("the batch is padded")
+    return state
+
+
+@register("select_backward")
+def select_backward(context: RuleContext) -> State:
+    """Put a slice to its place along a new axis `dim`."""
+    _, state = context.only()
+    return state._replace(axis=state.axis + (context["dim"] % len(context.out) <= state.axis))
+
+
+@register("unfold_backward")
+def unfold_backward(context: RuleContext) -> State:
+    """Add up windows along `dim`, which lie along the last axis."""
+    shape, state = context.only()
+    if state.axis in (context["dim"] % len(context.out), len(shape) - 1):
+        raise Meets(MEET)
     return state

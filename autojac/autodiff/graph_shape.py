@@ -1,0 +1,149 @@
+"""The shape of a graph that autograd has recorded: all by which two graphs run the same operators backward."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Edge = tuple[Any, int]
+Read = Callable[[Any], Sequence[Any]]
+GENERATED = re.compile(r"\w+Backward\d+|AccumulateGrad|CopyBackwards")
+"""Nodes that torch generates from formulas: what they do follows from attributes that they show. Others, which are
+custom Functions in Python or C++ and writes into views, may do anything."""
+
+
+class GraphShape(NamedTuple):
+    """What two graphs have in common that run the same operators backward, on tensors of the same shapes.
+
+    Values of tensors and floating-point numbers are left out.
+
+    Attributes:
+        key: node by node its type, where its edges lead, the integers, flags and shapes that it holds; and where the
+            outputs and inputs stand.
+        nodes: how many there are.
+        is_opaque: some node may do what its attributes don't show.
+        unused: inputs that no output leads back to, by their numbers.
+    """
+
+    key: Hashable
+    nodes: int
+    is_opaque: bool
+    unused: tuple[int, ...]
+
+
+def graph_shape(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphShape:
+    """Walk a graph from outputs that exist already; nothing is pulled, and nothing unpacked that hooks have packed."""
+    starts = [edge_of(y) if y.requires_grad else None for y in outputs]
+    ends = [edge_of(x) for x in inputs]
+    asked = {node for node, _ in ends}
+    edges: dict[Any, Sequence[Edge]] = {}
+    # of nodes that lead to an input: the others do not run when that is asked for
+    numbers: dict[Any, int | None] = {}
+    parts: list[Hashable] = []
+    is_opaque = False
+    waiting = [start[0] for start in starts if start is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in numbers:
+            continue
+        following = edges.get(node)
+        if following is None:
+            edges[node] = following = node.next_functions
+            if following:
+                # once more, after all that it leads to
+                waiting.append(node)
+                waiting += [target for target, _ in following if target is not None and target not in numbers]
+                continue
+        ways = [(numbers.get(target), place) for target, place in following]
+        numbers[node] = None
+        if node in asked or any([number is not None for number, _ in ways]):
+            held = _held(node) if following else ()
+            is_opaque |= held is None
+            numbers[node] = len(parts)
+            parts.append((type(node), tuple(ways), held))
+    places = [None if edge is None else (numbers.get(edge[0]), edge[1]) for edge in (*starts, *ends)]
+    unused = tuple([index for index, end in enumerate(ends) if not _reached(end, starts, edges)])
+    return GraphShape((tuple(parts), tuple(places)), len(edges), is_opaque, unused)
+
+
+def _reached(end: Edge, starts: Sequence[Edge | None], edges: Mapping[Any, Sequence[Edge]]) -> bool:
+    """Check whether outputs lead to one of the results of a node, not just to the node."""
+    following = edges.get(end[0])
+    if following is None:
+        return False
+    # a leaf is the one result of its node
+    return not following or end in starts or any([end in group for group in edges.values()])
+
+
+def _held(node: Any) -> Hashable | None:
+    """Return the shapes, integers and flags that a node holds; None where that is not all which decides."""
+    kind: Any = type(node)
+    plain, saved, is_generated = _attributes(kind)
+    if not is_generated:
+        return None
+    try:
+        held: list[Hashable] = [_frozen(value) for value in plain(node)]
+        held += [part if part is None else _described(part) for part in saved(node)]
+    except (RuntimeError, TypeError, AttributeError):  # freed, packed by hooks, or a torch that does not show it
+        return None
+    for part in node._input_metadata:
+        held += part.shape
+        held.append(part.dtype)
+    return tuple(held)
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Return where a tensor stands in the graph: its node, and which of the node's results it is."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+@functools.lru_cache(1024)
+def _attributes(kind: Any) -> tuple[Read, Read, bool]:
+    """Return what reads the numbers, and the tensors, that nodes of a type show; and whether that is all they hold."""
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    tensors = [name for name in names if hasattr(kind, f"_raw{name}")]
+    is_generated = GENERATED.fullmatch(kind.__name__) is not None
+    return (
+        _reader([name for name in names if name not in tensors]),
+        _reader([f"_raw{n}" for n in tensors]),
+        is_generated,
+    )
+
+
+def _reader(names: Sequence[str]) -> Read:
+    """Return what reads some attributes in one pass."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return (lambda node: (getattr(node, names[0]),)) if names else (lambda node: ())
+
+
+def _frozen(value: Any) -> Hashable:
+    """Return what a node holds, hashable, without floating-point numbers."""
+    if type(value) is float:
+        return float
+    return tuple(value) if type(value) is list else value
+
+
+def _described(saved: Any) -> Hashable:
+    """Return shapes and dtypes of what a node has saved.
+
+    Raises:
+        TypeError: if hooks have packed it.
+    """
+    if isinstance(saved, (tuple, list)):
+        return tuple(map(_described, saved))
+    held = None if saved is None else saved.data
+    if held is None:
+        return None
+    if not isinstance(held, Tensor):
+        raise TypeError("packed by hooks")
+    return held.shape, held.dtype

@@ -186,13 +186,10 @@ def test_another_process_goes_on_where_one_stopped(net: nn.Module, monkeypatch: 
     assert known <= {str(t.method) for t in second.plan(x).trials if t.seconds is not None or t.reason}
 
 
-@pytest.mark.parametrize(
-    ("seed", "steps"), [(8, {"look", "memory", "round"}), (9, {"look", "longer", "round", "duel"})]
-)
 def test_an_interrupt_in_any_step_reaches_the_user_and_harms_nothing(
-    net: nn.Module, seed: int, steps: set[str], monkeypatch: pytest.MonkeyPatch
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Scripted(monkeypatch, seed)
+    Scripted(monkeypatch, seed=12)
     x = torch.randn(16, 3, dtype=torch.float64)
     jac = AutoJacobian(net, store=":memory:")
     kinds: list[str] = []
@@ -215,7 +212,7 @@ def test_an_interrupt_in_any_step_reaches_the_user_and_harms_nothing(
             compare(jac(x), jacobian_blocks(net, (x,)))
         if explored(jac) is None:
             break
-    assert steps <= set(kinds)
+    assert {"look", "longer", "memory", "round", "duel"} <= set(kinds)
     assert seen == len(kinds)
     compare(jac(x), jacobian_blocks(net, (x,)))
 

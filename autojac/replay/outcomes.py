@@ -6,10 +6,10 @@ passing whether they do. A number with decimals comes out otherwise in each call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 GUARDED = (bool, int)
 """Kinds of outcomes that other calls may share."""
@@ -42,6 +42,15 @@ def require_shape(expected: tuple[int, ...], tensor: Tensor) -> None:
     """
     if tensor.shape != expected:
         raise OtherOutcomeError
+
+
+def only_mask(name: str, nodes: Any, written: Container[int]) -> object:
+    """Return the node of the only mask by which an operator indexes, whose size alone decides over the result's.
+
+    Of others, and of masks that are written into, something that is equal to nothing else.
+    """
+    found = [n for n in nodes[0][1] if isinstance(n, fx.Node)] if name in ("index", "_unsafe_index") else []
+    return found[0] if len(found) == 1 and found[0].meta["storage"] not in written else object()
 
 
 class Score:

@@ -19,7 +19,7 @@ from autojac.errors import UnsupportedError
 from autojac.graph.capture import Capture
 from autojac.graph.operators import BATCH_NORMS, LITERALS, call, reads_data
 from autojac.guards.escapes import home
-from autojac.replay.outcomes import GUARDED, require_outcome, require_shape
+from autojac.replay.outcomes import GUARDED, only_mask, require_outcome, require_shape
 from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
@@ -60,6 +60,7 @@ class Tape(Capture):
         self.draws = self.guarded = False
         self.read: dict[int, Tensor] = {}
         self._written: set[int] = set()
+        self._counted: set[fx.Node | object] = set()
         self.phase = 0
         self.most_bytes = most_bytes
         self._bytes = 0
@@ -128,6 +129,7 @@ class Tape(Capture):
                     self._outcome(item, part)
         for part in parts if tells else ():
             self._require(require_shape, tuple(part.shape), self.node(part))
+            self._counted.add(only_mask(name, nodes, self._written))
         return made
 
     def give(self, tensor: Tensor) -> None:
@@ -188,7 +190,7 @@ class Tape(Capture):
                 captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
                 self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
             else:
-                tells = True
+                tells = only_mask(name, nodes, self._written) not in self._counted
         if name.startswith("as_strided") and any(node.meta["storage"] in self._external for node in nodes[0][:1]):
             self.refuse("it reads an argument's memory by positions, which may be others in another call")
         if any(isinstance(value, torch.Generator) for value in pytree.tree_leaves(args)):

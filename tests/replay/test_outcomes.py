@@ -139,20 +139,26 @@ def test_a_way_that_couples_samples_is_noticed_when_it_is_first_taken() -> None:
     compare(J, jacobian_blocks(func, (-x,), 0))
 
 
-def test_a_loss_on_either_way_trains() -> None:
+@pytest.mark.parametrize("by_mask", [False, True], ids=["branch", "mask"])
+def test_a_loss_on_either_way_trains(by_mask: bool) -> None:
     layer = nn.Linear(2, 2).double()
 
     def func(x: Tensor) -> Tensor:
         y = layer(x)
+        if by_mask:
+            outside, inside = y.cos(), x > 0
+            outside[inside] = y[inside].sin() ** 2
+            return outside + y * y
         return y.sin() if (x.sum() > 0) else y.cos()
 
     x = torch.tensor([[0.3, 0.7], [0.2, 1.1]], dtype=torch.float64)
-    jac = forced(func, (x,), replay(LOOP))
+    jac = forced(func, (x,), replay(LOOP), coupling="independent")
     for at in (x, x + 1, -x, x):
         point = at.detach().requires_grad_()
         expected = torch.stack([torch.autograd.grad(c.sum(), point, create_graph=True)[0] for c in func(point).T], 1)
         right = torch.autograd.grad(expected.square().sum(), layer.parameters())
         compare(torch.autograd.grad(jac(point).square().sum(), layer.parameters()), right)
+    assert any("operators left" in line for line in in_use(jac).problem.function_state.traces)
 
 
 class _Backward(torch.autograd.Function):

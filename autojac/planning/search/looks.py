@@ -6,6 +6,7 @@ Large batches are looked at on a slice first: candidates that are slow there are
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.threads import Threads
 from autojac.planning.search.space import with_compiler, without_replay
 from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, is_timed, look
+from autojac.torch_internals import COMPILER
 
 if TYPE_CHECKING:
     from autojac.planning.search.propose import Proposer
@@ -97,10 +99,14 @@ class Looks:
             return
         eager = [m for m in space if without_replay(m) == m]
         leading = self.by_time(eager)
+        # what a user would write comes before the first recording, which may take as long as there is; but a search
+        # beside the calls waits for no compiler to be loaded before it records what is faster
+        default = [m for m in self.defaults[:1] if COMPILER in sys.modules or not m.uses_transforms]
+        yield from (m for m in [*eager[:1], *default] if m not in known)
         for method in leading[:HEAD_REPLAYS]:
             yield from self._replays_of(method, space)
         yield from self._with_fewer_threads()
-        untried = [m for m in [*eager[:1], *self.defaults[:1], *eager[1:]] if m not in known]
+        untried = [m for m in [*self.defaults[:1], *eager] if m not in known]
         if len(untried) > MOST_IN_ORDER and (proposed := self._propose(eager)) is not None:
             yield proposed
         yield from untried

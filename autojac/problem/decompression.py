@@ -14,6 +14,7 @@ from autojac.core.pattern import Indices, Marks
 from autojac.problem.compression import Colors, DeviceIndices
 from autojac.problem.layouts import embed
 from autojac.problem.problem import Problem
+from autojac.sparse.symmetric_coloring import Substitution
 
 
 class Decompress(Protocol):
@@ -28,7 +29,7 @@ def decompressor(
     output: int,
     position: int,
     from_rows: Marks | None = None,
-    swapped: Marks | None = None,
+    reading: Substitution | None = None,
 ) -> Decompress:
     """Prepare the reading of one Jacobian.
 
@@ -38,10 +39,10 @@ def decompressor(
         output, position: which Jacobian.
         from_rows: for each entry of the pattern inside a sample whether it is read from the side of the rows,
             (entries,) bool; needed where there are two sides.
-        swapped: for each entry of a symmetric Jacobian whether its mirror image is read, (entries,) bool.
+        reading: of what numbers each entry of a symmetric Jacobian is made.
     """
     if problem.structure.independent or problem.layout in ("blocks", "diagonal"):
-        return _OwnBlocks(problem, sides, (output, position), from_rows, swapped)
+        return _OwnBlocks(problem, sides, (output, position), from_rows, reading)
     assert len(sides) == 1
     return _WholeBatch(problem, sides[0], output, position)
 
@@ -55,7 +56,7 @@ class _OwnBlocks:
         sides: Sequence[Colors],
         pair: tuple[int, int],
         from_rows: Marks | None,
-        swapped: Marks | None,
+        reading: Substitution | None,
     ) -> None:
         output, position = pair
         self.problem, self.sides = problem, sides
@@ -69,21 +70,24 @@ class _OwnBlocks:
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
         self.places = DeviceIndices(places)
-        if swapped is not None:
-            rows, columns = np.where(swapped, columns, rows), np.where(swapped, rows, columns)
         self.sources = []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
             colored, read, at = rows[mine], columns[mine], problem.rows(output)[0]
             if side.side == "columns":
                 colored, read, at = columns[mine], rows[mine], problem.columns(position)[0]
+            elif reading is not None:
+                colored, read = reading.rows[:, 0].astype(np.int64), reading.columns[:, 0].astype(np.int64)
             seeds = side.features[at + colored].astype(np.int64)
             self.sources.append((side, mine, DeviceIndices(seeds), DeviceIndices(read)))
         self.order = DeviceIndices(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
+        self.sums = None if reading is None or reading.terms == 1 else _Sums(sides[0], reading)
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
         parts = [self._read(source, *rest) for source, rest in zip(compressed, self.sources, strict=True)]
         values = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self.order.on(parts[0].device)]
+        if self.sums is not None:
+            values = self.sums(compressed[0], values)
         problem = self.problem
         if problem.layout == "sparse":
             return values.reshape(-1)
@@ -106,6 +110,31 @@ class _OwnBlocks:
             return rows[seeds, :, read].T
         first = side.sample_colors.on(rows.device) * side.width
         return rows[first[:, None] + seeds, torch.arange(batch, device=rows.device)[:, None], read]
+
+
+class _Sums:
+    """The entries of a symmetric Jacobian that are sums of several numbers.
+
+    Args:
+        side: colors of rows, alike for all samples.
+        reading: what is added up.
+    """
+
+    def __init__(self, side: Colors, reading: Substitution) -> None:
+        several = np.flatnonzero(np.count_nonzero(reading.signs, axis=1) > 1)
+        self.terms = reading.terms
+        self.entries = DeviceIndices(several)
+        self.seeds = DeviceIndices(side.features[reading.rows[several]].reshape(-1))
+        self.columns = DeviceIndices(reading.columns[several].reshape(-1))
+        self.signs = DeviceIndices(reading.signs[several])
+
+    def __call__(self, compressed: Tensor, values: Tensor) -> Tensor:
+        """Return the entries (B, entries), those that are sums put into `values`."""
+        device = compressed.device
+        rows = compressed.reshape(*compressed.shape[:2], math.prod(compressed.shape[2:]))
+        numbers = rows[self.seeds.on(device), :, self.columns.on(device)].T
+        signed = numbers.reshape(len(values), -1, self.terms) * self.signs.on(device).to(numbers.dtype)
+        return values.index_copy(1, self.entries.on(device), signed.sum(-1))
 
 
 class _WholeBatch:

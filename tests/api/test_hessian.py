@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import oracle
 from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
-from autojac.problem.compression import colors_of, mirrored_rows
+from autojac.methods.colored_pull import ColoredPull
+from autojac.problem.compression import colors_of, symmetric_rows
 from autojac.replay.replayer import Replayer
 from harness import compare, in_use
 
@@ -205,9 +206,56 @@ def test_symmetry_saves_passes_where_rows_alone_take_one_each() -> None:
     star = by(method, hub, x, in_dims=None, layout="sparse")
     compare(star(x).to_dense(), torch.func.hessian(hub)(x))
     problem = in_use(star.planned).problem
-    found = mirrored_rows(problem)
+    found = symmetric_rows(problem, "star")
     assert found is not None
     assert found[0].count == 2
+    assert "needs no more than 2" in str(ColoredPull(coloring="acyclic").unsupported(problem))
     assert colors_of(problem, "rows").count == 12
     compare(by(method, hub, x, in_dims=None)(x), torch.func.hessian(hub)(x))
     assert star.planned.plan(x).method == method
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Let the points of a 4 x 4 grid that have a corner in common interact."""
+    grid = x.reshape(*x.shape[:-1], 4, 4)
+    beside, below = grid[..., 1:] * grid[..., :-1], grid[..., 1:, :] * grid[..., :-1, :]
+    across = grid[..., 1:, 1:] * grid[..., :-1, :-1] + (grid[..., 1:, :-1] * grid[..., :-1, 1:]).exp()
+    return beside.sin().sum((-2, -1)) + below.cos().sum((-2, -1)) + across.square().sum((-2, -1))
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout"), [("loop", "blocks"), ("vmap", "sparse"), ("batched", "sparse"), ("replayed", "sparse")]
+)
+def test_entries_are_read_by_substitution_from_fewer_passes(engine: str, layout: str) -> None:
+    x = points(3, 16).requires_grad_()
+    kind = "loop" if engine == "replayed" else engine
+    method: dict[str, Any] = {"method": "ColoredPull", "engine": kind, "chunk": None, "coloring": "acyclic"}
+    if engine == "replayed":
+        method = {"method": "Replay", "inner": method, "without": None}
+    hessian = by(method, neighbours, x, layout=layout)
+    blocks = torch.stack([torch.func.hessian(neighbours)(row) for row in x])
+    expected = torch.block_diag(*blocks) if layout == "sparse" else blocks
+    weights = torch.rand_like(expected)
+    slope = torch.autograd.grad((expected * weights).sum(), x)
+    for _ in range(2):
+        found = hessian(x)
+        compare((found.to_dense() if layout == "sparse" else found).detach(), expected.detach())
+        dense = found.to_dense() if layout == "sparse" else found
+        compare(torch.autograd.grad((dense * weights).sum(), x), slope)
+    used = in_use(hessian.planned)
+    assert used.plan.method == method
+    assert isinstance(used.compute, Replayer) == (engine == "replayed")
+    acyclic, star = symmetric_rows(used.problem, "acyclic"), symmetric_rows(used.problem, "star")
+    assert acyclic is not None
+    assert star is not None
+    assert acyclic[0].count < star[0].count
+
+
+def test_nothing_is_subtracted_in_single_precision() -> None:
+    reasons = []
+    for x in (points(3, 16), points(3, 16).float()):
+        hessian = estimated(neighbours, layout="sparse")
+        hessian.plan(x)
+        reasons.append(ColoredPull(coloring="acyclic").unsupported(in_use(hessian.planned).problem))
+    assert reasons[0] is None
+    assert "single precision" in str(reasons[1])

@@ -118,10 +118,10 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
         call = plans.describe(*arguments)
         trained, call = call.trained, call.without_grad().detached()
         with undisturbed(call, trained):
-            report = planner.inspect(call)
+            report = planner.builder.inspect(call)
             layout = call.layout
             undeclared = len(layout.axes) > 1 and AUTO in layout.axes
-            found = planner.probe(call, report) if (probing or undeclared) and not report.is_empty else None
+            found = planner.builder.probe(call, report) if (probing or undeclared) and not report.is_empty else None
             batched = report.guess if found is None else found.batched
             blind = isinstance(plans.func, ModuleFunction) and _reads_past(plans.func, call, report)
     if layout.unbatched:

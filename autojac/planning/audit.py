@@ -75,15 +75,15 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
     """
     trained, call = call.trained, call.detached()
     with undisturbed(call, trained):
-        report = planner.inspect(call)
+        report = planner.builder.inspect(call)
         plan = planner.repository.find(report.keys)
         if plan is None:
             raise PlanMissError(
                 f"no plan is stored for this call in {planner.repository.description}, so there is nothing to audit. "
                 "Make one with `autojac tune`"
             )
-        analysis = planner.analyze(call, report, plan.batched)
-        problem = solid(planner.problem(call, report, plan.structure, plan.batched, analysis))
+        analysis = planner.builder.analyze(call, report, plan.batched)
+        problem = solid(planner.builder.problem(call, report, plan.structure, plan.batched, analysis))
         session = SearchSession(problem, effort).at(planner.point(call, report))
         method = build(plan.method)
         rivals = _rivals(planner.repository.trials(report.keys), method)

@@ -54,16 +54,23 @@ class ProbedCall(NamedTuple):
     start: float
 
 
-class Planner(ProblemBuilder):
+class Planner:
     """Finds or makes the plan for a call of one function.
 
     Args:
         func: the user's function.
         options: the options of its `AutoJacobian`.
+
+    Attributes:
+        builder: describes its calls, probes them and states their problems.
+        repository, function_state: as of the builder.
+        known: the plans that need no search.
     """
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
-        super().__init__(func, options)
+        self.options = options
+        self.builder = ProblemBuilder(func, options)
+        self.repository, self.function_state = self.builder.repository, self.builder.function_state
         self.known = KnownPlans(self.repository, options)
 
     def prepare(
@@ -79,7 +86,7 @@ class Planner(ProblemBuilder):
         """
         trained, call = call.trained, call.detached()
         with undisturbed(call, trained) as inside:
-            report = self.inspect(call)
+            report = self.builder.inspect(call)
             if report.is_empty:
                 return self._empty(call, report)
             if inside or several():
@@ -97,7 +104,7 @@ class Planner(ProblemBuilder):
                 before = None
             self.known.require_allowed(report, force)
             online = self.options.on_miss == "online" and effort is None and wanted != "estimate"
-            found = self.probe(call, report, "estimate" if online else wanted)
+            found = self.builder.probe(call, report, "estimate" if online else wanted)
             probed = ProbedCall(call, report, found, start)
             if not online:
                 return self._search(probed, wanted, budget_s, before)
@@ -115,8 +122,8 @@ class Planner(ProblemBuilder):
             if plan.keys is not None:
                 self.repository.refute(plan.keys, reason)
             self.known.clear()
-            report = self.inspect(call)
-            found = self.probe(call, report)
+            report = self.builder.inspect(call)
+            found = self.builder.probe(call, report)
             same = found.structure.sparsity == plan.problem.structure.sparsity is not None
             if structure and (found.structure.independent or same):
                 found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
@@ -138,10 +145,10 @@ class Planner(ProblemBuilder):
         """Prepare a known plan for this call; None if its method does not apply here."""
         if len(plan.batched) != len(report.signature.leaves):
             return None
-        analysis = self.analyze(call, report, plan.batched)
+        analysis = self.builder.analyze(call, report, plan.batched)
         if not set(report.first.effects) <= set(plan.structure.effects):
             return None  # it may have been chosen for what func then did not do
-        problem = self.problem(call, report, plan.structure, plan.batched, analysis)
+        problem = self.builder.problem(call, report, plan.structure, plan.batched, analysis)
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None
         try:
@@ -173,7 +180,7 @@ class Planner(ProblemBuilder):
         structure, device = found.structure, str(call.leaves[0].device)
         # ranks must decide alike, whatever their machines
         machine = DEFAULT if several() else self.repository.machine(report.keys[1], device, effort != "estimate")
-        problem = self.problem(call, report, structure, found.batched, found.analysis, machine)
+        problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
         require_room(problem)
         search = functools.partial(
             optimize.search,
@@ -190,7 +197,7 @@ class Planner(ProblemBuilder):
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
-                problem = self.problem(call, report, structure, found.batched, found.analysis, machine)
+                problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
                 won = search(solid(problem), progress=show)
                 self._tell_of_missed_entries(structure)
         plan = _plan_of(won, structure, found, effort, goal, time.perf_counter() - start)
@@ -239,7 +246,7 @@ class Planner(ProblemBuilder):
     def _empty(self, call: Call, report: FirstCallReport) -> PreparedPlan:
         """Return the plan for a Jacobian without elements."""
         structure = Structure("independent", evidence=("empty: there is nothing to probe",))
-        problem = self.problem(call, report, structure, report.guess)
+        problem = self.builder.problem(call, report, structure, report.guess)
         method = Pull.suiting(problem, "vmap")
         plan = Plan(method.spec(), structure, report.guess, "estimate", source="estimate")
         compute = prepare_compute(call.layout, problem, method)

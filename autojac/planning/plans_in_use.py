@@ -129,7 +129,7 @@ class PlansInUse:
 
     def describe(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Describe a call, whatever plans there are."""
-        return self.planner.describe(self.captured, args, kwargs)
+        return self.planner.builder.describe(self.captured, args, kwargs)
 
     def keep(self, call: Call, plan: PreparedPlan) -> PreparedPlan:
         """Use a plan for calls like this one from now on, and return it."""
@@ -168,7 +168,7 @@ class PlansInUse:
             # the function may hold others than the key was made from
             found = survey(self.func, self.options.version)
             self._captured = dataclasses.replace(found, digest="")  # which may be another at the next call
-            call = self.planner.describe(found, args, kwargs)
+            call = self.planner.builder.describe(found, args, kwargs)
             plan = self._plans.get(call.key)
             if plan is None:
                 is_first = not self._plans

@@ -113,7 +113,7 @@ def _run_inside_transform(
             "matrices. Wrap the function with layout='blocks' or 'full' for use there"
         )
     reach = captures(plans.func)
-    layout = plans.planner.layout(reach, args)
+    layout = plans.planner.builder.layout(reach, args)
     leaves = layout.leaves(args)
     # a structure holds for one kind of call: other flags or keywords may couple what these do not
     named, flags = describe_keywords(kwargs), current_flags(reach.modules)

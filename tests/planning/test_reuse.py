@@ -224,7 +224,9 @@ def test_weights_may_change_and_structure_may_not(searches: list[str]) -> None:
 def test_a_wrapper_that_is_let_go_leaves_neither_its_store_nor_its_colorings() -> None:
     jac = AutoJacobian(torch.sin, store=":memory:", effort="estimate", layout="sparse")
     jac(torch.randn(4, 3))
-    kept = [weakref.ref(part) for part in (jac, jac._plans.planner.repository.store, jac._plans.planner.colorings)]
+    kept = [
+        weakref.ref(part) for part in (jac, jac._plans.planner.repository.store, jac._plans.planner.builder.colorings)
+    ]
     del jac
     gc.collect()
     assert [part() for part in kept] == [None, None, None]

@@ -162,7 +162,7 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         start, allowed: of its budget, by the search's clock.
         adapts: take no more time than the Jacobian is worth.
     """
-    session = race.session
+    session, latest = race.session, start + LEAST_QUICK_S
     while True:
         if adapts and math.isfinite(session.best):
             allowed = min(allowed, max(LEAST_QUICK_S, CALLS_OF_QUICK * (race.default_seconds() or session.best)))
@@ -175,6 +175,10 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         if step is None or now > session.end:
             return not race.looks.untried(compilers=session.effort != "quick")
         race.take(step)
+        trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
+        if adapts and trial is not None and trial.state == "infeasible":
+            # a recording that comes to nothing may take as long as all others together
+            start = min(start + measure.clock.now() - now, latest)
 
 
 def result_of(race: CandidateRace, finished: bool) -> SearchResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import several
 from autojac.core.structure import Coupling, Structure
+from autojac.errors import counted
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batch_axis_proof import Proof, confirm, meeting
 from autojac.probe.cancelling import SLIGHT
@@ -22,6 +23,8 @@ from autojac.probe.sample_graph import find_sample_graph
 from autojac.probe.sample_pairs import SCALES, ProbePoint, Verdict, gradient_layer, nan_layer, value_layer
 from autojac.probe.values_only import EVALUATIONS, values_only
 
+SMALL_SHARE = 1e-2
+"""Gradients at other samples below this share of the largest may come of step sizes; attention's are larger."""
 PATIENCE = 10.0
 """What clearing a function of false coupling may cost, in budgets of a layer: it saves that in every call."""
 
@@ -142,14 +145,41 @@ class PairProbe:
         # what NaN reaches may sleep for another reason, such as a weight that is zero
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
         if awake or several() or self.cost * EVALUATIONS > patience:
-            return shape
+            return self._hinted(shape, verdicts)
         if not values_only(point, masks, self.generator, patience):
-            return shape
+            return self._hinted(shape, verdicts)
         line = (
             "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
             "solver that stops by the whole batch. Taken for independent, but not called on a part of the batch"
         )
         return Structure("independent", "observed", False, evidence=(*shape.evidence, line), depends_on_arguments=True)
+
+    def _hinted(self, shape: Structure, verdicts: Sequence[Verdict]) -> Structure:
+        """Return the structure with what declaring independence would assume and save, where a loop may look coupled.
+
+        A loop that stops, or sizes its steps, by the whole batch moves every sample by the others.
+        """
+        flow = None if self.analysis is None else self.analysis.flow
+        only_values, share = _only_values(verdicts), verdicts[0].share
+        is_loop = only_values or (flow is not None and flow.graph.reads_data and 0 < share < SMALL_SHARE)
+        if shape.independent or self.weights or not is_loop:
+            return shape
+        rows = sum(value[0].numel() for value in self.values)
+        dense = self.point.batch * rows
+        saves = f"takes {counted(rows, 'VJP')}, where a dense Jacobian takes {dense}, and is checked while it runs"
+        if only_values:
+            line = (
+                "hint: other samples move outputs, and no gradient of theirs was seen, as where a loop stops or sizes "
+                f"its steps by the whole batch. If that is all, coupling='independent' {saves}; it assumes that no "
+                "derivative ever reaches another sample"
+            )
+        else:
+            line = (
+                f"hint: func looks at its data, and what reaches other samples is {share:.1g} of the largest gradient, "
+                "as where a loop sizes its steps by the whole batch. Exact derivatives hold that too. To leave it out, "
+                f"detach what decides (error.detach()); coupling='independent' then {saves}"
+            )
+        return replace(shape, evidence=(*shape.evidence, line))
 
     def _of_independent(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str]) -> Structure:
         """Return the structure where no layer saw a sample reach another."""

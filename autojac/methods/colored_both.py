@@ -4,43 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.methods.base import Method
-from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors, push_colors
+from autojac.methods.support.colored_sweeps import ColoredSweeps, pull_colors, push_colors
 from autojac.methods.support.costs import evaluation_cost, pull_cost, push_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import both_sides, colors_of, inapplicable
-from autojac.problem.decompression import decompressor
+from autojac.problem.decompression import decompressors
 from autojac.problem.problem import Compute, Problem, Result
 
 
 @dataclass(frozen=True)
-class ColoredBoth(Method):
+class ColoredBoth(ColoredSweeps):
     """Some rows pulled and some columns pushed, where one side alone would need more colors, as for an arrowhead.
 
     Star bicoloring, after Coleman & Verma (1998) and Hossain & Steihaug (1998).
-
-    Attributes:
-        engine: as in `Push`, for both sides.
-        chunk: seeds per pass; None for all.
     """
 
-    engine: Literal["loop", "vmap"] = "loop"
-    chunk: int | None = None
-
     runs: ClassVar[FuncRuns] = FuncRuns.WHOLE_BATCH
-
-    @property
-    def makes_sparse(self) -> bool:
-        return True
-
-    @property
-    def trusts_zeros(self) -> bool:
-        return True
 
     @property
     def pushes(self) -> bool:
@@ -66,29 +50,25 @@ class ColoredBoth(Method):
 
     def cost(self, problem: Problem) -> float:
         count = _count(problem)
-        step = 1 if self.engine == "loop" else self.chunk or count or 1
+        step = self.step(count)
         pulled = pull_cost(problem, count // 2, step, self.engine)
         return evaluation_cost(problem) + pulled + push_cost(problem, -(-count // 2), step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         rows, columns, _ = both_sides(problem)
         compressed = rows.count * problem.in_size + columns.count * problem.out_size
-        step = 1 if self.engine == "loop" else self.chunk or max(rows.count, columns.count)
+        step = self.step(max(rows.count, columns.count))
         return compressed * problem.item_bytes * problem.batch + step * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
         if self.engine == "vmap":
             load_forward_rules()
-        sweep = SweepOptions(self.engine, self.chunk)
         rows, columns, from_rows = both_sides(problem)
-        readers = [
-            [decompressor(problem, (rows, columns), output, position, from_rows) for position in problem.inputs]
-            for output in range(len(problem.outputs))
-        ]
+        readers = decompressors(problem, (rows, columns), from_rows)
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, pulled = pull_colors(problem, rows, sweep, leaves, kwargs)
-            _, pushed = push_colors(problem, columns, sweep, leaves, kwargs)
+            values, pulled = pull_colors(problem, rows, self, leaves, kwargs)
+            _, pushed = push_colors(problem, columns, self, leaves, kwargs)
             return Result(
                 values,
                 tuple(

@@ -9,24 +9,21 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from autojac.methods.base import Method, chunk_sizes
-from autojac.methods.support.colored_sweeps import SweepOptions, pull_colors
+from autojac.methods.base import chunk_sizes
+from autojac.methods.support.colored_sweeps import ColoredSweeps, pull_colors
 from autojac.methods.support.costs import evaluation_cost, pull_cost
-from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import Colors, SymmetricColoring, colors_of, nothing_gained, symmetric_rows
-from autojac.problem.decompression import decompressor
+from autojac.problem.decompression import decompressors
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.sparse.symmetric_coloring import Substitution
 
 
 @dataclass(frozen=True)
-class ColoredPull(Method):
+class ColoredPull(ColoredSweeps):
     """Reverse mode on compressed rows: func runs once, then one VJP per color.
 
     Attributes:
-        engine: as in `Pull`.
-        chunk: seeds per pass; None for all.
         coloring: of the rows of a symmetric Jacobian, such as a Hessian. `star`: of two entries that mirror each other
             one has to stand alone. `acyclic`: one of them has to once others are subtracted, at most 15 of them.
             Between half and all of the seeds remain; small entries lose the digits by which the subtracted ones are
@@ -34,19 +31,9 @@ class ColoredPull(Method):
             verified like every candidate.
     """
 
-    engine: Engine = "loop"
-    chunk: int | None = None
     coloring: SymmetricColoring | None = None
 
     runs: ClassVar[FuncRuns] = FuncRuns.ONCE
-
-    @property
-    def makes_sparse(self) -> bool:
-        return True
-
-    @property
-    def trusts_zeros(self) -> bool:
-        return True
 
     def unsupported(self, problem: Problem) -> str | None:
         if self.coloring is None:
@@ -78,23 +65,20 @@ class ColoredPull(Method):
 
     def cost(self, problem: Problem) -> float:
         count = self._colors(problem)[0].count
-        step = 1 if self.engine == "loop" else self.chunk or count or 1
+        step = self.step(count)
         return evaluation_cost(problem) + pull_cost(problem, count, step, self.engine)
 
     def workspace(self, problem: Problem) -> int:
         count = self._colors(problem)[0].count
         compressed = count * problem.item_bytes * problem.batch * problem.in_size
-        return compressed + (1 if self.engine == "loop" else self.chunk or count) * problem.seed_bytes
+        return compressed + self.step(count) * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
         colors, reading = self._colors(problem)
-        readers = [
-            [decompressor(problem, (colors,), output, position, reading=reading) for position in problem.inputs]
-            for output in range(len(problem.outputs))
-        ]
+        readers = decompressors(problem, (colors,), reading=reading)
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-            values, compressed = pull_colors(problem, colors, SweepOptions(self.engine, self.chunk), leaves, kwargs)
+            values, compressed = pull_colors(problem, colors, self, leaves, kwargs)
             return Result(
                 values,
                 tuple(tuple(read([c]) for read, c in zip(row, compressed, strict=True)) for row in readers),

@@ -28,8 +28,8 @@ def decompressor(
     sides: Sequence[Colors],
     output: int,
     position: int,
-    from_rows: Marks | None = None,
-    reading: Substitution | None = None,
+    from_rows: Marks | None,
+    reading: Substitution | None,
 ) -> Decompress:
     """Prepare the reading of one Jacobian.
 
@@ -45,6 +45,16 @@ def decompressor(
         return _OwnBlocks(problem, sides, (output, position), from_rows, reading)
     assert len(sides) == 1
     return _WholeBatch(problem, sides[0], output, position)
+
+
+def decompressors(
+    problem: Problem, sides: Sequence[Colors], from_rows: Marks | None = None, reading: Substitution | None = None
+) -> list[list[Decompress]]:
+    """Prepare the reading of all Jacobians, by output and input; the arguments are those of `decompressor`."""
+    return [
+        [decompressor(problem, sides, output, position, from_rows, reading) for position in problem.inputs]
+        for output in range(len(problem.outputs))
+    ]
 
 
 class _OwnBlocks:

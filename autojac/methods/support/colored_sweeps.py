@@ -10,38 +10,47 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
+from autojac.methods.base import Method
 from autojac.methods.support.engines import Engine, puller, push
 from autojac.problem.compression import Colors
 from autojac.problem.problem import Problem, bind
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """How seeds go through a function.
+class ColoredSweeps(Method):
+    """A method that reads the Jacobian from what the seeds of its colors bring.
 
     Attributes:
-        engine: `loop`, `vmap`, or for pulling `batched`.
+        engine: as in `Pull`; forward mode has no `batched`.
         chunk: seeds per pass; None for all.
     """
 
-    engine: Engine
+    engine: Engine = "loop"
     chunk: int | None = None
 
     @property
-    def step(self) -> int | None:
-        return 1 if self.engine == "loop" else self.chunk
+    def makes_sparse(self) -> bool:
+        return True
+
+    @property
+    def trusts_zeros(self) -> bool:
+        return True
+
+    def step(self, count: int) -> int:
+        """Return how many of `count` seeds go through func in one pass."""
+        return 1 if self.engine == "loop" else self.chunk or count or 1
 
 
 def pull_colors(
-    problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    problem: Problem, colors: Colors, method: ColoredSweeps, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Make one VJP per color; return the values, and for each input what all seeds brought, (seeds, B, *event)."""
     spans = [problem.rows(output) for output in range(len(problem.outputs))]
     bound, inputs = bind(problem, leaves, kwargs)
-    pulls = puller(bound, inputs, sweep.engine, problem.differentiable, not problem.structure.effects)
+    pulls = puller(bound, inputs, method.engine, problem.differentiable, not problem.structure.effects)
 
     def parts() -> Iterator[Sequence[Tensor]]:
-        for start, stop in seeds.spans(colors.count, sweep.step):
+        for start, stop in seeds.spans(colors.count, method.step(colors.count)):
             yield pulls.all(colors.seeds(start, stop, spans, pulls.values), last=stop == colors.count)
 
     if not colors.count:
@@ -50,7 +59,7 @@ def pull_colors(
 
 
 def push_colors(
-    problem: Problem, colors: Colors, sweep: SweepOptions, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
+    problem: Problem, colors: Colors, method: ColoredSweeps, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Make one JVP per color; return the values, and for each output what all seeds brought, (seeds, B, *event)."""
     bound, inputs = bind(problem, leaves, kwargs)
@@ -61,9 +70,9 @@ def push_colors(
 
     def parts() -> Iterator[Sequence[Tensor]]:
         nonlocal values
-        for start, stop in seeds.spans(colors.count, sweep.step):
+        for start, stop in seeds.spans(colors.count, method.step(colors.count)):
             tangents = colors.seeds(start, stop, spans, inputs)
-            values, pushed = push(bound, inputs, tangents, sweep.engine, problem.structure.draws)
+            values, pushed = push(bound, inputs, tangents, method.engine, problem.structure.draws)
             yield pushed
 
     if not colors.count:

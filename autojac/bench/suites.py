@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from autojac.bench import growth, regret, searching, zeros
+from autojac.bench import growth, regret, searching, second, zeros
 from autojac.bench.interop.case import cases as interop_cases
 from autojac.bench.interop.race import interop
 from autojac.bench.jacobians import race_workload
@@ -78,6 +78,9 @@ SUITES: dict[str, Suite] = {
             "training steps on a loss of J, by J and its backward and planned as a whole",
             lambda: {w.name: partial(race_step, w) for w in of_kind("training")},
             quick=("pinn-2-50-50-50-1",),
+        ),
+        Suite(
+            "second", "Hessians, Laplacians, steps and products", lambda: second.CASES, quick=("chain-hessian", "jvp")
         ),
         Suite("search", "first calls, searches, exploring in a loop", searching.search_cases, quick=searching.QUICK),
         Suite(

@@ -193,11 +193,6 @@ def set_dual_level(level: int) -> None:
     torch.autograd.forward_ad._current_level = level
 
 
-# nests
-broadcast_to_and_flatten: Callable[..., list[Any] | None] = _required(
-    "torch.utils._pytree._broadcast_to_and_flatten", "match in_dims with arguments as torch.vmap does"
-)
-
 # autograd
 batched_vmap: Callable[..., Callable[..., Any]] = _required(
     "torch._vmap_internals._vmap", "run VJPs batched, as torch.autograd.grad(is_grads_batched=True) does"

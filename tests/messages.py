@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -112,6 +112,17 @@ def command(*words: str) -> None:
             for name in set(sys.modules) - before:
                 if name == "model":
                     del sys.modules[name]
+
+
+@dataclass
+class Computing:
+    """A dataclass that computes one of its fields."""
+
+    x: Tensor
+    norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.norm = self.x.norm(dim=1)
 
 
 class Listing(nn.Module):
@@ -1171,6 +1182,13 @@ MESSAGES = (
         "got Derived",
         "Let it hold a wrapper",
         lambda: type("Derived", (AutoJacobian,), {})(torch.sin, batch_dims=2),
+    ),
+    Message(
+        InputError,
+        "argument 0 is to be differentiated",
+        r"computes the field Computing.norm \(init=False\) itself",
+        "Compute it inside func",
+        lambda: jac(lambda points: points.x, Computing(x)),
     ),
     Message(
         OptionError,

@@ -191,8 +191,9 @@ class AutoJacobian(Kernels, BatchAxesChoice):
         Returns:
             J of shape (B, *out, *in), (B, *out, B, *in) for `layout="full"`, a CSR matrix (B·m, B·n) for `"sparse"`;
             nested as `torch.func.jacrev` nests it where there are several outputs or inputs. A nest that is
-            differentiated may hold ids, masks, strings and None besides: there J holds None. With `has_aux=True` the
-            pair (J, aux). Values and Jacobians are plain tensors, also of tensors of a class of their own.
+            differentiated may hold ids, masks, strings and None besides: there J holds None. Dataclasses are nests,
+            registered or not, and come back as their own types, past `__init__`. With `has_aux=True` the pair (J,
+            aux). Values and Jacobians are plain tensors, also of tensors of a class of their own.
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.

@@ -15,11 +15,11 @@ from autojac.api.jacobian_matrices import one_hot_seeds
 from autojac.api.product_arguments import CallShapes
 from autojac.api.solving import Solving
 from autojac.autodiff.seeds import spans
+from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.options import parse_bytes
 from autojac.core.product_functions import SampleWindow, WeightedOutput
 from autojac.errors import InputError, OptionError, counted, kind_of
-from autojac.torch_internals import pytree
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,11 +12,11 @@ from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
 from autojac.api.over_batch_axes import PlansOverBatchAxes
 from autojac.autodiff.derivative_terms import Columns, Term, Terms
+from autojac.core import pytree
 from autojac.core.options import Options, OptionValues
 from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, kind_of
 from autojac.guards.compiled_functions import opaque_methods
-from autojac.torch_internals import pytree
 
 
 @opaque_methods

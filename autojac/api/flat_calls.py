@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from autojac.api.product_arguments import CallShapes, VectorNest, checked_vectors, nested_axes
+from autojac.core import pytree
 from autojac.core.batch_axes import AUTO, Axis, batch_axes
 from autojac.core.batch_grid import BatchGrid, split_axis
 from autojac.core.module_function import ModuleFunction
@@ -15,7 +16,6 @@ from autojac.core.nests import chosen_arguments, is_differentiable
 from autojac.core.options import Options
 from autojac.core.product_functions import FlattenedBatch
 from autojac.errors import InputError, OptionError
-from autojac.torch_internals import pytree
 
 
 class BatchAxesChoice:
@@ -168,7 +168,7 @@ class CallsOverBatchAxes:
         if isinstance(func, ModuleFunction):
             # a call has the module's own arguments
             self.in_dims, self.argnums = options.in_dims[1], ()
-        for axis in pytree.tree_leaves(self.in_dims, is_leaf=lambda value: value is None):
+        for axis in pytree.tree_leaves(self.in_dims, every=True):
             if axis not in (0, None, AUTO):
                 raise OptionError(
                     f"batch_dims={batch_dims} expects in_dims of 0, None and 'auto', since the batch axes come first, "

@@ -14,6 +14,7 @@ from autojac.api.graph_plans import by_known_plan, by_new_plan
 from autojac.autodiff.graph_shape import graph_shape
 from autojac.autodiff.open_modes import transforming
 from autojac.autodiff.pullback import Pullback
+from autojac.core import pytree
 from autojac.core.autocast import outside_autocast
 from autojac.core.batch_axes import AUTO, Axis, batch_axes
 from autojac.core.options import Options, parse_bytes
@@ -24,7 +25,6 @@ from autojac.guards.compiled_functions import opaque
 from autojac.probe.side_effects import check_outputs
 from autojac.problem.layouts import require_layout
 from autojac.problem.problem import Problem, Result, empty_rows
-from autojac.torch_internals import pytree
 
 
 @opaque

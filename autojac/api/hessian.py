@@ -12,13 +12,13 @@ from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
 from autojac.api.over_batch_axes import PlansOverBatchAxes
 from autojac.api.product_arguments import of_samples
 from autojac.api.products import without_last
+from autojac.core import pytree
 from autojac.core.call import outside_inference_mode
 from autojac.core.options import Options, OptionValues
 from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, OutputError, UnsupportedError, require_choice
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.problem.problem import Problem
-from autojac.torch_internals import pytree
 
 
 @opaque_methods

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
+from autojac.core import pytree
 from autojac.core.batch_axes import AUTO
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction
@@ -22,7 +23,6 @@ from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.undisturbed import undisturbed
-from autojac.torch_internals import pytree
 
 
 class VectorNest(NamedTuple):
@@ -40,7 +40,7 @@ class VectorNest(NamedTuple):
         """Return the vectors alone."""
         if self.spec is None:
             return [vectors]
-        every = self.spec.flatten_up_to(vectors)
+        every = pytree.flatten_up_to(self.spec, vectors)
         return [every[number] for number in self.places]
 
 

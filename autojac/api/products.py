@@ -21,12 +21,12 @@ from autojac.api.product_arguments import (
     tangents,
 )
 from autojac.autodiff.open_modes import transforming
+from autojac.core import pytree
 from autojac.core.call import describe
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
 from autojac.errors import OptionError, UnsupportedError, counted
 from autojac.planning.call import describe_keywords
-from autojac.torch_internals import pytree
 
 LAST = {"jvp": "v", "hvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
 """What follows func's arguments, as messages name it."""

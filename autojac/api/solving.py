@@ -16,10 +16,10 @@ from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
 from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
+from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
 from autojac.errors import InputError, kind_of
-from autojac.torch_internals import pytree
 
 if TYPE_CHECKING:
     from autojac.api.linear_operator import JacobianOperator

@@ -15,6 +15,7 @@ from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
+from autojac.core import pytree
 from autojac.core.call import describe
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import OnMiss, Randomness, Verify
@@ -28,7 +29,6 @@ from autojac.planning.fast_path import no_fast_path
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import recorded
 from autojac.replay.replayer import Replayer
-from autojac.torch_internals import pytree
 
 
 class StepOptions(TypedDict, total=False):

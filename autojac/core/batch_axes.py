@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.errors import OptionError, counted
-from autojac.torch_internals import broadcast_to_and_flatten, pytree
 
 AUTO: Final = "auto"
 """In place of an axis: infer whether axis 0 of these tensors runs over samples."""
@@ -40,11 +40,9 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
     for number, (arg, entry) in enumerate(zip(args, per_argument, strict=True)):
         flat, spec = pytree.tree_flatten(arg)
         try:
-            entries = broadcast_to_and_flatten(entry, spec)
-        except ValueError:
-            entries = None  # nests of different kinds, say a list for a dict
-        if entries is None:
-            raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest differs. {EXPECTED}")
+            entries = pytree.flatten_prefix(entry, spec)
+        except ValueError as error:
+            raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest differs. {EXPECTED}") from error
         axes += [_axis(value, axis, number) for value, axis in zip(flat, entries, strict=True) if _is_tensor(value)]
     return tuple(axes)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.nests import is_differentiable
 from autojac.errors import OutputError
-from autojac.torch_internals import pytree
 
 
 @dataclass(frozen=True)

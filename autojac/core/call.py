@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
@@ -18,7 +19,6 @@ from autojac.core.options import Options
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
 from autojac.errors import InputError, OutputError, kind_of
-from autojac.torch_internals import pytree
 
 
 class CallLayout:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.errors import InputError, OptionError, counted, kind_of
-from autojac.torch_internals import pytree
 
 Positions = tuple[int | None, ...]
 
@@ -59,6 +59,13 @@ def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tu
     groups: list[tuple[pytree.TreeSpec, Positions]] = []
     starts = [start := start + len(pytree.tree_leaves(arg)) for arg in args]
     for number in chosen:
+        computed = pytree.computed_field(args[number])
+        if computed is not None:
+            raise InputError(
+                f"argument {number} is to be differentiated, but its class computes the field {computed} (init=False) "
+                "itself, maybe from other fields, and no derivative would go through that. Compute it inside func, or "
+                "pass what is differentiated as an argument of its own"
+            )
         values, spec = pytree.tree_flatten(args[number])
         first = starts[number] - len(values)
         tensors = [isinstance(value, Tensor) for value in values]
@@ -66,9 +73,10 @@ def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tu
         if not any(moving) and not (values and all(tensors)):
             strangers = [value for value, has in zip(values, tensors, strict=True) if not has]
             what = kind_of(strangers[0]) if strangers else "nothing"
+            why = next(filter(None, map(pytree.why_constant, strangers)), None)
             raise InputError(
-                f"argument {number} is to be differentiated, but holds {what}; tensors were expected. Pass "
-                "tensors, or leave it out of argnums"
+                f"argument {number} is to be differentiated, but holds {what}; tensors were expected"
+                f"{', and ' + why if why else ''}. Pass tensors, or leave it out of argnums"
             )
         # where nothing has a derivative, that is told of the tensors
         kept = moving if any(moving) else tensors

@@ -10,12 +10,12 @@ from os import PathLike
 from typing import Any, Literal, Self, TypedDict, get_args
 
 from autojac.autodiff.derivative_terms import Terms
+from autojac.core import pytree
 from autojac.core.batch_axes import AUTO, EXPECTED
 from autojac.core.plan import Effort
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
 from autojac.errors import OptionError, kind_of, nearest, require_choice
-from autojac.torch_internals import pytree
 
 OnMiss = Literal["online", "tune", "estimate", "error"]
 Verify = Literal["auto", "always", "never"]
@@ -131,7 +131,7 @@ def check_budget(budget_s: Any) -> None:
 
 def check_in_dims(in_dims: Any) -> None:
     """Raise `OptionError` unless `in_dims` holds nothing but ints, None and `"auto"`; each call checks if it fits."""
-    for entry in pytree.tree_leaves(in_dims, is_leaf=lambda value: value is None):
+    for entry in pytree.tree_leaves(in_dims, every=True):
         if entry is not None and entry != AUTO and (not isinstance(entry, int) or isinstance(entry, bool)):
             raise OptionError(f"{EXPECTED}; got {in_dims!r}")
 

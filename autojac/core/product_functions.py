@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.batch_grid import BatchGrid
 from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.core.nests import is_differentiable
 from autojac.core.selection import Select, picked
-from autojac.torch_internals import pytree
 
 
 class ComposedFunction(ABC):

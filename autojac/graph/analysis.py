@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.sandbox import Sandbox
 from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
 from autojac.graph.cuts.accumulation import Accumulation, ChainProduct, accumulate, products
@@ -19,7 +20,6 @@ from autojac.graph.operators import custom_functions
 from autojac.graph.recorder import FunctionRecording, record
 from autojac.graph.work import Work
 from autojac.guards.captures import Captures
-from autojac.torch_internals import pytree
 
 Fn = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[Tensor, ...]]
 Cut = TypeVar("Cut")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.call import CallLayout, describe
 from autojac.core.signature import current_flags
 from autojac.guards.captures import Captures
-from autojac.torch_internals import pytree
 
 _requires_grad = operator.attrgetter("requires_grad")
 

@@ -6,11 +6,11 @@ import functools
 
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.guards.captures import Captures
 from autojac.guards.tensor_contents import TensorContents
 from autojac.planning.call import Call
 from autojac.problem.problem import Problem
-from autojac.torch_internals import pytree
 
 
 class ContentsWatch:

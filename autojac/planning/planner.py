@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from autojac.core import pytree
 from autojac.core.autocast import outside_autocast
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, effort_rank
@@ -40,7 +41,6 @@ from autojac.problem.empty_events import solid
 from autojac.problem.machine import DEFAULT
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import unfixed
-from autojac.torch_internals import pytree
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 

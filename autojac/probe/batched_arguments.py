@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import disagreement
+from autojac.core import pytree
 from autojac.core.time_limit import within
 from autojac.errors import InputError, OutputError
 from autojac.probe.flat_call import FlatCall, Roles
-from autojac.torch_internals import pytree
 
 MOST_AMBIGUOUS = 4
 MOST_SAMPLES = 256

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.time_limit import within
 from autojac.errors import OptionError
 from autojac.graph.recorder import FunctionRecording, record
 from autojac.probe.coordinates import Coordinates, few
 from autojac.probe.sample_pairs import SCALES, ProbePoint
-from autojac.torch_internals import pytree
 
 if TYPE_CHECKING:
     import scipy.sparse

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autojac.core import pytree
 from autojac.core.pattern import Pattern
 from autojac.core.ranks import deadline
 from autojac.graph.analysis import GraphAnalysis
@@ -25,7 +26,6 @@ from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import CodedCotangents
 from autojac.probe.sample_pairs import SCALES, ProbePoint, step, where_changed
-from autojac.torch_internals import pytree
 
 MOST_MASKS = 4
 MOST_TURNS = 5

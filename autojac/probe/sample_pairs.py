@@ -26,10 +26,10 @@ from torch import Tensor
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balance, own_scale
+from autojac.core import pytree
 from autojac.core.ranks import several
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
-from autojac.torch_internals import pytree
 
 SCALES = (1e-2, 1.0, 1e3)
 GRADIENT_NOISE = 0.05

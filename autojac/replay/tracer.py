@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import pulled_back
 from autojac.autodiff.seeds import LASTING
+from autojac.core import pytree
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS
@@ -31,7 +32,6 @@ from autojac.replay.passes import simplify
 from autojac.replay.tape import Tape
 from autojac.replay.trace import Lower, RecordedGraph, RecordedVjp, Trace, differs
 from autojac.replay.write_only import leave_write_only
-from autojac.torch_internals import pytree
 
 Prepare = Callable[[Problem], Compute]
 TORCHS = ("cpu", "cuda")

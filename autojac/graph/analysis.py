@@ -133,12 +133,8 @@ class GraphAnalysis:
         lists = ((owner, ", ".join(parts)) for owner, parts in grouped.items())
         return "; ".join(f"{owner}: {parts}" if owner else parts for owner, parts in lists)
 
-    def lines(self, rows: int, columns: int) -> list[str]:
-        """Return the cuts in human-readable form.
-
-        Args:
-            rows, columns: elements of one sample's outputs and inputs.
-        """
+    def lines(self, rows: int) -> list[str]:
+        """Return the cuts in human-readable form, for so many elements of one sample's outputs."""
         lines = []
         if self._chains and (found := self.chain(recursive=True) or self.chain()) is not None:
             lines += [self._line(product, product is found.tree) for product in products(found.tree)]

@@ -57,7 +57,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
         outputs.append(notes.numbers[id(value)])
     if notes.reason:
         raise UnsupportedError(notes.reason)
-    _require_plain(notes, values, inputs)
+    _require_plain(notes, values)
     operations, unseen = _reconnected(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}
     whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
@@ -104,7 +104,7 @@ def _reconnected(notes: Notes) -> tuple[list[Operation], set[int]]:
     return operations, unseen
 
 
-def _require_plain(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+def _require_plain(notes: Notes, values: Sequence[Tensor]) -> None:
     """Refuse what differentiates otherwise than its operators do."""
     for _, tensor in notes.made:
         if tensor.grad_fn is not None and tensor._backward_hooks:

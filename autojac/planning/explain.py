@@ -111,7 +111,7 @@ def _is_untried(trial: Trial) -> bool:
 
 def _graph_lines(problem: Problem) -> list[str]:
     """Say what the graph of a call shows, and what of it was colored and traced."""
-    lines = problem.analysis.lines(problem.out_size, problem.in_size) if problem.analysis is not None else []
+    lines = problem.analysis.lines(problem.out_size) if problem.analysis is not None else []
     lines += colored(problem)
     return lines + (problem.function_state.lines() if problem.function_state is not None else [])
 

@@ -96,7 +96,7 @@ def _look_at(
     if flow.lost_output:
         raise PossibleCoupling
     states = flow.states
-    numbers = _numbers(graph, there)
+    numbers = _numbers(graph)
     captured = {id(tensor) for tensor in recording.captured}
     constants = {
         # what cancels for these weights alone would not after the next step of training
@@ -165,7 +165,7 @@ def _noise(
     return most
 
 
-def _numbers(graph: Graph, there: ProbePoint) -> tuple[int, ...]:
+def _numbers(graph: Graph) -> tuple[int, ...]:
     """Return the graph's tensors; raise `PossibleCoupling` where another precision may change what operators mean."""
     if any(operation.target.namespace != "aten" or operation.name == "nextafter" for operation in graph.operations):
         raise PossibleCoupling

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.core.pattern import Indices, Marks
+from autojac.core.pattern import Marks
 from autojac.problem.compression import Colors, DeviceIndices
 from autojac.problem.layouts import embed
 from autojac.problem.problem import Problem
@@ -80,7 +80,7 @@ class _OwnBlocks:
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
         self.places = DeviceIndices(places)
-        self.sources = []
+        self.sources, marks = [], []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
             colored, read, at = rows[mine], columns[mine], problem.rows(output)[0]
@@ -89,8 +89,9 @@ class _OwnBlocks:
             elif reading is not None:
                 colored, read = reading.rows[:, 0].astype(np.int64), reading.columns[:, 0].astype(np.int64)
             seeds = side.features[at + colored].astype(np.int64)
-            self.sources.append((side, mine, DeviceIndices(seeds), DeviceIndices(read)))
-        self.order = DeviceIndices(np.argsort(np.concatenate([mine for _, mine, _, _ in self.sources])))
+            self.sources.append((side, DeviceIndices(seeds), DeviceIndices(read)))
+            marks.append(mine)
+        self.order = DeviceIndices(np.argsort(np.concatenate(marks)))
         self.sums = None if reading is None or reading.terms == 1 else _Sums(sides[0], reading)
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
@@ -109,9 +110,7 @@ class _OwnBlocks:
         blocks = values.reshape(problem.batch, *self.event, *self.leaf.event_shape)
         return embed(blocks, len(self.event)) if problem.layout == "full" else blocks
 
-    def _read(
-        self, compressed: Tensor, side: Colors, mine: Indices, colored: DeviceIndices, reading: DeviceIndices
-    ) -> Tensor:
+    def _read(self, compressed: Tensor, side: Colors, colored: DeviceIndices, reading: DeviceIndices) -> Tensor:
         """Return the entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
         rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))

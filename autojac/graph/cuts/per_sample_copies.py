@@ -112,7 +112,7 @@ def _mapped(
         return [part for part, state in zip(made, results, strict=True) if state is not None]
 
     made = iter(vmap(one)(*parts))
-    return [None if result is None else _samples_back(next(made), result[0], batch) for result in results]
+    return [None if result is None else _samples_back(next(made), result[0]) for result in results]
 
 
 def _samples_in_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
@@ -122,7 +122,7 @@ def _samples_in_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     return apart.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
 
 
-def _samples_back(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
+def _samples_back(tensor: Tensor, state: BatchAxis) -> Tensor:
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis + 1, (state.outer, state.inner))
     return apart.movedim(0, axis + 1).flatten(axis, axis + 2)

@@ -191,15 +191,11 @@ class _Step:
         added = []
         for split in splits:
             if series.has(split.rows):
-                product = self._block(series, split.blocks[0], split)
+                product = _block(series, split.blocks[0])
                 for block in split.blocks[1:]:
-                    product = product * self._block(series, block, split)
+                    product = product * _block(series, block)
                 added.append((split.row, [_total(product) * factor(len(split.blocks))]))
         return found, added
-
-    def _block(self, series: Series, block: Sequence[int], split: Split) -> Tensor:
-        order = next(order for order, part in series.parts.items() if block[0] in part.rows)
-        return series.taken(order, block)
 
     def general(
         self, needed: set[int], splits: Sequence[Split]
@@ -288,3 +284,8 @@ def is_linear_in(operation: Operation, active: Sequence[int]) -> bool:
 def is_unary(operation: Operation) -> bool:
     """Check whether an operator applies a function of one number to each entry."""
     return facts_of(operation.target).kind is Kind.POINTWISE and len(operation.sources) == 1
+
+
+def _block(series: Series, block: Sequence[int]) -> Tensor:
+    order = next(order for order, part in series.parts.items() if block[0] in part.rows)
+    return series.taken(order, block)

@@ -90,8 +90,7 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
         )
     result = Result(report.first.values, call.layout.unnested(jacobian))
     if layout == "sparse":
-        held = _held(independent, result)
-        independent = dataclasses.replace(independent, held=held)
+        independent = dataclasses.replace(independent, known_entries=_entries_of(independent, result))
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
         result = result._replace(jacobians=values)
     reference = Reference(
@@ -108,7 +107,7 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
     return wrong
 
 
-def _held(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
+def _entries_of(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
     """Return the entries that sparse Jacobians hold, whatever is known of the function."""
     held = {}
     for output, row in enumerate(result.jacobians):

@@ -218,7 +218,7 @@ class GraphAnalysis:
 
 
 class RecordAndCut(Generic[Cut]):
-    """Records each call and finds its cut; calls of one structure are looked at once.
+    """Records each call and finds its cut; calls of one structure are analyzed once.
 
     Args:
         fn: the function.
@@ -269,7 +269,7 @@ def inputs_of(graph: Graph, differentiated: Sequence[int]) -> tuple[int, ...]:
 
 
 def _paths(recording: FunctionRecording, modules: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """For tensors that were made in the code of a module: its kind, and its path from the first module that has it."""
+    """Return for tensors that the code of a module made its kind, and its path from the first module that has it."""
     paths: dict[int, str] = {}
     for root in modules:
         for path, module in root.named_modules():

@@ -48,13 +48,13 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
     source, parameters = writer.seen(x), [writer.seen(part) for part in (weight, bias)]
     running = [] if training else [writer.seen(part) for part in (means, variances)]
     made = func(*args, **kwargs)
-    held = not torch.is_grad_enabled()
+    detached = not torch.is_grad_enabled()
     whole, dtype = tuple(x.shape), x.dtype
     narrow = (1, x.shape[1], *[1] * (x.dim() - 2))
 
     def emit(target: Any, *given: Any, shape: Sequence[int] = whole, **named: Any) -> Value:
         index = writer.symbol(shape, named.get("dtype", dtype))
-        writer.operations.append(Operation(target, given, named, (index,), False, held))
+        writer.operations.append(Operation(target, given, named, (index,), False, detached))
         return Value(index)
 
     if dtype in (torch.float16, torch.bfloat16):
@@ -82,21 +82,21 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
             result = emit(combine, result, emit(aten.view.default, part, list(narrow), shape=narrow))
     if x.dtype != dtype:
         result = emit(aten._to_copy.default, result, dtype=x.dtype)
-    writer.operations.append(Operation(aten.alias.default, (result,), {}, (writer.number(made[0]),), False, held))
+    writer.operations.append(Operation(aten.alias.default, (result,), {}, (writer.number(made[0]),), False, detached))
     return made
 
 
 def _softmax(writer: Writer, name: str, func: Any, args: Any) -> Any:
-    """Softmax along the first axis, where the batch may be, with its normaliser as a tensor of its own."""
+    """Compute a softmax along the first axis, where the batch may be, with its normalizer as a tensor of its own."""
     x = writer.seen(args[0])
     made = func(*args)
-    held = not torch.is_grad_enabled()
+    detached = not torch.is_grad_enabled()
     whole, dtype = tuple(args[0].shape), args[0].dtype
     normaliser, shifted = writer.symbol((1, *whole[1:]), dtype), writer.symbol(whole, dtype)
     last = aten.exp.default if name == "_softmax" else aten.alias.default
     writer.operations += [
-        Operation(aten.logsumexp.default, (x, [0], True), {}, (normaliser,), False, held),
-        Operation(aten.sub.Tensor, (x, Value(normaliser)), {}, (shifted,), False, held),
-        Operation(last, (Value(shifted),), {}, (writer.number(made),), False, held),
+        Operation(aten.logsumexp.default, (x, [0], True), {}, (normaliser,), False, detached),
+        Operation(aten.sub.Tensor, (x, Value(normaliser)), {}, (shifted,), False, detached),
+        Operation(last, (Value(shifted),), {}, (writer.number(made),), False, detached),
     ]
     return made

@@ -26,7 +26,7 @@ class Operation:
         args, kwargs: as it was called, tensors as `Value`.
         outputs: numbers of the tensors that it made; None in the place of anything else.
         many: whether it returns a tuple.
-        held: no gradient flows through it: it ran under `no_grad`.
+        detached: no gradient flows through it: it ran under `no_grad`.
     """
 
     target: Any
@@ -34,7 +34,7 @@ class Operation:
     kwargs: Mapping[str, Any]
     outputs: tuple[int | None, ...]
     many: bool = False
-    held: bool = False
+    detached: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Operation:
         kwargs = {name: _filled(value, env) for name, value in self.kwargs.items()}
         made = self.target(*_filled(self.args, env), **kwargs)
         parts = made if self.many else (made,)
-        return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.held else parts
+        return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.detached else parts
 
 
 class BoundOperation:
@@ -121,14 +121,14 @@ class Graph:
     @functools.cached_property
     def key(self) -> int:
         """What graphs have in common that differ in numbers alone."""
-        parts = [(op.target, _shape_of((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
+        parts = [(op.target, _shape_of((op.args, tuple(op.kwargs.items()))), op.detached) for op in self.operations]
         constants = tuple((index, self.shapes[index]) for index in self.constants)
         return hash((tuple(parts), self.inputs, self.outputs, constants, tuple(self.shapes[i] for i in self.inputs)))
 
     @functools.cached_property
     def exact(self) -> object:
         """What graphs have in common that differ in tensors alone, to be compared."""
-        parts = [(op.target, _frozen((op.args, tuple(op.kwargs.items()))), op.held) for op in self.operations]
+        parts = [(op.target, _frozen((op.args, tuple(op.kwargs.items()))), op.detached) for op in self.operations]
         return parts, [op.outputs for op in self.operations], self.inputs, self.outputs, tuple(self.constants)
 
     @functools.cached_property

@@ -9,7 +9,7 @@ import torch
 
 
 def running(root: CodeType) -> int:
-    """Id of the innermost module among the callers whose method runs; 0 if there is none.
+    """Return the id of the innermost module among the callers whose method runs; 0 if there is none.
 
     Args:
         root: code of the caller to stop at.

@@ -84,14 +84,14 @@ def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def functional(
-    func: Any, name: str, seen: tuple[Any, Any], after: int, shape: Sequence[int], dtype: torch.dtype, held: bool
+    func: Any, name: str, seen: tuple[Any, Any], after: int, shape: Sequence[int], dtype: torch.dtype, detached: bool
 ) -> Operation | None:
     """Return an in-place operator as one that makes a tensor; None if there is none."""
     args, kwargs = seen
     if name == "copy_":
-        return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, held)
+        return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, detached)
     target = _out_of_place(func, name)
-    return None if target is None else Operation(target, args, kwargs, (after,), False, held)
+    return None if target is None else Operation(target, args, kwargs, (after,), False, detached)
 
 
 @functools.cache

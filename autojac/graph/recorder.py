@@ -1,8 +1,8 @@
 """The only place that traces: one call of a function, recorded as a graph of aten operators.
 
-A graph is recorded again in each call, below autograd and beside it: the call is the user's own, with its side effects
-once, its branch and its constants those of the moment. So no trace is ever stale, and what is learned from one is kept
-by the structure of the graph (`Graph.key`), not by the function.
+A graph is recorded again in each call, below autograd and alongside it: the call is the user's own, its side effects
+happen once, its branch and its constants are those of the moment. So no trace is ever stale, and what is learned from
+one is kept by the structure of the graph (`Graph.key`), not by the function.
 """
 
 from __future__ import annotations
@@ -157,21 +157,21 @@ class Recorder(Capture):
     ) -> Any:
         seen = self.seen(args), {key: self.seen(value) for key, value in kwargs.items()}
         made = call(func, args, kwargs)
-        held = not torch.is_grad_enabled()
+        detached = not torch.is_grad_enabled()
         if name in LITERALS:
             # what was written out in the code, made again in each call
             self.passing.update(value.number for value in seen[0] if type(value) is Value)
         if draws:
             self._draw(made if isinstance(made, (tuple, list)) else (made,), name)
         elif written:
-            self._write(func, name, written, args, seen, held)
+            self._write(func, name, written, args, seen, detached)
         else:
             many = isinstance(made, (tuple, list))
             parts = made if many else (made,)
             fixed = self._is_fixed((*args, *kwargs.values()))
             outputs = tuple(self.number(part) if isinstance(part, Tensor) else None for part in parts)
             self.fixed |= {number for number in outputs if fixed and number is not None}
-            self.operations.append(Operation(func, *seen, outputs, many, held))
+            self.operations.append(Operation(func, *seen, outputs, many, detached))
             if name in PARTITIONS:
                 self.apart.append({id(part) for part in made})
         return made
@@ -251,7 +251,7 @@ class Recorder(Capture):
                 self.written[index] = f"draws random numbers in the operator {name}, which has a derivative"
 
     def _write(
-        self, func: Any, name: str, written: Sequence[int | str], args: Any, seen: tuple[Any, Any], held: bool
+        self, func: Any, name: str, written: Sequence[int | str], args: Any, seen: tuple[Any, Any], detached: bool
     ) -> None:
         if list(written) != [0] or not isinstance(args[0], Tensor):
             self.refuse(f"func uses the operator {name} that writes into several tensors")
@@ -266,13 +266,13 @@ class Recorder(Capture):
         view = VIEWS_IN_PLACE.get(name)
         if view is not None:
             view = getattr(view, func._overloadname) if name == "squeeze_" else view
-            self.operations.append(Operation(view, *seen, (self.number(target),), False, held))
+            self.operations.append(Operation(view, *seen, (self.number(target),), False, detached))
             return
         siblings = set[int]().union(*(group for group in self.apart if id(target) in group))
         sharing = (id(other) for other in self._sharing_with(target))
         self.stale.update(other for other in sharing if other != id(target) and other not in siblings)
         after = self.number(target)
-        operation = functional(func, name, seen, after, self.shapes[before], self.dtypes[before], held)
+        operation = functional(func, name, seen, after, self.shapes[before], self.dtypes[before], detached)
         if operation is None:
             self.refuse(f"func writes in place by the operator {name}, which has no other form")
             return

@@ -25,7 +25,7 @@ _CALLED |= {"instance_norm": "native_batch_norm", "logdet": "_linalg_slogdet", "
 
 
 def special_kernels(values: Sequence[Tensor], reached: Sequence[str] = ()) -> tuple[str, ...]:
-    """Fused attention, and operators of `FORWARD_ONCE`, among those that computed some values, told by their graph.
+    """Return which of fused attention and `FORWARD_ONCE` are among the operators that computed some values.
 
     Args:
         values: with their graph.
@@ -69,5 +69,5 @@ def reachable_kernels(codes: Iterable[CodeType], modules: Iterable[torch.nn.Modu
 
 
 def plain_formulas(kernels: Sequence[str]) -> AbstractContextManager[Iterator[None] | None]:
-    """Within it the named operators are computed by their formula, which has every derivative."""
+    """Compute the named operators by their formula, which has every derivative, while this context is open."""
     return sdpa_kernel(SDPBackend.MATH) if ATTENTION in kernels else nullcontext()

@@ -66,7 +66,7 @@ def home_of(kind: type) -> str:
 
 
 def library_version(module_name: str | None) -> str:
-    """`__version__` of the package that a module belongs to; empty where it states none."""
+    """Return `__version__` of the package that a module belongs to; empty where it states none."""
     package = sys.modules.get((module_name or "").partition(".")[0])
     version = getattr(package, "__version__", "")
     return str(version) if isinstance(version, str) else ""

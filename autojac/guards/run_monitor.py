@@ -130,7 +130,7 @@ class RunMonitor:
         return caller is not None and _counts(caller)
 
     def by_any(self, caller: types.FrameType | None) -> bool:
-        """Whoever called."""
+        """Count calls by anyone."""
         return True
 
     def repeats(self, caller: types.FrameType | None) -> bool:

@@ -275,7 +275,7 @@ def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Com
 
 
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
-    """Return chunks worth trying for `count` seeds: all at once, and powers of four below, as memory allows."""
+    """Return chunks worth trying for `count` seeds: all in one pass, and powers of four below, as memory allows."""
     room = problem.memory_limit - problem.result_bytes
     sizes = [
         size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * problem.seed_bytes * size < room

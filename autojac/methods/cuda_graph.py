@@ -39,7 +39,7 @@ class CudaGraph(Wrapper):
         return 0.9 * self.inner.cost(problem)
 
     def workspace(self, problem: Problem) -> int:
-        # what it captured is kept beside what it returns
+        # what it captured is kept besides what it returns
         return self.inner.workspace(problem) + problem.result_bytes
 
     def prepare(self, problem: Problem) -> Compute:

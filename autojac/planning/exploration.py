@@ -29,7 +29,7 @@ SHARE = 0.2
 FIRST_STEP_S = 0.02
 """Seconds that the first step is taken to cost: it lists the candidates and times the plan in use."""
 ADOPT_BELOW = 0.9
-"""A candidate that was timed below this share of the plan in use is compared with it at once."""
+"""A candidate that was timed below this share of the plan in use is compared with it immediately."""
 HELD_UP = 4.0
 """A call that takes more than so many times the fastest one was held up by something else."""
 LOAD_S = 1.5

@@ -62,7 +62,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
         start, before = measure.clock.now(), exploration.spent
         better = exploration.take_step(problem, point)
         made = _after_step(planner, prepared, call, exploration, better)
-        # what is stored and prepared anew is paid for as well
+        # what is stored and prepared again is paid for as well
         exploration.spent = before + measure.clock.now() - start
         if exploration.is_over:
             (made or prepared).exploration = None

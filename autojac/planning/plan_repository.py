@@ -114,7 +114,7 @@ class PlanRepository:
         self.store.save_coloring(key, arrays)
 
     def refute(self, keys: Keys, reason: str) -> None:
-        """Never find a plan again, unless plans are pinned: then each process finds out anew."""
+        """Never find a plan again, unless plans are pinned: then each process finds out for itself."""
         if pinned_store() is None:
             self.store.refute(*keys, reason)
 

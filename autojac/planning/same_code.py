@@ -1,4 +1,4 @@
-"""Functions of the same code with other constants, such as a lambda made anew in each step of a loop.
+"""Functions of the same code with other constants, such as a lambda made again in each step of a loop.
 
 Each is another function, probed and planned on its own. They start from each other's plans, and the user is told which
 value should rather be an argument.
@@ -75,7 +75,7 @@ def note_plan(func: Callable[..., Any], name: str, method: Method) -> None:
         listed = " and ".join(f"`{key}`" for key in often)
         warn(
             f"{name}: {TOLD_AT} functions of this code were wrapped, each with another value of {listed}, and each is "
-            f"probed and planned anew. Wrap the function once, outside of the loop, and pass {listed} as an argument: "
+            f"probed and planned again. Wrap the function once, outside of the loop, and pass {listed} as an argument: "
             "jac(x, value)",
             PerformanceWarning,
         )

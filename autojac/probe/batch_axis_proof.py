@@ -90,7 +90,7 @@ def confirm(proof: Proof, analysis: GraphAnalysis, *points: ProbePoint) -> Proof
 def meeting(
     analysis: GraphAnalysis, point: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
 ) -> tuple[bool, str]:
-    """Whether samples meet in shared tensors alone, by the graph and by cotangents; and the line for `explain`."""
+    """Check by the graph and by cotangents whether samples meet in shared tensors alone; add the line for `explain`."""
     flow, pool = analysis.flow, analysis.read_pool
     if flow is None:
         return False, f"statistics: none found, {analysis.reason}"

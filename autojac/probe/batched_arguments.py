@@ -26,7 +26,7 @@ HANG_S = 60.0
 
 
 def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
-    """By shape alone: a tensor whose axis 0 has the outputs' length carries the batch."""
+    """Guess by shape alone: a tensor whose axis 0 has the outputs' length carries the batch."""
     return tuple(leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves)
 
 
@@ -123,7 +123,7 @@ def _as_long_as(value: Tensor, batch: int) -> bool:
 
 
 def _settled(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[bool, ...]:
-    """The roles where no slices showed them: by what earlier calls have, or by which rows of the outputs move."""
+    """Return the roles where no slices show them: those of earlier calls, or by which rows of the outputs move."""
     settled, fixed = list(roles.guess), roles.fixed
     carriers = [p for p, has in enumerate(roles.guess) if has and (fixed[p] or call.leaves[p].is_floating_point())]
     for position in call.differentiated:
@@ -158,7 +158,7 @@ def _moves_own_row(call: FlatCall, values: Sequence[Tensor], position: int) -> b
 
 
 def _sliced(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...] | None, str | None]:
-    """The roles by which slices of the arguments give outputs of as many samples, and why they are not those slices."""
+    """Return the roles by which slices give outputs of as many samples, and why these are not slices of the outputs."""
     batch = len(values[0])
     stop = (batch + 1) // 2
     refusal: str | None = None

@@ -29,7 +29,7 @@ class PossibleCoupling(Exception):
 
 
 def outside_of(state: State, like: Tensor, mask: Tensor) -> Tensor:
-    """The elements that samples inside the mask must not reach, to broadcast; all of a tensor without the batch."""
+    """Return a mask of what samples inside the mask must not reach, to broadcast; all of a tensor without the batch."""
     if not isinstance(state, BatchAxis):
         return torch.ones((), dtype=torch.bool, device=like.device)
     along = (~mask).repeat_interleave(state.inner).repeat(state.outer)

@@ -155,7 +155,7 @@ class CodedCotangents:
         return rows[np.isin(colors, open_classes)], wide
 
     def _decoded(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
-        """For each sample the one of the class that reaches it; whether any does; whether it is one alone."""
+        """Return for each sample which one of the class reaches it, whether any does, and whether only one."""
         batch = self.point.batch
         plain = self._pull(pullback, weights, members)
         if not torch.isfinite(plain).all():
@@ -194,9 +194,9 @@ def _alive(gradient: Tensor) -> Tensor:
 
 
 def spread_colors(known: Any, wide: int, random: np.random.Generator) -> Ints:
-    """Random colors of the rows, two of which share none where they have an entry in one column.
+    """Color the rows at random, so that no two with an entry in one column share a color.
 
-    Independent sets of random priority color themselves at once (Jones and Plassmann, 1993); among the first `wide`
+    Independent sets of random priority color themselves in one pass (Jones and Plassmann, 1993); among the first `wide`
     colors each row takes any that is free, so that what is not known is spread too.
 
     Args:

@@ -33,7 +33,7 @@ class Coordinates:
         self.m, self.n = sum(self.rows), sum(self.columns)
 
     def numbers(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-        """For each leaf the numbers of its elements, of its shape; None for those that are not differentiated."""
+        """Return for each leaf the numbers of its elements, of its shape; None for leaves not differentiated."""
         found: list[Tensor | None] = [None] * len(leaves)
         start = 0
         for position, size in zip(self.differentiated, self.columns, strict=True):
@@ -44,7 +44,7 @@ class Coordinates:
         return found
 
     def of_inputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """Which entries of tensors shaped like the differentiated leaves are set in any sample: (n,)."""
+        """Return which entries of tensors shaped like the differentiated leaves are set in any sample: (n,)."""
         lines = [
             part.reshape(len(part) if position in self.batched else 1, -1).any(0).cpu()
             for position, part in zip(self.differentiated, parts, strict=True)
@@ -52,7 +52,7 @@ class Coordinates:
         return torch.cat(lines)
 
     def of_outputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """Which entries of tensors shaped like the outputs are set in any sample: (m,)."""
+        """Return which entries of tensors shaped like the outputs are set in any sample: (m,)."""
         return torch.cat([part.reshape(len(part), -1).any(0).cpu() for part in parts])
 
     def as_inputs(self, mask: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -274,7 +274,7 @@ def _slight(verdicts: Sequence[Verdict], point: ProbePoint) -> bool:
 
 
 def _fewer_than(analysis: GraphAnalysis, point: ProbePoint, values: Sequence[Tensor]) -> float | None:
-    """The classes below which coloring samples takes fewer passes than shared statistics; None if it hardly can."""
+    """Return below how many classes coloring samples takes fewer passes than shared statistics, if it can."""
     pools = [pool.size for pool in (analysis.read_pool, analysis.least_pool) if pool is not None]
     shared = min(pools, default=0)
     rows = sum(value[0].numel() for value in values)

@@ -31,7 +31,7 @@ MOST_PASSES = 256
 def by_nan(
     point: ProbePoint, where: Coordinates, values: Sequence[Tensor], sliceable: bool, budget_s: float
 ) -> tuple[scipy.sparse.csr_array | None, str]:
-    """The pattern that NaN shows: in one coordinate of all samples at a time, or of replicas of each sample at once."""
+    """Return the pattern that NaN shows, put into one coordinate of all samples, or of replicas of each in one pass."""
     alone = sliceable and set(where.differentiated) <= where.batched
     chunk = max(MOST_ELEMENTS // (where.m + where.n), 1) if alone else 1
     cost = time_one_call(point) * where.n
@@ -61,7 +61,7 @@ def by_nan(
 def _tainted(
     point: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
 ) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
-    """Leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
+    """Return leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
     numbers = where.numbers(point.leaves)
     for sample in range(point.batch if alone else 1):
         for first in range(0, where.n, chunk):
@@ -83,7 +83,7 @@ def _tainted(
 def completed(
     point: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
 ) -> tuple[scipy.sparse.csr_array, int, str]:
-    """A pattern with what is seen outside of it at several points, how many entries that is, and what was looked at.
+    """Add to a pattern what is seen outside of it at several points; tell how many entries, and what was looked at.
 
     A gradient of several rows tells that one of them reaches a column, not which: then all of them are taken to.
 
@@ -128,7 +128,7 @@ def completed(
 def _with_gradients(
     pullback: Pullback, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator
 ) -> scipy.sparse.csr_array:
-    """A pattern with random rows by the columns where their gradient is nonzero although none of them reaches these."""
+    """Add random rows by the columns where their gradient is nonzero although none of them reaches these."""
     values = pullback.recorded
     for _ in range(ROUNDS):
         rows = _some(found.nnz / where.n, where.m, generator)
@@ -158,7 +158,7 @@ def _moved(
 
 
 def _some(reached: float, size: int, generator: torch.Generator) -> Tensor:
-    """A random mask that reaches about half of the other side, each of which `reached` entries of this one reach."""
+    """Return a random mask that reaches about half of the other side, of which `reached` entries reach each."""
     share = 1 - 0.5 ** (1 / max(reached, 1.0))
     mask: Tensor = torch.rand(size, generator=generator) < max(share, 1 / size)
     return mask

@@ -137,7 +137,7 @@ def _pushed(
 def _rounding(
     values: Sequence[Tensor], points: Sequence[Tensor], cotangents: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> float:
-    """What of uᵀJv may be rounding on the function's own scale, where the derivative vanishes by cancellation."""
+    """Return how much of uᵀJv may be rounding on the function's own scale, where the derivative cancels to zero."""
     floors = (
         [rounding_floor(y, x) * float(v.abs().amax()) for x, v in zip(points, directions, strict=True)] for y in values
     )
@@ -166,7 +166,7 @@ def _gap_in_double(
 def _finite_difference(
     call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[float, str]:
-    """uᵀJv by a central difference, in float64 where func takes that; and the dtype's name."""
+    """Return uᵀJv by a central difference, in float64 where func takes that, and the dtype's name."""
     for dtype in (torch.float64, points[0].dtype):
         step = torch.finfo(dtype).eps ** (1 / 3) * max(1.0, *(float(p.abs().amax()) for p in points if p.numel()))
         moved = []
@@ -184,6 +184,6 @@ def _finite_difference(
 
 
 def _product(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float]:
-    """Inner product, and the sum of the terms' sizes."""
+    """Return the inner product, and the sum of the terms' sizes."""
     terms = [a.detach().double() * b.detach().double() for a, b in zip(left, right, strict=True)]
     return sum(float(term.sum()) for term in terms), sum(float(term.abs().sum()) for term in terms)

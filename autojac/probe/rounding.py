@@ -154,7 +154,7 @@ def _noise(
     masks: Sequence[Tensor],
     moves: Sequence[Sequence[Tensor]],
 ) -> Env:
-    """For each coordinate of each tensor the most that it moves with samples that are none of its own."""
+    """Return for each coordinate of each tensor the most that it moves with samples that are none of its own."""
     base = run.all(run.leaves, numbers)
     most: dict[int, Tensor] = {}
     for mask, leaves in zip(masks, moves, strict=True):
@@ -215,7 +215,7 @@ def _rows(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _pull(low: Pullback, high: Pullback, mask: Tensor, generator: torch.Generator) -> None:
-    """Random cotangents inside the mask: what comes out at samples outside must shrink."""
+    """Pull random cotangents inside the mask: what comes out at samples outside must shrink."""
     values = low.recorded
     weights = balance(values)
     cotangents = [

@@ -158,7 +158,7 @@ def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
 
 
 def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tuple[bool, bool]:
-    """Whether what chose the neighbours was drawn at random, and whether another call may bring other values of it."""
+    """Tell whether what chose the neighbours was drawn at random, and whether another call may bring other values."""
     from autojac.graph.dependence.propagation import roots
 
     found = roots(graph, selectors)
@@ -172,7 +172,7 @@ def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tup
 
 
 def _probed(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
-    """The graph by index-coded cotangents at several points, until two more points in a row show nothing more."""
+    """Return the graph by index-coded cotangents at several points, until two in a row show nothing new."""
     coded = CodedCotangents(point, generator, deadline(budget_s))
     quiet_turns = 0
     for turn in range(2 + 2 * MOST_TURNS):
@@ -280,7 +280,7 @@ def _worth(samples: Any) -> bool:
 
 
 def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:
-    """Grouped if samples fall into classes, each of which depends on all of its class and on no other."""
+    """Return `grouped` if samples fall into classes, each of which depends on all of its class and on no other."""
     # who is named by the first of their neighbours
     named = pattern.columns[pattern.starts[:-1]]
     inside = np.array_equal(named[pattern.rows], named[pattern.columns])

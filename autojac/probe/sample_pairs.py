@@ -80,7 +80,7 @@ class ProbePoint:
     limit_s: float = math.inf
 
     def values(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """Outputs with some leaves replaced; func sees grad mode and inputs as it does when it is differentiated.
+        """Return the outputs for other leaves; func sees grad mode and inputs as it does when it is differentiated.
 
         It may take gradients itself, of views of its inputs.
         """
@@ -92,7 +92,7 @@ class ProbePoint:
         return tuple(value.detach() for value in values)
 
     def at_other_point(self, turn: int, scale: float, generator: torch.Generator) -> ProbePoint:
-        """The function at another point: what is read of other samples may depend on masks, indices and weights."""
+        """Return another point: what is read of other samples may depend on masks, indices and weights."""
 
         def moved(tensor: Tensor) -> Tensor:
             return _start(tensor, turn, scale, generator)
@@ -117,7 +117,7 @@ def time_one_call(point: ProbePoint) -> float:
 
 
 def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
-    """Random cotangents inside the mask; the gradient outside must vanish."""
+    """Pull random cotangents inside the mask; the gradient outside must vanish."""
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
         merged = list(point.leaves)
@@ -133,7 +133,7 @@ def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, gene
 def cotangent_verdict(
     pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], called: str, generator: torch.Generator
 ) -> Verdict:
-    """The same for a graph that exists already, whose inputs carry the batch on axis 0 where `carriers` says so."""
+    """Do the same for a graph that exists already, whose inputs carry the batch on axis 0 where `carriers` says so."""
     layer = "random cotangents"
     values = pullback.recorded
     # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
@@ -173,7 +173,7 @@ def value_layer(
     leaves: Sequence[int],
     scales: Sequence[float] = SCALES,
 ) -> Verdict:
-    """New values inside the mask; outputs outside must stay."""
+    """Put new values inside the mask; outputs outside must stay."""
     layer = "value taint" if leaves == point.inputs else "value taint of side inputs"
     refused = 0
     for turn, scale in enumerate(scales):
@@ -201,7 +201,7 @@ def value_layer(
 
 
 def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Sequence[Tensor] | None = None) -> Verdict:
-    """NaN inside the mask; outputs outside must gain none. `base` are the outputs at the point, where known."""
+    """Put NaN inside the mask; outputs outside must gain none. `base` are the outputs at the point, where known."""
     layer = "NaN taint"
     base = point.values({}) if base is None else base
     for mask in masks:
@@ -226,7 +226,7 @@ def _along(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _accepted(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
-    """Outputs at other values; None where func refuses values that its user never passes."""
+    """Return the outputs at other values; None where func refuses values that its user never passes."""
     try:
         return point.values(replaced)
     except TimeoutError:
@@ -242,7 +242,7 @@ def step(leaf: Tensor, scale: float | Tensor, generator: torch.Generator) -> Ten
 
 
 def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Another point to change samples at: noise for floats; for masks the given one, then none set, then all.
+    """Return another point to change samples at: noise for floats; for masks the given one, then none set, then all.
 
     A float with infinities is a mask that is added.
     """
@@ -259,7 +259,7 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
 
 
 def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """The leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
+    """Return a leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
     if leaf.is_floating_point():
         return leaf + step(leaf, scale, generator) * _along(mask, leaf)
     if leaf.dtype == torch.bool:

@@ -69,7 +69,7 @@ class Problem:
         has_aux: whether func returns more than is differentiated, which must come from a plain call.
         analysis: what the graph of a call shows, to be asked by methods that cut it.
         colorings: makes and keeps the colorings of its patterns.
-        held: entries of sparse Jacobians that were computed elsewhere, by output and leaf.
+        known_entries: those of sparse Jacobians that were computed elsewhere, by output and leaf.
         function_state: what func reads besides its arguments, to be watched by methods that are traced.
         originals: returns the tensors that stand behind the differentiated leaves now, a module's parameters: func may
             read these past its arguments, by a list or a closure or in a backward pass of its own.
@@ -94,7 +94,7 @@ class Problem:
     has_aux: bool = False
     analysis: GraphAnalysis | None = dataclasses.field(default=None, compare=False, repr=False)
     colorings: Colorings = dataclasses.field(default_factory=Colorings, compare=False, repr=False)
-    held: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
+    known_entries: Mapping[tuple[int, int], Entries] | None = dataclasses.field(default=None, compare=False, repr=False)
     function_state: FunctionState | None = dataclasses.field(default=None, compare=False, repr=False)
     originals: Callable[[], Sequence[Tensor]] | None = dataclasses.field(default=None, compare=False, repr=False)
     trial: bool = False
@@ -171,8 +171,8 @@ class Problem:
         """Return the entries of one Jacobian in layout `sparse`."""
         key = (output, position)
         if key not in self._entries:
-            held = self.held and self.held.get(key)
-            self._entries[key] = held or entries(*self.patterns(output, position))
+            known = self.known_entries and self.known_entries.get(key)
+            self._entries[key] = known or entries(*self.patterns(output, position))
         return self._entries[key]
 
     @functools.cached_property
@@ -220,10 +220,10 @@ class Problem:
 
 def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Bound, tuple[Tensor, ...]]:
     """Return the function of the differentiated leaves alone, and those leaves."""
-    positions, held = problem.inputs, list(leaves)
+    positions, fixed = problem.inputs, list(leaves)
 
     def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-        merged = list(held)
+        merged = list(fixed)
         for position, tensor in zip(positions, inputs, strict=True):
             merged[position] = tensor
         return problem.fn(merged, kwargs)

@@ -17,7 +17,7 @@ MOST_MISSES = 4
 """Calls with another outcome after which a program is given up, besides one in so many of those that it served."""
 HITS_A_MISS = 4
 LOOKED_INTO = 8
-"""Calls with another outcome that are checked at once: what was observed of the way before may not hold on theirs."""
+"""Calls with another outcome that are checked immediately: what was observed before may not hold for them."""
 
 
 class OtherOutcomeError(Exception):

@@ -163,7 +163,7 @@ class Tape(Capture):
         return id(tensor) in self._nodes
 
     def _require(self, check: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Have the program break off where Python would learn something else than it did in this run."""
+        """Make the program break off where Python would learn something else than it did in this run."""
         node = self.graph.call_function(check, args, kwargs)
         self._describe(node, "operator", None)
         node.meta["draws"] = True

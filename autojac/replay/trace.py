@@ -28,7 +28,7 @@ class Trace:
     was captured.
 
     Attributes:
-        forward: from the inputs to the outputs, and what the backward programs read beside them.
+        forward: from the inputs to the outputs, and what the backward programs read besides them.
         outputs: how many there are, values first.
         captured: where each captured tensor stands among those of the function's state.
         pulls: what pulls cotangents of the outputs back.

@@ -113,7 +113,7 @@ def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor
 
 
 def unfixed(kwargs: Mapping[str, Any]) -> str:
-    """What among the arguments is no tensor and may change from call to call, so that no program can hold it."""
+    """Name a non-tensor among the arguments that may change from call to call, so that no program can hold it."""
     for value in pytree.tree_leaves(kwargs):
         if not isinstance(value, (Tensor, *FIXED)):
             return f"{kind_of(value)} among the arguments may be another in each call; pass it as a tensor"
@@ -218,7 +218,7 @@ class _Run:
                 raise UnsupportedError("it gives something else when it is recorded than when it is not")
 
     def recorded(self, compute: Compute) -> tuple[RecordedGraph, list[int], int]:
-        """What was recorded, where its captured tensors stand, and how many operators ran."""
+        """Return what was recorded, where its captured tensors stand, and how many operators ran."""
         graph, place_of = self.tape.graph, {id(t): place for place, t in enumerate(self.captured)}
         ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]
         output = graph.output(tuple(self.tape.node(tensor) for tensor in ends))

@@ -260,7 +260,7 @@ def test_opaque_functions_are_probed(name: str, dtype: torch.dtype) -> None:
     x = points().to(dtype)
     structure = autojac.probe(OPAQUE[name], x)
     assert structure.coupling == ("grouped" if name == "groups" else "sparse"), structure.evidence
-    assert "index-coded probes" in structure.evidence[-1]
+    assert any("index-coded probes" in line for line in structure.evidence)
     assert_covers(graph_of(structure), OPAQUE[name], x)
 
 

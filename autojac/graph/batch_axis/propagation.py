@@ -150,7 +150,7 @@ def propagate_batch_axis(
 
 
 def _spread(context: RuleContext) -> State:
-    """Shared tensors make shared ones, but an expanded one has an axis that may count as the batch's."""
+    """Make shared tensors of shared ones; an expanded one has an axis that may count as the batch's."""
     if context.operation.name == "expand":
         before, after = context.shape(context.operation.args[0]), context.out
         before = (1,) * (len(after) - len(before)) + before

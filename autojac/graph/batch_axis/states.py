@@ -50,7 +50,7 @@ class RuleContext(BoundOperation):
         return found
 
     def only(self) -> tuple[tuple[int, ...], BatchAxis]:
-        """Shape and state of the one tensor that carries the batch, which must be the first argument."""
+        """Return the shape and state of the one tensor that carries the batch, which must be the first argument."""
         carried = self.carried()
         if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
             raise BatchAxisLost("several tensors carry the batch into it")

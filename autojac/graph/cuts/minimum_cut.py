@@ -15,7 +15,7 @@ MOST_NODES = 2000
 
 def passes_derivatives(operation: Operation) -> bool:
     """Check whether a derivative runs through an operator."""
-    return not operation.held and facts_of(operation.target).has_derivative
+    return not operation.detached and facts_of(operation.target).has_derivative
 
 
 def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
@@ -29,7 +29,7 @@ def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
 
 
 def edges(graph: Graph, alive: Collection[int]) -> Iterator[tuple[int, int]]:
-    """From each tensor to those that operators make of it, as far as derivatives run."""
+    """Return the edges from each tensor to those that operators make of it, as far as derivatives run."""
     for operation in graph.operations:
         if passes_derivatives(operation):
             for output in operation.outputs:

@@ -116,7 +116,7 @@ def _mapped(
 
 
 def _samples_in_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
-    """(…, outer·B·inner, …) as (B, …, outer·inner, …)."""
+    """Return (…, outer·B·inner, …) as (B, …, outer·inner, …)."""
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis, (state.outer, batch, state.inner))
     return apart.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)

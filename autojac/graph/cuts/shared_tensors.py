@@ -119,7 +119,7 @@ def _makers(graph: Graph, number: int) -> Sequence[int]:
 
 
 def _forms(flow: BatchFlow, tensors: Collection[int]) -> dict[int, PerSampleForm] | None:
-    """For each operator along the batch that reads some of the tensors its form that takes copies."""
+    """Return for each operator along the batch that reads some of the tensors its form that takes copies."""
     found = {}
     for place, operation in enumerate(flow.graph.operations):
         along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.outputs if y is not None)

@@ -133,7 +133,7 @@ class DependenceContext(BoundOperation):
         return total
 
     def kept_axis(self, value: Value, axis: int) -> list[int | None]:
-        """For each output the axis whose slice j reads slice j of an argument's axis, and no other."""
+        """Return for each output the axis whose slice j reads slice j of an argument's axis, and no other."""
         addend = self.arguments.get(self.facts.addend)
         if value == addend and self.operation.sources.count(value.number) == 1 < len(self.operation.sources):
             return [axis + len(self.out) - len(self.shape(value))]

@@ -39,7 +39,7 @@ def without_inputs(context: DependenceContext) -> Unknown:
 
 
 def pointwise(context: DependenceContext) -> Result:
-    """Element by element, broadcast; where captured selectors choose among the arguments, elements are moved."""
+    """Unite sets element by element; where captured selectors choose among the arguments, move them."""
     chosen = context.selector_numbers()
     if chosen and all(isinstance(context.states[number], Constant) for number in chosen):
         return moving(context)
@@ -127,7 +127,7 @@ def is_uniform(context: DependenceContext, number: int, axis: int) -> bool:
 
 
 def gathering(context: DependenceContext) -> Result:
-    """Elements are chosen by number or by a mask; where numbers may change, any element along their axes is meant."""
+    """Choose elements by number or by a mask; where numbers may change, any element along their axes is meant."""
     facts, value = context.facts, context.operation.args[0]
     (chosen,) = (context[name] for name in facts.selectors)
     if context.select(chosen):

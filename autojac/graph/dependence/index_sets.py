@@ -109,7 +109,7 @@ class SetAlgebra:
 
         Args:
             amount: entries or elements to go through.
-            most: how many may be at once, since they are held in memory.
+            most: how many there may be at a time, since they are in memory.
 
         Raises:
             TooLarge: if it is more than the limit.
@@ -130,7 +130,7 @@ class SetAlgebra:
         return IndexSets(source.matrix, source.index.expand(wide).reshape(made))
 
     def union(self, one: IndexSets | None, other: IndexSets) -> IndexSets:
-        """Element by element, of tensors that are broadcast against each other."""
+        """Unite the sets of tensors that are broadcast against each other, element by element."""
         if one is None or one is other:
             return other
         dims = max(one.index.dim(), other.index.dim())
@@ -153,7 +153,7 @@ class SetAlgebra:
         return IndexSets(one.matrix[ours] + other.matrix[theirs], index + 1)
 
     def gathered(self, groups: Tensor, source: IndexSets, shape: Sequence[int]) -> IndexSets:
-        """For each element of a tensor the union over all elements that name it.
+        """Return for each element of a tensor the union over all elements that name it.
 
         Args:
             groups: for each of the source's elements the element of the result.

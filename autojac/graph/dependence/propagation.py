@@ -196,7 +196,7 @@ def _results(context: DependenceContext) -> Sequence[State]:
         return [Constant()] * count
     if not any(isinstance(context.states[number], IndexSets) for number in context.operation.sources):
         return _without_inputs(context)
-    if not context.follow_values and (context.operation.held or not facts.has_derivative):
+    if not context.follow_values and (context.operation.detached or not facts.has_derivative):
         return [Unknown()] * count
     try:
         # sets of samples differ along few axes: where an operator leaves these alone, the others need not be looked at

@@ -110,7 +110,7 @@ def per_channel(index: Tensor, channels: int) -> Tensor:
 
 
 def product(context: DependenceContext) -> Result:
-    """A product of (stacks of) matrices, or of a matrix and a vector; zeros of a captured factor cut paths."""
+    """Follow a product of (stacks of) matrices, or of a matrix and a vector; zeros of a captured factor cut paths."""
     assert context.facts.factors is not None
     left, right = (context[name] for name in context.facts.factors)
     total: IndexSets | None = None
@@ -162,7 +162,7 @@ def _entries(context: DependenceContext, value: Value) -> Tensor | None:
 
 
 def distances(context: DependenceContext) -> Result:
-    """Result i, j reads row i of the first and row j of the second."""
+    """Unite row i of the first and row j of the second for result i, j."""
     total: IndexSets | None = None
     for place, value in enumerate(context.operation.args[:2]):
         state = context.state(value)

@@ -1,10 +1,10 @@
 """Taylor mode: derivatives by columns of the input, carried through a recorded graph operator by operator.
 
-Beside each value run the derivatives that the ones asked for are built on, as rows of one tensor. An operator F takes
-rows to rows by the formula of Faà di Bruno: the derivative by some columns is the sum, over all ways to split them into
-blocks, of F's derivative of that many directions in the rows of the blocks. Linear operators have the first term alone.
-Of a sum of second derivatives, such as the Laplacian, one row is carried, since only the first term acts on it:
-collapsed Taylor mode (Dangel et al. 2025), which for the Laplacian is the forward Laplacian (Li et al. 2023).
+Each value is accompanied by the derivatives that the ones asked for are built on, as rows of one tensor. An operator F
+takes rows to rows by the formula of Faà di Bruno: the derivative by some columns is the sum, over all ways to split
+them into blocks, of F's derivative of that many directions in the rows of the blocks. Linear operators have the first
+term alone. Of a sum of second derivatives, such as the Laplacian, one row is carried, since only the first term acts
+on it: collapsed Taylor mode (Dangel et al. 2025), which for the Laplacian is the forward Laplacian (Li et al. 2023).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TaylorMode:
         return series.taken(self.wanted.order(row), [row])[0].expand(value.shape)
 
     def _step(self, operation: Operation) -> None:
-        active = [] if operation.held else [n for n in dict.fromkeys(operation.sources) if n in self.series]
+        active = [] if operation.detached else [n for n in dict.fromkeys(operation.sources) if n in self.series]
         values = operation(self.env)
         made: list[tuple[int, int]] = []
         for place, (number, value) in enumerate(zip(operation.outputs, values, strict=False)):

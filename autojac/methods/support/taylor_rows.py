@@ -1,4 +1,4 @@
-"""Rows of derivatives that Taylor mode carries beside a value: which are needed, and how they depend on each other."""
+"""Rows of derivatives that Taylor mode carries with a value: which are needed, and how they depend on each other."""
 
 from __future__ import annotations
 

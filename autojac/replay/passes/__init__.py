@@ -19,7 +19,7 @@ Pass = Callable[[fx.Graph], None]
 
 @cache
 def passes() -> dict[str, Pass]:
-    """Every pass by name: files of this package with a function of their own name, in the order of their `RANK`.
+    """Return every pass by name: functions named like their file in this package, in the order of their `RANK`.
 
     A pass that runs several times has a tuple of them.
     """

@@ -65,7 +65,7 @@ def _wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
 
 
 def _lean(value: Tensor) -> Tensor:
-    """Without what broadcasting brings back: repetitions, and leading axes with a single entry."""
+    """Strip what broadcasting brings back: repetitions, and leading axes with a single entry."""
     lean = narrowed(value)
     while lean.dim() and lean.size(0) == 1:
         lean = lean[0]

@@ -1,4 +1,4 @@
-"""Tensors that are filled part by part, put together at once instead."""
+"""Tensors that are filled part by part, put together by one operator instead."""
 
 from __future__ import annotations
 

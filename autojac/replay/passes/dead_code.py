@@ -10,7 +10,7 @@ RANK = (1, 100)
 
 
 def dead_code(graph: fx.Graph) -> None:
-    """Dead code: operators that lead to no output, and writes into memory that nobody looks at afterwards."""
+    """Erase operators that lead to no output, and writes into memory that nothing reads afterwards."""
     seen = {node.meta["storage"] for node in graph.nodes if node.meta.get("role") in EXTERNAL} - {None, 0}
 
     def needed(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ COPIES = {aten.clone.default, aten._to_copy.default, aten.contiguous.default, at
 
 
 def drop_copies(graph: fx.Graph) -> None:
-    """Read the original in the place of a copy, where neither is written into, and reshape what is reshaped at once.
+    """Read the original in the place of a copy, where neither is written into, and reshape views directly.
 
     A copy that puts entries into another order is left out only if a single operator reads it, as others would each
     gather the entries again; one that repeats entries, if all that read it do so one by one.

@@ -50,7 +50,7 @@ def _product(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape: list[int]) -> fx.Node | None:
-    """seed @ factor, of that shape, for a seed of one-hot rows."""
+    """Return seed @ factor, of that shape, for a seed of one-hot rows."""
     held = factor.meta["value"]
     batch: tuple[int, ...] = tuple(held.shape[:-2])
     shared = bool(batch) and (held.stride(0) == 0 or held.size(0) == 1)

@@ -20,7 +20,7 @@ def embedding(context: RuleContext) -> State:
 
 @register(Axes.INDEXED)
 def gathering(context: RuleContext) -> State:
-    """gather, scatter and their kin: every tensor that carries the batch does so on one axis, which is not `dim`."""
+    """Follow gather, scatter and their kin: every tensor with the batch has it on one axis, which is not `dim`."""
     found = {state for _, state in context.carried()}
     dims = len(context.out)
     values = [value for value in context.operation.args if isinstance(value, Value)]
@@ -43,7 +43,7 @@ def index_select(context: RuleContext) -> State:
 
 @register("index")
 def indexing(context: RuleContext) -> State:
-    """x[..., index, ...] with one index tensor of integers."""
+    """Follow x[..., index, ...] with one index tensor of integers."""
     indices = context["indices"]
     used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if len(used) != 1 or context.graph.dtypes[used[0][1].number] in (torch.bool, torch.uint8):
@@ -79,7 +79,7 @@ def index_add(context: RuleContext) -> State:
 
 @register("index_put _unsafe_index_put _index_put_impl")
 def index_put(context: RuleContext) -> State:
-    """x[..., index, ...] = values with one index tensor of integers, the same for all samples."""
+    """Follow x[..., index, ...] = values with one index tensor of integers, the same for all samples."""
     used = [(axis, index) for axis, index in enumerate(context["indices"]) if index is not None]
     if len(used) != 1 or context.graph.dtypes[used[0][1].number] in (torch.bool, torch.uint8):
         raise BatchAxisLost("it writes entries by several indices or by a mask")

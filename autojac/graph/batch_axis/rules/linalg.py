@@ -10,7 +10,7 @@ from autojac.graph.operator_facts import Axes
 
 @register(Axes.TRAILING)
 def matrices(context: RuleContext) -> State:
-    """Linear algebra on the last two axes of one tensor or of several with the same leading axes."""
+    """Follow linear algebra on the last two axes of one tensor or of several with the same leading axes."""
     found, ranks = set(), set()
     for value in (value for value in context.operation.args if isinstance(value, Value)):
         state, dims = context.state(value), len(context.shape(value))
@@ -31,7 +31,7 @@ def matrices(context: RuleContext) -> State:
 
 @register("_linalg_solve_ex")
 def solving(context: RuleContext) -> State:
-    """A X = B with the batch in front of A, and of B if B carries it: B is matrices, or one vector for each matrix."""
+    """Follow A X = B with the batch in front of A, and of B if it has it; B is matrices, or one vector per matrix."""
     matrix, right = context["A"], context["B"]
     whole, shape = context.shape(matrix), context.shape(right)
     own, other = context.state(matrix), context.state(right)

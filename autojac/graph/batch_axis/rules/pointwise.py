@@ -24,5 +24,5 @@ def pointwise(context: RuleContext) -> State:
 
 @register(Axes.KEPT)
 def same(context: RuleContext) -> State:
-    """Shape and order are kept."""
+    """Keep shape and order."""
     return context.only()[1]

@@ -9,7 +9,7 @@ from autojac.graph.operator_facts import Axes, facts_of
 
 @register(Axes.FACTORS)
 def product(context: RuleContext) -> State:
-    """A product of two matrices, two stacks of these, or a matrix or vector and a vector: one axis is summed over."""
+    """Follow a product of two matrices, two stacks of these, or a matrix or vector and a vector."""
     left, right = (context[name] for name in facts_of(context.operation.target).factors or ())
     dims, own, other = len(context.shape(left)), context.state(left), context.state(right)
     carried = [state for state in (own, other) if isinstance(state, BatchAxis)]
@@ -31,7 +31,7 @@ def product(context: RuleContext) -> State:
 
 
 def _with_addend(context: RuleContext, state: BatchAxis) -> State:
-    """The same, unless what is added to a product carries the batch elsewhere."""
+    """Return the same, unless what is added to a product carries the batch elsewhere."""
     added = context.arguments.get(facts_of(context.operation.target).addend)
     other = context.state(added)
     if added is not None and isinstance(other, BatchAxis):

@@ -9,7 +9,7 @@ from autojac.graph.operator_facts import Axes
 
 @register(Axes.REDUCED)
 def reduction(context: RuleContext) -> State:
-    """A reduction over axes other than the batch's."""
+    """Follow a reduction over axes other than the batch's."""
     shape, state = context.only()
     name = "dim" if "dim" in context.arguments else "dims"
     gone = context.axes(name, len(shape)) if name in context.arguments else set(range(len(shape)))
@@ -22,7 +22,7 @@ def reduction(context: RuleContext) -> State:
 
 @register(Axes.NAMED)
 def inside(context: RuleContext) -> State:
-    """Something along one or more other axes, which keep their place (and maybe not their length)."""
+    """Follow an operator along one or more other axes, which keep their place (and maybe not their length)."""
     shape, state = context.only()
     if state.axis in context.axes("dim" if "dim" in context.arguments else "dims", len(shape)):
         raise Meets(MEET)

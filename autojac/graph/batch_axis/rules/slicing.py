@@ -63,7 +63,7 @@ def stack(context: RuleContext) -> State:
 
 @register("constant_pad_nd")
 def pad(context: RuleContext) -> State:
-    """Pairs of numbers, the last axis first."""
+    """Follow padding by pairs of numbers, the last axis first."""
     shape, state = context.only()
     amounts = context["pad"] if "pad" in context.arguments else context["padding"]
     behind = 2 * (len(shape) - 1 - state.axis)

@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-interop matrix coverage check format bench clean
+.PHONY: help demo test test-all test-interop matrix coverage check format bench bench-peers clean
 
 help:
 	@echo "make demo      a small network trained with tuned, remembered Jacobians"
@@ -21,6 +21,7 @@ help:
 	@echo "make check     lint, formatting and types"
 	@echo "make format    rewrite the sources as \`make check\` wants them"
 	@echo "make bench     autojac against torch's own ways on this machine"
+	@echo "make bench-peers  autojac against JAX, asdex and TensorFlow, in environments of their own"
 	@echo "make clean     remove the environment and everything generated"
 
 # The stamp is written last: an interrupted installation starts over.
@@ -63,7 +64,11 @@ format: $(READY)
 bench: $(READY)
 	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" $(BIN)/autojac bench $(BENCH)
 
+# other libraries, in environments of their own on Python 3.12; no part of CI
+bench-peers: $(READY)
+	@AUTOJAC_STORE="$(CURDIR)/cache/autojac.db" .ci/peers $(BENCH)
+
 clean:
-	rm -rf $(VENV) $(VENV)-torch* $(VENV)-interop build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch* $(VENV)-interop $(VENV)-peers build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f cache/*.db cache/*.db-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,6 +34,13 @@ QUICK_S, BUDGET_S = 2.0, 12.0
 @click.option("--quick", is_flag=True, help="Effort quick, short searches and races.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--store", default=None, help="Path or URL of the plans to use; by default every run tunes afresh.")
+@click.option(
+    "--peers",
+    envvar="AUTOJAC_BENCH_PEERS",
+    default=None,
+    type=click.Path(file_okay=False),
+    help="Folder of the environments of --suite peers.  [default: .venv-peers]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each result as soon as it is measured.")
 @click.option(
     "--from",
@@ -54,6 +61,7 @@ def bench(
     quick: bool,
     device: str,
     store: str | None,
+    peers: str | None,
     as_json: bool,
     sources: tuple[Path, ...],
     tables: bool,
@@ -83,6 +91,7 @@ def bench(
             race_s=1.5 if quick else 8.0,
             quick=quick,
             training=training,
+            peers=peers,
         )
         report = _measured(_suites(names, interop, training), only, settings, as_json)
     if tables:

@@ -44,7 +44,7 @@ class Settings:
         shortest_s: seconds that a timed block of calls lasts at least.
         race_s: seconds after which a race takes no further round.
         quick: whether a suite leaves out what takes long.
-        peers: Python interpreter that has JAX and TensorFlow.
+        peers: folder of the environments that hold JAX, asdex and TensorFlow.
         training: race training steps where there is a choice.
     """
 

@@ -12,6 +12,7 @@ from autojac.bench.interop.case import cases as interop_cases
 from autojac.bench.interop.race import interop
 from autojac.bench.jacobians import race_workload
 from autojac.bench.overhead import calls, tracing
+from autojac.bench.peers.race import peer_cases
 from autojac.bench.results import BenchResult, Outcome
 from autojac.bench.run import Announce, Settings, first_line
 from autojac.bench.training import race_step
@@ -105,6 +106,13 @@ SUITES: dict[str, Suite] = {
             lambda: {name: partial(zeros.zeros, name) for name in zeros.RACES},
             chosen=("burgers", "conv1d", "brusselator"),
             quick=("brusselator",),
+        ),
+        Suite(
+            "peers",
+            "JAX, asdex and TensorFlow in environments of their own (make bench-peers)",
+            peer_cases,
+            quick=("sin, 1 thread",),
+            by_default=False,
         ),
         Suite("interop", "models of other libraries that are installed (autojac[interop])", _interop, by_default=False),
     )

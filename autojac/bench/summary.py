@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from autojac.bench.baselines import DEFAULT
 from autojac.bench.interop.race import together
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT, WORST
+from autojac.bench.peers.race import OVER_ASDEX, OVER_JAX, OVER_TENSORFLOW, STEP_BOUND
 from autojac.bench.regret import EFFORTS, regret_of
 from autojac.bench.results import BenchResult, Figure, Report
 from autojac.bench.training import OF_WHOLE, WHOLE_BOUND
 
-AGGREGATED = ("jacobians", "training", "regret", "growth", "interop")
+AGGREGATED = ("jacobians", "training", "regret", "growth", "interop", "peers")
 """Suites of which single figures say less than what they give together."""
 MEDIAN_REGRET = {"quick": 1.05, "measure": 1.02}
+JAX_BOUND = 1.3
 WITH_COMPILER = ("measure", "exhaustive")
 
 
@@ -26,6 +28,7 @@ def summarize(report: Report) -> list[Figure]:
     found += _training(report.of("training"), report.settings.get("effort") in WITH_COMPILER)
     found += _growth(report.of("growth"))
     found += _regret(report.of("regret"))
+    found += _peers(report.of("peers"))
     models = report.of("interop")
     if models:
         training = bool(report.settings.get("training"))
@@ -76,13 +79,27 @@ def _regret(results: Sequence[BenchResult]) -> Iterator[Figure]:
         yield from _worst(results, regret_of(effort), f"regret of {effort}, worst", bound)
 
 
+def _peers(results: Sequence[BenchResult]) -> Iterator[Figure]:
+    for count in dict.fromkeys(result.facts.get("threads") for result in results):
+        same = [result for result in results if result.facts.get("threads") == count]
+        where = f"{count} thread{'s' if count != 1 else ''}"
+        steps = [result for result in same if result.facts.get("kind") == "training"]
+        dense = [r for r in same if r not in steps and r.facts.get("kind") != "sparse"]
+        yield from _faster(
+            dense, OVER_JAX, f"{where}: times faster than jitted JAX, dense", 1.3 if count == 1 else None
+        )
+        yield from _faster(same, OVER_TENSORFLOW, f"{where}: times faster than TensorFlow", None)
+        yield from _faster(same, OVER_ASDEX, f"{where}: times faster than asdex", None)
+        yield from _worst(steps, OVER_JAX, f"{where}: whole training step over a jitted JAX step, worst", STEP_BOUND)
+
+
 def figures_of(results: Iterable[BenchResult], what: str) -> dict[str, float]:
     """Return a figure of all results that have it, by name."""
     found = {result.name: result.figure(what) for result in results}
     return {name: figure.value for name, figure in found.items() if figure is not None and math.isfinite(figure.value)}
 
 
-def _faster(results: Iterable[BenchResult], what: str, label: str, bound: float) -> Iterator[Figure]:
+def _faster(results: Iterable[BenchResult], what: str, label: str, bound: float | None) -> Iterator[Figure]:
     found = figures_of(results, what)
     if found:
         mean = statistics.geometric_mean(found.values())

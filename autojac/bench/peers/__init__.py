@@ -1,0 +1,1 @@
+"""Jacobians by JAX, asdex and TensorFlow, in processes and environments of their own, raced in turns."""

@@ -44,6 +44,9 @@ def prove(analysis: GraphAnalysis) -> Proof:
     if flow.graph.reads_data:
         line = "proof: none, func looks at its data, so another input may take another branch"
         return Proof(False, line, meets=flow.meets)
+    if analysis.batch == 1:
+        line = "proof: there is one sample, and func looks at none of its data"
+        return Proof(not analysis.state, line, any_values=True)
     if not flow.independent:
         return Proof(False, f"proof: none, {analysis.obstacle}", meets=flow.meets)
     line = f"proof: each of {len(flow.graph.operations)} operators keeps the samples apart, whatever their values"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import several
-from autojac.core.structure import Coupling, Structure
+from autojac.core.structure import Assurance, Coupling, Structure
 from autojac.errors import counted
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batch_axis_proof import Proof, confirm, meeting
@@ -65,7 +65,9 @@ class PairProbe:
             refusal: why func can't be called on some of the samples, as far as is known.
         """
         if self.point.batch < 2:
-            return Structure("independent", evidence=("pairs: one sample has nothing to couple with",))
+            lines = ("pairs: one sample has nothing to couple with", self.proof.line)
+            assurance: Assurance = "proved" if self.proof.sound else "observed"
+            return Structure("independent", assurance, evidence=tuple(filter(None, lines)))
         verdicts = self._verdicts()
         evidence = [verdict.evidence for verdict in verdicts] or ["pairs: no input carries the batch"]
         meet = any(verdict.coupled for verdict in verdicts)
@@ -162,7 +164,7 @@ class PairProbe:
         flow = None if self.analysis is None else self.analysis.flow
         only_values, share = _only_values(verdicts), verdicts[0].share
         is_loop = only_values or (flow is not None and flow.graph.reads_data and 0 < share < SMALL_SHARE)
-        if shape.independent or self.weights or not is_loop:
+        if shape.coupling not in ("dense", "statistics") or self.weights or not is_loop:
             return shape
         rows = sum(value[0].numel() for value in self.values)
         dense = self.point.batch * rows

@@ -64,9 +64,9 @@ def by(method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any) ->
     return make(on_miss="estimate", store=store)
 
 
-def program(step: TrainingStep) -> Any:
+def program(step: TrainingStep, what: str = "compute") -> Any:
     assert step._whole is not None
-    return in_use(step._whole).compute
+    return getattr(in_use(step._whole), what)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -275,3 +275,34 @@ def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) ->
             break
     assert isinstance(program(step), Replayer)
     assert "Jacobian of B = 1" in step.explain(x, target)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_looks_at_none_of_its_data_is_checked_once(method: str) -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    checked = []
+    for call in range(1, 10):
+        step(x, target)
+        schedule = program(step, "schedule")
+        checked += [call] * (schedule.last_check == schedule.calls)
+    assert checked == [1]
+    # what changes is noticed, and checked
+    model[1] = nn.Sigmoid()
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    model.zero_grad()
+    compare(step(x, target), by_hand(reference, x, target))
+    compare(gradients(model), gradients(reference))
+
+
+def test_a_step_that_looks_at_its_data_is_checked_on() -> None:
+    def branching(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        value = loss(y, J, target)
+        return value if float(value.detach()) < 1e9 else 2 * value
+
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, branching, **OPTIONS)
+    for _ in range(5):
+        step(x, target)
+    assert program(step, "schedule").last_check == 4

@@ -174,3 +174,27 @@ def test_a_process_group_is_left_alone(tmp_path: Any) -> None:
         assert total == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("func", "assurance", "checks"),
+    [
+        (lambda x: x.softmax(0) * x.sum(), "proved", [1]),
+        (lambda x: x.roll(1, 0) if bool(x.sum() > 1e9) else x.sin(), "observed", [1, 2, 4, 8]),
+        (lambda x: x.sin() if time.time() > 0 else x.roll(1, 0), "proved", [1, 2, 4, 8]),
+    ],
+    ids=["proved", "data", "clock"],
+)
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_one_sample_couples_with_nothing_and_is_checked_once(
+    func: Callable[[torch.Tensor], torch.Tensor], assurance: str, checks: list[int], unbatched: bool
+) -> None:
+    x = torch.randn(3) if unbatched else torch.randn(1, 3)
+    jac = AutoJacobian(func, in_dims=None if unbatched else 0, on_miss="estimate", store=":memory:")
+    found = []
+    for call in range(1, 10):
+        jac(x)
+        plan = in_use(jac)
+        found += [call] * (plan.schedule.last_check == plan.schedule.calls)
+    assert plan.problem.structure.assurance == assurance
+    assert found == checks

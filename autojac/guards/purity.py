@@ -124,7 +124,10 @@ def is_inside(home: str, packages: Iterable[str]) -> bool:
 def unseen(home: str, value: Any) -> bool:
     """Check whether a part of a library's module may be used unseen by a profile function, or change by itself."""
     if is_inside(home, ("numpy.random",)):
-        return True
+        # what comes of one without entropy of its own differs between equal calls, which is looked at
+        return getattr(value, "__name__", "") != "SeedSequence"
+    if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
+        return False
     if isinstance(value, (dict, list, set, deque)):
         return package(home) not in ("torch", "functorch", "numpy", "autojac")
     seen = (types.FunctionType, types.BuiltinFunctionType, type, *_VALUES)

@@ -45,6 +45,8 @@ def leaf_tokens(obj: Any) -> tuple[object, ...] | None:
     if isinstance(obj, torch.jit.ScriptFunction):
         return "source", obj.code
     home = kind.__module__.partition(".")[0]
+    if isinstance(obj, str) and home == "torch":  # its version
+        return "torch", str(obj)
     if home in _INERT:
         return "inert", kind.__module__, kind.__qualname__
     return _numpy_tokens(obj) if home == "numpy" else None

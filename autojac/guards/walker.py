@@ -110,6 +110,8 @@ class Walk:
             self._named(kind.__name__, function=obj.__func__)
         elif isinstance(obj, property):
             self._named("property", get=obj.fget, set=obj.fset, delete=obj.fdel)
+        elif isinstance(obj, (types.GenericAlias, types.UnionType)):  # an annotation, which can't change
+            self._named("alias", origin=getattr(obj, "__origin__", None), args=obj.__args__)
         elif isinstance(obj, weakref.ref):
             self._named("weak", referent=obj())
         elif isinstance(obj, slice):

@@ -163,6 +163,23 @@ PACKAGES = {
         "BY = [1.0, 2.0]\ndef terms(x):\n for by in BY: yield x.sin() * by\ndef func(x): return sum(terms(x))",
         lambda p, f: p.a.BY.append(3.0),
     ),
+    "annotations that run": one(
+        "KINDS = {'number': int | float, 'list': list[int]}\nNEWEST = torch.__version__\nSCALE = 2\n"
+        "def func(x):\n"
+        "    known = isinstance(SCALE, KINDS['number']) and KINDS['list'].__origin__ is list and NEWEST >= '2'\n"
+        "    return x.sin() * (SCALE if known else 5)\n",
+        assign(SCALE=3),
+        assign(SCALE="x"),
+        assign(KINDS={"number": str, "list": list[int]}, SCALE=2),
+    ),
+    "random numbers that are not drawn": one(
+        "DRAW = False\n"
+        "def func(x):\n"
+        "    import random\n"
+        "    return x.sin() * (random.randint(0, 9) if DRAW else SCALE)\n"
+        "SCALE = 2.0\n",
+        assign(SCALE=3.0),
+    ),
     "import inside a function": Package(
         {
             "a": "def func(x):\n from . import b\n from .b import BY\n import PKG.b as c\n return x.sin() * BY * c.TWO",

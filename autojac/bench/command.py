@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 import torch
 
+from autojac.bench.page import write_page
 from autojac.bench.results import BenchResult, Report, json_line
 from autojac.bench.run import Settings, environment
 from autojac.bench.suites import SUITES, run_suites
-from autojac.bench.table import markdown, print_report
+from autojac.bench.table import markdown, print_report, with_tables
 from autojac.core.plan import EFFORTS
 
 QUICK_S, BUDGET_S = 2.0, 12.0
@@ -50,6 +51,15 @@ QUICK_S, BUDGET_S = 2.0, 12.0
     help="Measure nothing: read what --json has printed; may be repeated.",
 )
 @click.option("--tables", is_flag=True, help="Print the tables in Markdown.")
+@click.option(
+    "--into",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Put the tables into this Markdown page, between its marks; may be repeated.",
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page of plots; needs autojac[report]."
+)
 def bench(
     names: tuple[str, ...],
     only: tuple[str, ...],
@@ -65,6 +75,8 @@ def bench(
     as_json: bool,
     sources: tuple[Path, ...],
     tables: bool,
+    into: tuple[Path, ...],
+    html: Path | None,
 ) -> None:
     """Race autojac against torch's own ways, interleaved in one run.
 
@@ -76,6 +88,7 @@ def bench(
       autojac bench --quick --suite jacobians --only sin
       autojac bench --json > bench.jsonl
       autojac bench --from bench.jsonl --tables
+      autojac bench --from bench.jsonl --html bench.html --into docs/measured.md
       autojac bench --interop --only kornia --only timm/vit
     """
     if sources:
@@ -94,11 +107,15 @@ def bench(
             peers=peers,
         )
         report = _measured(_suites(names, interop, training), only, settings, as_json)
+    for page in into:
+        _refresh(page, report)
+    if html is not None:
+        click.echo(f"plots: {write_page(report, html)}", err=True)
     if tables:
         click.echo(markdown(report))
     elif as_json and sources:
         click.echo("\n".join(report.lines()))
-    elif not as_json:
+    elif not (as_json or into or html):
         print_report(report)
 
 
@@ -128,6 +145,14 @@ def _measured(names: list[str], only: tuple[str, ...], settings: Settings, as_js
         asked = ", ".join(map(repr, only)) or "any case"
         raise click.ClickException(f"nothing was measured: no case of {', '.join(names)} is {asked}")
     return Report(report.environment, report.settings, tuple(found))
+
+
+def _refresh(page: Path, report: Report) -> None:
+    text = page.read_text(encoding="utf-8")
+    try:
+        page.write_text(with_tables(text, report), encoding="utf-8")
+    except KeyError as error:
+        raise click.BadParameter(f"{page.name}: {error.args[0]}", param_hint="--into") from error
 
 
 def _read(sources: tuple[Path, ...]) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ PLAIN_WIDTH = 200
 MOST_WAYS = 10
 """Ways that have columns of their own; of more the figures say enough."""
 SHAPES = ("kind", "B", "n", "m")
-SUMMARY = "what was asked"
+SUMMARY, HEADING = "what was asked", "heading"
+MARK = re.compile(r"(<!-- bench: (.+?) -->)\n.*?(<!-- end -->)", re.DOTALL)
 FOOTNOTE = (
     "ms a call, interleaved; ~ too far behind for the race; – too large or not asked; ratios are autojac over the other"
 )
@@ -149,11 +151,47 @@ def _marked(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """Return a report's tables in Markdown."""
-    parts = [heading(report)]
-    for sheet in sheets(report):
-        lines = [_line(sheet.columns), _line(["---"] * len(sheet.columns)), *map(_line, sheet.rows)]
-        parts.append("\n".join([f"### {sheet.title}", "", *lines]))
-    return "\n\n".join([*parts, FOOTNOTE])
+    parts = [f"### {sheet.title}\n\n{_lines(sheet)}" for sheet in sheets(report)]
+    return "\n\n".join([heading(report), *parts, FOOTNOTE])
+
+
+def with_tables(page: str, report: Report) -> str:
+    """Return a page of Markdown with the tables of a report between its marks.
+
+    `<!-- bench: jacobians -->` and `<!-- end -->` stand around the tables of a suite. After the name, and a colon, may
+    stand the columns that are shown, separated by semicolons: `<!-- bench: jacobians: jacobians; autojac -->`. The name
+    `heading` is what the numbers depend on, and `what was asked` the summary.
+
+    Raises:
+        KeyError: if the report has no such table or column.
+    """
+    return MARK.sub(lambda found: f"{found[1]}\n{_marked_part(found[2], report)}\n{found[3]}", page)
+
+
+def _marked_part(mark: str, report: Report) -> str:
+    name, _, chosen = (part.strip() for part in mark.partition(":"))
+    if name == HEADING:
+        return heading(report)
+    found = [sheet for sheet in sheets(report) if sheet.title == name]
+    if not found:
+        titles = dict.fromkeys(sheet.title for sheet in sheets(report))
+        raise KeyError(f"there is no table {name!r}; there are {', '.join(titles)}")
+    columns = [column.strip() for column in chosen.split(";")] if chosen else []
+    return "\n\n".join(_lines(_columns(sheet, columns)) for sheet in found)
+
+
+def _columns(sheet: Sheet, names: Sequence[str]) -> Sheet:
+    """Return some columns of a table; all if none are named."""
+    if not names:
+        return sheet
+    places = {name: sheet.columns.index(name) for name in names if name in sheet.columns}
+    if sheet.columns[0] not in places:
+        raise KeyError(f"{sheet.title!r} has the columns {'; '.join(sheet.columns)}, of which the first must be named")
+    return Sheet(sheet.title, tuple(places), tuple(tuple(row[at] for at in places.values()) for row in sheet.rows))
+
+
+def _lines(sheet: Sheet) -> str:
+    return "\n".join([_line(sheet.columns), _line(["---"] * len(sheet.columns)), *map(_line, sheet.rows)])
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,21 @@ from autojac.sparse.colorings import Side
 
 MOST = 512
 """Rows and columns beyond which a picture shows nothing but dust."""
+
+
+def require_plotly() -> Any:
+    """Return plotly's figures.
+
+    Raises:
+        UnsupportedError: if plotly is not installed.
+    """
+    try:
+        from plotly import graph_objects
+    except ImportError as error:
+        raise UnsupportedError(
+            "pictures need plotly, which is not installed. Run pip install 'autojac[report]'"
+        ) from error
+    return graph_objects
 
 
 def spy(
@@ -39,12 +55,7 @@ def spy(
         InputError: if there is not one color for each row or column.
         UnsupportedError: if plotly is not installed.
     """
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise UnsupportedError(
-            "pictures need plotly, which is not installed. Run pip install 'autojac[report]'"
-        ) from error
+    graph_objects = require_plotly()
     size = pattern.shape[side == "columns"]
     if colors is not None and len(colors) != size:
         raise InputError(

@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import re
+import sys
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from autojac.bench import command as bench_command
 from autojac.bench.baselines import DEFAULT
 from autojac.bench.command import bench as command
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT
+from autojac.bench.page import plotted, write_page
 from autojac.bench.regret import regret_of
 from autojac.bench.results import BenchResult, Figure, Outcome, Report, fastest, ratio
 from autojac.bench.run import Settings, environment
 from autojac.bench.summary import summarize
-from autojac.bench.table import markdown, number, print_report, sheets
+from autojac.bench.table import markdown, number, print_report, sheets, with_tables
 from autojac.bench.training import OF_WHOLE
+from autojac.errors import UnsupportedError
 
 
 def race(name: str, own: float, default: float, best: float, suite: str = "jacobians", **facts: Any) -> BenchResult:
@@ -127,6 +132,51 @@ def test_tables_have_every_case_way_figure_and_fact() -> None:
     assert "regret of quick, worst (d)" in printed
 
 
+PAGE = """Before.
+<!-- bench: heading -->
+old
+<!-- end -->
+<!-- bench: jacobians: jacobians; B; autojac; absent -->
+<!-- end -->
+After <!-- bench: what was asked -->
+| old |
+<!-- end -->
+"""
+
+
+def test_tables_are_put_between_the_marks_of_a_page() -> None:
+    page = with_tables(PAGE, REPORT)
+    assert "old" not in page
+    assert "torch 2, device cpu; effort measure" in page
+    assert "| jacobians | B | autojac |\n| --- | --- | --- |\n| a | 8 | 1000 |" in page
+    assert "| regret of quick, median | 1.2 | at most 1.05 | missed |" in page
+    assert page.startswith("Before.")
+    assert with_tables(page, REPORT) == page
+    for mark, message in (("nothing", "no table 'nothing'"), ("jacobians: B", "first must be named")):
+        with pytest.raises(KeyError, match=message):
+            with_tables(f"<!-- bench: {mark} -->\n<!-- end -->", REPORT)
+
+
+def test_the_page_of_plots_has_every_figure_and_needs_no_network(tmp_path: Path) -> None:
+    grown = [
+        dataclasses.replace(race(f"f at {b}", b / 1e6, b / 1e5, b / 1e5, "growth"), facts={"B": b}) for b in (10, 100)
+    ]
+    path = write_page(dataclasses.replace(REPORT, results=(*RESULTS, *grown)), tmp_path / "sub" / "page")
+    text = path.read_text(encoding="utf-8")
+    assert path.suffix == ".html"
+    for figure in summarize(REPORT):
+        assert escape(figure.what) in text
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
+    assert text.count('class="plotly-graph-div"') == len(plotted(REPORT)) + 1
+    assert "f: autojac" in text
+
+
+def test_without_plotly_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(UnsupportedError, match=r"autojac\[report\]"):
+        write_page(REPORT, "page.html")
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.0123, "0.0123"), (123.6, "124"), (-0.5, "-0.5"), (math.inf, "inf")])
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
@@ -196,6 +246,14 @@ def test_command_reads_what_runs_have_written(tmp_path: Path) -> None:
     assert CliRunner().invoke(command, [*source, "--tables"]).output == f"{markdown(REPORT)}\n"
     assert Report.from_lines(CliRunner().invoke(command, [*source, "--json"]).output.splitlines()) == REPORT
     assert "what was asked" in CliRunner().invoke(command, source).output
+    page, plots = tmp_path / "page.md", tmp_path / "plots.html"
+    page.write_text(PAGE, encoding="utf-8")
+    done = CliRunner().invoke(command, [*source, "--into", str(page), "--html", str(plots)])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert page.read_text(encoding="utf-8") == with_tables(PAGE, REPORT)
+    assert plots.exists()
+    page.write_text("<!-- bench: nothing -->\n<!-- end -->", encoding="utf-8")
+    assert "page.md: there is no table" in CliRunner().invoke(command, [*source, "--into", str(page)]).output
     first.write_text("nothing", encoding="utf-8")
     refused = CliRunner().invoke(command, ["--from", str(first)])
     assert refused.exit_code == 2

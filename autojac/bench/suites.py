@@ -102,9 +102,9 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             "zeros",
-            "sparse layouts against what knows of no zeros; a million coupled points",
+            "sparse layouts against what knows of no zeros; packed molecules; a million coupled points",
             lambda: {name: partial(zeros.zeros, name) for name in zeros.RACES},
-            chosen=("burgers", "conv1d", "brusselator"),
+            chosen=("burgers", "conv1d", "brusselator", "molecules"),
             quick=("brusselator",),
         ),
         Suite(

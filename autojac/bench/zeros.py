@@ -6,7 +6,6 @@ import dataclasses
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd import forward_ad
 from autojac.bench.baselines import reference
 from autojac.bench.coupled import brusselator
 from autojac.bench.jacobians import torch_ways, wrapped
+from autojac.bench.molecules import packed_molecules
 from autojac.bench.points import points
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome
 from autojac.bench.run import FAR, Entrant, Settings, admitted, at_rest, raced
@@ -137,12 +137,6 @@ def cpu_seconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(spent)
 
 
-def as_dense(jacobian: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's sparse tensors are in beta
-        return jacobian.to_dense()
-
-
 def as_blocks(jacobian: Tensor, like: Tensor) -> Tensor:
     """Return the blocks (B, m, n) of independent samples in a sparse matrix (B·m, B·n)."""
     batch, m, n = like.shape
@@ -172,6 +166,7 @@ RACES: dict[str, Callable[[Settings], BenchResult]] = {
     "conv1d": lambda settings: layouts(WORKLOADS["conv1d"], settings, 1 / 6, 1 / 6),
     "brusselator": reaction,
     "points": points,
+    "molecules": packed_molecules,
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import oracle
 from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
+from autojac.bench.molecules import PackedEnergy
 from autojac.methods.colored_pull import ColoredPull
 from autojac.problem.compression import colors_of, symmetric_rows
 from autojac.replay.replayer import Replayer
@@ -259,3 +260,19 @@ def test_nothing_is_subtracted_in_single_precision() -> None:
         reasons.append(ColoredPull(coloring="acyclic").unsupported(in_use(hessian.planned).problem))
     assert reasons[0] is None
     assert "single precision" in str(reasons[1])
+
+
+def test_packed_molecules_take_as_many_passes_as_the_largest_has_coordinates() -> None:
+    sizes = torch.tensor([2, 4, 3])
+    energy, positions = PackedEnergy(sizes), torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).double()
+    alone = [
+        torch.func.hessian(PackedEnergy(torch.tensor([len(part)])))(part) for part in positions.split(sizes.tolist())
+    ]
+    expected = torch.block_diag(*(block.reshape(3 * len(block), -1) for block in alone))
+    for layout in ("sparse", "blocks"):
+        hessian = estimated(energy, in_dims=None, layout=layout)
+        for _ in range(2):
+            found = hessian(positions)
+            compare(found.to_dense() if layout == "sparse" else found.reshape(27, 27), expected)
+        problem = in_use(hessian.planned).problem
+        assert colors_of(problem, "rows").count == colors_of(problem, "columns").count == 12

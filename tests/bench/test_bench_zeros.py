@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autojac.bench.baselines import WAYS
+from autojac.bench.molecules import packed_molecules
 from autojac.bench.points import points
 from autojac.bench.results import BenchResult, ratio
 from autojac.bench.run import Settings
@@ -53,6 +54,14 @@ def test_brusselator_is_compared_with_passes_of_its_colors() -> None:
     assert 6 <= float(found.facts["colors of columns"]) <= 10
     assert {"func", "detection", "coloring", "JVPs", "VJPs", "sparse"} == {outcome.name for outcome in found.outcomes}
     assert [figure.bound for figure in found.figures[1:]] == [3.0, 3.0]
+
+
+def test_packed_molecules_are_compared_with_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autojac.bench.molecules.MOLECULES", 3)
+    found = packed_molecules(SETTINGS)
+    assert [outcome.state for outcome in found.outcomes] == ["right", "right"]
+    assert "Colored" in str(found.facts["plan"])
+    assert found.figures[0].bound == 1 / 11
 
 
 @pytest.mark.nightly

@@ -11,6 +11,7 @@ from scenarios.base import Draw, Scenario, traits
 from scenarios.maths import eye_like, one_hot_rows
 
 ROWS = 6
+SPRINGS = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool() & ~torch.eye(ROWS, dtype=torch.bool)
 
 
 class BatchAttention(nn.Module):
@@ -65,6 +66,20 @@ class LinearAttention(nn.Module):
 
 def neighbour(x: Tensor) -> Tensor:
     return x.roll(1, 0)
+
+
+def packed_springs(x: Tensor) -> Tensor:
+    """Return the forces of springs of length 1 between all atoms of each of two molecules, of 2 and of 4 atoms."""
+    first, second = torch.where(SPRINGS)
+    bonds = x[first] - x[second]
+    pulls = (bonds.square().sum(1, keepdim=True) - 1) * bonds
+    return torch.zeros_like(x).index_add(0, first, pulls)
+
+
+def packed_springs_jacobian(_: Any, x: Tensor) -> Tensor:
+    bonds = x[:, None] - x
+    stretch = torch.eye(3).to(x) * (bonds.square().sum(-1) - 1)[..., None, None]
+    return ((stretch + 2 * bonds[..., :, None] * bonds[..., None, :]) * SPRINGS[..., None, None]).sum(1)
 
 
 def switched(x: Tensor) -> Tensor:
@@ -212,6 +227,13 @@ SCENARIOS = [
         "dense",
         jacobian=lambda _, x, index: x[index].sin().diag_embed(),
         traits=traits("masked"),
+    ),
+    Scenario(
+        "packed molecules",
+        lambda d: (packed_springs, (d.normal(ROWS, 3),)),
+        "dense",
+        jacobian=packed_springs_jacobian,
+        traits=traits("conserved"),
     ),
     Scenario(
         "NaN stopped on the way",

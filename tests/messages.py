@@ -336,6 +336,10 @@ def refused_graph() -> None:
         graph_of(torch.sin)
 
 
+def of_two_tensors() -> Derivatives:
+    return Derivatives(lambda t, x: t * x, of=(("t",), ("x",)), store=":memory:")
+
+
 def of_columns(of: Any, **options: Any) -> Derivatives:
     return Derivatives(lambda x: x[0] if isinstance(x, list) else x, of, **{"store": ":memory:"} | options)
 
@@ -487,7 +491,19 @@ MESSAGES = (
     Message(OptionError, "counted from 0", "got -1", "such as", lambda: of_columns(((-1,),))),
     Message(OptionError, "sequence of tuples", "no derivative", "Call func itself", lambda: of_columns(((),))),
     Message(OptionError, "by columns", "layout", "Leave it out", lambda: of_columns(((0,),), layout="full")),
-    Message(OptionError, "must be one int", r"got \(0, 1\)", "", lambda: of_columns(((0,),), argnums=(0, 1))),
+    Message(
+        OptionError, "must be one int", r"got \(0, 1\)", "Name columns", lambda: of_columns(((0,),), argnums=(0, 1))
+    ),
+    Message(
+        OptionError, "for several tensors", r"got both, \(\('x', 0\),\)", "Name all", lambda: of_columns((("x", 0),))
+    ),
+    Message(OptionError, "func takes x", "'y'", "Name columns of arguments", lambda: of_columns((("y",),))),
+    Message(OptionError, "names of func's arguments", "'x'", "Wrap it", lambda: Derivatives(torch.sin, (("x",),))),
+    Message(InputError, "by position", "0 arguments", "func's order", of_columns((("x", "x"),))),
+    Message(InputError, "floating-point numbers", "got an int", "one row", lambda: of_columns((("x", "x"),))(3)),
+    Message(InputError, "3 columns|2 columns", "by 'x'", r"\('x', 0\)", lambda: of_columns((("x", "x"),))(x)),
+    Message(OptionError, "0 or 'auto'", "got 1", "Move", lambda: of_columns((("x",),), in_dims=1)(x[:, 0])),
+    Message(InputError, "share batch", "float64", "Convert", lambda: of_two_tensors()(x[:, 0], x[:, 0].double())),
     Message(InputError, "2 columns", "u_0,2 was asked", "Name columns", lambda: of_columns(((0, 2),))(x)),
     Message(InputError, "one tensor", "2 tensors", "torch.stack", lambda: of_columns(((0,),))([x, x])),
     Message(OptionError, must_be + "a number of seconds", "got -1", "", lambda: wrap(torch.sin, budget_s=-1)),

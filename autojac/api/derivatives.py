@@ -10,9 +10,11 @@ import torch
 
 from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
+from autojac.api.joined_columns import JoinedColumns, NamedColumn
 from autojac.api.over_batch_axes import PlansOverBatchAxes
-from autojac.autodiff.derivative_terms import Columns, Term, Terms
+from autojac.autodiff.derivative_terms import Terms
 from autojac.core import pytree
+from autojac.core.joined_arguments import position_of
 from autojac.core.options import Options, OptionValues
 from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, kind_of
@@ -34,11 +36,20 @@ class Derivatives(BatchAxesChoice):
         >>> u, u_t, u_x, u_xx = derivatives(torch.rand(256, 2))  # (256, 1) each
         >>> (u_t + u * u_x - 0.05 * u_xx).square().mean().backward()
 
+    The variables may also be tensors of their own, which `of` then names as func does:
+
+        >>> def wave(t, x):
+        ...     return torch.sin(t) * torch.exp(x[:, :1] * x[:, 1:])
+        >>> derivatives = Derivatives(wave, of=((), ("t", "t"), (("x", 0), ("x", 1))))
+        >>> u, u_tt, u_xy = derivatives(torch.rand(256, 1), torch.rand(256, 2))
+
     Args:
         func: a function or module of the whole batch: x of shape (B, n) gives y of shape (B, *out).
         of: a sequence with one entry per derivative, each a tuple of columns: `()` is the value, `(0,)` the derivative
             by column 0, `(1, 1)` the second one by column 1, `(0, 1)` a mixed one. Of an input (B, *in) the columns
-            of a sample are counted as `x.flatten(1)` has them.
+            of a sample are counted as `x.flatten(1)` has them. Where func is of several tensors, (B, *in) each, a
+            column is the name of an argument, `("x", "x")`, or, of one with several columns, a name and a number,
+            `(("x", 0), ("x", 0))`. These are passed by position, and all are planned as one tensor.
         batch_dims: as of `AutoJacobian`: with 2 an input (B1, B2, n) gives derivatives (B1, B2, *out).
         options: those of `AutoJacobian` but `layout` and `has_aux`; `argnums` names the one tensor that is
             differentiated in.
@@ -53,7 +64,7 @@ class Derivatives(BatchAxesChoice):
     def __init__(
         self,
         func: Callable[..., Any],
-        of: Sequence[Columns],
+        of: Sequence[Sequence[Any]],
         *,
         argnums: int = 0,
         in_dims: Any = "auto",
@@ -65,17 +76,31 @@ class Derivatives(BatchAxesChoice):
             if name in options:
                 raise OptionError(f"derivatives by columns have no {name}. Leave it out")
         if not isinstance(argnums, int):
-            raise OptionError(f"argnums must be one int, the tensor that `of` counts columns of, got {argnums!r}")
-        terms = _terms(of)
-        chosen = Options.checked({"argnums": argnums, "in_dims": in_dims, **options})
-        self.planned = jacobian_of(func, chosen, terms)
+            raise OptionError(
+                f"argnums must be one int, the tensor that `of` counts columns of, got {argnums!r}. Name columns of "
+                "several as func names them: of=((), ('t',), ('x', 'x'))"
+            )
+        columns = _columns(of)
+        names = tuple(
+            dict.fromkeys(each.argument for part in columns for each in part if isinstance(each, NamedColumn))
+        )
+        positions: Any = tuple(position_of(func, name) for name in names)
+        chosen = Options.checked({"argnums": positions or argnums, "in_dims": in_dims, **options})
+        self.planned: Any = None
+        if names:
+            self.planned = JoinedColumns(func, chosen, names, columns, jacobian_of)
+        else:
+            self.planned = jacobian_of(func, chosen, tuple((part,) for part in columns))
         self.func = self.planned.func
-        self.of = tuple(term[0] for term in terms)
+        self.of = columns
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> Derivatives:
         """Return the same derivatives of another function, by the same options, with one batch axis."""
         made, options = Derivatives.__new__(Derivatives), self.planned.options
-        made.planned = jacobian_of(func, options.replaced(in_dims=in_dims), options.of)
+        if isinstance(self.planned, JoinedColumns):
+            made.planned = self.planned.replaced(func, in_dims=in_dims)
+        else:
+            made.planned = jacobian_of(func, options.replaced(in_dims=in_dims), options.of)
         made.func, made.of = func, self.of
         return made
 
@@ -114,15 +139,18 @@ class Derivatives(BatchAxesChoice):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none."""
-        return self.planned.plan(*args, **kwargs)
+        plan: Plan = self.planned.plan(*args, **kwargs)
+        return plan
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
         """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
-        return self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+        plan: Plan = self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+        return plan
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
-        return self.planned.explain(*args, **kwargs)
+        text: str = self.planned.explain(*args, **kwargs)
+        return text
 
 
 def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -> AutoJacobian:
@@ -137,8 +165,8 @@ def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -
     return made
 
 
-def _terms(of: Any) -> tuple[Term, ...]:
-    """Return derivatives as sums of one, their columns in order.
+def _columns(of: Any) -> tuple[Any, ...]:
+    """Return derivatives as sorted tuples of columns, all of them numbers, or all `NamedColumn`.
 
     Raises:
         OptionError: if it is not a sequence of tuples of columns, at least one of them a derivative.
@@ -146,21 +174,37 @@ def _terms(of: Any) -> tuple[Term, ...]:
     expected = "of must be a sequence of tuples of columns, such as ((), (0,), (1,), (1, 1))"
     if not isinstance(of, (tuple, list)) or not all(isinstance(columns, (tuple, list)) for columns in of):
         raise OptionError(f"{expected}; got {of!r}")
-    for columns in of:
-        for column in columns:
-            if not isinstance(column, int) or isinstance(column, bool) or column < 0:
-                what = repr(column) if isinstance(column, int) else kind_of(column)
-                raise OptionError(f"{expected}, columns counted from 0; got {what}")
-    if not any(of):
+    found = [[_column(column, expected) for column in columns] for columns in of]
+    if not any(found):
         raise OptionError(f"{expected}; got {of!r}, which names no derivative. Call func itself for its value")
-    return tuple((tuple(sorted(columns)),) for columns in of)
+    if len({type(column) for columns in found for column in columns}) > 1:
+        raise OptionError(
+            f"{expected}, or as ((), ('t',), ('x', 'x')) for several tensors; got both, {of!r}. Name all of them"
+        )
+    return tuple(tuple(sorted(columns, key=_order)) for columns in found)
+
+
+def _column(column: Any, expected: str) -> int | NamedColumn:
+    if isinstance(column, str):
+        return NamedColumn(column, None)
+    name, number = column if isinstance(column, (tuple, list)) and len(column) == 2 else ("", column)
+    if not isinstance(name, str) or not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        what = repr(column) if isinstance(column, (int, tuple, list)) else kind_of(column)
+        raise OptionError(f"{expected}, columns counted from 0, or as ('t',) and (('x', 0),) by name; got {what}")
+    return NamedColumn(name, number) if name else number
+
+
+def _order(column: int | NamedColumn) -> Any:
+    return column if isinstance(column, int) else (column.argument, column.column or 0)
 
 
 @opaque_methods
 class _DerivativesOverBatchAxes(PlansOverBatchAxes, Derivatives):
     """`Derivatives` for several batch axes."""
 
-    def __init__(self, func: Callable[..., Any], of: Sequence[Columns], *, batch_dims: int, **options: Any) -> None:
+    def __init__(
+        self, func: Callable[..., Any], of: Sequence[Sequence[Any]], *, batch_dims: int, **options: Any
+    ) -> None:
         super().__init__(func, of, **options)
         self._calls = self._calls_over(batch_dims)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
+from autojac.api.joined_columns import JoinedColumns
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
 from autojac.core import pytree
@@ -44,6 +45,12 @@ class StepOptions(TypedDict, total=False):
     version: str
 
 
+def own_inputs(source: Any, x: Any) -> tuple[Any, ...]:
+    """Return the arguments that a wrapper gets for the first one of a step: several for derivatives in several."""
+    several_tensors = isinstance(source, Derivatives) and isinstance(source.planned, JoinedColumns)
+    return tuple(x) if several_tensors and isinstance(x, (tuple, list)) else (x,)
+
+
 class LossOfDerivatives(nn.Module):
     """A loss on the derivatives of a model, as a module that holds all parameters that it trains.
 
@@ -71,7 +78,7 @@ class LossOfDerivatives(nn.Module):
             if isinstance(self.source, AutoJacobian):
                 parts = self.source.value_and_jacobian(x)
             elif isinstance(self.source, Derivatives):
-                parts = self.source(x)
+                parts = self.source(*own_inputs(self.source, x))
             else:
                 parts = (self.source(x),)
             value = self.loss(*parts, *rest)
@@ -104,7 +111,8 @@ class TrainingStep:
         model: a module or function, whose Jacobian is taken; or an `AutoJacobian`, `Derivatives` or `AutoHessian`, for
             their options.
         loss: a function `loss(y, J, *rest)` that returns one number; of `Derivatives` each is an argument,
-            `loss(u, u_t, u_x, u_xx, *rest)`; of an `AutoHessian` H, `loss(H, *rest)`.
+            `loss(u, u_t, u_x, u_xx, *rest)`; of an `AutoHessian` H, `loss(H, *rest)`. Of `Derivatives` of several
+            tensors the step takes these as a tuple, `step((t, x), *rest)`.
         options: how to plan: `effort`, `on_miss`, `budget_s`, `memory_limit`, `randomness`, `verify`, `store` and
             `version` of `AutoJacobian`, by default those of the wrapper given.
 
@@ -198,7 +206,7 @@ class TrainingStep:
         """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
         reason = self._reason((x, *rest))
         if reason:
-            return f"derivatives, then a backward: {reason}\n{self.source.explain(x)}"
+            return f"derivatives, then a backward: {reason}\n{self.source.explain(*own_inputs(self.source, x))}"
         with torch.no_grad():
             return self._wrapper(x).explain(*_lifted((x, *rest)))
 
@@ -225,7 +233,7 @@ class TrainingStep:
         if self._whole is None:
             with torch.enable_grad():
                 # now, since the first call of the step is watched, which makes all that runs in it slow
-                self._inner.plan(x)
+                self._inner.plan(*own_inputs(self._inner, x))
             modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
             step = LossOfDerivatives(self._inner, self.loss, modules)
             self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from autojac import AutoJacobian, Derivatives, InputError, PlanStore, StructureChangedWarning
+from autojac import AutoJacobian, Derivatives, InputError, PlanStore, StructureChangedWarning, TrainingStep
 from autojac.autodiff.derivative_terms import partitions, resolved
 from autojac.core.options import Options
 from autojac.methods.support.taylor_rows import CarriedRows
@@ -240,3 +240,60 @@ def test_a_sample_that_is_not_finite_leaves_the_others_right_and_warns_of_nothin
             expected = [oracle.derivative(model, x[others], columns).detach() for columns in PINN]
             compare([one[others].detach() for one in found], expected)
             assert all(bool(one[1].isnan()) for one in found)
+
+
+def waves(t: Tensor, factor: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two outputs of a time (B,), a number and points (B, 2)."""
+    return torch.sin(factor * t) * torch.exp(x[:, 0] * x[:, 1]), x * t[:, None] ** 3
+
+
+@pytest.mark.parametrize("of_names", [True, False], ids=["named", "joined by hand"])
+def test_columns_of_several_tensors_are_those_of_one(of_names: bool) -> None:
+    t, x = points(4, 1)[:, 0].requires_grad_(), points(4, 2).requires_grad_()
+    if of_names:
+        derivatives = estimated(waves, ((), ("t",), (("x", 1), "t"), (("x", 0), ("x", 0))))
+        found = [derivatives(t, 2.0, x) for _ in range(2)][1]
+    else:
+        joined = estimated(lambda z: waves(z[:, 0], 2.0, z[:, 1:]), ((), (0,), (0, 2), (1, 1)))
+        found = joined(torch.cat([t[:, None], x], 1))
+    wave, power, zero = torch.exp(x[:, 0] * x[:, 1]), t[:, None] ** 2, torch.zeros_like(x)
+    expected = (
+        waves(t, 2.0, x),
+        (2 * torch.cos(2 * t) * wave, 3 * power * x),
+        (2 * torch.cos(2 * t) * wave * x[:, 0], 3 * power * torch.tensor([0.0, 1.0]).double()),
+        (torch.sin(2 * t) * wave * x[:, 1] ** 2, zero),
+    )
+    for pair, right in zip(found, expected, strict=True):
+        compare([one.detach() for one in pair], [one.detach() for one in right])
+    slopes = [torch.autograd.grad(one[1][0].sum() + one[2][1].sum(), [t, x]) for one in (found, expected)]
+    compare(list(slopes[0]), list(slopes[1]))
+
+
+def test_names_of_columns_are_shown_copied_and_replayed() -> None:
+    derivatives = estimated(waves, ((), ("t", "t"), (["x", 1],)))
+    assert repr(derivatives) == "Derivatives(of=((), ('t', 't'), (('x', 1),)), test_derivatives.waves, 0 plans in use)"
+    t, x = points(4, 1)[:, 0], points(4, 2)
+    found, copied = derivatives(t, 2.0, x), pickle.loads(pickle.dumps(derivatives))(t, 2.0, x)
+    for one, other in zip(found, copied, strict=True):
+        compare(list(one), list(other))
+    assert "by columns of several tensors" in derivatives.explain(t, 2.0, x)
+    assert str(derivatives.plan(t, 2.0, x)) in derivatives.explain(t, 2.0, x)
+    assert [one.shape for one, _ in derivatives(t[:2], 2.0, x[:2])] == [(2,)] * 3
+
+
+def test_tensors_with_columns_keep_their_batch_axes_and_are_trained_on() -> None:
+    torch.manual_seed(0)
+    net = nn.Bilinear(1, 2, 1).double()
+    grid = estimated(net, ((), ("input1",), (("input2", 1),)), batch_dims=2)
+    t, x = torch.rand(3, 2, 1).double(), torch.rand(3, 2, 2).double()
+    found = grid(t, x)
+    compare(found[1].detach(), net(torch.ones_like(t), x).detach() - net.bias.detach())
+    flat = estimated(net, ((), ("input1",), (("input2", 1),)))
+    step = TrainingStep(flat, lambda u, u_t, u_x: (u * u_t + u_x).square().sum())
+    value = step((t[0], x[0]))
+    own = [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+    net.zero_grad()
+    u, u_t, u_x = (one[0] for one in grid(t, x))
+    expected = (u * u_t + u_x).square().sum()
+    compare(value, expected.detach())
+    compare(own, list(torch.autograd.grad(expected, list(net.parameters()))))

@@ -1,0 +1,154 @@
+"""Plans for derivatives by columns of several tensors: those of the tensors side by side, for each of their shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from autojac.api.autojacobian import AutoJacobian
+from autojac.autodiff.derivative_terms import Terms
+from autojac.core.batch_axes import AUTO
+from autojac.core.joined_arguments import JoinedArguments, joined
+from autojac.core.options import Options
+from autojac.core.plan import Effort, Plan
+from autojac.errors import InputError, OptionError, counted, kind_of
+from autojac.guards.compiled_functions import original
+from autojac.planning.plan_repository import function_name
+
+
+class NamedColumn(NamedTuple):
+    """A column of an argument; None of its only one."""
+
+    argument: str
+    column: int | None
+
+    def __repr__(self) -> str:
+        return repr(self.argument) if self.column is None else repr(tuple(self))
+
+
+NamedTerms = tuple[tuple[NamedColumn, ...], ...]
+
+
+class JoinedColumns:
+    """Derivatives by columns of several tensors, called as `AutoJacobian` is.
+
+    Args:
+        func: the function.
+        options: as of `AutoJacobian`, checked; `argnums` are the positions of the arguments in `names`.
+        names: of the arguments that are differentiated.
+        of: the derivatives.
+        make: gives the wrapper of a function with one differentiated tensor.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        options: Options,
+        names: tuple[str, ...],
+        of: NamedTerms,
+        make: Callable[[Callable[..., Any], Options, Terms], AutoJacobian],
+    ) -> None:
+        self.func, self.options, self.names, self.of = original(func), options, names, of
+        self._make = make
+        self._wrappers: dict[Any, AutoJacobian] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: wrappers are made again."""
+        return {**vars(self), "_wrappers": {}}
+
+    def __repr__(self) -> str:
+        count = sum(len(wrapper._plans) for wrapper in self._wrappers.values())
+        return f"({function_name(self.func)}, {count} plan{'' if count == 1 else 's'} in use)"
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        """Return what another wrapper's fingerprint sees of this one."""
+        return {"func": self.func, "of": self.of, "names": self.names, "in_dims": self.options.in_dims}
+
+    def replaced(self, func: Callable[..., Any], **changes: Any) -> JoinedColumns:
+        """Return the same derivatives of another function, by options of which some are others."""
+        return JoinedColumns(func, self.options.replaced(**changes), self.names, self.of, self._make)
+
+    def _settled(self) -> JoinedColumns:
+        """Return the same derivatives by plans that are stored, or that the cost model chooses."""
+        return self.replaced(self.func, on_miss="estimate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the derivatives, stacked on the last axis."""
+        wrapper, own = self._joined(args, kwargs)
+        return wrapper(*own, **kwargs)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        wrapper, own = self._joined(args, kwargs)
+        return wrapper.plan(*own, **kwargs)
+
+    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
+        wrapper, own = self._joined(args, kwargs)
+        return wrapper.tune(*own, effort=effort, budget_s=budget_s, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        wrapper, own = self._joined(args, kwargs)
+        return wrapper.explain(*own, **kwargs)
+
+    def _joined(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[AutoJacobian, tuple[Any, ...]]:
+        """Return what serves a call, and its arguments with the differentiated ones joined, which lead."""
+        positions = self.options.argnums
+        assert isinstance(positions, tuple)
+        if len(args) <= max(positions):
+            keyword = next((name for name in self.names if name in kwargs), None)
+            what = f"{keyword!r} as a keyword" if keyword else counted(len(args), "argument")
+            raise InputError(
+                f"derivatives by columns of {', '.join(self.names)} expect these by position, got {what}. Pass them "
+                "as tensors in func's order"
+            )
+        inputs = [args[number] for number in positions]
+        for name, x in zip(self.names, inputs, strict=True):
+            if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+                what = f"shape {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else kind_of(x)
+                raise InputError(
+                    f"a tensor (B, *in) of floating-point numbers was expected for {name!r}, which `of` names, got "
+                    f"{what}. Pass one row per sample"
+                )
+        key = tuple([(x.shape[1:], x.dtype) for x in inputs])
+        others = [x for number, x in enumerate(args) if number not in positions]
+        if len({len(x) for x in inputs}) > 1 or len({(x.dtype, x.device) for x in inputs}) > 1:
+            found = ", ".join(f"{name}: {tuple(x.shape)} {x.dtype}" for name, x in zip(self.names, inputs, strict=True))
+            raise InputError(
+                f"tensors that are differentiated in together share batch, dtype and device, got {found}. Convert "
+                "them, or expand what all samples share"
+            )
+        known = self._wrappers.get((key, len(args)))
+        if known is None:
+            known = self._wrappers[key, len(args)] = self._wrapper([tuple(x.shape[1:]) for x in inputs], len(args))
+        return known, (joined(inputs), *others)
+
+    def _wrapper(self, events: Sequence[tuple[int, ...]], count: int) -> AutoJacobian:
+        positions, in_dims = self.options.argnums, self.options.in_dims
+        assert isinstance(positions, tuple)
+        each = in_dims if isinstance(in_dims, tuple) and len(in_dims) == count else (in_dims,) * count
+        for name, number in zip(self.names, positions, strict=True):
+            if each[number] not in (0, AUTO):
+                raise OptionError(
+                    f"in_dims of 0 or 'auto' was expected for {name!r}, whose columns `of` names, got "
+                    f"{each[number]!r}. Move its batch axis to the front"
+                )
+        others = [axis for number, axis in enumerate(each) if number not in positions]
+        widths = [math.prod(event) for event in events]
+        starts = {name: sum(widths[:place]) for place, name in enumerate(self.names)}
+        size = dict(zip(self.names, widths, strict=True))
+
+        def place(named: NamedColumn) -> int:
+            width = size[named.argument]
+            if (named.column is None and width != 1) or (named.column or 0) >= width:
+                raise InputError(
+                    f"the derivative by {named} was asked for, but a sample of {named.argument!r} has "
+                    f"{counted(width, 'column')}, counted from 0. Name one that there is, as ({named.argument!r}, 0)"
+                )
+            return starts[named.argument] + (named.column or 0)
+
+        terms = tuple((tuple(sorted(map(place, columns))),) for columns in self.of)
+        func = JoinedArguments(self.func, positions, tuple(events))
+        options = self.options.replaced(argnums=0, in_dims=in_dims if in_dims == AUTO else (0, *others))
+        return self._make(func, options, terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import sys
@@ -82,10 +83,17 @@ def no_code_known() -> None:
         sys.modules["autojac.planning.same_code"]._codes.clear()
 
 
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Paths of folders that don't exist yet: few tests store anything, and a folder for each takes half a minute."""
+    top = tmp_path_factory.mktemp("stores")
+    return (top / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store in the test's own folder, in place of the user's; subprocesses inherit it."""
-    path = tmp_path / "store.db"
+def own_store(stores: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A store of the test's own, in place of the user's; subprocesses inherit it."""
+    path = next(stores) / "store.db"
     monkeypatch.setenv("AUTOJAC_STORE", str(path))
     monkeypatch.delenv("AUTOJAC_PLAN_PATH", raising=False)
     yield path

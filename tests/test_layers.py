@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterable, Iterator
@@ -73,16 +74,19 @@ def room(name: str) -> str:
     return name.split(".", maxsplit=1)[0]
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
     """Dotted names of everything a file imports, at any depth of nesting, `from a import b` as `a.b`."""
     package = ["autojac", *path.relative_to(PACKAGE).parts[:-1]]
+    names: list[str] = []
     for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+            names += (f"{source}.{alias.name}" for alias in node.names)
+    return tuple(names)
 
 
 def own_imports(path: Path) -> Iterator[str]:

@@ -182,9 +182,11 @@ class Database:
 
     def _make_schema(self) -> None:
         if self.in_memory:
-            with self._connect("rwc", immediate=True) as connection:
-                Base.metadata.create_all(connection, checkfirst=False)
-            self._current = True
+            with self._guard:
+                if not self._current:
+                    with self._connect("rwc", immediate=True) as connection:
+                        Base.metadata.create_all(connection, checkfirst=False)
+                    self._current = True
             return
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

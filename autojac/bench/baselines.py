@@ -35,7 +35,7 @@ class Way:
 
     name: str
     what: str
-    prepare: Callable[[Func], Run]
+    prepare: Callable[[Func], Callable[[Tensor], Any]]
     too_large: Callable[[Workload], str | None] = lambda workload: None
 
 
@@ -98,6 +98,21 @@ def in_parameters(transform: Callable[..., Callable[..., Any]]) -> Callable[[Fun
     return prepare
 
 
+def parameter_loop(func: Func) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return the loop over all entries of the output, one VJP each: a dict name → (B, *out, *param)."""
+    assert isinstance(func, nn.Module)
+    parameters = dict(func.named_parameters())
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            y = func(x)
+            rows = [torch.autograd.grad(y_i, list(parameters.values()), retain_graph=True) for y_i in y.flatten()]
+        stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        return {name: J.view(*y.shape, *J.shape[1:]) for name, J in zip(parameters, stacked, strict=True)}
+
+    return run
+
+
 def many_rows(workload: Workload) -> str | None:
     rows = workload.batch * workload.m
     if rows > ROWS_LIMIT:
@@ -127,7 +142,7 @@ WAYS: tuple[Way, ...] = (
 )
 PARAMETER_WAYS: tuple[Way, ...] = (
     Way(DEFAULT, "torch.func.vmap(jacrev(functional_call))(parameters, x)", in_parameters(torch.func.jacrev)),
-    Way("vmap(jacfwd)", "torch.func.vmap(jacfwd(functional_call))(parameters, x)", in_parameters(torch.func.jacfwd)),
+    Way("loop of VJPs", "torch.autograd.grad of each entry of func(x)", parameter_loop, many_rows),
 )
 
 
@@ -138,7 +153,7 @@ def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
     """
     exact, point = moved_to(func, x.device, torch.float64), x.double()
     if workload.kind == "parameters":
-        return parameter_rows(exact, point).to(x.dtype)
+        return flat_parameters(parameter_loop(exact)(point)).to(x.dtype)
     if workload.kind != "coupled":
         return loop_on_the_sum(exact)(point).to(x.dtype)
     row_bytes = 8 * workload.batch * (workload.n + 2 * workload.width)
@@ -154,16 +169,6 @@ def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
             index = torch.arange(len(seeds), device=x.device)
             blocks.append(pulled[index, (start + index) // workload.m])
     return torch.cat(blocks).view(workload.batch, workload.m, workload.n).to(x.dtype)
-
-
-def parameter_rows(func: Func, x: Tensor) -> Tensor:
-    """Return the gradient in all parameters of each entry of the output, one VJP each: (B, m, parameters)."""
-    assert isinstance(func, nn.Module)
-    parameters = list(func.parameters())
-    with torch.enable_grad():
-        y = func(x)
-        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in y.flatten().unbind()]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).view(*y.shape, -1)
 
 
 def flat_parameters(J: dict[str, Tensor]) -> Tensor:

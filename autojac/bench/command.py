@@ -101,7 +101,7 @@ def bench(
             budget_s=budget if budget is not None else (QUICK_S if quick else BUDGET_S),
             device=device,
             store=store,
-            race_s=1.5 if quick else 8.0,
+            race_s=1.5 if quick else 5.0,
             quick=quick,
             training=training,
             peers=peers,

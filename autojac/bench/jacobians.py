@@ -70,12 +70,12 @@ def comparisons(outcomes: tuple[Outcome, ...]) -> Iterable[Figure]:
         yield Figure.over(own, best, WORST, OVER_BEST)
 
 
-def gains(outcomes: tuple[Outcome, ...], first: float, bound: float) -> Facts:
+def gains(outcomes: tuple[Outcome, ...], first: float, bound: float | None) -> Facts:
     """Return what a search has paid for itself by, and how far from the machine's limits the plan is."""
     own, *ways = outcomes
     best = fastest(ways)
     found: Facts = {}
-    if own.seconds is not None:
+    if own.seconds is not None and bound is not None:
         found[ROOFLINE] = own.seconds / bound
     if own.seconds is not None and best is not None and (best.seconds or 0.0) > own.seconds:
         found[PAYS] = math.ceil(first / ((best.seconds or 0.0) - own.seconds))

@@ -39,10 +39,10 @@ def machine(device: str, threads: int) -> tuple[float, float]:
     return 2 * SIDE**3 / product, MOVED_BYTES / filled
 
 
-def least_seconds(runs: Iterable[Callable[[], Any]], x: Tensor, J: Tensor) -> float:
+def least_seconds(runs: Iterable[Callable[[], Any]], x: Tensor, J: Tensor) -> float | None:
     """Return the time below which this Jacobian can't be had: the fewest operations of several ways, and x and J moved.
 
-    Only matrix products and convolutions count as arithmetic.
+    Only matrix products and convolutions count as arithmetic. None where no way's can be counted.
 
     Args:
         runs: ways that compute it.
@@ -58,5 +58,7 @@ def least_seconds(runs: Iterable[Callable[[], Any]], x: Tensor, J: Tensor) -> fl
         except RuntimeError:  # its hooks on modules don't suit every use of autograd
             continue
         counted.append(counter.get_total_flops())
+    if not counted:
+        return None
     moved = sum(t.numel() * t.element_size() for t in (x, J))
-    return max(min(counted, default=0) / operations, moved / bandwidth)
+    return float(max(min(counted) / operations, moved / bandwidth))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -54,7 +55,7 @@ class Settings:
     device: str = "cpu"
     store: str | None = None
     shortest_s: float = 5e-3
-    race_s: float = 8.0
+    race_s: float = 5.0
     quick: bool = False
     peers: str | None = None
     training: bool = False
@@ -193,6 +194,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": device,
+        "load": round(os.getloadavg()[0], 1),
     }
     if device.startswith("cuda"):
         facts |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}

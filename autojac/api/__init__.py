@@ -1,1 +1,1 @@
-"""What a user calls."""
+"""What a user calls: Jacobians, Hessians and single derivatives, products, kernels, solutions, and training steps."""

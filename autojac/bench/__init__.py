@@ -1,1 +1,1 @@
-"""autojac against torch's own ways, interleaved in one run."""
+"""autojac against torch's own ways, other libraries and other frameworks, in turns."""

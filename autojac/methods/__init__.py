@@ -1,1 +1,1 @@
-"""Ways to compute a Jacobian, one per file, found by `autojac.methods.base.registry`."""
+"""Ways to compute a Jacobian or single derivatives, one per file, found by `autojac.methods.base.registry`."""

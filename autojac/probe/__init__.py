@@ -1,4 +1,4 @@
-"""What couples with what across the batch."""
+"""What couples with what: across the batch, between samples, and between coordinates inside a sample."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a method gets and gives: the problem, layouts, compression, and reference values."""
+"""What a method gets and gives: the problem, layouts, compression, reference values, and the machine's constants."""

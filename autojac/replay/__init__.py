@@ -1,1 +1,1 @@
-"""A method recorded once and run as a flat program."""
+"""A method recorded once, simplified pass by pass, and run as a flat program."""

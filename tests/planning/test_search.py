@@ -206,10 +206,10 @@ def test_memory_is_a_hard_bound(net: nn.Module) -> None:
 
 
 def test_coupled_blocks_are_streamed_and_never_held_whole() -> None:
-    batch, width = 96, 8
+    batch, width = 48, 8
     x = torch.randn(batch, width, dtype=torch.float64)
     whole = batch * width * batch * width * 8
-    jac = tuned(lambda x: (x @ x.T).softmax(1) @ x, memory_limit=whole // 4)
+    jac = tuned(lambda x: (x @ x.T).softmax(1) @ x, memory_limit=whole // 4, budget_s=0.5)
     compare(jac(x), jacobian_blocks(lambda x: (x @ x.T).softmax(1) @ x, (x,)))
     memory = jac.plan(x).memory_bytes
     assert memory is not None

@@ -1,0 +1,1 @@
+"""Candidates proposed, checked, timed and compared: the only room that imports Optuna."""

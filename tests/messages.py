@@ -1200,6 +1200,20 @@ MESSAGES = (
         lambda: type("Derived", (AutoJacobian,), {})(torch.sin, batch_dims=2),
     ),
     Message(
+        UnsupportedError,
+        "a derivative of every operator was expected",
+        "reverse mode raises NotImplementedError: the derivative for 'zeta' is not implemented",
+        "Compute without that operator",
+        lambda: jac(lambda x: torch.special.zeta(x + 1, x + 1), x),
+    ),
+    Message(
+        InputError,
+        "parameters and buffers with shapes were expected",
+        "an UninitializedParameter of a lazy module",
+        "Call func once",
+        lambda: jac(nn.LazyLinear(2), x),
+    ),
+    Message(
         InputError,
         "argument 0 is to be differentiated",
         r"computes the field Computing.norm \(init=False\) itself",

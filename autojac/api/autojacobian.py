@@ -203,7 +203,7 @@ class AutoJacobian(Kernels, BatchAxesChoice):
             served = self._plans.fast_path(args)
             if served is not None:
                 return served[1]
-        plan, result = self._run(self._func_args(args), kwargs)
+        plan, result = self._run(self._func_args(args, kwargs), kwargs)
         jacobian = plan.jacobian(result)
         return (jacobian, result.aux) if self.options.has_aux else jacobian
 
@@ -220,13 +220,13 @@ class AutoJacobian(Kernels, BatchAxesChoice):
             served = self._plans.fast_path(args)
             if served is not None:
                 return served
-        plan, result = self._run(self._func_args(args), kwargs)
+        plan, result = self._run(self._func_args(args, kwargs), kwargs)
         value, jacobian = plan.layout.value(result.values, result.rest), plan.jacobian(result)
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none."""
-        with outside_inference_mode(self._func_args(args), kwargs) as call:
+        with outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
             return self._plans.look_up(*call)[0].plan
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
@@ -243,17 +243,17 @@ class AutoJacobian(Kernels, BatchAxesChoice):
         check_budget(budget_s)
         effort = self.options.effort if effort is None else effort
         effort_rank(effort)
-        with self._plans.lock, outside_inference_mode(self._func_args(args), kwargs) as call:
+        with self._plans.lock, outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
             return self._plans.tune(*call, effort, budget_s).plan
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan: what was probed, and every candidate with its time and memory or why it was rejected."""
-        with outside_inference_mode(self._func_args(args), kwargs) as call:
+        with outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
             plan, _ = self._plans.look_up(*call)
         return explanation(plan, self._plans.planner.repository) + (HINT if isinstance(self.func, AutoJacobian) else "")
 
-    def _func_args(self, args: Sequence[Any]) -> Sequence[Any]:
-        return self.func.arguments(args) if isinstance(self.func, ModuleFunction) else args
+    def _func_args(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        return self.func.arguments(args, kwargs) if isinstance(self.func, ModuleFunction) else args
 
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
         return run_call(self._plans, args, kwargs)

@@ -68,7 +68,7 @@ class Chunked(Solving):
                 f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {came}. Pass bytes='1GiB', or "
                 "call jac(x) for the sparse Jacobian"
             )
-        own = self._func_args(args)
+        own = self._func_args(args, kwargs)
         shapes = self._shapes(own, kwargs, probing=True)
         if shapes.batch is None:
             raise InputError(

@@ -35,7 +35,7 @@ class Derived(ABC):
     def plan(self, *args: Any, **kwargs: Any) -> Plan: ...
 
     @abstractmethod
-    def _func_args(self, args: Sequence[Any]) -> Sequence[Any]: ...
+    def _func_args(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]: ...
 
     @abstractmethod
     def __getstate__(self) -> dict[str, Any]: ...
@@ -98,7 +98,7 @@ class Derived(ABC):
             InputError: if there are several outputs or inputs.
             OutputError: if a sample has not as many outputs as inputs.
         """
-        plan, result = self._other("diagonal")._run(self._func_args(args), kwargs)
+        plan, result = self._other("diagonal")._run(self._func_args(args, kwargs), kwargs)
         total = only(plan, result).sum(-1)
         return self._beside_aux(total.squeeze(0) if plan.layout.unbatched else total, result)
 
@@ -119,7 +119,7 @@ class Derived(ABC):
             InputError: if there are several outputs or inputs.
             UnsupportedError: if samples meet elsewhere; `layout="full"` then has all.
         """
-        return self._other("blocks")._factors(self._func_args(args), kwargs)
+        return self._other("blocks")._factors(self._func_args(args, kwargs), kwargs)
 
     @abstractmethod
     def _factors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LowRankJacobian: ...
@@ -131,7 +131,7 @@ class Derived(ABC):
         kwargs: Mapping[str, Any],
     ) -> Any:
         source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
-        plan, result = source._run(self._func_args(args), kwargs)
+        plan, result = source._run(self._func_args(args, kwargs), kwargs)
         problem, jacobian = plan.problem, only(plan, result)
         if plan.layout.unbatched:
             jacobian = jacobian.squeeze(0)

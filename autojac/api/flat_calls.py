@@ -108,7 +108,7 @@ class FlattenedCall(NamedTuple):
 
     def shapes(self, kwargs: Mapping[str, Any]) -> CallShapes:
         """Return the shapes of the flattened call."""
-        shapes: CallShapes = self.wrapper._shapes(self.wrapper._func_args(self.args), kwargs)
+        shapes: CallShapes = self.wrapper._shapes(self.wrapper._func_args(self.args, kwargs), kwargs)
         return shapes
 
     def cotangents(self, vectors: Any, kwargs: Mapping[str, Any], name: str, several: bool = True) -> tuple[Any, bool]:
@@ -123,7 +123,7 @@ class FlattenedCall(NamedTuple):
         """Return vectors shaped as the inputs with one batch axis, and whether there are several."""
         like: Any
         if self.argnums == ():
-            like = self.wrapper._differentiated(self.wrapper._func_args(self.args))
+            like = self.wrapper._differentiated(self.wrapper._func_args(self.args, {}))
         else:
             like = (
                 tuple(self.given[n] for n in self.argnums)

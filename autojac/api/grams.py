@@ -91,7 +91,7 @@ class Grams(Products):
             tensor([6., 6.])
         """
         if self.options.layout == "sparse":
-            _, result = self._run(self._func_args(args), kwargs)
+            _, result = self._run(self._func_args(args, kwargs), kwargs)
             values = torch.cat([part.flatten() for row in result.jacobians for part in row])
             return self._beside_aux(values.norm(), result)
 
@@ -151,7 +151,7 @@ class Grams(Products):
                 f"{name} expects layout='blocks' or 'full', got 'sparse'. Wrap the function with one of these, or go "
                 "on with the matrix itself: to_scipy(jac(x))"
             )
-        own = self._func_args(args)
+        own = self._func_args(args, kwargs)
         shapes = self._shapes(own, kwargs)
         sizes = MatrixSizes.of(shapes, self._is_whole)
         limit = self._memory_limit(shapes)

@@ -55,7 +55,7 @@ class Kernels(Chunked):
                 "Wrap the function with that"
             )
         given = (x,) if y is None else (x, y)
-        calls = [self._func_args(call if isinstance(call, tuple) else (call,)) for call in given]
+        calls = [self._func_args(call if isinstance(call, tuple) else (call,), kwargs) for call in given]
         shapes = [self._shapes(call, kwargs, probing=True) for call in calls]
         for each in shapes:
             if each.batch is None:
@@ -119,7 +119,7 @@ class Kernels(Chunked):
             tensor([[48., 68.]])
         """
         inputs, tangents = without_last(args, "ggn_product")
-        own = self._func_args(inputs)
+        own = self._func_args(inputs, kwargs)
         shapes = self._shapes(own, kwargs)
         shapes.require_repeatable("ggn_product")
         pushed = self._product(AlongTangents, own, kwargs, tangents, True)
@@ -159,7 +159,7 @@ class Kernels(Chunked):
             tensor([5., 1.])
         """
         inputs, cotangents = without_last(args, "gradient_norms")
-        own = self._func_args(inputs)
+        own = self._func_args(inputs, kwargs)
         shapes = self._shapes(own, kwargs)
         if shapes.batch is None:
             raise InputError(

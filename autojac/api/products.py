@@ -106,7 +106,7 @@ class Products(Derived):
             torch.Size([3, 2])
         """
         inputs, tangents = without_last(args, "jvp")
-        return self._product(AlongTangents, self._func_args(inputs), kwargs, tangents, self._is_whole)
+        return self._product(AlongTangents, self._func_args(inputs, kwargs), kwargs, tangents, self._is_whole)
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
         """Return a vector times the Jacobian, u_bᵀ J_b for each sample: the gradient of each sample's u_b · y_b.
@@ -136,7 +136,7 @@ class Products(Derived):
                     [3., 3.]])
         """
         inputs, cotangents = without_last(args, "vjp")
-        return self._product(WeightedOutput, self._func_args(inputs), kwargs, cotangents, self._is_whole)
+        return self._product(WeightedOutput, self._func_args(inputs, kwargs), kwargs, cotangents, self._is_whole)
 
     @property
     def _is_whole(self) -> bool:

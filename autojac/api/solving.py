@@ -69,7 +69,7 @@ class Solving(Grams):
             tensor([[3., 4.]])
         """
         inputs, residual = without_last(args, "solve")
-        own = self._func_args(inputs)
+        own = self._func_args(inputs, kwargs)
         shapes = self._shapes(own, kwargs)
         lead = () if shapes.batch is None else (shapes.batch,)
         wanted = [(*lead, *shape) for shape in shapes.outputs]
@@ -131,7 +131,7 @@ class Solving(Grams):
         # 0.2 s to import
         from autojac.api import linear_operator as operators
 
-        own = self._func_args(args)
+        own = self._func_args(args, kwargs)
         with torch.no_grad():
             shapes = self._shapes(own, kwargs)
             require_one_pair(len(shapes.outputs), len(shapes.inputs))

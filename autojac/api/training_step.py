@@ -261,7 +261,7 @@ class TrainingStep:
             return self._known
         assert isinstance(whole.func, ModuleFunction)
         named = whole.func.parameters()
-        plan, call = plans.look_up(whole._func_args(_lifted(args)), {})
+        plan, call = plans.look_up(whole._func_args(_lifted(args), {}), {})
         searched = plan.exploration is None and plan.plan.effort != "estimate"
         if searched and not isinstance(plan.compute, Replayer):
             self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"

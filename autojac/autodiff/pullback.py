@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -17,6 +18,8 @@ from autojac.torch_internals import (
     batched_vmap,
     run_backward,
 )
+
+NO_DERIVATIVE = re.compile(r"derivative for \S+ is not implemented")
 
 
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
@@ -39,6 +42,7 @@ class Pullback:
         repeatable: whether `fn` may run once more where a backward through it runs only once, as one does that frees
             or overwrites what it has saved.
         fresh: give `fn` nodes of their own for `inputs`; without it, these tensors themselves.
+        shapes: in which `fn` gets them, and gradients are returned; theirs by default.
     """
 
     def __init__(
@@ -48,13 +52,15 @@ class Pullback:
         differentiable: bool,
         repeatable: bool = True,
         fresh: bool = True,
+        shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.differentiable = self.keeps = differentiable
         self.fn: Bound | None = fn
         self.repeatable, self.pulled, self.once = repeatable, False, False
+        self.shapes = None if shapes is None else tuple(map(tuple, shapes))
         with torch.enable_grad():
             self.inputs = fresh_inputs(inputs, differentiable) if fresh else tuple(inputs)
-            self.recorded = fn(*self.inputs)
+            self.recorded = self._evaluated()
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -67,6 +73,7 @@ class Pullback:
         pullback = cls.__new__(cls)
         pullback.differentiable, pullback.keeps = differentiable, True
         pullback.fn, pullback.repeatable, pullback.pulled, pullback.once = None, True, False, False
+        pullback.shapes = None
         pullback.inputs, pullback.recorded = tuple(inputs), tuple(outputs)
         return pullback
 
@@ -88,7 +95,7 @@ class Pullback:
         lead = cotangents[0].shape[:1] if batched else torch.Size()
         pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
         if not pairs:
-            return [x.new_zeros((*lead, *x.shape)) for x in self.inputs]
+            return self._shaped([None] * len(self.inputs), lead)
         recorded, keep = tuple(y for y, _ in pairs), self.keeps or not last
         cotangents = [c for _, c in pairs]
         with torch.enable_grad():
@@ -110,11 +117,23 @@ class Pullback:
                     gradients = self._back(self._again(recorded), cotangents, batched, keep)
                     self.once = True
         self.pulled = True
+        return self._shaped(gradients, lead)
+
+    def _shaped(self, gradients: Sequence[Tensor | None], lead: torch.Size) -> list[Tensor]:
         # torch's own materialize_grads would forget the leading axis of batched cotangents
-        return [
+        found = [
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
             for x, gradient in zip(self.inputs, gradients, strict=True)
         ]
+        if self.shapes is None:
+            return found
+        return [gradient.reshape(*lead, *shape) for gradient, shape in zip(found, self.shapes, strict=True)]
+
+    def _evaluated(self) -> tuple[Tensor, ...]:
+        assert self.fn is not None
+        if self.shapes is None:
+            return self.fn(*self.inputs)
+        return self.fn(*(x.view(shape) for x, shape in zip(self.inputs, self.shapes, strict=True)))
 
     def _back(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool, keep: bool
@@ -123,16 +142,25 @@ class Pullback:
             # torch.autograd.grad without its shape checks, which import sympy (0.3 s) and cost 10 µs per pass
             return run_backward(outputs, seeds, keep, self.differentiable, self.inputs, True, False)
 
-        found: tuple[Tensor | None, ...] = (
-            quietly(batched_vmap(run, 0, 0, allow_none_pass_through=True))(*cotangents) if batched else run(*cotangents)
-        )
+        if batched:
+            run = quietly(batched_vmap(run, 0, 0, allow_none_pass_through=True))
+        try:
+            found: tuple[Tensor | None, ...] = run(*cotangents)
+        except RuntimeError as error:
+            # torch raises either kind, by where an operator is defined
+            if not isinstance(error, NotImplementedError) and not NO_DERIVATIVE.search(str(error)):
+                raise
+            told = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            raise UnsupportedError(
+                f"a derivative of every operator was expected, but reverse mode raises {told}. Compute without that "
+                "operator, detach its inputs, or write a torch.autograd.Function with a backward"
+            ) from error
         return found
 
     def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the same outputs by another evaluation."""
-        assert self.fn is not None
         places = {id(y): place for place, y in enumerate(self.recorded)}
-        values = self.fn(*self.inputs)
+        values = self._evaluated()
         return tuple(values[places[id(y)]] for y in outputs)
 
     def unused(self) -> list[int]:

@@ -144,17 +144,20 @@ class ModuleFunction:
         """Return the module's own tensors behind the differentiated arguments, in their order."""
         return tuple(self.parameters().values())
 
-    def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the arguments of this function for a call of the module's.
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the positional arguments of this function for a call of the module's.
 
         Raises:
-            InputError: if they were computed from the parameters, so that a derivative in these would go through them.
+            InputError: if they are parameters or were computed from them, so that a derivative in these would go
+                through the arguments as well.
         """
         parameters = self.parameters()
-        computed = [value for value in tensor_leaves(tuple(args)) if value.grad_fn is not None]
-        if computed and torch.is_grad_enabled():
-            own = list(parameters.values())
-            if len(Pullback.of_graph(computed, own, False).unused()) < len(own):
+        trained = [value for value in tensor_leaves((tuple(args), dict(kwargs))) if value.requires_grad]
+        if trained:
+            own, known = list(parameters.values()), set(map(id, parameters.values()))
+            computed = [value for value in trained if value.grad_fn is not None and torch.is_grad_enabled()]
+            leads = bool(computed) and len(Pullback.of_graph(computed, own, False).unused()) < len(own)
+            if leads or any(id(value) in known for value in trained):
                 raise InputError(
                     f"arguments that do not depend on the parameters of {type(self.module).__name__} were expected, "
                     "but one was computed from them, and its graph would count. Pass x.detach(), or wrap a module that "

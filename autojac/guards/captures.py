@@ -17,6 +17,7 @@ import torch
 from autojac.guards.assignments import AttributeMapping, BufferMapping, VariableMapping
 from autojac.guards.compiled_functions import is_compiled
 from autojac.guards.provenance import is_core, is_library, own_names, slots
+from autojac.guards.tensor_metadata import require_initialized
 from autojac.guards.walker import Walk
 
 
@@ -100,6 +101,7 @@ class _Reach(Walk):
         self.visit(func)
         # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
         tensors = tuple(tensor for tensor in self.tensors if not tensor.is_meta)
+        require_initialized(tensors)
         return Captures(tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places))
 
     def _module(self, module: torch.nn.Module) -> None:

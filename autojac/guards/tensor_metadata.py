@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from autojac.errors import InputError, kind_of
 from autojac.torch_internals import DisableTorchFunction, tensor_guards
 
 MODES = 4
@@ -22,6 +24,17 @@ def described(tensor: Tensor) -> tuple[Any, ...]:
     return *kind, tensor.shape, strides, *bits
 
 
+def require_initialized(tensors: Iterable[Tensor]) -> None:
+    """Raise `InputError` for a parameter or buffer of a lazy module that has no shape yet."""
+    for tensor in tensors:
+        if is_lazy(tensor):
+            raise InputError(
+                f"parameters and buffers with shapes were expected, but func holds {kind_of(tensor)} of a lazy module, "
+                "such as torch.nn.LazyLinear. Call func once on such an input, which initializes it, before it is "
+                "differentiated"
+            )
+
+
 class Metadata:
     """The metadata of some tensors at one moment.
 
@@ -33,6 +46,7 @@ class Metadata:
     """
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        require_initialized(tensors)
         self.tensors = tensors
         self.known = tuple(map(described, tensors))
         self.hooked = tuple(bool(tensor._backward_hooks) for tensor in tensors)

@@ -237,7 +237,10 @@ def recorded(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, An
     repeatable = not problem.structure.effects
     if problem.originals is None:
         return Pullback(bound, inputs, differentiable, repeatable)
-    return Pullback(bound, problem.originals(), differentiable, repeatable, fresh=False)
+    originals, shapes = problem.originals(), [x.shape for x in inputs]
+    # without a batch the inputs have one more axis than a module's own parameters
+    differ = any(x.shape != shape for x, shape in zip(originals, shapes, strict=True))
+    return Pullback(bound, originals, differentiable, repeatable, fresh=False, shapes=shapes if differ else None)
 
 
 def empty_rows(problem: Problem, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

@@ -214,3 +214,50 @@ def test_an_argument_computed_from_the_parameters_is_refused() -> None:
     expected = by_rows(net, net[0](z).detach())
     with torch.no_grad():
         compare(jac(net[0](z)), expected)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, scale: Tensor, *, shift: Any = 0.0) -> Tensor:
+        return (x * self.weight * scale + shift).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("graph", ["computed", "itself"])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_arguments_that_lead_to_the_parameters_are_refused_by_position_and_by_name(graph: str, keyword: bool) -> None:
+    module, x = Scaled(), torch.randn(4, 3, dtype=torch.float64)
+    bad = module.weight.exp() if graph == "computed" else module.weight
+    args, kwargs = ((x, x), {"shift": [bad, None]}) if keyword else ((x, bad), {})
+    module.forward = lambda x, scale, shift=None: x * module.weight * scale  # type: ignore[method-assign]
+    jac = estimated(module)
+    calls = [jac, jac.value_and_jacobian, jac.plan, jac.tune, jac.explain, jac.norm, jac.gram]
+    for call in [*calls, lambda *args, **kwargs: jac.vjp(*args, x, **kwargs)]:
+        with pytest.raises(InputError, match="computed from them"):
+            call(*args, **kwargs)
+    detached = {"shift": [bad.detach(), None]} if keyword else {}
+    compare(jac(x, x if keyword else bad.detach(), **detached)["weight"].detach(), torch.diag_embed(
+        x * x if keyword else x * bad.detach()))  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["blocks", "full", "sparse"])
+def test_without_a_batch_parameters_of_any_shape_have_their_derivatives(layout: str) -> None:
+    net, x = network(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 2), nn.Linear(2, 1)), torch.randn(3, dtype=torch.float64)
+    jac, right = estimated(net, in_dims=None, layout=layout), by_rows(net, x)
+    for _ in range(2):
+        J = jac(x)
+        dense = {name: part.to_dense().reshape(right[name].shape) for name, part in J.items()}
+        compare(dense, right)
+    if layout == "blocks":
+        for p, gradient in zip(net.parameters(), torch.autograd.grad(
+            sum(part.square().sum() for part in J.values() if part.requires_grad), list(net.parameters()),
+            allow_unused=True), strict=True):  # fmt: skip
+            rows = torch.func.jacrev(lambda named: torch.func.functional_call(net, named, x))(
+                dict(net.named_parameters())
+            )
+            (expected,) = torch.autograd.grad(
+                sum(row.square().sum() for row in rows.values()), p, allow_unused=True, materialize_grads=True
+            )
+            compare(torch.zeros_like(p) if gradient is None else gradient, expected)

@@ -57,7 +57,7 @@ class Replay(Wrapper):
         for kind in registry().values():
             inner = [] if kind.is_wrapper else list(kind.candidates(problem, depth))
             # two ways to pull many at once are one program, and the other one loads torch's compiler to be recorded
-            twice = {method for method in inner if _batched(method) in inner}
+            twice = {method for method in inner if twin_by_autograd(method) in inner}
             yield from (cls(m) for m in inner if not (m.compiles or m.is_chunked or m in twice))
 
     def cost(self, problem: Problem) -> float:
@@ -75,7 +75,7 @@ class Replay(Wrapper):
         )
 
 
-def _batched(method: Any) -> Method | None:
+def twin_by_autograd(method: Any) -> Method | None:
     """Return the same method by `is_grads_batched` where it is by `vmap`."""
     if getattr(method, "engine", None) != "vmap":
         return None

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,6 +19,7 @@ from autojac import AutoJacobian
 from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
+from autojac.methods.replay import Replay, twin_by_autograd
 from autojac.planning.search import looks, measure, race
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
@@ -224,7 +226,8 @@ def test_every_path_of_the_space_is_a_candidate(net: nn.Module) -> None:
 
 
 def test_optuna_proposes_where_there_are_many_candidates(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "MOST_IN_ORDER", 3)
+    monkeypatch.setattr(looks, "MOST_IN_ORDER", 0)
+    monkeypatch.setattr(looks, "_is_surpassed", lambda session, method: False)
     x = torch.randn(8, 3, dtype=torch.float64)
     level = optuna.logging.get_verbosity()
     asked: list[int] = []
@@ -240,8 +243,10 @@ def test_a_search_to_its_end_leaves_out_only_what_it_says(net: nn.Module, monkey
     x = torch.randn(8, 3, dtype=torch.float64)
     plan = tuned(net).plan(x)
     problem = problem_of(net, x)
-    tried = {str(t.method) for t in plan.trials}
-    assert {str(m.spec()) for m in [*candidates(problem, 0), *default_methods(problem)]} <= tried
+    tried = {build(t.method): t for t in plan.trials}
+    for method in [*candidates(problem, 0), *default_methods(problem)]:
+        programs = {Replay(method), Replay(twin_by_autograd(method) or method)}
+        assert method in tried or programs & set(tried), "neither it nor its flat program had a look"
     assert all(t.reason for t in plan.trials if t.state != "complete")
 
 
@@ -357,3 +362,54 @@ def test_every_method_takes_one_sample_and_expanded_inputs(spec: dict[str, Any],
         problem = problem_of(torch.sin, x)
         (row,) = build(spec).prepare(problem)((x,), {}).jacobians
         compare(row[0], torch.diag_embed(x.cos()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("waits", "seconds"), [((3, 3), 1.0), ((3, 4), 5.0), ((None, None), 5.0)])
+def test_what_other_processes_took_is_no_part_of_a_time(
+    waits: tuple[Any, Any], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread worked for two of ten seconds: it was stopped in the others, unless it waited by itself."""
+    shown, worked, counted = iter((100.0, 110.0)), iter((7.0, 9.0)), iter(waits)
+    clocks = SimpleNamespace(perf_counter=lambda: next(shown), thread_time=lambda: next(worked))
+    monkeypatch.setattr(measure, "time", clocks)
+    monkeypatch.setattr(measure, "_waits", lambda: next(counted))
+    assert measure.Clock().per_call(lambda: None, torch.device("cpu"), 2) == seconds
+
+
+def test_a_flat_program_is_looked_at_instead_of_what_it_is_made_of(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's first choice and torch's default run as they are; of other methods the recorded program does."""
+    order: list[Any] = []
+    true = race.look
+    monkeypatch.setattr(race, "look", lambda session, method, *rest: (order.append(method), true(session, method))[1])
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
+    tuned(net).plan(torch.randn(8, 3, dtype=torch.float64))
+    flat = [method for method in order if method.makes_flat_programs]
+    assert len(flat) > 3
+    before = order[: order.index(flat[0])]
+    assert len(before) <= 2
+    late = {method.inner for method in flat} & set(order[len(before) :])
+    assert not late, f"{late} in {order}"
+
+
+def test_where_func_cannot_be_recorded_the_other_methods_come_before_more_attempts(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Any] = []
+    true = race.look
+
+    def refusing(session: Any, method: Any, *rest: Any) -> Any:
+        order.append(method)
+        if method.makes_flat_programs:
+            return session.record(method, "infeasible", reason="nothing is recorded in this test")
+        return true(session, method, *rest)
+
+    monkeypatch.setattr(race, "look", refusing)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
+    tuned(net).plan(torch.randn(8, 3, dtype=torch.float64))
+    programs = [method.makes_flat_programs for method in order]
+    first = programs.index(True)
+    rest = programs[first + 1 :]
+    assert rest == sorted(rest)
+    assert rest.count(False) > 3

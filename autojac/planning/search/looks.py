@@ -1,4 +1,4 @@
-"""Which candidate is looked at next: in the cost model's order, replays right behind winners, compilers last.
+"""Which candidate is looked at next: flat programs in the cost model's order, other methods, compilers last.
 
 Large batches are looked at on a slice first: candidates that are slow there are not run on the batch.
 """
@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 
 from autojac.methods.base import Method
 from autojac.methods.batch_chunk import BatchChunk
+from autojac.methods.replay import Replay, twin_by_autograd
 from autojac.methods.threads import Threads
-from autojac.planning.search.space import with_compiler, without_replay
-from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, is_timed, look
+from autojac.planning.search.space import predicted_seconds, with_compiler, without_replay
+from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, look
 from autojac.torch_internals import COMPILER
 
 if TYPE_CHECKING:
     from autojac.planning.search.propose import Proposer
 
-HEAD_REPLAYS = 2
-"""How many of the fastest eager candidates are recorded before the next ones are looked at."""
-REPLAY_REACH = 4.0
-"""A replay is worth a look where its method takes no more than so many times the time of the fastest eager one."""
+PROGRAM_REACH = {"estimate": 1.0, "quick": 4.0, "measure": 10.0, "exhaustive": math.inf}
+"""A flat program is worth recording where it is predicted to take no more than so many times the best one."""
 COMPILED_PROGRAMS = 2
 """How many flat programs, the fastest distinct ones, are compiled."""
 THREADED = 2
@@ -97,22 +96,25 @@ class Looks:
         if self.scout is not None:
             yield from (m for m in self._promising(space) if m not in known)
             return
+        yield from self._in_order(self.session, space)
+
+    def _in_order(self, session: SearchSession, space: Sequence[Method]) -> Iterator[Method]:
+        """Yield what has had no look in a session: what is right most surely, then flat programs, then all others."""
+        known = session.trials
         eager = [m for m in space if without_replay(m) == m]
-        leading = self.by_time(eager)
-        # what a user would write comes before the first recording, which may take as long as there is; but a search
-        # beside the calls waits for no compiler to be loaded before it records what is faster
-        default = [m for m in self.defaults[:1] if COMPILER in sys.modules or not m.uses_transforms]
-        yield from (m for m in [*eager[:1], *default] if m not in known)
-        for method in leading[:HEAD_REPLAYS]:
-            yield from self._replays_of(method, space)
-        yield from self._with_fewer_threads()
-        untried = [m for m in [*self.defaults[:1], *eager] if m not in known]
-        if len(untried) > MOST_IN_ORDER and (proposed := self._propose(eager)) is not None:
+        programs = _promising_programs(session, [m for m in space if without_replay(m) != m])
+        defaults = [m for m in self.defaults[:1] if m in space]
+        # what a user would write comes before the first recording, which may take as long as there is
+        begin = [*eager[:1], *defaults, *(programs if _can_record(session) else ())]
+        if COMPILER not in sys.modules:  # a search beside the calls first does what does not wait for it
+            begin.sort(key=lambda m: m.uses_transforms)
+        yield from (m for m in begin if m not in known)
+        if session is self.session:
+            yield from self._with_fewer_threads()
+        untried = [m for m in eager if m not in known and (m in defaults or not _is_surpassed(session, m))]
+        if len(untried) > MOST_IN_ORDER and (proposed := self._propose(untried)) is not None:
             yield proposed
-        yield from untried
-        for method in leading:
-            if self.time(method) <= REPLAY_REACH * self.time(leading[0]):
-                yield from self._replays_of(method, space)
+        yield from (m for m in [*untried, *programs] if m not in known)
 
     def _with_fewer_threads(self) -> Iterator[Method]:
         """Yield the fastest candidates with one thread, where they are so small that others may cost more than help."""
@@ -125,10 +127,6 @@ class Looks:
             if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
                 yield single
 
-    def _replays_of(self, method: Method, space: Sequence[Method]) -> Iterator[Method]:
-        known = self.session.trials
-        yield from (m for m in space if m not in known and m != method and without_replay(m) == method)
-
     def _compiled(self) -> Iterator[Method]:
         known = self.session.trials
         yield from (m for m in self.space if m.compiles and m not in known)
@@ -139,13 +137,13 @@ class Looks:
                 continue
             yield compiled
 
-    def _propose(self, eager: Sequence[Method]) -> Method | None:
+    def _propose(self, space: Sequence[Method]) -> Method | None:
         """Return the candidate that Optuna proposes, which stays the same until it was looked at."""
         from autojac.planning.search.propose import Proposer  # Optuna takes 0.2 s to load
 
         known = self.session.trials
         if self._proposer is None:
-            self._proposer = Proposer(list(eager))
+            self._proposer = Proposer(list(space))
         if self._proposed is None or self._proposed in known:
             for method, trial in known.items():
                 self._proposer.tell(method, trial)
@@ -188,12 +186,9 @@ class Looks:
         return trial.seconds * self.session.problem.batch / SLICE
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
-        """Yield what is raced on the slice: methods for all samples at once, then the replays of those that ran."""
+        """Yield what is raced on the slice: methods for all samples at once."""
         kinds = dict.fromkeys(_inner(m) for m in self.space if not m.compiles)
-        fitting = [m for m in kinds if m not in scout.trials and m.unsupported(scout.problem) is None]
-        yield from (m for m in fitting if without_replay(m) == m)
-        ran = {m for m, trial in scout.trials.items() if is_timed(trial)}
-        yield from (m for m in fitting if without_replay(m) in ran or without_replay(m) not in kinds)
+        yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
         """Return candidates for a large batch by what a slice of it takes, without the slow ones; others as given."""
@@ -201,14 +196,50 @@ class Looks:
         best = min(map(self.by_slice, self.space), default=math.inf)
         if math.isinf(best):
             return list(methods)
-        # chunks that stay in cache win most often among those that are the same on the slice
-        order = sorted(predicted, key=lambda m: (predicted[m], not isinstance(m, BatchChunk), _distance(m)))
-        return [m for m in order if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
+        within = [m for m in methods if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
+        whole, chunked = self._best_of_each_form()
+        return sorted(
+            within, key=lambda m: (_form_turn(m, whole, chunked), predicted[m], not isinstance(m, BatchChunk))
+        )
+
+    def _best_of_each_form(self) -> tuple[float, float]:
+        """Return the seconds of the fastest method for the whole batch at once, and of that for chunks of it."""
+        times = {m: self.time(m) for m in self.session.trials}
+        whole = min((time for m, time in times.items() if not isinstance(m, BatchChunk)), default=math.inf)
+        return whole, min((time for m, time in times.items() if isinstance(m, BatchChunk)), default=math.inf)
 
 
-def _distance(method: Method) -> int:
-    """Return by how many powers of two a chunk's size differs from the slice's."""
-    return abs(method.size.bit_length() - SLICE.bit_length()) if isinstance(method, BatchChunk) else 0
+def _form_turn(method: Method, whole: float, chunked: float) -> int:
+    """Return in which turn a candidate for a large batch is looked at, before others that are faster on the slice.
+
+    Chunks like the slice, and none at all: both until it is known which is faster, then that one first. Chunks of
+    other sizes after these, by powers of two.
+    """
+    if not isinstance(method, BatchChunk):
+        return int(chunked < whole < math.inf)
+    distance = abs(method.size.bit_length() - SLICE.bit_length())
+    return 1 + distance if distance else int(whole < chunked < math.inf)
+
+
+def _can_record(session: SearchSession) -> bool:
+    """Check whether func can be recorded, as far as is known."""
+    tried = [trial for m, trial in session.trials.items() if m.makes_flat_programs and not m.compiles]
+    failed = any(trial.state in ("infeasible", "rejected") for trial in tried)
+    return not failed or any(trial.seconds is not None for trial in tried)
+
+
+def _is_surpassed(session: SearchSession, method: Method) -> bool:
+    """Check whether a method's flat program is known: the same operators, and less between them."""
+    programs = [session.trials.get(Replay(m)) for m in (method, twin_by_autograd(method)) if m is not None]
+    known = any(trial is not None and trial.state in ("complete", "pruned", "skipped") for trial in programs)
+    return known and session.effort != "exhaustive"
+
+
+def _promising_programs(session: SearchSession, flat: Sequence[Method]) -> list[Method]:
+    """Return the flat programs that are worth recording by what is predicted of them, in that order."""
+    predicted = {m: predicted_seconds(session.problem, m) for m in flat}
+    reach = PROGRAM_REACH[session.effort] * min(predicted.values(), default=0.0)
+    return [m for m in flat if predicted[m] <= reach]
 
 
 def _inner(method: Method) -> Method:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autojac.bench.results import BenchResult, Figure, Outcome, Report
+from autojac.bench.suites import SUITES
 from autojac.bench.summary import summarize
 
 PLAIN_WIDTH = 200
@@ -20,7 +21,7 @@ MOST_WAYS = 10
 """Ways that have columns of their own; of more the figures say enough."""
 SHAPES = ("kind", "B", "n", "m")
 SUMMARY, HEADING = "what was asked", "heading"
-MARK = re.compile(r"(<!-- bench: (.+?) -->)\n.*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- bench: (.+?) -->)\n(.*?)(<!-- end -->)", re.DOTALL)
 FOOTNOTE = (
     "ms a call, interleaved; ~ too far behind for the race; – too large or not asked; ratios are autojac over the other"
 )
@@ -160,24 +161,24 @@ def with_tables(page: str, report: Report) -> str:
 
     `<!-- bench: jacobians -->` and `<!-- end -->` stand around the tables of a suite. After the name, and a colon, may
     stand the columns that are shown, separated by semicolons: `<!-- bench: jacobians: jacobians; autojac -->`. The name
-    `heading` is what the numbers depend on, and `what was asked` the summary.
+    `heading` is what the numbers depend on, and `what was asked` the summary. What the report did not measure stays.
 
     Raises:
-        KeyError: if the report has no such table or column.
+        KeyError: for a name that no suite has, and for columns without the first one.
     """
-    return MARK.sub(lambda found: f"{found[1]}\n{_marked_part(found[2], report)}\n{found[3]}", page)
+    return MARK.sub(lambda found: f"{found[1]}\n{_marked_part(found[2], report) or found[3]}{found[4]}", page)
 
 
 def _marked_part(mark: str, report: Report) -> str:
+    """Return what belongs behind a mark; nothing if it was not measured."""
     name, _, chosen = (part.strip() for part in mark.partition(":"))
     if name == HEADING:
-        return heading(report)
+        return f"{heading(report)}\n"
+    if name not in (SUMMARY, *SUITES):
+        raise KeyError(f"there is no table {name!r}; there are {', '.join((HEADING, SUMMARY, *SUITES))}")
     found = [sheet for sheet in sheets(report) if sheet.title == name]
-    if not found:
-        titles = dict.fromkeys(sheet.title for sheet in sheets(report))
-        raise KeyError(f"there is no table {name!r}; there are {', '.join(titles)}")
     columns = [column.strip() for column in chosen.split(";")] if chosen else []
-    return "\n\n".join(_lines(_columns(sheet, columns)) for sheet in found)
+    return "".join(f"\n{_lines(_columns(sheet, columns))}\n\n" for sheet in found)
 
 
 def _columns(sheet: Sheet, names: Sequence[str]) -> Sheet:

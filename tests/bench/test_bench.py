@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import autojac
 from autojac.bench import suites
 from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, PARAMETER_WAYS, WAYS, reference
+from autojac.bench.fresh import SIGNATURES, EvaluationCount
 from autojac.bench.growth import growth_cases
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT, ROOFLINE, race_workload
 from autojac.bench.overhead import CALL_US, FINER, calls, traced
@@ -196,6 +198,20 @@ def test_calls_of_replays_are_compared_with_their_programs() -> None:
 def test_both_signatures_are_traced() -> None:
     first, second = traced(["sin"], "loop")
     assert min(first, second) > 0
+
+
+def test_evaluations_of_a_first_call_are_counted() -> None:
+    counted = EvaluationCount(torch.sin)
+    autojac.AutoJacobian(counted, effort="estimate", store=":memory:")(torch.randn(5, 3))
+    assert 1 < counted.evaluations <= 25
+
+
+@pytest.mark.parametrize("kind", SIGNATURES)
+def test_signatures_differ_from_call_to_call(kind: str) -> None:
+    func, points = SIGNATURES[kind]()
+    assert len({x.shape for x in points}) == len(points)
+    assert len(points) - 1 == {"sequence lengths": 12, "batch sizes": 60, "molecule sizes": 8}[kind]
+    assert len(func(points[0])) == len(points[0])
 
 
 def test_growth_reaches_from_a_hundred_to_a_million_samples() -> None:

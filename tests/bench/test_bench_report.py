@@ -138,6 +138,9 @@ old
 <!-- end -->
 <!-- bench: jacobians: jacobians; B; autojac; absent -->
 <!-- end -->
+<!-- bench: zeros -->
+kept
+<!-- end -->
 After <!-- bench: what was asked -->
 | old |
 <!-- end -->
@@ -147,6 +150,7 @@ After <!-- bench: what was asked -->
 def test_tables_are_put_between_the_marks_of_a_page() -> None:
     page = with_tables(PAGE, REPORT)
     assert "old" not in page
+    assert "<!-- bench: zeros -->\nkept\n<!-- end -->" in page
     assert "torch 2, device cpu; effort measure" in page
     assert "| jacobians | B | autojac |\n| --- | --- | --- |\n| a | 8 | 1000 |" in page
     assert "| regret of quick, median | 1.2 | at most 1.05 | missed |" in page

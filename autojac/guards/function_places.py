@@ -134,7 +134,7 @@ class FunctionPlaces(Walk):
             self._place(Names(scope, "global {}", uses.scope))
         if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
             self._place(Names(builtins, "builtin {}", found))
-        held = [scope[name] for name in uses.scope if name in scope]
+        held = [scope[name] for name in uses.scope if name in scope and not _shows_in_runs(scope[name], name, uses)]
         held += [value for value in cell_contents(function) if isinstance(value, types.ModuleType)]
         for name in found:
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
@@ -217,6 +217,11 @@ class FunctionPlaces(Walk):
         """Check whether an attribute of a package's module or class may be looked up by what ran."""
         ran = isinstance(value, types.FunctionType) and id(value.__code__) in self._ran
         return ran or name in self._looked_up or isinstance(value, (dict, list, set))
+
+
+def _shows_in_runs(value: Any, name: str, uses: NamesUsed) -> bool:
+    """Check whether a function made in C, such as `random.random`, is only ever called where a run shows that."""
+    return isinstance(value, types.BuiltinFunctionType) and name not in uses.values and bool(c_reason(value))
 
 
 def _imported(uses: NamesUsed, scope: Mapping[str, Any]) -> Iterator[str]:

@@ -173,10 +173,11 @@ PACKAGES = {
         assign(KINDS={"number": str, "list": list[int]}, SCALE=2),
     ),
     "random numbers that are not drawn": one(
+        "from random import random as draw\n"
         "DRAW = False\n"
         "def func(x):\n"
         "    import random\n"
-        "    return x.sin() * (random.randint(0, 9) if DRAW else SCALE)\n"
+        "    return x.sin() * (random.randint(0, 9) + draw() if DRAW else SCALE)\n"
         "SCALE = 2.0\n",
         assign(SCALE=3.0),
     ),

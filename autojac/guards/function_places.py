@@ -25,7 +25,7 @@ from autojac.guards.places import (
     Place,
     cell_contents,
 )
-from autojac.guards.provenance import is_core, is_installed
+from autojac.guards.provenance import is_core, is_installed, is_package
 from autojac.guards.purity import c_reason, is_inside, unseen
 from autojac.guards.tokens import SCALARS
 from autojac.guards.walker import Walk
@@ -50,6 +50,8 @@ class FunctionPlaces(Walk):
 
     Args:
         ran: the code of installed packages that ran.
+        narrow: whether packages of the user's are followed like installed ones, as far as they ran. Much in them may
+            be out of a guard's sight that no call of the function comes to.
 
     Attributes:
         places: the places, each once.
@@ -60,8 +62,9 @@ class FunctionPlaces(Walk):
         backwards: the code of derivatives that autograd may run in threads of its own, where nothing watches.
     """
 
-    def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
+    def __init__(self, ran: Collection[types.CodeType] = (), narrow: bool = False) -> None:
         super().__init__()
+        self._is_package = is_package if narrow else is_installed
         self._ran = {id(code) for code in ran}
         self._looked_up = frozenset(name for code in ran for name in names_used(code).attributes)
         self.places: list[Place] = []
@@ -107,7 +110,7 @@ class FunctionPlaces(Walk):
 
     def _follows(self, function: types.FunctionType) -> bool:
         home = function.__globals__.get("__name__")
-        return id(function.__code__) in self._ran or not (is_core(home) or is_installed(home))
+        return id(function.__code__) in self._ran or not (is_core(home) or self._is_package(home))
 
     @property
     def codes(self) -> tuple[types.CodeType, ...]:
@@ -125,7 +128,7 @@ class FunctionPlaces(Walk):
         scope = function.__globals__
         stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
         builtins: dict[str, Any] = stranger.__builtins__
-        if uses.scope and is_installed(scope.get("__name__")):
+        if uses.scope and self._is_package(scope.get("__name__")):
             self._place(Attributes(scope, f"{scope['__name__']}.{{}}"))
             if isinstance(scope, dict):
                 self.settable.append(VariableMapping(scope, uses.scope))
@@ -160,7 +163,7 @@ class FunctionPlaces(Walk):
         if id(module) in inside:
             return
         home = module.__name__
-        core, installed = is_core(home), is_installed(home)
+        core, installed = is_core(home), self._is_package(home)
         if is_inside(home, ("torch.backends",)) and type(module) is not types.ModuleType:
             self._flags(module, uses)
         kept = module.__dict__
@@ -207,7 +210,7 @@ class FunctionPlaces(Walk):
             return
         kept = module.__dict__
         names = sorted(name for name in kept if not (name.startswith("__") and name.endswith("__")))
-        if is_installed(module.__name__):
+        if self._is_package(module.__name__):
             names = [name for name in names if self._may_be_used(name, kept[name])]
         self._place(Attributes(kept, f"{module.__name__}.{{}}"))
         for name in names:

@@ -96,16 +96,17 @@ class FunctionState:
     def cover(self, ran: Collection[types.CodeType]) -> bool:
         """Follow all code that ran in a call, that of installed packages too; return whether any was new."""
         with self.lock:
+            fresh = any(id(code) not in self._all_ran for code in ran)
             self._note(ran)
             present = self.present
             known = {id(code) for code in present.guard.codes}
             new = [code for code in ran if id(code) not in known]
-            if not new:
+            if not new and not (fresh and present.guard.reason):
                 return False
-            guard = Guard(self.func, (*self._ran, *new), self._write_only)
+            guard = self._made_guard(new)
             reached = {id(code) for code in guard.codes}
             new = [code for code in new if id(code) in reached]
-            if not new:
+            if not new and bool(guard.reason) == bool(present.guard.reason):
                 return False
             self._ran += new
             self._replace(guard)
@@ -117,7 +118,7 @@ class FunctionState:
             self._unread |= set(names)
             if not self._write_only.issuperset(spots):
                 self._write_only |= frozenset(spots)
-                self._replace(Guard(self.func, self._ran, self._write_only))
+                self._replace(self._made_guard())
 
     def where_read(self, name: str, kind: type | None = None) -> str:
         """Return where a variable or attribute is read; empty if nowhere.
@@ -141,7 +142,10 @@ class FunctionState:
         self._all_ran |= {id(code): code for code in ran}
         if self._write_only and any(self.where_read(name) for name in self._unread):
             self._write_only = frozenset()
-            self._replace(Guard(self.func, self._ran))
+            self._replace(self._made_guard())
+
+    def _made_guard(self, new: Collection[types.CodeType] = ()) -> Guard:
+        return Guard(self.func, (*self._ran, *new), self._write_only, tuple(self._all_ran.values()))
 
     def _replace(self, guard: Guard) -> None:
         """Compare other places from now on; what other states compare is not that."""
@@ -259,7 +263,7 @@ class FunctionState:
         return change
 
     def _enter(self, change: Change | None) -> None:
-        guard = Guard(self.func, self._ran, self._write_only)
+        guard = self._made_guard()
         self._numbers += 1
         kind = self._numbers if change is None else self._kind(change)
         self._states.append(KnownState(guard, self._numbers, kind, list(guard.tensors)))

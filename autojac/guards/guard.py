@@ -50,6 +50,7 @@ class Guard:
         func: the callable.
         ran: the code of installed packages that runs in a call, and is followed.
         ignored: what a call sets and none reads.
+        seen: all code that ran. Where something in a package of the user's can't be listed, only these are followed.
 
     Attributes:
         reason: why not everything that `func` reads can be listed, as a sentence; empty if it can. What can be listed
@@ -70,9 +71,14 @@ class Guard:
     is_unchanged: Callable[[], bool]
 
     def __init__(
-        self, func: Callable[..., Any], ran: Collection[types.CodeType] = (), ignored: Collection[Spot] = ()
+        self,
+        func: Callable[..., Any],
+        ran: Collection[types.CodeType] = (),
+        ignored: Collection[Spot] = (),
+        seen: Collection[types.CodeType] = (),
     ) -> None:
         self._func = func
+        self._seen = seen
         self._ran = ran
         self._ignored = ignored
         self._walk()
@@ -139,6 +145,10 @@ class Guard:
     def _walk(self) -> None:
         reached = ObjectPlaces(self._ran)
         reached.follow(self._func)
+        if reached.reason and self._seen:
+            narrowed = ObjectPlaces((*self._ran, *self._seen), narrow=True)
+            narrowed.follow(self._func)
+            reached = reached if narrowed.reason else narrowed
         self.reason = reached.reason
         self.codes = reached.codes
         self.settable = tuple(reached.settable)

@@ -68,8 +68,8 @@ _DERIVATIVES: Final = ("backward", "vjp", "jvp")
 class ObjectPlaces(LibraryPlaces):
     """Everything that a callable holds: functions, as `FunctionPlaces` lists them, and objects, modules and tensors."""
 
-    def __init__(self, ran: Collection[types.CodeType] = ()) -> None:
-        super().__init__(ran)
+    def __init__(self, ran: Collection[types.CodeType] = (), narrow: bool = False) -> None:
+        super().__init__(ran, narrow)
         self._weak: list[Any] = []
 
     def follow(self, func: Any) -> None:
@@ -181,7 +181,7 @@ class ObjectPlaces(LibraryPlaces):
         if is_core(kind.__module__):
             for base in kind.__mro__:
                 self._library_class(base)
-        elif is_installed(kind.__module__):
+        elif self._is_package(kind.__module__):
             self._library_class(kind)
             if type(kind) is not type:
                 self.visit(type(kind))
@@ -197,7 +197,7 @@ class ObjectPlaces(LibraryPlaces):
 
     def _attributes(self, kind: type) -> Iterable[tuple[str, Any]]:
         every = super()._attributes(kind)
-        if not is_installed(kind.__module__):
+        if not self._is_package(kind.__module__):
             return every
         self.settable.append(AttributeMapping(kind, functools.partial(own_names, kind)))
         self.settable += [value for _, value in every if type(value) in CONTAINERS]

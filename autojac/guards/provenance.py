@@ -60,6 +60,13 @@ def is_installed(module_name: str | None) -> bool:
     return is_library(module_name) and not is_core(module_name)
 
 
+def is_package(module_name: str | None) -> bool:
+    """Check whether a module is followed where it runs, or could be: installed, or part of a package of the user's."""
+    if not module_name or is_library(module_name):
+        return is_installed(module_name)
+    return "." in module_name or hasattr(sys.modules.get(module_name), "__path__")
+
+
 def home_of(kind: type) -> str:
     """Return the module of a library's class; empty for a user's, whose `__module__` varies with who runs the file."""
     return kind.__module__ if is_library(kind.__module__) else ""

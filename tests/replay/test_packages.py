@@ -22,7 +22,7 @@ import torch
 
 import autojac
 from autojac.guards.provenance import is_installed
-from harness import compare, forced
+from harness import compare, forced, in_use
 from oracle import jacobian_blocks
 
 PULL = {"method": "Pull", "seeds": "shared", "engine": "vmap"}
@@ -274,14 +274,15 @@ PACKAGES = {
 
 @pytest.fixture
 def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], Any]]:
-    """Write a package to a folder of installed ones, and import all its modules."""
-    folder = tmp_path / "site-packages"
+    """Write a package to a folder of installed ones, or of the user's, and import all its modules."""
     names: list[str] = []
 
-    def load(files: dict[str, str]) -> Any:
+    def load(files: dict[str, str], where: str = "site-packages") -> Any:
+        folder = tmp_path / where
         name = f"package_{next(_NUMBERS)}"
         names.append(name)
         (folder / name).mkdir(parents=True)
+        monkeypatch.syspath_prepend(str(folder))
         for module, source in {"__init__": "", **files}.items():
             (folder / name / f"{module}.py").write_text(source.replace("PKG", name))
         importlib.invalidate_caches()
@@ -290,7 +291,6 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
             importlib.import_module(f"{name}.{module}")
         return package
 
-    monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delenv("AUTOJAC_TEST_SCALE", raising=False)
     yield load
     for module in [module for module in sys.modules if module.partition(".")[0] in names]:
@@ -317,6 +317,59 @@ def test_what_packages_read_is_noticed_and_replayed(name: str, imported: Callabl
         assert all("operators left" in line for line in traces), traces
         assert isinstance(package, ModuleType)
         assert jac.plan(x).method["method"] == "Replay"
+
+
+def test_of_a_package_of_the_users_what_does_not_run_keeps_nothing_from_being_replayed(
+    imported: Callable[..., Any],
+) -> None:
+    helpers = (
+        "SCALE = 2.0\n"
+        "class Kept:\n"
+        "    factor = 1.0\n"
+        "    def stamp(self, x):\n"
+        "        return x * len(list(map(id, [x])))\n"
+        "    def scale(self, x):\n"
+        "        return x * SCALE * self.factor\n"
+        "def stamp(x):\n"
+        "    return x * len(list(map(id, [x])))\n"
+        "def cosine(x):\n"
+        "    return x.cos()\n"
+    )
+    source = (
+        "from PKG import helpers\n"
+        "KEPT = helpers.Kept()\n"
+        "HANDLERS = {'sine': lambda x: KEPT.scale(x.sin()), 'cosine': helpers.cosine, 'stamp': helpers.stamp}\n"
+        "NAME = 'sine'\n"
+        "def func(x):\n"
+        "    return HANDLERS[NAME](x)\n"
+    )
+    package = imported({"helpers": helpers, "a": source}, "project")
+    assert not is_installed(package.a.__name__)
+    func, helpers, served = package.a.func, package.helpers, 0
+    changes: tuple[Callable[[], Any], ...] = (
+        lambda: None,
+        lambda: setattr(helpers, "SCALE", 3.0),
+        lambda: setattr(helpers.Kept, "factor", 2.0),
+        lambda: setattr(package.a.KEPT, "factor", 5.0),
+        lambda: setattr(package.a, "NAME", "cosine"),
+        lambda: package.a.HANDLERS.update(cosine=torch.exp),
+        lambda: setattr(package.a, "NAME", "sine"),
+        lambda: setattr(helpers.Kept, "scale", lambda self, x: x * 11),
+        lambda: setattr(package.a, "KEPT", helpers.Kept()),
+        # from here on it does run
+        lambda: setattr(package.a, "NAME", "stamp"),
+        lambda: setattr(helpers, "len", lambda items: 7),
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jac = forced(func, (torch.rand(4, 3, dtype=torch.float64),), REPLAY)
+        for change in changes:
+            change()
+            for _ in range(3):
+                x = torch.rand(4, 3, dtype=torch.float64)
+                compare(jac(x), jacobian_blocks(func, (x,)))
+            served += in_use(jac).compute.bound is not None
+    assert served >= len(changes) - 3, list(jac._plans.planner.function_state.traces)
 
 
 @pytest.mark.parametrize("name", ["last result", "slots"])

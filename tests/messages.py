@@ -691,11 +691,11 @@ MESSAGES = (
         lambda: AutoJacobian.of_parameters(Reentrant(), store=":memory:", on_miss="estimate")(x),
     ),
     Message(UnsupportedError, "evaluation of its own", "a second backward", "eval mode", batch_norm_pulled_once),
-    Message(UnsupportedError, "nothing can be probed", "transform .* is under way", "once outside", inside_transform),
+    Message(UnsupportedError, "nothing can be probed", "transform .* is active", "once outside", inside_transform),
     Message(
         UnsupportedError,
         "makes no sparse matrices",
-        "transform .* is under way",
+        "transform .* is active",
         "layout='blocks'",
         lambda: inside_transform(layout="sparse"),
     ),
@@ -776,7 +776,7 @@ MESSAGES = (
     Message(
         UnsupportedError,
         "expects plain tensors",
-        "transform is under way",
+        "transform is active",
         "AutoJacobian",
         lambda: torch.func.vmap(lambda x: jacobian_from(x, x))(x),
     ),
@@ -911,11 +911,11 @@ MESSAGES = (
         StoreWarning,
         "",
         "was corrupt",
-        "a fresh store is begun",
+        "a new store was started",
         lambda: jac(torch.sin, x, store=store_at(b"no database " * 999)),
     ),
     Message(StoreWarning, "", "the shared plans .* can't be read", "", unusable_shared),
-    Message(StoreWarning, "", "a row that can't be used", "passed over", bad_row),
+    Message(StoreWarning, "", "a row that can't be used", "ignored", bad_row),
     Message(
         StoreError, "", "can't be used as a plan store", "", lambda: PlanStore("postgresql://host:port/plans").listing()
     ),
@@ -996,7 +996,7 @@ MESSAGES = (
     Message(
         UnsupportedError,
         "nothing can be probed",
-        "transform or forward mode is under way",
+        "transform or forward mode is active",
         "use torch.func.jvp",
         lambda: torch.vmap(wrap(torch.sin).jvp)(x[None], x[None]),
     ),
@@ -1038,7 +1038,7 @@ MESSAGES = (
     Message(
         SingularJacobianError,
         "of 3 Jacobians",
-        "short of full rank .sample 0.",
+        "rank-deficient .sample 0.",
         "damp",
         lambda: wrap(lambda z: z * (z > 0.2)).solve(x, x),
     ),
@@ -1052,14 +1052,14 @@ MESSAGES = (
     Message(
         SingularJacobianError,
         "of 3 Jacobians",
-        "short of full rank .sample 0.",
+        "rank-deficient .sample 0.",
         "damp",
         lambda: wrap(lambda z: z * (z > 0.2), layout="sparse").solve(x, x),
     ),
     Message(
         SingularJacobianError,
         "of 3 Jacobians",
-        "short of full rank .sample 0.",
+        "rank-deficient .sample 0.",
         "damp",
         lambda: wrap(lambda z: torch.where(z < 0.3, z.sum(1, True), z), layout="sparse").solve(x, x),
     ),
@@ -1264,7 +1264,7 @@ INTERNAL = {
     "api/low_rank_factors.py:_check": "a fault of autojac's own",
     "api/linalg.py:as_matrices": "the layouts that get there have these shapes",
     "api/linalg.py:_check": "Jacobians are real floating-point matrices",
-    "methods/base.py:build": "a stored plan of another version of autojac, which is passed over",
+    "methods/base.py:build": "a stored plan of another version of autojac, which is ignored",
     "sparse/colorings.py:apart": "declared patterns are checked before",
 }
 """What no user sees as an error: rooms, or functions, and why."""

@@ -58,7 +58,7 @@ class Derived(ABC):
 
         Raises:
             InputError: if there are several outputs or inputs.
-            SingularJacobianError: naming the samples whose Jacobian is singular, short of full rank or not finite.
+            SingularJacobianError: naming the samples whose Jacobian is singular, rank-deficient or not finite.
         """
 
         def inverted(matrices: Tensor, restore: Callable[[Tensor], Tensor]) -> Tensor:

@@ -185,7 +185,7 @@ def _automatic(layout: str, coupling: str) -> Options:
 def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:
     if transforming():
         raise UnsupportedError(
-            "jacobian_from expects plain tensors with a graph, but a torch.func transform is under way. Wrap the "
+            "jacobian_from expects plain tensors with a graph, but a torch.func transform is active. Wrap the "
             "function instead: AutoJacobian(func)(x)"
         )
     if not sources:

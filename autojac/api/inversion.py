@@ -10,7 +10,7 @@ from torch import Tensor
 MARGIN = 4
 """Multiple of eps below which a reciprocal condition number is zero.
 
-Of a million random matrices one short of full rank, entries rounded, none came out above 2.1 eps: 3 x 2 is the worst
+Of a million random matrices a rank-deficient one, entries rounded, none came out above 2.1 eps: 3 x 2 is the worst
 shape, since the 1-norms grow with the size faster than the rounding does.
 """
 

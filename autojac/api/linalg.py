@@ -204,7 +204,7 @@ def _slogdet_push(matrices: Tensor, _: Tensor, tangent: Tensor) -> Tensor:
 def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacobianError:
     """Return the error that names the samples."""
     samples = [tuple(flags.flatten().nonzero().flatten().tolist()) for flags in (singular, not_finite)]
-    flaws = ["singular" if square else "short of full rank", "not finite"]
+    flaws = ["singular" if square else "rank-deficient", "not finite"]
     advice = [
         "damp what is singular, as in (JᵀJ + λI)⁻¹Jᵀ, or leave it out",
         "look for a division by zero, or a root or logarithm at zero, where it is not finite",

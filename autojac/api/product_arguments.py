@@ -211,7 +211,7 @@ def checked_vectors(
     except ValueError as error:
         raise InputError(
             f"{name} was expected in the nest of {what}, {counted(len(wanted), 'tensor')}, got {kind_of(vectors)} that "
-            f"differs: {error}. Pass one tensor for each of them, nested alike"
+            f"differs: {str(error).rstrip('.')}. Pass one tensor for each of them, nested alike"
         ) from error
     for tensor in flat:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():

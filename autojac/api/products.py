@@ -230,7 +230,7 @@ class Products(Derived):
         """Return what products follow from; func is called, without a trace, when it is first asked for."""
         if transforming():
             raise UnsupportedError(
-                "a torch.func transform or forward mode is under way, in which nothing can be probed. Call products "
+                "a torch.func transform or forward mode is active, in which nothing can be probed. Call products "
                 "outside of it, or use torch.func.jvp or vjp there"
             )
         key = (probing, *map(describe, args), *describe_keywords(kwargs))

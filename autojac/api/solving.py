@@ -52,7 +52,7 @@ class Solving(Grams):
 
         Raises:
             InputError: if r is not nested or shaped as the outputs, or damping is negative or not (B,).
-            SingularJacobianError: naming the samples that are short of full rank, or not finite.
+            SingularJacobianError: naming the samples that are rank-deficient, or not finite.
             SearchError: if conjugate gradients do not converge.
 
         Example:

@@ -109,7 +109,7 @@ def _run_inside_transform(
     """
     if plans.options.layout == "sparse":
         raise UnsupportedError(
-            "a torch.func transform or forward mode is under way, in which torch makes no sparse "
+            "a torch.func transform or forward mode is active, in which torch makes no sparse "
             "matrices. Wrap the function with layout='blocks' or 'full' for use there"
         )
     reach = captures(plans.func)
@@ -130,6 +130,6 @@ def _run_inside_transform(
                 with outside_autocast():
                     return plan, compute(leaves, plan.layout.keywords(args, kwargs))
     raise UnsupportedError(
-        "a torch.func transform or forward mode is under way, in which nothing can be probed. Call "
+        "a torch.func transform or forward mode is active, in which nothing can be probed. Call "
         "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
     )

@@ -38,7 +38,7 @@ class QueryResult(Generic[T]):
     Attributes:
         value: the answer.
         final: later databases need not be asked, although the answer is None.
-        problem: why a row was passed over.
+        problem: why a row is ignored.
     """
 
     value: T

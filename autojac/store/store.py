@@ -217,7 +217,7 @@ class PlanStore:
         else:
             self._shared = [other for other in self._shared if other is not base]
             why = f"the shared plans in {shown(base.url)} can't be read ({self._sentence(result.error)})"
-            self._warn("shared", f"{why}; they are passed over. Correct AUTOJAC_PLAN_PATH")
+            self._warn("shared", f"{why}; they are ignored. Correct AUTOJAC_PLAN_PATH")
         return empty
 
     def _write(self, change: Callable[[Connection], Any]) -> None:
@@ -243,7 +243,7 @@ class PlanStore:
             else:
                 if moved is not None:
                     now = Path(shown(str(moved))).name
-                    self._warn("corrupt", f"{self._name} was corrupt; it is now {now} and a fresh store is begun")
+                    self._warn("corrupt", f"{self._name} was corrupt; it is now {now} and a new store was started")
                     return
                 if "corrupt" not in self._told:  # another process put it right
                     self._told.add("corrupt")
@@ -258,7 +258,7 @@ class PlanStore:
 
     def _tell(self, found: queries.QueryResult[T]) -> T:
         if found.problem:
-            self._warn("row", f"{self._name} holds a row that can't be used: {found.problem}; it is passed over")
+            self._warn("row", f"{self._name} holds a row that can't be used: {found.problem}; it is ignored")
         return found.value
 
     def _warn(self, kind: str, message: str) -> None:

@@ -361,7 +361,7 @@ def test_the_error_of_a_single_matrix() -> None:
     with pytest.raises(SingularJacobianError, match=r"^the Jacobian is singular: damp") as caught:
         inverse(torch.ones(2, 2))
     assert (caught.value.singular, caught.value.not_finite) == ((0,), ())
-    with pytest.raises(SingularJacobianError, match=r"^the Jacobian is short of full rank"):
+    with pytest.raises(SingularJacobianError, match=r"^the Jacobian is rank-deficient"):
         inverse(torch.ones(2, 3))
     with pytest.raises(SingularJacobianError, match=r"^the Jacobian is not finite: look") as caught:
         inverse(torch.full((2, 2), torch.inf))

@@ -77,6 +77,12 @@ class Products(Derived):
     _products: dict[Any, Product]
     _call_shapes: dict[Any, CallShapes]
 
+    def __autojac_rests__(self) -> bool:
+        """Check whether no plan in use is ever checked again, so that what is recorded of a call needs no checks."""
+        others = all(other.__autojac_rests__() for other in self._others.values())
+        rest = [plan.rests for _, plan in self._plans.items()]
+        return others and not self._products and bool(rest) and all(rest)
+
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Jacobian times a vector, J_b v_b for each sample: the derivative of func along v.
 

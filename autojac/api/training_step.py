@@ -197,7 +197,8 @@ class TrainingStep:
             x, rest: a step.
             effort, budget_s: of each of the two searches, as of `AutoJacobian.tune`.
         """
-        self._inner.tune(x, effort=effort, budget_s=budget_s)
+        self._inner.tune(*own_inputs(self._inner, x), effort=effort, budget_s=budget_s)
+        self._settle(x)
         self._refused.pop(_key((x, *rest)), None)
         with torch.no_grad():
             return self._wrapper(x).tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
@@ -231,13 +232,18 @@ class TrainingStep:
     def _wrapper(self, x: Any) -> AutoJacobian:
         """Return what plans the step: a Jacobian of one number, in all parameters."""
         if self._whole is None:
-            with torch.enable_grad():
-                # now, since the first call of the step is watched, which makes all that runs in it slow
-                self._inner.plan(*own_inputs(self._inner, x))
+            self._settle(x)
             modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
             step = LossOfDerivatives(self._inner, self.loss, modules)
             self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)
         return self._whole
+
+    def _settle(self, x: Any) -> None:
+        """Plan and check the derivatives, ahead of a step whose first call is watched, and which records no check."""
+        with torch.enable_grad():
+            inputs = own_inputs(self._inner, x)
+            if not self._inner.plan(*inputs).structure.effects:
+                self._inner(*inputs)
 
     def _without_hooks(self, whole: AutoJacobian) -> AbstractContextManager[None]:
         """Keep tensor hooks from firing while the gradients are computed."""
@@ -269,12 +275,10 @@ class TrainingStep:
         if at not in self._reached:
             with plan.sandbox():
                 pullback = recorded(plan.problem, call.leaves, call.keywords, False)
-                (value,) = pullback.recorded
-                found = pulled_back([value], pullback.inputs, [torch.ones_like(value)])
+                found = pulled_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
             # the plan is kept, so that its id stays its own
             self._reached = {at: (plan, [gradient is not None for gradient in found])}
-        reached = self._reached[at][1]
-        self._known = [pair for pair, has in zip(named.items(), reached, strict=True) if has]
+        self._known = [pair for pair, has in zip(named.items(), self._reached[at][1], strict=True) if has]
         self._served = served, version
         return self._known
 

@@ -10,14 +10,23 @@ since a decomposition, a draw and a tensor that is written into show what they a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from autojac.core.tensor_kinds import PLAIN
 from autojac.graph.operators import LITERALS, call, certain, traits
 from autojac.guards.escapes import MonitoredMode, home
+
+_open = threading.local()
+
+
+def open_capture() -> Capture | None:
+    """Return what records in this thread now, the innermost; None if nothing does."""
+    captures: list[Capture] = getattr(_open, "captures", [])
+    return captures[-1] if captures else None
 
 
 class Capture(MonitoredMode):
@@ -39,6 +48,14 @@ class Capture(MonitoredMode):
         self.reason = ""
         self.homes: dict[int, tuple[Any, ...]] = {}
         self.sharing: dict[int, list[Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        _open.captures = [*getattr(_open, "captures", []), self]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _open.captures = _open.captures[:-1]
+        super().__exit__(*error)
 
     @property
     def written_operators(self) -> int:

@@ -32,6 +32,7 @@ class Captures:
         compiled: some of it runs through torch.compile.
         places: where func may set something: attributes, containers and variables.
         digest: of what the callable computes, as `fingerprint` gives it; empty where it was not asked for.
+        wrappers: of autojac, which have plans of their own.
     """
 
     modules: tuple[torch.nn.Module, ...]
@@ -40,6 +41,7 @@ class Captures:
     compiled: bool = False
     places: tuple[Any, ...] = ()
     digest: str = ""
+    wrappers: tuple[Any, ...] = ()
 
 
 def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
@@ -88,6 +90,7 @@ class _Reach(Walk):
         super().__init__()
         self.compiled = False
         self.places: list[Any] = []
+        self.wrappers: list[Any] = []
 
     def leave_out(self, obj: Any) -> None:
         """Mark an object as visited."""
@@ -102,7 +105,13 @@ class _Reach(Walk):
         # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
         tensors = tuple(tensor for tensor in self.tensors if not tensor.is_meta)
         require_initialized(tensors)
-        return Captures(tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places))
+        found = tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places)
+        return Captures(*found, wrappers=tuple(self.wrappers))
+
+    def _dispatch(self, obj: Any, kind: type) -> None:
+        if hasattr(kind, "__autojac_rests__"):
+            self.wrappers.append(obj)
+        super()._dispatch(obj, kind)
 
     def _module(self, module: torch.nn.Module) -> None:
         self.compiled = self.compiled or is_compiled(module)

@@ -249,7 +249,8 @@ def _compiled(terms: tuple[str, ...], variables: int) -> types.CodeType:
         "   return False",
         " return unchanged",
     ]
-    scope: dict[str, Any] = {}
+    # a wrapper inside of another one may compile its guard while that watches: it is known by its module
+    scope: dict[str, Any] = {"__name__": __name__}
     exec(compile("\n".join(lines), "<autojac guard>", "exec"), scope)
     (code,) = (const for const in scope["outer"].__code__.co_consts if isinstance(const, types.CodeType))
     return code

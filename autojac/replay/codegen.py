@@ -55,7 +55,7 @@ class _Writer:
 
     def __init__(self, inputs: Sequence[fx.Node], below: bool) -> None:
         self.below = below
-        self.scope: dict[str, Any] = {}
+        self.scope: dict[str, Any] = {"__name__": __name__}
         self.names: dict[fx.Node, str] = {node: f"x{place}" for place, node in enumerate(inputs)}
         self.header = ", ".join(self.names.values())
         self.kept: dict[int, str] = {}

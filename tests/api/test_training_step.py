@@ -306,3 +306,38 @@ def test_a_step_that_looks_at_its_data_is_checked_on() -> None:
     for _ in range(5):
         step(x, target)
     assert program(step, "schedule").last_check == 4
+
+
+class Mixed(nn.Module):
+    """Samples that numbers keep apart, which no operator proves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.register_buffer("mix", torch.eye(4).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix @ self.inner(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_checked_on_where_its_derivatives_are(method: str) -> None:
+    model, x, target = Mixed(), points(4, 3), points(4, 2)
+    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    checked = []
+    for call in range(1, 10):
+        step(x, target)
+        schedule = program(step, "schedule")
+        checked += [call] * (schedule.last_check == schedule.calls)
+    assert checked == [1, 2, 4, 8]
+
+
+def test_a_wrapper_inside_a_recorded_function_makes_no_checks_there() -> None:
+    model, x = network(1), points(4, 3)
+    inner = AutoJacobian(model, **OPTIONS)
+    outer = AutoJacobian(lambda x: inner(x).squeeze(1), store=":memory:", on_miss="tune", effort="quick", budget_s=0.5)
+    reference = torch.func.vmap(torch.func.hessian(lambda x: model(x).squeeze(-1)))(x)
+    for _ in range(4):
+        compare(outer(x).detach(), reference.detach())
+    reasons = [trial.reason or "" for trial in outer.plan(x).trials]
+    assert not any("reads values of a tensor" in reason or "autojac guard" in reason for reason in reasons)

@@ -31,9 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autojac.guards import compiled_check
 from autojac.guards.function_state import FunctionState
 from autojac.guards.guard import Guard
 from autojac.guards.run_monitor import RunMonitor
+from autojac.replay.codegen import emit
 
 X = torch.ones(2, 3)
 
@@ -278,3 +280,18 @@ def test_other_threads_are_not_watched() -> None:
         stopped.wait()
     thread.join()
     assert watched.reason == ""
+
+
+def test_guards_and_programs_that_are_compiled_meanwhile_are_autojacs_own() -> None:
+    """A wrapper inside of the function that is watched compiles its guard, or a program, while it runs."""
+    x, node = torch.ones(2), torch.fx.Graph()
+    given = node.placeholder("x")
+    made = node.call_function(torch.ops.aten.sin.default, (given,))
+    compiled_check._compiled.cache_clear()
+    with RunMonitor() as monitor:
+        unchanged = Guard(lambda x: x + X).is_unchanged()
+        program = emit([given], [made], [made])
+        program(x)
+    assert unchanged
+    assert not monitor.reason
+    assert not [code for code in monitor.ran if code.co_filename.startswith("<autojac")]

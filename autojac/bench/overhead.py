@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,8 @@ from autojac.planning.search import measure
 from autojac.problem.problem import Compute
 from autojac.replay.replayer import Replayer
 
-CALLED = ("sin", "mlp-2-16-2", "mlp-10-layers")
 CALL_US, GUARD_US = {"sin": 3.0, "mlp-2-16-2": 3.0, "mlp-10-layers": 5.0}, 2.0
+PARTS = ("call", "program", "guard")
 FINER = 10
 """Rounds are that many times as many, their blocks as much shorter, and mostly shorter than a scheduler's slice: a busy
 machine spoils some rounds then and not the median. It takes ways that leave each other's caches warm."""
@@ -31,7 +32,8 @@ PAST_CHECKS = 1025
 """Calls after which the runtime guard checks only every thousandth."""
 DEEP, BEFORE = "mlp-10-layers", "sin"
 ENGINES = ("vmap", "loop")
-FIRST_MS, SECOND_MS = 300.0, 150.0
+TRACE_MS = (300.0, 150.0)
+"""Of the first signature, and of another."""
 STARTS = 3
 
 
@@ -39,26 +41,23 @@ def replay(engine: str) -> dict[str, Any]:
     return {"method": "Replay", "inner": {"method": "Pull", "seeds": "shared", "engine": engine}}
 
 
-def calls(settings: Settings, names: Sequence[str] = CALLED) -> BenchResult:
+def cached_call(settings: Settings, workload: Workload) -> BenchResult:
     """Return what `jac(x)` adds to its flat program, and what of that is the guard, in paired rounds.
 
     Args:
         settings: how to measure.
-        names: of workloads whose plan is a replay, by force.
+        workload: a function whose plan is a replay, by force.
     """
-    outcomes: list[Outcome] = []
-    figures: list[Figure] = []
     with at_rest():
-        for workload in (WORKLOADS[name] for name in names):
-            parts = [f"{workload.name}: {what}" for what in ("call", "program", "guard")]
-            samples = _called(workload, settings)
-            outcomes += [Outcome(name, "right").raced(row) for name, row in zip(parts, samples, strict=True)]
-            call, program, guard = samples
-            added = statistics.median(a - b for a, b in zip(call, program, strict=True))
-            bound = CALL_US.get(workload.name, 5.0)
-            figures.append(Figure(f"{workload.name}: call over its program, µs", 1e6 * added, bound))
-            figures.append(Figure(f"{workload.name}: guard, µs", 1e6 * statistics.median(guard), GUARD_US))
-    return BenchResult("cached calls", tuple(outcomes), tuple(figures), {})
+        samples = _called(workload, settings)
+    outcomes = tuple(Outcome(name, "right").raced(row) for name, row in zip(PARTS, samples, strict=True))
+    call, program, guard = samples
+    added = statistics.median(a - b for a, b in zip(call, program, strict=True))
+    figures = (
+        Figure("call over its program, µs", 1e6 * added, CALL_US[workload.name]),
+        Figure("guard, µs", 1e6 * statistics.median(guard), GUARD_US),
+    )
+    return BenchResult(f"cached call of {workload.name}", outcomes, figures, {})
 
 
 def _called(workload: Workload, settings: Settings) -> list[list[float]]:
@@ -96,29 +95,24 @@ def served(compute: Compute) -> Replayer:
     return compute
 
 
-def tracing(settings: Settings, runs: int = STARTS, engines: Sequence[str] = ENGINES) -> BenchResult:
+def tracing(settings: Settings, engine: str, runs: int = STARTS) -> BenchResult:
     """First calls of a replay for one signature and then for another of the same function, in fresh processes.
 
     Something else is traced before, so that imports and torch's own caches are warm; one process goes without that.
 
     Args:
         settings: the device.
-        runs: processes for each engine.
-        engines: of the recorded method.
+        engine: of the recorded method.
+        runs: processes.
     """
-    outcomes: list[Outcome] = []
-    figures: list[Figure] = []
-    facts: Facts = {}
-    for engine in engines:
-        found = [in_fresh_process("overhead:traced", [BEFORE, DEEP], engine, settings.device) for _ in range(runs)]
-        for which, bound, seconds in zip(
-            ("first", "second"), (FIRST_MS, SECOND_MS), zip(*found, strict=True), strict=True
-        ):
-            outcomes.append(Outcome(f"{engine}: {which} signature", "right").raced(seconds))
-            figures.append(Figure(f"{engine}: {which} signature, ms", 1e3 * statistics.median(seconds), bound))
-        cold = in_fresh_process("overhead:traced", [DEEP], engine, settings.device)[0]
-        facts[f"{engine}: first trace of a cold process, ms"] = 1e3 * cold
-    return BenchResult(f"tracing {DEEP}", tuple(outcomes), tuple(figures), facts)
+    found = [in_fresh_process("overhead:traced", [BEFORE, DEEP], engine, settings.device) for _ in range(runs)]
+    cold = in_fresh_process("overhead:traced", [DEEP], engine, settings.device)[0]
+    figures = tuple(
+        Figure(f"{which} signature, ms", 1e3 * statistics.median(seconds), bound)
+        for which, bound, seconds in zip(("first", "second"), TRACE_MS, zip(*found, strict=True), strict=True)
+    )
+    facts: Facts = {"first trace of a cold process, ms": 1e3 * cold}
+    return BenchResult(f"tracing {DEEP} by {engine}", (), figures, facts)
 
 
 def traced(names: Sequence[str], engine: str, device: str = "cpu") -> list[float]:
@@ -150,3 +144,11 @@ def _firsts(problems: Sequence[tuple[Any, Tensor]], engine: str) -> Iterator[flo
         measure.synchronize(z.device)
         yield time.perf_counter() - start
         served(compute)
+
+
+def overhead_cases() -> dict[str, Callable[[Settings], BenchResult]]:
+    """Return cached calls and tracing, by name."""
+    found: dict[str, Callable[[Settings], BenchResult]] = {
+        f"cached call of {name}": partial(cached_call, workload=WORKLOADS[name]) for name in CALL_US
+    }
+    return found | {f"tracing by {engine}": partial(tracing, engine=engine) for engine in ENGINES}

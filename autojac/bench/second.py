@@ -19,9 +19,9 @@ from autojac.bench.training import gradients_after
 from autojac.bench.workloads import WORKLOADS, layers
 from autojac.problem.compression import colors_of
 
-LAPLACIAN, CHAIN, STEP, MOLECULES, EQUAL = 0.6, 6, 0.7, 1 / 11, 1.03
-"""What autojac is to take at most: of the Laplacian's, of a Levenberg-Marquardt step's and of the molecules' time, as a
-multiple of torch's fastest way; passes of a chain's Hessian; products against the same by hand."""
+LAPLACIAN, CHAIN, STEP, EQUAL = 0.6, 6, 0.7, 1.03
+"""What autojac is to take at most: of a Laplacian's and of a Levenberg-Marquardt step's time, as a multiple of torch's
+fastest way; passes of a chain's Hessian; products against the same by hand."""
 CAMERA = (100, 7, 4096)
 """Residuals, unknowns and samples of a Levenberg-Marquardt step."""
 SIZES, BATCH = (50, 256, 256, 1), 512
@@ -213,45 +213,6 @@ def marquardt_step(settings: Settings, camera: Sequence[int] = CAMERA) -> BenchR
         return contest("Levenberg-Marquardt step", own, ways, exact.to(x.dtype), settings, STEP, {})
 
 
-class Molecules(nn.Module):
-    """Energy of molecules of unequal sizes, packed: pairs of atoms (P,) each, positions (atoms, 3) → a number."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__()
-        starts = torch.tensor([0, *sizes]).cumsum(0)
-        pairs = [torch.combinations(torch.arange(size)) + start for size, start in zip(sizes, starts, strict=False)]
-        self.register_buffer("pairs", torch.cat(pairs).T.contiguous())
-        self.pairs: Tensor
-
-    def forward(self, positions: Tensor) -> Tensor:
-        distant = (positions[self.pairs[0]] - positions[self.pairs[1]]).square().sum(-1)
-        return (torch.exp(-distant) + 0.1 * distant).sum()
-
-
-def molecule_hessians(settings: Settings, sizes: Sequence[int] = tuple(range(5, 15)) * 4) -> BenchResult:
-    """Hessians of 40 packed molecules, against a loop over them."""
-    with at_rest():
-        x = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(0))
-        energy, singles = Molecules(sizes), {size: Molecules((size,)) for size in set(sizes)}
-        hessian = autojac.AutoHessian(energy, in_dims=None, layout="sparse", **settings.planning())
-
-        def loop(x: Tensor) -> list[Tensor]:
-            parts = zip(sizes, x.split(list(sizes)), strict=True)
-            return [torch.func.hessian(singles[size])(part).reshape(3 * size, 3 * size) for size, part in parts]
-
-        truth = torch.block_diag(*loop(x.double())).to(x.dtype)
-        runs: dict[str, Run] = {OWN: lambda: hessian(x), "loop of hessian": lambda: loop(x)}
-        hessian(x)
-        return steps_contest(
-            f"Hessians of {len(sizes)} molecules", runs, truth, settings, MOLECULES,
-            {PLAN: str(hessian.plan(x))}, lambda run: lambda: _whole(run()),
-        )  # fmt: skip
-
-
-def _whole(found: Any) -> Tensor:
-    return torch.block_diag(*found) if isinstance(found, list) else _dense(found)
-
-
 def product(settings: Settings, kind: str, workload: str = "mlp-64-256-256-64") -> BenchResult:
     """A product with J, against the same by hand."""
     with at_rest():
@@ -281,6 +242,5 @@ CASES: dict[str, Callable[[Settings], BenchResult]] = {
     "laplacian-trained": trained_laplacian,
     "chain-hessian": chain_hessian,
     "marquardt-step": marquardt_step,
-    "molecule-hessians": molecule_hessians,
     **{kind: partial(product, kind=kind) for kind in ("jvp", "vjp", "gram", "norm")},
 }

@@ -11,7 +11,7 @@ from autojac.bench import growth, regret, searching, second, zeros
 from autojac.bench.interop.case import cases as interop_cases
 from autojac.bench.interop.race import interop
 from autojac.bench.jacobians import race_workload
-from autojac.bench.overhead import calls, tracing
+from autojac.bench.overhead import overhead_cases
 from autojac.bench.peers.race import peer_cases
 from autojac.bench.results import BenchResult, Outcome
 from autojac.bench.run import Announce, Settings, first_line
@@ -84,9 +84,7 @@ SUITES: dict[str, Suite] = {
             "second", "Hessians, Laplacians, steps and products", lambda: second.CASES, quick=("chain-hessian", "jvp")
         ),
         Suite("search", "first calls, searches, exploring in a loop", searching.search_cases, quick=searching.QUICK),
-        Suite(
-            "overhead", "what a cached call adds to its program", lambda: {"cached calls": calls, "tracing": tracing}
-        ),
+        Suite("overhead", "what calls add to their program", overhead_cases, quick=("cached call of sin",)),
         Suite(
             "growth",
             "time against the number of samples, from 100 to a million",

@@ -15,7 +15,6 @@ SETTINGS = Settings(effort="estimate", rounds=3, budget_s=0.2, shortest_s=1e-5, 
 SMALL = {
     "chain-hessian": functools.partial(second.chain_hessian, size=12),
     "marquardt-step": functools.partial(second.marquardt_step, camera=(6, 2, 5)),
-    "molecule-hessians": functools.partial(second.molecule_hessians, sizes=(2, 3, 4)),
     "laplacian": functools.partial(second.laplacian, sizes=(4, 8, 8, 1), batch=5),
     "laplacian-trained": functools.partial(second.trained_laplacian, sizes=(4, 8, 8, 1), batch=5),
     **{kind: functools.partial(second.product, kind=kind, workload="mlp-2-16-2") for kind in ("jvp", "vjp")},

@@ -32,7 +32,7 @@ Mode = Literal["reverse", "forward"]
 
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
-    """torch.func.vjp of a bound function: its outputs and the pullback to vmap over."""
+    """Call torch.func.vjp of a bound function; return its outputs and the pullback to vmap over."""
     if torch.compiler.is_compiling():
         outputs, by_torch = torch.func.vjp(fn, *inputs)[:2]
         return outputs, by_torch
@@ -66,13 +66,13 @@ def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, .
 def vmap(
     fn: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, chunk: int | None = None, draws: bool = False
 ) -> Callable[..., Any]:
-    """torch.vmap, chunked; what is drawn inside is the same for all that is mapped over, or refused."""
+    """Return torch.vmap of a function, in chunks; what is drawn inside is the same for all, or refused."""
     randomness = "same" if draws else "error"
     return quietly(torch.vmap(fn, in_dims=in_dims, out_dims=out_dims, chunk_size=chunk, randomness=randomness))
 
 
 def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
-    """Without torch's warning that vmap runs some operator sample by sample: a plan that does was timed as it is."""
+    """Return a mapped function without torch's warning that operators run sample by sample: plans were timed so."""
 
     def silent(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -119,7 +119,7 @@ def push_dual_plainly(
 
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
-    """torch.func.jvp of a bound function, to be used under vmap over tangents."""
+    """Call torch.func.jvp of a bound function, to be used under vmap over tangents."""
     with nullcontext() if torch.compiler.is_compiling() else without_loading_compiler():
         outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
@@ -128,7 +128,7 @@ def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tenso
 def sample_jacobian(
     single: Callable[..., Any], argnums: tuple[int, ...], mode: Mode, draws: bool = False
 ) -> Callable[..., Any]:
-    """jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
+    """Return jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
     single = without_data(single)
     if mode == "reverse":
         by_torch = torch.func.jacrev(single, argnums=argnums, has_aux=True)
@@ -170,5 +170,5 @@ def _rows_pulled(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callab
 
 
 def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of one graph for one shape: a graph break is an error, not a slow plan."""
+    """Compile one graph for one shape by torch.compile: a graph break is an error, not a slow plan."""
     return torch.compile(fn, fullgraph=True, dynamic=False)

@@ -95,7 +95,7 @@ def _arranged(
 def _pulled_again(
     programs: Programs, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Pulls that carry a graph: by autograd itself, on the computation run again."""
+    """Pull with a graph: by autograd itself, on the computation run again."""
     outputs, sources = programs.recompute()
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
     places = [place for place, x in enumerate(inputs) if x.requires_grad]

@@ -23,7 +23,7 @@ NO_DERIVATIVE = re.compile(r"derivative for \S+ is not implemented")
 
 
 def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor, ...]:
-    """Distinct autograd nodes for `inputs`, so that aliases and captured inputs are told apart.
+    """Make distinct autograd nodes for `inputs`, so that aliases and captured inputs are told apart.
 
     With `differentiable` the nodes stay connected to the caller's tensors, without it they are leaves.
     """
@@ -78,7 +78,7 @@ class Pullback:
         return pullback
 
     def __call__(self, output: int, cotangent: Tensor, *, batched: bool = False, last: bool = False) -> list[Tensor]:
-        """VJP of one output for every input; zeros where it does not depend on the input.
+        """Return the VJP of one output for every input; zeros where it does not depend on the input.
 
         Args:
             output: index of the output.
@@ -91,7 +91,7 @@ class Pullback:
     def pull(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool = False, last: bool = False
     ) -> list[Tensor]:
-        """VJP of several outputs together."""
+        """Return the VJP of several outputs together."""
         lead = cotangents[0].shape[:1] if batched else torch.Size()
         pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
         if not pairs:
@@ -213,7 +213,7 @@ def node_of(tensor: Tensor) -> Any:
 
 
 def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
-    """Gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
+    """Return the gradient of a scalar with respect to `sources`, zeros where there is no path; the graph is kept."""
     if not scalar.requires_grad:
         return [torch.zeros_like(x) for x in sources]
     with without_loading_compiler():

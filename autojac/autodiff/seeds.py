@@ -23,7 +23,7 @@ LASTING = "autojac_lasting"
 
 
 def size(shape: tuple[int, ...]) -> int:
-    """Number of elements of one event."""
+    """Return the number of elements of one event."""
     return math.prod(shape)
 
 
@@ -41,7 +41,7 @@ class SharedSeeds:
         self._made: dict[int, Tensor] = {}
 
     def __call__(self, index: int, event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
-        """`shared(event_shape, batch, like)`, kept under `index`."""
+        """Return `shared(event_shape, batch, like)`, kept under `index`."""
         made = self._made.get(index)
         if made is None or made.dtype != like.dtype or made.device != like.device:
             made = shared(event_shape, batch, like)
@@ -52,7 +52,7 @@ class SharedSeeds:
         return made
 
     def apart(self, rows: Tensor) -> Tensor:
-        """`rows`, copied if they are kept seeds themselves: what a caller writes there must not come back as seeds."""
+        """Copy rows that are kept seeds themselves: what a caller writes there must not come back as seeds."""
         if not self._made or type(rows) is not Tensor or torch.compiler.is_compiling() or transforming():
             return rows
         kept = [made.untyped_storage().data_ptr() for made in self._made.values()]
@@ -65,7 +65,7 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def identity(shape: tuple[int, ...], start: int, stop: int, like: Tensor) -> Tensor:
-    """One-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
+    """Return one-hot seeds number `start` to `stop` of a whole batch of `shape`: (stop - start, *shape)."""
     seeds = torch.zeros(stop - start, size(shape), dtype=like.dtype, device=like.device)
     seeds.diagonal(offset=start).fill_(1)
     return seeds.view(stop - start, *shape)

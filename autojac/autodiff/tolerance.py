@@ -67,7 +67,7 @@ def balanced_noise(values: Sequence[Tensor], generator: torch.Generator) -> list
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference below which two ways of computing one number agree.
+    """Return the relative difference below which two ways of computing one number agree.
 
     eps to the power 0.6: 4e-10 in float64, 7e-5 in float32, 1.6e-2 in float16, 5.4e-2 in bfloat16. Rounding grows with
     depth and width, so eps itself is too strict, and a fixed multiple of it is useless in half precision.

@@ -18,7 +18,7 @@ UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 def shapes(text: str) -> Shapes:
-    """`1024x3,1024x1`: one shape a positional argument."""
+    """Read `1024x3,1024x1`: one shape per positional argument."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(,[1-9]\d*(x[1-9]\d*)*)*", text):
         raise click.BadParameter(
             f"{text!r} is no shape; sizes joined by x were expected, batch first, such as 1024x3, and a comma between "
@@ -28,7 +28,7 @@ def shapes(text: str) -> Shapes:
 
 
 def seconds(text: str) -> float:
-    """`30s`, `500ms`, `2min` or a number of seconds."""
+    """Read `30s`, `500ms`, `2min` or a number of seconds."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]*)", text.strip())
     if match is None or match[2] not in UNITS:
         raise click.BadParameter(f"{text!r} is no time; a number with a unit was expected, such as 30s, 500ms or 2min")
@@ -36,7 +36,7 @@ def seconds(text: str) -> float:
 
 
 def dtypes(text: str) -> tuple[torch.dtype, ...]:
-    """`float32`, or `float32,bool`: one dtype for all arguments or one each."""
+    """Read `float32`, or `float32,bool`: one dtype for all arguments or one each."""
     known = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
     names = [name.removeprefix("torch.") for name in text.split(",")]
     for name in names:
@@ -46,7 +46,7 @@ def dtypes(text: str) -> tuple[torch.dtype, ...]:
 
 
 def argnums(text: str | int) -> int | tuple[int, ...]:
-    """`0`, or `0,2`."""
+    """Read `0`, or `0,2`."""
     if not re.fullmatch(r"-?\d+(,-?\d+)*", str(text)):
         raise click.BadParameter(f"{text!r}: the positions of arguments were expected, such as 0 or 0,2")
     numbers = tuple(int(number) for number in str(text).split(","))

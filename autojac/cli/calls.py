@@ -108,7 +108,7 @@ class Calls:
         return cls(target, func, tuple(arguments.make_arguments(shape, dtypes or (usual,), where) for shape in shapes))
 
     def describe(self, args: Sequence[Tensor]) -> str:
-        """Shapes, dtypes and device of a call, human-readable."""
+        """Return the shapes, dtypes and device of a call, human-readable."""
         shapes = ", ".join(f"{tuple(arg.shape)} {str(arg.dtype).removeprefix('torch.')}" for arg in args)
         return f"{shapes} on {args[0].device}"
 
@@ -127,7 +127,7 @@ class Calls:
 
 @contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
-    """torch's threads set, and put back for whoever calls the command from a program."""
+    """Set torch's threads, and put them back for whoever calls the command from a program."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -43,12 +43,12 @@ class Arm:
         self.below = torch.ones(joints, joints).tril()  # a link turns with every joint up to its own
 
     def places(self, angles: Tensor) -> Tensor:
-        """Angles (B, 4) in radians to places (B, 24, 2) in metres."""
+        """Map angles (B, 4) in radians to places (B, 24, 2) in metres."""
         turned = angles @ self.below.T
         return self.weights @ torch.stack([turned.cos(), turned.sin()], dim=-1)
 
     def jacobian(self, angles: Tensor) -> Tensor:
-        """Angles (B, 4) to the derivatives (B, 24, 2, 4) of the places."""
+        """Map angles (B, 4) to the derivatives (B, 24, 2, 4) of the places."""
         turned = angles @ self.below.T
         across = torch.stack([-turned.sin(), turned.cos()], dim=-1)
         return torch.einsum("ml,blc,lj->bmcj", self.weights, across, self.below)
@@ -149,7 +149,7 @@ def train(
 
 
 def draw_poses(count: int) -> Tensor:
-    """Joint angles (count, 4) within a quarter turn to either side."""
+    """Draw joint angles (count, 4) within a quarter turn to either side."""
     return (torch.rand(count, len(LINKS)) - 0.5) * torch.pi
 
 
@@ -187,7 +187,7 @@ def _farewell(plan: Plan, place: str) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A network of this size gains nothing from a second thread, and waits for it on a machine that is busy."""
+    """Use one thread: a network of this size gains nothing from a second, and waits for it on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -86,7 +86,7 @@ class TargetRaised(click.ClickException):
 
 @contextmanager
 def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
-    """Whatever is raised inside, but by autojac or click, came out of the user's code; say what, and where.
+    """Say what is raised inside, and where: unless it is autojac's or click's, it came out of the user's code.
 
     Args:
         target: as the user named it.
@@ -125,7 +125,7 @@ def _account(error: BaseException) -> tuple[str, bool]:
 
 @contextmanager
 def _warnings_told() -> Iterator[None]:
-    """autojac's warnings as one line each; all others as Python shows them."""
+    """Show autojac's warnings as one line each; all others as Python shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", AutojacWarning)
         usual = warnings.showwarning

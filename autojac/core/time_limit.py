@@ -26,7 +26,7 @@ SOON_S = 1e-3
 
 
 def within(seconds: float, run: Callable[[], T]) -> T:
-    """`run()`, interrupted after `seconds`.
+    """Return what `run()` returns, and interrupt it after `seconds`.
 
     A watching thread raises an exception in this one, which is noticed between two bytecodes: loops end, while a single
     call into torch runs to its end first. What must be put back in any case belongs outside of `run`. This is no

@@ -124,7 +124,7 @@ class Method(ABC):
         return False
 
     def prepare_lowered(self, problem: Problem, lower: Lower) -> Compute | None:
-        """`prepare` with something else made of each of its programs; None for a method that makes none."""
+        """Prepare with something else made of each program; return None for a method that makes none."""
         return None
 
     @classmethod
@@ -156,7 +156,7 @@ class Method(ABC):
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
-        """Predicted seconds of one call, from passes, the graph's work and the machine's constants."""
+        """Predict the seconds of one call, from passes, the graph's work and the machine's constants."""
 
     @abstractmethod
     def workspace(self, problem: Problem) -> int:
@@ -207,7 +207,7 @@ class Wrapper(Method):
 
 @cache
 def registry() -> dict[str, type[Method]]:
-    """Every method by name, in the order of the files of this package."""
+    """Return every method by name, in the order of the files of this package."""
     found: dict[str, type[Method]] = {}
     for module_info in pkgutil.iter_modules(autojac.methods.__path__):
         module = importlib.import_module(f"autojac.methods.{module_info.name}")

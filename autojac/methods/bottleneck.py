@@ -273,7 +273,7 @@ class _Accumulator:
         return found
 
     def _at(self, tensors: Sequence[int]) -> list[Tensor]:
-        """Their values, computed where no sweep has left them."""
+        """Return their values, computed where no sweep has left them."""
         missing = [number for number in tensors if number not in self.values]
         self.values.update(zip(missing, self.graph.run(missing, self.base), strict=True))
         return [self.values[number] for number in tensors]

@@ -118,7 +118,7 @@ class Replicate(Method):
         return values, jacobians
 
     def _diagonal(self, events: Sequence[tuple[int, ...]], batch: int, like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each event its seeds (count, B, *event): one-hot in its own replicas, zero in those of the others."""
+        """Yield for each event its seeds (count, B, *event): one-hot in its own replicas, zero in the others."""
         before, total = 0, sum(map(seeds.size, events))
         for event, tensor in zip(events, like, strict=True):
             own = seeds.shared(event, batch, tensor)

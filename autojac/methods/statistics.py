@@ -141,7 +141,7 @@ class Statistics(Method):
 
     @staticmethod
     def _laid_out(problem: Problem, blocks: Tensor, event: tuple[int, ...], position: int) -> Tensor:
-        """∂g/∂x, given s, in the layout asked for."""
+        """Return ∂g/∂x, given s, in the layout asked for."""
         return from_blocks(problem.layout, blocks, event, problem.leaves[position].batched)
 
     @staticmethod

@@ -155,7 +155,7 @@ class ComparedParts:
         return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
 
     def _chosen(self, output: int, rows: int) -> list[int]:
-        """Row numbers to compare: the first, the last, and others at random."""
+        """Choose the numbers of rows to compare: the first, the last, and others at random."""
         numbers = self.evidence.numbers(output)
         count = self.values[output].numel() if numbers is None else len(numbers)
         if not rows or not count:

@@ -94,7 +94,7 @@ class Colors:
         return made
 
     def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
-        """One-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
+        """Return one-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
         samples = None if self.sample_colors is None else _one_hot(self.sample_colors, self.groups, tensor)
         return samples, _one_hot(self.feature_colors, self.width, tensor)
 

@@ -175,7 +175,7 @@ class _WholeBatch:
 
 
 def _part(problem: Problem, output: int, position: int, from_rows: Marks) -> Marks:
-    """Of marks on all entries inside a sample those of one output and input."""
+    """Return those of the marks on all entries inside a sample that belong to one output and input."""
     sparsity = problem.structure.sparsity
     assert sparsity is not None and sparsity.features is not None
     marks = sparsity.features.scipy()

@@ -15,7 +15,7 @@ from autojac.errors import InputError, OutputError, counted
 
 
 def jacobian_shape(layout: Layout, batch: int, event: Sequence[int], leaf: Leaf) -> tuple[int, ...]:
-    """Shape of the Jacobian of an output of shape (batch, *event) with respect to one tensor."""
+    """Return the shape of the Jacobian of an output of shape (batch, *event) with respect to one tensor."""
     if layout == "diagonal":
         return batch, math.prod(event)
     return (batch, *event, *(leaf.shape if layout == "full" else leaf.event_shape))
@@ -67,12 +67,12 @@ def from_blocks(layout: Layout, blocks: Tensor, event: Sequence[int], batched: b
 
 
 def own_coordinates(rows: Tensor, start: int) -> Tensor:
-    """Of seeds number `start` and on, (c, B, *event), each one's own coordinate: (c, B)."""
+    """Return each seed's own coordinate, (c, B), of seeds number `start` and on, (c, B, *event)."""
     return rows.reshape(*rows.shape[:2], -1).diagonal(offset=start, dim1=0, dim2=2).T
 
 
 def own_coordinate(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
-    """Of rows (c, *event) that belong to elements of a batch of events, each one's own coordinate: (c,).
+    """Return each row's own coordinate, (c,), of rows (c, *event) that belong to elements of a batch of events.
 
     Args:
         rows: one row for each element.
@@ -83,5 +83,5 @@ def own_coordinate(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
 
 
 def own_sample(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
-    """Of rows (c, B, *event) that belong to elements of a batch, the part of each one's own sample: (c, *event)."""
+    """Return each row's part for its own sample, (c, *event), of rows (c, B, *event) of elements of a batch."""
     return rows[torch.arange(len(rows), device=rows.device), numbers // size]

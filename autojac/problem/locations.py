@@ -68,7 +68,7 @@ class Places:
         return own.reshape(len(own) if self.per_row(position) else 1, -1)
 
     def project(self, whole: Tensor, output: int, position: int, projection: Projection) -> tuple[Tensor, Tensor]:
-        """Cotangent times Jacobian, one row per sample, and the size of the terms in it."""
+        """Return cotangent times Jacobian, one row per sample, and the size of the terms in it."""
         # an output may have another dtype than the input
         dtype = torch.promote_types(whole.dtype, projection.cotangent.dtype)
         jacobian, cotangent = whole.detach().to(dtype), projection.cotangent.to(dtype)

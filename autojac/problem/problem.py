@@ -144,7 +144,7 @@ class Problem:
         return self.item_bytes * sum(seeds.size(self.jacobian_shape(*pair)) for pair in pairs)
 
     def jacobian_shape(self, output: int, position: int) -> tuple[int, ...]:
-        """Shape of the Jacobian of an output with respect to a leaf."""
+        """Return the shape of the Jacobian of an output with respect to a leaf."""
         if self.of:
             return (self.batch, *self.outputs[output], len(self.terms))
         if self.layout == "sparse":

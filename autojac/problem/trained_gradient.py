@@ -134,6 +134,6 @@ def _gradients(scalar: Tensor, sources: Sequence[Sequence[Tensor]]) -> list[Tens
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:
-    """Rounding that the largest of several gradients lends to the others: they sum over the same terms."""
+    """Return the rounding that the largest of several gradients lends to the others: they sum over the same terms."""
     top = max(map(largest, gradients))
     return top * torch.finfo(gradients[0].dtype).eps * 64

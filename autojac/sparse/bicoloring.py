@@ -59,7 +59,7 @@ def both(pattern: Pattern) -> tuple[Indices, Indices]:
 
 
 def decoded(pattern: Pattern, row_colors: Indices, column_colors: Indices) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
-    """For each entry, whether it is read from the class of its row; else it is from that of its column.
+    """Return for each entry whether it is read from the class of its row; else it is from that of its column.
 
     Args:
         pattern: (m, n).
@@ -79,7 +79,7 @@ def decoded(pattern: Pattern, row_colors: Indices, column_colors: Indices) -> np
 
 
 def collision_free(colors: Indices, places: Indices, size: int) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
-    """For each entry, whether no other one of its color is added up at its place.
+    """Return for each entry whether no other one of its color is added up at its place.
 
     Args:
         colors: of each entry; -1 for none, which is never alone.

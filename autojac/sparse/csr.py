@@ -61,7 +61,7 @@ class Entries:
         return blank.index_put((columns[start:stop],), values[start:stop])
 
     def stored(self, row: int, device: torch.device) -> Tensor:
-        """Which columns of a row are stored: (columns,) bool."""
+        """Return which columns of a row are stored: (columns,) bool."""
         start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
         _, _, columns = self.indices(device)
         blank = torch.zeros(self.pattern.shape[1], dtype=torch.bool, device=device)

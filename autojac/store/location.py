@@ -27,7 +27,7 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset(
 
 
 def default_location() -> str | None:
-    """AUTOJAC_STORE, else a file in the user's cache directory; None for a user without a home."""
+    """Return AUTOJAC_STORE, else a file in the user's cache directory; None for a user without a home."""
     if told := os.environ.get("AUTOJAC_STORE"):
         return told
     from platformdirs import user_cache_path

@@ -142,7 +142,7 @@ def refute(connection: Connection, op: Key, env: Key, reason: str, standing: Sto
 
 
 def remove(connection: Connection, plan_id: int) -> bool:
-    """Delete one plan with its trials; whether there was one."""
+    """Delete one plan with its trials; return whether there was one."""
     connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
     named = arrays.forget(connection, plan_id)
     found = bool(connection.execute(sa.delete(_PLANS).where(_PLANS.c.id == plan_id)).rowcount)

@@ -43,7 +43,7 @@ class StoredPlan:
 
 
 def timestamp() -> str:
-    """This moment as the store writes it."""
+    """Return this moment as the store writes it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

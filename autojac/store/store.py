@@ -61,7 +61,7 @@ class PlanStore:
         return f"PlanStore({self.description!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the same place; a connection does not travel."""
+        """Open the same place in another process; a connection does not travel."""
         return functools.partial(PlanStore, timeout_s=self._timeout_s), (self._location,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanStore:

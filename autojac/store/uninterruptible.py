@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def uninterrupted(work: Callable[[], T]) -> T:
-    """`work()` in a thread of its own, which exceptions for the caller's thread do not reach.
+    """Return `work()`, run in a thread of its own, which exceptions for the caller's thread do not reach.
 
     Signals are served by the main thread, and a limit on time raises in the thread that it was set for, either between
     any two bytecodes: no `try` is safe from that, so a transaction in such a thread may stay open for good. The caller

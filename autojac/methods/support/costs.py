@@ -19,25 +19,25 @@ RESULT_MOVES = 3
 
 
 def assembly_cost(problem: Problem) -> float:
-    """Predicted seconds of making seeds, and of putting the Jacobian together."""
+    """Predict the seconds of making seeds, and of putting the Jacobian together."""
     machine = problem.machine
     return SETUP_OPERATORS * machine.recorded_s + machine.moving(RESULT_MOVES * problem.result_bytes)
 
 
 def evaluation_cost(problem: Problem) -> float:
-    """Predicted seconds of one evaluation that autograd records, and of what `assembly_cost` counts."""
+    """Predict the seconds of one evaluation that autograd records, and of what `assembly_cost` counts."""
     machine, work = problem.machine, problem.work
     return assembly_cost(problem) + machine.recorded_s * work.operators + machine.seconds(work)
 
 
 def cutting_cost(problem: Problem) -> float:
-    """Predicted seconds of one call whose operators are recorded for its graph to be cut, and of what follows it."""
+    """Predict the seconds of one call whose operators are recorded for its graph to be cut, and of what follows it."""
     work = problem.work
     return evaluation_cost(problem) + RECORDED_OPERATORS * problem.machine.recorded_s * work.operators
 
 
 def pull_cost(problem: Problem, count: int, step: int, engine: str) -> float:
-    """Predicted seconds of `count` VJPs, `step` at a time, through what was recorded."""
+    """Predict the seconds of `count` VJPs, `step` at a time, through what was recorded."""
     machine, work = problem.machine, problem.work
     passes = -(-count // max(step, 1))
     if engine == "loop":
@@ -47,7 +47,7 @@ def pull_cost(problem: Problem, count: int, step: int, engine: str) -> float:
 
 
 def push_cost(problem: Problem, count: int, step: int, engine: str) -> float:
-    """Predicted seconds of `count` JVPs, `step` at a time: each pass evaluates func again, on dual numbers."""
+    """Predict the seconds of `count` JVPs, `step` at a time: each pass evaluates func again, on dual numbers."""
     machine, work = problem.machine, problem.work
     passes = -(-count // max(step, 1))
     if engine == "loop":

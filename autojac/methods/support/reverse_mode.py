@@ -153,7 +153,7 @@ class ReverseMode:
 
 
 def _own_part(problem: Problem, position: int, gradient: Tensor, numbers: Tensor, size: int) -> Tensor:
-    """Of pulled rows (c, *input), what the layout keeps."""
+    """Return what the layout keeps of pulled rows (c, *input)."""
     if problem.layout == "full":
         return gradient
     own = own_sample(gradient, numbers, size) if problem.leaves[position].batched else gradient

@@ -41,7 +41,7 @@ class SharedStatistics:
         return 1 if self.engine == "loop" else self.chunk
 
     def pieces(self) -> tuple[list[list[Tensor]], Iterator[Piece]]:
-        """∂g/∂x as blocks; and for some elements of s at a time ∂g/∂s (k, B, m) and ∂s/∂x (k, B, *in).
+        """Return ∂g/∂x as blocks; and for some elements of s at a time ∂g/∂s (k, B, m) and ∂s/∂x (k, B, *in).
 
         For an input without a batch ∂g/∂x is (B, *out, *in), and ∂s/∂x (k, *in).
         """
@@ -89,7 +89,7 @@ class SharedStatistics:
     def _pushed(
         self, local: Callable[..., tuple[Tensor, ...]], own: Sequence[Tensor], s: Sequence[Tensor]
     ) -> list[list[Tensor]]:
-        """∂g/∂x by one push for each coordinate of x: given s, one serves all samples."""
+        """Return ∂g/∂x by one push for each coordinate of x: given s, one serves all samples."""
         problem = self.problem
         push = pusher(lambda *given: local(*given, *s), own, "loop" if self.engine == "loop" else "vmap")
         columns = [self._each(push, order, _coordinates(x)) for order, x in enumerate(own)]
@@ -105,7 +105,7 @@ class SharedStatistics:
         ]
 
     def _blocks(self, rows: Sequence[Tensor], event: tuple[int, ...], base: Mapping[int, Tensor]) -> list[Tensor]:
-        """From rows (m, B, *shape), of inputs with a batch and of copies of weights, the blocks of every input."""
+        """Make the blocks of every input from rows (m, B, *shape) of inputs with a batch and of copies of weights."""
         problem, taken = self.problem, iter(rows)
         blocks: list[Tensor | None] = []
         for position in problem.inputs:

@@ -183,15 +183,28 @@ class CallsOverBatchAxes:
 
     def flat(self, args: tuple[Any, ...]) -> FlattenedCall:
         """Return a call with its batch flattened to one axis."""
-        key: Any = None
-        if all(isinstance(arg, Tensor) for arg in args):
-            key = tuple([(arg.shape, arg.dtype) for arg in args])
-        wrapper, grid, inputs = self._known.get(key) or self._understood(args, key)
-        return FlattenedCall(wrapper, grid.flattened(args), grid.sizes, inputs, args, self.argnums)
+        if all([isinstance(arg, Tensor) for arg in args]):
+            key: Any = tuple([(arg.shape, arg.dtype) for arg in args])
+            known = self._known.get(key)
+            if known is not None:
+                wrapper, grid, inputs = known
+                last = len(grid.sizes) - 1
+                flattened = tuple(
+                    [x.flatten(0, last) if has else x for x, has in zip(args, grid.carriers, strict=True)]
+                )
+                return FlattenedCall(wrapper, flattened, grid.sizes, inputs, args, self.argnums)
+            leaves, spec = pytree.tree_flatten(args)
+        else:
+            leaves, spec = pytree.tree_flatten(args)
+            key = spec, tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
+        wrapper, grid, inputs = self._known.get(key) or self._understood(args, leaves, spec, key)
+        flattened = pytree.tree_unflatten(grid.flat_leaves(leaves), spec)
+        return FlattenedCall(wrapper, flattened, grid.sizes, inputs, args, self.argnums)
 
-    def _understood(self, args: Sequence[Any], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
+    def _understood(
+        self, args: tuple[Any, ...], leaves: Sequence[Any], spec: pytree.TreeSpec, key: Any
+    ) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
         """Return what serves a call, how it is flattened, and the `inputs` of it."""
-        leaves, spec = pytree.tree_flatten(tuple(args))
         axes = iter(batch_axes(args, self.in_dims))
         groups = [[(x, next(axes)) for x in pytree.tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         chosen = (groups[number] for number in chosen_arguments(args, self.argnums))
@@ -213,10 +226,8 @@ class CallsOverBatchAxes:
             else:
                 self._wrappers[which] = self.make(FlattenedBatch(self.func, grid), in_dims)
         inputs = tuple(each[0].dim() - count if carries(*each) else None for each in differentiated)
-        understood = self._wrappers[which], grid, inputs
-        if key is not None:
-            self._known[key] = understood
-        return understood
+        self._known[key] = self._wrappers[which], grid, inputs
+        return self._known[key]
 
     def _sizes(
         self, tensors: Sequence[tuple[Tensor, Axis]], differentiated: Sequence[tuple[Tensor, Axis]]

@@ -32,14 +32,10 @@ class BatchGrid:
         """Return what makes two of them do the same: the first size varies as the number of samples does."""
         return {"sizes": self.sizes[1:], "carriers": self.carriers, "has_aux": self.has_aux}
 
-    def flattened(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the arguments with one batch axis."""
+    def flat_leaves(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves of the arguments with one batch axis."""
         last = len(self.sizes) - 1
-        return self._mapped(args, lambda x: x.flatten(0, last))
-
-    def restored(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Return arguments with one batch axis as func expects them."""
-        return self._mapped(args, lambda x: split_axis(x, 0, self.sizes_of(len(x))))
+        return [x.flatten(0, last) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
 
     def sizes_of(self, samples: int) -> tuple[int, ...]:
         """Return the sizes of the batch axes for a number of samples.
@@ -56,10 +52,11 @@ class BatchGrid:
 
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what func returns, with one batch axis, for arguments with one batch axis."""
-        leaves = pytree.tree_leaves(tuple(args))
+        leaves, spec = pytree.tree_flatten(tuple(args))
         samples = next(len(x) for x, carries in zip(leaves, self.carriers, strict=True) if carries)
-        out = func(*self.restored(args), **kwargs)
         sizes = self.sizes_of(samples)
+        restored = [split_axis(x, 0, sizes) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
+        out = func(*pytree.tree_unflatten(restored, spec), **kwargs)
         if self.has_aux and isinstance(out, tuple) and len(out) == 2:
             return self._output(out[0], sizes), out[1]
         return self._output(out, sizes)
@@ -71,18 +68,10 @@ class BatchGrid:
         if value.shape[: len(sizes)] != sizes:
             raise OutputError(
                 f"batch_dims={len(sizes)} expects func's outputs to have the batch axes {sizes} in front, got shape "
-                f"{tuple(value.shape)}. Return (*batch, *out), say by in_dims which arguments have these axes, or "
-                "lower batch_dims"
+                f"{tuple(value.shape)}. Return (*batch, *out), or select the output that has them; say by in_dims "
+                "which arguments have these axes, or lower batch_dims"
             )
         return value.flatten(0, len(sizes) - 1)
-
-    def _mapped(self, args: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-        if all(isinstance(arg, Tensor) for arg in args):
-            return tuple(change(x) if has else x for x, has in zip(args, self.carriers, strict=True))
-        leaves, spec = pytree.tree_flatten(tuple(args))
-        changed = [change(x) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
-        mapped: tuple[Any, ...] = pytree.tree_unflatten(changed, spec)
-        return mapped
 
 
 def split_axis(tensor: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ TreeSpec = of_torch.TreeSpec
 tree_unflatten = of_torch.tree_unflatten
 PARENTS = (dict, list, tuple, set, frozenset, str, bytes, int, float, BaseException)
 """Kinds of objects that hold more than attributes."""
+_names: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 class Record:
@@ -40,7 +43,7 @@ class Record:
 
 def _children(record: Record) -> tuple[list[Any], tuple[type, tuple[str, ...]]]:
     value = record.value
-    names = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))
+    names = tuple([name for name in _field_names(type(value)) if hasattr(value, name)])
     return [with_records(getattr(value, name), record.every) for name in names], (type(value), names)
 
 
@@ -57,7 +60,7 @@ of_torch.register_pytree_node(Record, _children, _rebuilt)  # type: ignore[arg-t
 
 def is_record(value: Any, every: bool = False) -> bool:
     """Check whether a leaf of torch's is a dataclass that holds tensors, or `every` one; others are constants."""
-    return _is_dataclass(value) and why_constant(value) is None and (every or _holds_tensors(value))
+    return _is_dataclass(value) and (every or _holds_tensors(value)) and why_constant(value) is None
 
 
 def why_constant(value: Any, above: tuple[Any, ...] = ()) -> str | None:
@@ -65,34 +68,59 @@ def why_constant(value: Any, above: tuple[Any, ...] = ()) -> str | None:
     if not _is_dataclass(value):
         return None
     kind = type(value)
-    if any(value is one for one in above):
+    if any([value is one for one in above]):
         return f"{kind.__name__} holds itself by way of its fields"
     new: Any = kind.__new__
     if new is not object.__new__ or isinstance(value, PARENTS):
         return f"{kind.__name__} is derived from {kind.__mro__[-2].__name__}, which is more than its fields"
-    fields = {field.name for field in dataclasses.fields(value)}
+    fields = _field_names(kind)
     for name in getattr(value, "__dict__", ()):
         if name not in fields and not isinstance(getattr(kind, name, None), functools.cached_property):
             return f"{kind.__name__} holds {name!r} besides its fields"
-    inner = (why_constant(leaf, (*above, value)) for leaf in _held(value))
-    return next(filter(None, inner), None)
+    for leaf in _held(value):
+        if why := why_constant(leaf, (*above, value)):
+            return why
+    return None
 
 
 def _is_dataclass(value: Any) -> bool:
     return hasattr(type(value), "__dataclass_fields__") and not isinstance(value, (Tensor, torch.nn.Module, type))
 
 
+def _field_names(kind: Any) -> tuple[str, ...]:
+    names = _names.get(kind)
+    if names is None:
+        names = _names[kind] = tuple(field.name for field in dataclasses.fields(kind))
+    return names
+
+
 def _held(value: Any) -> list[Any]:
-    return of_torch.tree_leaves([getattr(value, field.name, None) for field in dataclasses.fields(value)])
+    held = [getattr(value, name, None) for name in _field_names(type(value))]
+    return held if all([_is_plain(part) for part in held]) else of_torch.tree_leaves(held)
 
 
-def _holds_tensors(value: Any) -> bool:
-    return any([isinstance(leaf, Tensor) or (_is_dataclass(leaf) and _holds_tensors(leaf)) for leaf in _held(value)])
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (Tensor, str, int, float, NoneType))
+
+
+def _holds_tensors(value: Any, above: tuple[Any, ...] = ()) -> bool:
+    path = (*above, value)
+    for leaf in _held(value):
+        if isinstance(leaf, Tensor):
+            return True
+        if _is_dataclass(leaf) and all([leaf is not one for one in path]) and _holds_tensors(leaf, path):
+            return True
+    return False
 
 
 def with_records(tree: Any, every: bool = False) -> Any:
     """Return a nest with `Record` in the place of dataclasses."""
-    leaves, spec = of_torch.tree_flatten(tree)
+    if _is_plain(tree):
+        return tree
+    return _recorded(tree, *of_torch.tree_flatten(tree), every)
+
+
+def _recorded(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False) -> Any:
     found = [is_record(leaf, every) for leaf in leaves]
     if not any(found):
         return tree
@@ -102,15 +130,14 @@ def with_records(tree: Any, every: bool = False) -> Any:
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of a nest, and how they are nested."""
     leaves, spec = of_torch.tree_flatten(tree)
-    if not any(map(is_record, leaves)):
-        return leaves, spec
-    return of_torch.tree_flatten(with_records(tree))
+    recorded = _recorded(tree, leaves, spec)
+    return (leaves, spec) if recorded is tree else of_torch.tree_flatten(recorded)
 
 
 def tree_leaves(tree: Any, every: bool = False) -> list[Any]:
     """Return the leaves of a nest; with `every`, a dataclass without tensors is a nest as well."""
     leaves = of_torch.tree_leaves(tree)
-    if not any([is_record(leaf, every) for leaf in leaves]):
+    if not any(map(_is_dataclass, leaves)):
         return leaves
     return of_torch.tree_leaves(with_records(tree, every))
 

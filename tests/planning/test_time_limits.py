@@ -19,8 +19,8 @@ from autojac import AutoJacobian, probe
 from autojac.core import time_limit
 from autojac.core.time_limit import within
 from autojac.methods.push import Push
-from autojac.planning.search import trial
-from harness import compare
+from autojac.planning.search import looks, measure, trial
+from harness import Ticking, compare
 
 
 def endless() -> None:
@@ -221,11 +221,14 @@ def test_a_function_that_never_ends_at_other_values_is_still_probed(monkeypatch:
 
 
 def test_a_hung_candidate_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(trial, "LEAST_S", 0.3)
+    monkeypatch.setattr(trial, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(trial, "LEAST_S", 0.15)
+    # a busy machine gets as far as an idle one
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-5))
+    monkeypatch.setattr(looks, "COMPILED_PROGRAMS", 0)
     monkeypatch.setattr(Push, "_columns", lambda *_: endless())
     x = torch.randn(6, 3, dtype=torch.float64)
-    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune", budget_s=2.0)
+    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune", budget_s=0.15)
     compare(jac(x), torch.diag_embed(x.cos()))
     reasons = [trial.reason for trial in jac.plan(x).trials if trial.method["method"] == "Push"]
     assert any("TimeoutError: did not finish" in str(reason) for reason in reasons)

@@ -37,7 +37,7 @@ def since_torch(store: str, effort: Effort, on_miss: OnMiss) -> dict[str, Any]:
     }
 
 
-def imported() -> None:
+def load_everything() -> None:
     """Load all that a call or a search imports on its way."""
     for module in pkgutil.walk_packages(autojac.__path__, "autojac."):
         if not any(part in NOT_NEEDED for part in module.name.split(".")):
@@ -63,7 +63,7 @@ class EvaluationCount:
 
 def cold_call(workload: str, options: dict[str, Any]) -> dict[str, float]:
     """CPU seconds after imports, wall seconds, and evaluations of a first call with an empty store."""
-    imported()
+    load_everything()
     func, x = WORKLOADS[workload].make()
     counted = EvaluationCount(func)
     store = autojac.PlanStore(":memory:")
@@ -84,7 +84,7 @@ def _spent(run: Callable[[], object]) -> dict[str, float]:
 
 def signatures(kind: str) -> dict[str, float]:
     """Seconds of one call for each of many signatures of a function, as they come in a data set."""
-    imported()
+    load_everything()
     torch.manual_seed(0)
     func, points = SIGNATURES[kind]()
     jac = autojac.AutoJacobian(func, store=autojac.PlanStore(":memory:"))

@@ -191,6 +191,12 @@ def test_environment_and_settings_name_no_machine() -> None:
     assert not {"store", "peers"} & set(Settings(store="/home/me/plans.db", peers="/usr/bin/python").described())
 
 
+@pytest.fixture(autouse=True)
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is searched here, so nothing is loaded for it."""
+    monkeypatch.setattr(bench_command, "load_everything", lambda: None)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The command, with cases that are made already; the last of `stopped` is never reached."""

@@ -270,7 +270,7 @@ def skip_when_compiling(code: CodeType) -> None:
 
 
 def load_compiler() -> None:
-    """Load torch's compiler (1 s), which torch itself does at the first vmapped VJP of a process."""
+    """Load torch's compiler (1 s), before some transform of torch's does so, which then takes longer."""
     importlib.import_module(COMPILER)
 
 

@@ -7,11 +7,12 @@ import ctypes
 import gc
 import math
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from autojac.core.ranks import several
 
@@ -22,7 +23,12 @@ LEAVING_S = 1.0
 AGAIN_S = 1.0
 """Code that swallows every exception is interrupted again after this long."""
 SOON_S = 1e-3
-"""Code that garbage collection runs is not interrupted: what it raises is only printed. Looked at again then."""
+"""Code that garbage collection runs is not interrupted: what it raises is only printed. Looked at again then.
+
+Nor are imports: a module of which half was run is broken for the rest of the process.
+"""
+IMPORTS: Final = "<frozen importlib._bootstrap>"
+"""The file of the functions that import."""
 
 
 def within(seconds: float, run: Callable[[], T]) -> T:
@@ -82,12 +88,22 @@ class _Limit:
         """Whether garbage is being collected, in whatever thread."""
         return any(next(reversed(phases)) == "start" for phases in self._phases)
 
+    @property
+    def importing(self) -> bool:
+        """Whether the thread runs an import."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None:
+            if frame.f_code.co_filename == IMPORTS:
+                return True
+            frame = frame.f_back
+        return False
+
     def interrupt(self) -> float | None:
         """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
         with self.lock:
             if self.done:
                 return None
-            if self.collecting:
+            if self.collecting or self.importing:
                 return SOON_S
             self.raised = True
             self.throw(self.expired)

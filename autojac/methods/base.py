@@ -110,8 +110,13 @@ class Method(ABC):
 
     @property
     def uses_transforms(self) -> bool:
-        """Whether it goes through torch.func, for which torch loads its compiler (1 s) once per process."""
+        """Whether func runs inside of transforms of torch.func."""
         return getattr(self, "engine", None) == "vmap"
+
+    @property
+    def may_load_compiler(self) -> bool:
+        """Whether its first run in a process may wait for torch's compiler to be loaded (1 s), or to compile."""
+        return self.compiles
 
     @property
     def runs_func_plainly(self) -> bool:
@@ -200,6 +205,10 @@ class Wrapper(Method):
     @property
     def uses_transforms(self) -> bool:
         return self.compiles or self.inner.uses_transforms
+
+    @property
+    def may_load_compiler(self) -> bool:
+        return self.compiles or self.inner.may_load_compiler
 
     def workspace(self, problem: Problem) -> int:
         return self.inner.workspace(problem)

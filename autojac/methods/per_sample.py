@@ -45,6 +45,11 @@ class PerSample(Method):
     def uses_transforms(self) -> bool:
         return True
 
+    @property
+    def may_load_compiler(self) -> bool:
+        # for some operators vmap over dual numbers takes torch's decompositions in Python
+        return self.mode == "forward"
+
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         for mode in get_args(Mode):

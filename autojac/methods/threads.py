@@ -50,6 +50,10 @@ class Threads(Wrapper):
     def uses_transforms(self) -> bool:
         return self.inner.uses_transforms
 
+    @property
+    def may_load_compiler(self) -> bool:
+        return self.inner.may_load_compiler
+
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         # a search adds the fastest candidates of others

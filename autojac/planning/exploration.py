@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from autojac.core.plan import Effort, Trial
 from autojac.methods.base import Method
 from autojac.planning.search import measure
 from autojac.problem.problem import Problem
-from autojac.torch_internals import COMPILER, load_compiler
 
 if TYPE_CHECKING:
     from autojac.planning.search.optimize import PriorKnowledge
@@ -32,8 +30,6 @@ ADOPT_BELOW = 0.9
 """A candidate that was timed below this share of the plan in use is compared with it immediately."""
 HELD_UP = 4.0
 """A call that takes more than so many times the fastest one was held up by something else."""
-LOAD_S = 1.5
-"""Seconds in which torch loads its compiler, once per process."""
 HUNG = 20.0
 """A candidate that takes so many times as long as the best one, and `LEAST_S` at least, is given up."""
 FIRST_LIMIT_S = 60.0
@@ -144,7 +140,7 @@ class Exploration:
             if self.race is not None:
                 self.race.at(None)
                 step = self._next_step()
-                self._expected = 0.0 if step is None else self.race.expected_s(step) + _loading_s(step)
+                self._expected = 0.0 if step is None else self.race.expected_s(step)
             self.spent += measure.clock.now() - start
             if self.spent >= self.budget_s:
                 self.is_over = True
@@ -171,8 +167,6 @@ class Exploration:
             challenger, self._challenger = self._challenger, None
             self._beaten.add(challenger)
             return self._adopt(challenger) if race.beats(challenger, self.method) else None
-        if _loading_s(step):
-            load_compiler()  # as a part of this step, and no part of the candidate's time
         session = race.session_of(step)
         session.end = measure.clock.now() + (HUNG * session.best if math.isfinite(session.best) else FIRST_LIMIT_S)
         race.take(step)
@@ -206,9 +200,3 @@ class Exploration:
         if self.race is not None:
             self.race.incumbent = method
         return method
-
-
-def _loading_s(step: Step) -> float:
-    """Return the seconds for which a step will have to wait for torch's compiler to be loaded."""
-    needs = step.method is not None and step.method.uses_transforms and step.kind != "duel"
-    return LOAD_S if needs and COMPILER not in sys.modules else 0.0

@@ -413,3 +413,29 @@ def test_where_func_cannot_be_recorded_the_other_methods_come_before_more_attemp
     rest = programs[first + 1 :]
     assert rest == sorted(rest)
     assert rest.count(False) > 3
+
+
+@pytest.mark.parametrize(("effort", "loads"), [("quick", 0), ("measure", 1)])
+def test_a_search_loads_a_compiler_only_after_all_that_does_without(
+    net: nn.Module, effort: str, loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quick one never does: what it would find is left to a search that has the time."""
+    order: list[Any] = []
+    true = race.look
+
+    def watched(session: Any, method: Any, *rest: Any) -> Any:
+        order.append(method)
+        if method.compiles:
+            return session.record(method, "infeasible", reason="no compiler in this test")
+        return true(session, method, *rest)
+
+    monkeypatch.setattr(race, "look", watched)
+    monkeypatch.setattr(race, "load_compiler", lambda: order.append("loaded"))
+    monkeypatch.setattr(looks, "is_compiler_loaded", lambda: "loaded" in order)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
+    plan = tuned(net, effort=effort).plan(torch.randn(8, 3, dtype=torch.float64))
+    assert plan.finished
+    assert order.count("loaded") == loads
+    before = order[: order.index("loaded")] if loads else order
+    assert not any(method.may_load_compiler for method in before)
+    assert len(before) > 3

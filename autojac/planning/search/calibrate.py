@@ -14,7 +14,6 @@ from autojac.autodiff.pullback import Pullback
 from autojac.methods.support.engines import Pulls, push
 from autojac.planning.search import measure
 from autojac.problem.machine import DEFAULT, SIZES, Machine
-from autojac.torch_internals import load_compiler
 
 LAYERS = 8
 OPERATORS = 2 * LAYERS
@@ -29,7 +28,6 @@ TURNS = 5
 @functools.cache
 def measured_once(device: str, threads: str) -> Machine:
     """Return what `measured_machine` finds, once per process; `threads` says for how many, and is torch's number."""
-    load_compiler()  # which torch does at the first use of a transform, and is nothing of an operator's
     return measured_machine(torch.device(device))
 
 

@@ -17,8 +17,8 @@ NOISE = 0.02
 """Paired differences below this share are noise, and what stands stays."""
 CLEARLY = 0.8
 """A ratio of times that noise does not make in several rounds."""
-COMPILER_LOAD_MARGIN = 0.1
-"""The share by which a method must win for which every process has to load torch's compiler first."""
+COMPILER_MARGIN = 0.1
+"""The share by which a method must win for which every process has to wait for a compiler."""
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Comparison:
         for method in standing:
             if method in close:
                 return method
-        near = [m for m in seconds if not m.uses_transforms and seconds[m] < (1 + COMPILER_LOAD_MARGIN) * seconds[best]]
-        chosen = near if best.uses_transforms and near else close
+        near = [m for m in seconds if not m.may_load_compiler and seconds[m] < (1 + COMPILER_MARGIN) * seconds[best]]
+        chosen = near if best.may_load_compiler and near else close
         return min(chosen, key=lambda method: (memory.get(method) or 0, seconds[method], repr(method)))
 
     def is_faster(self, one: Method, other: Method) -> bool:

@@ -6,17 +6,16 @@ Large batches are looked at on a slice first: candidates that are slow there are
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from autojac.autodiff.zero_tangents import is_compiler_loaded
 from autojac.methods.base import Method
 from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.replay import Replay, twin_by_autograd
 from autojac.methods.threads import Threads
 from autojac.planning.search.space import predicted_seconds, with_compiler, without_replay
 from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, look
-from autojac.torch_internals import COMPILER
 
 if TYPE_CHECKING:
     from autojac.planning.search.propose import Proposer
@@ -92,7 +91,7 @@ class Looks:
         """Yield the candidates to look at as far as is known now, the next one first."""
         known = self.session.trials
         yield from (m for m in self.first if m not in known)
-        space = [m for m in self.space if not m.compiles]
+        space = [m for m in self.space if not waits_for_compiler(m)]
         if self.scout is not None:
             yield from (m for m in self._promising(space) if m not in known)
             return
@@ -106,8 +105,6 @@ class Looks:
         defaults = [m for m in self.defaults[:1] if m in space]
         # what a user would write comes before the first recording, which may take as long as there is
         begin = [*eager[:1], *defaults, *(programs if _can_record(session) else ())]
-        if COMPILER not in sys.modules:  # a search beside the calls first does what does not wait for it
-            begin.sort(key=lambda m: m.uses_transforms)
         yield from (m for m in begin if m not in known)
         if session is self.session:
             yield from self._with_fewer_threads()
@@ -129,7 +126,10 @@ class Looks:
 
     def _compiled(self) -> Iterator[Method]:
         known = self.session.trials
-        yield from (m for m in self.space if m.compiles and m not in known)
+        later = [m for m in self.space if m not in known and waits_for_compiler(m)]
+        # programs that load a compiler, without a compiler's work
+        yield from (m for m in later if not m.compiles and without_replay(m) != m)
+        yield from (m for m in later if m.compiles)
         flat = [m for m in self.by_time(self.space) if not m.compiles and _inner(m).makes_flat_programs]
         for method in flat[:COMPILED_PROGRAMS]:
             compiled = with_compiler(method)
@@ -187,7 +187,7 @@ class Looks:
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
         """Yield what is raced on the slice: methods for all samples at once."""
-        kinds = dict.fromkeys(_inner(m) for m in self.space if not m.compiles)
+        kinds = dict.fromkeys(_inner(m) for m in self.space if not waits_for_compiler(m))
         yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
@@ -207,6 +207,11 @@ class Looks:
         times = {m: self.time(m) for m in self.session.trials}
         whole = min((time for m, time in times.items() if not isinstance(m, BatchChunk)), default=math.inf)
         return whole, min((time for m, time in times.items() if isinstance(m, BatchChunk)), default=math.inf)
+
+
+def waits_for_compiler(method: Method) -> bool:
+    """Check whether a look at a method has to wait for torch's compiler, to be loaded or to compile."""
+    return method.compiles or (method.may_load_compiler and not is_compiler_loaded())
 
 
 def _form_turn(method: Method, whole: float, chunked: float) -> int:

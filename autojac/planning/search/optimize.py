@@ -22,7 +22,6 @@ from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.space import candidates, default_methods, hopeless, predicted_seconds, without_replay
 from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt
 from autojac.problem.problem import Problem, bind
-from autojac.torch_internals import load_compiler
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
 LEAST_QUICK_S = 1.0
@@ -100,7 +99,6 @@ def search(
     """
     if effort == "estimate":
         return estimate(problem, point, prior.hints)
-    load_compiler()  # which torch does (1 s) at the first vmapped VJP of a process: no candidate's fault
     start, allowed = measure.clock.now(), BUDGETS_S[effort] if budget_s is None else budget_s
     race = start_race(problem, point, effort, prior, progress)
     race.session.end = start + allowed

@@ -16,7 +16,7 @@ from autojac.core.plan import NOT_TRIED, Trial
 from autojac.methods.base import Method
 from autojac.planning.search import measure
 from autojac.planning.search.finals import ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
-from autojac.planning.search.looks import Looks
+from autojac.planning.search.looks import Looks, waits_for_compiler
 from autojac.planning.search.trial import (
     LONG_S,
     PRUNE_RATIO,
@@ -28,12 +28,15 @@ from autojac.planning.search.trial import (
     look_longer,
     measure_memory,
 )
+from autojac.torch_internals import load_compiler
 
 FINALISTS = 4
 MOST_LEVELS = 4
 """How often the slower half is dropped, and the rest timed again, at most."""
 COMPILE_S = 10.0
 """Seconds that compiling a program takes, until one was compiled."""
+LOAD_S = 1.5
+"""Seconds in which torch loads its compiler, once per process."""
 UNTIMED_CALLS = 8
 """Calls that a step of a kind that was not taken yet takes, besides `UNTIMED_S` seconds."""
 UNTIMED_S = 0.02
@@ -60,15 +63,17 @@ class Step(NamedTuple):
 
     @property
     def compiles(self) -> bool:
-        """Whether it waits for a compiler."""
-        return self.kind == "look" and self.method is not None and self.method.compiles
+        """Whether it waits for a compiler, to be loaded or to compile."""
+        return self.kind == "look" and self.method is not None and waits_for_compiler(self.method)
 
     @property
     def costs_like(self) -> str:
         """The kind of steps that cost about as much."""
         if self.method is None or self.kind != "look":
             return self.kind
-        return "compile" if self.compiles else "record" if self.method.makes_flat_programs else "look"
+        if self.compiles:
+            return "compile" if self.method.compiles else "load"
+        return "record" if self.method.makes_flat_programs else "look"
 
 
 class CandidateRace:
@@ -144,6 +149,8 @@ class CandidateRace:
         elif step.kind == "slice":
             self.looks.look_on_slice(method)
         elif step.kind == "look":
+            if step.costs_like == "load":
+                load_compiler()  # as a part of this step, and no part of the candidate's time
             self.try_out(method)
         elif step.kind == "longer":
             look_longer(session, method)
@@ -161,7 +168,8 @@ class CandidateRace:
         best = self.session.best if math.isfinite(self.session.best) else 0.0
         if step.kind == "duel":
             return 2 * ENOUGH_ROUNDS * max(SHORTEST_S[self.session.effort], best)
-        return COMPILE_S if step.compiles else UNTIMED_S + UNTIMED_CALLS * best
+        waits = {"compile": COMPILE_S, "load": LOAD_S}.get(step.costs_like, 0.0)
+        return waits or UNTIMED_S + UNTIMED_CALLS * best
 
     def try_out(self, method: Method, allowed_s: float | None = None) -> None:
         """Look at a candidate, and let go of those that will hardly run again."""
@@ -229,8 +237,8 @@ class CandidateRace:
         if self._racers is None:
             timed = self.timed()
             racers = timed[:FINALISTS]
-            if racers and all(method.uses_transforms for method in racers):
-                racers += [m for m in timed[FINALISTS:] if not m.uses_transforms][:1]
+            if racers and all(method.may_load_compiler for method in racers):
+                racers += [m for m in timed[FINALISTS:] if not m.may_load_compiler][:1]
             for method in self.standing:
                 # what is far behind is known well enough
                 if (

@@ -1236,6 +1236,20 @@ MESSAGES = (
     ),
     Message(
         InputError,
+        "a dense tensor with batch axes was expected",
+        "stored as torch.sparse_coo",
+        r"Pass x.to_dense\(\)",
+        lambda: jac(torch.sin, x.to_sparse(), batch_dims=2),
+    ),
+    Message(
+        InputError,
+        "tensors of one shape for all samples were expected",
+        "an argument is a nested tensor",
+        "Pass a padded tensor",
+        lambda: jac(torch.sin, ragged(), batch_dims=2),
+    ),
+    Message(
+        InputError,
         "arguments share batch axes",
         r"theirs are \[\(3, 1\), \(3, 2\)\]",
         "Pass equal sizes, or None in in_dims",

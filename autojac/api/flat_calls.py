@@ -15,6 +15,7 @@ from autojac.core.module_function import ModuleFunction
 from autojac.core.nests import chosen_arguments, is_differentiable
 from autojac.core.options import Options
 from autojac.core.product_functions import FlattenedBatch
+from autojac.core.tensor_kinds import NESTED, not_dense
 from autojac.errors import InputError, OptionError
 
 
@@ -177,34 +178,31 @@ class CallsOverBatchAxes:
         self._wrappers: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Any, BatchGrid, tuple[int | None, ...]]] = {}
 
+    @property
+    def wrappers(self) -> tuple[Any, ...]:
+        """The wrappers with one batch axis that have been needed so far."""
+        return tuple(self._wrappers.values())
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: wrappers are made again."""
         return {**vars(self), "_wrappers": {}, "_known": {}}
 
     def flat(self, args: tuple[Any, ...]) -> FlattenedCall:
         """Return a call with its batch flattened to one axis."""
-        if all([isinstance(arg, Tensor) for arg in args]):
-            key: Any = tuple([(arg.shape, arg.dtype) for arg in args])
-            known = self._known.get(key)
-            if known is not None:
-                wrapper, grid, inputs = known
-                last = len(grid.sizes) - 1
-                flattened = tuple(
-                    [x.flatten(0, last) if has else x for x, has in zip(args, grid.carriers, strict=True)]
-                )
-                return FlattenedCall(wrapper, flattened, grid.sizes, inputs, args, self.argnums)
-            leaves, spec = pytree.tree_flatten(args)
-        else:
-            leaves, spec = pytree.tree_flatten(args)
+        is_plain = all([isinstance(arg, Tensor) for arg in args])
+        leaves, spec = (args, None) if is_plain else pytree.tree_flatten(args)
+        try:
             key = spec, tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
-        wrapper, grid, inputs = self._known.get(key) or self._understood(args, leaves, spec, key)
-        flattened = pytree.tree_unflatten(grid.flat_leaves(leaves), spec)
-        return FlattenedCall(wrapper, flattened, grid.sizes, inputs, args, self.argnums)
+        except RuntimeError as error:  # a nested tensor has no shape
+            raise InputError(NESTED) from error
+        wrapper, grid, inputs = self._known.get(key) or self._understood(args, key)
+        flattened = grid.flat_leaves(leaves)
+        flat = tuple(flattened) if spec is None else pytree.tree_unflatten(flattened, spec)
+        return FlattenedCall(wrapper, flat, grid.sizes, inputs, args, self.argnums)
 
-    def _understood(
-        self, args: tuple[Any, ...], leaves: Sequence[Any], spec: pytree.TreeSpec, key: Any
-    ) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
+    def _understood(self, args: tuple[Any, ...], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
         """Return what serves a call, how it is flattened, and the `inputs` of it."""
+        leaves, spec = pytree.tree_flatten(args)
         axes = iter(batch_axes(args, self.in_dims))
         groups = [[(x, next(axes)) for x in pytree.tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         chosen = (groups[number] for number in chosen_arguments(args, self.argnums))
@@ -216,6 +214,13 @@ class CallsOverBatchAxes:
             return axis == 0 or (axis == AUTO and tuple(x.shape[:count]) == sizes)
 
         found = [carries(*each) for each in every]
+        for (x, _), has_axes in zip(every, found, strict=True):
+            what, instead = not_dense(x)
+            if has_axes and what:
+                raise InputError(
+                    f"a dense tensor with batch axes was expected, got one that {what}. Pass {instead}, or None in "
+                    "in_dims where all samples share it"
+                )
         has = iter(found)
         grid = BatchGrid(sizes, tuple(isinstance(x, Tensor) and next(has) for x in leaves), self.options.has_aux)
         which = grid.sizes, grid.carriers, spec

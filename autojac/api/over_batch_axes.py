@@ -51,6 +51,10 @@ class OverBatchAxes(PlansOverBatchAxes):
 
     options: Options
 
+    def __autojac_rests__(self) -> bool:
+        """Check whether no plan in use is ever checked again."""
+        return bool(self._calls.wrappers) and all(wrapper.__autojac_rests__() for wrapper in self._calls.wrappers)
+
     @property
     def _is_one_matrix(self) -> bool:
         return self.options.layout in ("full", "sparse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -359,12 +360,21 @@ def test_a_wrapper_is_pickled_and_wrapped_and_says_what_it_is() -> None:
     assert "batch_dims=2" in repr(again)
     hessians = over(over(lambda x: x.square().sum(-1)))(x)
     compare(hessians, 2 * torch.eye(2, dtype=torch.float64).expand(2, 3, 2, 2))
+    nested = over(over(nn.Sequential(NET, nn.Flatten(2), nn.Linear(3, 1), nn.Flatten(1)).double()))
+    for _ in range(3):
+        assert nested(x).shape == (2, 3, 2, 2)
     assert over(NET).tune(x, effort="estimate").method
     assert "proof" in over(NET).explain(x)
 
 
 class Own(AutoJacobian):
     """A user's own kind."""
+
+
+def ragged() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        return torch.nested.nested_tensor([doubles(2, 2), doubles(3, 2)])
 
 
 BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
@@ -378,6 +388,8 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "fewer axes": (InputError, r"2 batch axes in front, got \(5,\)", lambda: over(NET)(doubles(5))),
     "declared": (InputError, r"got \(3,\)", lambda: over(torch.mul, in_dims=0)(doubles(3, 2), doubles(3))),
     "all shared": (InputError, "2 batch axes in front", lambda: over(NET, in_dims=None)(doubles(3, 4, 2))),
+    "sparse": (InputError, "dense tensor with batch axes", lambda: over(NET)(doubles(3, 4).to_sparse())),
+    "nested": (InputError, "nested tensor", lambda: over(NET)(ragged())),
     "sizes": (
         InputError,
         r"theirs are \[\(3, 4\), \(3, 5\)\]",

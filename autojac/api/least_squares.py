@@ -16,6 +16,8 @@ from autojac.errors import SearchError, SingularJacobianError, counted
 from autojac.sparse.csr import Entries
 
 Times = Callable[[Tensor], Tensor]
+System = tuple[Tensor, Tensor, Tensor]
+"""Matrices (B, m, n), residuals (B, m) and λ (B, 1)."""
 MOST_STEPS = 10
 """Steps of conjugate gradients at most, as a multiple of the unknowns: rounding delays what would end after one."""
 CONVERGED = 256
@@ -29,8 +31,9 @@ def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tenso
 
     By Cholesky factors of JᵀJ + λI, or of JJᵀ + λI for fewer rows than columns, scaled to a unit diagonal, and one step
     of iterative refinement with residuals of J itself (corrected seminormal equations: Björck, "Stability analysis of
-    the method of seminormal equations for linear least squares problems", Linear Algebra Appl. 88 (1987)). Samples
-    whose factors are too ill-conditioned for that by QR of [J; √λ I], which also tells those that are singular.
+    the method of seminormal equations for linear least squares problems", Linear Algebra Appl. 88 (1987)). On a CPU
+    float32 is converted to float64 for it, which leaves nothing to refine. Samples whose factors are too
+    ill-conditioned by QR of [J; √λ I], in their own dtype, which also tells those that are singular.
 
     Args:
         matrices: (B, m, n).
@@ -46,11 +49,13 @@ def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tenso
     stored = matrices.dtype
     if stored in HALVES:
         matrices, residuals, damping = matrices.float(), residuals.float(), damping.float()
+    own = matrices.detach(), residuals.detach(), damping.detach().expand(len(matrices))[:, None]
+    if matrices.device.type == "cpu":
+        matrices, residuals, damping = matrices.double(), residuals.double(), damping.double()
     shift = damping.expand(len(matrices))[:, None]
     tall = matrices.shape[1] >= matrices.shape[2]
     with torch.no_grad():
-        held = matrices.detach(), residuals.detach(), shift.detach()
-        found = _solved(*held, tall)
+        found = _solved(own, (matrices.detach(), residuals.detach(), shift.detach()), tall)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (matrices, residuals, damping)):
         # a step of Newton's method from the solution, which has its derivatives of first and second order
         A, error = _normal_matrix(matrices, shift, tall), _error(matrices, residuals, shift, found, tall)
@@ -77,8 +82,15 @@ def _error(J: Tensor, r: Tensor, shift: Tensor, found: Tensor, tall: bool) -> Te
     return _times(J, _times(J.mT, found)) + shift * found - r
 
 
-def _solved(J: Tensor, r: Tensor, shift: Tensor, tall: bool) -> Tensor:
-    """Return d with (JᵀJ + λI) d = -Jᵀr, or z with (JJᵀ + λI) z = r, of which d = -Jᵀz."""
+def _solved(own: System, system: System, tall: bool) -> Tensor:
+    """Return d with (JᵀJ + λI) d = -Jᵀr, or z with (JJᵀ + λI) z = r, of which d = -Jᵀz.
+
+    Args:
+        own: J, r and λ as they were given.
+        system: the same, as they are computed with.
+        tall: there are as many rows as columns, or more.
+    """
+    J, r, shift = system
     A, error = _normal_matrix(J, shift, tall), _times(J.mT, r) if tall else -r
     if not A.numel():
         return torch.zeros_like(error)
@@ -89,26 +101,43 @@ def _solved(J: Tensor, r: Tensor, shift: Tensor, tall: bool) -> Tensor:
         return scale * torch.cholesky_solve((scale * right)[..., None], factor)[..., 0]
 
     found = -solve(error)
-    found = found - solve(_error(J, r, shift, found, tall))
+    if J.dtype == own[0].dtype:
+        found = found - solve(_error(J, r, shift, found, tall))
     pivots = factor.diagonal(dim1=1, dim2=2).amin(-1).square()
     good = info.eq(0) & (pivots > torch.finfo(J.dtype).eps ** 0.5) & found.isfinite().all(-1)
     if not bool(good.all()):
         poor = torch.nonzero(~good)[:, 0]
-        found[poor] = _by_qr(J[poor], r[poor], shift[poor], tall, poor, len(J))
+        found[poor] = _by_qr(own, scale, tall, poor).to(found.dtype)
     return found
 
 
-def _by_qr(J: Tensor, r: Tensor, shift: Tensor, tall: bool, numbers: Tensor, batch: int) -> Tensor:
-    finite = J.flatten(1).isfinite().all(1) & r.isfinite().all(1) & shift.isfinite().all(1)
+def _by_qr(own: System, scale: Tensor, tall: bool, numbers: Tensor) -> Tensor:
+    """Return the solutions for some of the samples, or name those that are singular.
+
+    Args:
+        own: of all samples.
+        scale: of the unknowns of all samples.
+        tall: as of `_solved`.
+        numbers: of the samples.
+    """
+    batch, J, r, shift = len(own[0]), *(t[numbers] for t in own)
+    scale = scale[numbers].to(J.dtype)
+    finite = _are_finite(J) & _are_finite(r) & _are_finite(shift)
     if not bool(finite.all()):
         J, r = (torch.where(finite.view(-1, *[1] * (t.dim() - 1)), t, 1) for t in (J, r))
-    M = J if tall else J.mT
-    size = M.shape[2]
-    roots = shift.sqrt()[..., None] * torch.eye(size, dtype=J.dtype, device=J.device)
-    whole = torch.cat([M, roots], 1)
-    norms = whole.norm(dim=1)
-    scale = torch.where(norms > 0, norms, 1).reciprocal()
-    q, R = torch.linalg.qr(whole * scale[:, None, :])
+    columns = J.mT if tall else J
+    count, size, rows = columns.shape
+    is_damped = bool(shift.any())
+    # of a right side beside the columns R holds the product with Q, which so is never made
+    whole = J.new_zeros(count, size + tall, rows + is_damped * size)
+    whole[:, :size, :rows] = columns
+    if is_damped:
+        whole[:, :size, rows:] = shift.sqrt()[..., None] * torch.eye(size, dtype=J.dtype, device=J.device)
+    if tall:
+        whole[:, size, :rows] = r
+    R = torch.linalg.qr(whole.mT, mode="r").R
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)
+    right, R = R[:, :size, -1], R[:, :size, :size] * scale[:, None]
     inverse = torch.linalg.solve_triangular(R, torch.eye(size, dtype=J.dtype, device=J.device).expand_as(R), upper=True)
     condition = R.abs().sum(1).amax(-1) * inverse.abs().sum(1).amax(-1)
     singular = ~(condition * (MARGIN * torch.finfo(J.dtype).eps) <= 1) & finite
@@ -117,8 +146,13 @@ def _by_qr(J: Tensor, r: Tensor, shift: Tensor, tall: bool, numbers: Tensor, bat
         flaws = [blank.index_put((numbers,), flags) for flags in (singular, ~finite)]
         raise refusal(flaws[0], flaws[1], square=False)
     if tall:
-        return -scale * _times(inverse, _times(q[:, : M.shape[1]].mT, r))
+        return -scale * _times(inverse, right)
     return scale * _times(inverse, _times(inverse.mT, scale * r))
+
+
+def _are_finite(tensors: Tensor) -> Tensor:
+    """Check for each tensor (B, ...) whether all of it is finite, a tenth of the time of reducing booleans."""
+    return (0 * tensors).flatten(1).sum(1) == 0
 
 
 def sparse_least_squares(entries: Entries, values: Tensor, residual: Tensor, damping: Tensor, samples: int) -> Tensor:

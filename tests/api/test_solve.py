@@ -146,6 +146,25 @@ def test_ill_conditioned_samples_are_solved_as_well_as_the_others(dtype: torch.d
     assert bool((errors <= 50 * torch.finfo(dtype).eps * conditions).all())
 
 
+@pytest.mark.parametrize("tall", [True, False])
+def test_single_precision_loses_no_digits_to_the_condition(tall: bool) -> None:
+    torch.manual_seed(0)
+    J, r = torch.randn(5, 12, 3), torch.randn(5, 12)
+    # a condition of some thousands, whose square is past what float32 can tell from zero
+    J[..., 2] = J[..., 1] + 5e-4 * J[..., 2]
+    if not tall:
+        J, r = J.mT.contiguous(), r[:, :3]
+    J.requires_grad_()
+    step = least_squares(J, r, torch.zeros(()))
+    exact = J.detach().double().requires_grad_()
+    expected = -(torch.linalg.pinv(exact) @ r.double()[..., None])[..., 0]
+    assert step.dtype == torch.float32
+    error = (step - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.max()) < 1e-6
+    slopes = [torch.autograd.grad(each.sum(), of)[0] for each, of in ((step, J), (expected, exact))]
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-5
+
+
 def test_the_samples_without_a_step_are_named(x: Tensor) -> None:
     x[2], x[4, 1] = 0, torch.nan
     with pytest.raises(SingularJacobianError, match=r"1 of 5 .*short.*sample 2\).*not finite \(sample 4\)") as told:

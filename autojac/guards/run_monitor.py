@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.guards.compiled_functions import runs_eagerly
+from autojac.guards.earlier_values import EarlierValues
 from autojac.guards.escapes import AS_OPERATORS, ESCAPES
 from autojac.guards.provenance import is_core, is_installed
 from autojac.guards.purity import (
@@ -32,6 +33,9 @@ class RunMonitor:
     torch's, the function's own code in the following. What C calls by itself (`map(time.time, ...)`) shows no frame:
     guards look at functions that are passed as values.
 
+    Args:
+        earlier: takes note of what the function's code may set, before it runs.
+
     Attributes:
         reason: why the run read something that no guard can list; empty if it did not.
         ran: the function's own code that ran, what it imported left out. `FunctionState.cover` has to know it.
@@ -39,8 +43,9 @@ class RunMonitor:
             operators that draw would draw others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: EarlierValues | None = None) -> None:
         self.reason = ""
+        self._earlier = earlier
         self.repeated = False
         self._own: dict[int, types.CodeType] = {}
         self._logging: dict[int, types.CodeType] = {}
@@ -86,6 +91,8 @@ class RunMonitor:
                     self._logging[id(code)] = code
                 elif not self._is_imported(frame):
                     self._own[id(code)] = code
+                    if self._earlier is not None:
+                        self._earlier.note(frame)
                 return
             if not is_core(home):  # torch's, this time
                 return

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from autojac.autodiff.open_modes import hooked, saved_tensors_apart
 from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Sandbox, gc_disabled, restore_random_state, without_hooks
-from autojac.core.structure import UPDATES_BUFFERS
+from autojac.core.structure import KEEPS, UPDATES_BUFFERS
 from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
 from autojac.graph.operators import custom_functions
 from autojac.guards.run_monitor import RunMonitor
@@ -18,6 +18,8 @@ from autojac.planning.call import Call, detached, not_overwritten, trained_by
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
 from autojac.planning.search.memory import is_out_of_memory
+from autojac.probe.kept_state import keeping
+from autojac.probe.side_effects import evaluate_once
 from autojac.problem.compared_parts import Extent
 from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Result
@@ -66,6 +68,8 @@ class Check:
         reference, is_listed = self._reference(sandbox)
         if plan.is_provisional and reference.says:
             return self._plan_again()
+        if self.difference.what == "function" and (keeps := self._keeps(sandbox)):
+            return self._replace(f"func {' and '.join(keeps)} now", False, undo)
         result, wrong, only_gradient = self._compare(reference, sandbox)
         if not reference.says:
             # no verdict: the next call is checked in the place of this one
@@ -86,9 +90,26 @@ class Check:
 
     def _sandbox(self) -> Sandbox:
         """Return what evaluates func from the state in which this call found it."""
-        # what has changed may draw now
-        generators = GENERATORS if self.difference.what == "function" else None
-        return self.plan.sandbox.now(generators, self.plans.buffers() if self.updates_buffers else ())
+        buffers = self.plans.buffers() if self.updates_buffers else ()
+        if self.difference.what != "function":
+            return self.plan.sandbox.now(None, buffers)
+        # what has changed may draw now, and may set something, such as a flag that it was given and takes back
+        sandbox = self.plan.sandbox.now(GENERATORS, buffers)
+        settable = self.plans.planner.function_state.present.guard.settable
+        return Sandbox(sandbox.captured, sandbox.state, (*self.call.captured.places, *settable), sandbox.trained)
+
+    def _keeps(self, sandbox: Sandbox) -> tuple[str, ...]:
+        """Return what func does besides returning since it has changed, by what an evaluation has set.
+
+        Raises:
+            RandomnessError: if its outputs hang on what it keeps.
+        """
+        if not sandbox.kept or KEEPS in self.plan.problem.structure.effects:
+            return ()
+        fn, keywords, positions = self.call.layout.fn, self.call.keywords, self.call.layout.differentiated
+        with silent(self.modules), gc_disabled():
+            effects, _ = keeping(lambda: evaluate_once(fn, self.own_leaves, keywords, positions)[0], sandbox)
+        return tuple(effect for effect in effects if effect not in self.plan.problem.structure.effects)
 
     def _reference(self, sandbox: Sandbox) -> tuple[AnyReference, bool]:
         """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""

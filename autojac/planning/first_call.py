@@ -15,6 +15,7 @@ from autojac.core.sandbox import Sandbox, random_state, restore_random_state
 from autojac.core.signature import Layout, Signature, named_flags
 from autojac.core.structure import DRAWS, DRAWS_ALIKE
 from autojac.errors import InputError, OutputError, RandomnessError
+from autojac.guards.earlier_values import EarlierValues
 from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
 from autojac.probe import first_call, guess_batched
@@ -75,9 +76,10 @@ def inspect_first_call(
     trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
     sandbox = Sandbox(captured.tensors, None, captured.places, trained)
     fn: Flat = call.layout.fn
-    first = _undrawn(call, sandbox)
+    earlier = EarlierValues()
+    first = _undrawn(call, sandbox, earlier)
     if more := settable(first.ran):
-        # what was kept there is left, as by the plain call that this call stands for
+        earlier.restore()
         sandbox = Sandbox(sandbox.captured, None, (*sandbox.places, *more), sandbox.trained)
         first = _undrawn(call, sandbox)
     if sandbox.converted:
@@ -99,16 +101,16 @@ def inspect_first_call(
     return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
 
 
-def _undrawn(call: Call, sandbox: Sandbox) -> FirstCall:
+def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
     """Call func for the first time, and set back the generators that it draws from, which the sandbox then knows."""
     fn, loaded = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
-    first = _first_call(fn, call, sandbox)
+    first = _first_call(fn, call, sandbox, earlier)
     if not loaded and "numpy.random" in sys.modules:
         # func may have drawn from what it has just imported, and whose state was not known before
         restore_random_state({name: state[name] for name in first.moved})
         state = random_state()
-        first = _first_call(fn, call, sandbox)
+        first = _first_call(fn, call, sandbox, earlier)
 
     def evaluate() -> None:
         with sandbox():
@@ -164,7 +166,7 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
     return fn, dataclasses.replace(alike, effects=tuple(effects))
 
 
-def _first_call(fn: Flat, call: Call, sandbox: Sandbox) -> FirstCall:
+def _first_call(fn: Flat, call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
     layout, leaves = call.layout, call.leaves
     said = layout.batched([False] * len(leaves))
     lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
@@ -176,7 +178,7 @@ def _first_call(fn: Flat, call: Call, sandbox: Sandbox) -> FirstCall:
     guessed = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
     lengths |= {leaves[position].shape[0] for position in guessed}
     try:
-        first = first_call(fn, leaves, call.keywords, layout.differentiated, sandbox)
+        first = first_call(fn, leaves, call.keywords, layout.differentiated, sandbox, earlier)
     except RuntimeError as error:
         if len(lengths) > 1:
             raise InputError(

@@ -17,6 +17,7 @@ from autojac.core.tensor_kinds import not_dense, own_class
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
 from autojac.graph.recorder import FunctionRecording
 from autojac.graph.special_kernels import ATTENTION, special_kernels
+from autojac.guards.earlier_values import EarlierValues
 from autojac.guards.escapes import Monitor
 from autojac.guards.process_state import unwarned
 from autojac.guards.run_monitor import RunMonitor
@@ -77,15 +78,25 @@ def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any],
 
 
 def first_call(
-    fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int], sandbox: Sandbox
+    fn: Flat,
+    leaves: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+    differentiated: Sequence[int],
+    sandbox: Sandbox,
+    earlier: EarlierValues | None = None,
 ) -> FirstCall:
     """Call func once, without a trace, and see what it returns and does.
+
+    Args:
+        fn, leaves, kwargs, differentiated: the call.
+        sandbox: puts back what is known that func may set.
+        earlier: takes note of what else it may set, before it does.
 
     Raises:
         MutationError: if func writes into an argument.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
-    with sandbox(), Monitor() as monitor, RunMonitor() as watched:
+    with sandbox(), Monitor() as monitor, RunMonitor(earlier) as watched:
         before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
         generators = moved(before, random_state())

@@ -186,7 +186,8 @@ class Tape(Capture):
         if reads_data(func, args):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
             read: set[fx.Node] = set()
-            if all(self._certain(node, read) for node in sources):
+            # `is_set_to` asks for the memory, and no values tell of that
+            if name != "is_set_to" and all(self._certain(node, read) for node in sources):
                 captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
                 self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
             else:

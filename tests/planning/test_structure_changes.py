@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import autojac
-from autojac import AutoJacobian, PlanStore, StructureChangedWarning
+from autojac import AutoJacobian, PlanStore, RandomnessError, StructureChangedWarning
 from harness import Counted, compare, in_use
 from oracle import jacobian_blocks
 
@@ -397,3 +397,48 @@ def test_outputs_of_another_shape_are_planned_again(x: Tensor, layout: str, how:
         expected = jacobian_blocks(func, (x, size.clone()))
         compare(y, func(*args))
         compare(J if layout == "blocks" else torch.stack([J[b, :, b] for b in range(len(x))]), expected)
+
+
+def test_a_flag_that_a_call_takes_back_is_told_wherever_the_user_sets_it() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.doubled = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor, self.doubled = 2.0 if self.doubled else 1.0, False
+            return x.sin() * factor
+
+    model, x = Once(), torch.rand(4, 3, dtype=torch.float64)
+    jac = AutoJacobian(model, store=":memory:", on_miss="estimate")
+    for turn in range(6):
+        if turn in (2, 4):
+            model.doubled = True
+            with pytest.raises(RandomnessError):
+                jac(x)
+            assert model.doubled
+            model.doubled = False
+        compare(jac(x), jacobian_blocks(model, (x,)))
+
+
+def test_what_a_function_counts_once_it_has_changed_is_left_as_by_plain_calls() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts, self.calls = False, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.counts:
+                self.calls += 1
+            return x.sin()
+
+    model, x = Counts(), torch.rand(4, 3, dtype=torch.float64)
+    jac = AutoJacobian(model, store=":memory:", on_miss="estimate")
+    for _ in range(3):
+        jac(x)
+    model.counts = True
+    with pytest.warns(StructureChangedWarning):
+        jac(x)
+    for calls in range(1, 6):
+        assert model.calls == calls
+        compare(jac(x), jacobian_blocks(torch.sin, (x,)))

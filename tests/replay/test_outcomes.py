@@ -175,6 +175,22 @@ class _Backward(torch.autograd.Function):
         return 2 * x * g if (g.sum() != 1e9) else g
 
 
+def test_memory_that_a_tensor_shares_is_asked_for_again() -> None:
+    one = torch.ones(2)
+    other = one.view(2)
+
+    def func(x: Tensor) -> Tensor:
+        return mixed(x.sin() if one.is_set_to(other) else x.cos())
+
+    x = torch.rand(3, 2, dtype=torch.float64)
+    jac = forced(func, (x,), replay(LOOP), verify="never", coupling="independent")
+    for memory in (None, torch.ones(2), one):
+        if memory is not None:
+            other.data = memory
+        for _ in range(2):
+            compare(jac(x), jacobian_blocks(func, (x,), 0))
+
+
 NEVER = {
     "a number with decimals": (lambda x: x * (2.0 if x.sum().item() > 0 else 3.0), False, "in Python"),
     "beside random numbers": (

@@ -319,6 +319,37 @@ def test_what_packages_read_is_noticed_and_replayed(name: str, imported: Callabl
         assert jac.plan(x).method["method"] == "Replay"
 
 
+@pytest.mark.parametrize("on_miss", ["estimate", "tune"])
+def test_a_first_call_counts_once(on_miss: str, imported: Callable[[dict[str, str]], Any]) -> None:
+    source = (
+        "CALLS = 0\n"
+        "SEEN = {'n': 0, 'last': []}\n"
+        "class Net:\n"
+        "    total = 0\n"
+        "    __slots__ = ('mine',)\n"
+        "    def __init__(self):\n"
+        "        self.mine = 0\n"
+        "    def __call__(self, x):\n"
+        "        global CALLS\n"
+        "        CALLS += 1\n"
+        "        type(self).total += 1\n"
+        "        self.mine += 1\n"
+        "        count(len(x))\n"
+        "        return x.sin()\n"
+        "def count(size):\n"
+        "    SEEN['n'] += 1\n"
+        "    SEEN['last'].append((CALLS, size))\n"
+    )
+    module = imported({"a": source}).a
+    net, x = module.Net(), torch.rand(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        jac = autojac.AutoJacobian(net, store=":memory:", on_miss=on_miss, budget_s=0.1)
+        for calls in range(1, 4):
+            compare(jac(x), jacobian_blocks(torch.sin, (x,)))
+            assert (module.CALLS, module.SEEN["n"], module.Net.total, net.mine) == (calls,) * 4
+            assert module.SEEN["last"] == [(turn, 4) for turn in range(1, calls + 1)]
+
+
 def test_of_a_package_of_the_users_what_does_not_run_keeps_nothing_from_being_replayed(
     imported: Callable[..., Any],
 ) -> None:

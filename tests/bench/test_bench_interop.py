@@ -38,7 +38,10 @@ def patient() -> Built:
 
 
 def reading() -> Built:
-    return Built(lambda x: x.sin() * (1 + (x.detach().numpy().sum() > 100)), torch.randn(6, 3), None, {"budget_s": 0.2})
+    def func(x: Tensor) -> Tensor:
+        return x.sin() * (1 + int(abs(x.detach().numpy()).sum() > 100))
+
+    return Built(func, torch.randn(6, 3), None, {"budget_s": 20.0})
 
 
 def centered() -> Built:
@@ -117,7 +120,8 @@ def test_a_training_step_is_raced_where_there_are_parameters() -> None:
     assert together([found], training=True).figures[2].bound == MEAN[True]
 
 
-def test_why_no_replay_serves_is_told() -> None:
+def test_why_no_replay_serves_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking(tick=1e-2))
     with torch.no_grad():
         found = race_case(LOOKS, SETTINGS)
     assert found.facts[SERVED] == "no"

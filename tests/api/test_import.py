@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 HEAVY = {"alembic", "click", "optuna", "plotly", "rich", "rustworkx", "scipy", "sqlalchemy"}
 
@@ -19,9 +22,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def test_import_loads_nothing_heavy_beyond_torch() -> None:
-    output = subprocess.run([sys.executable, "-c", LOADED_BEYOND_TORCH], capture_output=True, text=True, check=True)
-    loaded = json.loads(output.stdout)
+def test_import_loads_nothing_heavy_beyond_torch(printed: list[Any]) -> None:
+    loaded = printed[0]
     heavy = [name for name in loaded if name.split(".")[0] in HEAVY or name.startswith("torch._dynamo")]
     assert not heavy
 
@@ -49,9 +51,8 @@ print(json.dumps([apart, [name for name in ("torch._dynamo", "torch._inductor", 
 """
 
 
-def test_first_calls_transforms_recordings_and_guards_load_no_compiler() -> None:
-    output = subprocess.run([sys.executable, "-c", DIFFERENTIATED], capture_output=True, text=True, check=True)
-    apart, loaded = json.loads(output.stdout)
+def test_first_calls_transforms_recordings_and_guards_load_no_compiler(printed: list[Any]) -> None:
+    apart, loaded = printed[1]
     assert max(apart) < 1e-12
     assert not loaded
 
@@ -85,12 +86,18 @@ print(json.dumps([apart, [name for name in ("torch._dynamo", "torch._inductor", 
 """
 
 
-def test_neither_methods_nor_their_replays_load_the_compiler() -> None:
+@pytest.fixture(scope="module")
+def printed() -> list[Any]:
+    """What the three scripts print, run one after the other by one fresh process."""
     tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", SERVED]
     paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", LOADED_BEYOND_TORCH + DIFFERENTIATED + SERVED]
     environment = {**os.environ, "PYTHONPATH": paths}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    apart, loaded = json.loads(output.stdout)
+    return [json.loads(line) for line in output.stdout.splitlines()]
+
+
+def test_neither_methods_nor_their_replays_load_the_compiler(printed: list[Any]) -> None:
+    apart, loaded = printed[2]
     assert max(apart) < 1e-12
     assert not loaded

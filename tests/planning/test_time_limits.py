@@ -76,10 +76,6 @@ with cProfile.Profile():
 """
 
 
-def test_a_profiler_runs_afterwards() -> None:
-    subprocess.run([sys.executable, "-c", PROFILED], check=True, timeout=120)
-
-
 def test_limits_within_limits_and_other_threads() -> None:
     def work() -> None:
         with pytest.raises(TimeoutError, match=r"0\.02"):
@@ -166,9 +162,9 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_a_forked_process_has_a_watch_of_its_own() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+def test_a_profiler_runs_afterwards_and_a_forked_process_has_a_watch_of_its_own() -> None:
+    script = PROFILED + (FORKED if hasattr(os, "fork") else "")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
 
 
 def test_an_error_inside_is_the_one_that_comes_out() -> None:

@@ -127,6 +127,12 @@ def paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def sloped(x: Tensor, y: Tensor, a: int) -> Tensor:
+    """What a derivative of a derivative adds up: a product with a number in it."""
+    inner = aten.mul.Scalar(x.cos(), -2) * y.tanh() if a % 2 else (x.cos() * -2.0)
+    return y.sin() + x.tanh() * inner if a % 3 else inner * x.tanh() + y.sin()
+
+
 def permuted(x: Tensor, a: int) -> Tensor:
     axes = list(range(x.dim()))
     first = a % max(1, len(axes))
@@ -190,6 +196,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "add": lambda x, y, a: torch.add(*paired(x, y)),
     "mul": lambda x, y, a: torch.mul(*paired(x, y)),
     "sub": lambda x, y, a: torch.sub(*paired(x, y), alpha=1 + a % 2),
+    "slope": lambda x, y, a: sloped(*paired(x, y), a),
     "tanh_backward": lambda x, y, a: aten.tanh_backward(*paired(x, y.tanh())),
     "where": lambda x, y, a: torch.where(paired(x, y)[1] > 0, *paired(x, y)),
     "mm": lambda x, y, a: (matrix(x) @ (matrix(y) if matrix(y).size(0) == matrix(x).size(1) else matrix(x).T)).tanh(),
@@ -524,3 +531,18 @@ def test_a_factor_of_few_columns_is_laid_out_by_columns() -> None:
         assert left(graph).count("clone.default") == copies
         for one, other in zip(run(-x, factor), (-x @ factor, -2 * x @ factor), strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_product_with_a_number_and_a_sum_are_one_operator() -> None:
+    def slope(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (y.cos() + x * (aten.mul.Scalar(y.sin(), -2) * h),)
+
+    inputs = [torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    graph, run = simplified(slope, *inputs)
+    assert [node.target for node in graph.nodes if node.op == "call_function"].count(aten.mul.Tensor) == 1
+    assert [node.kwargs["value"] for node in graph.nodes if node.target is aten.addcmul.default] == [-2]
+    compare(run(*inputs), slope(*inputs))
+    # what is broadcast, or read elsewhere too, stays
+    kept, run = simplified(lambda x, y, h: (y[0] + x * h,), *inputs)
+    assert not [node for node in kept.nodes if node.target is aten.addcmul.default]
+    compare(run(*inputs)[0], inputs[1][0] + inputs[0] * inputs[2])

@@ -95,6 +95,9 @@ class Ticking(measure.Clock):
         self.time += self.tick
         return self.time
 
+    def held_up(self) -> float:
+        return 0.0
+
     def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
         seconds = self.seconds(super().per_call(run, device, 1))
         self.time += calls * seconds

@@ -20,7 +20,7 @@ from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
 from autojac.methods.replay import Replay, twin_by_autograd
-from autojac.planning.search import looks, measure, race
+from autojac.planning.search import looks, measure, optimize, race
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -439,3 +439,25 @@ def test_a_search_loads_a_compiler_only_after_all_that_does_without(
     before = order[: order.index("loaded")] if loads else order
     assert not any(method.may_load_compiler for method in before)
     assert len(before) > 3
+
+
+def test_what_others_took_of_a_quick_search_is_given_back_up_to_a_second(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Busy(Ticking):
+        def __init__(self, share: float) -> None:
+            super().__init__(lambda true: 1e-3, tick=0.04)
+            self.share = share
+
+        def held_up(self) -> float:
+            return self.share * self.time
+
+    def timed(share: float) -> tuple[int, float]:
+        clock = Busy(share)
+        monkeypatch.setattr(measure, "clock", clock)
+        trials = tuned(net).plan(torch.randn(8, 3, dtype=torch.float64)).trials
+        return sum(trial.seconds is not None for trial in trials), clock.time
+
+    (few, short), (more, longer), (_, longest) = timed(0.0), timed(0.5), timed(1.0)
+    assert few < more
+    assert short < longer <= longest < short + optimize.LEAST_QUICK_S + 0.3

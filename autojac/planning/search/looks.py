@@ -102,6 +102,8 @@ class Looks:
         known = session.trials
         eager = [m for m in space if without_replay(m) == m]
         programs = _promising_programs(session, [m for m in space if without_replay(m) != m])
+        # of a batch that is not worth a race on a slice, chunks hardly ever win
+        programs.sort(key=lambda m: isinstance(m, BatchChunk))
         defaults = [m for m in self.defaults[:1] if m in space]
         # what a user would write comes before the first recording, which may take as long as there is
         begin = [*eager[:1], *defaults, *(programs if _can_record(session) else ())]

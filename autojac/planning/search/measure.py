@@ -7,11 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Run = Callable[[], Any]
+
+WAITED = Path("/proc/thread-self/schedstat")
+"""Where Linux tells how long a thread has run, and waited to run, in nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Clock:
     def now(self) -> float:
         """Return the seconds since some moment in the past."""
         return time.monotonic()
+
+    def held_up(self) -> float:
+        """Return the seconds that this thread has waited for a core which others had; 0 where that isn't known."""
+        try:
+            return int(WAITED.read_text().split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            return 0.0
 
     def per_call(self, run: Run, device: torch.device, calls: int) -> float:
         """Return the seconds per call, host and device, over several calls in a row.

@@ -160,11 +160,11 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         start, allowed: of its budget, by the search's clock.
         adapts: take no more time than the Jacobian is worth.
     """
-    session, latest = race.session, start + LEAST_QUICK_S
+    session, latest, last = race.session, start + LEAST_QUICK_S, start + allowed
     while True:
         if adapts and math.isfinite(session.best):
             allowed = min(allowed, max(LEAST_QUICK_S, CALLS_OF_QUICK * (race.default_seconds() or session.best)))
-            session.end = start + allowed
+            session.end = min(start + allowed, last)
         now = measure.clock.now()
         looks = now < start + (1 - COMPARED_SHARE) * allowed
         step = race.next_step(looks)
@@ -172,11 +172,15 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
             step = race.next_step(looks=False)
         if step is None or now > session.end:
             return not race.looks.untried(compilers=session.effort != "quick")
+        waited = measure.clock.held_up()
         race.take(step)
-        trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
-        if adapts and trial is not None and trial.state == "infeasible":
-            # a recording that comes to nothing may take as long as all others together
-            start = min(start + measure.clock.now() - now, latest)
+        if adapts:
+            trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
+            # a recording that comes to nothing may take as long as all others together, and a busy machine leaves time
+            # for half the candidates, and for other ones in each search
+            failed = trial is not None and trial.state == "infeasible"
+            lost = measure.clock.now() - now if failed else measure.clock.held_up() - waited
+            start = min(start + lost, latest)
 
 
 def result_of(race: CandidateRace, finished: bool) -> SearchResult:

@@ -37,13 +37,13 @@ def step_through(compute: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[],
 
 
 def gradients_after(step: Callable[[], object], parameters: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Return what runs a step and gives the gradients that it leaves."""
+    """Return what runs a step and gives the gradients that it leaves, (1, parameters): compared on one scale."""
 
     def run() -> Tensor:
         for parameter in parameters:
             parameter.grad = None
         step()
-        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])[None]
 
     return run
 
@@ -57,7 +57,7 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         parameters = [p for name, p in func.named_parameters() if moves_jacobian(func, name, x)]
         exact: Any = moved_to(func, x.device, torch.float64)
         doubled = [p for name, p in exact.named_parameters() if moves_jacobian(exact, name, x.double())]
-        truth = loss_gradient(rows(exact, x.double(), looped), doubled).to(x.dtype)
+        truth = loss_gradient(rows(exact, x.double(), looped), doubled)[None].to(x.dtype)
         jac = wrapped(func, settings)
         whole = autojac.TrainingStep(func, loss_of, **settings.planning())
         start = time.perf_counter()

@@ -178,14 +178,14 @@ def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult
         program, arrays = program_of(func)
         exact: Any = moved_to(func, x.device, torch.float64)
         doubled = [exact.get_parameter(name) for name in names]
-        truth = loss_gradient(rows(exact, x.double(), looped), doubled).to(x.dtype)
+        truth = loss_gradient(rows(exact, x.double(), looped), doubled)[None].to(x.dtype)
         whole = autojac.TrainingStep(func, loss_of, **settings.planning())
         whole(x)
         own = gradients_after(lambda: whole(x), [func.get_parameter(name) for name in names])
 
         def read(found: Arrays) -> Tensor:
             # (inputs, outputs) as the program holds them
-            return torch.cat([torch.from_numpy(found[name].T).flatten() for name in names])
+            return torch.cat([torch.from_numpy(found[name].T).flatten() for name in names])[None]
 
         given = program, {**arrays, "x": x.numpy()}
         result = race_peers(_named(workload.name, count), (lambda: whole(x), own), given, read, truth, STEPS, settings)

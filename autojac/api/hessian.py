@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, get_args
 
-from autojac.api.autojacobian import HINT, require_function
+from autojac.api.autojacobian import HINT, AutoJacobian, require_function
 from autojac.api.derivatives import jacobian_of
 from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
 from autojac.api.over_batch_axes import PlansOverBatchAxes
@@ -19,6 +19,9 @@ from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, OutputError, UnsupportedError, require_choice
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.problem.problem import Problem
+
+Made = Literal["hessian", "diagonal", "laplacian"]
+"""What an `AutoHessian` has plans for."""
 
 
 @opaque_methods
@@ -178,17 +181,33 @@ class AutoHessian(BatchAxesChoice):
                 "scalar, or take the Hessians of all outputs by layout='blocks'"
             )
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """Return the plan for the Hessians at such arguments; made now if there is none."""
-        return self.planned.plan(*args, **kwargs)
+    def _wrapper_of(self, of: Made) -> AutoJacobian:
+        require_choice("of", of, get_args(Made))
+        return {"hessian": self.planned, "diagonal": self._diagonals, "laplacian": self._laplacian}[of]
 
-    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
-        """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
-        return self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+    def plan(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> Plan:
+        """Return the plan for such a call; made now if there is none.
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
-        """Explain the plan, as `AutoJacobian.explain` does."""
-        return self.planned.explain(*args, **kwargs).removesuffix(HINT)
+        Args:
+            args, kwargs: the call.
+            of: what the plan is for: `"hessian"`, `"diagonal"` or `"laplacian"`, each of which has plans of its own.
+        """
+        return self._wrapper_of(of).plan(*args, **kwargs)
+
+    def tune(
+        self,
+        *args: Any,
+        of: Made = "hessian",
+        effort: Effort | None = None,
+        budget_s: float | None = None,
+        **kwargs: Any,
+    ) -> Plan:
+        """Search for the best plan for such a call, as `AutoJacobian.tune` does; `of` is that of `plan`."""
+        return self._wrapper_of(of).tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+
+    def explain(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> str:
+        """Explain the plan, as `AutoJacobian.explain` does; `of` is that of `plan`."""
+        return self._wrapper_of(of).explain(*args, **kwargs).removesuffix(HINT)
 
 
 @opaque_methods

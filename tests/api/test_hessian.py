@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from autojac import AutoHessian, AutoJacobian, OutputError, PlanStore, UnsupportedError
+from autojac import AutoHessian, AutoJacobian, OptionError, OutputError, PlanStore, UnsupportedError
 from autojac.bench.molecules import PackedEnergy
 from autojac.methods.colored_pull import ColoredPull
 from autojac.problem.compression import colors_of, symmetric_rows
@@ -276,3 +276,20 @@ def test_packed_molecules_take_as_many_passes_as_the_largest_has_coordinates() -
             compare(found.to_dense() if layout == "sparse" else found.reshape(27, 27), expected)
         problem = in_use(hessian.planned).problem
         assert colors_of(problem, "rows").count == colors_of(problem, "columns").count == 12
+
+
+def test_each_form_is_tuned_and_explained_by_its_own_plan() -> None:
+    x, hessian = points(), estimated(network())
+    for of, call in (("diagonal", hessian.diagonal), ("laplacian", hessian.laplacian)):
+        plan = hessian.tune(x, of=of, budget_s=0.3, effort="quick")
+        assert plan.source == "search"
+        call(x)
+        assert hessian.plan(x, of=of).method == plan.method
+        assert hessian.explain(x, of=of).splitlines()[1] == f"plan: {plan}"
+    assert hessian.plan(x).source == "estimate"
+    assert "derivatives by columns" in hessian.explain(x, of="laplacian")
+    assert "diagonal Jacobian" in hessian.explain(x, of="diagonal")
+    with pytest.raises(OptionError, match=r"must be one of 'hessian'.*did you mean 'laplacian'"):
+        hessian.tune(x, of="laplace")  # type: ignore[arg-type]
+    grid = estimated(lambda x: x.prod(-1), batch_dims=2)
+    assert "derivatives by columns" in grid.explain(x.reshape(2, 2, 3), of="laplacian")

@@ -51,9 +51,9 @@ class AutoHessian(BatchAxesChoice):
         in_dims: as of `AutoJacobian`; None for a function without a batch.
         layout: `"blocks"`, or `"sparse"`: one CSR matrix that is never dense on the way. Of a batch it is (B·n, B·n),
             for independent samples; of a function without a batch (n, n). Of its two equal halves one is read where
-            that takes fewer passes: by star colorings, or in float64 by acyclic ones, as
-            `autojac.sparse.symmetric_coloring` says. So are blocks with zeros; without zeros, n passes over n rows
-            give every entry twice, and nothing is known that saves one of them.
+            that takes fewer passes, by a star coloring: each entry is its own or its mirror image's, nothing is
+            subtracted. So are blocks with zeros; without zeros, n passes over n rows give every entry twice, and
+            nothing is known that saves one of them.
         batch_dims: as of `AutoJacobian`: with 2 an input (B1, B2, *in) gives (B1, B2, *out, *in, *in).
         options: the others of `AutoJacobian` but `has_aux`.
 

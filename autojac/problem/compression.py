@@ -17,20 +17,10 @@ from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, decoded
-from autojac.sparse.symmetric_coloring import (
-    Substitution,
-    acyclic,
-    is_symmetric,
-    is_within_reach,
-    star,
-    substitution,
-)
+from autojac.sparse.star_coloring import is_symmetric, is_within_reach, mirrored_reading, star
 
 PartOfJacobian = Literal["all", "blocks", "diagonals"]
 """Of the Jacobian of a batch: the whole, each sample's block, or the diagonal of each block."""
-
-SymmetricColoring = Literal["star", "acyclic"]
-"""How the rows of a symmetric Jacobian share seeds; under the second one entries are read by substitution."""
 
 MOST_COUPLED = 4096
 """Samples coupled all with all, beyond which no pattern of every pair is made."""
@@ -163,8 +153,8 @@ def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Mark
     return Colors("rows", None, rows), Colors("columns", None, columns), decoded(features, rows, columns)
 
 
-def symmetric_rows(problem: Problem, coloring: SymmetricColoring) -> tuple[Colors, Substitution] | None:
-    """Return colors of the rows of a symmetric Jacobian, and how its entries are read from them.
+def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
+    """Return colors of the rows of a symmetric Jacobian, and which entries are read as their mirror images.
 
     None where nothing is known to be symmetric, or its pattern is not or is too large.
     """
@@ -173,18 +163,16 @@ def symmetric_rows(problem: Problem, coloring: SymmetricColoring) -> tuple[Color
         return None
     if sparsity is None or sparsity.features is None or len(problem.outputs) > 1 or len(problem.inputs) > 1:
         return None
-    found: tuple[Colors, Substitution] | None = problem.colorings.derived(_symmetric_rows, sparsity.features, coloring)
+    found: tuple[Colors, Marks] | None = problem.colorings.derived(_mirrored_rows, sparsity.features)
     return found
 
 
-def _symmetric_rows(
-    colorings: Colorings, features: Pattern, coloring: SymmetricColoring
-) -> tuple[Colors, Substitution] | None:
+def _mirrored_rows(colorings: Colorings, features: Pattern) -> tuple[Colors, Marks] | None:
     if not is_symmetric(features) or not is_within_reach(features):
         return None
-    colors = star(features) if coloring == "star" else acyclic(features)
-    reading = substitution(features, colors)
-    return None if reading is None else (Colors("rows", None, colors), reading)
+    colors = star(features)
+    swapped = mirrored_reading(features, colors)
+    return None if swapped is None else (Colors("rows", None, colors), swapped)
 
 
 def inapplicable(problem: Problem) -> str | None:

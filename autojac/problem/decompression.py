@@ -14,7 +14,6 @@ from autojac.core.pattern import Marks
 from autojac.problem.compression import Colors, DeviceIndices
 from autojac.problem.layouts import embed
 from autojac.problem.problem import Problem
-from autojac.sparse.symmetric_coloring import Substitution
 
 
 class Decompress(Protocol):
@@ -29,7 +28,7 @@ def decompressor(
     output: int,
     position: int,
     from_rows: Marks | None,
-    reading: Substitution | None,
+    swapped: Marks | None,
 ) -> Decompress:
     """Prepare the reading of one Jacobian.
 
@@ -39,20 +38,20 @@ def decompressor(
         output, position: which Jacobian.
         from_rows: for each entry of the pattern inside a sample whether it is read from the side of the rows,
             (entries,) bool; needed where there are two sides.
-        reading: of what numbers each entry of a symmetric Jacobian is made.
+        swapped: for each entry of a symmetric Jacobian whether its mirror image is read, (entries,) bool.
     """
     if problem.structure.independent or problem.layout in ("blocks", "diagonal"):
-        return _OwnBlocks(problem, sides, (output, position), from_rows, reading)
+        return _OwnBlocks(problem, sides, (output, position), from_rows, swapped)
     assert len(sides) == 1
     return _WholeBatch(problem, sides[0], output, position)
 
 
 def decompressors(
-    problem: Problem, sides: Sequence[Colors], from_rows: Marks | None = None, reading: Substitution | None = None
+    problem: Problem, sides: Sequence[Colors], from_rows: Marks | None = None, swapped: Marks | None = None
 ) -> list[list[Decompress]]:
     """Prepare the reading of all Jacobians, by output and input; the arguments are those of `decompressor`."""
     return [
-        [decompressor(problem, sides, output, position, from_rows, reading) for position in problem.inputs]
+        [decompressor(problem, sides, output, position, from_rows, swapped) for position in problem.inputs]
         for output in range(len(problem.outputs))
     ]
 
@@ -66,7 +65,7 @@ class _OwnBlocks:
         sides: Sequence[Colors],
         pair: tuple[int, int],
         from_rows: Marks | None,
-        reading: Substitution | None,
+        swapped: Marks | None,
     ) -> None:
         output, position = pair
         self.problem, self.sides = problem, sides
@@ -80,25 +79,22 @@ class _OwnBlocks:
             own = rows == columns
             rows, columns, taken, places, self.width = rows[own], columns[own], taken[own], rows[own], pattern.shape[0]
         self.places = DeviceIndices(places)
+        if swapped is not None:
+            rows, columns = np.where(swapped, columns, rows), np.where(swapped, rows, columns)
         self.sources, marks = [], []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
             colored, read, at = rows[mine], columns[mine], problem.rows(output)[0]
             if side.side == "columns":
                 colored, read, at = columns[mine], rows[mine], problem.columns(position)[0]
-            elif reading is not None:
-                colored, read = reading.rows[:, 0].astype(np.int64), reading.columns[:, 0].astype(np.int64)
             seeds = side.features[at + colored].astype(np.int64)
             self.sources.append((side, DeviceIndices(seeds), DeviceIndices(read)))
             marks.append(mine)
         self.order = DeviceIndices(np.argsort(np.concatenate(marks)))
-        self.sums = None if reading is None or reading.terms == 1 else _Sums(sides[0], reading)
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
         parts = [self._read(source, *rest) for source, rest in zip(compressed, self.sources, strict=True)]
         values = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self.order.on(parts[0].device)]
-        if self.sums is not None:
-            values = self.sums(compressed[0], values)
         problem = self.problem
         if problem.layout == "sparse":
             return values.reshape(-1)
@@ -119,31 +115,6 @@ class _OwnBlocks:
             return rows[seeds, :, read].T
         first = side.sample_colors.on(rows.device) * side.width
         return rows[first[:, None] + seeds, torch.arange(batch, device=rows.device)[:, None], read]
-
-
-class _Sums:
-    """The entries of a symmetric Jacobian that are sums of several numbers.
-
-    Args:
-        side: colors of rows, alike for all samples.
-        reading: what is added up.
-    """
-
-    def __init__(self, side: Colors, reading: Substitution) -> None:
-        several = np.flatnonzero(np.count_nonzero(reading.signs, axis=1) > 1)
-        self.terms = reading.terms
-        self.entries = DeviceIndices(several)
-        self.seeds = DeviceIndices(side.features[reading.rows[several]].reshape(-1))
-        self.columns = DeviceIndices(reading.columns[several].reshape(-1))
-        self.signs = DeviceIndices(reading.signs[several])
-
-    def __call__(self, compressed: Tensor, values: Tensor) -> Tensor:
-        """Return the entries (B, entries), those that are sums put into `values`."""
-        device = compressed.device
-        rows = compressed.reshape(*compressed.shape[:2], math.prod(compressed.shape[2:]))
-        numbers = rows[self.seeds.on(device), :, self.columns.on(device)].T
-        signed = numbers.reshape(len(values), -1, self.terms) * self.signs.on(device).to(numbers.dtype)
-        return values.index_copy(1, self.entries.on(device), signed.sum(-1))
 
 
 class _WholeBatch:

@@ -15,6 +15,10 @@ NOISE_MARGIN = 16.0
 """Tolerance in multiples of the rounding that a function itself shows."""
 MOST_NOISE = 0.1
 """The largest relative tolerance that rounding excuses."""
+DRAWS = 8
+"""How often rounding is looked for in few elements where no derivative stands out: it may cancel by chance."""
+FEW = 64
+"""Elements of derivatives from which on one look shows how large rounding is."""
 
 
 OFFSET = 1e-2
@@ -101,11 +105,19 @@ def own_rounding(
     Returns:
         The difference to grant, and a factor of one or more on the tolerance.
     """
-    one, other = (balanced_noise(values, generator) for _ in range(2))
-    both = [a + b for a, b in zip(one, other, strict=True)]
+    gaps: list[float] = []
+    for _ in range(DRAWS):
+        one, other = (balanced_noise(values, generator) for _ in range(2))
+        both = [a + b for a, b in zip(one, other, strict=True)]
+        pulled = list(zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True))
+        seen = [largest(a + b - together) for a, b, together in pulled]
+        gaps = [max(pair) for pair in zip(gaps or seen, seen, strict=True)]
+        sizes = [largest(together) for _, _, together in pulled]
+        stands_out = any(MOST_NOISE * size > NOISE_MARGIN * gap for gap, size in zip(gaps, sizes, strict=True))
+        if stands_out or sum(together.numel() for *_, together in pulled) > FEW:
+            break
     found = []
-    for a, b, together in zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True):
-        gap, size = (largest(tensor) for tensor in (a + b - together, together))
+    for gap, size, (*_, together) in zip(gaps, sizes, pulled, strict=True):
         relative = min(NOISE_MARGIN * gap / size, MOST_NOISE) if size > 0 else 0.0
         found.append((NOISE_MARGIN * gap, max(relative / tolerance(together.dtype), 1.0)))
     return found

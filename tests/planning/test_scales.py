@@ -125,6 +125,32 @@ def test_a_wrong_gradient_through_small_entries_is_seen(scale: float) -> None:
     assert "gradient through J" in str(reference.check_gradient(result._replace(jacobians=((wrong,),))))
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (4, 4)])
+def test_rounding_about_a_derivative_of_zero_is_granted_and_nothing_else(
+    shape: tuple[int, ...], differentiable: bool
+) -> None:
+    # of one number a group: terms of 300 cancel; with a graph another kernel computes, exactly
+    def func(x: Tensor) -> Tensor:
+        return torch.nn.functional.group_norm(x, shape[1])
+
+    for seed in range(3):
+        x = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = (x + 0.1).requires_grad_(differentiable)
+        if differentiable:
+            assert float(jacobian_from(func(x), x, create_graph=True).detach().abs().max()) < 1e-11
+        request, seen, problem = planned(func, (x,))
+        reference = Reference(problem, request.leaves, {}, seen.sandbox)
+        result = Pull("shared", "loop").prepare(problem)(request.leaves, {})
+        ((J,),) = result.jacobians
+        for noise in (0.0, 1e-14):
+            J = torch.full_like(J, noise)
+            assert reference.check(result._replace(jacobians=((J,),))) is None
+        for wrong in (1e-9, 1.0):
+            J = torch.zeros_like(J).flatten().index_fill(0, torch.tensor([-1]), wrong).view_as(J)
+            assert "is off by" in str(reference.check(result._replace(jacobians=((J,),))))
+
+
 class Later:
     """Independent until switched on, then its small outputs couple."""
 

@@ -8,56 +8,13 @@ assumes that each result reads everything.
 
 from __future__ import annotations
 
-import enum
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-
-class Kind(enum.Enum):
-    """What an operator does to the entries of the tensors that it reads."""
-
-    POINTWISE = "each result reads the entries at its own place, after broadcasting"
-    COPY = "every entry stays where it is"
-    PAIRS = "complex numbers become pairs of real ones, or the reverse"
-    VIEW = "the entries keep their order and get another shape"
-    AXES = "whole axes are rearranged, added, removed or expanded"
-    MOVE = "each result is an entry of an argument, or a filler, at places that no value decides"
-    GATHER = "each result is an entry of an argument, at places that the selectors decide"
-    SCATTER = "entries of the source go to places in the first argument that the selectors decide"
-    CONVOLUTION = "each result reads the channels of its group in a window"
-    WINDOW = "each result reads a window of its channel"
-    ADAPTIVE = "each result reads a window of its channel whose size follows from that of the output"
-    CHANNEL = "each result reads everything behind the first two axes, at its own place along these"
-    PRODUCT = "each result reads a row of the left factor and a column of the right one"
-    DISTANCE = "each result reads one point of either argument"
-    REDUCTION = "each result reads its whole line along the reduced axes"
-    SCAN = "each result reads its whole line along axes that stay"
-    MATRIX = "each result reads the whole of its matrix, which the last two axes hold"
-    NORMALIZATION = "each result reads its whole group"
-    FACTORY = "fresh memory, for which no entry of an argument is read, only its shape and dtype"
-    SIZES = "no tensor is returned and no entry of one is read"
-    UNKNOWN = "each result may read everything"
-
-
-class Axes(enum.Enum):
-    """What an operator does to the axes of the tensors that it reads."""
-
-    BROADCAST = "the arguments are broadcast against each other"
-    KEPT = "all axes stay as they are"
-    REGROUPED = "neighboring axes are merged and split"
-    SPLIT = "results are pieces along `dim`"
-    REDUCED = "those named by `dim` are removed, or get length one"
-    NAMED = "it works along those named by `dim` or `dims`; all others stay as they are"
-    TRAILING = "it works along the last two"
-    LEADING = "the first one is the batch by definition, in each argument of `batched`"
-    INDEXED = "all tensors have equally many axes, and entries are taken along `dim`"
-    FACTORS = "those of a product of matrices, vectors or stacks of matrices"
-    OWN = "a rule of its own says"
-    UNKNOWN = "nothing is known"
-
+from autojac.graph.operator_kinds import MOVING, Axes, Kind
 
 _AXES_OF_KIND = {
     Kind.POINTWISE: Axes.BROADCAST,
@@ -109,6 +66,7 @@ class Facts:
             too, and views. Kernels of others, which torch calls with contiguous tensors alone, read past the end of an
             expanded one (`native_layer_norm_backward`).
         literal: what is written out in the code passes through it.
+        shape_by_value: values decide over shapes of results, or how many entries sparse ones hold, and no tag says so.
     """
 
     kind: Kind
@@ -132,10 +90,9 @@ class Facts:
     partition: bool = False
     any_layout: bool = False
     literal: bool = False
+    shape_by_value: bool = False
 
 
-MOVING = frozenset({Kind.VIEW, Kind.AXES, Kind.MOVE})
-"""Kinds that move entries without looking at any."""
 UNKNOWN = Facts(Kind.UNKNOWN)
 _POINTWISE = Facts(Kind.POINTWISE, Axes.BROADCAST)
 
@@ -205,6 +162,12 @@ ROWS = (
     _row("_index_put_impl", Kind.SCATTER, selectors=("indices",), source="values", overwrites=True),
     _row("masked_scatter", Kind.UNKNOWN, drops_nan=True),
     _row("nonzero unique_dim _unique2", Kind.UNKNOWN, by_value=True),
+    _row(
+        "_pack_padded_sequence _nested_tensor_from_mask _to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr "
+        "_to_sparse_bsc _coalesce _sparse_sparse_matmul _indices _values indices values row_indices col_indices",
+        Kind.UNKNOWN,
+        shape_by_value=True,
+    ),
     # images
     _row("convolution", Kind.CONVOLUTION),
     _row("avg_pool2d max_pool2d max_pool2d_with_indices", Kind.WINDOW, window_axes=2),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autojac.autodiff.pullback import is_custom
 from autojac.graph.ir import Graph, Operation
-from autojac.graph.operator_facts import Kind, facts_of, names_with
+from autojac.graph.operator_facts import facts_of, names_with
+from autojac.graph.operator_kinds import Kind
 from autojac.torch_internals import DispatchKey, ForceDispatchKeys, excluded_keys, included_keys
 
 aten = torch.ops.aten
@@ -64,7 +65,9 @@ def _looks(func: Any) -> bool:
     tells = bool(returns) and not any("Tensor" in kind for kind in returns)
     if not any("Tensor" in str(argument.type) for argument in func._schema.arguments):
         return False  # such as promote_types
-    return (bool(tags) and "index" not in func._schema.name) or (tells and facts_of(func).kind is not Kind.SIZES)
+    facts = facts_of(func)
+    decides = facts.shape_by_value or (bool(tags) and "index" not in func._schema.name)
+    return decides or (tells and facts.kind is not Kind.SIZES)
 
 
 def reads_data(func: Any, args: Sequence[Any]) -> bool:

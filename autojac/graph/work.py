@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autojac.graph.ir import Graph, Operation
-from autojac.graph.operator_facts import Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Kind
 
 MOVES_NOTHING = (Kind.VIEW, Kind.AXES, Kind.SIZES)
 SLOW = {Kind.REDUCTION: 3.0, Kind.SCAN: 3.0, Kind.NORMALIZATION: 3.0, Kind.CHANNEL: 3.0, Kind.CONVOLUTION: 5.0}

@@ -16,6 +16,7 @@ import torch
 
 from autojac.guards.assignments import AttributeMapping, BufferMapping, VariableMapping
 from autojac.guards.compiled_functions import is_compiled
+from autojac.guards.escapes import reads_unseen
 from autojac.guards.provenance import is_core, is_library, own_names, slots
 from autojac.guards.tensor_metadata import require_initialized
 from autojac.guards.walker import Walk
@@ -111,6 +112,8 @@ class _Reach(Walk):
     def _dispatch(self, obj: Any, kind: type) -> None:
         if hasattr(kind, "__autojac_rests__"):
             self.wrappers.append(obj)
+        if isinstance(obj, (torch.jit.ScriptFunction, torch.jit.ScriptModule)) and reads_unseen(obj):
+            self.opaque = True  # another call may run other operators
         super()._dispatch(obj, kind)
 
     def _module(self, module: torch.nn.Module) -> None:

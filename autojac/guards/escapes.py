@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
@@ -30,6 +31,15 @@ AS_OPERATORS: Final = frozenset({"item", "tolist"})
 """Those of `ESCAPES` that a `Monitor` makes visible as operators, where it can."""
 MOST_LISTED: Final = 256
 """Entries of a tensor of which `tolist` is taken apart, one read for each."""
+READ_BELOW: Final[Mapping[str, tuple[tuple[int, str], ...]]] = {
+    "tensor_split": ((1, "tensor_indices_or_sections"),),
+    "_pack_padded_sequence": ((1, "lengths"),),
+    "_pad_packed_sequence": ((1, "batch_sizes"),),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ((1, "batch_sizes"),)),
+    **dict.fromkeys(("ctc_loss",), ((2, "input_lengths"), (3, "target_lengths"))),
+    "sparse_coo_tensor": ((0, "indices"),),
+}
+"""Functions of torch that consist of operators, and the integer arguments that they read in C++ to choose these."""
 HISTORY: Final = frozenset({"grad", "grad_fn", "_version", "_grad"})
 """Attributes of a tensor that show what else was done with it."""
 _BACKWARD: Final = frozenset({"grad", "backward"})
@@ -56,13 +66,17 @@ class Monitor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        # an overload's name has two parts
+        name = getattr(func, "__name__", "").partition(".")[0]
         if name in _NUMBERS:
             # the legacy constructors ask each element for its number below every dispatch mode
             if excluded_keys().has(_PYTHON):
                 self.escaped = self.escaped or name
-        elif name == "tolist" and _can_be_listed(args[0]):
+        elif name == "tolist" and _is_readable(args[0]) and args[0].numel() <= MOST_LISTED:
             return _listed(args[0])
+        elif read := _read_below(name, args, kwargs):
+            if not all(map(_shows, read)):
+                self.escaped = self.escaped or name
         elif name in ESCAPES:
             if not _caller().startswith("autojac."):
                 self.escaped = self.escaped or name
@@ -95,10 +109,34 @@ class Monitor(TorchFunctionMode):
         return name if unseen else ""
 
 
-def _can_be_listed(tensor: Tensor) -> bool:
+def _read_below(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of integers that a function of `READ_BELOW` reads."""
+    if name == "sparse_coo_tensor" and (len(args) > 2 or kwargs.get("size") is not None):
+        return []  # the size follows from the indices only where it is not given
+    found = [kwargs.get(key, args[at] if at < len(args) else None) for at, key in READ_BELOW.get(name, ())]
+    return [one for one in found if isinstance(one, Tensor) and not one.is_floating_point()]
+
+
+def reads_unseen(scripted: Any) -> str:
+    """Return what a scripted function or module calls that reads tensors in C++, where no mode sees it; or nothing."""
+    graph = getattr(scripted, "inlined_graph", None)  # absent where there is no forward
+    kinds = ("prim::tolist", *(f"aten::{name}" for name in READ_BELOW))
+    return next((k.partition("::")[2] for k in kinds if graph is not None and graph.findAllNodes(k)), "")
+
+
+def _shows(tensor: Tensor) -> bool:
+    """Run an operator that tells Python all values of a tensor of integers; return False where none can."""
+    if not _is_readable(tensor):
+        return False
+    now = tensor.detach()
+    return torch.equal(now, torch.tensor(now.tolist(), dtype=now.dtype, device=now.device))
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Check whether what an operator reads of a tensor is seen by dispatch modes, as plain values."""
     if tensor.layout != torch.strided or tensor.is_nested or excluded_keys().has(_PYTHON):
         return False
-    return tensor.numel() <= MOST_LISTED and not is_wrapped_by_transform(tensor)
+    return not is_wrapped_by_transform(tensor)
 
 
 def _listed(tensor: Tensor) -> Any:
@@ -120,11 +158,16 @@ def _holds_tensor(value: Any, inside: bool = False) -> bool:
 
 
 def _caller() -> str:
-    """Return the module that has called a tensor's method or looked up an attribute."""
+    """Return the module that has called a tensor's method or looked up an attribute, whatever modes lie between."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.overrides":
+    while frame.f_back is not None and _hands_on(frame):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__"))
+
+
+def _hands_on(frame: types.FrameType) -> bool:
+    """Check whether a frame is that of a mode, such as `NoData`, which gives a call to the next one."""
+    return frame.f_code.co_name == "__torch_function__" or frame.f_globals.get("__name__") == "torch.overrides"
 
 
 class DataAssignedError(UnsupportedError):

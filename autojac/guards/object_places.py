@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autojac.guards.assignments import CONTAINERS, AttributeMapping
-from autojac.guards.escapes import ESCAPES
+from autojac.guards.escapes import ESCAPES, reads_unseen
 from autojac.guards.library_places import LibraryPlaces
 from autojac.guards.places import (
     Attributes,
@@ -110,7 +110,8 @@ class ObjectPlaces(LibraryPlaces):
         elif self._of_python(obj, kind):
             pass
         elif isinstance(obj, torch.jit.ScriptFunction):
-            pass  # what its graph runs are operators like others, and the graph can't change
+            if found := reads_unseen(obj):  # all else are operators, and the graph can't change
+                self.refuse(f"it calls a scripted function that reads values of a tensor ({found})")
         elif isinstance(obj, (bytearray, memoryview)) or (home in _OUT_OF_SIGHT and kind.__qualname__ not in _LOCKS):
             self._give_up(kind)
         elif home.partition(".")[0] == "torch" and hasattr(kind, "__members__"):  # an enumeration of torch's made in C

@@ -16,7 +16,8 @@ from torch import Tensor
 from autojac.autodiff.tolerance import own_scale
 from autojac.graph.batch_axis.states import BatchAxis, State
 from autojac.graph.ir import Operation
-from autojac.graph.operator_facts import Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Kind
 
 SLIGHT = 64.0
 """What is above this many eps, of the largest gradient of its coordinate or of a value's own scale, is no rounding."""

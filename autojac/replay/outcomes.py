@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 GUARDED = (bool, int)
@@ -22,6 +23,16 @@ LOOKED_INTO = 8
 
 class OtherOutcomeError(Exception):
     """Python would take another way than the one that was recorded."""
+
+
+def is_guarded(outcome: Any) -> bool:
+    """Check whether other calls may share an outcome, and a check tells whether they do.
+
+    The shape of a sparse tensor says nothing of how many entries it holds.
+    """
+    if isinstance(outcome, Tensor):
+        return outcome.layout == torch.strided and not outcome.is_nested
+    return isinstance(outcome, GUARDED)
 
 
 def require_outcome(operator: Callable[..., Any], expected: Any, *args: Any, **kwargs: Any) -> None:

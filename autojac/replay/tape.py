@@ -19,7 +19,7 @@ from autojac.errors import UnsupportedError
 from autojac.graph.capture import Capture
 from autojac.graph.operators import BATCH_NORMS, LITERALS, call, reads_data
 from autojac.guards.escapes import home
-from autojac.replay.outcomes import GUARDED, only_mask, require_outcome, require_shape
+from autojac.replay.outcomes import is_guarded, only_mask, require_outcome, require_shape
 from autojac.torch_internals import pytree
 
 MOST_OPERATORS = 2000
@@ -98,9 +98,7 @@ class Tape(Capture):
             self.refuse(f"the operator {name} fails as it runs")
             raise
         parts = made if isinstance(made, (tuple, list)) else (made,)
-        if tells and not (
-            self.repeatable and self.phase == 0 and all(isinstance(p, (Tensor, *GUARDED)) for p in parts)
-        ):
+        if tells and not (self.repeatable and self.phase == 0 and all(map(is_guarded, parts))):
             self.refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
         if self.reason:
             return made

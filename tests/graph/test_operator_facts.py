@@ -15,7 +15,8 @@ from autojac.graph.batch_axis.rules import RULES
 from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.dependence.propagation import propagate
 from autojac.graph.ir import Graph
-from autojac.graph.operator_facts import OPERATORS, ROWS, Axes, Kind
+from autojac.graph.operator_facts import OPERATORS, ROWS
+from autojac.graph.operator_kinds import Axes, Kind
 from autojac.graph.recorder import record
 
 aten = torch.ops.aten

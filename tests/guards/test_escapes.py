@@ -141,6 +141,93 @@ def test_nothing_is_proved_of_what_escapes(name: str) -> None:
     assert structure.assurance == "observed"
 
 
+class Wrapped:
+    """What `READS` reads, taken from the argument: inside a transform, from the transform's own tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.numbers = x.detach()[0].clone()
+        self.number = self.numbers[0].clone()
+
+
+LEVELS = {
+    "vmap in jvp": {"method": "Push", "seeds": "shared", "engine": "vmap"},
+    "jvp": {"method": "Push", "seeds": "shared", "engine": "loop"},
+    "vmap of vjp": {"method": "Pull", "seeds": "identity", "engine": "vmap"},
+}
+
+
+INSIDE = (
+    *((name, "jvp") for name in READS),
+    *((name, level) for name in ("item", "tolist", "__dlpack_device__", "__format__") for level in LEVELS),
+)
+"""What torch answers inside a transform: vmap's tensors have no memory that most of `READS` could show."""
+
+
+@pytest.mark.by_day(3)
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:__array_", "ignore:.*not writable")
+@pytest.mark.parametrize(("name", "level"), sorted(set(INSIDE)))
+def test_no_replay_is_served_of_what_escapes_inside_a_transform(name: str, level: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        y = x.sin() * torch.as_tensor(READS[name](Wrapped(x), x), dtype=x.dtype)
+        return y.cumsum(1)
+
+    x = torch.linspace(0.5, 2, 12, dtype=torch.float64).reshape(3, 4)
+    jac = forced(func, (x,), {"method": "Replay", "inner": LEVELS[level]}, verify="never", coupling="independent")
+    for turn in range(3):
+        compare(jac(x + turn), jacobian_blocks(func, (x + turn,)))
+    entry = in_use(jac)
+    assert isinstance(entry.compute, Replayer)
+    assert list(entry.compute.function_state.lines())[-1].startswith("replay: not possible, ")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_branch_on_a_listed_tensor_inside_a_transform(level: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        return (x.sin() if min(x[:, 0].tolist()) > 0 else x.exp()).cumsum(1)
+
+    x = torch.linspace(0.5, 2, 12, dtype=torch.float64).reshape(3, 4)
+    jac = forced(func, (x,), {"method": "Replay", "inner": LEVELS[level]}, verify="never", coupling="independent")
+    for at in (x, x + 1, -x, x):
+        compare(jac(at), jacobian_blocks(func, (at,)))
+
+
+@torch.jit.script
+def scripted_split(x: Tensor) -> Tensor:
+    first, second = torch.tensor_split(x, (x[:, 0] > 0).sum().view(1), 0)
+    return torch.cat([first.sin(), second.cos()]).cumsum(1)
+
+
+@torch.jit.script
+def scripted_list(x: Tensor) -> Tensor:
+    numbers: list[float] = x[:, 0].tolist()
+    return x.sin().cumsum(1) if numbers[0] > 0 else x.exp().cumsum(1)
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        numbers: list[float] = x[:, 0].tolist()
+        return x.sin().cumsum(1) if numbers[0] > 0 else x.exp().cumsum(1)
+
+
+SCRIPTED = {
+    "function": scripted_split,
+    "list": scripted_list,
+    "called": lambda x: scripted_list(x) + scripted_split(x),
+    "module": torch.jit.script(Scripted()),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripted_code_that_reads_a_tensor_unseen(name: str) -> None:
+    func = SCRIPTED[name]
+    x = torch.linspace(0.5, 2, 12, dtype=torch.float64).reshape(3, 4)
+    jac = forced(func, (x,), REPLAYS["loop"], verify="never", coupling="independent")
+    for at in (x, -x, x):
+        compare(jac(at), jacobian_blocks(func, (at,)))
+    assert "replay: not possible, it calls" in jac.explain(x)
+    assert autojac.probe(func, x).assurance == "observed"
+
+
 LITERALS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "tensor": lambda m, x: x.sin() * torch.tensor([1.0, 2.0, 3.0, m.number]),
     "as_tensor": lambda m, x: x.sin() * torch.as_tensor([1.0, 2.0, 3.0, m.number]),
@@ -167,7 +254,7 @@ LITERALS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "python": lambda m, x: x.sin() * torch.tensor([1.0, 2.0, 3.0, float(m.number)]),
 }
 
-NUMBERS = ("index", "full", "item", "tolist")
+NUMBERS = ("index", "full", "item", "tolist", "python")
 """What asks a tensor for its number by an operator, which a recording sees."""
 
 

@@ -161,6 +161,114 @@ def test_a_loss_on_either_way_trains(by_mask: bool) -> None:
     assert any("operators left" in line for line in in_use(jac).problem.function_state.traces)
 
 
+LSTM, GRU, RNN = (kind(2, 2, batch_first=True).double() for kind in (nn.LSTM, nn.GRU, nn.RNN))
+F = nn.functional
+
+
+def lengths_of(x: Tensor) -> Tensor:
+    return 1 + (x[:, 1:, 0] > 0).sum(1)
+
+
+def packed(x: Tensor, lengths: Tensor | None = None) -> Any:
+    lengths = lengths_of(x) if lengths is None else lengths
+    return nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+
+
+def padded(x: Tensor) -> Tensor:
+    return nn.utils.rnn.pad_packed_sequence(packed(x.sin()), batch_first=True, total_length=x.shape[1])[0].sum(1)
+
+
+def alignment(x: Tensor, lengths: Tensor) -> Tensor:
+    lines = x.log_softmax(-1).transpose(0, 1)
+    targets = torch.ones(len(x), 2, dtype=torch.long)
+    return F.ctc_loss(lines, targets, lengths, lengths.clamp(max=2), reduction="none", zero_infinity=True)[:, None]
+
+
+def split_in_two(x: Tensor, at: Tensor) -> Tensor:
+    first, second = x.tensor_split(at.view(1), 1)
+    return torch.cat([first.sin(), second.cos()], 1).sum(1)
+
+
+def inferred(x: Tensor, places: Tensor) -> Tensor:
+    return x.sin().sum(1) * torch.sparse_coo_tensor(places[None], torch.ones(len(places))).shape[0]
+
+
+READ_IN_C: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensor_split": lambda x: split_in_two(x, lengths_of(x).max()),
+    "tensor_split by keyword": lambda x: torch.cat(
+        [
+            (k + 1) * p.sin()
+            for k, p in enumerate(torch.tensor_split(x, tensor_indices_or_sections=lengths_of(x), dim=1))
+        ],
+        1,
+    ).sum(1),
+    "tensor_split by its overload": lambda x: torch.cat(
+        [(k + 1) * part.sin() for k, part in enumerate(torch.ops.aten.tensor_split(x, lengths_of(x).max().view(1), 1))],
+        1,
+    ).sum(1),
+    "lstm": lambda x: LSTM(packed(x))[1][0][0],
+    "gru": lambda x: GRU(packed(x))[1][0],
+    "rnn": lambda x: RNN(packed(x))[1][0],
+    "packed": lambda x: x.sin().sum(1) * packed(x).data.shape[0],
+    "padded": padded,
+    "ctc_loss": lambda x: alignment(x, lengths_of(x)),
+    "size of a sparse tensor": lambda x: inferred(x, lengths_of(x)),
+    "indices": lambda x: x.sin().sum(1) * x.detach()[0].relu().to_sparse().indices().shape[1],
+    "entries": lambda x: x.sin().sum(1) * x.detach()[0].relu().to_sparse()._nnz(),
+    "csr": lambda x: x.sin().sum(1) * x.detach()[0].relu().to_sparse_csr().values().shape[0],
+    "csr columns": lambda x: x.sin().sum(1) * x.detach()[0].relu().to_sparse_csr().col_indices().shape[0],
+    "coalesced": lambda x: (
+        x.sin().sum(1)
+        * torch.sparse_coo_tensor(lengths_of(x)[None], torch.ones(len(x)), (5,)).coalesce().values().shape[0]
+    ),
+    "repeat_interleave": lambda x: x.sin().sum(1) * len(torch.arange(len(x)).repeat_interleave(lengths_of(x))),
+    "bincount": lambda x: x.sin().sum(1) * len(lengths_of(x).bincount()),
+    "one_hot": lambda x: x.sin().sum(1) * F.one_hot(lengths_of(x)).shape[1],
+    "nested": lambda x: (
+        x.sin().sum(1) * torch.nested.nested_tensor([x.detach()[0, : lengths_of(x)[0]]]).to_padded_tensor(0).shape[1]
+    ),
+}
+"""What torch reads to choose operators or shapes, where no operator says so."""
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", READ_IN_C)
+def test_what_torch_reads_in_c_is_noticed(name: str) -> None:
+    func = READ_IN_C[name]
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 2, dtype=torch.float64)
+    jac = forced(func, (x,), replay(LOOP), verify="never", coupling="independent")
+    for at in (x, 1.1 * x, x.flip(1), x.abs(), -x.abs(), x.flip(0), x):
+        compare(jac(at), jacobian_blocks(func, (at,), 0))
+    assert autojac.probe(func, x).assurance == "observed"
+
+
+HELD = torch.tensor([2, 4, 3])
+READ_OF_ITS_OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tensor_split": lambda x, lengths: split_in_two(x, lengths[0]),
+    "gru": lambda x, lengths: GRU(packed(x, lengths))[1][0],
+    "ctc_loss": alignment,
+    "size of a sparse tensor": inferred,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", READ_OF_ITS_OWN)
+@pytest.mark.parametrize("held", [True, False])
+def test_what_is_read_of_a_held_tensor_or_an_argument_is_compared(name: str, held: bool) -> None:
+    lengths = HELD.clone()
+    func: Any = READ_OF_ITS_OWN[name]
+    called: Any = (lambda x: func(x, lengths)) if held else func
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(3, 4, 2)
+    rest = () if held else (lengths,)
+    jac = forced(called, (x, *rest), replay(LOOP), verify="never", coupling="independent")
+    for turn in range(4):
+        compare(jac(x + turn, *rest), jacobian_blocks(called, (x + turn, *rest), 0))
+        if turn == 2:
+            lengths.copy_(HELD.flip(0) - 1)
+    assert any("operators left" in line for line in in_use(jac).problem.function_state.traces)
+
+
 class _Backward(torch.autograd.Function):
     """Branches in its backward."""
 

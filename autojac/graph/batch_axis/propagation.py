@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from autojac.graph.batch_axis.rules import rule_of
 from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Graph
-from autojac.graph.operator_facts import Axes, Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Axes, Kind
 
 UNFORESEEN = "its rule fails"
 FRONT = BatchAxis(0)

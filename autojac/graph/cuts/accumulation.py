@@ -16,7 +16,8 @@ from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
 from autojac.graph.ir import Graph, Operation, Value
-from autojac.graph.operator_facts import Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Kind
 
 Ends = tuple[int, ...]
 LEVELS = 3

@@ -15,7 +15,8 @@ from autojac.autodiff.primitives import vmap
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.batch_axis.states import BatchAxis
 from autojac.graph.ir import Operation
-from autojac.graph.operator_facts import Axes, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Axes
 
 Env = Mapping[int, Tensor]
 Result = tuple[BatchAxis, tuple[int, ...]]

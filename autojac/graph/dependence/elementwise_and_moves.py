@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.graph.dependence.context import Constant, DependenceContext, Result, Unknown
 from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets, compressed
 from autojac.graph.ir import Value
-from autojac.graph.operator_facts import MOVING, Axes, Kind
+from autojac.graph.operator_kinds import MOVING, Axes, Kind
 from autojac.torch_internals import OpOverload
 
 _MASKS = (torch.bool, torch.uint8)

@@ -38,7 +38,8 @@ from autojac.graph.dependence.reductions_and_products import (
 )
 from autojac.graph.dependence.windows import adaptive, convolution, pooling
 from autojac.graph.ir import Graph
-from autojac.graph.operator_facts import Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Kind
 from autojac.graph.operators import traits
 
 MOST_SAMPLE_WORK = 1_000_000_000

@@ -18,7 +18,8 @@ from torch import Tensor
 from autojac.autodiff.derivative_terms import Term
 from autojac.autodiff.primitives import functional_jvp, vmap
 from autojac.graph.ir import Graph, Operation, Value
-from autojac.graph.operator_facts import MOVING, Kind, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import MOVING, Kind
 from autojac.methods.support.pointwise import derivatives_of
 from autojac.methods.support.taylor_rows import CarriedPart, CarriedRows, Series, Split
 

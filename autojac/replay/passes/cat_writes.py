@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.graph.operator_facts import Kind
+from autojac.graph.operator_kinds import Kind
 from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import facts, has_entries, layout_of
 from autojac.replay.passes.ordering import touched

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.graph.operator_facts import Kind
+from autojac.graph.operator_kinds import Kind
 from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
 from autojac.replay.passes.node_facts import acts_by_entry, facts, has_entries, layout_of, overlapping, shares
 

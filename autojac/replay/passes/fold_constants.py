@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from autojac.graph.operator_facts import Kind
+from autojac.graph.operator_kinds import Kind
 from autojac.replay.passes.node_facts import facts
 from autojac.replay.passes.ordering import touched, written
 

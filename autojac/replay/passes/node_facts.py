@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
-from autojac.graph.operator_facts import UNKNOWN, Facts, Kind, facts_of
+from autojac.graph.operator_facts import UNKNOWN, Facts, facts_of
+from autojac.graph.operator_kinds import Kind
 from autojac.torch_internals import OpOverload
 
 

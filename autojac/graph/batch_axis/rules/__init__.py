@@ -8,7 +8,8 @@ import pkgutil
 from autojac.graph.batch_axis.rules.base import RULES, Rule
 from autojac.graph.batch_axis.states import BatchAxisLost, RuleContext, State
 from autojac.graph.ir import Operation
-from autojac.graph.operator_facts import Axes, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Axes
 
 __all__ = ["RULES", "rule_of"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from autojac.graph.batch_axis.states import RuleContext, State
-from autojac.graph.operator_facts import OPERATORS, Axes
+from autojac.graph.operator_facts import OPERATORS
+from autojac.graph.operator_kinds import Axes
 
 Rule = Callable[[RuleContext], "State | Sequence[State]"]
 RULES: dict[Axes | str, Rule] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from autojac.graph.batch_axis.rules.base import register
 from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Value
-from autojac.graph.operator_facts import Axes, facts_of
+from autojac.graph.operator_facts import facts_of
+from autojac.graph.operator_kinds import Axes
 
 
 @register(Axes.LEADING)

@@ -7,7 +7,7 @@ import torch
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Value
-from autojac.graph.operator_facts import Axes
+from autojac.graph.operator_kinds import Axes
 
 
 @register("embedding")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Value
-from autojac.graph.operator_facts import Axes
+from autojac.graph.operator_kinds import Axes
 
 
 @register(Axes.TRAILING)

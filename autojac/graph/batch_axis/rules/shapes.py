@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
 from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State, regrouped
-from autojac.graph.operator_facts import Axes
+from autojac.graph.operator_kinds import Axes
 
 
 @register(Axes.REGROUPED)

@@ -15,6 +15,7 @@ import autojac
 from autojac.autodiff.tolerance import disagreement
 from autojac.bench.interop.case import Built, Case, elsewhere
 from autojac.bench.interop.ways import EXACT, WAYS, exact, loss_gradient
+from autojac.bench.jacobians import OVER_BEST
 from autojac.bench.results import BenchResult, Figure, Outcome
 from autojac.bench.run import FAR, Announce, Entrant, Settings, admitted, raced
 from autojac.planning.prepared_plan import PreparedPlan
@@ -98,7 +99,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> BenchRe
     entrants = _entrants(jac, built, truth, training)
     own, *ways = (entrant.outcome for entrant in raced(entrants, built.x.device, settings, FAR, always=(OWN,)))
     best = min((way for way in ways if way.state == "right"), key=lambda way: way.seconds or math.inf, default=None)
-    figure = Figure.over(own, best or Outcome("torch", "error"), WORST)
+    figure = Figure.over(own, best, WORST, OVER_BEST)
     facts: dict[str, str | float] = {
         "first s": first,
         "watch µs": watch_us(prepared),

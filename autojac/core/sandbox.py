@@ -130,10 +130,10 @@ class Sandbox:
         trained: leaves whose `.grad` a backward of func's own might write.
 
     Attributes:
-        written: the captured tensors that an evaluation wrote into, or gave other memory.
+        written: the captured tensors that an evaluation wrote into, or gave other memory; of a closer one, ever.
         exchanged: whether one was given other memory.
         converted: whether one was given another dtype or device, which it keeps.
-        kept: the places that an evaluation set something in.
+        kept: the places that an evaluation set something in; of a closer one, ever.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class Sandbox:
         self.exchanged = False
         self.converted = False
         self.kept: list[Any] = []
+        self._every: tuple[list[Tensor], tuple[Any, ...]] = self.captured, self.places
 
     def now(self, generators: Iterable[str] | None = None, others: Sequence[Tensor] = ()) -> Sandbox:
         """Return a sandbox that starts from the current random state of these generators, or else of those known.
@@ -162,11 +163,20 @@ class Sandbox:
         state = random_state(self.state if generators is None else generators)
         known = {id(tensor) for tensor in self.captured}
         captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in known)]
-        return Sandbox(captured, state, self.places, self.trained)
+        found = Sandbox(captured, state, self.places, self.trained)
+        found.written = [*self.written, *others]
+        return found
 
     def closer(self, state: State) -> Sandbox:
         """Return a sandbox that restores only what evaluations so far have changed, with another random state."""
-        return Sandbox(self.written, state, self.kept, self.trained)
+        found = Sandbox(self.written, state, self.kept, self.trained)
+        found.written, found.kept = list(self.written), list(self.kept)
+        found._every = self._every
+        return found
+
+    def widen(self) -> None:
+        """Restore all that func may change again: at other values it may take a branch that no evaluation took yet."""
+        self.captured, self.places = self._every
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from autojac.core.pattern import Pattern, Sparsity
 from autojac.errors import OptionError, require_choice
 
 Coupling = Literal["independent", "grouped", "sparse", "statistics", "dense"]
+Branches = Literal["", "perhaps", "by values"]
 Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
@@ -43,6 +44,9 @@ class Structure:
             coupling allows.
         depends_on_arguments: the verdict was reached with certain contents of what is not differentiated, such as
             masks, segment ids and adjacency matrices, and nothing proves it for others.
+        branches: whether Python sees data, so that func may take another branch at other values, and do there what no
+            evaluation has shown: `by values`, as `if x.sum() > 0` does; `perhaps`, by shapes as of `x[x > 0]`, or
+            where func can't be watched; empty if it can't.
     """
 
     coupling: Coupling
@@ -54,10 +58,12 @@ class Structure:
     evidence: tuple[str, ...] = ()
     sparsity: Sparsity | None = None
     depends_on_arguments: bool = False
+    branches: Branches = ""
 
     def __post_init__(self) -> None:
         require_choice("coupling", self.coupling, get_args(Coupling))
         require_choice("assurance", self.assurance, get_args(Assurance))
+        require_choice("branches", self.branches, get_args(Branches))
 
     def __repr__(self) -> str:
         # the evidence is for `print`
@@ -133,6 +139,7 @@ class Structure:
             "kernels": list(self.kernels),
             "evidence": list(self.evidence),
             "depends_on_arguments": self.depends_on_arguments,
+            "branches": self.branches,
         }
         return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
 
@@ -150,6 +157,7 @@ class Structure:
         fields = {**data, **{name: tuple(data.get(name, ())) for name in ("effects", "kernels", "evidence")}}
         if "watched" in fields:  # as plans of autojac 0.1 call it
             fields["depends_on_arguments"] = fields.pop("watched")
+        fields.setdefault("branches", "perhaps")  # which plans of autojac 0.1 don't tell
         named = fields.pop("sparsity", None)
         if named is None:
             return cls(**fields)

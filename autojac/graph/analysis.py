@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autojac.core import pytree
 from autojac.core.sandbox import Sandbox
+from autojac.core.structure import Branches
 from autojac.graph.batch_axis.propagation import BatchFlow, propagate_batch_axis
 from autojac.graph.cuts.accumulation import Accumulation, ChainProduct, accumulate, products
 from autojac.graph.cuts.shared_tensors import SharedTensors, find_shared_tensors
@@ -30,6 +31,7 @@ class GraphAnalysis:
     """The graph of a call, without its tensors.
 
     Attributes:
+        branches: as of `Structure`; "perhaps" as long as the call was not made, or where it can't be watched.
         pass_bytes: what one plain evaluation and one VJP take at their peak; 0 as long as that is not known.
 
     Args:
@@ -60,6 +62,7 @@ class GraphAnalysis:
         self._owners: dict[int, str] = {}
         self.captured: tuple[Tensor, ...] = ()
         self.escaped = ""
+        self.branches: Branches = "perhaps"
         self.pass_bytes = 0
         self.differentiated = tuple(differentiated)
         self.batched = tuple(batched)
@@ -80,7 +83,7 @@ class GraphAnalysis:
                 f"func can't be recorded, it raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             )
         self._owners = _paths(recording, modules)
-        self.captured, self.escaped = recording.captured, recording.escaped
+        self.captured, self.escaped, self.branches = recording.captured, recording.escaped, recording.branches
         self.pass_bytes = recording.pass_bytes()
         return recording
 

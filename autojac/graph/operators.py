@@ -79,6 +79,11 @@ def reads_data(func: Any, args: Sequence[Any]) -> bool:
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
+def makes_shapes(func: Any) -> bool:
+    """Check whether an operator that reads data shows it to Python by a shape alone, as `nonzero` does."""
+    return torch.Tag.dynamic_output_shape in func.tags or "index" in func._schema.name
+
+
 def certain(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Check whether an operator that may draw, attention with dropout, was told not to."""
     names = [argument.name for argument in func._schema.arguments]

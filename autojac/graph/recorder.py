@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autojac.autodiff.pullback import fresh_inputs
+from autojac.core.structure import Branches
 from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError
 from autojac.graph.capture import Capture
@@ -30,6 +31,7 @@ from autojac.graph.operators import (
     VIEWS_IN_PLACE,
     call,
     functional,
+    makes_shapes,
     reads_data,
 )
 from autojac.guards.escapes import home
@@ -49,6 +51,7 @@ class FunctionRecording:
         captured: the tensors that no operator of the call has made, but for literals and random numbers.
         owners: for each tensor the id of the module in whose code it was made, where names were asked for.
         escaped: the method by which func hands its data to other code; empty if it does not.
+        branches: as of `Structure`.
         memory: the memory of each tensor that an operator made, and its bytes, where names were asked for.
     """
 
@@ -59,6 +62,7 @@ class FunctionRecording:
     captured: tuple[Tensor, ...] = ()
     owners: Mapping[int, int] = dataclasses.field(default_factory=dict)
     escaped: str = ""
+    branches: Branches = "perhaps"
     memory: tuple[tuple[StorageWeakRef, int], ...] = ()
 
     def pass_bytes(self) -> int:
@@ -108,7 +112,9 @@ def record(
         graph, reason = None, str(error)
     captured = tuple(t for number, t in recorder.constants.items() if number not in recorder.passing)
     memory = recorder.memory() if named else ()
-    return FunctionRecording(values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped, memory)
+    return FunctionRecording(
+        values, inputs, graph, reason, captured, recorder.owners, recorder.monitor.escaped, recorder.branches, memory
+    )
 
 
 class Recorder(Capture):
@@ -131,6 +137,7 @@ class Recorder(Capture):
         self.written: dict[int, str] = {}
         self.fixed: set[int] = set()
         self.reads_data = False
+        self.reads_values = False
         self.inputs = tuple(self.number(leaf) for leaf in leaves)
         if any(map(own_class, leaves)):
             self.refuse("an argument is of a subclass of torch.Tensor, which may run operators its own way")
@@ -142,7 +149,10 @@ class Recorder(Capture):
     def write(
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
-        self.reads_data |= (reads_data(func, args) and not self._is_fixed(args)) or bool(self.literal_of_tensors(name))
+        literal = bool(self.literal_of_tensors(name))
+        reads = reads_data(func, args) and not self._is_fixed(args)
+        self.reads_data |= reads or literal
+        self.reads_values |= (reads and not makes_shapes(func)) or literal
         count = len(self.shapes)
         several, made = decomposed(self, name, func, args, kwargs)
         if not several:
@@ -184,8 +194,14 @@ class Recorder(Capture):
     def finish(self) -> None:
         """Take note of what no operator has shown."""
         self.reads_data |= bool(self.monitor.escaped)
+        self.reads_values |= bool(self.monitor.escaped)
         for tensor in self.constants.values():
             self.require_home(tensor)
+
+    @property
+    def branches(self) -> Branches:
+        """As of `Structure`; what ran since there is a `reason` went unseen."""
+        return "by values" if self.reads_values else "perhaps" if self.reads_data or self.reason else ""
 
     def memory(self) -> tuple[tuple[StorageWeakRef, int], ...]:
         """Return the memory that was allocated, each piece once, and its bytes."""

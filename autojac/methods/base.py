@@ -25,6 +25,7 @@ from autojac.graph.special_kernels import ATTENTION
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
 from autojac.methods.support.func_runs import FuncRuns
+from autojac.methods.support.left_once import left_once
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.compression import DeviceIndices
 from autojac.problem.problem import Compute, Problem, Result
@@ -60,6 +61,8 @@ class Method(ABC):
         harmless = {DRAWS_ALIKE, EXCHANGES, DRAWS} if self.runs is FuncRuns.WHOLE_BATCH else {DRAWS_ALIKE, EXCHANGES}
         if self.repeats_func and set(effects) - harmless:
             return f"func {' and '.join(effects)}, so it must run exactly once and on the whole batch"
+        if self.runs is FuncRuns.ANYHOW and problem.structure.branches == "by values":
+            return "func looks at values of tensors, as `if x.sum() > 0` does, so it must run on the whole batch"
         if problem.has_aux and effects and not self.runs_func_plainly:
             does = " and ".join(effects)
             return f"func {does} and returns aux, so it must run exactly once and outside of transforms"
@@ -149,7 +152,9 @@ class Method(ABC):
             return compute
         if self.uses_transforms and not problem.trial:
             compute = _or_plainly(problem, compute)
-        if problem.places and self.repeats_func:
+        if problem.structure.branches == "by values" and self.repeats_func:
+            compute = left_once(problem, compute)
+        elif problem.places and self.repeats_func:
             # what func set while it ran once, a cache, is not left with what a transform would put there
             compute = leaving(compute, problem.places, None)
         return from_one_state(compute, problem.generators) if problem.structure.draws else compute

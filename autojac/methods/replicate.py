@@ -37,6 +37,8 @@ class Replicate(Method):
             return "samples are coupled, so a tiled batch has other outputs than the batch"
         if not problem.structure.sliceable:
             return "func of a tiled batch is not the tiled output: it depends on the rest of the batch"
+        if problem.batch == 1 and problem.structure.assurance == "observed":
+            return "a batch of one shows nothing of how samples are coupled, and in a tiled one they would be"
         if problem.shared_input:
             return "an input is shared by all samples, so it can't be tiled with the batch"
         return super().unsupported(problem)

@@ -43,7 +43,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
         if inside or several() or transforming():
             return None
         sandbox = prepared.sandbox.now(None, buffers)
-        point = SearchPoint(call.leaves, call.keywords, not_overwritten(trained, sandbox.captured), sandbox)
+        point = SearchPoint(call.leaves, call.keywords, not_overwritten(trained, sandbox.written), sandbox)
 
         def problem() -> Problem:
             analysis = GraphAnalysis(

@@ -146,6 +146,8 @@ class Planner:
         if len(plan.batched) != len(report.signature.leaves):
             return None
         analysis = self.builder.analyze(call, report, plan.batched)
+        if plan.structure.branches:
+            report.sandbox.widen()
         if not set(report.first.effects) <= set(plan.structure.effects):
             return None  # it may have been chosen for what func then did not do
         problem = self.builder.problem(call, report, plan.structure, plan.batched, analysis)
@@ -211,7 +213,7 @@ class Planner:
     @staticmethod
     def point(call: Call, report: FirstCallReport) -> SearchPoint:
         """Return where candidates are checked and timed."""
-        trained = not_overwritten(call.trained, report.sandbox.captured)
+        trained = not_overwritten(call.trained, report.sandbox.written)
         return SearchPoint(call.leaves, call.keywords, trained, report.sandbox)
 
     def _tell_of_missed_entries(self, structure: Structure) -> None:

@@ -36,13 +36,13 @@ def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Com
 
 def leave_no_graph(compute: Compute, problem: Problem, sandbox: Sandbox) -> Compute:
     """Detach what func writes or sets after each call, as a call of func leaves it that records no graph."""
-    writes = sandbox.captured or UPDATES_BUFFERS in problem.structure.effects
+    writes = sandbox.written or UPDATES_BUFFERS in problem.structure.effects
     if not writes or problem.differentiable or isinstance(compute, Replayer):
         return compute
 
     def compute_and_detach(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        plain = [tensor for tensor in sandbox.captured if not tensor.requires_grad]
-        held = Snapshot(sandbox.places)
+        plain = [tensor for tensor in sandbox.written if not tensor.requires_grad]
+        held = Snapshot(sandbox.kept)
         try:
             return compute(leaves, kwargs)
         finally:

@@ -42,6 +42,10 @@ class Difference(NamedTuple):
 UNCHANGED = Difference("")
 
 
+class AstrayError(RuntimeError):
+    """Values that func reads send it another way than the recorded one, which is to be looked into."""
+
+
 @dataclass
 class PreparedPlan:
     """A plan made ready for one signature in this process.
@@ -88,7 +92,7 @@ class PreparedPlan:
     @property
     def written(self) -> tuple[Tensor, ...]:
         """The tensors that func writes into."""
-        return tuple(self.sandbox.captured)
+        return tuple(self.sandbox.written)
 
     def jacobian(self, result: Result) -> Any:
         """Return the Jacobians as the user gets them: nested, and entries as matrices."""
@@ -105,22 +109,28 @@ class PreparedPlan:
         """Check whether func has returned the planned shapes: they may follow from values that it reads."""
         return [value.shape for value in result.values] == self._shapes
 
-    def has_strayed(self) -> bool:
-        """Check whether func took a way, by what it reads of tensors, on which nothing was checked yet."""
-        return isinstance(self.compute, Replayer) and self.compute.has_strayed() and self.problem.structure.assumes
-
     @functools.cached_property
     def _shapes(self) -> list[torch.Size]:
         return [torch.Size((self.problem.batch, *event)) for event in self.problem.outputs]
 
-    def run(self, leaves: Sequence[Tensor], keywords: Mapping[str, Any]) -> Result:
+    def run(self, leaves: Sequence[Tensor], keywords: Mapping[str, Any], unless_astray: bool = False) -> Result:
         """Compute, outside the caller's autocast but for func.
 
         Under a caller's hooks on saved tensors by a loop of plain VJPs: torch.func refuses such hooks, and
         checkpointing's compute func again at every backward, even under vmap.
+
+        Raises:
+            AstrayError: if func, which has not run then, goes a way on which nothing was checked yet; not by default.
         """
         compute = self.run_plainly if hooked() else self.compute
         with outside_autocast():
+            if unless_astray and isinstance(compute, Replayer):
+                result = compute.replayed(leaves, keywords)
+                if result is not None:
+                    return result
+                if compute.has_strayed() and self.problem.structure.assumes:
+                    raise AstrayError
+                compute = compute.eager
             return compute(leaves, keywords)
 
     def run_plainly(self, leaves: Sequence[Tensor], keywords: Mapping[str, Any]) -> Result:

@@ -82,6 +82,8 @@ class ProblemBuilder:
             kernels = reachable_kernels(self.function_state.present.guard.codes, call.captured.modules)
         analysis = self.analyze(call, report, report.guess)
         recording = analysis.recording
+        if analysis.branches:
+            report.sandbox.widen()
         seen = observe(report.first, flat, kernels, None if isinstance(recording, str) else recording)
         known = self._batched_arguments.setdefault(layout.context, {})
         found = examine(

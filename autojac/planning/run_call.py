@@ -80,12 +80,12 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
         return _run(plans, call.args, call.kwargs)
     found: Result | None = None
     try:
-        found = _run_timed(plan, call) if plan.exploration is not None else plan.run(call.leaves, call.keywords)
-    except RuntimeError as error:  # func may have returned other shapes, or the plan fails: both are looked into
+        found = _run_timed(plan, call) if plan.exploration is not None else _run_unchecked(plan, call)
+    except RuntimeError as error:  # other shapes, another way, or the plan fails: all are looked into
         is_stop = type(error).__module__ == "torch.utils.checkpoint"
         if schedule.is_off or is_stop or is_out_of_memory(error):
             raise
-    if found is None or not plan.fits(found) or (plan.has_strayed() and not schedule.is_off):
+    if found is None or not plan.fits(found):
         plan, found = Check(plans, plan, call).run()
     elif not call.keywords:
         if plan.fast_path is None:
@@ -95,12 +95,17 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
     return plan, found
 
 
+def _run_unchecked(plan: PreparedPlan, call: Call) -> Result:
+    """Run a plan, unless the call is to be checked after all: before func runs, which would leave something twice."""
+    return plan.run(call.leaves, call.keywords, not plan.schedule.is_off)
+
+
 def _run_timed(plan: PreparedPlan, call: Call) -> Result:
     """Run a plan, and count what that takes towards the search that goes on behind it."""
     exploration, schedule = plan.exploration, plan.schedule
     assert exploration is not None
     start = measure.clock.now()
-    result = plan.run(call.leaves, call.keywords)
+    result = _run_unchecked(plan, call)
     exploration.credit(schedule.calls, measure.clock.now() - start)
     schedule.next_step = exploration.next_call()
     return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autojac.core.pattern import Sparsity
-from autojac.core.structure import Structure
+from autojac.core.structure import Branches, Structure
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batch_axis_proof import Proof, prove
 from autojac.probe.batched_arguments import SomeSamples, guess_batched, resolve_batched, some_samples
@@ -89,6 +89,7 @@ def examine(
     evidence = [seen.evidence, compared]
     found = partial(ProbeResult, batched=where.batched, notice=notice, analysis=analysis, cut=cut)
     values, differentiated = seen.values, call.differentiated
+    branches: Branches = "perhaps" if analysis is None else analysis.branches
     if declared is not None:
         if declared.sparsity is not None:
             sizes = [value[0].numel() for value in values if len(value)]
@@ -96,11 +97,15 @@ def examine(
                 held[p].numel() // (len(held[p]) if where.batched[p] else 1) for p in differentiated if held[p].numel()
             ]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        return found(_declared(declared, seen, evidence, where.refusal is None))
+        return found(_declared(declared, seen, evidence, where.refusal is None, branches))
     generator = torch.Generator().manual_seed(SEED)
     point, structure = _coupling(call, values, where, analysis, generator, budget_s)
     structure = dataclasses.replace(
-        structure, effects=seen.effects, kernels=seen.kernels, evidence=(*evidence, *structure.evidence)
+        structure,
+        effects=seen.effects,
+        kernels=seen.kernels,
+        evidence=(*evidence, *structure.evidence),
+        branches=branches,
     )
     return found(_featured(structure, point, differentiated, generator, budget_s))
 
@@ -194,7 +199,9 @@ def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[in
     return dict.fromkeys(outputs, True) | {output: bool(flat[output].all()) for output in moving}
 
 
-def _declared(declared: Structure, seen: SideEffects, evidence: Sequence[str], sliceable: bool) -> Structure:
+def _declared(
+    declared: Structure, seen: SideEffects, evidence: Sequence[str], sliceable: bool, branches: Branches
+) -> Structure:
     """Return the structure that the user declares, with what was seen of the function."""
     return Structure(
         declared.coupling,
@@ -207,6 +214,7 @@ def _declared(declared: Structure, seen: SideEffects, evidence: Sequence[str], s
         declared.sparsity,
         # nothing is proved of what the user promises
         declared.depends_on_arguments or declared.assumes,
+        branches,
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autojac.core.sandbox import same_bits
+
 GUARDED = (bool, int)
 """Kinds of outcomes that other calls may share."""
 MOST_MISSES = 4
@@ -95,3 +97,8 @@ class Score:
         self.rests_until = calls + rest * 2**self._rests
         self._since, self._misses, self._rests = self.rests_until, 0, self._rests + 1
         return True
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Check whether two tensors hold the same bits; minus zero is not zero."""
+    return one.shape == other.shape and one.dtype == other.dtype and same_bits(one, other)

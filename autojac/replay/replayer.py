@@ -12,13 +12,12 @@ from torch import Tensor
 
 from autojac.autodiff.program_function import Programs, by_programs
 from autojac.core.autocast import outside_autocast
-from autojac.core.sandbox import same_bits
 from autojac.errors import UnsupportedError
 from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.codegen import work_of
 from autojac.replay.hoisting import HoistedValues
-from autojac.replay.outcomes import OtherOutcomeError, Score
+from autojac.replay.outcomes import OtherOutcomeError, Score, same_values
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
 from autojac.torch_internals import dispatch_modes, function_modes
@@ -55,7 +54,7 @@ class BoundTrace:
     @property
     def reads_the_same(self) -> bool:
         """Whether Python would read the same values of tensors as it did."""
-        return not self.read or all(_same_values(tensor, values) for tensor, values in self.read)
+        return not self.read or all(same_values(tensor, values) for tensor, values in self.read)
 
 
 @dataclass
@@ -88,16 +87,21 @@ class Replayer:
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        result = self.replayed(leaves, kwargs)
+        return self.eager(leaves, kwargs) if result is None else result
+
+    def replayed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result | None:
+        """Run the program; return None, and func was not run yet, where only the method itself can serve the call."""
         if function_modes() or dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
-            return self.eager(leaves, kwargs)
+            return None
         bound = self._unchanged_trace or self._refresh(leaves, kwargs)
         if bound is None:
-            return self.eager(leaves, kwargs)
+            return None
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
             given: Sequence[Tensor] = arranged(leaves, kwargs)
             if kwargs and (len(given) != bound.given or unfixed(kwargs)):
-                return self.eager(leaves, kwargs)
+                return None
         else:
             given = leaves
         outputs = self._outputs(bound, given, leaves, kwargs)
@@ -105,7 +109,7 @@ class Replayer:
             return self.result(outputs)
         if self._score.missed:
             self._miss(bound)
-        return self.eager(leaves, kwargs)
+        return None
 
     def try_replay(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Return the outputs for contiguous tensors, values first; None where the whole call has to be made.
@@ -257,7 +261,7 @@ class Replayer:
         with function_state.lock:
             state = function_state.settled()
             known = self._known.get(state.number)
-            if known is not None and all(_same_values(state.tensors[at], values) for at, values in known.trace.read):
+            if known is not None and all(same_values(state.tensors[at], values) for at, values in known.trace.read):
                 trace: Trace | None = known.trace
             else:
                 trace = self._try_trace(state.number, leaves, kwargs)
@@ -293,8 +297,3 @@ class Replayer:
             self.function_state.traces.append(f"replay: not possible, {error}")
             return None
         return trace
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Check whether two tensors hold the same bits; minus zero is not zero."""
-    return one.shape == other.shape and one.dtype == other.dtype and same_bits(one, other)

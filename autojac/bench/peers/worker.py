@@ -126,7 +126,12 @@ class TensorFlow:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         self.tf = tf
-        functions = {"tanh": tf.tanh, "sin": tf.sin, "roll": tf.roll, "matmul": tf.matmul}
+
+        # `batch_jacobian` vectorizes a roll along a negative axis as one along another axis, and returns wrong numbers
+        def roll(x: Array, shift: int, axis: int) -> Array:
+            return tf.roll(x, shift, axis % len(x.shape))
+
+        functions = {"tanh": tf.tanh, "sin": tf.sin, "roll": roll, "matmul": tf.matmul}
         self.ops = Ops(
             type("Functions", (), {name: staticmethod(f) for name, f in functions.items()}), tf.nn.silu, tf.nn.gelu
         )

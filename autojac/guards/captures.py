@@ -171,7 +171,8 @@ class _Survey(_Reach):
             return
         # wrapped by a transform, fake or quantised: there are no bytes to read
         with suppress(RuntimeError):
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            # of a copy: memory that NumPy has seen can't be resized any more
+            data = tensor.detach().clone().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             self._sha.update(memoryview(data))
 
     def hexdigest(self) -> str:

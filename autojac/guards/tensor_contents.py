@@ -81,10 +81,12 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> bytes:
+    # of a copy: memory that NumPy has seen can't be resized any more, and func or the user may want to
+    copied = tensor.detach().clone()
     try:
-        found: bytes = tensor.numpy(force=True).tobytes()
+        found: bytes = copied.numpy(force=True).tobytes()
     except TypeError:  # a type that numpy lacks
-        found = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
+        found = copied.contiguous().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
     return found
 
 

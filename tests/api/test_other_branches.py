@@ -105,3 +105,40 @@ def test_one_sample_is_not_tiled_before_it_is_proved_to_be_independent() -> None
         x = sign * torch.rand(1, 3, dtype=torch.float64)
         compare(jac(x), jacobian_blocks(centred, (x,)))
     assert in_use(jac).plan.method["method"] != "Replicate"
+
+
+@pytest.mark.parametrize("verify", ["auto", "always", "never"])
+def test_what_a_later_call_will_raise_is_not_raised_by_this_one(verify: str) -> None:
+    spent = torch.zeros(2)
+
+    def limited(x: Tensor) -> Tensor:
+        if bool(x.sum() > 0):
+            spent.add_(1)
+            if spent[0] == 3:
+                raise ValueError("the budget is used up")
+        return x.sin()
+
+    jac = AutoJacobian(limited, store=":memory:", effort="estimate", verify=verify)  # type: ignore[arg-type]
+    for sign, count in ((-1, 0), (-1, 0), (1, 1), (1, 2), (-1, 2)):
+        x = sign * torch.rand(4, 3, dtype=torch.float64)
+        compare(jac(x), torch.diag_embed(x.cos()))
+        assert spent.tolist() == [count, count]
+    with pytest.raises(ValueError, match="used up"):
+        jac(torch.rand(4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("verify", ["auto", "always", "never"])
+def test_tensors_that_func_holds_can_still_be_resized(verify: str) -> None:
+    log = torch.zeros(1)
+
+    def logged(x: Tensor) -> Tensor:
+        if bool(x.sum() > 0):
+            log.resize_(log.numel() + 1)
+            log[-1] = 1
+        return x.sin()
+
+    jac = AutoJacobian(logged, store=":memory:", effort="estimate", verify=verify)  # type: ignore[arg-type]
+    for call in range(8):
+        jac((1 if call % 3 == 2 else -1) * torch.rand(4, 3, dtype=torch.float64))
+        assert log.untyped_storage().resizable()
+        assert log.tolist() == [0.0] + [1.0] * ((call + 1) // 3)

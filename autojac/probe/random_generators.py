@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autojac.core.sandbox import moved, random_state, restore_random_state
+from autojac.core.sandbox import moved, random_state
 from autojac.graph.operators import certain, traits
 from autojac.guards.escapes import MonitoredMode
 
@@ -78,16 +79,15 @@ def _python_draws(evaluate: Evaluate) -> bool:
 
 
 def _numpy_draws(evaluate: Evaluate) -> bool:
-    """Check whether it moves in each evaluation, and from one state always as far: its methods call no hook."""
+    """Check whether it moves in each evaluation and rests between them: its methods call no hook."""
     for _ in range(LOOKS):
-        before = random_state(("numpy",))
+        before, begun = random_state(("numpy",)), time.perf_counter()
         evaluate()
-        if not moved(before, random_state(("numpy",))):
+        after, lasted = random_state(("numpy",)), time.perf_counter() - begun
+        if not moved(before, after):
             return False
-    state = random_state(("numpy",))
-    ends = []
-    for _ in range(2):
-        restore_random_state(state)
-        evaluate()
-        ends.append(random_state(("numpy",)))
-    return not moved(*ends)
+        # a thread that draws all the time draws while func rests
+        time.sleep(max(lasted, 1e-3))
+        if moved(after, random_state(("numpy",))):
+            return False
+    return True

@@ -334,6 +334,19 @@ def test_func_s_own_draws_are_seen_beside_another_thread_s(kind: str, loader: li
 
 
 @pytest.mark.parametrize("kind", DRAWING)
+def test_func_s_own_draws_are_seen_beside_a_thread_that_rests(kind: str) -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        with pytest.raises(autojac.RandomnessError, match="draws random numbers"):
+            AutoJacobian(DRAWING[kind][0], store=":memory:", on_miss="estimate")(torch.randn(8, 4))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", DRAWING)
 def test_only_the_generators_that_func_draws_from_are_saved(kind: str) -> None:
     func, generators = DRAWING[kind]
     jac = AutoJacobian(func, store=":memory:", on_miss="estimate", randomness="different")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.api.chunked import Chunked
+from autojac.api.chunks import Chunks
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.product_arguments import CallShapes
 from autojac.api.products import without_last
@@ -21,7 +21,7 @@ PART = 4
 """What share of the memory limit the Jacobian of a part may take."""
 
 
-class Kernels(Chunked):
+class Kernels(Chunks):
     """The methods of `AutoJacobian` that are mostly asked of Jacobians in parameters."""
 
     def ntk(self, x: Any, y: Any = None, **kwargs: Any) -> Tensor:

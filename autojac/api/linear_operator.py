@@ -18,7 +18,7 @@ from autojac.sparse.csr import Entries
 Times = Callable[[Tensor], Tensor]
 
 
-class Applied(NamedTuple):
+class LinearMap(NamedTuple):
     """How a Jacobian multiplies: vectors (k, *in) from the right and (k, *out) from the left, both of the whole batch.
 
     Attributes:
@@ -47,12 +47,11 @@ class JacobianOperator(LinearOperator):  # type: ignore[misc]
         form: `"sparse"`, `"low-rank"` or `"matrix-free"`: what it multiplies with.
     """
 
-    def __init__(self, applied: Applied) -> None:
-        self.form = applied.form
-        self._applied = applied
-        super().__init__(
-            np.dtype(str(applied.like.dtype).removeprefix("torch.")), (prod(applied.outputs), prod(applied.inputs))
-        )
+    def __init__(self, linear_map: LinearMap) -> None:
+        self.form = linear_map.form
+        self._map = linear_map
+        dtype = np.dtype(str(linear_map.like.dtype).removeprefix("torch."))
+        super().__init__(dtype, (prod(linear_map.outputs), prod(linear_map.inputs)))
 
     def matvec(self, x: Any) -> Any:
         """Return J x, as a tensor (B, *out) for a tensor (B, *in), as an array for an array."""
@@ -81,27 +80,27 @@ class JacobianOperator(LinearOperator):  # type: ignore[misc]
         return self._array(x, False)
 
     def _array(self, x: Any, forward: bool) -> Any:
-        like = self._applied.like
+        like = self._map.like
         columns = torch.from_numpy(np.array(x).reshape(len(x), -1).T.copy()).to(like)
         return self._apply(columns, forward).flatten(1).T.cpu().numpy()
 
     def _tensor(self, x: Tensor, forward: bool) -> Tensor:
-        wanted = self._applied.inputs if forward else self._applied.outputs
+        wanted = self._map.inputs if forward else self._map.outputs
         if x.numel() != prod(wanted) or x.is_complex():
             raise InputError(
                 f"a real tensor of shape {wanted} was expected, got {x.dtype} of shape {tuple(x.shape)}. Pass one "
                 "vector for the whole batch"
             )
-        return self._apply(x.detach().reshape(1, -1).to(self._applied.like), forward)[0]
+        return self._apply(x.detach().reshape(1, -1).to(self._map.like), forward)[0]
 
     def _apply(self, rows: Tensor, forward: bool) -> Tensor:
-        applied = self._applied
-        shape, run = (applied.inputs, applied.times) if forward else (applied.outputs, applied.back)
+        linear_map = self._map
+        shape, run = (linear_map.inputs, linear_map.times) if forward else (linear_map.outputs, linear_map.back)
         with torch.no_grad():
             return run(rows.reshape(-1, *shape))
 
 
-def of_entries(entries: Entries, values: Tensor, outputs: tuple[int, ...], inputs: tuple[int, ...]) -> Applied:
+def of_entries(entries: Entries, values: Tensor, outputs: tuple[int, ...], inputs: tuple[int, ...]) -> LinearMap:
     """Return how a sparse Jacobian multiplies."""
     held = values.detach()
 
@@ -111,10 +110,10 @@ def of_entries(entries: Entries, values: Tensor, outputs: tuple[int, ...], input
     def back(u: Tensor) -> Tensor:
         return torch.stack([entries.pull(held, one.flatten()).reshape(inputs) for one in u])
 
-    return Applied("sparse", times, back, outputs, inputs, held)
+    return LinearMap("sparse", times, back, outputs, inputs, held)
 
 
-def of_factors(factors: LowRankJacobian) -> Applied:
+def of_factors(factors: LowRankJacobian) -> LinearMap:
     """Return how a block diagonal plus a product of low rank multiplies."""
     held = LowRankJacobian(*(part.detach() for part in factors))
     outputs, inputs = tuple(held.U.shape[:-1]), tuple(held.V.shape[1:])
@@ -132,4 +131,4 @@ def of_factors(factors: LowRankJacobian) -> Applied:
         own = torch.einsum("bmn,kbm->kbn", blocks, u.reshape(len(u), batch, -1))
         return (own.reshape(len(u), -1) + flat @ U @ V).reshape(-1, *inputs)
 
-    return Applied("low-rank", times, back, outputs, inputs, held.D)
+    return LinearMap("low-rank", times, back, outputs, inputs, held.D)

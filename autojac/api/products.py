@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.api.derived import Derived
+from autojac.api.matrix_quantities import MatrixQuantities
 from autojac.api.product_arguments import (
     CallShapes,
     VectorNest,
@@ -71,7 +71,7 @@ class Product:
         return moved.sum(int(self.several_at is not None)) if self.is_summed else moved
 
 
-class Products(Derived):
+class Products(MatrixQuantities):
     """The methods of `AutoJacobian` that multiply with the Jacobian."""
 
     _products: dict[Any, Product]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from autojac.api.jacobian_matrices import one_hot_seeds
+from autojac.api.linear_systems import LinearSystems
 from autojac.api.product_arguments import CallShapes
-from autojac.api.solving import Solving
 from autojac.autodiff.seeds import spans
 from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Chunked(Solving):
+class Chunks(LinearSystems):
     """The method of `AutoJacobian` that computes a Jacobian some samples at a time."""
 
     def chunks(self, *args: Any, bytes: int | str = "1GiB", out: Any = None, **kwargs: Any) -> Any:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autojac.api.derived import only, require_one_pair
 from autojac.api.grams import Grams
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
+from autojac.api.matrix_quantities import only, require_one_pair
 from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
 from autojac.core import pytree
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from autojac.api.linear_operator import JacobianOperator
 
 
-class Solving(Grams):
+class LinearSystems(Grams):
     """The methods of `AutoJacobian` for linear systems with the Jacobian."""
 
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ class Solving(Grams):
 
             times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeightedOutput))
             like = next(t for t in tensor_leaves(self._differentiated(point)) if is_differentiable(t))
-            return operators.JacobianOperator(operators.Applied("matrix-free", times, back, outputs, inputs, like))
+            return operators.JacobianOperator(operators.LinearMap("matrix-free", times, back, outputs, inputs, like))
 
     def _by_products(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, sizes: MatrixSizes, r: Tensor,

@@ -20,7 +20,7 @@ from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import Result
 
 
-class Derived(ABC):
+class MatrixQuantities(ABC):
     """The methods of `AutoJacobian` that go on from the Jacobian; each takes one output and one input."""
 
     func: Callable[..., Any]

@@ -1,8 +1,12 @@
-"""One name, one meaning: no class and no function others import is defined twice; files and functions are short."""
+"""One name, one meaning: no class and no function others import is defined twice; files and functions are short.
+
+Docstrings of functions start with a verb in the imperative, those of properties may name a value.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +28,8 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS: set[str] = set()
 """What still has to be divided, but for what a user or the command line calls: these lists only get shorter."""
+NO_VERB = r"(The|An?|All|One|What|Whether|Where|When|Why|How|Which|Everything|\w*(?<!s)s|\w+ing|\w+ed|[^A-Z].*|\w+-\w+)"
+"""First words that are no verb in the imperative."""
 CALLED_BY_USERS = {"AutoJacobian.__init__", "jacobian_from", "audit", "bench", "tune"}
 
 
@@ -76,3 +82,20 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
     many = {f"{name}:{one}" for name, one, f in every if parameters(f) > 7 and one not in CALLED_BY_USERS}
     assert many == MANY_PARAMETERS
+
+
+def is_a_value(function: Function) -> bool:
+    return any(ast.unparse(decorator).endswith("property") for decorator in function.decorator_list)
+
+
+def test_docstrings_of_functions_start_with_a_verb() -> None:
+    every = [
+        (name, one, ast.get_docstring(function) or "Return")
+        for name, path in FILES.items()
+        for one, function in functions(path)
+        # functions of users and of the literature, by what they compute
+        if not name.startswith("bench/") and not is_a_value(function)
+    ]
+    first = {(name, one): text.split()[0].rstrip(".,:") for name, one, text in every}
+    found = {f"{name}:{one}": word for (name, one), word in first.items() if re.fullmatch(NO_VERB, word)}
+    assert not found

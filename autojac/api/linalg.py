@@ -32,7 +32,7 @@ class Slogdet(NamedTuple):
 
 
 def inverse(matrices: Tensor) -> Tensor:
-    """Inverse of each matrix, or the Moore-Penrose inverse where they are rectangular.
+    """Return the inverse of each matrix, or the Moore-Penrose inverse where they are rectangular.
 
     The zeros that all matrices share choose the way: reciprocals for diagonal ones, substitution for triangular ones,
     else LU, or QR for rectangular ones. Half precision is computed in float32 and rounded back.
@@ -155,7 +155,7 @@ def _inverse_or_nan(matrices: Tensor) -> Tensor:
 
 
 def _inverse_push(matrices: Tensor, inverses: Tensor, tangent: Tensor) -> Tensor:
-    """dX = -X dA X, and for full rank only one of the terms in which a rectangular inverse moves its null space.
+    """Return dX = -X dA X plus, at full rank, the one term by which a rectangular inverse moves its null space.
 
     Golub and Pereyra, "The differentiation of pseudo-inverses and nonlinear least squares problems whose variables
     separate", SIAM J. Numer. Anal. 10 (1973).
@@ -178,7 +178,7 @@ def _inverse_pull(matrices: Tensor, inverses: Tensor, cotangent: Tensor) -> Tens
 
 
 def _slogdet_value(matrices: Tensor) -> Tensor:
-    """(*lead, 2): sign and logarithm, in one tensor for the rule's sake."""
+    """Return sign and logarithm in one tensor, (*lead, 2), since a rule has one value."""
     with outside_autocast():
         if any(triangles(matrices)):
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)

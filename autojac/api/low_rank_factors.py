@@ -36,7 +36,7 @@ class LowRankJacobian(NamedTuple):
     V: Tensor
 
     def __matmul__(self, tangent: Tensor) -> Tensor:
-        """J times a tangent (B, *in): (B, *out), in as many steps as the factors have entries.
+        """Return J times a tangent (B, *in), (B, *out), in as many steps as the factors have entries.
 
         Raises:
             InputError: for a tangent of another size.

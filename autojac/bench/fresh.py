@@ -24,7 +24,7 @@ NOT_NEEDED = ("bench", "cli", "report", "__main__", "migrations")
 
 
 def since_torch(store: str, effort: Effort, on_miss: OnMiss) -> dict[str, Any]:
-    """First Jacobian of this process: wall seconds since torch was loaded, and what else was loaded on the way."""
+    """Time the first Jacobian of this process from when torch was loaded, and list what else was loaded on the way."""
     loaded = sys.modules["__main__"].loaded_torch
     func, x = WORKLOADS["sin"].make()
     jac = autojac.AutoJacobian(func, store=store, on_miss=on_miss, effort=effort)
@@ -62,7 +62,7 @@ class EvaluationCount:
 
 
 def cold_call(workload: str, options: dict[str, Any]) -> dict[str, float]:
-    """CPU seconds after imports, wall seconds, and evaluations of a first call with an empty store."""
+    """Measure a first call with an empty store: CPU seconds after imports, wall seconds, and evaluations."""
     load_everything()
     func, x = WORKLOADS[workload].make()
     counted = EvaluationCount(func)
@@ -83,7 +83,7 @@ def _spent(run: Callable[[], object]) -> dict[str, float]:
 
 
 def signatures(kind: str) -> dict[str, float]:
-    """Seconds of one call for each of many signatures of a function, as they come in a data set."""
+    """Time one call for each of many signatures of a function, as they come in a data set."""
     load_everything()
     torch.manual_seed(0)
     func, points = SIGNATURES[kind]()

@@ -96,7 +96,7 @@ def served(compute: Compute) -> Replayer:
 
 
 def tracing(settings: Settings, engine: str, runs: int = STARTS) -> BenchResult:
-    """First calls of a replay for one signature and then for another of the same function, in fresh processes.
+    """Time first calls of a replay for one signature and then for another of the same function, in fresh processes.
 
     Something else is traced before, so that imports and torch's own caches are warm; one process goes without that.
 
@@ -116,7 +116,7 @@ def tracing(settings: Settings, engine: str, runs: int = STARTS) -> BenchResult:
 
 
 def traced(names: Sequence[str], engine: str, device: str = "cpu") -> list[float]:
-    """Seconds of a replay's first call, with everything that is done once: guard, recording, simplifying, comparing.
+    """Time a replay's first call, with everything that is done once: guard, recording, simplifying, comparing.
 
     Args:
         names: workloads, of which the last is timed; its whole batch is one signature, half of it another.

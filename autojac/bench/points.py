@@ -60,7 +60,7 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> BenchResult:
 
 
 def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
-    """Everything about one number of points, in this process."""
+    """Measure everything about one number of points, in this process."""
     func, x = cloud(count, neighbours)
     with torch.no_grad():
         start = time.perf_counter()

@@ -122,7 +122,7 @@ def cell(outcome: Outcome | None) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
+    """Return three significant digits, never in scientific notation."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -16,7 +16,7 @@ from autojac.bench.interop.case import Func
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Where grad mode is on, have attention computed by the kernel that can be differentiated twice."""
+    """Have attention computed, where grad mode is on, by the kernel that can be differentiated twice."""
     with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
         yield
 
@@ -37,7 +37,7 @@ def looped(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
 
 
 def batched(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
-    """All coordinates of the sum over samples in one pass."""
+    """Return all coordinates of the sum over samples, in one pass."""
     sums = y.sum(0).flatten()
     seeds = torch.eye(len(sums), dtype=y.dtype, device=y.device)
     (found,) = torch.autograd.grad(sums, x, seeds, create_graph=differentiable, is_grads_batched=True)
@@ -45,7 +45,7 @@ def batched(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
 
 
 def row_by_row(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
-    """One VJP for each coordinate of each sample, of which the sample's own part is kept: right whatever couples."""
+    """Return one VJP per coordinate of each sample, of which the sample's own part is kept: right whatever couples."""
     flat = y.flatten().unbind()
     each = len(flat) // len(y)
     found = [

@@ -9,9 +9,9 @@ from typing import Any, Self, Unpack
 import torch
 
 from autojac.api.autojacobian import AutoJacobian, require_function
-from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
+from autojac.api.flat_calls import BatchAxesChoice
 from autojac.api.joined_columns import JoinedColumns, NamedColumn
-from autojac.api.over_batch_axes import PlansOverBatchAxes
+from autojac.api.over_batch_axes import PlannedOverBatchAxes
 from autojac.autodiff.derivative_terms import Terms
 from autojac.core import pytree
 from autojac.core.joined_arguments import position_of
@@ -199,25 +199,8 @@ def _order(column: int | NamedColumn) -> Any:
 
 
 @opaque_methods
-class _DerivativesOverBatchAxes(PlansOverBatchAxes, Derivatives):
+class _DerivativesOverBatchAxes(PlannedOverBatchAxes, Derivatives):
     """`Derivatives` for several batch axes."""
-
-    def __init__(
-        self, func: Callable[..., Any], of: Sequence[Sequence[Any]], *, batch_dims: int, **options: Any
-    ) -> None:
-        super().__init__(func, of, **options)
-        self._calls = self._calls_over(batch_dims)
-
-    def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
-        return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
-
-    def _settled(self) -> Self:
-        made = super()._settled()
-        made._calls = made._calls_over(self._calls.batch_dims)
-        return made
-
-    def __autojac_reach__(self) -> dict[str, Any]:
-        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         call = self._calls.flat(args)

@@ -8,8 +8,8 @@ from typing import Any, Literal, Self, Unpack, get_args
 
 from autojac.api.autojacobian import HINT, AutoJacobian, require_function
 from autojac.api.derivatives import jacobian_of
-from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
-from autojac.api.over_batch_axes import PlansOverBatchAxes
+from autojac.api.flat_calls import BatchAxesChoice
+from autojac.api.over_batch_axes import PlannedOverBatchAxes
 from autojac.api.product_arguments import of_samples
 from autojac.api.products import without_last
 from autojac.core import pytree
@@ -211,23 +211,8 @@ class AutoHessian(BatchAxesChoice):
 
 
 @opaque_methods
-class _HessianOverBatchAxes(PlansOverBatchAxes, AutoHessian):
+class _HessianOverBatchAxes(PlannedOverBatchAxes, AutoHessian):
     """An `AutoHessian` for several batch axes; what is sparse stays a matrix of the flattened batch."""
-
-    def __init__(self, func: Callable[..., Any], *, batch_dims: int, **options: Any) -> None:
-        super().__init__(func, **options)
-        self._calls = self._calls_over(batch_dims)
-
-    def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
-        return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
-
-    def _settled(self) -> Self:
-        made = super()._settled()
-        made._calls = made._calls_over(self._calls.batch_dims)
-        return made
-
-    def __autojac_reach__(self) -> dict[str, Any]:
-        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._calls.flat(args)

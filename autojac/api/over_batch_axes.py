@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -40,6 +40,28 @@ class PlansOverBatchAxes:
         call = self._calls.flat(args)
         text: str = call.wrapper.explain(*call.args, **kwargs)
         return text
+
+
+class PlannedOverBatchAxes(PlansOverBatchAxes):
+    """A wrapper for several batch axes whose one `AutoJacobian`, or what stands for it, is `planned`."""
+
+    planned: Any
+    _of_one_axis: Callable[[Callable[..., Any], Any], Any]
+
+    def __init__(self, *args: Any, batch_dims: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._calls = self._calls_over(batch_dims)
+
+    def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
+        return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
+
+    def _settled(self) -> Self:
+        made: Self = super()._settled()  # type: ignore[misc]
+        made._calls = made._calls_over(self._calls.batch_dims)
+        return made
+
+    def __autojac_reach__(self) -> dict[str, Any]:
+        return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}  # type: ignore[misc]
 
 
 class OverBatchAxes(PlansOverBatchAxes):

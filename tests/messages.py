@@ -814,7 +814,7 @@ MESSAGES = (
     # verification, and what is made of Jacobians
     Message(
         VerificationError,
-        "in_dims that it was",
+        "batch_dims that it was",
         "Jacobian is wrong",
         "pass the function",
         lambda: verify(jac(torch.sin, x) * 2, torch.sin, x),
@@ -1263,11 +1263,18 @@ MESSAGES = (
         lambda: jac(lambda x: x.sum(1), x, batch_dims=2),
     ),
     Message(
-        UnsupportedError,
-        "expects both calls to have the same ones",
-        r"got \(3, 2\) and \(2, 2\)",
-        "Flatten the batch inside",
-        lambda: wrap(torch.sin, batch_dims=2).ntk(x, x[:2]),
+        InputError,
+        "ntk expects two calls whose Jacobians have equally many columns",
+        "got 2 and 1 for a sample",
+        "Pass inputs of equal shapes",
+        lambda: wrap(torch.sin).ntk(x, x[:, :1]),
+    ),
+    Message(
+        VerificationError,
+        r"the batch axes \(3, 2\) in front was expected",
+        r"got \(6,\)",
+        "Pass the layout and batch_dims",
+        lambda: verify(x.flatten(), torch.sin, x, batch_dims=2),
     ),
 )
 INTERNAL = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from autojac.api.flat_calls import CallsOverBatchAxes, FlattenedCall, has_several_axes
 from autojac.core.autocast import outside_autocast
 from autojac.core.nests import tensor_leaves
 from autojac.core.options import Options
@@ -27,26 +28,27 @@ from autojac.sparse.csr import Entries
 
 @opaque
 def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto",
-          **kwargs: Any) -> Structure:  # fmt: skip
+          batch_dims: int = 1, **kwargs: Any) -> Structure:  # fmt: skip
     """Return what couples with what across the batch of a function, found without leaving a trace.
 
     Args:
         func: a function or module of tensors with the batch on axis 0.
         args, kwargs: one call; its values are one of the points at which func is probed.
-        argnums, in_dims: as in `AutoJacobian`.
+        argnums, in_dims, batch_dims: as in `AutoJacobian`; the structure is of the flattened batch.
 
     Returns:
         The structure, with a line of evidence for each layer of the probe.
     """
-    builder = ProblemBuilder(func, Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"}))
-    call = builder.describe(captures(func), args, kwargs)
+    options = Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"})
+    builder, call, _ = _described(func, args, kwargs, options, batch_dims)
     with outside_autocast(), silent(call.captured.modules):
         return builder.probe(call, builder.inspect(call)).structure
 
 
 @opaque
 def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4, layout: str = "blocks",
-           argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto", **kwargs: Any) -> None:  # fmt: skip
+           argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto", batch_dims: int = 1,
+           **kwargs: Any) -> None:  # fmt: skip
     """Check a Jacobian, whoever computed it, against plain VJPs of the function.
 
     Random projections of the whole batch are tried first: they see every block of independent samples, at the price of
@@ -58,21 +60,36 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         jacobian: what `AutoJacobian(func, ...)` returns for these arguments.
         func, args, kwargs: the call.
         probes: how many single rows of each output's Jacobian to compare besides, drawn at random.
-        layout, argnums, in_dims: as in `AutoJacobian`.
+        layout, argnums, in_dims, batch_dims: as in `AutoJacobian`.
 
     Raises:
         VerificationError: if the Jacobian is wrong, with what differs.
     """
     given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
-    builder = ProblemBuilder(func, Options.checked(given))
-    call = builder.describe(captures(func), args, kwargs).without_grad()
+    builder, call, flattened = _described(func, args, kwargs, Options.checked(given), batch_dims)
+    if flattened is not None:
+        jacobian = flattened.flat_jacobian(jacobian, layout)
+    call = call.without_grad()
     with silent(call.captured.modules):
         wrong = _wrong(jacobian, builder, call, probes)
     if wrong is not None:
         raise VerificationError(
             f"the Jacobian is wrong: {wrong}. If it is meant to be right, pass the function, arguments, layout, "
-            "argnums and in_dims that it was computed with"
+            "argnums, in_dims and batch_dims that it was computed with"
         )
+
+
+def _described(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options, batch_dims: int
+) -> tuple[ProblemBuilder, Call, FlattenedCall | None]:
+    """Return a call with one batch axis, and how several axes were flattened to it."""
+    flattened = None
+    if has_several_axes(batch_dims):
+        flattened = CallsOverBatchAxes(lambda *made: made, func, batch_dims, options).flat(args)
+        (func, in_dims), args = flattened.wrapper, flattened.args
+        options = options.replaced(in_dims=in_dims)
+    builder = ProblemBuilder(func, options)
+    return builder, builder.describe(captures(func), args, kwargs), flattened
 
 
 def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> str | None:

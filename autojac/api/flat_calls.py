@@ -16,7 +16,7 @@ from autojac.core.nests import chosen_arguments, is_differentiable
 from autojac.core.options import Options
 from autojac.core.product_functions import FlattenedBatch
 from autojac.core.tensor_kinds import NESTED, not_dense
-from autojac.errors import InputError, OptionError
+from autojac.errors import InputError, OptionError, VerificationError
 
 
 class BatchAxesChoice:
@@ -29,13 +29,8 @@ class BatchAxesChoice:
     over_batch_axes: ClassVar[type]
 
     def __new__(cls, *args: Any, batch_dims: Any = 1, **options: Any) -> Self:
-        if type(batch_dims) is int and batch_dims == 1:
+        if not has_several_axes(batch_dims):
             return super().__new__(cls)
-        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 1:
-            raise OptionError(
-                f"batch_dims must be a number of axes, 1 or more, got {batch_dims!r}. For a function without a batch "
-                "pass in_dims=None"
-            )
         if "over_batch_axes" not in vars(cls):
             raise OptionError(
                 f"batch_dims={batch_dims} was expected for a wrapper of autojac's own class, got {cls.__name__}, which "
@@ -43,6 +38,20 @@ class BatchAxesChoice:
             )
         made: Self = object.__new__(cls.over_batch_axes)
         return made
+
+
+def has_several_axes(batch_dims: Any) -> bool:
+    """Check whether the batch runs over more axes than one.
+
+    Raises:
+        OptionError: if that is no number of axes.
+    """
+    if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 1:
+        raise OptionError(
+            f"batch_dims must be a number of axes, 1 or more, got {batch_dims!r}. For a function without a batch "
+            "pass in_dims=None"
+        )
+    return batch_dims > 1
 
 
 class FlattenedCall(NamedTuple):
@@ -106,6 +115,34 @@ class FlattenedCall(NamedTuple):
         if axes is not None:
             jacobian = split_axis(jacobian, jacobian.dim() - axes - 1, self.sizes)
         return split_axis(jacobian, 0, self.sizes)
+
+    def flat_jacobian(self, nest: Any, layout: str) -> Any:
+        """Return a Jacobian with one batch axis in the place of several: the way back from `jacobian`.
+
+        Raises:
+            VerificationError: if it has not these axes.
+        """
+        leaves, spec = pytree.tree_flatten(nest)
+        numbers = iter(range(len(leaves)))
+        flat = [self._flattened(t, next(numbers), layout) if isinstance(t, Tensor) else t for t in leaves]
+        return pytree.tree_unflatten(flat, spec)
+
+    def _flattened(self, jacobian: Tensor, number: int, layout: str) -> Tensor:
+        if layout == "sparse":
+            return jacobian
+        count = len(self.sizes)
+        axes = self.inputs[number % len(self.inputs)] if layout == "full" else None
+        starts = (0,) if axes is None else (0, jacobian.dim() - axes - count)
+        found = {tuple(jacobian.shape[first : first + count]) for first in starts}
+        if found != {self.sizes} or (axes is not None and starts[-1] < count):
+            where = "in front" if axes is None else "in front and before the input's own"
+            raise VerificationError(
+                f"a Jacobian with the batch axes {self.sizes} {where} was expected, got {tuple(jacobian.shape)}. Pass "
+                "the layout and batch_dims that it was computed with"
+            )
+        for first in reversed(starts):
+            jacobian = jacobian.flatten(first, first + count - 1)
+        return jacobian
 
     def shapes(self, kwargs: Mapping[str, Any]) -> CallShapes:
         """Return the shapes of the flattened call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,10 @@ class Kernels(Chunks):
             kwargs: those of both calls.
 
         Returns:
-            (B, C, m, m), where m counts all outputs of a sample. Differentiable where J is.
+            (B, C, m, m), where m counts all outputs of a sample of each call. Differentiable where J is.
 
         Raises:
+            InputError: if the Jacobians of the calls have not equally many columns, or func has no batch.
             UnsupportedError: for a layout other than "blocks".
 
         Example:
@@ -49,47 +50,8 @@ class Kernels(Chunks):
             tensor([[ 6., 12.],
                     [12., 26.]])
         """
-        if self.options.layout != "blocks":
-            raise UnsupportedError(
-                f"ntk expects layout='blocks', got {self.options.layout!r}: it is made of each sample's own Jacobian. "
-                "Wrap the function with that"
-            )
         given = (x,) if y is None else (x, y)
-        calls = [self._func_args(call if isinstance(call, tuple) else (call,), kwargs) for call in given]
-        shapes = [self._shapes(call, kwargs, probing=True) for call in calls]
-        for each in shapes:
-            if each.batch is None:
-                raise InputError(
-                    "ntk expects a function with a batch, whose samples it pairs, but in_dims=None says that there is "
-                    "none. Call gram(x, outer=True) for the kernel of one"
-                )
-        sizes = [MatrixSizes.of(each, False) for each in shapes]
-        if self._fits(sum(size.bytes for size in sizes), shapes[0]):
-            blocks = [
-                next(self._matrices(call, each, kwargs, size.matrices))
-                for call, each, size in zip(calls, shapes, sizes, strict=True)
-            ]
-            return _all_pairs(blocks[0], blocks[-1])
-        for each in shapes:
-            each.require_repeatable("a kernel of Jacobians that do not fit into the memory limit")
-        room = self._memory_limit(shapes[0]) // PART
-        steps = [max(1, room * size.matrices // size.bytes) for size in sizes]
-        rows = []
-        for left in self._matrices(calls[0], shapes[0], kwargs, steps[0]):
-            right = self._matrices(calls[-1], shapes[-1], kwargs, steps[-1])
-            rows.append(torch.cat([_all_pairs(left, other) for other in right], 1))
-        return torch.cat(rows)
-
-    def _matrices(
-        self, args: Sequence[Any], shapes: CallShapes, kwargs: Mapping[str, Any], step: int
-    ) -> Iterator[Tensor]:
-        """Yield the matrices (b, m, n) of some samples at a time, or of all."""
-        if step >= int(shapes.batch or 0):
-            plan, result = self._run(args, kwargs)
-            yield as_one_matrix(plan.jacobian(result), shapes, False)
-            return
-        for start, J in self._parts(args, kwargs, shapes, step):
-            yield as_one_matrix(J, shapes._replace(batch=min(step, int(shapes.batch or 0) - start)), False)
+        return tangent_kernel([(self, each if isinstance(each, tuple) else (each,)) for each in given], kwargs)
 
     def ggn_product(self, *args: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
         """Return JᵀH J v for the whole batch: a product with the generalized Gauss-Newton matrix, or the Fisher matrix.
@@ -173,6 +135,82 @@ class Kernels(Chunks):
         room = self._memory_limit(shapes) // PART
         parts = product.jacobian.chunks(*product.nest.flat(cotangents), *own, bytes=room, **kwargs)
         return torch.cat([_norms(part) for _, part in parts])
+
+
+def tangent_kernel(calls: Sequence[tuple[Kernels, tuple[Any, ...]]], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return J_b J_cᵀ for all pairs of a sample of the first call and one of the last.
+
+    Args:
+        calls: one or two, each with the wrapper that serves it.
+        kwargs: those of both.
+    """
+    for jac, _ in calls:
+        if jac.options.layout != "blocks":
+            raise UnsupportedError(
+                f"ntk expects layout='blocks', got {jac.options.layout!r}: it is made of each sample's own Jacobian. "
+                "Wrap the function with that"
+            )
+    sides = [_Side.of(jac, args, kwargs) for jac, args in calls]
+    first, last = sides[0], sides[-1]
+    if first.sizes.columns != last.sizes.columns:
+        raise InputError(
+            "ntk expects two calls whose Jacobians have equally many columns, got "
+            f"{first.sizes.columns} and {last.sizes.columns} for a sample. Pass inputs of equal shapes, or "
+            "differentiate in what both share, such as parameters"
+        )
+    if first.jac._fits(sum(side.sizes.bytes for side in sides), first.shapes):
+        blocks = [next(side.matrices(side.sizes.matrices)) for side in sides]
+        return _all_pairs(blocks[0], blocks[-1])
+    for side in sides:
+        side.shapes.require_repeatable("a kernel of Jacobians that do not fit into the memory limit")
+    room = first.jac._memory_limit(first.shapes) // PART
+    rows = [
+        torch.cat([_all_pairs(left, right) for right in last.matrices(last.fitting(room))], 1)
+        for left in first.matrices(first.fitting(room))
+    ]
+    return torch.cat(rows)
+
+
+class _Side(NamedTuple):
+    """One of the calls that a kernel pairs.
+
+    Attributes:
+        jac: the wrapper that serves it.
+        args, kwargs: as the function gets them.
+        shapes: of the call.
+        sizes: of its Jacobians.
+    """
+
+    jac: Kernels
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    shapes: CallShapes
+    sizes: MatrixSizes
+
+    @classmethod
+    def of(cls, jac: Kernels, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Side:
+        own = jac._func_args(args, kwargs)
+        shapes = jac._shapes(own, kwargs, probing=True)
+        if shapes.batch is None:
+            raise InputError(
+                "ntk expects a function with a batch, whose samples it pairs, but in_dims=None says that there is "
+                "none. Call gram(x, outer=True) for the kernel of one"
+            )
+        return cls(jac, own, kwargs, shapes, MatrixSizes.of(shapes, False))
+
+    def fitting(self, room: int) -> int:
+        """Return how many samples' Jacobians fit into that many bytes, one at least."""
+        return max(1, room * self.sizes.matrices // self.sizes.bytes)
+
+    def matrices(self, step: int) -> Iterator[Tensor]:
+        """Yield the matrices (b, m, n) of some samples at a time, or of all."""
+        batch = int(self.shapes.batch or 0)
+        if step >= batch:
+            plan, result = self.jac._run(self.args, self.kwargs)
+            yield as_one_matrix(plan.jacobian(result), self.shapes, False)
+            return
+        for start, J in self.jac._parts(self.args, self.kwargs, self.shapes, step):
+            yield as_one_matrix(J, self.shapes._replace(batch=min(step, batch - start)), False)
 
 
 def _all_pairs(left: Tensor, right: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from autojac.api.flat_calls import CallsOverBatchAxes
+from autojac.api.kernels import tangent_kernel
 from autojac.api.products import without_last
 from autojac.core.batch_grid import split_axis
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan
-from autojac.errors import UnsupportedError
 from autojac.planning.plan_repository import function_name
 
 
@@ -168,13 +168,9 @@ class OverBatchAxes(PlansOverBatchAxes):
 
     def ntk(self, x: Any, y: Any = None, **kwargs: Any) -> Tensor:
         calls = [self._calls.flat(each if isinstance(each, tuple) else (each,)) for each in (x, y) if each is not None]
-        if calls[0].wrapper is not calls[-1].wrapper:
-            raise UnsupportedError(
-                f"ntk over several batch axes expects both calls to have the same ones, got {calls[0].sizes} and "
-                f"{calls[1].sizes}. Flatten the batch inside a function with one batch axis"
-            )
-        kernel = calls[0].wrapper.ntk(*(call.args for call in calls), **kwargs)
-        return calls[0].lead(calls[-1].lead(kernel, 1)) if kernel.dim() else kernel  # type: ignore[no-any-return]
+        pairs = tangent_kernel([(call.wrapper, call.args) for call in calls], kwargs)
+        led: Tensor = calls[0].lead(calls[-1].lead(pairs, 1))
+        return led
 
     def ggn_product(self, *args: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
         inputs, vectors = without_last(args, "ggn_product")

@@ -237,6 +237,54 @@ def test_products_take_and_return_the_batch_axes() -> None:
         assert starts == [(0, (4, 3, 2)), (4, (2, 3, 2))]
 
 
+def of_a_table(x: Tensor, table: dict[str, Tensor], mask: Tensor) -> Tensor:
+    return (x * mask[..., None]).cumsum(1) @ table["w"] + table["row"][:, None]
+
+
+TABLE = {"w": WEIGHT, "row": doubles(3, 3)}
+MASK = torch.tensor([[True, False, True, True], [True, True, False, True], [True] * 4])
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+@pytest.mark.parametrize("layout", ["blocks", "full", "sparse"])
+def test_probe_and_verify_take_the_same_arguments(layout: str, argnums: Any) -> None:
+    args = doubles(3, 4, 2), TABLE, MASK
+    chosen: dict[str, Any] = {"argnums": argnums, "in_dims": (0, None, 0), "batch_dims": 2}
+    with torch.no_grad():
+        J = AutoJacobian(of_a_table, layout=layout, on_miss="estimate", store=":memory:", **chosen)(*args)  # type: ignore[arg-type]
+    autojac.verify(J, of_a_table, *args, layout=layout, **chosen)
+    for part in pytree.tree_leaves(J):
+        values = part.values() if layout == "sparse" else part
+        before, at = values.clone(), values.abs().argmax()
+        values.view(-1)[at] *= 1.1
+        with pytest.raises(autojac.VerificationError, match="off by"):
+            autojac.verify(J, of_a_table, *args, layout=layout, **chosen)
+        values.copy_(before)
+    structure = autojac.probe(of_a_table, *args, **chosen)
+    assert structure.coupling == "grouped"
+    with torch.no_grad():
+        assert over(of_a_table, argnums=argnums, in_dims=(0, None, 0)).plan(*args).structure.coupling == "grouped"
+
+
+def test_what_probe_proves_is_of_the_flattened_batch() -> None:
+    for func, coupling in [(NET, "independent"), (lambda x: x - x.mean(1, keepdim=True), "grouped")]:
+        assert autojac.probe(func, doubles(3, 4, 2), batch_dims=2).coupling == coupling
+
+
+def test_a_kernel_pairs_calls_of_different_sizes_and_arguments() -> None:
+    x, y, func = doubles(2, 3, 2), doubles(4, 1, 2), NET
+    with torch.no_grad():
+        jac = over(func)
+        compare(jac.ntk(x, y), torch.einsum("abmn,cdkn->abcdmk", blocks(func, (x,)), blocks(func, (y,))))
+        # of the second call all samples share the weights
+        both = over(lambda x, w: x.sin() * w)
+        left, right = (x, doubles(2, 3, 2)), (y, doubles(2))
+        J, K = (blocks(both.func, args) for args in (left, right))
+        compare(both.ntk(left, right), torch.einsum("abmn,cdkn->abcdmk", J, K))
+        small = over(func, memory_limit=900)
+        compare(small.ntk(x, y), jac.ntk(x, y))
+
+
 def test_what_is_made_of_square_jacobians_has_the_batch_axes() -> None:
     func = lambda x: x.sin() + x.roll(1, -1).square()  # noqa: E731
     x = doubles(2, 3, 2)
@@ -399,10 +447,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "v": (InputError, r"in the shape \(3, 4, 2\)", lambda: over(NET).jvp(doubles(3, 4, 2), doubles(12, 2))),
     "u": (InputError, r"in the shape \(3, 4, 3\)", lambda: over(NET).vjp(doubles(3, 4, 2), doubles(12, 3))),
     "r": (InputError, r"in the shape \(3, 4, 3\)", lambda: over(NET).solve(doubles(3, 4, 2), doubles(12, 3))),
-    "ntk": (
-        autojac.UnsupportedError,
-        r"\(3, 4\) and \(2, 4\)",
-        lambda: over(NET).ntk(doubles(3, 4, 2), doubles(2, 4, 2)),
+    "probe": (OptionError, "1 or more, got 0", lambda: autojac.probe(NET, doubles(3, 4, 2), batch_dims=0)),
+    "verify": (
+        autojac.VerificationError,
+        r"\(3, 4\) in front and before the input's own was expected, got \(3, 4, 3, 2\)",
+        lambda: autojac.verify(doubles(3, 4, 3, 2), NET, doubles(3, 4, 2), batch_dims=2, layout="full"),
     ),
 }
 

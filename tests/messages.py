@@ -1263,6 +1263,13 @@ MESSAGES = (
         lambda: jac(lambda x: x.sum(1), x, batch_dims=2),
     ),
     Message(
+        UnsupportedError,
+        "fits into the memory limit was expected",
+        "samples share what is differentiated",
+        "Raise memory_limit",
+        lambda: wrap(torch.mul, argnums=(0, 1), in_dims=(0, None), memory_limit="150B").solve(x, x[0], x),
+    ),
+    Message(
         InputError,
         "ntk expects two calls whose Jacobians have equally many columns",
         "got 2 and 1 for a sample",

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 import torch
 
 from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
-from autojac.api.kernels import Kernels
 from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
+from autojac.api.method_plans import MethodPlans
 from autojac.api.over_batch_axes import OverBatchAxes
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
-from autojac.core.options import OnMiss, Options, OptionValues, Randomness, Verify, check_budget
-from autojac.core.plan import Effort, Plan, effort_rank
+from autojac.core.options import OnMiss, Options, OptionValues, Randomness, Verify
+from autojac.core.plan import Effort
 from autojac.core.product_functions import SelectedOutput
 from autojac.core.selection import Select, require_selection
 from autojac.core.signature import Layout
 from autojac.core.structure import Coupling, Structure
 from autojac.errors import InputError, OptionError, kind_of
 from autojac.guards.compiled_functions import opaque_methods, original
-from autojac.planning.explain import explanation
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.run_call import run_call
@@ -31,13 +30,6 @@ from autojac.problem.problem import Result
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
-
-
-HINT = (
-    "\nhint: AutoHessian(func) plans second derivatives, and Derivatives(func, of=((), (0,), (1, 1))) computes only "
-    "those by columns that are asked for"
-)
-"""What a Jacobian of a Jacobian is told."""
 
 
 def require_function(func: Any) -> None:
@@ -53,7 +45,7 @@ def require_function(func: Any) -> None:
 
 
 @opaque_methods
-class AutoJacobian(Kernels, BatchAxesChoice):
+class AutoJacobian(MethodPlans, BatchAxesChoice):
     """Exact batched Jacobians of a function, by the cheapest method measured on the device at hand.
 
     `func` takes the whole batch: x of shape (B, *in) gives y of shape (B, *out). Calling the wrapper as one would call
@@ -223,34 +215,6 @@ class AutoJacobian(Kernels, BatchAxesChoice):
         plan, result = self._run(self._func_args(args, kwargs), kwargs)
         value, jacobian = plan.layout.value(result.values, result.rest), plan.jacobian(result)
         return (value, jacobian, result.aux) if self.options.has_aux else (value, jacobian)
-
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """Return the plan for such a call; made now if there is none."""
-        with outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
-            return self._plans.look_up(*call)[0].plan
-
-    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
-        """Search for the best plan for such a call, and remember it.
-
-        Args:
-            args, kwargs: the call.
-            effort: `"quick"`, `"measure"` or `"exhaustive"`; the wrapper's own by default.
-            budget_s: seconds the search may take, overshot by one candidate's run at most.
-
-        Among several ranks of a process group nothing is timed and the effort is `"estimate"`: ranks that decide by
-        their clocks evaluate func unequally often, and wait for each other for ever if it communicates.
-        """
-        check_budget(budget_s)
-        effort = self.options.effort if effort is None else effort
-        effort_rank(effort)
-        with self._plans.lock, outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
-            return self._plans.tune(*call, effort, budget_s).plan
-
-    def explain(self, *args: Any, **kwargs: Any) -> str:
-        """Explain the plan: what was probed, and every candidate with its time and memory or why it was rejected."""
-        with outside_inference_mode(self._func_args(args, kwargs), kwargs) as call:
-            plan, _ = self._plans.look_up(*call)
-        return explanation(plan, self._plans.planner.repository) + (HINT if isinstance(self.func, AutoJacobian) else "")
 
     def _func_args(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         return self.func.arguments(args, kwargs) if isinstance(self.func, ModuleFunction) else args

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from autojac.api.jacobian_matrices import one_hot_seeds
 from autojac.api.linear_systems import LinearSystems
+from autojac.api.planned_call import PlannedCall
 from autojac.api.product_arguments import CallShapes
 from autojac.autodiff.seeds import spans
 from autojac.core import pytree
@@ -61,25 +62,9 @@ class Chunks(LinearSystems):
             array([[2., 0.],
                    [0., 2.]], dtype=float32)
         """
-        size = parse_bytes(bytes, "bytes")
-        if size is None or self.options.layout == "sparse":
-            came = "bytes=None" if size is None else "layout='sparse', which holds no zeros"
-            raise OptionError(
-                f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {came}. Pass bytes='1GiB', or "
-                "call jac(x) for the sparse Jacobian"
-            )
         own = self._func_args(args, kwargs)
-        shapes = self._shapes(own, kwargs, probing=True)
-        if shapes.batch is None:
-            raise InputError(
-                "chunks expects a function with a batch, whose samples it divides, but in_dims=None says that there is "
-                "none. Pass in_dims, or differentiate fewer inputs at a time"
-            )
-        shapes.require_repeatable("a Jacobian in parts")
-        wanted = self._jacobian_shapes(shapes)
-        targets = None if out is None else _checked_targets(out, wanted, own, shapes)
-        each = sum(prod(shape[1:]) for shape in wanted) * shapes.item_bytes
-        step = max(1, min(size, self._memory_limit(shapes) // 2) // max(each, 1))
+        shapes, step = self._division(own, kwargs, bytes)
+        targets = None if out is None else _checked_targets(out, self._jacobian_shapes(shapes), own, shapes)
         parts = self._parts(own, kwargs, shapes, step)
         if targets is None:
             return parts
@@ -88,6 +73,25 @@ class Chunks(LinearSystems):
                 for target, part in zip(targets, tensor_leaves(J), strict=True):
                     target[start : start + len(part)].copy_(part)
         return out
+
+    def _division(self, args: Sequence[Any], kwargs: Mapping[str, Any], room: int | str) -> tuple[CallShapes, int]:
+        """Return the shapes of a call, and of how many samples the Jacobian takes that many bytes."""
+        size = parse_bytes(room, "bytes")
+        if size is None or self.options.layout == "sparse":
+            came = "bytes=None" if size is None else "layout='sparse', which holds no zeros"
+            raise OptionError(
+                f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {came}. Pass bytes='1GiB', or "
+                "call jac(x) for the sparse Jacobian"
+            )
+        shapes = self._shapes(args, kwargs, probing=True)
+        if shapes.batch is None:
+            raise InputError(
+                "chunks expects a function with a batch, whose samples it divides, but in_dims=None says that there is "
+                "none. Pass in_dims, or differentiate fewer inputs at a time"
+            )
+        shapes.require_repeatable("a Jacobian in parts")
+        each = sum(prod(shape[1:]) for shape in self._jacobian_shapes(shapes)) * shapes.item_bytes
+        return shapes, max(1, min(size, self._memory_limit(shapes) // 2) // max(each, 1))
 
     def _jacobian_shapes(self, shapes: CallShapes) -> list[tuple[int, ...]]:
         """Return the shape of each Jacobian, those of an output side by side."""
@@ -105,34 +109,55 @@ class Chunks(LinearSystems):
     def _parts(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, step: int
     ) -> Iterator[tuple[int, Any]]:
-        window = None
         for start, stop in spans(int(shapes.batch or 0), step):
             if self._is_whole:
                 yield start, self._rows(args, kwargs, shapes, start, stop)
-            elif shapes.is_sliceable:
-                plan, result = self._run(_sliced(args, shapes.axes, start, stop), kwargs)
+                continue
+            plan, result = self._part_call(args, kwargs, shapes, start, stop).run()
+            if shapes.is_sliceable:
                 yield start, plan.jacobian(result)
             else:
-                window = window or self._window(args, shapes)
-                yield start, self._through(window, args, kwargs, shapes, range(start, stop))
+                leaves, count = tensor_leaves(plan.jacobian(result)), len(shapes.differentiated)
+                rows = [leaves[first : first + count] for first in range(0, len(leaves), count)]
+                yield start, shapes.nested_outputs([self._nested_inputs(args, row) for row in rows])
+
+    def _part_call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, start: int, stop: int
+    ) -> PlannedCall:
+        """Return the call for the Jacobians of some samples: alone, or among the others."""
+        if shapes.is_sliceable:
+            return PlannedCall(self, _sliced(args, shapes.axes, start, stop), kwargs)
+        flat = [t for t in tensor_leaves(self._differentiated(args)) if is_differentiable(t)]
+        axes = [shapes.axes[position] for position in shapes.differentiated]
+        parts = [x if axis is None else x.narrow(axis, start, stop - start) for x, axis in zip(flat, axes, strict=True)]
+        index = torch.arange(start, stop, device=shapes.device)
+        return PlannedCall(self._window(args, tuple(axes)), (index, *parts, *args), kwargs)
 
     def _rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, start: int, stop: int) -> Any:
         """Return the rows of some samples, of the whole batch's Jacobian."""
-        batch, offset, rows = int(shapes.batch or 0), 0, []
-        for event in shapes.outputs:
-            count = prod(event)
-            first, last = offset + start * count, offset + stop * count
-            offset += batch * count
-            cotangents = shapes.nested_outputs(one_hot_seeds(shapes, args, first, last, False, True))
+        rows = []
+        for event, cotangents in zip(shapes.outputs, self._row_seeds(args, shapes, start, stop), strict=True):
             pulled = self._product(WeightedOutput, args, kwargs, cotangents, True)
             pulled = pulled[0] if self.options.has_aux else pulled
             shape = (stop - start, *event)
             rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflattened, shape), pulled))
         return shapes.nested_outputs(rows)
 
-    def _window(self, args: Sequence[Any], shapes: CallShapes) -> Any:
+    @staticmethod
+    def _row_seeds(args: Sequence[Any], shapes: CallShapes, start: int, stop: int) -> Iterator[Any]:
+        """Yield the cotangents that give the rows of some samples, output by output."""
+        offset = 0
+        for event in shapes.outputs:
+            count = prod(event)
+            seeds = one_hot_seeds(shapes, args, offset + start * count, offset + stop * count, False, True)
+            yield shapes.nested_outputs(seeds)
+            offset += int(shapes.batch or 0) * count
+
+    def _window(self, args: Sequence[Any], axes: tuple[int | None, ...]) -> Self:
         """Return the wrapper for the Jacobians of some samples among the others."""
-        axes = tuple(shapes.axes[position] for position in shapes.differentiated)
+        key = (axes, len(args))
+        if key in self._others:
+            return self._others[key]
         function = SampleWindow(self.func, self._argnums(args), self.options.has_aux, axes)
         options = dataclasses.replace(
             self.options,
@@ -140,23 +165,7 @@ class Chunks(LinearSystems):
             in_dims=(0, *axes, *[None] * len(args)),
             coupling=self.options.coupling if isinstance(self.options.coupling, str) else "auto",
         )
-        return self._wrapped(function, options)
-
-    def _through(
-        self, window: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, samples: range
-    ) -> Any:
-        flat = [t for t in tensor_leaves(self._differentiated(args)) if is_differentiable(t)]
-        axes = [shapes.axes[position] for position in shapes.differentiated]
-        parts = [
-            x if axis is None else x.narrow(axis, samples.start, len(samples))
-            for x, axis in zip(flat, axes, strict=True)
-        ]
-        index = torch.arange(samples.start, samples.stop, device=shapes.device)
-        found = window(index, *parts, *args, **kwargs)
-        leaves = tensor_leaves(found[0] if self.options.has_aux else found)
-        count = len(parts)
-        rows = [leaves[number * count : (number + 1) * count] for number in range(len(shapes.outputs))]
-        return shapes.nested_outputs([self._nested_inputs(args, row) for row in rows])
+        return self._others.setdefault(key, self._wrapped(function, options))
 
 
 def _unflattened(shape: tuple[int, ...], rows: Tensor) -> Tensor:

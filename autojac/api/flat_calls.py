@@ -84,6 +84,10 @@ class FlattenedCall(NamedTuple):
         """Return func's value; what of it has no derivative never was flattened."""
         return pytree.tree_map(lambda y: split_axis(y, 0, self.sizes) if is_differentiable(y) else y, nest)
 
+    def loss(self, loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """Return a function of outputs with all batch axes as one of the flattened batch's."""
+        return lambda outputs: loss(self.value(outputs))
+
     def like_inputs(self, nest: Any, several: bool = False, shared: bool = True) -> Any:
         """Return what is nested as the inputs, of one or several vectors, with all batch axes.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from autojac.api.products import Products
 from autojac.autodiff.seeds import spans
 from autojac.core.nests import tensor_leaves
 from autojac.core.options import format_bytes, parse_bytes
-from autojac.core.product_functions import AlongTangents, WeightedOutput
+from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
 from autojac.errors import SearchError, UnsupportedError
 from autojac.planning.search.memory import available_bytes
 
@@ -25,6 +25,24 @@ PART = 4
 
 WORKSPACE = 2
 """Multiple of a Jacobian that computing it takes, as most methods join rows or blocks that they have."""
+
+
+class _Pieces(NamedTuple):
+    """How a Jacobian that does not fit into the memory limit is computed.
+
+    Attributes:
+        kind: of product, along columns or with rows.
+        vectors: gives unit vectors number `start` to `stop`, nested as the product takes them.
+        spans: from which to which number a piece goes.
+        whole: the products are with the Jacobian of the whole batch.
+        matrices: one per sample, or a single one.
+    """
+
+    kind: type[ProductFunction]
+    vectors: Callable[[int, int], Any]
+    spans: tuple[tuple[int, int], ...]
+    whole: bool
+    matrices: int
 
 
 class Grams(Products):
@@ -146,22 +164,41 @@ class Grams(Products):
         columns: bool = False,
     ) -> Any:
         """Return a function of the matrices, or of pieces of them that are `added` where the whole does not fit."""
+        self._require_dense(name)
+        own = self._func_args(args, kwargs)
+        shapes = self._shapes(own, kwargs)
+        pieces = None if added is None else self._pieces(name, own, shapes, columns)
+        if added is not None and pieces is not None:
+            return self._in_pieces(added, own, kwargs, pieces)
+        plan, result = self._matrices_call(own, kwargs).run()
+        value = function(as_one_matrix(plan.jacobian(result), shapes, self._is_whole))
+        return self._beside_aux(value, result)
+
+    def _require_dense(self, name: str) -> None:
         if self.options.layout == "sparse":
             raise UnsupportedError(
                 f"{name} expects layout='blocks' or 'full', got 'sparse'. Wrap the function with one of these, or go "
                 "on with the matrix itself: to_scipy(jac(x))"
             )
-        own = self._func_args(args, kwargs)
-        shapes = self._shapes(own, kwargs)
-        sizes = MatrixSizes.of(shapes, self._is_whole)
+
+    def _pieces(self, name: str, args: Sequence[Any], shapes: CallShapes, columns: bool) -> _Pieces | None:
+        """Return how a Jacobian is computed in pieces; None where it fits into the memory limit."""
         limit = self._memory_limit(shapes)
-        if added is not None and not self._fits(sizes.bytes, shapes):
-            self._require_room(name, sizes, limit, columns)
-            return self._in_pieces(added, own, kwargs, shapes, limit, columns)
-        source = self if self._is_whole else self._other("blocks")
-        plan, result = source._run(own, kwargs)
-        value = function(as_one_matrix(plan.jacobian(result), shapes, self._is_whole))
-        return self._beside_aux(value, result)
+        own = MatrixSizes.of(shapes, self._is_whole)
+        if self._fits(own.bytes, shapes):
+            return None
+        self._require_room(name, own, limit, columns)
+        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
+        whole = self._is_whole or shapes.batch is None
+        sizes = MatrixSizes.of(shapes, whole)
+        step = max(1, limit // PART // (sizes.matrices * (sizes.rows + sizes.columns) * sizes.item_bytes))
+        spread = spans(sizes.columns if columns else sizes.rows, step)
+
+        def vectors(start: int, stop: int) -> Any:
+            seeds = one_hot_seeds(shapes, args, start, stop, columns, whole)
+            return self._nested_inputs(args, seeds) if columns else shapes.nested_outputs(seeds)
+
+        return _Pieces(AlongTangents if columns else WeightedOutput, vectors, tuple(spread), whole, sizes.matrices)
 
     def _memory_limit(self, shapes: CallShapes) -> int:
         return parse_bytes(self.options.memory_limit) or available_bytes(shapes.device) // 2
@@ -182,27 +219,23 @@ class Grams(Products):
             )
 
     def _in_pieces(
-        self, added: Callable[[Iterator[Tensor]], Tensor], args: Sequence[Any], kwargs: Mapping[str, Any],
-        shapes: CallShapes, limit: int, columns: bool,
-    ) -> Any:  # fmt: skip
+        self,
+        added: Callable[[Iterator[Tensor]], Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        pieces: _Pieces,
+    ) -> Any:
         """Return what pieces of the Jacobian add up to, (B, n, k) of some rows or (B, m, k) of some columns."""
-        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
-        whole = self._is_whole or shapes.batch is None
         aux: list[Any] = []
-        sizes = MatrixSizes.of(shapes, whole)
-        count = sizes.columns if columns else sizes.rows
-        step = max(1, limit // PART // (sizes.matrices * (sizes.rows + sizes.columns) * sizes.item_bytes))
 
-        def pieces() -> Iterator[Tensor]:
-            for start, stop in spans(count, step):
-                seeds = one_hot_seeds(shapes, args, start, stop, columns, whole)
-                vectors = self._nested_inputs(args, seeds) if columns else shapes.nested_outputs(seeds)
-                product = self._product(AlongTangents if columns else WeightedOutput, args, kwargs, vectors, whole)
+        def each() -> Iterator[Tensor]:
+            for start, stop in pieces.spans:
+                product = self._product(pieces.kind, args, kwargs, pieces.vectors(start, stop), pieces.whole)
                 if self.options.has_aux:
                     product, aux[:] = product[0], [product[1]]
-                parts = [t.reshape(len(t), sizes.matrices, -1).permute(1, 2, 0) for t in tensor_leaves(product)]
+                parts = [t.reshape(len(t), pieces.matrices, -1).permute(1, 2, 0) for t in tensor_leaves(product)]
                 piece = torch.cat(parts, 1)
-                yield piece.squeeze(0) if whole else piece
+                yield piece.squeeze(0) if pieces.whole else piece
 
-        value = added(pieces())
+        value = added(each())
         return (value, aux[0]) if self.options.has_aux else value

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, Unpack, get_args
 
-from autojac.api.autojacobian import HINT, AutoJacobian, require_function
+from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.derivatives import jacobian_of
 from autojac.api.flat_calls import BatchAxesChoice
+from autojac.api.method_plans import HINT, PlannedMethod
 from autojac.api.over_batch_axes import PlannedOverBatchAxes
 from autojac.api.product_arguments import of_samples
-from autojac.api.products import without_last
 from autojac.core import pytree
 from autojac.core.call import outside_inference_mode
 from autojac.core.options import Options, OptionValues
@@ -20,7 +20,7 @@ from autojac.errors import OptionError, OutputError, UnsupportedError, require_c
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.problem.problem import Problem
 
-Made = Literal["hessian", "diagonal", "laplacian"]
+Made = Literal["hessian", "diagonal", "laplacian", "hvp"]
 """What an `AutoHessian` has plans for."""
 
 
@@ -181,18 +181,22 @@ class AutoHessian(BatchAxesChoice):
                 "scalar, or take the Hessians of all outputs by layout='blocks'"
             )
 
-    def _wrapper_of(self, of: Made) -> AutoJacobian:
+    def _planned_method(self, of: Made) -> tuple[AutoJacobian, PlannedMethod]:
+        """Return the wrapper that has the plans, and which of its methods they are of."""
         require_choice("of", of, get_args(Made))
-        return {"hessian": self.planned, "diagonal": self._diagonals, "laplacian": self._laplacian}[of]
+        wrappers = {"diagonal": self._diagonals, "laplacian": self._laplacian}
+        return wrappers.get(of, self.planned), "jvp" if of == "hvp" else "jacobian"
 
     def plan(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none.
 
         Args:
-            args, kwargs: the call.
-            of: what the plan is for: `"hessian"`, `"diagonal"` or `"laplacian"`, each of which has plans of its own.
+            args, kwargs: the call; that of `hvp`, (x, v), for this.
+            of: what the plan is for: `"hessian"`, `"diagonal"`, `"laplacian"` or `"hvp"`, each of which has plans of
+                its own.
         """
-        return self._wrapper_of(of).plan(*args, **kwargs)
+        wrapper, method = self._planned_method(of)
+        return wrapper.plan(*args, of=method, **kwargs)
 
     def tune(
         self,
@@ -203,11 +207,13 @@ class AutoHessian(BatchAxesChoice):
         **kwargs: Any,
     ) -> Plan:
         """Search for the best plan for such a call, as `AutoJacobian.tune` does; `of` is that of `plan`."""
-        return self._wrapper_of(of).tune(*args, effort=effort, budget_s=budget_s, **kwargs)
+        wrapper, method = self._planned_method(of)
+        return wrapper.tune(*args, of=method, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does; `of` is that of `plan`."""
-        return self._wrapper_of(of).explain(*args, **kwargs).removesuffix(HINT)
+        wrapper, method = self._planned_method(of)
+        return wrapper.explain(*args, of=method, **kwargs).removesuffix(HINT)
 
 
 @opaque_methods
@@ -227,10 +233,8 @@ class _HessianOverBatchAxes(PlannedOverBatchAxes, AutoHessian):
         return call.lead(call.wrapper.laplacian(*call.args, **kwargs))
 
     def hvp(self, *args: Any, **kwargs: Any) -> Any:
-        inputs, vectors = without_last(args, "hvp")
-        call = self._calls.flat(inputs)
-        tangents, several = call.tangents(vectors)
-        return call.lead(call.wrapper.hvp(*call.args, tangents, **kwargs), int(several))
+        call, own, several = self._flat_call("hvp", args, kwargs)
+        return call.lead(call.wrapper.hvp(*own, **kwargs), int(several))
 
 
 AutoHessian.over_batch_axes = _HessianOverBatchAxes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from autojac.api.chunks import Chunks
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
-from autojac.api.product_arguments import CallShapes
+from autojac.api.planned_call import PlannedCall
+from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
 from autojac.autodiff.second_order import hessian_product
+from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, WeightedOutput
 from autojac.errors import InputError, UnsupportedError
@@ -59,13 +63,14 @@ class Kernels(Chunks):
         One pass along v and one back, whatever couples; neither J nor the matrix is formed.
 
         Args:
-            args: those of func, and at last v, nested and shaped as what is differentiated.
+            args: those of func, and at last v, nested and shaped as what is differentiated, or several vectors along a
+                first axis.
             loss: function of func's outputs that returns a scalar; H is its Hessian there. The identity by default, as
                 for half the sum of squares.
             kwargs: those of func.
 
         Returns:
-            Nested and shaped as what is differentiated; for parameters a dict by their names. aux is left out.
+            Nested and shaped as v; for parameters a dict by their names. aux is left out.
 
         Raises:
             InputError: if v is not nested or shaped as what is differentiated, or the loss is no scalar.
@@ -82,19 +87,33 @@ class Kernels(Chunks):
         """
         inputs, tangents = without_last(args, "ggn_product")
         own = self._func_args(inputs, kwargs)
+        pulled = self._product(WeightedOutput, own, kwargs, self._pushed(own, kwargs, tangents, loss), True)
+        return pulled[0] if self.options.has_aux else pulled
+
+    def _pushed(
+        self, own: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, loss: Callable[[Any], Tensor] | None
+    ) -> Any:
+        """Return H J v."""
         shapes = self._shapes(own, kwargs)
         shapes.require_repeatable("ggn_product")
         pushed = self._product(AlongTangents, own, kwargs, tangents, True)
         pushed = pushed[0] if self.options.has_aux else pushed
-        if loss is not None:
-            outputs = self.func(*own, **kwargs)
-            outputs = outputs[0] if self.options.has_aux else outputs
-            flat = list(filter(is_differentiable, tensor_leaves(outputs)))
-            pushed = shapes.nested_outputs(
-                hessian_product(lambda *ys: loss(shapes.nested_outputs(ys)), flat, tensor_leaves(pushed))
-            )
-        pulled = self._product(WeightedOutput, own, kwargs, pushed, True)
-        return pulled[0] if self.options.has_aux else pulled
+        if loss is None:
+            return pushed
+        outputs = self.func(*own, **kwargs)
+        outputs = outputs[0] if self.options.has_aux else outputs
+        leaves, spec = pytree.tree_flatten(outputs)
+        flat, vectors = list(filter(is_differentiable, leaves)), tensor_leaves(pushed)
+
+        def of_flat(*ys: Tensor) -> Tensor:
+            given = iter(ys)
+            return loss(pytree.tree_unflatten([next(given) if is_differentiable(y) else y for y in leaves], spec))
+
+        times = functools.partial(hessian_product, of_flat, flat)
+        if vectors[0].dim() == flat[0].dim():
+            return shapes.nested_outputs(times(vectors))
+        products = zip(*(times(each) for each in zip(*vectors, strict=True)), strict=True)
+        return shapes.nested_outputs([torch.stack(parts) for parts in products])
 
     def gradient_norms(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return ‖u_bᵀ J_b‖ for each sample: of `of_parameters`, the norms of per-sample gradients.
@@ -121,20 +140,28 @@ class Kernels(Chunks):
             tensor([5., 1.])
         """
         inputs, cotangents = without_last(args, "gradient_norms")
-        own = self._func_args(inputs, kwargs)
-        shapes = self._shapes(own, kwargs)
+        call, room = self._gradients_call(self._func_args(inputs, kwargs), kwargs, cotangents)
+        if room is not None:
+            parts = call.wrapper.chunks(*call.args, bytes=room, **call.kwargs)
+            return torch.cat([_norms(part) for _, part in parts])
+        pulled = call.wrapper(*call.args, **call.kwargs)
+        return _norms(pulled[0] if self.options.has_aux else pulled)
+
+    def _gradients_call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], cotangents: Any
+    ) -> tuple[PlannedCall, int | None]:
+        """Return the call for per-sample gradients, and the bytes for a part of them where they do not fit."""
+        shapes = self._shapes(args, kwargs)
         if shapes.batch is None:
             raise InputError(
                 "gradient_norms expects a function with a batch, but in_dims=None says that there is none. Call vjp, "
                 "and take the norm of that"
             )
-        if self._fits(MatrixSizes.of(shapes, False).columns * shapes.batch * shapes.item_bytes, shapes):
-            pulled = self._product(WeightedOutput, own, kwargs, cotangents)
-            return _norms(pulled[0] if self.options.has_aux else pulled)
-        product = self._prepared(WeightedOutput, own, kwargs, cotangents, False)
-        room = self._memory_limit(shapes) // PART
-        parts = product.jacobian.chunks(*product.nest.flat(cotangents), *own, bytes=room, **kwargs)
-        return torch.cat([_norms(part) for _, part in parts])
+        wanted = [(shapes.batch, *shape) for shape in shapes.outputs]
+        checked_vectors(cotangents, shapes.outputs_nest, wanted, "u", several=False)
+        call = self._product_call(WeightedOutput, args, kwargs, cotangents)[1]
+        fits = self._fits(MatrixSizes.of(shapes, False).columns * shapes.batch * shapes.item_bytes, shapes)
+        return call, None if fits else self._memory_limit(shapes) // PART
 
 
 def tangent_kernel(calls: Sequence[tuple[Kernels, tuple[Any, ...]]], kwargs: Mapping[str, Any]) -> Tensor:
@@ -220,6 +247,7 @@ def _all_pairs(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _norms(gradients: Any) -> Tensor:
-    parts = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in tensor_leaves(gradients)]
+    flat = [part.reshape(len(part), prod(part.shape[1:])) for part in tensor_leaves(gradients)]
+    parts = [torch.linalg.vector_norm(part, dim=1) for part in flat]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return norms

@@ -14,12 +14,13 @@ from autojac.api.grams import Grams
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.least_squares import least_squares, matrix_free_least_squares, sparse_least_squares
 from autojac.api.matrix_quantities import only, require_one_pair
+from autojac.api.planned_call import PlannedCall
 from autojac.api.product_arguments import CallShapes, checked_vectors
 from autojac.api.products import without_last
 from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
-from autojac.errors import InputError, kind_of
+from autojac.errors import InputError, UnsupportedError, kind_of
 
 if TYPE_CHECKING:
     from autojac.api.linear_operator import JacobianOperator
@@ -78,25 +79,39 @@ class LinearSystems(Grams):
         count = 1 if whole else int(shapes.batch or 0)
         r = torch.cat([t.reshape(count, -1) for t in flat], 1)
         shift = _checked_damping(damping, r, None if whole else count)
-        sizes = MatrixSizes.of(shapes, whole)
         aux: list[Any] = []
-        if self.options.layout == "sparse":
-            plan, result = self._run(own, kwargs)
+        planned = self._solve_call(own, kwargs, shapes)
+        if planned is None:
+            step = self._by_products(own, kwargs, shapes, r, shift, aux)
+        elif self.options.layout == "sparse":
+            plan, result = planned.run()
             values, problem = only(plan, result), plan.problem
             entries = problem.entries(0, problem.inputs[0])
             samples = problem.batch if problem.leaves[problem.inputs[0]].batched else 1
             step = sparse_least_squares(entries, values, r[0], shift, samples)[None]
             aux = [result.aux]
-        elif self._fits(sizes.bytes, shapes):
-            source = self if self._is_whole else self._other("blocks")
-            plan, result = source._run(own, kwargs)
+        else:
+            plan, result = planned.run()
             matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
             step = least_squares(matrices[None] if whole else matrices, r, shift)
             aux = [result.aux]
-        else:
-            step = self._by_products(own, kwargs, shapes, sizes, r, shift, aux)
         made = self._nested_inputs(own, _divided(step, shapes, whole))
         return (made, aux[0]) if self.options.has_aux else made
+
+    def _solve_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes) -> PlannedCall | None:
+        """Return the call for the Jacobian of a system; None where products have to do."""
+        if self.options.layout == "sparse":
+            return PlannedCall(self, args, kwargs)
+        if self._fits(MatrixSizes.of(shapes, self._is_whole).bytes, shapes):
+            return self._matrices_call(args, kwargs)
+        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
+        whole = self._is_whole or shapes.batch is None
+        if not whole and any(shapes.axes[position] is None for position in shapes.differentiated):
+            raise UnsupportedError(
+                "a Jacobian that fits into the memory limit was expected where samples share what is differentiated, "
+                "since each has a step of its own there. Raise memory_limit, or wrap the function with layout='full'"
+            )
+        return None
 
     def linear_operator(self, *args: Any, **kwargs: Any) -> JacobianOperator:
         """Return the Jacobian of the whole batch at this point as an operator for SciPy's solvers and for tensors.
@@ -144,7 +159,7 @@ class LinearSystems(Grams):
                 return operators.JacobianOperator(operators.of_entries(entries, only(plan, result), outputs, inputs))
             if axis is not None and self._fits(MatrixSizes.of(shapes, False).bytes, shapes):
                 blocks = self._other("blocks")
-                if blocks.plan(*args, **kwargs).structure.coupling in ("independent", "statistics"):
+                if PlannedCall(blocks, own, kwargs).prepared().plan.structure.coupling in ("independent", "statistics"):
                     return operators.JacobianOperator(operators.of_factors(blocks.factors(*args, **kwargs)))
             shapes.require_repeatable("an operator that is matrix-free")
             point = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(own))
@@ -161,11 +176,10 @@ class LinearSystems(Grams):
             return operators.JacobianOperator(operators.LinearMap("matrix-free", times, back, outputs, inputs, like))
 
     def _by_products(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, sizes: MatrixSizes, r: Tensor,
-        shift: Tensor, aux: list[Any],
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, r: Tensor, shift: Tensor,
+        aux: list[Any],
     ) -> Tensor:  # fmt: skip
         """Return the step by conjugate gradients."""
-        shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
         whole = self._is_whole or shapes.batch is None
         lead = () if shapes.batch is None else (shapes.batch,)
 
@@ -187,7 +201,7 @@ class LinearSystems(Grams):
             return product(WeightedOutput, shapes.nested_outputs(flat))
 
         shift = shift if shift.dim() == 0 else shift[:, None]
-        return matrix_free_least_squares(times, back, r, shift, sizes.columns)
+        return matrix_free_least_squares(times, back, r, shift, MatrixSizes.of(shapes, whole).columns)
 
 
 def _divided(step: Tensor, shapes: CallShapes, whole: bool) -> list[Tensor]:

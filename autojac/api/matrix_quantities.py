@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autojac.api.linalg import Slogdet, as_matrices, inverse, slogdet
 from autojac.api.low_rank_factors import LowRankJacobian
+from autojac.api.planned_call import PlannedCall
 from autojac.core.options import Options
-from autojac.core.plan import Plan
 from autojac.core.signature import Layout
 from autojac.errors import InputError
 from autojac.planning.plans_in_use import PlansInUse
@@ -26,13 +26,10 @@ class MatrixQuantities(ABC):
     func: Callable[..., Any]
     options: Options
     _plans: PlansInUse
-    _others: dict[Layout, Self]
+    _others: dict[Any, Self]
 
     @abstractmethod
     def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]: ...
-
-    @abstractmethod
-    def plan(self, *args: Any, **kwargs: Any) -> Plan: ...
 
     @abstractmethod
     def _func_args(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]: ...
@@ -130,8 +127,7 @@ class MatrixQuantities(ABC):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        source = self if self.options.layout in ("blocks", "full") else self._other("blocks")
-        plan, result = source._run(self._func_args(args, kwargs), kwargs)
+        plan, result = self._matrices_call(self._func_args(args, kwargs), kwargs).run()
         problem, jacobian = plan.problem, only(plan, result)
         if plan.layout.unbatched:
             jacobian = jacobian.squeeze(0)
@@ -139,6 +135,10 @@ class MatrixQuantities(ABC):
         shared = problem.layout == "full" and not leaf.batched
         matrices, restore = as_matrices(jacobian, problem.outputs[0], leaf.event_shape, shared)
         return self._beside_aux(function(matrices, restore), result)
+
+    def _matrices_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PlannedCall:
+        """Return the call for dense matrices, of each sample or of the whole batch."""
+        return PlannedCall(self if self.options.layout == "full" else self._other("blocks"), args, kwargs)
 
     def _beside_aux(self, value: Any, result: Result) -> Any:
         return (value, result.aux) if self.options.has_aux else value

@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.api.flat_calls import CallsOverBatchAxes
+from autojac.api.flat_calls import CallsOverBatchAxes, FlattenedCall
 from autojac.api.kernels import tangent_kernel
-from autojac.api.products import without_last
+from autojac.api.products import LAST, apart_from_own, without_last
 from autojac.core.batch_grid import split_axis
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan
@@ -26,20 +26,47 @@ class PlansOverBatchAxes:
         kind = next(base for base in type(self).__mro__ if vars(base).get("over_batch_axes") is type(self))
         return f"{kind.__name__}({function_name(self.func)}, batch_dims={self._calls.batch_dims})"
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        call = self._calls.flat(args)
-        plan: Plan = call.wrapper.plan(*call.args, **kwargs)
+    def _flat_call(
+        self, of: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[FlattenedCall, tuple[Any, ...], bool]:
+        """Return a call with one batch axis, what a method of its wrapper takes, and whether of several vectors."""
+        if of is None or of not in LAST:
+            call = self._calls.flat(args)
+            return call, call.args, False
+        inputs, vectors = without_last(args, of)
+        call = self._calls.flat(inputs)
+        if LAST[of] == "v":
+            flat, several = call.tangents(vectors)
+        else:
+            flat, several = call.cotangents(vectors, kwargs, LAST[of], several=of == "vjp")
+        return call, (*call.args, flat), several
+
+    def plan(self, *args: Any, of: Any = None, **kwargs: Any) -> Plan:
+        call, own, chosen = self._call_behind(of, args, kwargs)
+        plan: Plan = call.wrapper.plan(*own, **chosen)
         return plan
 
-    def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
-        call = self._calls.flat(args)
-        plan: Plan = call.wrapper.tune(*call.args, effort=effort, budget_s=budget_s, **kwargs)
+    def tune(
+        self, *args: Any, of: Any = None, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any
+    ) -> Plan:
+        call, own, chosen = self._call_behind(of, args, kwargs)
+        plan: Plan = call.wrapper.tune(*own, effort=effort, budget_s=budget_s, **chosen)
         return plan
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
-        call = self._calls.flat(args)
-        text: str = call.wrapper.explain(*call.args, **kwargs)
+    def explain(self, *args: Any, of: Any = None, **kwargs: Any) -> str:
+        call, own, chosen = self._call_behind(of, args, kwargs)
+        text: str = call.wrapper.explain(*own, **chosen)
         return text
+
+    def _call_behind(
+        self, of: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[FlattenedCall, tuple[Any, ...], dict[str, Any]]:
+        """Return a call with one batch axis, and arguments and keywords of what tells of its plan."""
+        chosen, others = apart_from_own(of, kwargs)
+        call, own, _ = self._flat_call(of, args, others)
+        if chosen.get("loss") is not None:
+            chosen["loss"] = call.loss(chosen["loss"])
+        return call, own, {**others, **chosen, **({} if of is None else {"of": of})}
 
 
 class PlannedOverBatchAxes(PlansOverBatchAxes):
@@ -121,7 +148,8 @@ class OverBatchAxes(PlansOverBatchAxes):
         return self._led("trace", args, kwargs, False)
 
     def factors(self, *args: Any, **kwargs: Any) -> Any:
-        return self._led("factors", args, kwargs, True)
+        call = self._calls.flat(args)
+        return call.wrapper.factors(*call.args, **kwargs)
 
     def linear_operator(self, *args: Any, **kwargs: Any) -> Any:
         call = self._calls.flat(args)
@@ -141,28 +169,22 @@ class OverBatchAxes(PlansOverBatchAxes):
         return self._led("singular_values", args, kwargs, self._is_one_matrix)
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
-        inputs, vectors = without_last(args, "jvp")
-        call = self._calls.flat(inputs)
-        tangents, several = call.tangents(vectors)
-        found, aux = self._split(call.wrapper.jvp(*call.args, tangents, **kwargs))
+        call, own, several = self._flat_call("jvp", args, kwargs)
+        found, aux = self._split(call.wrapper.jvp(*own, **kwargs))
         pushed = call.lead(found, int(several))
         return (pushed, *aux) if aux else pushed
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
-        inputs, vectors = without_last(args, "vjp")
-        call = self._calls.flat(inputs)
-        cotangents, several = call.cotangents(vectors, kwargs, "u")
-        found, aux = self._split(call.wrapper.vjp(*call.args, cotangents, **kwargs))
+        call, own, several = self._flat_call("vjp", args, kwargs)
+        found, aux = self._split(call.wrapper.vjp(*own, **kwargs))
         pulled = call.like_inputs(found, several, not self._is_one_matrix)
         return (pulled, *aux) if aux else pulled
 
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
-        inputs, residual = without_last(args, "solve")
-        call = self._calls.flat(inputs)
-        r, _ = call.cotangents(residual, kwargs, "r", several=False)
+        call, own, _ = self._flat_call("solve", args, kwargs)
         if isinstance(damping, Tensor) and damping.shape == call.sizes and not self._is_one_matrix:
             damping = damping.flatten()
-        found, aux = self._split(call.wrapper.solve(*call.args, r, damping=damping, **kwargs))
+        found, aux = self._split(call.wrapper.solve(*own, damping=damping, **kwargs))
         step = call.like_inputs(found, shared=not self._is_one_matrix)
         return (step, *aux) if aux else step
 
@@ -173,15 +195,11 @@ class OverBatchAxes(PlansOverBatchAxes):
         return led
 
     def ggn_product(self, *args: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
-        inputs, vectors = without_last(args, "ggn_product")
-        call = self._calls.flat(inputs)
-        tangents, _ = call.tangents(vectors)
-        own = None if loss is None else lambda outputs: loss(call.value(outputs))
-        return call.like_inputs(call.wrapper.ggn_product(*call.args, tangents, loss=own, **kwargs), shared=False)
+        call, own, several = self._flat_call("ggn_product", args, kwargs)
+        product = call.wrapper.ggn_product(*own, loss=None if loss is None else call.loss(loss), **kwargs)
+        return call.like_inputs(product, several, shared=False)
 
     def gradient_norms(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs, vectors = without_last(args, "gradient_norms")
-        call = self._calls.flat(inputs)
-        cotangents, _ = call.cotangents(vectors, kwargs, "u", several=False)
-        norms: Tensor = call.lead(call.wrapper.gradient_norms(*call.args, cotangents, **kwargs))
+        call, own, _ = self._flat_call("gradient_norms", args, kwargs)
+        norms: Tensor = call.lead(call.wrapper.gradient_norms(*own, **kwargs))
         return norms

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.api.matrix_quantities import MatrixQuantities
+from autojac.api.planned_call import PlannedCall
 from autojac.api.product_arguments import (
     CallShapes,
     VectorNest,
@@ -30,6 +31,8 @@ from autojac.planning.call import describe_keywords
 
 LAST = {"jvp": "v", "hvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
 """What follows func's arguments, as messages name it."""
+OWN = {"gram": ("outer",), "solve": ("damping",), "ggn_product": ("loss",), "chunks": ("bytes", "out")}
+"""Keywords of methods that func does not get."""
 
 
 @dataclasses.dataclass
@@ -154,15 +157,25 @@ class Products(MatrixQuantities):
         whole: bool = False,
     ) -> Any:  # fmt: skip
         """Return a product with each sample's own Jacobian, or with that of the whole batch."""
-        product = self._prepared(kind, args, kwargs, vectors, whole)
+        product, call = self._product_call(kind, args, kwargs, vectors, whole)
         if product.is_formed:
-            plan, computed = self._run(args, kwargs)
+            plan, computed = call.run()
             along = times_parameters(computed.jacobians, product.nest.flat(vectors), product.several_at is not None)
             return self._beside_aux(plan.layout.value(along, itertools.repeat(None)), computed)
-        result = product.jacobian(*product.steps, *product.nest.flat(vectors), *args, **kwargs)
+        result = product.jacobian(*call.args, **kwargs)
         if self.options.has_aux:
             return product.of_jacobian(result[0]), result[1]
         return product.of_jacobian(result)
+
+    def _product_call(
+        self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any,
+        whole: bool = False,
+    ) -> tuple[Product, PlannedCall]:  # fmt: skip
+        """Return a product, and the call that gives it."""
+        product = self._prepared(kind, args, kwargs, vectors, whole)
+        if product.is_formed:
+            return product, PlannedCall(self, args, kwargs)
+        return product, PlannedCall(product.jacobian, (*product.steps, *product.nest.flat(vectors), *args), kwargs)
 
     def _prepared(
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
@@ -243,6 +256,12 @@ class Products(MatrixQuantities):
         if key not in self._call_shapes:
             self._call_shapes[key] = call_shapes(self._other("blocks")._plans, args, kwargs, probing)
         return self._call_shapes[key]
+
+
+def apart_from_own(method: str | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keywords of a method, and those that are passed on to func."""
+    own = {name: value for name, value in kwargs.items() if name in OWN.get(method or "", ())}
+    return own, {name: value for name, value in kwargs.items() if name not in own}
 
 
 def without_last(args: tuple[Any, ...], what: str) -> tuple[tuple[Any, ...], Any]:

@@ -11,9 +11,13 @@ import click
 import torch
 from torch import Tensor
 
+from autojac.api.method_plans import PlannedMethod
+from autojac.api.products import LAST
 from autojac.cli import arguments
 from autojac.cli.shell import blamed_on
 from autojac.cli.target import load
+from autojac.core import pytree
+from autojac.core.nests import chosen_arguments, is_differentiable
 from autojac.core.plan import EFFORTS
 from autojac.core.signature import Layout
 from autojac.errors import StoreError
@@ -89,6 +93,16 @@ search_options = _decorated(
     ),
     click.option("--store", "location", help="Path or URL of the plan store; by default AUTOJAC_STORE."),
 )
+method_option = click.option(
+    "--of",
+    type=click.Choice(get_args(PlannedMethod)),
+    default="jacobian",
+    show_default=True,
+    help="What is planned: the Jacobian, or what AutoJacobian's method of this name computes by.",
+)
+batch_option = click.option(
+    "--batch-dims", type=click.IntRange(1), default=1, show_default=True, help="How many leading axes are the batch."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -115,6 +129,18 @@ class Calls:
     def blame(self, args: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Say of what is raised inside that the target raised it at this call."""
         return blamed_on(self.target, self.describe(args))
+
+    def of_method(self, of: str, args: tuple[Tensor, ...], argnums: int | tuple[int, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a method: those of the call, and vectors where it takes some."""
+        if of not in LAST:
+            return args
+        if LAST[of] == "v":
+            chosen = tuple(args[number] for number in chosen_arguments(args, argnums))
+            like: Any = chosen[0] if isinstance(argnums, int) else chosen
+        else:
+            with torch.no_grad():
+                like = self.func(*args)
+        return (*args, pytree.tree_map(lambda y: torch.randn_like(y) if is_differentiable(y) else y, like))
 
     def to_json(self, args: Sequence[Tensor]) -> dict[str, Any]:
         return {

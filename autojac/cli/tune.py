@@ -7,10 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from torch import Tensor
 
 import autojac
-from autojac.cli.calls import Calls, call_options, grad_mode, json_option, require_store, search_options, using_threads
+from autojac.cli.calls import (
+    Calls,
+    batch_option,
+    call_options,
+    grad_mode,
+    json_option,
+    method_option,
+    require_store,
+    search_options,
+    using_threads,
+)
 from autojac.core.plan import Plan
 from autojac.planning.explain import format_seconds
 
@@ -21,10 +30,12 @@ if TYPE_CHECKING:
 @click.command()
 @call_options
 @search_options
+@method_option
+@batch_option
 @json_option
 def tune(
     target: str, shapes: Any, dtypes: Any, device: str, threads: int | None, grad: bool | None, location: str | None,
-    as_json: bool, **options: Any,
+    of: Any, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Find and keep the fastest right Jacobian of TARGET.
 
@@ -38,6 +49,7 @@ def tune(
       autojac tune model.py:make_model --shape 1024x3 --effort measure
       autojac tune torch:sin --shape 256x8 --shape 4096x8 --no-grad
       autojac tune package.physics:residual --shape 512x2,512x1 --argnums 0,1 --budget 30s --json
+      autojac tune model.py:make_model --shape 1024x3 --of jvp
     """
     with using_threads(threads):
         store = require_store(location)
@@ -46,8 +58,9 @@ def tune(
         found = []
         for args in calls.all:
             with calls.blame(args), grad_mode(grad, args):
-                plan = jac.tune(*args)
-                found.append((plan, serving(calls.func, args, store, options)))
+                given = calls.of_method(of, args, options["argnums"])
+                plan = jac.tune(*given, of=of)
+                found.append((plan, serving(calls.func, given, of, store, options)))
             if not as_json:
                 click.echo(_summary(f"{target}: {calls.describe(args)}", *found[-1], store))
     if as_json:
@@ -60,8 +73,11 @@ def tune(
 
 @click.command()
 @call_options
+@batch_option
 @json_option
-def probe(target: str, shapes: Any, dtypes: Any, device: str, argnums: Any, threads: int | None, as_json: bool) -> None:
+def probe(
+    target: str, shapes: Any, dtypes: Any, device: str, threads: int | None, as_json: bool, **options: Any
+) -> None:
     """Say what couples with what across the batch of TARGET.
 
     Nothing is timed and nothing is kept. TARGET and --shape are those of `autojac tune`.
@@ -76,7 +92,7 @@ def probe(target: str, shapes: Any, dtypes: Any, device: str, argnums: Any, thre
         listed = []
         for args in calls.all:
             with calls.blame(args):
-                structure = autojac.probe(calls.func, *args, argnums=argnums)
+                structure = autojac.probe(calls.func, *args, **options)
             listed.append({**calls.to_json(args), **structure.to_json()})
             if not as_json:
                 lines = [f"{target}: {calls.describe(args)}", f"structure: {structure.coupling}, {structure.assurance}"]
@@ -90,6 +106,8 @@ def probe(target: str, shapes: Any, dtypes: Any, device: str, argnums: Any, thre
 @click.command()
 @call_options
 @search_options
+@method_option
+@batch_option
 def explain(
     target: str, shapes: Any, dtypes: Any, device: str, threads: int | None, grad: bool | None, location: str | None,
     **options: Any,
@@ -104,20 +122,22 @@ def explain(
     Example:
       autojac explain model.py:make_model --shape 1024x3
     """
+    of = options.pop("of")
     with using_threads(threads):
         store = require_store(location)
         calls = Calls.of(target, shapes, dtypes, device)
         jac = autojac.AutoJacobian(calls.func, store=store, **options)
         for args in calls.all:
             with calls.blame(args), grad_mode(grad, args):
-                if jac.plan(*args).source == "estimate":
-                    jac.tune(*args)
-                click.echo(jac.explain(*args))
+                given = calls.of_method(of, args, options["argnums"])
+                if jac.plan(*given, of=of).source == "estimate":
+                    jac.tune(*given, of=of)
+                click.echo(jac.explain(*given, of=of))
 
 
-def serving(func: Callable[..., Any], args: Sequence[Tensor], store: PlanStore, options: dict[str, Any]) -> Plan:
+def serving(func: Callable[..., Any], args: Sequence[Any], of: Any, store: PlanStore, options: dict[str, Any]) -> Plan:
     """Return the plan that another program finds, looked up as it would: one of higher effort is not replaced."""
-    return autojac.AutoJacobian(func, store=store, **{**options, "on_miss": "error"}).plan(*args)
+    return autojac.AutoJacobian(func, store=store, **{**options, "on_miss": "error"}).plan(*args, of=of)
 
 
 def is_kept(plan: Plan, served: Plan) -> bool:

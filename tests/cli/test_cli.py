@@ -54,6 +54,10 @@ def mixed(x):
     return x - x.mean(0)
 
 
+def within_rows(x):
+    return x.cumsum(1)
+
+
 def raises(x):
     raise ValueError("a message\\nof two lines")
 
@@ -250,6 +254,17 @@ def test_probe_says_what_couples() -> None:
     assert not PlanStore().listing()
 
 
+def test_methods_are_planned_with_vectors_of_their_shapes(folder: Path) -> None:
+    call = ["model.py:residual", "--shape", "4x4x2,4x4x1", "--batch-dims", "2", "--argnums", "0,1"]
+    for method in ("jvp", "vjp", "gram", "solve"):
+        (found,) = data("tune", *call, "--of", method, "--effort", "estimate")["plans"]
+        assert found["kept"]
+        assert "from store" in output("explain", *call, "--of", method, "--effort", "estimate")
+    text = output("explain", *call, "--of", "ggn_product", "--effort", "estimate")
+    assert text.count("plan: ") == 2
+    assert "grouped" in output("probe", "model.py:within_rows", "--shape", "4x4x2", "--batch-dims", "2")
+
+
 def test_explain_finds_the_plan_and_its_candidates() -> None:
     output("tune", "torch:sin", "--shape", "8x3", "--budget", "300ms")
     text = output("explain", "torch:sin", "--shape", "8x3")
@@ -314,6 +329,10 @@ def test_a_refuted_plan_says_so(own_store: Path) -> None:
         ([*TUNE, "--effort", "hard"], "'hard' is not one of"),
         ([*TUNE, "--argnums", "x"], "positions of arguments"),
         ([*TUNE, "--argnums", "1"], "argnums names argument 1"),
+        ([*TUNE, "--argnums", "1", "--of", "jvp"], "argnums names argument 1"),
+        ([*TUNE, "--of", "product"], "'product' is not one of"),
+        ([*TUNE, "--batch-dims", "0"], "--batch-dims"),
+        ([*TUNE, "--batch-dims", "3"], "3 batch axes in front"),
         ([*TUNE, "--threads", "0"], "--threads"),
         ([*TUNE, "--efort", "quick"], "No such option"),
         ([*TUNE, "--store", "foo://bar"], "can't be used as a plan store"),

@@ -100,6 +100,12 @@ def wrap(func: Any, **options: Any) -> AutoJacobian:
     return AutoJacobian(func, **{"store": ":memory:", "on_miss": "estimate", "effort": "estimate", **options})
 
 
+def holds_itself() -> list[Any]:
+    nest: list[Any] = []
+    nest.append(nest)
+    return nest
+
+
 def command(*words: str) -> None:
     """Run a command of the command line, with a module to work on."""
 
@@ -599,6 +605,34 @@ MESSAGES = (
         "writes into its tensor argument",
         "clone",
         lambda: jac(lambda x: x.mul_(2), x),
+    ),
+    Message(
+        MutationError,
+        "",
+        "writes into a tensor that is passed by keyword or in an object",
+        "clone it first",
+        lambda: wrap(lambda x, total: x * total.add_(1))(x, total=torch.zeros(2)),
+    ),
+    Message(
+        MutationError,
+        "Pass it once",
+        "sets something in a list that is passed to it twice",
+        "return what it sets as aux",
+        lambda: jac(lambda x, a, b: (a.append(1), b.append(2), x)[2], x, *[[]] * 2),
+    ),
+    Message(
+        MutationError,
+        "",
+        "sets something in its arguments, which batch_dims=2 makes copies of",
+        "Pass what it sets by keyword",
+        lambda: jac(lambda x, log: (log.append(1), x)[1], x[None], [], batch_dims=2),
+    ),
+    Message(
+        InputError,
+        "a nest with an end was expected",
+        "a tuple that holds itself",
+        "Pass what is needed",
+        lambda: jac(lambda x, log: x, x, holds_itself()),
     ),
     Message(
         PerformanceWarning,

@@ -25,7 +25,7 @@ from autojac.errors import InputError, OptionError, kind_of
 from autojac.guards.compiled_functions import opaque_methods, original
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import PreparedPlan
-from autojac.planning.run_call import run_call
+from autojac.planning.run_call import leaving_in_arguments, run_call
 from autojac.problem.problem import Result
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
             nested as `torch.func.jacrev` nests it where there are several outputs or inputs. A nest that is
             differentiated may hold ids, masks, strings and None besides: there J holds None. Dataclasses are nests,
             registered or not, and come back as their own types, past `__init__`. With `has_aux=True` the pair (J,
-            aux). Values and Jacobians are plain tensors, also of tensors of a class of their own.
+            aux). Values and Jacobians are plain tensors, also of tensors of a class of their own. What func sets in
+            nests and objects among its arguments is left there as by one plain call.
 
         Raises:
             InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
@@ -231,7 +232,7 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
                 return without_sharing(plan.problem, result.jacobians[0][0])
             if plan.factors is None:
                 plan.factors = factored(plan.problem)
-            with outside_autocast():
+            with leaving_in_arguments(plan, described), outside_autocast():
                 factors: LowRankJacobian = plan.factors(described.leaves, described.keywords)
             return factors
 

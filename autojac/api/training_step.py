@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
-from autojac.api.joined_columns import JoinedColumns
+from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
 from autojac.core import pytree
@@ -23,7 +23,8 @@ from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan
 from autojac.core.ranks import several
 from autojac.core.sandbox import without_hooks
-from autojac.errors import InputError, OutputError, SearchError, UnsupportedError, kind_of
+from autojac.core.settable_arguments import written_back
+from autojac.errors import InputError, SearchError, UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.planning.fast_path import no_fast_path
@@ -43,49 +44,6 @@ class StepOptions(TypedDict, total=False):
     verify: Verify
     store: Any
     version: str
-
-
-def own_inputs(source: Any, x: Any) -> tuple[Any, ...]:
-    """Return the arguments that a wrapper gets for the first one of a step: several for derivatives in several."""
-    several_tensors = isinstance(source, Derivatives) and isinstance(source.planned, JoinedColumns)
-    return tuple(x) if several_tensors and isinstance(x, (tuple, list)) else (x,)
-
-
-class LossOfDerivatives(nn.Module):
-    """A loss on the derivatives of a model, as a module that holds all parameters that it trains.
-
-    Its arguments have one more axis in front, of length one, and so has what it returns: to the planner the whole
-    batch is one sample, and the parameters are shared.
-
-    Args:
-        source: a wrapper that gives derivatives.
-        loss: a function of these and of further arguments.
-        modules: what of func and loss holds parameters.
-    """
-
-    def __init__(self, source: Any, loss: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.source, self.loss = source, loss
-        self.trained = nn.ModuleList(modules)
-
-    def forward(self, *args: Any) -> Tensor:
-        own = pytree.tree_map_only(Tensor, lambda x: x.squeeze(0), args)
-        return self.value(*own).unsqueeze(0)
-
-    def value(self, x: Any, *rest: Any) -> Tensor:
-        """Return the loss, with its graph."""
-        with torch.enable_grad():
-            if isinstance(self.source, AutoJacobian):
-                parts = self.source.value_and_jacobian(x)
-            elif isinstance(self.source, Derivatives):
-                parts = self.source(*own_inputs(self.source, x))
-            else:
-                parts = (self.source(x),)
-            value = self.loss(*parts, *rest)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
-            raise OutputError(f"a loss returns one number, got {what}. Reduce it, as by .mean(), before it is returned")
-        return value.reshape(())
 
 
 @opaque_methods
@@ -171,8 +129,9 @@ class TrainingStep:
         whole = self._wrapper(x)
         try:
             # hooks see what arrives at a parameter, once
-            with torch.no_grad(), self._without_hooks(whole):
-                value, gradients = whole.value_and_jacobian(*_lifted(args))
+            lifted = _lifted(args)
+            with torch.no_grad(), self._without_hooks(whole), written_back(args, lifted):
+                value, gradients = whole.value_and_jacobian(*lifted)
                 targets = self._targets(whole, args)
         except (SearchError, UnsupportedError) as error:
             self._refused[_key(args)] = str(error)

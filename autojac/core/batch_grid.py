@@ -11,7 +11,8 @@ from torch import Tensor
 
 from autojac.core import pytree
 from autojac.core.nests import is_differentiable
-from autojac.errors import OutputError
+from autojac.core.settable_arguments import NestCopies
+from autojac.errors import MutationError, OutputError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,14 @@ class BatchGrid:
         samples = next(len(x) for x, carries in zip(leaves, self.carriers, strict=True) if carries)
         sizes = self.sizes_of(samples)
         restored = [split_axis(x, 0, sizes) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
-        out = func(*pytree.tree_unflatten(restored, spec), **kwargs)
+        nests = pytree.tree_unflatten(restored, spec)
+        copies = NestCopies(tuple(args), nests)
+        out = func(*nests, **kwargs)
+        if copies.changes():
+            raise MutationError(
+                f"func sets something in its arguments, which batch_dims={len(sizes)} makes copies of. Pass what it "
+                "sets by keyword, return it as aux with has_aux=True, or flatten the batch and leave batch_dims out"
+            )
         if self.has_aux and isinstance(out, tuple) and len(out) == 2:
             return self._output(out[0], sizes), out[1]
         return self._output(out, sizes)

@@ -14,8 +14,10 @@ from autojac.core import pytree
 from autojac.core.autocast import current_autocast, inside_autocast
 from autojac.core.batch_axes import AUTO, batch_axes
 from autojac.core.keywords import Keywords
+from autojac.core.module_function import ModuleFunction
 from autojac.core.nests import chosen_arguments, differentiated_places, split_output, tensor_leaves
 from autojac.core.options import Options
+from autojac.core.settable_arguments import SettableArguments, is_settable, reached_from, written_back
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
 from autojac.errors import InputError, OutputError, kind_of
@@ -48,6 +50,8 @@ class CallLayout:
         self.classes = tuple(own_class(flat[index]) for index in self.tensor_at)
         self.size = len(flat)
         self.plain = all(isinstance(arg, Tensor) for arg in args)
+        # the parameters of a module are nothing that the module is given
+        self.is_settable = bool(reached_from(args[1:] if isinstance(func, ModuleFunction) else args)[0])
         self.axes = batch_axes(args, options.in_dims)
         self.declared = tuple(axis != AUTO for axis in self.axes)
         self.unbatched = all(axis is None for axis in self.axes)
@@ -103,10 +107,14 @@ class CallLayout:
         """Return the keyword arguments with the non-tensor positional ones, which may change, as a time does."""
         if kwargs and any(isinstance(value, Tensor) and value.is_inference() for value in kwargs.values()):
             kwargs = {name: _recordable(value) for name, value in kwargs.items()}
-        if not self.constants:
-            return kwargs
-        flat = pytree.tree_leaves(tuple(args))
-        return Keywords(kwargs, {index: flat[index] for index in self.constants})
+        constants: dict[int, Any] = {}
+        if self.constants:
+            flat = pytree.tree_leaves(tuple(args))
+            constants = {index: flat[index] for index in self.constants}
+        settable = None
+        if self.is_settable or (kwargs and is_settable(kwargs.values())):
+            settable = SettableArguments(args, kwargs, constants.values())
+        return Keywords(kwargs, constants, settable=settable) if constants or settable else kwargs
 
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Call the user's function on flat tensors under the autocast of the call; return its outputs flat."""
@@ -118,16 +126,12 @@ class CallLayout:
     def _fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if self.moved:
             leaves = self._back(leaves)
-        if self.plain:
-            out = self.func(*leaves, **kwargs)
+        args = leaves if self.plain else self._nested_inputs(leaves, kwargs)
+        if isinstance(kwargs, Keywords) and kwargs.settable is not None:
+            with kwargs.settable.evaluation(args):
+                out = self.func(*args, **kwargs)
         else:
-            flat: list[Any] = [None] * self.size
-            if isinstance(kwargs, Keywords):
-                for index, value in kwargs.constants.items():
-                    flat[index] = value
-            for index, tensor in zip(self.tensor_at, leaves, strict=True):
-                flat[index] = tensor
-            out = self.func(*pytree.tree_unflatten(flat, self.spec), **kwargs)
+            out = self.func(*args, **kwargs)
         if self.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
                 what = f"{len(out)} values" if isinstance(out, tuple) else kind_of(out)
@@ -146,6 +150,16 @@ class CallLayout:
             return tuple(values)
         # non-tensors go on as they are, to be refused by name
         return tuple(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in values)
+
+    def _nested_inputs(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        flat: list[Any] = [None] * self.size
+        if isinstance(kwargs, Keywords):
+            for index, value in kwargs.constants.items():
+                flat[index] = value
+        for index, tensor in zip(self.tensor_at, leaves, strict=True):
+            flat[index] = tensor
+        args: Sequence[Any] = pytree.tree_unflatten(flat, self.spec)
+        return args
 
     def value(self, values: Sequence[Tensor], rest: Iterable[Any] = ()) -> Any:
         """Return the function's result from its flat outputs, and from what it returned without a derivative."""
@@ -256,7 +270,9 @@ def outside_inference_mode(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
         return
 
     with torch.inference_mode(False), torch.no_grad():
-        yield pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
+        copies = pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
+        with written_back((args, kwargs), copies):
+            yield copies
 
 
 def _recordable(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+from autojac.core.settable_arguments import SettableArguments
 from autojac.torch_internals import pytree
 
 
@@ -17,6 +18,7 @@ class Keywords(dict[str, Any]):
         constants: the non-tensor positional arguments, by their index among the flat arguments.
         aux: a list that collects what func returns besides its outputs; None where nobody asks for it.
         random_state: the random state that every evaluation starts from; None for the current one.
+        settable: what evaluations may set among the arguments; None where there is nothing.
     """
 
     def __init__(
@@ -25,11 +27,13 @@ class Keywords(dict[str, Any]):
         constants: Mapping[int, Any] | None = None,
         aux: list[Any] | None = None,
         random_state: Mapping[str, Any] | None = None,
+        settable: SettableArguments | None = None,
     ) -> None:
         super().__init__(keywords)
         self.constants = {} if constants is None else constants
         self.aux = aux
         self.random_state = random_state
+        self.settable = settable
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any], **context: Any) -> Self:
@@ -44,7 +48,7 @@ class Keywords(dict[str, Any]):
 
 
 def _flatten(keywords: Keywords) -> tuple[list[Any], Any]:
-    return [dict(keywords), keywords.constants], (keywords.aux, keywords.random_state)
+    return [dict(keywords), keywords.constants], (keywords.aux, keywords.random_state, keywords.settable)
 
 
 def _unflatten(parts: Any, context: Any) -> Keywords:

@@ -13,6 +13,7 @@ from autojac.core.batch_grid import BatchGrid
 from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.core.nests import is_differentiable
 from autojac.core.selection import Select, picked
+from autojac.core.settable_arguments import written_back
 
 
 class ComposedFunction(ABC):
@@ -99,7 +100,8 @@ class AlongTangents(ProductFunction):
             flat, spec = pytree.tree_flatten(own[number])
             moved = [x + self._shift(x, *next(vectors), steps) if is_differentiable(x) else x for x in flat]
             own[number] = pytree.tree_unflatten(moved, spec)
-        out, aux = self._call(own, kwargs)
+        with written_back(args[last:], tuple(own)):
+            out, aux = self._call(own, kwargs)
         return (out, *aux) if aux else out
 
     def _shift(self, x: Tensor, tangent: Tensor, axis: int | None, steps: dict[bool, Tensor]) -> Tensor:
@@ -179,7 +181,8 @@ class SampleWindow(ComposedFunction):
                 part, axis = next(parts) if is_differentiable(x) else (x, None)
                 placed.append(part if axis is None else x.index_copy(axis, index, part))
             own[number] = pytree.tree_unflatten(placed, spec)
-        out, aux = self._call(own, kwargs)
+        with written_back(args[len(self.axes) :], tuple(own)):
+            out, aux = self._call(own, kwargs)
         chosen = pytree.tree_map(lambda y: y[index] if is_differentiable(y) else y, out)
         return (chosen, *aux) if aux else chosen
 

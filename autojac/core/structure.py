@@ -15,12 +15,14 @@ Assurance = Literal["proved", "observed", "declared"]
 
 UPDATES_BUFFERS = "updates buffers"
 KEEPS = "keeps values in attributes or containers"
+SETS_ARGUMENTS = "sets something in its arguments"
 DRAWS = "draws random numbers"
 EXCHANGES = "assigns to .data"
 DRAWS_ALIKE = "draws the same random numbers for every sample"
 """What a call may do besides returning a value.
 
-What func keeps is put right by one more plain call; numbers drawn alike are the user's wish, and bind no method.
+What func keeps, or sets in its arguments, is put right by one more plain call; numbers drawn alike are the user's
+wish, and bind no method.
 """
 
 

@@ -77,10 +77,11 @@ class AttributeMapping(MutableMapping[str, Any]):
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self.owner, name, value)
+        # of an instance past a class that is frozen, or that does more as it sets
+        (setattr if isinstance(self.owner, type) else object.__setattr__)(self.owner, name, value)
 
     def __delitem__(self, name: str) -> None:
-        delattr(self.owner, name)
+        (delattr if isinstance(self.owner, type) else object.__delattr__)(self.owner, name)
 
     def __iter__(self) -> Any:
         return (name for name in self.names() if self.get(name, MISSING) is not MISSING)
@@ -186,7 +187,7 @@ class Snapshot:
         for place, copy in zip(self.places, self.copies, strict=True):
             if not _same(copy, _copied(place)):
                 changed.append(place)
-                _restored(place, copy)
+                replace_contents(place, copy)
         return changed
 
 
@@ -221,7 +222,8 @@ def _alike(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and type(one) in SCALARS and one == other)
 
 
-def _restored(place: Any, copy: Any) -> None:
+def replace_contents(place: Any, copy: Any) -> None:
+    """Let a place hold what a copy of its contents has."""
     if isinstance(place, MutableMapping):
         for name in [name for name in place if name not in copy]:
             del place[name]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import autojac.methods
 from autojac.autodiff.open_modes import transforming
-from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, UPDATES_BUFFERS
+from autojac.core.structure import DRAWS, DRAWS_ALIKE, EXCHANGES, KEEPS, SETS_ARGUMENTS, UPDATES_BUFFERS
 from autojac.errors import StoreError
 from autojac.graph.special_kernels import ATTENTION
 from autojac.guards.assignments import leaving
@@ -52,7 +52,8 @@ class Method(ABC):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Return why this method can't serve the problem, as a sentence to act on; None if it can."""
-        effects = tuple(effect for effect in problem.structure.effects if effect != KEEPS)
+        # these are put right after the call, however func is run in it
+        effects = tuple(effect for effect in problem.structure.effects if effect not in (KEEPS, SETS_ARGUMENTS))
         if EXCHANGES in effects and self.uses_transforms:
             # torch lets a plain tensor be given a transform's own, and crashes when that is read
             return f"func {EXCHANGES}, which torch.func's transforms can't do"

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from autojac.core import pytree
 from autojac.core.call import CallLayout, describe
+from autojac.core.keywords import Keywords
+from autojac.core.settable_arguments import SettableArguments
 from autojac.core.signature import current_flags
 from autojac.guards.captures import Captures
 
@@ -78,6 +80,11 @@ class Call:
     leaves: tuple[Tensor, ...]
     keywords: Mapping[str, Any]
     captured: Captures
+
+    @property
+    def settable(self) -> SettableArguments | None:
+        """What func may set among the arguments; None where there is nothing."""
+        return self.keywords.settable if isinstance(self.keywords, Keywords) else None
 
     @property
     def trained(self) -> tuple[Tensor, ...]:

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+from torch import Tensor
+
+from autojac.core.keywords import Keywords
 from autojac.core.options import Options, Randomness
 from autojac.core.sandbox import Sandbox, random_state, restore_random_state
+from autojac.core.settable_arguments import reached_from
 from autojac.core.signature import Layout, Signature, named_flags
-from autojac.core.structure import DRAWS, DRAWS_ALIKE
-from autojac.errors import InputError, OutputError, RandomnessError
+from autojac.core.structure import DRAWS, DRAWS_ALIKE, SETS_ARGUMENTS
+from autojac.errors import InputError, MutationError, OutputError, RandomnessError
 from autojac.guards.earlier_values import EarlierValues
 from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
@@ -74,7 +78,8 @@ def inspect_first_call(
     """
     captured, differentiable = call.captured, call.is_differentiable
     trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
-    sandbox = Sandbox(captured.tensors, None, captured.places, trained)
+    passed = _passed(call)
+    sandbox = Sandbox([*captured.tensors, *passed], None, captured.places, trained)
     fn: Flat = call.layout.fn
     earlier = EarlierValues()
     first = _undrawn(call, sandbox, earlier)
@@ -82,6 +87,7 @@ def inspect_first_call(
         earlier.restore()
         sandbox = Sandbox(sandbox.captured, None, (*sandbox.places, *more), sandbox.trained)
         first = _undrawn(call, sandbox)
+    _require_unwritten(passed, sandbox)
     if sandbox.converted:
         # for good, as by the plain call that this call stands for: the next one shows what else func does
         sandbox = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
@@ -90,6 +96,8 @@ def inspect_first_call(
         first, sandbox = _kept(call, first, sandbox)
     if sandbox.state:
         fn, first = _drawing(call, first, sandbox, options.randomness)
+    if call.settable is not None and call.settable.are_changed:
+        first = dataclasses.replace(first, effects=(*first.effects, SETS_ARGUMENTS))
     if captured.opaque and call.key.grad and not differentiable:
         # what could not be followed may hold parameters: then J must carry their graph
         with sandbox():
@@ -99,6 +107,25 @@ def inspect_first_call(
     require_columns(signature, options.of)
     # the tensors that func writes into are few: only these are saved around later evaluations
     return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
+
+
+def _passed(call: Call) -> list[Tensor]:
+    """Return the tensors that a call passes by keyword or in objects, which func gets themselves."""
+    if not call.keywords:
+        return []
+    constants = call.keywords.constants if isinstance(call.keywords, Keywords) else {}
+    captured = {id(tensor) for tensor in call.captured.tensors}
+    tensors = reached_from((*call.keywords.values(), *constants.values()))[1]
+    return [tensor for tensor in tensors if id(tensor) not in captured]
+
+
+def _require_unwritten(passed: Sequence[Tensor], sandbox: Sandbox) -> None:
+    for tensor in passed:
+        if any(tensor is written for written in sandbox.written):
+            raise MutationError(
+                f"func writes into a tensor that is passed by keyword or in an object: {tuple(tensor.shape)} "
+                f"{tensor.dtype}. Let func clone it first, or hold what it updates, as a module its buffers"
+            )
 
 
 def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:

@@ -111,7 +111,7 @@ class PlansInUse:
         if plan is None:
             return self._make(args, kwargs)
         layout = plan.layout
-        keywords = layout.keywords(args, kwargs) if kwargs or layout.constants else kwargs
+        keywords = layout.keywords(args, kwargs) if kwargs or not layout.plain else kwargs
         return plan, Call(args, kwargs, key, layout, layout.leaves(args), keywords, captured)
 
     def tune(

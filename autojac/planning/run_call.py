@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autojac.autodiff.open_modes import transforming
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
+from autojac.core.keywords import Keywords
 from autojac.core.signature import current_flags
+from autojac.core.structure import SETS_ARGUMENTS
 from autojac.errors import UnsupportedError
 from autojac.graph.capture import open_capture
 from autojac.graph.recorder import Recorder
@@ -46,9 +50,45 @@ def run_call(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
     if transforming():
         return _run_inside_transform(plans, args, kwargs)
-    state = plans.observe()
-    plan, call = plans.look_up(args, kwargs)
-    plan.schedule.calls += 1
+    served = None
+    while served is None:
+        state = plans.observe()
+        plan, call = plans.look_up(args, kwargs)
+        plan.schedule.calls += 1
+        if call.settable is None:
+            served = _serve_in_memory(plans, plan, call, state)
+            continue
+        with leaving_in_arguments(plan, call):
+            served = _serve_in_memory(plans, plan, call, state)
+    return served
+
+
+@contextmanager
+def leaving_in_arguments(plan: PreparedPlan, call: Call) -> Iterator[None]:
+    """Leave in the arguments what one plain call leaves there: func is called once more where it sets something.
+
+    Args:
+        plan: serves the call.
+        call: found, as the plain call would find it, what func has kept so far.
+    """
+    settable = call.settable
+    if settable is None:
+        yield
+        return
+    sandbox = plan.sandbox.now()
+    restore = sandbox.saved()
+    yield
+    if settable.are_changed or SETS_ARGUMENTS in plan.problem.structure.effects:
+        # what else the plain call leaves is left already
+        with sandbox(), outside_autocast(), settable.keeping():
+            restore()
+            call.layout.fn(call.leaves, call.keywords)
+
+
+def _serve_in_memory(
+    plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None
+) -> tuple[PreparedPlan, Result] | None:
+    """Serve a call, by a plan that takes less memory where it runs out; None if there is a better plan now."""
     try:
         return _serve(plans, plan, call, state)
     except (RuntimeError, MemoryError) as error:
@@ -62,8 +102,8 @@ def _run(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
     return Check(plans, smaller, call).run()
 
 
-def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None) -> tuple[PreparedPlan, Result]:
-    """Compute a call by its plan, checked where that is due."""
+def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None) -> tuple[PreparedPlan, Result] | None:
+    """Compute a call by its plan, checked where that is due; None if there is a better plan now."""
     schedule = plan.schedule
     if (capture := open_capture()) is not None:
         # a check reads values, which no recording holds; what is recorded is compared with calls that are checked
@@ -77,7 +117,7 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
         return plan, result
     if plan.exploration is not None and schedule.calls >= schedule.next_step and plans.explore(plan, call):
         # by the plan that was found to be faster, which is checked at its first use
-        return _run(plans, call.args, call.kwargs)
+        return None
     found: Result | None = None
     try:
         found = _run_timed(plan, call) if plan.exploration is not None else _run_unchecked(plan, call)
@@ -138,9 +178,19 @@ def _run_inside_transform(
                 batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
                 composed = dataclasses.replace(problem.resized(batch), differentiable=True)
                 compute = prepare_compute(plan.layout, composed, Pull.suiting(composed, "vmap"))
+                keywords = plan.layout.keywords(args, kwargs)
                 with outside_autocast():
-                    return plan, compute(leaves, plan.layout.keywords(args, kwargs))
+                    result = compute(leaves, keywords)
+                    _leave_inside_transform(plan, leaves, keywords)
+                    return plan, result
     raise UnsupportedError(
         "a torch.func transform or forward mode is active, in which nothing can be probed. Call "
         "jac(x) or jac.tune(x) once outside of it, with tensors of these shapes, and then again inside"
     )
+
+
+def _leave_inside_transform(plan: PreparedPlan, leaves: Sequence[Tensor], keywords: Mapping[str, Any]) -> None:
+    settable = keywords.settable if isinstance(keywords, Keywords) else None
+    if settable is not None and (settable.are_changed or SETS_ARGUMENTS in plan.problem.structure.effects):
+        with settable.keeping():
+            plan.layout.fn(leaves, keywords)

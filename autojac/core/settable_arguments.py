@@ -1,0 +1,199 @@
+"""What func sets in nests and objects among its arguments: a call leaves there what one plain call leaves."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from autojac.errors import MutationError
+from autojac.guards.assignments import AttributeMapping, Snapshot, replace_contents
+from autojac.guards.captures import captures
+from autojac.guards.provenance import slots
+from autojac.guards.tokens import SCALARS, leaf_tokens
+from autojac.torch_internals import pytree
+
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+MUTABLE = (dict, list, set, deque)
+
+
+class NestCopies:
+    """Nests that func gets in the place of others, and what it sets in them.
+
+    Args:
+        originals: the nests.
+        copies: the same with other tensors.
+    """
+
+    def __init__(self, originals: Any, copies: Any) -> None:
+        # copies are kept, so that the id of each stays its own
+        self._pairs: list[tuple[Any, Any]] = []
+        self._original: dict[int, Any] = {}
+        self._original_place: dict[int, Any] = {}
+        self._pair(originals, copies)
+        self._held = Snapshot([copy for copy, _ in self._pairs if id(copy) in self._original_place])
+
+    def _pair(self, original: Any, copy: Any) -> None:
+        if original is copy or type(copy) in SCALARS or id(copy) in self._original:
+            return
+        if not isinstance(copy, Tensor) and type(original) is not type(copy):
+            return
+        self._original[id(copy)] = original
+        self._pairs.append((copy, original))
+        if isinstance(copy, Tensor):
+            return
+        if isinstance(copy, tuple):
+            self._pair_all(zip(original, copy, strict=False))
+            return
+        for place, same in zip(places_in(original), places_in(copy), strict=False):
+            self._pairs.append((same, place))
+            self._original_place[id(same)] = place
+            if isinstance(same, MutableMapping):
+                self._pair_all((place[name], same[name]) for name in list(place) if name in same)
+            elif not isinstance(same, set):
+                self._pair_all(zip(place, same, strict=False))
+
+    def _pair_all(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        for original, copy in pairs:
+            self._pair(original, copy)
+
+    def changes(self) -> list[tuple[Any, Any]]:
+        """Return the places and keys of what func has set in the copies; the key is None where a place has no keys.
+
+        Raises:
+            MutationError: if it has set something in two copies of the same object.
+        """
+        found = [(place, key) for place, key in self._held.differences() if id(place) in self._original_place]
+        known: dict[int, int] = {}
+        for place, _ in found:
+            original = self._original_place[id(place)]
+            if known.setdefault(id(original), id(place)) != id(place):
+                raise MutationError(
+                    f"func sets something in a {type(original).__name__} that is passed to it twice, in both places. "
+                    "Pass it once, or let func return what it sets as aux with has_aux=True"
+                )
+        return found
+
+    def write_back(self) -> None:
+        """Set in the originals what func has set in the copies."""
+        for place, key in self.changes():
+            original = self._original_place[id(place)]
+            if key is None:
+                replace_contents(original, [self._own(value) for value in place])
+            elif key in place:
+                original[key] = self._own(place[key])
+            else:
+                del original[key]
+
+    def _own(self, value: Any) -> Any:
+        """Return a value with the originals in the place of their copies."""
+        known = self._original
+        if id(value) in known:
+            return known[id(value)]
+        leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: id(part) in known)
+        if not any(id(leaf) in known for leaf in leaves):
+            return value
+        return pytree.tree_unflatten([known.get(id(leaf), leaf) for leaf in leaves], spec)
+
+
+@contextmanager
+def written_back(originals: Any, copies: Any) -> Iterator[None]:
+    """Set in nests what is set in copies of them inside; nothing if that raises."""
+    pairs = NestCopies(originals, copies) if is_settable(originals) else None
+    yield
+    if pairs is not None:
+        pairs.write_back()
+
+
+class SettableArguments:
+    """The arguments of one call in which func may set something.
+
+    Each evaluation of func finds them as the call does, and leaves them so, but for those that `are_kept`.
+
+    Args:
+        args, kwargs: of the call.
+        objects: those that evaluations get themselves, and no copy of.
+
+    Attributes:
+        are_changed: an evaluation has set something.
+        are_kept: what evaluations set stays.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], objects: Iterable[Any]) -> None:
+        self._args = tuple(args)
+        self._objects = [*objects, *kwargs.values()]
+        self.are_changed = False
+        self.are_kept = False
+
+    @functools.cached_property
+    def _places(self) -> list[Any]:
+        return reached_from(self._objects)[0]
+
+    @contextmanager
+    def evaluation(self, copies: Sequence[Any]) -> Iterator[None]:
+        """Evaluate func on copies of the positional arguments, and on the others themselves."""
+        pairs, held = NestCopies(self._args, tuple(copies)), Snapshot(self._places)
+        try:
+            yield
+        except BaseException:
+            held.restore()
+            raise
+        if self.are_kept:
+            pairs.write_back()
+        else:
+            self.are_changed = bool(held.restore()) or bool(pairs.changes()) or self.are_changed
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Let what evaluations set inside stay."""
+        self.are_kept = True
+        try:
+            yield
+        finally:
+            self.are_kept = False
+
+
+def is_settable(values: Iterable[Any]) -> bool:
+    """Check whether some of these are more than tensors and constants, so that func may set something in them."""
+    return not all(isinstance(value, Tensor) or type(value) in SCALARS for value in values)
+
+
+def places_in(value: Any) -> list[Any]:
+    """Return where an object holds what can be set: itself, its attributes, its slots."""
+    found: list[Any] = [value] if isinstance(value, MUTABLE) else []
+    if isinstance(state := getattr(value, "__dict__", None), dict):
+        found.append(state)
+    if names := slots(type(value)):
+        found.append(AttributeMapping(value, lambda: names))
+    return found
+
+
+def reached_from(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+    """Return the places that func may set through these objects, and the tensors that it may write into."""
+    places: list[Any] = []
+    tensors: list[Tensor] = []
+    known: dict[int, Any] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if type(value) in SCALARS or id(value) in known:
+            continue
+        known[id(value)] = value
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (tuple, frozenset)):
+            todo += value
+        elif isinstance(value, CALLABLES):
+            found = captures(value)
+            places += found.places
+            tensors += found.tensors
+        elif not (isinstance(value, type) or type(value).__module__ == "numpy") and leaf_tokens(value) is None:
+            for place in places_in(value):
+                places.append(place)
+                todo += place.values() if isinstance(place, MutableMapping) else place
+    return places, tensors

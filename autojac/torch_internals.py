@@ -181,16 +181,18 @@ forward_grad_enabled: Callable[[bool], Any] = _required(
     "torch.autograd.forward_ad._set_fwd_grad_enabled", "switch forward mode on in the forward of a custom Function"
 )
 _required("torch.autograd.forward_ad._current_level", "see whether a dual level is open")
+_dual_numbers = torch.autograd.forward_ad
 
 
 def dual_level() -> int:
     """Return the number of the open dual level, for all threads; below zero if there is none."""
-    return int(torch.autograd.forward_ad._current_level)
+    level: int = _dual_numbers._current_level
+    return level
 
 
 def set_dual_level(level: int) -> None:
     """Set what torch takes for the open dual level."""
-    torch.autograd.forward_ad._current_level = level
+    _dual_numbers._current_level = level
 
 
 # autograd

@@ -131,38 +131,36 @@ def _seconds(run: Callable[[], object]) -> float:
     return best
 
 
-class HoistedValues:
-    """What was hoisted, for the captured tensors as they are.
+Kept = Callable[[], tuple[Tensor, ...]]
+
+
+def kept_values(hoist: Hoist, captured: Sequence[Tensor]) -> Kept:
+    """Return what gives the captured tensors and what is kept: all that the rest of a program reads besides arguments.
 
     Args:
         hoist: the programs.
-        captured: the tensors.
+        captured: the tensors, as they are now.
     """
+    shown = tuple(captured[place] for place in hoist.memory)
+    sources = tuple(captured[place] for place in hoist.sources)
 
-    def __init__(self, hoist: Hoist, captured: Sequence[Tensor]) -> None:
-        self.hoist = hoist
-        self.captured = tuple(captured)
-        self.shown = tuple(captured[place] for place in hoist.memory)
-        self.sources = tuple(captured[place] for place in hoist.sources)
-        self._state = self._made()
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        """Return the captured tensors and what is kept: all that the rest of the program reads besides arguments."""
-        kept, memory, copies = self._state
-        if list(map(_address, self.shown)) != memory or (copies and not all(map(_same, copies, self.sources))):
-            self._state = kept, _, _ = self._made()
-        return kept
-
-    def _made(self) -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
-        memory = list(map(_address, self.shown))
-        copies = tuple(tensor.detach().clone() for tensor in self.sources)
+    def made() -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
+        memory = list(map(Tensor.data_ptr, shown))
+        copies = tuple(tensor.detach().clone() for tensor in sources)
         with torch.no_grad():
-            made = self.hoist.views(*self.captured)
-            if self.hoist.results is not None:
-                made += self.hoist.results(*self.captured)
-        return (*self.captured, *made), memory, copies
+            found = hoist.views(*captured)
+            if hoist.results is not None:
+                found += hoist.results(*captured)
+        return (*captured, *found), memory, copies
 
+    state = made()
 
-# nan is not equal to itself: then it is computed again
-_same = torch.equal
-_address = Tensor.data_ptr
+    def kept() -> tuple[Tensor, ...]:
+        nonlocal state
+        values, memory, copies = state
+        # nan is not equal to itself: then it is computed again
+        if list(map(Tensor.data_ptr, shown)) != memory or (copies and not all(map(torch.equal, copies, sources))):
+            state = values, _, _ = made()
+        return values
+
+    return kept

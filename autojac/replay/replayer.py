@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from autojac.core.autocast import outside_autocast
 from autojac.errors import UnsupportedError
 from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
+from autojac.replay.bound_trace import BoundTrace
 from autojac.replay.codegen import work_of
-from autojac.replay.hoisting import HoistedValues
+from autojac.replay.hoisting import kept_values
 from autojac.replay.outcomes import OtherOutcomeError, Score, same_values
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
@@ -25,36 +26,6 @@ from autojac.torch_internals import dispatch_modes, function_modes
 MOST_TRACES = 8
 CALLS_A_TRACE = 200
 """Past `MOST_TRACES` one more for so many calls: what changes all the time is not worth tracing."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoundTrace:
-    """A trace bound to the tensors that it reads besides the arguments, for one state of the function.
-
-    Attributes:
-        trace: the programs.
-        captured: the tensors.
-        given: how many tensors a call brings.
-        version: the count of changes of the function's state when it was bound.
-        state: the number of the state that was traced.
-        unchanged: checks whether what the function reads is as it was then.
-        read: tensors whose values Python has read, each with these values.
-        kept: values that are computed once and reused from call to call.
-    """
-
-    trace: Trace
-    captured: tuple[Tensor, ...]
-    given: int
-    version: int
-    state: int
-    unchanged: Callable[[], bool]
-    read: tuple[tuple[Tensor, Tensor], ...] = ()
-    kept: HoistedValues | None = None
-
-    @property
-    def reads_the_same(self) -> bool:
-        """Whether Python would read the same values of tensors as it did."""
-        return not self.read or all(same_values(tensor, values) for tensor, values in self.read)
 
 
 @dataclass
@@ -104,7 +75,7 @@ class Replayer:
                 return None
         else:
             given = leaves
-        outputs = self._outputs(bound, given, leaves, kwargs)
+        outputs = self._run_program(bound, given, leaves, kwargs)
         if outputs is not None:
             return self.result(outputs)
         if self._score.missed:
@@ -119,9 +90,15 @@ class Replayer:
         bound = self.bound
         if bound is None or bound.version != self.function_state.version or function_modes() or not bound.unchanged():
             return None
-        if bound.read and not bound.reads_the_same:
+        if bound.trace.pulls or bound.read or self.threads is not None:
+            return self._run_program(bound, leaves, leaves, {}) if bound.reads_the_same else None
+        # the same without calls in between, which small programs would feel
+        self.calls += 1
+        try:
+            return bound.trace.forward(*leaves, *(bound.captured if bound.kept is None else bound.kept()))
+        except Exception as error:
+            self._note_break(error)
             return None
-        return self._outputs(bound, leaves, leaves, {})
 
     @property
     def program(self) -> Hashable | None:
@@ -177,42 +154,34 @@ class Replayer:
         rows = tuple(tuple(outputs[at : at + step]) for at in range(values, len(outputs), step))
         return Result(tuple(outputs[:values]), rows)
 
-    def _outputs(
+    def _run_program(
         self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor] | None:
         """Run the program; return None where an operator raises, or where Python would take another way."""
         self.calls += 1
-        if self.threads is not None:
-            return self._outputs_by_threads(self.threads, bound, given, leaves, kwargs)
-        return self._run_program(bound, given, leaves, kwargs)
-
-    def _outputs_by_threads(self, count: int, *call: Any) -> Sequence[Tensor] | None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
+        before = None
         try:
-            return self._run_program(*call)
-        finally:
-            torch.set_num_threads(before)
-
-    def _run_program(
-        self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
-    ) -> Sequence[Tensor] | None:
-        trace = bound.trace
-        try:
-            if trace.pulls:
+            if self.threads is not None:
+                before = torch.get_num_threads()
+                torch.set_num_threads(self.threads)
+            if bound.trace.pulls:
                 return self._connected(bound, given, leaves, kwargs)
-            if bound.kept is None:
-                return trace.forward(*given, *bound.captured)
-            return trace.forward(*given, *bound.kept())
-        except OtherOutcomeError:
+            return bound.trace.forward(*given, *(bound.captured if bound.kept is None else bound.kept()))
+        except Exception as error:
+            self._note_break(error)
+            return None
+        finally:
+            if before is not None:
+                torch.set_num_threads(before)
+
+    def _note_break(self, error: Exception) -> None:
+        """Note that a run of the program broke off, or raise its error where func can't be run in its place."""
+        if isinstance(error, OtherOutcomeError):
             self._score.missed = True
             self.calls -= 1  # it counts where its whole call is made
-            return None
-        except Exception:
-            # func may catch what an operator raises, and take another way
-            if self.problem.structure.effects:
-                raise
-            return None
+        elif self.problem.structure.effects:
+            raise error
+        # else func may catch what an operator raises, and take another way
 
     def _miss(self, bound: BoundTrace) -> None:
         """Count a call for which the trace did not hold; after several of them it is given up for a while."""
@@ -272,7 +241,7 @@ class Replayer:
             read = tuple((state.tensors[place], values) for place, values in trace.read)
             captured = tuple(state.tensors[place] for place in trace.captured)
             given = len(arranged(leaves, kwargs))
-            kept = None if trace.hoist is None else HoistedValues(trace.hoist, captured)
+            kept = None if trace.hoist is None else kept_values(trace.hoist, captured)
             self.bound = BoundTrace(
                 trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, read, kept
             )

@@ -58,15 +58,25 @@ def graph_shape(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphSha
             if following:
                 # once more, after all that it leads to
                 waiting.append(node)
-                waiting += [target for target, _ in following if target is not None and target not in numbers]
+                for target, _ in following:
+                    if target is not None and target not in numbers:
+                        waiting.append(target)
                 continue
-        ways = [(numbers.get(target), place) for target, place in following]
-        numbers[node] = None
-        if node in asked or any([number is not None for number, _ in ways]):
-            held = _held(node) if following else ()
-            is_opaque |= held is None
-            numbers[node] = len(parts)
-            parts.append((type(node), tuple(ways), held))
+        leads = node in asked
+        ways = []
+        # most nodes have one or two edges: a comprehension takes longer to start than to run
+        for target, place in following:
+            number = numbers.get(target)
+            ways.append((number, place))
+            if number is not None:
+                leads = True
+        if not leads:
+            numbers[node] = None
+            continue
+        held = _held(node) if following else ()
+        is_opaque |= held is None
+        numbers[node] = len(parts)
+        parts.append((type(node), tuple(ways), held))
     places = [None if edge is None else (numbers.get(edge[0]), edge[1]) for edge in (*starts, *ends)]
     unused = tuple([index for index, end in enumerate(ends) if not _reached(end, starts, edges)])
     return GraphShape((tuple(parts), tuple(places)), len(edges), is_opaque, unused)

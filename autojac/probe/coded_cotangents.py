@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise
-from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint
+from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint, along
 
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -61,18 +61,10 @@ class CodedCotangents:
         self.random = np.random.default_rng(int(torch.randint(2**31, (), generator=self.generator)))
         self.wide = FIRST_CLASSES
 
-    def complete_at(self, leaves: Sequence[Tensor]) -> int | None:
+    def complete_at(self, point: ProbePoint) -> int | None:
         """Add what is missing at a point; how many entries that was, None if it can't be told (see `refusal`)."""
-        point = self.point
-
-        def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-            merged = list(leaves)
-            for position, tensor in zip(point.inputs, inputs, strict=True):
-                merged[position] = tensor
-            return tuple(point.fn(merged, point.kwargs))
-
         with point.sandbox():
-            pullback = Pullback(bound, [leaves[position] for position in point.inputs], differentiable=False)
+            pullback = point.pullback()
             weights = balanced_noise(pullback.recorded, self.generator)
             before = self.known.nnz
             if not self.passes and not self._sparse(pullback, weights):
@@ -91,9 +83,7 @@ class CodedCotangents:
     def _pull(self, pullback: Pullback, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Return the gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
         self.passes += 1
-        scaled = [
-            weight * rows.to(weight.device, weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights
-        ]
+        scaled = [weight * along(rows, weight).to(weight.dtype) for weight in weights]
         pulled = pullback.pull(pullback.recorded, scaled)
         return torch.cat([gradient.reshape(self.point.batch, -1) for gradient in pulled], 1).cpu()
 

@@ -95,21 +95,13 @@ def completed(
         moving: whether outputs may not move either when inputs do that can't reach them; where it follows from the
             operators that these have no derivative, they may.
     """
-
-    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-        merged = list(there.leaves)
-        for position, tensor in zip(where.differentiated, inputs, strict=True):
-            merged[position] = tensor
-        return tuple(point.fn(merged, there.kwargs))
-
     before, points = found.nnz, 0
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):
         there = point.at_other_point(turn, scale, generator) if scale else point
-        inputs = [there.leaves[position] for position in where.differentiated]
         columns = _some(found.nnz / where.m, where.n, generator)
         try:
             with point.sandbox():
-                pullback = within(point.limit_s, functools.partial(Pullback, bound, inputs, differentiable=False))
+                pullback = within(point.limit_s, functools.partial(there.pullback, where.differentiated))
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
                 changed = there.values(_moved(there, where, columns, scale, generator))

@@ -27,7 +27,7 @@ from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import FunctionRecording, record
 from autojac.probe.cancelling import SLIGHT, Env, Look, PossibleCoupling, changed, outside_of, rounding
-from autojac.probe.sample_pairs import SCALES, ProbePoint, step
+from autojac.probe.sample_pairs import SCALES, ProbePoint, along
 
 SHRINKS = 2.0**-23
 """What passes between samples in float64 is at most this share of what does in float32: 64 times the ratio of eps."""
@@ -108,14 +108,12 @@ def _look_at(
     moves = []
     for mask in masks:
         _pull(*pullbacks, mask, generator)
-        moved = list(low.leaves)
-        for position in there.inputs:
-            moved[position] = moved[position] + step(moved[position], scale, generator) * _rows(mask, moved[position])
+        moved = dataclasses.replace(there, leaves=low.leaves).with_inputs_moved(scale, generator, mask).leaves
         moves.append(moved)
         if graph.reads_data:
             # Python may have read what the other samples are
-            leaves = [new.to(old.dtype) for new, old in zip(moved, there.leaves, strict=True)]
-            if not _same(graph, _recorded(there, leaves)[1]):
+            seen = [new.to(old.dtype) for new, old in zip(moved, there.leaves, strict=True)]
+            if not _same(graph, _recorded(there, seen)[1]):
                 raise PossibleCoupling
     noisy = _noise(low, states, numbers, masks, moves)
     base = high.all(high.leaves, numbers)
@@ -210,16 +208,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().float().to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.dim() - 1))
-
-
 def _pull(low: Pullback, high: Pullback, mask: Tensor, generator: torch.Generator) -> None:
     """Pull random cotangents inside the mask: what comes out at samples outside must shrink."""
     values = low.recorded
     weights = balance(values)
     cotangents = [
-        noise(value.detach(), generator) * weight * _rows(mask, value)
+        noise(value.detach(), generator) * weight * along(mask, value)
         for value, weight in zip(values, weights, strict=True)
     ]
     finer = [cotangent.double() for cotangent in cotangents]
@@ -227,7 +221,7 @@ def _pull(low: Pullback, high: Pullback, mask: Tensor, generator: torch.Generato
     for coarse, fine in pairs:
         if not bool(coarse.isfinite().all() and fine.isfinite().all()):
             raise PossibleCoupling
-        outside = _rows(~mask, fine)
+        outside = along(~mask, fine)
         noisy, leak = (coarse.abs() * outside).amax(0).double(), (fine.abs() * outside).amax(0)
         rounding = SLIGHT * torch.finfo(fine.dtype).eps * fine.abs().amax(0)
         if bool((leak > SHRINKS * noisy + rounding).any()):

@@ -25,7 +25,7 @@ from autojac.graph.analysis import GraphAnalysis
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import CodedCotangents
-from autojac.probe.sample_pairs import SCALES, ProbePoint, step, where_changed
+from autojac.probe.sample_pairs import SCALES, ProbePoint, where_changed
 
 MOST_MASKS = 4
 MOST_TURNS = 5
@@ -118,7 +118,7 @@ def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Gener
         found = dataclasses.replace(found, depends_on_arguments=True)
         for scale in SCALES:
             try:
-                other, _ = _spread(None, _moved_to(point, scale, generator))
+                other, _ = _spread(None, point.with_inputs_moved(scale, generator))
             except Exception:  # whatever func raises at values that its user never passes
                 continue
             if other.samples is None or (other.samples != found.samples).nnz:
@@ -178,8 +178,8 @@ def _probed(point: ProbePoint, generator: torch.Generator, budget_s: float, line
     for turn in range(2 + 2 * MOST_TURNS):
         scale = (None, *SCALES)[turn] if turn <= len(SCALES) else SCALES[1 + turn % 2]
         try:
-            there = point if scale is None else _moved_to(point, scale, generator)
-            more = coded.complete_at(there.leaves)
+            there = point if scale is None else point.with_inputs_moved(scale, generator)
+            more = coded.complete_at(there)
         except Exception as error:  # whatever func raises when it is differentiated or moved
             if scale is None:
                 return _Found(None, f"{line}, and probing it raises {type(error).__name__}")
@@ -202,7 +202,7 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
     end = deadline(budget_s)
     matrix = pattern.scipy()
     # the largest change first: it wakes what is dead here
-    elsewhere = [(scale, _moved_to(point, scale, generator)) for scale in reversed(SCALES)]
+    elsewhere = [(scale, point.with_inputs_moved(scale, generator)) for scale in reversed(SCALES)]
     bases: dict[float, tuple[Tensor, ...]] = {}
     for _ in range(MOST_MASKS):
         for scale, there in elsewhere:
@@ -210,7 +210,7 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
             try:
                 if scale not in bases:
                     bases[scale] = there.values({})
-                changed = there.values({p: _touched(there.leaves[p], mask, scale, generator) for p in point.inputs})
+                changed = there.with_inputs_moved(scale, generator, mask).values({})
             except (Exception, TimeoutError):  # func may refuse values that its user never passes
                 continue
             moved = _rows(changed, bases[scale])
@@ -223,10 +223,9 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
 
 def _nan_escapes(point: ProbePoint, pattern: Pattern, generator: torch.Generator) -> bool:
     mask, allowed = _mask(pattern, pattern.scipy(), generator)
-    nan = torch.full((), float("nan"))
     try:
         base = point.values({})
-        changed = point.values({p: _touched(point.leaves[p], mask, nan, generator) for p in point.inputs})
+        changed = point.values_with_nan(mask)
     except (Exception, TimeoutError):  # func may refuse NaN
         return False
     spoilt = [(a.isnan() & ~b.isnan()).reshape(len(b), -1).any(1) for a, b in zip(changed, base, strict=True)]
@@ -240,19 +239,6 @@ def _mask(pattern: Pattern, matrix: Any, generator: torch.Generator) -> tuple[Te
     mask = torch.rand(batch, generator=generator) < share
     mask[int(torch.randint(batch, (), generator=generator))] = True
     return mask, torch.from_numpy(matrix @ mask.numpy().astype(np.int32) > 0)
-
-
-def _touched(leaf: Tensor, mask: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
-    rows = mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1))
-    return torch.where(rows, leaf + step(leaf, scale, generator), leaf)
-
-
-def _moved_to(point: ProbePoint, scale: float, generator: torch.Generator) -> ProbePoint:
-    """Return the function at another point; what is not differentiated, such as indices and masks, stays."""
-    leaves = list(point.leaves)
-    for position in point.inputs:
-        leaves[position] = leaves[position] + step(leaves[position], scale, generator)
-    return dataclasses.replace(point, leaves=tuple(leaves))
 
 
 def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:

@@ -30,6 +30,7 @@ from autojac.core import pytree
 from autojac.core.ranks import several
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
+from autojac.probe.flat_call import FlatCall
 
 SCALES = (1e-2, 1.0, 1e3)
 GRADIENT_NOISE = 0.05
@@ -105,6 +106,25 @@ class ProbePoint:
         kwargs = pytree.tree_map_only(Tensor, moved, self.kwargs)
         return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
+    def with_inputs_moved(self, scale: float, generator: torch.Generator, mask: Tensor | None = None) -> ProbePoint:
+        """Return the point with other inputs, by default of all samples; what is not differentiated stays."""
+        leaves = list(self.leaves)
+        for position in self.inputs:
+            moved = leaves[position] + step(leaves[position], scale, generator)
+            leaves[position] = moved if mask is None else torch.where(along(mask, moved), moved, leaves[position])
+        return dataclasses.replace(self, leaves=tuple(leaves))
+
+    def values_with_nan(self, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for NaN in the masked samples of the inputs."""
+        leaves = {position: self.leaves[position] for position in self.inputs}
+        return self.values({p: leaf.masked_fill(along(mask, leaf), math.nan) for p, leaf in leaves.items()})
+
+    def pullback(self, inputs: Sequence[int] | None = None) -> Pullback:
+        """Evaluate func once for pulls to some of the leaves, by default to those that carry the batch."""
+        positions = self.inputs if inputs is None else inputs
+        call = FlatCall(self.fn, self.leaves, self.kwargs, positions, self.sandbox)
+        return Pullback(call.of_differentiated, [self.leaves[p] for p in positions], differentiable=False)
+
 
 def time_one_call(point: ProbePoint) -> float:
     """Return the seconds of one evaluation.
@@ -119,15 +139,8 @@ def time_one_call(point: ProbePoint) -> float:
 def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
     """Pull random cotangents inside the mask; the gradient outside must vanish."""
 
-    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-        merged = list(point.leaves)
-        for position, tensor in zip(point.inputs, inputs, strict=True):
-            merged[position] = tensor
-        return tuple(point.fn(merged, point.kwargs))
-
     with point.sandbox():
-        pullback = Pullback(bound, [point.leaves[position] for position in point.inputs], differentiable=False)
-        return cotangent_verdict(pullback, [True] * len(point.inputs), masks, called, generator)
+        return cotangent_verdict(point.pullback(), [True] * len(point.inputs), masks, called, generator)
 
 
 def cotangent_verdict(
@@ -142,8 +155,7 @@ def cotangent_verdict(
     weights = balance(values)
     for passes, mask in enumerate(masks, 1):
         cotangents = [
-            noise(value, generator) * weight * _along(mask, value)
-            for value, weight in zip(values, weights, strict=True)
+            noise(value, generator) * weight * along(mask, value) for value, weight in zip(values, weights, strict=True)
         ]
         for gradient, usable, carries in zip(pullback.pull(values, cotangents), silent, carriers, strict=True):
             if not carries:
@@ -152,7 +164,7 @@ def cotangent_verdict(
             if not size.numel():
                 continue
             # each coordinate of an input by its own scale
-            largest, leak = size.amax(0), (size * _along(~mask, size)).amax(0)
+            largest, leak = size.amax(0), (size * along(~mask, size)).amax(0)
             if bool((leak > GRADIENT_NOISE * torch.finfo(size.dtype).eps * largest).any()):
                 share = float((leak / largest).nan_to_num(0).amax())
                 return Verdict(
@@ -205,13 +217,8 @@ def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Seq
     layer = "NaN taint"
     base = point.values({}) if base is None else base
     for mask in masks:
-        replaced = {
-            position: torch.where(_along(mask, leaf) > 0, torch.full_like(leaf, float("nan")), leaf)
-            for position, leaf in enumerate(point.leaves)
-            if position in point.inputs
-        }
         try:
-            changed = point.values(replaced)
+            changed = point.values_with_nan(mask)
         except Exception as error:  # factorizations and comparisons may refuse NaN
             return Verdict(layer, None, f"{layer}: not applicable, func raises {type(error).__name__} on NaN")
         for after, before in zip(changed, base, strict=True):
@@ -220,9 +227,9 @@ def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Seq
     return Verdict(layer, False, f"{layer}: NaN stays in its sample ({called})")
 
 
-def _along(mask: Tensor, like: Tensor) -> Tensor:
-    """Shape a sample mask to broadcast over a tensor with the batch on axis 0."""
-    return mask.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+def along(samples: Tensor, like: Tensor) -> Tensor:
+    """Shape what holds one number per sample, such as a mask, to broadcast over a tensor with the batch on axis 0."""
+    return samples.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def _accepted(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
@@ -235,7 +242,7 @@ def _accepted(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor
         return None
 
 
-def step(leaf: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+def step(leaf: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """Return a random change of a float's values, of size `scale` or in proportion to values that are far larger."""
     far = (own_scale(leaf) / FAR).clamp(min=1) if leaf.numel() and leaf.dim() else 1.0
     return (scale * noise(leaf, generator) * far).to(leaf.dtype)
@@ -261,9 +268,9 @@ def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) ->
 def _other_values(leaf: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """Return a leaf with other values in the masked samples: noise, the opposite, or for integers each other's rows."""
     if leaf.is_floating_point():
-        return leaf + step(leaf, scale, generator) * _along(mask, leaf)
+        return torch.where(along(mask, leaf), leaf + step(leaf, scale, generator), leaf)
     if leaf.dtype == torch.bool:
-        return leaf ^ mask.view(-1, *[1] * (leaf.dim() - 1))
+        return leaf ^ along(mask, leaf)
     rows = torch.arange(len(leaf), device=leaf.device)
     inside = rows[mask]
     rows[mask] = inside[torch.randperm(len(inside), generator=generator).to(inside.device)]

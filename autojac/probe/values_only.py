@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise, own_scale
 from autojac.core.time_limit import within
 from autojac.probe.masks import FEWEST_SPLITS, split_masks
-from autojac.probe.sample_pairs import SCALES, ProbePoint, cotangent_verdict, step, where_changed
+from autojac.probe.sample_pairs import SCALES, ProbePoint, along, cotangent_verdict, where_changed
 
 HALVINGS = 16
 """Thresholds narrower than this power of a half of the change of an input are taken for jumps."""
@@ -60,12 +59,12 @@ def _look_at(there: ProbePoint, masks: Sequence[Tensor], scale: float, generator
     base = _values(there, masks, generator)
     worst, way = 0.0, None
     for mask in masks:
-        moved = _moved(there, mask, scale, generator)
+        moved = there.with_inputs_moved(scale, generator, mask)
         values = _values(moved, [mask, ~mask], generator)
         for output, (after, before) in enumerate(zip(values, base, strict=True)):
             if after.shape != before.shape:
                 raise Derivative
-            outside = ~mask.view(-1, *[1] * (after.dim() - 1)) & where_changed(after, before)
+            outside = ~along(mask, after) & where_changed(after, before)
             size = torch.where(outside, (after - before).abs() / own_scale(before).to(after.dtype), 0).flatten()
             if size.numel() and not float(size.amax()) <= worst:
                 worst, place = float(size.amax()), int(size.argmax())
@@ -101,29 +100,13 @@ def _follow(
             start, low = middle, value
 
 
-def _moved(there: ProbePoint, mask: Tensor, scale: float, generator: torch.Generator) -> ProbePoint:
-    leaves = list(there.leaves)
-    for position in there.inputs:
-        rows = mask.view(-1, *[1] * (leaves[position].dim() - 1))
-        leaves[position] = leaves[position] + step(leaves[position], scale, generator) * rows
-    return dataclasses.replace(there, leaves=tuple(leaves))
-
-
 def _values(there: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
     """Return the outputs at a point; raise `Derivative` unless gradients are finite there and stay in their samples."""
-
-    def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-        merged = list(there.leaves)
-        for position, tensor in zip(there.inputs, inputs, strict=True):
-            merged[position] = tensor
-        return tuple(there.fn(merged, there.kwargs))
-
-    inputs = [there.leaves[position] for position in there.inputs]
     with there.sandbox():
-        pullback = within(there.limit_s, lambda: Pullback(bound, inputs, differentiable=False))
+        pullback = within(there.limit_s, there.pullback)
         values = pullback.recorded
         whole = pullback.pull(values, balanced_noise(values, generator))
         finite = all(bool(part.isfinite().all()) for part in (*values, *whole))
-        if not finite or cotangent_verdict(pullback, [True] * len(inputs), masks, "", generator).coupled:
+        if not finite or cotangent_verdict(pullback, [True] * len(there.inputs), masks, "", generator).coupled:
             raise Derivative
     return pullback.outputs

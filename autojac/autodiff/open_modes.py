@@ -50,8 +50,6 @@ def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
     """Return a transform that opens a level of dual numbers, in one thread at a time."""
 
     def locked(*args: Any) -> Any:
-        if torch.compiler.is_compiling():  # a lock can't be traced
-            return transform(*args)
         with forward_lock:
             return transform(*args)
 

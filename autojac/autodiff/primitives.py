@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -33,9 +32,6 @@ Mode = Literal["reverse", "forward"]
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
     """Call torch.func.vjp of a bound function; return its outputs and the pullback to vmap over."""
-    if torch.compiler.is_compiling():
-        outputs, by_torch = torch.func.vjp(fn, *inputs)[:2]
-        return outputs, by_torch
     held: list[Sequence[Tensor]] = []
 
     def recorded(*wrapped: Tensor) -> tuple[Tensor, ...]:
@@ -75,8 +71,6 @@ def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
     """Return a mapped function without torch's warning that operators run sample by sample: plans were timed so."""
 
     def silent(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return mapped(*args)
         set_vmap_fallback_warning(False)
         try:
             return mapped(*args)
@@ -120,7 +114,7 @@ def push_dual_plainly(
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """Call torch.func.jvp of a bound function, to be used under vmap over tangents."""
-    with nullcontext() if torch.compiler.is_compiling() else without_loading_compiler():
+    with without_loading_compiler():
         outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
     return outputs, pushed
 
@@ -134,7 +128,7 @@ def sample_jacobian(
         by_torch = torch.func.jacrev(single, argnums=argnums, has_aux=True)
         by_rows = _rows_pulled(single, argnums)
         # torch's own loads its compiler (1 s), as its vjp does
-        return by_torch if torch.compiler.is_compiling() or is_compiler_loaded() else by_rows
+        return by_torch if is_compiler_loaded() else by_rows
     return in_one_thread(
         torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
     )
@@ -167,8 +161,3 @@ def _rows_pulled(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callab
         ), outputs
 
     return jacobian
-
-
-def compile_flat(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile one graph for one shape by torch.compile: a graph break is an error, not a slow plan."""
-    return torch.compile(fn, fullgraph=True, dynamic=False)

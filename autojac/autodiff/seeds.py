@@ -45,15 +45,13 @@ class SharedSeeds:
         made = self._made.get(index)
         if made is None or made.dtype != like.dtype or made.device != like.device:
             made = shared(event_shape, batch, like)
-            # what a compiler sees while it traces stands for tensors of its own
-            if not torch.compiler.is_compiling():
-                setattr(made, LASTING, True)
-                self._made[index] = made
+            setattr(made, LASTING, True)
+            self._made[index] = made
         return made
 
     def apart(self, rows: Tensor) -> Tensor:
         """Copy rows that are kept seeds themselves: what a caller writes there must not come back as seeds."""
-        if not self._made or type(rows) is not Tensor or torch.compiler.is_compiling() or transforming():
+        if not self._made or type(rows) is not Tensor or transforming():
             return rows
         kept = [made.untyped_storage().data_ptr() for made in self._made.values()]
         return rows.clone() if rows.untyped_storage().data_ptr() in kept else rows

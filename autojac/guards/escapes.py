@@ -188,8 +188,6 @@ def without_data(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function, to be called by a transform, that refuses to assign to `.data`."""
 
     def refusing(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return fn(*args)
         with NoData():
             return fn(*args)
 

@@ -6,12 +6,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from autojac.autodiff.primitives import Bound, load_forward_rules
+from autojac.autodiff.primitives import Bound
 from autojac.graph.batch_axis.propagation import BatchFlow
 from autojac.graph.cuts.accumulation import (
     Accumulation,
@@ -27,15 +27,12 @@ from autojac.methods.base import Method
 from autojac.methods.support.costs import cutting_cost, pull_cost
 from autojac.methods.support.engines import Engine, by_sample, coordinates, each, puller, pusher
 from autojac.methods.support.func_runs import FuncRuns
-from autojac.methods.support.recorded_call import by_cut
+from autojac.methods.support.recorded_call import by_cut, why_unrecorded
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem
-from autojac.replay.compilation import compiled, missing
 
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
-Jacobians = tuple[tuple[Tensor, ...], ...]
-Multiplied = Callable[..., Jacobians]
 Factor = dict[tuple[int, int], Tensor]
 """For each target and source of a way (B, elements of the target, elements of the source)."""
 
@@ -52,21 +49,14 @@ class Bottleneck(Method):
         cuts: `one`, or `several` where cutting sides again pays, which takes several outputs or inputs (see
             `autojac.graph.cuts.accumulation`).
         sides: pushed or pulled, `either` as it takes fewer seeds; or `pull` all, for operators without forward mode.
-        compiled: whether `torch.compile` makes one program of the sides and their product. Calls that record another
-            graph, down to its numbers, run eagerly.
     """
 
     engine: Engine = "vmap"
     chunk: int | None = None
     cuts: Literal["one", "several"] = "one"
     sides: Literal["either", "pull"] = "either"
-    compiled: bool = False
 
     runs: ClassVar[FuncRuns] = FuncRuns.RECORDED
-
-    @property
-    def compiles(self) -> bool:
-        return self.compiled
 
     @property
     def pushes(self) -> bool:
@@ -79,15 +69,9 @@ class Bottleneck(Method):
             return "an input is shared by all samples, so its rows would be added up over the batch"
         if min(problem.in_size, problem.out_size) < LEAST_WIDTH:
             return f"inputs or outputs have fewer than {LEAST_WIDTH} elements, so nothing narrower is worth a cut"
-        nothing = missing(problem.leaves[problem.inputs[0]].device) if self.compiled and problem.trial else None
-        if nothing is not None:
-            return nothing
-        if self.compiled and problem.differentiable:
-            return "torch.compile gives what it pushes no backward: it stops at a ZeroTensor"
-        if problem.analysis is None:
-            return "there is no function that could be recorded"
-        if problem.analysis.reason:
-            return problem.analysis.reason
+        unrecorded = why_unrecorded(problem)
+        if unrecorded:
+            return unrecorded
         if self._found(problem) is None:
             return "nothing between inputs and outputs is narrower than they are"
         return super().unsupported(problem)
@@ -107,8 +91,6 @@ class Bottleneck(Method):
                 yield dataclasses.replace(first, engine=engine)
                 if found.width > 16:
                     yield dataclasses.replace(first, engine=engine, chunk=16)
-            if depth and not problem.differentiable:
-                yield dataclasses.replace(first, compiled=True)
 
     def _found(self, problem: Problem) -> Accumulation | None:
         analysis = problem.analysis
@@ -123,7 +105,7 @@ class Bottleneck(Method):
         share = found.seeds / max(passes, 1)
         products = 2 * problem.result_bytes / problem.item_bytes * found.width / machine.flops_per_s
         swept = share * pull_cost(problem, passes, self._step(passes), self.engine)
-        return cutting_cost(problem) + (0.8 if self.compiled else 1) * swept + products
+        return cutting_cost(problem) + swept + products
 
     def workspace(self, problem: Problem) -> int:
         found = self._found(problem)
@@ -140,20 +122,12 @@ class Bottleneck(Method):
             forward = self.pushes and not (problem.differentiable and forward_once(flow.graph))
             return accumulate(flow, ends, recursive=self.cuts == "several", forward=forward)
 
-        eager = functools.partial(self._jacobians, problem)
-        nothing = missing(problem.leaves[problem.inputs[0]].device)
-        multiplied = _CompiledOnce(eager, problem.trial) if self.compiled and nothing is None else eager
-        return by_cut(problem, find, multiplied, "shared")
+        return by_cut(problem, find, functools.partial(self._jacobians, problem), "shared")
 
     def _jacobians(
-        self,
-        problem: Problem,
-        graph: Graph,
-        found: Accumulation,
-        leaves: Sequence[Tensor],
-        constants: Mapping[int, Tensor] | None = None,
-    ) -> Jacobians:
-        base = dict(zip(graph.inputs, leaves, strict=True)) | dict(constants or {})
+        self, problem: Problem, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        base = dict(zip(graph.inputs, leaves, strict=True))
         factor = _Accumulator(self, problem, graph, found, base).factor(found.tree)
         jacobians = []
         for output, event in zip(graph.outputs, problem.outputs, strict=True):
@@ -169,34 +143,6 @@ class Bottleneck(Method):
                 row.append(from_blocks(problem.layout, blocks, event, batched=True))
             jacobians.append(tuple(row))
         return tuple(jacobians)
-
-
-class _CompiledOnce:
-    """The product of one graph's factors as a compiled program, for whatever call records that graph again."""
-
-    def __init__(self, eager: Multiplied, strict: bool) -> None:
-        self.eager, self.strict = eager, strict
-        self.numbers: tuple[int, ...] = ()
-        self.exact: Any = None
-        self.program: Callable[..., Jacobians] | None = None
-
-    def __call__(self, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]) -> Jacobians:
-        if self.program is None:
-            self.numbers, self.exact = tuple(graph.constants), graph.exact
-            self.program = self._compiled(dataclasses.replace(graph, constants={}), found)
-        if graph.exact != self.exact:
-            return self.eager(graph, found, leaves)
-        # parameters and draws are arguments: the program holds none of this call's
-        return self.program(tuple(leaves), tuple(graph.constants[number] for number in self.numbers))
-
-    def _compiled(self, blank: Graph, found: Accumulation) -> Callable[..., Jacobians]:
-        def program(leaves: Sequence[Tensor], constants: Sequence[Tensor]) -> Jacobians:
-            return self.eager(blank, found, leaves, dict(zip(self.numbers, constants, strict=True)))
-
-        # the compiler can't look into what is loaded or found when first asked
-        load_forward_rules()
-        blank.needed(blank.outputs, frozenset())
-        return compiled(program, self.strict)
 
 
 class _Accumulator:

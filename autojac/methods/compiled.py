@@ -28,7 +28,7 @@ class Compiled(Wrapper):
         if problem.structure.draws:
             return "func draws random numbers, and compiled code draws others than func does"
         # a plan that was found elsewhere is served by the program itself
-        nothing = missing(problem.leaves[problem.inputs[0]].device) if problem.trial else None
+        nothing = missing(problem.device) if problem.trial else None
         return nothing or self.inner.unsupported(problem)
 
     @property
@@ -47,7 +47,7 @@ class Compiled(Wrapper):
     def prepare(self, problem: Problem) -> Compute:
         strict, effects = problem.trial, bool(problem.structure.effects)
         lower = functools.partial(lowered, strict=strict, repeatable=not effects)
-        if not strict and missing(problem.leaves[problem.inputs[0]].device) is not None:
+        if not strict and missing(problem.device) is not None:
             return self.inner.prepare(problem)
         made = self.inner.prepare_lowered(problem, lower)
         assert made is not None

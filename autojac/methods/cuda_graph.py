@@ -22,7 +22,7 @@ class CudaGraph(Wrapper):
     inner: Method
 
     def unsupported(self, problem: Problem) -> str | None:
-        if not problem.leaves[problem.inputs[0]].device.startswith("cuda"):
+        if problem.device.type != "cuda":
             return "a CUDA graph takes a CUDA device"
         if not self.inner.makes_flat_programs:
             return "only flat programs are captured: what a transform does on the host would be left out"
@@ -32,7 +32,7 @@ class CudaGraph(Wrapper):
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
-        if problem.leaves[problem.inputs[0]].device.startswith("cuda"):
+        if problem.device.type == "cuda":
             yield from map(cls, registry()["Replay"].candidates(problem, 0))
 
     def cost(self, problem: Problem) -> float:

@@ -58,7 +58,7 @@ class Replay(Wrapper):
             inner = [] if kind.is_wrapper else list(kind.candidates(problem, depth))
             # two ways to pull many at once are one program, and the other one loads torch's compiler to be recorded
             twice = {method for method in inner if twin_by_autograd(method) in inner}
-            yield from (cls(m) for m in inner if not (m.compiles or m.is_chunked or m in twice))
+            yield from (cls(m) for m in inner if not (m.is_chunked or m in twice))
 
     def cost(self, problem: Problem) -> float:
         # what is saved is the host's work

@@ -18,7 +18,7 @@ from autojac.methods.base import Method
 from autojac.methods.support.costs import cutting_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
-from autojac.methods.support.recorded_call import by_cut
+from autojac.methods.support.recorded_call import by_cut, why_unrecorded
 from autojac.methods.support.shared_statistics import Local, SharedStatistics
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem
@@ -53,10 +53,9 @@ class Statistics(Method):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.structure.coupling != "statistics":
             return "samples do not meet in shared statistics alone"
-        if problem.analysis is None:
-            return "there is no function that could be recorded"
-        if problem.analysis.reason:
-            return problem.analysis.reason
+        unrecorded = why_unrecorded(problem)
+        if unrecorded:
+            return unrecorded
         found = self._found(problem)
         if found is None:
             return "samples meet elsewhere than in tensors that all of them share"
@@ -129,7 +128,11 @@ class Statistics(Method):
     ) -> tuple[tuple[Tensor, ...], ...]:
         blocks, pieces = self.sharing(problem, graph, shared, leaves).pieces()
         jacobians = [
-            [self._laid_out(problem, part, event, position) for part, position in zip(row, problem.inputs, strict=True)]
+            [
+                # ∂g/∂x, given s
+                from_blocks(problem.layout, part, event, problem.leaves[position].batched)
+                for part, position in zip(row, problem.inputs, strict=True)
+            ]
             for event, row in zip(problem.outputs, blocks, strict=True)
         ]
         for felt, reached in pieces:
@@ -140,19 +143,13 @@ class Statistics(Method):
         return tuple(tuple(row) for row in jacobians)
 
     @staticmethod
-    def _laid_out(problem: Problem, blocks: Tensor, event: tuple[int, ...], position: int) -> Tensor:
-        """Return ∂g/∂x, given s, in the layout asked for."""
-        return from_blocks(problem.layout, blocks, event, problem.leaves[position].batched)
-
-    @staticmethod
     def _through(problem: Problem, felt: Tensor, reached: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """Return what comes by way of some elements of s: ∂g/∂s (k, B, m) times ∂s/∂x (k, B, *in)."""
         leaf = problem.leaves[position]
         reached = reached.reshape(*reached.shape[: 1 + leaf.batched], -1)
         felt = felt.to(reached.dtype)
         if problem.layout == "diagonal":
-            each = torch.einsum("kbm,kbm->bm" if leaf.batched else "kbm,km->bm", felt, reached)
-            return each
+            return torch.einsum("kbm,kbm->bm" if leaf.batched else "kbm,km->bm", felt, reached)
         if not leaf.batched:
             return torch.einsum("kbm,kn->bmn", felt, reached).reshape(problem.batch, *event, *leaf.shape)
         if problem.layout == "full":

@@ -16,7 +16,7 @@ from autojac.graph.operators import forward_once
 from autojac.methods.base import Method
 from autojac.methods.support.costs import cutting_cost, push_cost
 from autojac.methods.support.func_runs import FuncRuns
-from autojac.methods.support.recorded_call import by_cut
+from autojac.methods.support.recorded_call import by_cut, why_unrecorded
 from autojac.methods.support.taylor import TaylorMode
 from autojac.methods.support.taylor_rows import CarriedRows
 from autojac.problem.problem import Compute, Problem
@@ -47,10 +47,9 @@ class Taylor(Method):
             return "it makes single derivatives by columns, not Jacobians"
         if not problem.structure.independent:
             return "samples are coupled, so what is pushed through all of them would add up"
-        if problem.analysis is None:
-            return "there is no function that could be recorded"
-        if problem.analysis.reason:
-            return problem.analysis.reason
+        unrecorded = why_unrecorded(problem)
+        if unrecorded:
+            return unrecorded
         once = problem.forward_once(recorded=True)
         if once:
             return f"func runs {' and '.join(once)}, whose forward mode in torch has a wrong derivative"

@@ -28,7 +28,7 @@ class Threads(Wrapper):
     inner: Method
 
     def unsupported(self, problem: Problem) -> str | None:
-        if torch.device(problem.leaves[problem.inputs[0]].device).type != "cpu":
+        if problem.device.type != "cpu":
             return "torch's threads work on CPUs only"
         if torch.get_num_threads() <= self.count:
             return f"torch uses no more than {self.count} threads anyway"
@@ -45,14 +45,6 @@ class Threads(Wrapper):
     @property
     def makes_flat_programs(self) -> bool:
         return self.inner.makes_flat_programs
-
-    @property
-    def uses_transforms(self) -> bool:
-        return self.inner.uses_transforms
-
-    @property
-    def may_load_compiler(self) -> bool:
-        return self.inner.may_load_compiler
 
     @classmethod
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:

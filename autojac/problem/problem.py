@@ -130,6 +130,11 @@ class Problem:
         return any(not self.leaves[index].batched for index in self.inputs)
 
     @property
+    def device(self) -> torch.device:
+        """Where the differentiated inputs are."""
+        return torch.device(self.leaves[self.inputs[0]].device)
+
+    @property
     def item_bytes(self) -> int:
         dtype: torch.dtype = getattr(torch, self.leaves[self.inputs[0]].dtype)
         return dtype.itemsize

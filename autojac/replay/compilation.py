@@ -8,26 +8,21 @@ import os
 import shutil
 import sys
 import threading
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from autojac.autodiff.open_modes import levels_restored
-from autojac.autodiff.primitives import compile_flat
 from autojac.guards.process_state import unwarned
 from autojac.replay.codegen import Run
 from autojac.torch_internals import DisableAutocast, compile_graph
 
-P = ParamSpec("P")
-T = TypeVar("T")
 USUAL = {"darwin": "clang++", "win32": "cl"}
 """The C++ compiler that torch asks for where the variable CXX names none; g++ elsewhere."""
 
 
-def missing(device: str) -> str | None:
+def missing(device: torch.device) -> str | None:
     """Return what torch's compiler lacks on this machine, as a sentence; None if it has what it needs.
 
     Without a C++ compiler it would spend 13 s on finding out, in every process.
@@ -35,7 +30,7 @@ def missing(device: str) -> str | None:
     name = os.environ.get("CXX", USUAL.get(sys.platform, "g++"))
     if not _installed(name, os.environ.get("PATH")):
         return f"torch.compile needs a C++ compiler, and {name} was not found. Install it, or name another one in CXX"
-    if device.startswith("cuda") and importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton on a CUDA device. Install triton"
     return None
 
@@ -43,25 +38,6 @@ def missing(device: str) -> str | None:
 @functools.cache
 def _installed(name: str, path: str | None) -> bool:
     return shutil.which(name, path=path) is not None
-
-
-def compiled(program: Callable[P, T], strict: bool) -> Callable[P, T]:
-    """Return a program as one compiled graph, whose first call compiles it and leaves no trace.
-
-    Args:
-        program: it does nothing but return.
-        strict: raise what the compiler raises; the program itself runs from then on otherwise.
-    """
-    # the compiler keeps its entries, and its limit on them, on the code object: each plan needs its own
-    code, names = program.__code__.replace(), program.__globals__
-    flat = compile_flat(types.FunctionType(code, names, program.__name__, None, program.__closure__))
-
-    def first(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _silently():
-            made: T = flat(*args, **kwargs)
-        return made
-
-    return _Attempt(program, first, flat, strict)
 
 
 def lowered(run: Run, strict: bool, repeatable: bool) -> Run:
@@ -94,7 +70,7 @@ def _compiled_or_itself(run: Run, inputs: tuple[torch.Tensor, ...], strict: bool
         if strict:
             raise
         return run
-    return _Attempt(run, made, made, strict) if repeatable else made
+    return _Attempt(run, made, strict) if repeatable else made
 
 
 class _Attempt:
@@ -102,36 +78,28 @@ class _Attempt:
 
     Args:
         program: as it is.
-        first, flat: compiled, for the first call and for all others.
+        compiled: what the compiler made of it.
         strict: raise what the compiled one raises.
     """
 
-    def __init__(self, program: Callable[..., Any], first: Any, flat: Any, strict: bool) -> None:
-        self.program, self.next, self.flat, self.strict = program, first, flat, strict
+    def __init__(self, program: Run, compiled: Run, strict: bool) -> None:
+        self.program, self.next, self.strict = program, compiled, strict
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         try:
-            made = self.next(*args, **kwargs)
+            return self.next(*inputs)
         except Exception:
             if self.strict or self.next is self.program:
                 raise
-            made = self.program(*args, **kwargs)
-            self.next = self.flat = self.program
-            return made
-        self.next = self.flat
+        made = self.program(*inputs)
+        self.next = self.program
         return made
 
 
 def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    with _silently(), torch.no_grad(), DisableAutocast():
+    # the compiler's own imports warn, which must not reach a user who turns warnings into errors
+    with unwarned(), levels_restored(), torch.no_grad(), DisableAutocast():
         from torch.fx.experimental.proxy_tensor import make_fx
 
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         return compile_graph(graph, inputs)
-
-
-@contextmanager
-def _silently() -> Iterator[None]:
-    # the compiler's own imports warn, which must not reach a user who turns warnings into errors
-    with unwarned(), levels_restored():
-        yield

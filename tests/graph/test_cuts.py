@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import re
 import subprocess
@@ -281,16 +280,11 @@ class Scaled(nn.Module):
         return self.net(x) * self.scale
 
 
-def test_a_compiled_cut_is_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    # what goes stale is what Dynamo took down, and Inductor's code for it takes seconds to make
-    dynamo = functools.partial(torch.compile, backend="eager", dynamic=False, fullgraph=True)
-    monkeypatch.setattr("autojac.replay.compilation.compile_flat", dynamo)
+def test_a_cut_is_never_stale() -> None:
     func, x = Scaled(), normal(5, 8)
     with torch.no_grad():
         _, _, problem = planned(func, (x,))
-        method = next(method for method in Bottleneck.candidates(problem, 1) if method.compiles)
-        assert not any(method.compiles for method in Bottleneck.candidates(problem, 0))
-        compute = method.prepare(problem)
+        compute = next(Bottleneck.candidates(problem, 1)).prepare(problem)
 
         def check(leaf: Tensor, seed: int) -> None:
             torch.manual_seed(seed)
@@ -309,31 +303,6 @@ def test_a_compiled_cut_is_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
         check(x, 4)
         func.scale = -0.0
         check(x, 5)
-    assert problem.differentiable is False
-    with torch.enable_grad():
-        _, _, problem = planned(func, (x,))
-    assert "backward" in str(method.unsupported(problem))
-
-
-def test_only_the_graph_that_was_compiled_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-
-    def plain(program: Any, strict: bool) -> Any:
-        def run(*args: Any) -> Any:
-            runs.append(1)
-            return program(*args)
-
-        return run
-
-    monkeypatch.setattr(bottleneck, "compiled", plain)
-    func, x = Scaled(), normal(5, 8)
-    with torch.no_grad():
-        _, _, problem = planned(func, (x,))
-        compute = Bottleneck(compiled=True).prepare(problem)
-        for scale, expected in ((2.0, 1), (2.0, 2), (1.0, 2), (1, 2), (2.0, 3), (-0.0, 3), (0.0, 3)):
-            func.scale = scale
-            compute((x,), {})
-            assert len(runs) == expected
 
 
 class Between(nn.Module):

@@ -163,7 +163,6 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it tried to compile")
 
     monkeypatch.setattr(compilation, "_inducted", refuse)
-    monkeypatch.setattr(compilation, "compile_flat", refuse)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -184,12 +183,6 @@ def test_without_a_compiler_nothing_compiled_is_tried() -> None:
     problem = dataclasses.replace(problem, trial=True)
     assert "no-such-compiler" in str(build(FLAT).unsupported(problem))
     assert not [method for method in candidates(problem, 2) if method.compiles]
-    cut = build({"method": "Bottleneck", "compiled": True})
-    assert "no-such-compiler" in str(cut.unsupported(problem))
-    x = torch.randn(5, 12, dtype=torch.float64)
-    jac = forced(net, (x,), cut.spec())
-    for scale in (1, 2):
-        compare(jac(scale * x), jacobian_blocks(net, (scale * x,), 0))
 
 
 def refusing(times: int) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def of_one_input(bound: Bound, inputs: Sequence[Tensor], position: int) -> Bound
 
 def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
     """Return a function from (input, tangents (c, *input)) to one (c, *output) per output."""
-    if engine == "vmap" and not torch.compiler.is_compiling():
+    if engine == "vmap":
         load_forward_rules()
 
     def push_one(position: int, tangents: Tensor) -> Sequence[Tensor]:

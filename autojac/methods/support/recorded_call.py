@@ -18,6 +18,11 @@ from autojac.problem.problem import Compute, Problem, Result
 Cut = TypeVar("Cut")
 
 
+def why_unrecorded(problem: Problem) -> str | None:
+    """Return why there is no graph of func to cut, as a sentence; None if there is one."""
+    return "there is no function that could be recorded" if problem.analysis is None else problem.analysis.reason
+
+
 def by_cut(
     problem: Problem,
     find: Callable[[BatchFlow, Sequence[int]], Cut | None],

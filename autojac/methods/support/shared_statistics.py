@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
 from autojac.graph.cuts.shared_tensors import SharedTensors
 from autojac.graph.ir import Graph
-from autojac.methods.support.engines import Engine, puller, pusher
+from autojac.methods.support.engines import Engine, each, puller, pusher
 from autojac.problem.problem import Problem
 
 Local = Literal["copies", "mixed", "push"]
@@ -65,7 +65,10 @@ class SharedStatistics:
         else:
             copies = [t.expand(batch, *t.shape) for t in s] if self.local == "copies" else list(s)
             pulls = puller(local, (*own, *weights, *copies), self.engine, problem.differentiable)
-            parts = [self._each(pulls.one, output, _coordinates(value)) for output, value in enumerate(pulls.values)]
+            parts = [
+                each(partial(pulls.one, output), _coordinates(value), self.step)
+                for output, value in enumerate(pulls.values)
+            ]
             blocks = [self._blocks(rows, event, base) for event, rows in zip(problem.outputs, parts, strict=True)]
         push = pusher(
             lambda *given: local(*own, *weights, *given), list(s), "loop" if self.engine == "loop" else "vmap"
@@ -92,7 +95,7 @@ class SharedStatistics:
         """Return ∂g/∂x by one push for each coordinate of x: given s, one serves all samples."""
         problem = self.problem
         push = pusher(lambda *given: local(*given, *s), own, "loop" if self.engine == "loop" else "vmap")
-        columns = [self._each(push, order, _coordinates(x)) for order, x in enumerate(own)]
+        columns = [each(partial(push, order), _coordinates(x), self.step) for order, x in enumerate(own)]
         return [
             [
                 part[output]
@@ -146,11 +149,6 @@ class SharedStatistics:
         engine: Engine = "vmap" if self.engine == "vmap" else "batched"
         pulls = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
         yield from zip((lone[n] for n in reached), pulls.one(0, felt), strict=True)
-
-    def _each(self, run: Callable[[int, Tensor], Sequence[Tensor]], which: int, coordinates: Tensor) -> list[Tensor]:
-        """Return what `run` makes of all seeds, a chunk at a time."""
-        parts = [run(which, coordinates[a:b]) for a, b in seeds.spans(len(coordinates), self.step)]
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
 def _coordinates(value: Tensor) -> Tensor:

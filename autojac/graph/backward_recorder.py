@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from autojac.graph.ir import Graph, Operation
+from autojac.graph.ir import Graph
 from autojac.graph.recorder import Recorder
 
 
@@ -37,9 +37,7 @@ class BackwardRecorder(Recorder):
 
     def _capture(self, tensor: Tensor) -> None:
         """Number a tensor that was saved; it may be another face of others that were, but of no gradient."""
-        places: dict[int, Operation] = {
-            number: operation for operation in self.operations for number in operation.outputs if number is not None
-        }
+        places = {number: operation for operation in self.operations for number in operation.made}
         waiting = [self.numbers[id(other)] for other in self._sharing_with(tensor)]
         seen: set[int] = set()
         while waiting:

@@ -46,6 +46,11 @@ class Operation:
         """Numbers of the tensors that it reads."""
         return tuple(references((self.args, tuple(self.kwargs.values()))))
 
+    @functools.cached_property
+    def made(self) -> tuple[int, ...]:
+        """Numbers of the tensors that it made."""
+        return tuple(number for number in self.outputs if number is not None)
+
     def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
         """Return what it returns, one entry for each of `outputs`."""
         kwargs = {name: _filled(value, env) for name, value in self.kwargs.items()}
@@ -55,16 +60,12 @@ class Operation:
 
 
 class BoundOperation:
-    """One operator with its arguments by name.
-
-    Attributes:
-        outputs: numbers of the results that are tensors.
-    """
+    """One operator with its arguments by name."""
 
     def __init__(self, graph: Graph, operation: Operation) -> None:
         self.graph = graph
         self.operation = operation
-        self.outputs = [number for number in operation.outputs if number is not None]
+        self.made = operation.made
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class BoundOperation:
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the first output."""
-        return self.graph.shapes[self.outputs[0]]
+        return self.graph.shapes[self.made[0]]
 
     def axes(self, name: str, dims: int) -> set[int]:
         """Return a `dim` argument as a set of axes from the front; all where it names none."""
@@ -134,12 +135,7 @@ class Graph:
     @functools.cached_property
     def producers(self) -> dict[int, int]:
         """For each tensor that was computed the position of its operator."""
-        return {
-            index: place
-            for place, operation in enumerate(self.operations)
-            for index in operation.outputs
-            if index is not None
-        }
+        return {index: place for place, operation in enumerate(self.operations) for index in operation.made}
 
     def needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
         """Return positions of the operators that lead from the given tensors to those wanted."""

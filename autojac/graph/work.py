@@ -41,18 +41,14 @@ class Work:
         for operation in graph.operations:
             kind = facts_of(operation.target).kind
             if fixed.issuperset(operation.sources):
-                fixed.update(_made(operation))
+                fixed.update(operation.made)
             if kind in MOVES_NOTHING:
                 continue
             read = [number for number in operation.sources if number not in fixed]
-            size = sum(_bytes(graph, number) for number in (*read, *_made(operation)))
+            size = sum(_bytes(graph, number) for number in (*read, *operation.made))
             moved[round(math.log2(max(size, 1)))] += SLOW.get(kind, 1.0) * size
             flops += SLOW.get(kind, 1.0) * _flops(graph, operation)
         return cls(len(graph.operations), dict(moved), flops)
-
-
-def _made(operation: Operation) -> list[int]:
-    return [number for number in operation.outputs if number is not None]
 
 
 def _bytes(graph: Graph, number: int) -> int:
@@ -61,7 +57,7 @@ def _bytes(graph: Graph, number: int) -> int:
 
 def _flops(graph: Graph, operation: Operation) -> float:
     """Return the flops of a product or a convolution: two for each result and each term that is summed in it."""
-    kind, made = facts_of(operation.target).kind, _made(operation)
+    kind, made = facts_of(operation.target).kind, operation.made
     if kind not in (Kind.PRODUCT, Kind.CONVOLUTION) or not made or len(operation.sources) < 2:
         return 0.0
     results = math.prod(graph.shapes[made[0]])

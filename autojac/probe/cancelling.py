@@ -73,7 +73,7 @@ class Look(NamedTuple):
         Each argument that carries it moves, alone, all that NaN in its place would reach; and where the result stays,
         there are several.
         """
-        made = [number for number in operation.outputs if number is not None]
+        made = operation.made
         meeting = any(not isinstance(self.states.get(number), BatchAxis) for number in made)
         arguments = [
             number

@@ -81,7 +81,7 @@ class BatchFlow:
         """The shared tensors that operators along the batch read, in the order in which they were made."""
         read: set[int] = set()
         for operation in self.graph.operations:
-            if any(isinstance(self.states.get(y), BatchAxis) for y in operation.outputs if y is not None):
+            if any(isinstance(self.states.get(y), BatchAxis) for y in operation.made):
                 read.update(number for number in operation.sources if self.states.get(number) == SHARED)
         return tuple(sorted(read))
 
@@ -91,7 +91,7 @@ class BatchFlow:
         tainted = {number for number, state in self.states.items() if state == SHARED}
         for operation in self.graph.operations:
             if not tainted.isdisjoint(operation.sources):
-                tainted.update(number for number in operation.outputs if number is not None)
+                tainted.update(operation.made)
         return frozenset(
             number for number, state in self.states.items() if isinstance(state, BatchAxis) and number not in tainted
         )

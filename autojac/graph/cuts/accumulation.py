@@ -244,9 +244,9 @@ class _Planner:
             reached, wanted = set(sources), set(targets)
             for op in self.operations:
                 if not reached.isdisjoint(op.sources):
-                    reached.update(n for n in op.outputs if n is not None and n in self.alive and n not in closed)
+                    reached.update(n for n in op.made if n in self.alive and n not in closed)
             for op in reversed(self.operations):
-                if any(n in wanted and n not in closed for n in op.outputs):
+                if any(n in wanted and n not in closed for n in op.made):
                     wanted.update(op.sources)
             self._found[key] = frozenset(reached & wanted)
         return self._found[key]
@@ -258,7 +258,7 @@ class _Planner:
             sum(
                 work(self.flow.graph, op)
                 for op in self.operations
-                if any(n in on_path and n not in sources for n in op.outputs) and not on_path.isdisjoint(op.sources)
+                if any(n in on_path and n not in sources for n in op.made) and not on_path.isdisjoint(op.sources)
             )
             / self.flow.batch
         )

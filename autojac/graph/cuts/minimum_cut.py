@@ -23,8 +23,7 @@ def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
     found = set(inputs)
     for operation in graph.operations:
         if passes_derivatives(operation) and not found.isdisjoint(operation.sources):
-            made = (number for number in operation.outputs if number is not None)
-            found.update(n for n in made if graph.dtypes[n].is_floating_point or graph.dtypes[n].is_complex)
+            found.update(n for n in operation.made if graph.dtypes[n].is_floating_point or graph.dtypes[n].is_complex)
     return found
 
 
@@ -32,8 +31,8 @@ def edges(graph: Graph, alive: Collection[int]) -> Iterator[tuple[int, int]]:
     """Return the edges from each tensor to those that operators make of it, as far as derivatives run."""
     for operation in graph.operations:
         if passes_derivatives(operation):
-            for output in operation.outputs:
-                if output is not None and output in alive:
+            for output in operation.made:
+                if output in alive:
                     yield from ((source, output) for source in operation.sources if source in alive)
 
 

@@ -30,8 +30,8 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
     that of the operator in every graph of one key: it is given the one to run, whose numbers are those of its call.
     """
     read = [number for number in dict.fromkeys(operation.sources) if number in tensors]
-    made = [s for number in operation.outputs if number is not None and isinstance(s := flow.states[number], BatchAxis)]
-    if len(made) < len(operation.outputs) - operation.outputs.count(None):
+    made = [s for number in operation.made if isinstance(s := flow.states[number], BatchAxis)]
+    if len(made) < len(operation.made):
         return None
     shapes = {number: shape for number in read if (shape := _as_broadcast(flow, operation, number)) is not None}
     if len(shapes) == len(read):
@@ -79,7 +79,7 @@ def _of_one(operation: Operation, batch: int) -> Operation:
 
 def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[int, ...] | None:
     """Return a shared tensor's shape as it is broadcast, if the operator does so along the batch."""
-    output = next(index for index in operation.outputs if index is not None)
+    output = operation.made[0]
     state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
     if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):
         return None

@@ -109,8 +109,7 @@ def _met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
     for operation in flow.graph.operations:
         for source in operation.sources:
             if source in found or (source in alive and isinstance(flow.states.get(source), BatchAxis)):
-                made = (number for number in operation.outputs if number is not None and number in alive)
-                found.update(number for number in made if flow.states.get(number) == SHARED)
+                found.update(n for n in operation.made if n in alive and flow.states.get(n) == SHARED)
     return found
 
 
@@ -122,7 +121,7 @@ def _forms(flow: BatchFlow, tensors: Collection[int]) -> dict[int, PerSampleForm
     """Return for each operator along the batch that reads some of the tensors its form that takes copies."""
     found = {}
     for place, operation in enumerate(flow.graph.operations):
-        along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.outputs if y is not None)
+        along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.made)
         if along and not set(tensors).isdisjoint(operation.sources):
             form = per_sample_form(flow, operation, tensors)
             if form is None:

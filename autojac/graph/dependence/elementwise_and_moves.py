@@ -84,7 +84,7 @@ def _moved(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor])
     if not _is_view(context):
         shape, elements = context.graph.shapes[next(iter(given))], sum(index.numel() for index in given.values())
         if context.facts.kind is not Kind.POINTWISE:
-            results = sum(math.prod(context.graph.shapes[number]) for number in context.outputs)
+            results = sum(math.prod(context.graph.shapes[number]) for number in context.made)
             elements += results // max(math.prod(shape[axis] for axis in narrow), 1)
         context.algebra.spend(elements, MOST_ELEMENTS)
         # every operator takes doubles, and they are exact

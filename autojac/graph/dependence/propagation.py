@@ -163,7 +163,7 @@ def propagate(
         for place, operation in enumerate(graph.operations):
             context = DependenceContext(graph, operation, states, constant, algebra, follow_values)
             try:
-                states.update(zip(context.outputs, _results(context), strict=True))
+                states.update(zip(context.made, _results(context), strict=True))
             except TooLarge as error:
                 flow.refusal, flow.losses[place] = str(error), operation.name
                 break
@@ -180,7 +180,7 @@ def _note(flow: DependenceFlow, place: int, context: DependenceContext) -> None:
         flow.value_dependent |= context.value_dependent or context.facts.by_value
     elif context.facts.kind is not Kind.VIEW and any(
         isinstance(state := flow.states[number], IndexSets) and not any(_alike(state, one) for one in read)
-        for number in context.outputs
+        for number in context.made
     ):
         flow.followed.append(place)
 
@@ -192,7 +192,7 @@ def _alike(one: IndexSets, other: IndexSets) -> bool:
 
 def _results(context: DependenceContext) -> Sequence[State]:
     """Return what is known of the results of an operator."""
-    count, facts = len(context.outputs), context.facts
+    count, facts = len(context.made), context.facts
     if facts.kind is Kind.FACTORY:
         return [Constant()] * count
     if not any(isinstance(context.states[number], IndexSets) for number in context.operation.sources):
@@ -205,16 +205,16 @@ def _results(context: DependenceContext) -> Sequence[State]:
         made = None if whole else RULES.get(facts.kind, keeping_axes)(context)
         made = keeping_axes(context) if made is None else made
         each = [made] * count if isinstance(made, IndexSets) else made
-        return [_fitting(context, *pair) for pair in zip(each, context.outputs, strict=True)]
+        return [_fitting(context, *pair) for pair in zip(each, context.made, strict=True)]
     except TooLarge:
         raise
     except Exception:  # an operator in a form that its rule does not foresee
-        return [_fitting(context, context.everything(), number) for number in context.outputs]
+        return [_fitting(context, context.everything(), number) for number in context.made]
 
 
 def _without_inputs(context: DependenceContext) -> Sequence[State]:
     """Return what is known of the results of an operator that no input stands behind."""
-    count = len(context.outputs)
+    count = len(context.made)
     known = all(isinstance(context.states[number], Constant) for number in context.operation.sources)
     if known and (context.follow_values or not traits(context.operation.target)[2]):
         return [Constant()] * count

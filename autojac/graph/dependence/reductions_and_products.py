@@ -28,10 +28,10 @@ def of_first(rule: Callable[[DependenceContext, Value, IndexSets], Result]) -> C
 
 def keeping_axes(context: DependenceContext) -> list[IndexSets]:
     """Keep the axes that the rules of the batch axis keep; along all others each result reads everything."""
-    totals: list[IndexSets | None] = [None] * len(context.outputs)
+    totals: list[IndexSets | None] = [None] * len(context.made)
     for value, state in context.sets():
         places = {axis: context.kept_axis(value, axis) for axis in state.axes}
-        for output, number in enumerate(context.outputs):
+        for output, number in enumerate(context.made):
             kept = {axis: place for axis in places if (place := places[axis][output]) is not None}
             mixed = context.mixed(state, [axis for axis in places if axis not in kept])
             order = sorted(kept, key=kept.__getitem__)
@@ -80,7 +80,7 @@ def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[Dep
             index = mixed.index.reshape(mixed.index.shape[:count])
             total = context.algebra.union(total, IndexSets(mixed.matrix, index))
         assert total is not None
-        kept, shapes = shared.pop(), [context.graph.shapes[number] for number in context.outputs]
+        kept, shapes = shared.pop(), [context.graph.shapes[number] for number in context.made]
         if shared or any(shape[: len(kept)] != kept for shape in shapes):
             return None
         lengths = [(*total.index.shape, *[1] * (len(shape) - len(kept))) for shape in shapes]

@@ -49,7 +49,7 @@ class TaylorMode:
         self.needed: dict[int, set[int]] = {number: set(asked) for number in graph.outputs}
         for place in reversed(self.places):
             operation = graph.operations[place]
-            rows = wanted.into(set().union(*(self.needed.get(n, set()) for n in operation.outputs if n is not None)))
+            rows = wanted.into(set().union(*(self.needed.get(n, set()) for n in operation.made)))
             for number in operation.sources:
                 self.needed.setdefault(number, set()).update(rows)
 

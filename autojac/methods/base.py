@@ -249,6 +249,14 @@ def build(spec: Mapping[str, Any]) -> Method:
         raise StoreError(f"a plan has fields that {kind.__name__} does not: {error}") from error
 
 
+def build_if_known(spec: Mapping[str, Any]) -> Method | None:
+    """Return the method that a JSON spec describes; None for one of another version of autojac."""
+    try:
+        return build(spec)
+    except StoreError:
+        return None
+
+
 def _or_plainly(problem: Problem, compute: Compute) -> Compute:
     """Return a computation by transforms, or by a loop of plain VJPs where func starts to assign to `.data`."""
     loop: list[Compute] = []

@@ -9,8 +9,8 @@ from typing import Any
 
 from autojac.core.plan import Effort, Plan, Trial, expression
 from autojac.core.signature import bucket
-from autojac.errors import PlanMissError, StoreError
-from autojac.methods.base import Method, build
+from autojac.errors import PlanMissError
+from autojac.methods.base import Method, build, build_if_known
 from autojac.planning.call import Call
 from autojac.planning.explain import rank_correlation
 from autojac.planning.planner import Planner
@@ -98,11 +98,8 @@ def _rivals(trials: Iterable[Trial], method: Method) -> list[Method]:
     timed = sorted((t for t in trials if t.state == "complete" and t.seconds), key=lambda t: t.seconds or 0.0)
     found: list[Method] = []
     for trial in timed:
-        try:
-            rival = build(trial.method)
-        except StoreError:
-            continue  # made by another version of autojac
-        if not rival.compiles or rival == method:
+        rival = build_if_known(trial.method)
+        if rival is not None and (not rival.compiles or rival == method):
             found.append(rival)
     return found[:RIVALS]
 

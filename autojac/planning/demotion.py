@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 
 from autojac.core.options import format_bytes
 from autojac.core.plan import Plan, expression
 from autojac.core.ranks import silent
-from autojac.errors import PerformanceWarning, StoreError, warn
-from autojac.methods.base import Method, build
+from autojac.errors import PerformanceWarning, warn
+from autojac.methods.base import Method, build, build_if_known
 from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.pull import Pull
 from autojac.planning.call import Call
@@ -70,8 +69,8 @@ def smaller(problem: Problem, plan: Plan) -> Iterator[Method]:
     weighed = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
     measured = [trial for trial in weighed if (trial.memory_bytes or 0) < own]
     for trial in sorted(measured, key=lambda trial: trial.seconds or 0.0):
-        with suppress(StoreError):  # made by another version of autojac
-            yield build(trial.method)
+        if (method := build_if_known(trial.method)) is not None:
+            yield method
     method = build(plan.method)
     size, inner = (method.size, method.inner) if isinstance(method, BatchChunk) else (problem.batch, method)
     while size > 1:

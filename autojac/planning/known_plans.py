@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
 
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, Trial, effort_rank
 from autojac.core.signature import Signature, bucket
-from autojac.errors import PlanMissError, StoreError
-from autojac.methods.base import Method, build
+from autojac.errors import PlanMissError
+from autojac.methods.base import Method, build_if_known
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.pinned import pinned_store
 from autojac.planning.plan_repository import Keys, PlanRepository
@@ -79,11 +78,8 @@ class KnownPlans:
         """Return the method of the plan so far, and the trials of its search if that was not finished."""
         if before is None:
             return None, ()
-        try:
-            method = build(before.method)
-        except StoreError:
-            return None, ()  # made by another version of autojac
-        return method, () if before.finished else self.trials(keys, before)
+        method = build_if_known(before.method)
+        return method, () if method is None or before.finished else self.trials(keys, before)
 
     def trials(self, keys: Keys | None, plan: Plan) -> tuple[Trial, ...]:
         """Return what became of the candidates of a plan's search."""
@@ -94,6 +90,6 @@ class KnownPlans:
         found = dict.fromkeys([] if keys is None else self.repository.hints(keys))
         found |= dict.fromkeys(hint_for(self.repository.func))
         for _, plan in self._neighbours.values():
-            with suppress(StoreError):
-                found.setdefault(build(plan.method))
+            if (method := build_if_known(plan.method)) is not None:
+                found.setdefault(method)
         return list(found)

@@ -20,9 +20,8 @@ from autojac.core.pattern import Indices
 from autojac.core.plan import Plan, Trial
 from autojac.core.product_functions import ComposedFunction
 from autojac.core.signature import Signature
-from autojac.errors import StoreError
 from autojac.guards.captures import fingerprint
-from autojac.methods.base import Method, build
+from autojac.methods.base import Method, build_if_known
 from autojac.planning.pinned import pinned_store
 from autojac.planning.search import calibrate
 from autojac.planning.search.corrections import corrections_from
@@ -90,13 +89,8 @@ class PlanRepository:
 
     def hints(self, keys: Keys) -> list[Method]:
         """Return methods that won on other devices, to be tried first."""
-        found = []
-        for plan in self.store.hints(keys[0]):
-            try:
-                found.append(build(plan.method))
-            except StoreError:
-                continue  # made by another version of autojac
-        return found
+        found = (build_if_known(plan.method) for plan in self.store.hints(keys[0]))
+        return [method for method in found if method is not None]
 
     def trials(self, keys: Keys) -> tuple[Trial, ...]:
         """Return what became of every candidate in the search that made the stored plan."""

@@ -16,9 +16,9 @@ from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, effort_rank
 from autojac.core.ranks import several, silent
 from autojac.core.structure import Structure
-from autojac.errors import SearchError, StoreError, StructureChangedWarning, warn
+from autojac.errors import SearchError, StructureChangedWarning, warn
 from autojac.guards.process_state import as_found
-from autojac.methods.base import Method, build, registry
+from autojac.methods.base import Method, build, build_if_known, registry
 from autojac.methods.pull import Pull
 from autojac.planning import progress
 from autojac.planning.call import Call, not_overwritten
@@ -153,11 +153,8 @@ class Planner:
         problem = self.builder.problem(call, report, plan.structure, plan.batched, analysis)
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None
-        try:
-            method = build(plan.method)
-        except StoreError:
-            return None  # made by another version of autojac
-        if method.unsupported(solid(problem)) is not None:
+        method = build_if_known(plan.method)
+        if method is None or method.unsupported(solid(problem)) is not None:
             return None
         self.known.remember(report.signature, plan)
         return self.make(call, report, problem, plan, method)

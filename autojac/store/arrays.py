@@ -20,6 +20,12 @@ _PATTERN: Final = "pattern"
 """The kind of the row that holds a pattern itself."""
 
 
+def insert_into(connection: Connection, table: sa.FromClause) -> Any:
+    """Return an insertion that can update the row that is there; both databases' dialects have their own."""
+    # PostgreSQL's takes 60 ms to import, which a process that uses SQLite should not pay
+    return importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(table)
+
+
 class Patterns:
     """The stored patterns by their keys, each read once."""
 
@@ -116,10 +122,11 @@ def _load(connection: Connection, pattern: str, kind: str) -> bytes | None:
 
 def _save(connection: Connection, pattern: str, kind: str, data: bytes) -> None:
     # What was there may be damaged, so it is replaced although the key says what is in it.
-    insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_ARRAYS)
     values = {"pattern": pattern, "kind": kind, "data": data, "created_at": timestamp()}
     connection.execute(
-        insert.values(values).on_conflict_do_update(
+        insert_into(connection, _ARRAYS)
+        .values(values)
+        .on_conflict_do_update(
             index_elements=[_ARRAYS.c.pattern, _ARRAYS.c.kind],
             set_={name: values[name] for name in ("data", "created_at")},
         )

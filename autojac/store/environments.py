@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,10 +9,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autojac.core.plan import Trial
+from autojac.store.arrays import insert_into
 from autojac.store.keys import Key
 from autojac.store.models import Base, EnvironmentRow, PlanRow, TrialRow
 from autojac.store.queries import QueryResult
-from autojac.store.records import BadRowError, decode, encode, read_trial, timestamp
+from autojac.store.records import BadRowError, decode, encode, read_all, read_trial, timestamp
 
 _ENVIRONMENTS: Final = Base.metadata.tables[EnvironmentRow.__tablename__]
 _PLANS: Final = Base.metadata.tables[PlanRow.__tablename__]
@@ -32,12 +32,11 @@ def read_environment(connection: Connection, env: Key) -> QueryResult[dict[str, 
 
 def write_environment(connection: Connection, env: Key, measured: Mapping[str, Any]) -> None:
     """Keep what was measured of an environment instead of what was before."""
-    insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_ENVIRONMENTS)
     values = {"env": encode(env.fields), "measured": encode(measured), "updated_at": timestamp()}
     connection.execute(
-        insert.values(env_key=env.digest, **values).on_conflict_do_update(
-            index_elements=[_ENVIRONMENTS.c.env_key], set_=values
-        )
+        insert_into(connection, _ENVIRONMENTS)
+        .values(env_key=env.digest, **values)
+        .on_conflict_do_update(index_elements=[_ENVIRONMENTS.c.env_key], set_=values)
     )
 
 
@@ -46,10 +45,5 @@ def predictions(connection: Connection, env: Key, most: int) -> QueryResult[tupl
     here = sa.select(_PLANS.c.id).where(_PLANS.c.env_key == env.digest)
     both = sa.and_(_TRIALS.c.predicted.is_not(None), _TRIALS.c.seconds.is_not(None))
     query = sa.select(_TRIALS).where(_TRIALS.c.plan_id.in_(here), both).order_by(_TRIALS.c.id.desc()).limit(most)
-    found, problem = [], None
-    for row in connection.execute(query):
-        try:
-            found.append(read_trial(row._asdict()))
-        except BadRowError as error:
-            problem = str(error)
+    found, problem = read_all(connection.execute(query), lambda row: read_trial(row._asdict()))
     return QueryResult(tuple(found) or None, problem=problem)

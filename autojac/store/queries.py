@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -19,6 +18,7 @@ from autojac.store.records import (
     BadRowError,
     StoredPlan,
     plan_values,
+    read_all,
     read_plan,
     read_stored,
     read_trial,
@@ -62,14 +62,9 @@ def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
 def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
     """Return all plans of an operation that stand, latest first."""
     query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
-    plans: list[Plan] = []
+    rows = connection.execute(query.order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc()))
     patterns = arrays.Patterns(connection)
-    problem = None
-    for row in connection.execute(query.order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())):
-        try:
-            plans.append(read_plan(row.plan, patterns))
-        except BadRowError as error:
-            problem = str(error)
+    plans, problem = read_all(rows, lambda row: read_plan(row.plan, patterns))
     return QueryResult(plans, problem=problem)
 
 
@@ -107,11 +102,10 @@ def save(
     Of a higher effort, or of the same one where that search was finished and this one was not.
     """
     values = plan_values(op, env, plan, function_name)
-    # PostgreSQL's dialect takes 60 ms to import, which a process that uses SQLite should not pay
-    insert = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(_PLANS)
     stored_rank = sa.case({name: effort_rank(name) for name in EFFORTS}, value=_PLANS.c.effort, else_=-1)
     plan_id = connection.execute(
-        insert.values(values)
+        arrays.insert_into(connection, _PLANS)
+        .values(values)
         .on_conflict_do_update(
             index_elements=[_PLANS.c.op_key, _PLANS.c.env_key],
             set_={name: value for name, value in values.items() if name not in ("op_key", "env_key", "created_at")},
@@ -170,25 +164,20 @@ def _is(op: Key, env: Key) -> sa.ColumnElement[bool]:
 
 
 def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[dict[int, list[Trial]]]:
+    rows = connection.execute(sa.select(_TRIALS).where(condition).order_by(_TRIALS.c.plan_id, _TRIALS.c.ordinal))
+    pairs, problem = read_all(rows, lambda row: (row.plan_id, read_trial(row._asdict())))
     by_plan: dict[int, list[Trial]] = {}
-    problem = None
-    for row in connection.execute(sa.select(_TRIALS).where(condition).order_by(_TRIALS.c.plan_id, _TRIALS.c.ordinal)):
-        try:
-            by_plan.setdefault(row.plan_id, []).append(read_trial(row._asdict()))
-        except BadRowError as error:
-            problem = str(error)
+    for plan_id, trial in pairs:
+        by_plan.setdefault(plan_id, []).append(trial)
     return QueryResult(by_plan, problem=problem)
 
 
 def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[list[StoredPlan]]:
     by_plan = _trials(connection, _TRIALS.c.plan_id.in_(sa.select(_PLANS.c.id).where(condition)))
-    plans: list[StoredPlan] = []
     patterns = arrays.Patterns(connection)
-    problem = by_plan.problem
     query = sa.select(_PLANS).where(condition).order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())
-    for row in connection.execute(query):
-        try:
-            plans.append(read_stored(row._asdict(), patterns, tuple(by_plan.value.get(row.id, ()))))
-        except BadRowError as error:
-            problem = str(error)
-    return QueryResult(plans, problem=problem)
+    plans, problem = read_all(
+        connection.execute(query),
+        lambda row: read_stored(row._asdict(), patterns, tuple(by_plan.value.get(row.id, ()))),
+    )
+    return QueryResult(plans, problem=problem or by_plan.problem)

@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from autojac.core.pattern import Pattern
 from autojac.core.plan import Plan, Trial
 from autojac.errors import AutojacError, kind_of
 from autojac.store.keys import Key
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class BadRowError(ValueError):
@@ -80,6 +83,17 @@ def trial_values(plan_id: int, trials: Iterable[Trial]) -> list[dict[str, Any]]:
         }
         for ordinal, trial in enumerate(trials)
     ]
+
+
+def read_all(rows: Iterable[R], read: Callable[[R], T]) -> tuple[list[T], str | None]:
+    """Return what is read from the rows that can be, and why the last of the others can't; None if there are none."""
+    found, problem = [], None
+    for row in rows:
+        try:
+            found.append(read(row))
+        except BadRowError as error:
+            problem = str(error)
+    return found, problem
 
 
 def read_plan(text: Any, patterns: Callable[[str], Pattern], trials: tuple[Trial, ...] = ()) -> Plan:

@@ -32,7 +32,7 @@ class Programs:
     """A computation given as programs of plain operators.
 
     Attributes:
-        forward: from the inputs to the outputs, and what the pulls read beside them.
+        forward: from the inputs to the outputs, and what the pulls read besides them.
         outputs: how many outputs there are.
         constant: positions of those without a derivative.
         pulls: their results add up.

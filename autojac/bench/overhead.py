@@ -1,4 +1,4 @@
-"""What autojac costs beside the operators: at each call, at its guard, and while it records."""
+"""What autojac costs besides the operators: at each call, at its guard, and while it records."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_
     Args:
         workload: of independent samples.
         settings: how to measure.
-        sparse_bound, blocks_bound: what each is to take at most, in times of the best.
+        sparse_bound, blocks_bound: what each is to take at most, as a multiple of the best.
     """
     func, x = workload.make(settings.device)
     truth = reference(workload, func, x)

@@ -144,8 +144,8 @@ class WeightedOutput(ProductFunction):
         return (total, *aux) if aux else total
 
     def _sum(self, y: Tensor, cotangent: Tensor) -> Tensor:
-        kept, weighed = self.several + (not self.whole), cotangent * y
-        scalar = weighed if weighed.dim() == kept else weighed.flatten(kept).sum(-1)
+        kept, weighted = self.several + (not self.whole), cotangent * y
+        scalar = weighted if weighted.dim() == kept else weighted.flatten(kept).sum(-1)
         return scalar.T if self.several and not self.whole else scalar
 
 

@@ -66,8 +66,8 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
 def smaller(problem: Problem, plan: Plan) -> Iterator[Method]:
     """Yield methods that take less memory than a plan: the fastest first of those measured, then smaller chunks."""
     own = plan.memory_bytes or 0
-    weighed = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
-    measured = [trial for trial in weighed if (trial.memory_bytes or 0) < own]
+    known = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
+    measured = [trial for trial in known if (trial.memory_bytes or 0) < own]
     for trial in sorted(measured, key=lambda trial: trial.seconds or 0.0):
         if (method := build_if_known(trial.method)) is not None:
             yield method

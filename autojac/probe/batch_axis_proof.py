@@ -116,11 +116,11 @@ def meeting(
         # differentiated or not: copies of weights must be apart whatever comes with the samples
         carriers = [p for p in (*point.inputs, *point.sides) if point.leaves[p].is_floating_point()]
         local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
-        lone = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
-        copied = len(lone) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
-        copies = [value.expand(point.batch, *value.shape) for value in lone[:copied]]
+        read = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
+        copied = len(read) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
+        copies = [value.expand(point.batch, *value.shape) for value in read[:copied]]
         xs = [*(point.leaves[p] for p in carriers), *copies]
-        pullback = Pullback(lambda *own: local(*own, *lone[copied:]), xs, differentiable=False)
+        pullback = Pullback(lambda *own: local(*own, *read[copied:]), xs, differentiable=False)
         verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
     if verdict.coupled:
         return False, "statistics: not alone, samples also reach each other outside the shared tensors"

@@ -87,8 +87,8 @@ class Look(NamedTuple):
         if not all(tensor.is_floating_point() for tensor in tensors):
             raise PossibleCoupling
         # views leave entries out, and look at none
-        still = not any(argument.alias_info is not None for argument in operation.target._schema.arguments)
-        if still and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in made):
+        computes = not any(argument.alias_info is not None for argument in operation.target._schema.arguments)
+        if computes and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in made):
             raise PossibleCoupling
         for argument in arguments:
             carries = self.reached[argument]

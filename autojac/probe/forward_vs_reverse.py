@@ -54,8 +54,8 @@ def compare_modes(call: FlatCall, seed: int) -> tuple[str, str | None, dict[int,
         pulled = pullback.pull(pullback.recorded, cotangents)
         if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
             return "modes: not compared, something is not finite here", None, {}
-        still = {output: tangent.detach() == 0 for output, tangent in enumerate(pushed)}
-        flat = {o: mask for o, mask in still.items() if bool(mask.any()) and _is_flat(pullback, o, mask, generator)}
+        zero = {output: tangent.detach() == 0 for output, tangent in enumerate(pushed)}
+        flat = {o: mask for o, mask in zero.items() if bool(mask.any()) and _is_flat(pullback, o, mask, generator)}
         forward, size = _product(cotangents, pushed)
         reverse, other_size = _product(pulled, directions)
         gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)

@@ -202,10 +202,10 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
     end = deadline(budget_s)
     matrix = pattern.scipy()
     # the largest change first: it wakes what is dead here
-    elsewhere = [(scale, point.with_inputs_moved(scale, generator)) for scale in reversed(SCALES)]
+    points = [(scale, point.with_inputs_moved(scale, generator)) for scale in reversed(SCALES)]
     bases: dict[float, tuple[Tensor, ...]] = {}
     for _ in range(MOST_MASKS):
-        for scale, there in elsewhere:
+        for scale, there in points:
             mask, allowed = _mask(pattern, matrix, generator)
             try:
                 if scale not in bases:

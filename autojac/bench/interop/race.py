@@ -24,8 +24,8 @@ from autojac.replay.replayer import Replayer
 
 OWN = "autojac"
 WORST, MEAN = 1.03, {False: 0.5, True: 0.85}
-"""What autojac is to take at most, in times of torch's fastest right way: each case, and the geometric mean without and
-with a training step."""
+"""What autojac is to take at most, as a multiple of torch's fastest right way: each case, and the geometric mean
+without and with a training step."""
 UNSERVED, FIRST_S, WATCH_US = 0.3, 5.0, 10.0
 WATCHES = 64
 """Comparisons of what func reads that are timed."""

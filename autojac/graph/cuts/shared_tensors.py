@@ -72,8 +72,8 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
     alive = differentiable_paths(graph, inputs)
     met = _met(flow, alive)
     chosen = [number for number in flow.frontier if number in met]
-    still = tuple(number for number in flow.frontier if number not in alive)
-    if flow.lost_output or not (chosen or still):
+    without_derivative = tuple(number for number in flow.frontier if number not in alive)
+    if flow.lost_output or not (chosen or without_derivative):
         return None
     weights = tuple(number for number in flow.frontier if number in alive and number not in met)
     if least and chosen and len(met) <= MOST_NODES:
@@ -86,7 +86,7 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
     at_frontier = set(chosen) <= set(flow.frontier)
     return SharedTensors(
         tuple(chosen),
-        still,
+        without_derivative,
         weights,
         sum(math.prod(graph.shapes[number]) for number in chosen),
         _forms(flow, (*chosen, *weights)) if at_frontier else None,

@@ -132,23 +132,23 @@ class SharedStatistics:
     def _back(self, number: int, felt: Tensor, base: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Return cotangents of what is read of weights, (c, *shape), as those of the inputs that it is made of."""
         graph = self.graph
-        lone = {
+        order_of = {
             graph.inputs[p]: order for order, p in enumerate(self.problem.inputs) if not self.problem.leaves[p].batched
         }
-        if number in lone:
-            yield lone[number], felt
+        if number in order_of:
+            yield order_of[number], felt
             return
         made_of = {
             source for place in graph.needed((number,), frozenset()) for source in graph.operations[place].sources
         }
-        reached = [n for n in lone if n in made_of]
+        reached = [n for n in order_of if n in made_of]
 
         def read(*given: Tensor) -> tuple[Tensor, ...]:
             return graph.run((number,), {**base, **dict(zip(reached, given, strict=True))})
 
         engine: Engine = "vmap" if self.engine == "vmap" else "batched"
         pulls = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
-        yield from zip((lone[n] for n in reached), pulls.one(0, felt), strict=True)
+        yield from zip((order_of[n] for n in reached), pulls.one(0, felt), strict=True)
 
 
 def _coordinates(value: Tensor) -> Tensor:

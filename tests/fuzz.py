@@ -29,7 +29,7 @@ from autojac.core.plan import Plan
 from autojac.methods.base import Method, build, registry
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import PreparedPlan
-from autojac.problem.empty_events import solid
+from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
 from autojac.replay.replayer import Replayer
@@ -498,7 +498,9 @@ class Forced(Planner):
             )
             found = [m for kind in kinds for m in _candidates(kind, problem)]
             for candidate in self.random.sample(found, min(len(found), 8)):
-                if candidate.unsupported(solid(problem)) is None and _right(candidate, problem, request, seen.sandbox):
+                if candidate.unsupported(without_empty_parts(problem)) is None and _right(
+                    candidate, problem, request, seen.sandbox
+                ):
                     plan = dataclasses.replace(plan, method=candidate.spec())
                     return super().make(request, seen, problem, plan, candidate)
         return super().make(request, seen, problem, plan, method)
@@ -525,7 +527,7 @@ class Same(Planner):
 
 
 def _candidates(kind: type[Method], problem: Problem) -> list[Method]:
-    found: Iterator[Method] = kind.candidates(solid(problem), 2)  # type: ignore[assignment]
+    found: Iterator[Method] = kind.candidates(without_empty_parts(problem), 2)  # type: ignore[assignment]
     return [method for method in found if not method.compiles]
 
 

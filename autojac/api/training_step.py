@@ -29,7 +29,7 @@ from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.planning.fast_path import no_fast_path
 from autojac.planning.prepared_plan import PreparedPlan
-from autojac.problem.problem import recorded
+from autojac.problem.problem import record_pullback
 from autojac.replay.replayer import Replayer
 
 
@@ -233,7 +233,7 @@ class TrainingStep:
         at = id(plan), version
         if at not in self._reached:
             with plan.sandbox():
-                pullback = recorded(plan.problem, call.leaves, call.keywords, False)
+                pullback = record_pullback(plan.problem, call.leaves, call.keywords, False)
                 found = pulled_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
             # the plan is kept, so that its id stays its own
             self._reached = {at: (plan, [gradient is not None for gradient in found])}

@@ -14,7 +14,7 @@ Terms = tuple[Term, ...] | Literal["laplacian"]
 """The derivatives asked for; the Laplacian's terms follow from the number of columns."""
 
 
-def resolved(of: Terms, columns: int) -> tuple[Term, ...]:
+def resolve_terms(of: Terms, columns: int) -> tuple[Term, ...]:
     """Return the terms for an input of so many columns."""
     return (tuple((column, column) for column in range(columns)),) if of == "laplacian" else of
 

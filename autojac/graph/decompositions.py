@@ -27,7 +27,7 @@ class Writer(Protocol):
     def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int: ...
 
 
-def decomposed(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
+def decompose(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
     """Check whether an operator is written down as several, and what it returned; it runs once, as it is."""
     if name in BATCH_NORMS:
         return True, _batch_norm(writer, name, func, args, kwargs)

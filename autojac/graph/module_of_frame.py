@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 import torch
 
 
-def running(root: CodeType) -> int:
+def running_module(root: CodeType) -> int:
     """Return the id of the innermost module among the callers whose method runs; 0 if there is none.
 
     Args:

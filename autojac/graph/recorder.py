@@ -21,10 +21,10 @@ from autojac.core.structure import Branches
 from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError
 from autojac.graph.capture import Capture
-from autojac.graph.decompositions import decomposed
+from autojac.graph.decompositions import decompose
 from autojac.graph.finalize import graph_of
 from autojac.graph.ir import Graph, Operation, Value
-from autojac.graph.module_of_frame import running
+from autojac.graph.module_of_frame import running_module
 from autojac.graph.operators import (
     LITERALS,
     PARTITIONS,
@@ -154,11 +154,11 @@ class Recorder(Capture):
         self.reads_data |= reads or literal
         self.reads_values |= (reads and not makes_shapes(func)) or literal
         count = len(self.shapes)
-        several, made = decomposed(self, name, func, args, kwargs)
+        several, made = decompose(self, name, func, args, kwargs)
         if not several:
             made = self._one(func, name, written, draws, args, kwargs)
         if self.named:
-            owner = running(record.__code__)
+            owner = running_module(record.__code__)
             self.owners |= dict.fromkeys(range(count, len(self.shapes)), owner)
         return made
 

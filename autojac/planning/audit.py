@@ -19,7 +19,7 @@ from autojac.planning.search.finals import Comparison
 from autojac.planning.search.space import default_methods
 from autojac.planning.search.trial import SearchPoint, SearchSession
 from autojac.planning.undisturbed import undisturbed
-from autojac.problem.empty_events import solid
+from autojac.problem.empty_events import without_empty_parts
 
 RIVALS = 6
 """How many of the fastest candidates of a plan's search are raced with it."""
@@ -83,7 +83,7 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
                 "Make one with `autojac tune`"
             )
         analysis = planner.builder.analyze(call, report, plan.batched)
-        problem = solid(planner.builder.problem(call, report, plan.structure, plan.batched, analysis))
+        problem = without_empty_parts(planner.builder.problem(call, report, plan.structure, plan.batched, analysis))
         session = SearchSession(problem, effort).at(planner.point(call, report))
         method = build(plan.method)
         rivals = _rivals(planner.repository.trials(report.keys), method)

@@ -18,7 +18,7 @@ from autojac.planning.call import Call, detached, not_overwritten, trained_by
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
 from autojac.planning.search.memory import is_out_of_memory
-from autojac.probe.kept_state import keeping
+from autojac.probe.kept_state import observe_kept_state
 from autojac.probe.side_effects import evaluate_once
 from autojac.problem.compared_parts import Extent
 from autojac.problem.derivative_reference import AnyReference, reference_for
@@ -108,7 +108,7 @@ class Check:
             return ()
         fn, keywords, positions = self.call.layout.fn, self.call.keywords, self.call.layout.differentiated
         with silent(self.modules), gc_disabled():
-            effects, _ = keeping(lambda: evaluate_once(fn, self.own_leaves, keywords, positions)[0], sandbox)
+            effects, _ = observe_kept_state(lambda: evaluate_once(fn, self.own_leaves, keywords, positions)[0], sandbox)
         return tuple(effect for effect in effects if effect not in self.plan.problem.structure.effects)
 
     def _reference(self, sandbox: Sandbox) -> tuple[AnyReference, bool]:

@@ -18,7 +18,7 @@ from autojac.planning.call import Call
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search.memory import is_out_of_memory
-from autojac.problem.empty_events import solid
+from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 
 
@@ -32,7 +32,7 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
         plan: what ran out of memory.
         call: the call.
     """
-    problem, planner = solid(plan.problem), plans.planner
+    problem, planner = without_empty_parts(plan.problem), plans.planner
     trials = planner.known.trials(plan.keys, plan.plan)
     for method in smaller(problem, dataclasses.replace(plan.plan, trials=trials)):
         if method.unsupported(problem) is not None:

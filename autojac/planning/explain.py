@@ -11,7 +11,7 @@ from autojac.core.plan import NOT_TRIED, Plan, Trial, expression
 from autojac.core.signature import Signature
 from autojac.planning.plan_repository import PlanRepository
 from autojac.planning.prepared_plan import PreparedPlan
-from autojac.problem.compression import colored
+from autojac.problem.compression import describe_colors
 from autojac.problem.problem import Problem
 
 FEW = 3
@@ -112,7 +112,7 @@ def _is_untried(trial: Trial) -> bool:
 def _graph_lines(problem: Problem) -> list[str]:
     """Say what the graph of a call shows, and what of it was colored and traced."""
     lines = problem.analysis.lines(problem.out_size) if problem.analysis is not None else []
-    lines += colored(problem)
+    lines += describe_colors(problem)
     return lines + (problem.function_state.lines() if problem.function_state is not None else [])
 
 

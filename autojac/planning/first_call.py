@@ -23,7 +23,7 @@ from autojac.guards.earlier_values import EarlierValues
 from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
 from autojac.probe import first_call, guess_batched
-from autojac.probe.kept_state import UNLIKE, keeping, unlike
+from autojac.probe.kept_state import UNLIKE, observe_kept_state, unlike
 from autojac.probe.random_generators import drawn
 from autojac.probe.side_effects import FirstCall, evaluate_once
 from autojac.problem.layouts import require_columns, require_layout
@@ -157,7 +157,9 @@ def _kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sa
     A cache is filled and a module initialised for good, as by the plain call that this call stands for.
     """
     fn, leaves, kwargs = call.layout.fn, call.leaves, call.keywords
-    found, written = keeping(lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], sandbox)
+    found, written = observe_kept_state(
+        lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], sandbox
+    )
     if found:
         return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), sandbox
     # what each call writes is left to the call that makes the Jacobian

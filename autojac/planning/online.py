@@ -21,7 +21,7 @@ from autojac.planning.search import measure
 from autojac.planning.search.optimize import result_of
 from autojac.planning.search.trial import SearchPoint
 from autojac.planning.undisturbed import undisturbed
-from autojac.problem.empty_events import solid
+from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 
 logger = logging.getLogger("autojac")
@@ -57,7 +57,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
             machine = prepared.problem.machine
             if prepared.keys is not None:
                 machine = planner.repository.machine(prepared.keys[1], str(call.leaves[0].device))
-            return solid(dataclasses.replace(prepared.problem, analysis=analysis, machine=machine))
+            return without_empty_parts(dataclasses.replace(prepared.problem, analysis=analysis, machine=machine))
 
         start, before = measure.clock.now(), exploration.spent
         better = exploration.take_step(problem, point)

@@ -37,7 +37,7 @@ from autojac.planning.search.optimize import PriorKnowledge, SearchResult
 from autojac.planning.search.trial import SearchPoint
 from autojac.planning.undisturbed import nested, undisturbed
 from autojac.probe import ProbeResult
-from autojac.problem.empty_events import solid
+from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.machine import DEFAULT
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import unfixed
@@ -154,7 +154,7 @@ class Planner:
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None
         method = build_if_known(plan.method)
-        if method is None or method.unsupported(solid(problem)) is not None:
+        if method is None or method.unsupported(without_empty_parts(problem)) is not None:
             return None
         self.known.remember(report.signature, plan)
         return self.make(call, report, problem, plan, method)
@@ -190,14 +190,14 @@ class Planner:
         )
         with progress.reporter(effort) as show, _explaining(self.options):
             try:
-                won = search(solid(problem), progress=show)
+                won = search(without_empty_parts(problem), progress=show)
             except SearchError as error:
                 if structure.sparsity is None:
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
                 problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
-                won = search(solid(problem), progress=show)
+                won = search(without_empty_parts(problem), progress=show)
                 self._tell_of_missed_entries(structure)
         plan = _plan_of(won, structure, found, effort, goal, time.perf_counter() - start)
         if won.verified:

@@ -15,7 +15,7 @@ from autojac.core.sandbox import Sandbox, without_graph
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
 from autojac.guards.assignments import Snapshot, leaving
 from autojac.methods.base import Method
-from autojac.problem.empty_events import filled
+from autojac.problem.empty_events import with_empty_parts
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.problem.randomness import leaving_state
 from autojac.replay.replayer import Replayer
@@ -24,7 +24,7 @@ from autojac.torch_internals import pytree
 
 def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Compute:
     """Make a method ready for a whole problem, parts without elements and aux included."""
-    compute = _with_aux(layout, problem, filled(problem, method.prepare_call), method.runs_func_plainly)
+    compute = _with_aux(layout, problem, with_empty_parts(problem, method.prepare_call), method.runs_func_plainly)
     effects = problem.structure.effects
     if UPDATES_BUFFERS in effects:
         return compute  # func runs as it is, and once

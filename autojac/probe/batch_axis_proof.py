@@ -90,7 +90,7 @@ def confirm(proof: Proof, analysis: GraphAnalysis, *points: ProbePoint) -> Proof
     return Proof(False, "proof: none, func creates a new tensor in each call where no operator is seen")
 
 
-def meeting(
+def meet_in_shared_tensors(
     analysis: GraphAnalysis, point: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
 ) -> tuple[bool, str]:
     """Check by the graph and by cotangents whether samples meet in shared tensors alone; add the line for `explain`."""

@@ -44,7 +44,7 @@ def rounding(tensor: Tensor) -> Tensor | float:
     return SLIGHT * torch.finfo(tensor.dtype).eps * own_scale(tensor)
 
 
-def changed(before: Tensor, after: Tensor, granted: Tensor | float) -> Tensor:
+def exceeds(before: Tensor, after: Tensor, granted: Tensor | float) -> Tensor:
     """Return where numbers differ by more than is granted."""
     return (after - before).abs() > granted if before.is_floating_point() else before != after
 
@@ -100,6 +100,6 @@ class Look(NamedTuple):
                 if number is not None:
                     touched = torch.ones_like(spoilt.isnan()) if facts.drops_nan else spoilt.isnan()
                     if bool(
-                        (touched & self.outside[number] & ~changed(self.base[number], part, self.scales[number])).any()
+                        (touched & self.outside[number] & ~exceeds(self.base[number], part, self.scales[number])).any()
                     ):
                         raise PossibleCoupling

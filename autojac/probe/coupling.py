@@ -15,13 +15,13 @@ from autojac.core.ranks import several
 from autojac.core.structure import Assurance, Coupling, Structure
 from autojac.errors import counted
 from autojac.graph.analysis import GraphAnalysis
-from autojac.probe.batch_axis_proof import Proof, confirm, meeting
+from autojac.probe.batch_axis_proof import Proof, confirm, meet_in_shared_tensors
 from autojac.probe.cancelling import SLIGHT
 from autojac.probe.masks import masks_within, split_masks
-from autojac.probe.rounding import only_rounding
+from autojac.probe.rounding import is_only_rounding
 from autojac.probe.sample_graph import find_sample_graph
 from autojac.probe.sample_pairs import SCALES, ProbePoint, Verdict, gradient_layer, nan_layer, value_layer
-from autojac.probe.values_only import EVALUATIONS, values_only
+from autojac.probe.values_only import EVALUATIONS, couples_values_only
 
 SMALL_SHARE = 1e-2
 """Gradients at other samples below this share of the largest may come of step sizes; attention's are larger."""
@@ -136,7 +136,7 @@ class PairProbe:
         point, (masks, _), patience = self.point, self.masks, PATIENCE * self.budget_s
         moved = any(verdict.coupled for verdict in verdicts[:2])
         slight = moved and not self.weights and not several() and _slight(verdicts, point)
-        if slight and only_rounding(point, masks, self.cost, self.generator, patience):
+        if slight and is_only_rounding(point, masks, self.cost, self.generator, patience):
             evidence.append(
                 "rounding: what reaches other samples vanishes with the precision, in float64 against float32, and "
                 "ends where it cancels, as in inputs that are centred by the batch. Taken for independent, but not "
@@ -148,7 +148,7 @@ class PairProbe:
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
         if awake or several() or self.cost * EVALUATIONS > patience:
             return self._hinted(shape, verdicts)
-        if not values_only(point, masks, self.generator, patience):
+        if not couples_values_only(point, masks, self.generator, patience):
             return self._hinted(shape, verdicts)
         line = (
             "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
@@ -187,7 +187,7 @@ class PairProbe:
         """Return the structure where no layer saw a sample reach another."""
         # what is read of a weight by one sample depends on the others too where side inputs are coupled
         if self.analysis is not None and self.weights and refusal is not None:
-            alone, line = meeting(self.analysis, self.point, *self.masks, self.generator)
+            alone, line = meet_in_shared_tensors(self.analysis, self.point, *self.masks, self.generator)
             evidence.append(line)
             if alone:
                 split = any(verdict.coupled is None for verdict in verdicts)
@@ -227,7 +227,7 @@ class PairProbe:
         split = len({verdict.coupled for verdict in verdicts}) > 1
         depends = False
         if self.analysis is not None:
-            alone, line = meeting(self.analysis, self.point, *self.masks, self.generator)
+            alone, line = meet_in_shared_tensors(self.analysis, self.point, *self.masks, self.generator)
             coupling = "statistics" if alone else "dense"
             evidence.append(line)
             classes = _fewer_than(self.analysis, self.point, self.values) if alone else None

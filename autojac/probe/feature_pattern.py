@@ -82,7 +82,7 @@ def find_feature_pattern(
         budget_s: seconds that NaN in each coordinate may take, where there is no recording.
     """
     # 0.2 s to import
-    from autojac.probe.feature_pattern_blackbox import by_nan, completed
+    from autojac.probe.feature_pattern_blackbox import by_nan, complete_pattern
 
     small, values = _with_values(few(point, 2) if sliceable else point, point)
     point = few(point, MOST_SAMPLES) if sliceable and small is not point else point
@@ -103,7 +103,7 @@ def find_feature_pattern(
     places = where.m * where.n
     if found.nnz > DENSEST * places:
         return Features(None, f"features: dense, {found.nnz} of {places} entries may be nonzero {how}")
-    found, added, seen = completed(point, where, found, generator, moving=not recorded)
+    found, added, seen = complete_pattern(point, where, found, generator, moving=not recorded)
     pattern = Pattern.of(found)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
     line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"

@@ -80,7 +80,7 @@ def _tainted(
             yield replaced, [value[sample : sample + 1] for value in values] if alone else values, first
 
 
-def completed(
+def complete_pattern(
     point: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
 ) -> tuple[scipy.sparse.csr_array, int, str]:
     """Add to a pattern what is seen outside of it at several points; tell how many entries, and what was looked at.

@@ -24,7 +24,9 @@ def unlike(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return any(one.shape != other.shape or disagreement(other, one) is not None for one, other in pairs)
 
 
-def keeping(evaluate: Callable[[], Sequence[Tensor]], sandbox: Sandbox) -> tuple[tuple[str, ...], Sequence[Tensor]]:
+def observe_kept_state(
+    evaluate: Callable[[], Sequence[Tensor]], sandbox: Sandbox
+) -> tuple[tuple[str, ...], Sequence[Tensor]]:
     """Return the effects of a function that has set something in `sandbox.kept`, and the tensors that each call writes.
 
     It has none if it only filled a cache, or initialised itself: then a second call sets nothing.

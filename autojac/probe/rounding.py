@@ -26,7 +26,7 @@ from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import FunctionRecording, record
-from autojac.probe.cancelling import SLIGHT, Env, Look, PossibleCoupling, changed, outside_of, rounding
+from autojac.probe.cancelling import SLIGHT, Env, Look, PossibleCoupling, exceeds, outside_of, rounding
 from autojac.probe.sample_pairs import SCALES, ProbePoint, along
 
 SHRINKS = 2.0**-23
@@ -59,7 +59,7 @@ class Run(NamedTuple):
         return Pullback(bound, [self.leaves[position] for position in inputs], differentiable=False)
 
 
-def only_rounding(
+def is_only_rounding(
     point: ProbePoint, masks: Sequence[Tensor], cost: float, generator: torch.Generator, budget_s: float
 ) -> bool:
     """Check that nothing but rounding passes between samples, at several points.
@@ -121,7 +121,7 @@ def _look_at(
     for mask, leaves in zip(masks, moves, strict=True):
         after = high.all([_cast(leaf, torch.float64) for leaf in leaves], numbers)
         outside = {number: outside_of(states.get(number), base[number], mask) for number in numbers}
-        reached = {n: changed(base[n], after[n], scales[n] + SHRINKS * noisy[n]) & outside[n] for n in numbers}
+        reached = {n: exceeds(base[n], after[n], scales[n] + SHRINKS * noisy[n]) & outside[n] for n in numbers}
         if any(bool(reached[number].any()) for number in graph.outputs):
             raise PossibleCoupling
         look = Look(states, base, after, scales, outside, reached)

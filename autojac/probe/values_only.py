@@ -30,7 +30,9 @@ class Derivative(Exception):
     """Other samples have a derivative at some point, or may have one."""
 
 
-def values_only(point: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float) -> bool:
+def couples_values_only(
+    point: ProbePoint, masks: Sequence[Tensor], generator: torch.Generator, budget_s: float
+) -> bool:
     """Check that outputs have no derivative in other samples' inputs wherever these move them.
 
     Args:

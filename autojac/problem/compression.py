@@ -16,7 +16,7 @@ from torch import Tensor
 from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
-from autojac.sparse.colorings import Colorings, Side, decoded
+from autojac.sparse.colorings import Colorings, Side, is_read_from_rows
 from autojac.sparse.star_coloring import is_symmetric, is_within_reach, mirrored_reading, star
 
 PartOfJacobian = Literal["all", "blocks", "diagonals"]
@@ -150,7 +150,7 @@ def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
 
 def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
     rows, columns = colorings.both(features)
-    return Colors("rows", None, rows), Colors("columns", None, columns), decoded(features, rows, columns)
+    return Colors("rows", None, rows), Colors("columns", None, columns), is_read_from_rows(features, rows, columns)
 
 
 def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
@@ -200,7 +200,7 @@ def nothing_gained(problem: Problem, side: Side) -> str | None:
     return None
 
 
-def colored(problem: Problem) -> list[str]:
+def describe_colors(problem: Problem) -> list[str]:
     """Return what colors save, human-readable."""
     if problem.structure.sparsity is None or problem.shared_input:
         return []

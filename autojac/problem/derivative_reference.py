@@ -17,7 +17,7 @@ from autojac.core.sandbox import Sandbox
 from autojac.graph.special_kernels import plain_formulas
 from autojac.problem.compared_parts import Extent
 from autojac.problem.finite_evidence import zero_uncounted
-from autojac.problem.problem import Problem, Result, bind, recorded
+from autojac.problem.problem import Problem, Result, bind, record_pullback
 from autojac.problem.reference import EXTENT, Reference
 
 SAMPLES = 4
@@ -59,7 +59,7 @@ class DerivativeReference:
         self.samples = sorted(torch.randperm(problem.batch, generator=self.generator)[:count].tolist())
         kernels = problem.structure.kernels
         with outside_autocast(), sandbox(), plain_formulas(kernels), torch.enable_grad():
-            self.pullback = recorded(problem, leaves, kwargs, problem.differentiable)
+            self.pullback = record_pullback(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
             given = (*(leaves[position] for position in problem.inputs), *self.values)
             self.is_whole = all(bool(torch.isfinite(x).all()) for x in given)

@@ -13,7 +13,7 @@ from autojac.autodiff import seeds
 from autojac.problem.problem import Compute, Flat, Problem, Result, empty_rows
 
 
-class SolidOutputs:
+class NonEmptyOutputs:
     """A flat function of which only some outputs are seen, and of the others the dtype."""
 
     def __init__(self, fn: Flat, outputs: Sequence[int]) -> None:
@@ -27,8 +27,8 @@ class SolidOutputs:
         return tuple(values[index] for index in self.outputs)
 
 
-def solid(problem: Problem) -> Problem:
-    """Return the problem without its hollow outputs and inputs: what methods and the search solve."""
+def without_empty_parts(problem: Problem) -> Problem:
+    """Return the problem without its empty outputs and inputs: what methods and the search solve."""
     outputs = _with_elements(problem)
     leaves = tuple(
         dataclasses.replace(leaf, differentiated=leaf.differentiated and seeds.size(leaf.event_shape) > 0)
@@ -38,19 +38,19 @@ def solid(problem: Problem) -> Problem:
         return problem
     events = tuple(problem.outputs[index] for index in outputs)
     return dataclasses.replace(
-        problem, fn=SolidOutputs(problem.fn, outputs), leaves=leaves, outputs=events, analysis=None
+        problem, fn=NonEmptyOutputs(problem.fn, outputs), leaves=leaves, outputs=events, analysis=None
     )
 
 
-def filled(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
+def with_empty_parts(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
     """Return a computation of the whole problem, by a method that sees what has elements."""
-    inner = solid(problem)
+    inner = without_empty_parts(problem)
     if not (problem.batch and inner.out_size and inner.in_size):
         return _zeros_alone(problem)
     if inner is problem:
         return prepare(problem)
     compute, kept = prepare(inner), inner.fn
-    assert isinstance(kept, SolidOutputs)
+    assert isinstance(kept, NonEmptyOutputs)
     outputs = _with_elements(problem)
 
     def whole(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.derivative_terms import Term, Terms, resolved
+from autojac.autodiff.derivative_terms import Term, Terms, resolve_terms
 from autojac.autodiff.primitives import Bound
 from autojac.autodiff.pullback import Pullback
 from autojac.core.pattern import Pattern
@@ -107,7 +107,7 @@ class Problem:
     @property
     def terms(self) -> tuple[Term, ...]:
         """The derivatives by columns that are asked for; none where it is a Jacobian."""
-        return resolved(self.of, self.in_size)
+        return resolve_terms(self.of, self.in_size)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -236,7 +236,9 @@ def bind(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) 
     return bound, tuple(leaves[position] for position in positions)
 
 
-def recorded(problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiable: bool) -> Pullback:
+def record_pullback(
+    problem: Problem, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiable: bool
+) -> Pullback:
     """Evaluate once, plainly, for VJPs: in the originals of the leaves where there are any, else in the leaves."""
     bound, inputs = bind(problem, leaves, kwargs)
     repeatable = not problem.structure.effects

@@ -19,7 +19,7 @@ from autojac.errors import UnsupportedError
 from autojac.graph.special_kernels import plain_formulas
 from autojac.problem.compared_parts import ComparedParts, Extent
 from autojac.problem.finite_evidence import zero_uncounted
-from autojac.problem.problem import Problem, Result, recorded
+from autojac.problem.problem import Problem, Result, record_pullback
 from autojac.problem.trained_gradient import GradientReference
 
 EXTENT = Extent()
@@ -65,7 +65,7 @@ class Reference:
         # a fused kernel may lack the second derivative by which a differentiable result is checked
         kernels = problem.structure.kernels if problem.differentiable else ()
         with outside_autocast(), sandbox(), plain_formulas(kernels):
-            self.pullback = pullback or recorded(problem, leaves, kwargs, problem.differentiable)
+            self.pullback = pullback or record_pullback(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
             if problem.originals is not None:
                 _require_visible(self.pullback)
@@ -107,7 +107,7 @@ class Reference:
                 for leaf, kind in zip(leaves, self.problem.leaves, strict=True)
             ]
         try:
-            found = recorded(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
+            found = record_pullback(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
         except Exception:  # whatever func raises on so few says that it takes another way there
             return None
         rows = [whole[list(samples)] for whole in self.values]
@@ -225,7 +225,7 @@ class Reference:
                     slack = self._slack(output, expected)
                     error = disagreement(found, expected, scale, floor, slack)
                     if error is not None:
-                        where = "of the whole batch" if samples is None else f"of {named(samples)}"
+                        where = "of the whole batch" if samples is None else f"of {name_samples(samples)}"
                         return f"a random projection {where} is off by {error:.1g} relative to a plain VJP"
         return None
 
@@ -259,7 +259,7 @@ class Reference:
         return self.slack[output] * max(tolerance(self.values[output].dtype) / tolerance(pulled.dtype), 1.0)
 
 
-def named(samples: Sequence[int]) -> str:
+def name_samples(samples: Sequence[int]) -> str:
     """Return some samples, human-readable."""
     return f"sample {samples[0]}" if len(samples) == 1 else f"{len(samples)} samples from {samples[0]} on"
 

@@ -58,7 +58,9 @@ def both(pattern: Pattern) -> tuple[Indices, Indices]:
     return (theirs, ours) if flipped else (ours, theirs)
 
 
-def decoded(pattern: Pattern, row_colors: Indices, column_colors: Indices) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+def is_read_from_rows(
+    pattern: Pattern, row_colors: Indices, column_colors: Indices
+) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
     """Return for each entry whether it is read from the class of its row; else it is from that of its column.
 
     Args:

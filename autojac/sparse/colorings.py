@@ -11,10 +11,10 @@ import numpy as np
 
 from autojac.core.pattern import Indices, Pattern
 from autojac.errors import OptionError
-from autojac.sparse.bicoloring import both, collision_free, decoded
+from autojac.sparse.bicoloring import both, collision_free, is_read_from_rows
 from autojac.sparse.greedy_coloring import fewest
 
-__all__ = ["Backing", "Colorings", "Side", "apart", "both", "decoded", "orthogonal"]
+__all__ = ["Backing", "Colorings", "Side", "apart", "both", "is_read_from_rows", "orthogonal"]
 
 Side = Literal["rows", "columns"]
 Arrays = Mapping[str, Indices]
@@ -138,7 +138,7 @@ class Colorings:
 
         def is_right(found: Arrays) -> bool:
             try:
-                decoded(pattern, found["rows"], found["columns"])
+                is_read_from_rows(pattern, found["rows"], found["columns"])
             except ValueError:
                 return False
             return True

@@ -53,7 +53,7 @@ class Patterns:
         return self._read[key]
 
 
-def packed(plan: Plan) -> dict[str, bytes]:
+def pack_patterns(plan: Plan) -> dict[str, bytes]:
     """Return the patterns of a plan by their keys, as they are stored."""
     sparsity = plan.structure.sparsity
     return {pattern.key: pattern.to_bytes() for pattern in (sparsity.parts() if sparsity else {}).values()}

@@ -131,7 +131,7 @@ def refute(connection: Connection, op: Key, env: Key, reason: str, standing: Sto
     """Mark a plan as refuted; one that only another database has is copied here first."""
     mark = sa.update(_PLANS).where(_is(op, env)).values(refuted_reason=reason, updated_at=timestamp())
     if not connection.execute(mark).rowcount and standing is not None:
-        save(connection, op, env, standing.plan, standing.function_name, arrays.packed(standing.plan))
+        save(connection, op, env, standing.plan, standing.function_name, arrays.pack_patterns(standing.plan))
         connection.execute(mark)
 
 

@@ -102,7 +102,7 @@ class PlanStore:
             plan: the plan; its trials and patterns replace those kept before.
             function_name: human-readable.
         """
-        patterns = arrays.packed(plan)  # which takes a second for a million samples, and others would wait
+        patterns = arrays.pack_patterns(plan)  # which takes a second for a million samples, and others would wait
         self._write(lambda connection: queries.save(connection, op, env, plan, function_name, patterns))
 
     def refute(self, op: Key, env: Key, reason: str) -> None:

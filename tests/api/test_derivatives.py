@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import oracle
 from autojac import AutoJacobian, Derivatives, InputError, PlanStore, StructureChangedWarning, TrainingStep
-from autojac.autodiff.derivative_terms import partitions, resolved
+from autojac.autodiff.derivative_terms import partitions, resolve_terms
 from autojac.core.options import Options
 from autojac.methods.support.taylor_rows import CarriedRows
 from harness import Counted, compare, in_use
@@ -186,7 +186,12 @@ def test_another_argument_and_keywords_pass_through() -> None:
 def test_taylor_mode_evaluates_once_and_carries_what_is_asked_alone() -> None:
     rows = CarriedRows.needed([((),), ((0,),), ((1,),), ((1, 1),)])
     assert rows.keys == (((0,),), ((1,),), ((1, 1),))
-    assert CarriedRows.needed(resolved("laplacian", 3)).keys == (((0,),), ((1,),), ((2,),), ((0, 0), (1, 1), (2, 2)))
+    assert CarriedRows.needed(resolve_terms("laplacian", 3)).keys == (
+        ((0,),),
+        ((1,),),
+        ((2,),),
+        ((0, 0), (1, 1), (2, 2)),
+    )
     assert [len(list(partitions(tuple(range(n))))) for n in range(1, 6)] == [1, 2, 5, 15, 52]
     counted = Counted(torch.tanh)
     derivatives = by(METHODS["taylor"], counted, ((0, 0),), points(4, 1), verify="never")

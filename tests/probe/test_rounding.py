@@ -21,7 +21,7 @@ from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
 from autojac.methods.base import registry
 from autojac.probe.masks import index_masks
-from autojac.probe.rounding import only_rounding
+from autojac.probe.rounding import is_only_rounding
 from autojac.probe.sample_pairs import ProbePoint
 from harness import compare, planned
 from oracle import jacobian_blocks, jacobian_full
@@ -304,7 +304,7 @@ def test_no_program_of_which_a_derivative_reaches_another_sample_is_cleared(mode
             return found
 
         point = ProbePoint(lambda leaves, _, func=func: (func(leaves[0]),), (x,), {}, (0,), (), batch, Sandbox([]))
-        cleared = only_rounding(point, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
+        cleared = is_only_rounding(point, index_masks(batch), 1e-9, torch.Generator().manual_seed(seed), 100.0)
         counts[cleared] += 1
         for scale in (0.1, 1.0, 10.0) if cleared else ():
             J = jacobian_full(func, ((x + scale * torch.randn_like(x)),))
@@ -315,7 +315,7 @@ def test_no_program_of_which_a_derivative_reaches_another_sample_is_cleared(mode
 
 def test_nothing_of_it_runs_where_nothing_is_slight(monkeypatch: pytest.MonkeyPatch) -> None:
     autojac.probe(torch.sin, torch.randn(B, N))
-    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "only_rounding", None)
+    monkeypatch.setattr(sys.modules["autojac.probe.coupling"], "is_only_rounding", None)
     x = torch.randn(B, N)
     for func in (torch.sin, lambda x: x - x.mean(0), lambda x: x.roll(1, 0), lambda x: x + 1e-3 * x.mean()):
         autojac.probe(func, x)

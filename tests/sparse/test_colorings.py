@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autojac.core.pattern import Pattern
 from autojac.errors import OptionError
 from autojac.sparse import colorings
-from autojac.sparse.colorings import Colorings, apart, both, decoded, orthogonal
+from autojac.sparse.colorings import Colorings, apart, both, is_read_from_rows, orthogonal
 from autojac.sparse.greedy_coloring import fewest
 
 Matrix = np.ndarray
@@ -85,7 +85,7 @@ def read_back(values: Matrix, pattern: Pattern, rows: Matrix, columns: Matrix) -
     """The matrix from the sums of the rows of each color and of the columns of each color."""
     pulls = np.stack([values[rows == color].sum(0) for color in range(count(rows))] or [np.zeros(values.shape[1])])
     pushes = np.stack([values[:, columns == color].sum(1) for color in range(count(columns))] or [values[:, 0] * 0])
-    from_rows = decoded(pattern, rows, columns)
+    from_rows = is_read_from_rows(pattern, rows, columns)
     result = np.zeros_like(values)
     for r, k, by_row in zip(pattern.rows, pattern.columns, from_rows, strict=True):
         result[r, k] = pulls[rows[r], k] if by_row else pushes[columns[k], r]
@@ -106,9 +106,9 @@ def test_every_entry_is_read_from_its_row_or_its_column(matrix: Matrix) -> None:
 def test_what_can_not_be_read_is_told() -> None:
     pattern = Pattern.full(2, 2)
     with pytest.raises(ValueError, match="neither"):
-        decoded(pattern, np.zeros(2, np.int32), np.zeros(2, np.int32))
+        is_read_from_rows(pattern, np.zeros(2, np.int32), np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="neither"):
-        decoded(pattern, np.array([0, -1], np.int32), np.array([-1, -1], np.int32))
+        is_read_from_rows(pattern, np.array([0, -1], np.int32), np.array([-1, -1], np.int32))
 
 
 def arrowhead(n: int) -> Matrix:

@@ -57,7 +57,7 @@ class RuleContext(BoundOperation):
         return self.shape(carried[0][0]), carried[0][1]
 
 
-def regrouped(state: BatchAxis, before: Sequence[int], after: Sequence[int], batch: int) -> BatchAxis:
+def regroup(state: BatchAxis, before: Sequence[int], after: Sequence[int], batch: int) -> BatchAxis:
     """Return the batch axis after a view in another shape."""
     behind = state.inner * math.prod(before[state.axis + 1 :])
     for axis, size in enumerate(after):

@@ -15,7 +15,7 @@ from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.support.engines import Engine, Pulls
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample
-from autojac.problem.problem import Compute, Problem, Result, bind, recorded
+from autojac.problem.problem import Compute, Problem, Result, bind, record_pullback
 
 
 def seeds_for(problem: Problem) -> SeedKind:
@@ -49,7 +49,7 @@ class ReverseMode:
             if self.engine == "vmap":
                 pulls = Pulls.through(*bind(problem, leaves, kwargs))
             else:
-                pulls = Pulls.by(recorded(problem, leaves, kwargs, problem.differentiable), self.engine)
+                pulls = Pulls.by(record_pullback(problem, leaves, kwargs, problem.differentiable), self.engine)
             return self._sweep(problem, pulls, made)
 
         return compute
@@ -65,7 +65,7 @@ class ReverseMode:
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             if self.engine != "vmap":
-                return self._nested(problem, recorded(problem, leaves, kwargs, problem.differentiable))
+                return self._nested(problem, record_pullback(problem, leaves, kwargs, problem.differentiable))
             bound, (source,) = bind(problem, leaves, kwargs)
             columns = []
             for output in range(len(problem.outputs)):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from autojac.graph.batch_axis.rules.base import MEET, register
-from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State, regrouped
+from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State, regroup
 from autojac.graph.operator_kinds import Axes
 
 
 @register(Axes.REGROUPED)
 def view(context: RuleContext) -> State:
     shape, state = context.only()
-    return regrouped(state, shape, context.out, context.batch)
+    return regroup(state, shape, context.out, context.batch)
 
 
 @register("permute")

@@ -43,12 +43,10 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
             entries = pytree.flatten_prefix(entry, spec)
         except ValueError as error:
             raise OptionError(f"in_dims is {entry!r} for argument {number}, whose nest differs. {EXPECTED}") from error
-        axes += [_axis(value, axis, number) for value, axis in zip(flat, entries, strict=True) if _is_tensor(value)]
+        axes += [
+            _axis(value, axis, number) for value, axis in zip(flat, entries, strict=True) if isinstance(value, Tensor)
+        ]
     return tuple(axes)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _axis(tensor: Tensor, axis: Any, number: int) -> Axis:

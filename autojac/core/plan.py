@@ -60,15 +60,7 @@ class Trial:
     def to_json(self) -> dict[str, Any]:
         # JSON has no nan and no infinity
         seconds = self.seconds if self.seconds is not None and math.isfinite(self.seconds) else None
-        return {
-            "method": self.method,
-            "state": self.state,
-            "seconds": seconds,
-            "dispersion": self.dispersion,
-            "memory_bytes": self.memory_bytes,
-            "reason": self.reason,
-            "predicted": self.predicted,
-        }
+        return {**vars(self), "seconds": seconds}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trial:
@@ -116,18 +108,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but `trials` and `source`, as plain JSON types."""
-        return {
-            "method": self.method,
-            "structure": self.structure.to_json(),
-            "batched": list(self.batched),
-            "effort": self.effort,
-            "seconds": self.seconds,
-            "default_seconds": self.default_seconds,
-            "memory_bytes": self.memory_bytes,
-            "tuning_seconds": self.tuning_seconds,
-            "finished": self.finished,
-            "jitter": self.jitter,
-        }
+        data = {name: value for name, value in vars(self).items() if name not in ("source", "trials")}
+        return {**data, "structure": self.structure.to_json(), "batched": list(self.batched)}
 
     @classmethod
     def from_json(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -105,21 +105,4 @@ class Signature:
         return replace(self, leaves=leaves, batch=-1)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "leaves": [
-                {
-                    "shape": list(leaf.shape),
-                    "dtype": leaf.dtype,
-                    "device": leaf.device,
-                    "batched": leaf.batched,
-                    "differentiated": leaf.differentiated,
-                }
-                for leaf in self.leaves
-            ],
-            "outputs": [list(shape) for shape in self.outputs],
-            "batch": self.batch,
-            "context": self.context,
-            "layout": self.layout,
-            "differentiable": self.differentiable,
-            "flags": [[name, value] for name, value in self.flags],
-        }
+        return asdict(self)

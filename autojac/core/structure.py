@@ -132,17 +132,8 @@ class Structure:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; patterns by their keys."""
-        data = {
-            "coupling": self.coupling,
-            "assurance": self.assurance,
-            "sliceable": self.sliceable,
-            "suspect": self.suspect,
-            "effects": list(self.effects),
-            "kernels": list(self.kernels),
-            "evidence": list(self.evidence),
-            "depends_on_arguments": self.depends_on_arguments,
-            "branches": self.branches,
-        }
+        named = {name: value for name, value in vars(self).items() if name != "sparsity"}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
         return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
 
     @classmethod

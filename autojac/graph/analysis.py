@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -220,32 +221,24 @@ class GraphAnalysis:
         return find_shared_tensors(flow, inputs_of(flow.graph, self.differentiated), least=True) if flow else None
 
 
+@dataclass(eq=False)
 class RecordAndCut(Generic[Cut]):
     """Records each call and finds its cut; calls of one structure are analyzed once.
 
-    Args:
+    Attributes:
         fn: the function.
         differentiated, batched, batch: as in `GraphAnalysis`.
         find: from the flow of a graph and the numbers of its inputs to a cut.
         differentiable: whether what is recorded stays connected to the caller's tensors.
     """
 
-    def __init__(
-        self,
-        fn: Fn,
-        differentiated: Sequence[int],
-        batched: Sequence[bool],
-        batch: int,
-        find: Callable[[BatchFlow, Sequence[int]], Cut | None],
-        differentiable: bool,
-    ) -> None:
-        self.fn = fn
-        self.differentiated = tuple(differentiated)
-        self.batched = tuple(batched)
-        self.batch = batch
-        self.find = find
-        self.differentiable = differentiable
-        self._known: dict[int, Cut | None] = {}
+    fn: Fn
+    differentiated: Sequence[int]
+    batched: Sequence[bool]
+    batch: int
+    find: Callable[[BatchFlow, Sequence[int]], Cut | None]
+    differentiable: bool
+    _known: dict[int, Cut | None] = dataclasses.field(default_factory=dict)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[FunctionRecording, Cut | None]:
         """Call the function once; the cut is None where there is none, and the recording is right whatever it is."""

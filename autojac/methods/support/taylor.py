@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -131,31 +132,25 @@ class TaylorMode:
         return joined
 
 
+@dataclass
 class _Step:
     """One operator at work on the series of its arguments.
 
-    Args:
+    Attributes:
         operation: the operator.
         active: the tensors among its arguments that carry rows.
         places: which of its results do.
         env: values of all tensors.
         given: the series of the active ones.
-
-    Attributes:
         rows: for each order the rows that the operator's linear part gives, once that was asked for.
     """
 
-    def __init__(
-        self,
-        operation: Operation,
-        active: Sequence[int],
-        places: Sequence[int],
-        env: Mapping[int, Tensor],
-        given: Sequence[Series],
-    ) -> None:
-        self.operation, self.active, self.places = operation, active, places
-        self.env, self.given = env, given
-        self.rows: dict[int, tuple[int, ...]] = {}
+    operation: Operation
+    active: Sequence[int]
+    places: Sequence[int]
+    env: Mapping[int, Tensor]
+    given: Sequence[Series]
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def apply(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Return the results with other tensors in the place of the active ones."""

@@ -86,7 +86,7 @@ def _peers(results: Sequence[BenchResult]) -> Iterator[Figure]:
         steps = [result for result in same if result.facts.get("kind") == "training"]
         dense = [r for r in same if r not in steps and r.facts.get("kind") != "sparse"]
         yield from _faster(
-            dense, OVER_JAX, f"{where}: times faster than jitted JAX, dense", 1.3 if count == 1 else None
+            dense, OVER_JAX, f"{where}: times faster than jitted JAX, dense", JAX_BOUND if count == 1 else None
         )
         yield from _faster(same, OVER_TENSORFLOW, f"{where}: times faster than TensorFlow", None)
         yield from _faster(same, OVER_ASDEX, f"{where}: times faster than asdex", None)

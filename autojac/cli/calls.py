@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +21,7 @@ from autojac.core.nests import chosen_arguments, is_differentiable
 from autojac.core.plan import EFFORTS
 from autojac.core.signature import Layout
 from autojac.errors import StoreError
+from autojac.methods.threads import threads
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
@@ -36,6 +37,8 @@ def _decorated(*decorators: Decorator) -> Decorator:
 
     return decorate
 
+
+store_option = click.option("--store", "location", help="Path or URL of the plan store; by default AUTOJAC_STORE.")
 
 call_options = _decorated(
     click.argument("target"),
@@ -91,7 +94,7 @@ search_options = _decorated(
         help="Whether J itself is differentiated, as in training. By default it is if the target has parameters that "
         "require grad.",
     ),
-    click.option("--store", "location", help="Path or URL of the plan store; by default AUTOJAC_STORE."),
+    store_option,
 )
 method_option = click.option(
     "--of",
@@ -151,17 +154,9 @@ class Calls:
         }
 
 
-@contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """Set torch's threads, and put them back for whoever calls the command from a program."""
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if count is not None:
-            torch.set_num_threads(before)
+def using_threads(count: int | None) -> AbstractContextManager[None]:
+    """Return what sets torch's threads, and puts them back for whoever calls the command from a program."""
+    return nullcontext() if count is None else threads(count)
 
 
 def grad_mode(grad: bool | None, args: Sequence[Tensor]) -> AbstractContextManager[Any]:

@@ -8,8 +8,6 @@ and must learn the Jacobian too, since that is what a controller of the arm need
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 import autojac
 from autojac.core.plan import EFFORTS, Effort, Plan
+from autojac.methods.threads import threads
 from autojac.planning.explain import format_seconds
 
 LINKS = (0.4, 0.3, 0.2, 0.1)
@@ -83,7 +82,7 @@ def demo(steps: int, poses: int, effort: Effort) -> None:
       autojac demo
       autojac demo --steps 1000 --effort measure
     """
-    with _one_thread():
+    with threads(1):
         torch.manual_seed(0)
         _tell(steps, poses, effort)
 
@@ -183,14 +182,3 @@ def _farewell(plan: Plan, place: str) -> str:
     if plan.source == "store":
         return "`autojac plans list` shows what is remembered; `autojac plans rm --all` forgets it."
     return f"The plan is kept in {place}:\nrun the same again, and it is found there without a probe or a trial."
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: a network of this size gains nothing from a second, and waits for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

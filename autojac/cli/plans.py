@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autojac.cli.calls import json_option, store_option
 from autojac.cli.shell import Group
 from autojac.core.options import format_bytes
 from autojac.core.plan import expression
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 WIDTH = 160
 """Columns for readers that are no terminal."""
-
-store_option = click.option("--store", "location", help="Path or URL of the plan store; by default AUTOJAC_STORE.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(cls=Group)

@@ -28,7 +28,6 @@ from autojac.bench.peers.race import (
     jacobian_race,
     peer_cases,
     step_race,
-    thread_count,
 )
 from autojac.bench.peers.worker import LIBRARIES, Ops, Worker, one_thread
 from autojac.bench.results import BenchResult, Figure, Report
@@ -187,14 +186,6 @@ def test_turns_go_forth_and_back() -> None:
     samples = in_turns({"a": ticking("a"), "b": ticking("b")}, SETTINGS)
     assert samples == {"a": [1.0] * 3, "b": [1.0] * 3}
     assert "".join(order) == "ab" + "abbaab"
-
-
-def test_threads_are_put_back() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), thread_count(before + 1):
-        assert torch.get_num_threads() == before + 1
-        1 / 0  # noqa: B018
-    assert torch.get_num_threads() == before
 
 
 def test_races_are_with_one_thread_and_with_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,3 +101,11 @@ def test_a_search_tries_them_for_its_fastest_candidates(monkeypatch: pytest.Monk
     single = [trial for trial in tried if trial.method["method"] == "Threads"]
     assert len(single) >= looks.THREADED
     assert torch.get_num_threads() == 2
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from autojac.bench.results import BenchResult, Facts, Figure, Outcome, fastest
 from autojac.bench.run import Settings, admitted, at_rest
 from autojac.bench.training import WHOLE, gradients_after, loss_of, moves_jacobian
 from autojac.bench.workloads import WORKLOADS, Workload, moved_to, of_kind
+from autojac.methods.threads import threads
 from autojac.planning.search import measure
 
 FOLDER = Path(".venv-peers")
@@ -136,20 +137,9 @@ def in_turns(times: Mapping[str, Time], settings: Settings) -> dict[str, list[fl
     return samples
 
 
-@contextmanager
-def thread_count(count: int) -> Iterator[None]:
-    """Let torch use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def jacobian_race(settings: Settings, workload: Workload, count: int) -> BenchResult:
     """Race a workload's Jacobian with so many threads on each side."""
-    with thread_count(count), at_rest():
+    with threads(count), at_rest():
         func, x = workload.make()
         program, arrays = program_of(func)
         jac = wrapped(func, settings)
@@ -171,7 +161,7 @@ def jacobian_race(settings: Settings, workload: Workload, count: int) -> BenchRe
 
 def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult:
     """Race a whole training step against a jitted one, with so many threads on each side."""
-    with thread_count(count), at_rest(training=True):
+    with threads(count), at_rest(training=True):
         func, x = workload.make()
         assert isinstance(func, nn.Module)
         names = [name for name, _ in func.named_parameters() if moves_jacobian(func, name, x)]
@@ -196,7 +186,7 @@ def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult
 
 def sparse_race(settings: Settings, size: int = GRID, count: int = 1) -> BenchResult:
     """Race the sparse Jacobian of the Brusselator on a grid."""
-    with thread_count(count), at_rest():
+    with threads(count), at_rest():
         func, x = brusselator(size), torch.rand(2 * size * size, generator=torch.Generator().manual_seed(0)) + 1
         jac = wrapped(func, settings, layout="sparse", in_dims=None)
         truth = torch.func.jacrev(func)(x.double()).to(x.dtype)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
 from autojac.sparse.colorings import Colorings, Side, is_read_from_rows
@@ -31,12 +30,12 @@ class DeviceIndices:
 
     def __init__(self, array: Indices) -> None:
         self.tensor = torch.from_numpy(array.astype(np.int64))
-        self._kept = KeptTensors[Tensor]()
+        self._copies = {self.tensor.device: self.tensor}
 
     def on(self, device: torch.device) -> Tensor:
-        if device == self.tensor.device:
-            return self.tensor
-        return self._kept.get(device, self.tensor.to, device)
+        if device not in self._copies:
+            self._copies[device] = self.tensor.to(device)
+        return self._copies[device]
 
 
 class Colors:
@@ -61,7 +60,7 @@ class Colors:
         self.count = self.groups * self.width
         self.sample_colors = None if samples is None else DeviceIndices(samples)
         self.feature_colors = DeviceIndices(features)
-        self._masks = KeptTensors[tuple[Tensor | None, Tensor]]()
+        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
 
     def seeds(self, start: int, stop: int, spans: Sequence[tuple[int, int]], like: Sequence[Tensor]) -> list[Tensor]:
         """Return seeds number `start` to `stop` for several tensors (B, *event): one (c, B, *event) each.
@@ -74,7 +73,10 @@ class Colors:
         made = []
         for (first, last), tensor in zip(spans, like, strict=True):
             numbers = torch.arange(start, stop, device=tensor.device)
-            samples, features = self._masks.get((tensor.device, tensor.dtype), self._of, tensor)
+            kind = tensor.device, tensor.dtype
+            if kind not in self._masks:
+                self._masks[kind] = self._of(tensor)
+            samples, features = self._masks[kind]
             seed = features[numbers % self.width, first:last].view(stop - start, 1, *tensor.shape[1:])
             if samples is None:
                 made.append(seed.expand(stop - start, *tensor.shape))

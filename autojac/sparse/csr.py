@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.core.kept_tensors import KeptTensors
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.structure import Structure
 from autojac.errors import InputError
@@ -31,16 +30,15 @@ class Entries:
     pattern: Pattern
 
     @functools.cached_property
-    def _kept(self) -> KeptTensors[tuple[Tensor, ...]]:
-        return KeptTensors()
+    def _copies(self) -> dict[torch.device, tuple[Tensor, ...]]:
+        return {}
 
     def indices(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return where the rows start, and the row and column of each entry, all int64."""
-        return self._kept.get(device, self._indices, device)
-
-    def _indices(self, device: torch.device) -> tuple[Tensor, ...]:
-        parts = (self.pattern.starts, self.pattern.rows, self.pattern.columns)
-        return tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
+        """Return where the rows start, and the row and column of each entry, all int64; made once for each device."""
+        if device not in self._copies:
+            parts = (self.pattern.starts, self.pattern.rows, self.pattern.columns)
+            self._copies[device] = tuple(torch.from_numpy(part.astype(np.int64)).to(device) for part in parts)
+        return self._copies[device]
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return the sparse CSR tensor that holds these values, differentiable in them."""

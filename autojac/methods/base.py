@@ -33,9 +33,6 @@ from autojac.problem.randomness import from_one_state
 from autojac.replay.replayer import Replayer
 from autojac.replay.trace import Lower
 
-WORKSPACE_MARGIN = 2
-"""How much more than a chunk's own seeds a chunk is allowed for when chunk sizes are proposed."""
-
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -295,12 +292,3 @@ def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Com
         return result._replace(jacobians=tuple(tuple(map(taken, row, kept)) for row, kept in pairs))
 
     return sparse
-
-
-def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
-    """Return chunks worth trying for `count` seeds: all in one pass, and powers of four below, as memory allows."""
-    room = problem.memory_limit - problem.result_bytes
-    sizes = [
-        size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * problem.seed_bytes * size < room
-    ]
-    return [None, *sizes] if depth else [None, *sizes[-2:]]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.methods.base import WORKSPACE_MARGIN, Method, Wrapper, registry
+from autojac.methods.base import Method, Wrapper, registry
+from autojac.methods.support.costs import WORKSPACE_MARGIN
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result
 

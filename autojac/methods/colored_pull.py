@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from autojac.methods.base import chunk_sizes
 from autojac.methods.support.colored_sweeps import ColoredSweeps, pull_colors
-from autojac.methods.support.costs import evaluation_cost, pull_cost
+from autojac.methods.support.costs import chunk_sizes, evaluation_cost, pull_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import Colors, colors_of, mirrored_rows, nothing_gained
 from autojac.problem.decompression import decompressors

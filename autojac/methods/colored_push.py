@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.methods.base import chunk_sizes
 from autojac.methods.support.colored_sweeps import ColoredSweeps, push_colors
-from autojac.methods.support.costs import assembly_cost, push_cost
+from autojac.methods.support.costs import assembly_cost, chunk_sizes, push_cost
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.compression import colors_of, nothing_gained
 from autojac.problem.decompression import decompressors

@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 from autojac.autodiff import seeds
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
-from autojac.methods.base import Method, chunk_sizes
-from autojac.methods.support.costs import evaluation_cost, pull_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import chunk_sizes, evaluation_cost, pull_cost
 from autojac.methods.support.engines import Engine
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for

@@ -12,8 +12,8 @@ from torch import Tensor
 from autojac.autodiff import seeds
 from autojac.autodiff.primitives import Bound, load_forward_rules
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
-from autojac.methods.base import Method, chunk_sizes
-from autojac.methods.support.costs import assembly_cost, push_cost
+from autojac.methods.base import Method
+from autojac.methods.support.costs import assembly_cost, chunk_sizes, push_cost
 from autojac.methods.support.engines import of_one_input, push
 from autojac.methods.support.func_runs import FuncRuns
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample

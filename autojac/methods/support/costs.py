@@ -1,4 +1,4 @@
-"""Predicted seconds of what methods are made of, from the graph's work and the machine's constants."""
+"""Predicted seconds of what methods are made of, from the graph's work and the machine's constants; chunks that fit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ RECORDED_OPERATORS = 10
 """What watching an operator and looking its graph up takes, in operators."""
 RESULT_MOVES = 3
 """How often the entries of a Jacobian are read or written when its rows are put together."""
+WORKSPACE_MARGIN = 2
+"""How much more than a chunk's own seeds a chunk is allowed for when chunk sizes are proposed."""
 
 
 def assembly_cost(problem: Problem) -> float:
@@ -54,3 +56,12 @@ def push_cost(problem: Problem, count: int, step: int, engine: str) -> float:
         return count * (machine.dual_s * work.operators + DUAL_WORK * machine.seconds(work))
     host = passes * (work.operators * (machine.dual_s + TRANSFORM_OPERATORS * machine.batched_s))
     return host + passes * machine.seconds(work) + count / step * machine.seconds(work, step)
+
+
+def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
+    """Return chunks worth trying for `count` seeds: all in one pass, and powers of four below, as memory allows."""
+    room = problem.memory_limit - problem.result_bytes
+    sizes = [
+        size for size in (4, 16, 64, 256, 1024) if size < count and WORKSPACE_MARGIN * problem.seed_bytes * size < room
+    ]
+    return [None, *sizes] if depth else [None, *sizes[-2:]]

@@ -533,6 +533,23 @@ def test_a_factor_of_few_columns_is_laid_out_by_columns() -> None:
             torch.testing.assert_close(one, other)
 
 
+def test_what_is_reshaped_alike_is_reshaped_once_or_not_at_all() -> None:
+    def func(x: Tensor, y: Tensor) -> tuple[Tensor]:
+        a, b, grid = x.cos(), y.sin(), (4, 2, 3)
+        inside = a.view(grid) * b.view(grid) * torch.full((), 3.0, dtype=x.dtype).expand(grid)
+        return ((inside + b.view(grid)).view(8, 3),)
+
+    def partly(x: Tensor, y: Tensor) -> tuple[Tensor]:
+        return ((x.cos().view(4, 2, 3) * y.sin().view(2, 4, 3).transpose(0, 1)).view(8, 3),)
+
+    inputs = [torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    graph, run = simplified(func, *inputs)
+    assert not [operator for operator in left(graph) if operator.startswith("view")]
+    compare(run(*inputs), func(*inputs))
+    _, run = simplified(partly, *inputs)
+    compare(run(*inputs), partly(*inputs))
+
+
 def test_a_product_with_a_number_and_a_sum_are_one_operator() -> None:
     def slope(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor]:
         return (y.cos() + x * (aten.mul.Scalar(y.sin(), -2) * h),)

@@ -25,7 +25,7 @@ def _sunk(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     if len(tensors) == 1:
         return _after(editor, node, tensors[0])
-    return _slim(editor, node, tensors)
+    return _after_all(editor, node, tensors) or _slim(editor, node, tensors)
 
 
 def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
@@ -41,6 +41,42 @@ def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: origin if s is moved else s)
     made = editor.make(node, node.target, *args, **kwargs)
     return made and editor.make(node, moved.target, made, *moved.args[1:], **moved.kwargs)
+
+
+def _after_all(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
+    """Write f(view(x), view(y)) as view(f(x, y)) where both are reshaped alike; constants and scalars fit in."""
+    shaped = [tensor for tensor in tensors if tensor.meta["value"].dim()]
+    moved = [tensor for tensor in shaped if tensor.target is aten.view.default]
+    origins = [source(editor, tensor) for tensor in moved]
+    shapes = {tuple(origin.meta["value"].shape) for origin in origins if origin is not None}
+    if (
+        len(shapes) != 1
+        or None in origins
+        or len({tensor.meta["value"].shape for tensor in shaped}) != 1
+        # what stays a view for others would be one more
+        or not all(acts_by_entry(user) for tensor in moved for user in tensor.users)
+    ):
+        return None
+    instead = dict(zip(moved, origins, strict=True))
+    for tensor in shaped:
+        if tensor not in instead:
+            constant = _constant(editor, tensor, *shapes)
+            if constant is None:
+                return None
+            instead[tensor] = constant
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: instead.get(s, s))
+    made = editor.make(node, node.target, *args, **kwargs)
+    return made and editor.shaped(node, made, list(node.meta["value"].shape))
+
+
+def _constant(editor: Editor, node: fx.Node, shape: tuple[int, ...]) -> fx.Node | None:
+    """Return a constant in another shape; None for anything else, and where it would be a copy."""
+    if node.meta["role"] != "constant":
+        return None
+    try:
+        return editor.constant(node.meta["value"].view(shape))
+    except RuntimeError:
+        return None
 
 
 def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.open_modes import forward_lock, in_one_thread
-from autojac.autodiff.zero_tangents import is_compiler_loaded, without_loading_compiler
+from autojac.autodiff.zero_tangents import without_loading_compiler
 from autojac.guards.escapes import without_data
 from autojac.guards.process_state import unwarned
 from autojac.torch_internals import (
@@ -39,13 +39,10 @@ def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, .
         held.extend((wrapped, outputs))
         return outputs
 
-    outputs, by_torch = torch.func.vjp(without_data(recorded), *inputs)[:2]
+    outputs = torch.func.vjp(without_data(recorded), *inputs)[0]
     wrapped, values = held
 
     def pullback(cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if is_compiler_loaded():
-            found: tuple[Tensor, ...] = by_torch(tuple(cotangents))
-            return found
         # torch's own loads its compiler (1 s), to make sure that it does not compile this
         pairs = [(y, cotangent) for y, cotangent in zip(values, cotangents, strict=True) if y.requires_grad]
         if not pairs:
@@ -125,10 +122,8 @@ def sample_jacobian(
     """Return jacrev or jacfwd of a one-sample function that returns (outputs, aux)."""
     single = without_data(single)
     if mode == "reverse":
-        by_torch = torch.func.jacrev(single, argnums=argnums, has_aux=True)
-        by_rows = _rows_pulled(single, argnums)
-        # torch's own loads its compiler (1 s), as its vjp does
-        return by_torch if is_compiler_loaded() else by_rows
+        # torch.func.jacrev loads torch's compiler (1 s), as its vjp does
+        return _rows_pulled(single, argnums)
     return in_one_thread(
         torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
     )

@@ -81,19 +81,21 @@ class _OwnBlocks:
         self.places = DeviceIndices(places)
         if swapped is not None:
             rows, columns = np.where(swapped, columns, rows), np.where(swapped, rows, columns)
-        self.sources, marks = [], []
+        self.sources: list[tuple[Colors, list[DeviceIndices]]] = []
+        marks = []
         for side in sides:
             mine = np.flatnonzero(taken == (side.side == "rows")) if from_rows is not None else np.arange(len(rows))
-            colored, read, at = rows[mine], columns[mine], problem.rows(output)[0]
+            colored, read, at, width = rows[mine], columns[mine], problem.rows(output)[0], pattern.shape[1]
             if side.side == "columns":
-                colored, read, at = columns[mine], rows[mine], problem.columns(position)[0]
+                colored, read, at, width = columns[mine], rows[mine], problem.columns(position)[0], pattern.shape[0]
             seeds = side.features[at + colored].astype(np.int64)
-            self.sources.append((side, DeviceIndices(seeds), DeviceIndices(read)))
+            chosen = [seeds * width + read] if side.sample_colors is None else [seeds, read]
+            self.sources.append((side, [DeviceIndices(indices) for indices in chosen]))
             marks.append(mine)
         self.order = DeviceIndices(np.argsort(np.concatenate(marks)))
 
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor:
-        parts = [self._read(source, *rest) for source, rest in zip(compressed, self.sources, strict=True)]
+        parts = [self._read(rows, *source) for rows, source in zip(compressed, self.sources, strict=True)]
         values = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self.order.on(parts[0].device)]
         problem = self.problem
         if problem.layout == "sparse":
@@ -106,13 +108,15 @@ class _OwnBlocks:
         blocks = values.reshape(problem.batch, *self.event, *self.leaf.event_shape)
         return embed(blocks, len(self.event)) if problem.layout == "full" else blocks
 
-    def _read(self, compressed: Tensor, side: Colors, colored: DeviceIndices, reading: DeviceIndices) -> Tensor:
+    def _read(self, compressed: Tensor, side: Colors, chosen: Sequence[DeviceIndices]) -> Tensor:
         """Return the entries (B, entries) of one side."""
         count, batch = compressed.shape[:2]
-        rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
-        seeds, read = colored.on(rows.device), reading.on(rows.device)
         if side.sample_colors is None:
-            return rows[seeds, :, read].T
+            (places,) = chosen
+            # sample by sample, as they are written: gathered for all samples at a time, they would lie the other way
+            return compressed.movedim(1, 0).reshape(batch, -1).index_select(1, places.on(compressed.device))
+        rows = compressed.reshape(count, batch, math.prod(compressed.shape[2:]))
+        seeds, read = (indices.on(rows.device) for indices in chosen)
         first = side.sample_colors.on(rows.device) * side.width
         return rows[first[:, None] + seeds, torch.arange(batch, device=rows.device)[:, None], read]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autojac.replay.overwriting import name_of, overwritten, writes_into
 from autojac.torch_internals import BelowAutograd, OpOverload
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -59,6 +60,7 @@ class _Writer:
         self.names: dict[fx.Node, str] = {node: f"x{place}" for place, node in enumerate(inputs)}
         self.header = ", ".join(self.names.values())
         self.kept: dict[int, str] = {}
+        self.over: dict[fx.Node, fx.Node] = {}
 
     def function(self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], copied: Sequence[int]) -> Run:
         last: dict[fx.Node, int] = {}
@@ -68,6 +70,8 @@ class _Writer:
             last.pop(node, None)
         dying: dict[int, list[str]] = {}
         lines = []
+        # a compiler finds out by itself
+        self.over = overwritten(nodes, outputs) if self.below else {}
         for place, node in enumerate(nodes):
             lines.append(f"{self.define(node, place)} = {self.call(node)}")
             dying[place] = []
@@ -103,6 +107,11 @@ class _Writer:
         parts += [f"{name}={self.argument(value)}" for name, value in node.kwargs.items()]
         # a compiler knows operators by their overloads
         target = callable_of(node.target) if self.below else node.target
+        writing = writes_into(node.target) if node in self.over else None
+        if writing is not None:
+            overload, result = writing
+            target = target if name_of(node.target) in BOUND else overload._op
+            parts.append(f"{result}={self.argument(self.over[node])}")
         return f"{self.keep(target, 'f')}({', '.join(parts)})"
 
     def argument(self, value: Any) -> str:
@@ -135,7 +144,7 @@ def callable_of(target: Any) -> Any:
     """Return what to call for an operator: without Python between, where torch offers that."""
     if not isinstance(target, OpOverload):
         return target
-    name = target._schema.name.removeprefix("aten::")
+    name = name_of(target)
     if name in BOUND:
         return getattr(torch, name)
     return getattr(Tensor, name) if name in METHODS else target._op

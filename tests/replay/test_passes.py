@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from autojac.methods.base import build
 from autojac.replay import tracer
 from autojac.replay.codegen import emit
+from autojac.replay.overwriting import overwritten
 from autojac.replay.passes import passes, simplify
 from autojac.replay.passes.node_facts import has_entries, layout_of
 from autojac.replay.tape import Tape
@@ -119,6 +120,26 @@ def pushed(x: Tensor, a: int, b: int) -> Tensor:
     return torch.vmap(push, chunk_size=1 if b % 2 else None)(seeds)
 
 
+ACTIVATIONS = (
+    nn.functional.silu,
+    nn.functional.gelu,
+    nn.functional.mish,
+    nn.functional.softplus,
+    nn.functional.elu,
+    nn.functional.logsigmoid,
+)
+
+
+def activated(x: Tensor, a: int, b: int) -> Tensor:
+    """Cotangents that meet one slope, all at once or one by one."""
+    activation = ACTIVATIONS[a % len(ACTIVATIONS)]
+    pull = torch.func.vjp(activation, x)[1]
+    cotangents = torch.stack([x.cos(), 2 * x, x])
+    if b % 2 or activation is nn.functional.mish:  # which torch can't batch
+        return torch.stack([pull(one)[0] for one in cotangents])
+    return torch.vmap(lambda one: pull(one)[0])(cotangents)
+
+
 def paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     try:
         torch.broadcast_shapes(x.shape, y.shape)
@@ -183,6 +204,13 @@ UNARY: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "diagonal": diagonal,
     "pulled": pulled,
     "pushed": pushed,
+    "activated": activated,
+    "scaled": lambda x, a, b: torch.stack([x.cos(), 2 * x]) * x * x.sin() if a % 2 else (x * x.expand(2, *x.shape)) * x,
+    "scattered": lambda x, a, b: (
+        x.new_zeros(5, *x.shape[1:]).index_copy(0, torch.arange(x.size(0)) + 1, x)
+        if x.dim() > 0 and x.size(0) < 5
+        else x
+    ),
     "arange": lambda x, a, b: x + torch.arange(x.size(-1), dtype=x.dtype) if x.dim() else x,
     "index": lambda x, a, b: x[torch.arange(x.size(0)).flip(0)] if x.dim() else x,
     "noise": lambda x, a, b: x + torch.rand_like(x),
@@ -498,8 +526,8 @@ def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: py
     graphs: list[fx.Graph] = []
 
     def kept(graph: fx.Graph, without: Any = ()) -> None:
-        # what is layout_of out anew takes more operators, and less time
-        simplify(graph, {*without, "column_major"})
+        # a new layout, and a slope apart from what it multiplies, take more operators and less time
+        simplify(graph, {*without, "column_major", "activation_slopes"})
         graphs.append(graph)
 
     monkeypatch.setattr(tracer, "simplify", kept)
@@ -563,3 +591,79 @@ def test_a_product_with_a_number_and_a_sum_are_one_operator() -> None:
     kept, run = simplified(lambda x, y, h: (y[0] + x * h,), *inputs)
     assert not [node for node in kept.nodes if node.target is aten.addcmul.default]
     compare(run(*inputs)[0], inputs[1][0] + inputs[0] * inputs[2])
+
+
+def test_a_slope_is_computed_once_for_all_that_is_multiplied_by_it() -> None:
+    z = torch.randn(8, 3, dtype=torch.float64)
+    seeds = torch.randn(5, 8, 3, dtype=torch.float64)
+
+    def all_at_once(z: Tensor, seeds: Tensor) -> tuple[Tensor]:
+        return (torch.vmap(torch.func.vjp(nn.functional.gelu, z)[1])(seeds)[0],)
+
+    def one_by_one(z: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
+        pull = torch.func.vjp(nn.functional.silu, z)[1]
+        return tuple(pull(seed)[0] for seed in seeds)
+
+    for func, slope in ((all_at_once, "gelu_backward.default"), (one_by_one, "silu_backward.default")):
+        graph, run = simplified(func, z, seeds)
+        (node,) = (node for node in graph.nodes if str(node.target).endswith(slope))
+        assert node.meta["value"].shape == z.shape
+        compare(run(-z, seeds), func(-z, seeds))
+    # a single one stays as it is
+    graph, run = simplified(lambda z, seeds: one_by_one(z, seeds[:1]), z, seeds)
+    assert "mul.Tensor" not in left(graph)
+
+
+def test_small_factors_are_multiplied_before_they_are_repeated() -> None:
+    def product(seeds: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor]:
+        return (seeds * s * t,)
+
+    seeds, s, t = torch.randn(5, 8, 3), torch.randn(8, 3), torch.randn(8, 3)
+    graph, run = simplified(product, seeds, s, t)
+    shapes = [tuple(node.meta["value"].shape) for node in graph.nodes if node.target is aten.mul.Tensor]
+    assert sorted(shapes) == [(5, 8, 3), (8, 3)]
+    compare(run(seeds, s, t), product(seeds, s, t), 1e-5)
+    # rows and columns make the whole first
+    graph, run = simplified(product, torch.randn(5, 1), torch.randn(3), torch.randn(5, 3))
+    assert len(left(graph)) == 2
+
+
+def overwrites(func: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> int:
+    """How many results are written over arguments; the program is compared with the function for other inputs."""
+    graph, run = simplified(func, *inputs)
+    for sign in (1, -1):
+        given = [sign * x for x in inputs]
+        before = [x.clone() for x in given]
+        compare(run(*given), func(*given))
+        # nothing that was handed over is written into, and a second run finds what the first one did
+        compare(given, before)
+        compare(run(*given), func(*given))
+    *nodes, output = (node for node in graph.nodes if node.op != "placeholder")
+    return len(overwritten(nodes, output.args[0]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("func", "count"),
+    [
+        (lambda x: ((x.sin() * 3).tanh(),), 2),
+        # what was given, read later, returned, shown by a view that is read later or returned
+        (lambda x: (x.tanh(),), 0),
+        (lambda x: ((y := x.sin()).tanh() * y,), 1),
+        (lambda x: ((y := x.sin()), y.tanh()), 0),
+        (lambda x: ((y := x.sin()).tanh(), y[1:]), 0),
+        (lambda x: ((y := x.sin()).tanh(), y.unbind(0)[0]), 0),
+        # another shape, a transpose of the same memory, its own square
+        (lambda x: (x.sin()[:1] * x,), 0),
+        (lambda x: ((y := x.sin()) * y.T,), 0),
+        (lambda x: ((y := x.sin()) * y,), 1),
+        # sums of products, into the sum; scattered into fresh memory
+        (lambda x: (torch.addmm(x.sin(), x, x),), 1),
+        (lambda x: (torch.addmm(x[0], x.sin(), x),), 0),
+        (lambda x: (x.new_zeros(6, 4).index_copy(0, torch.arange(4), x),), 1),
+        (lambda x: (torch.ops.aten.tanh_backward(x, x.sin()),), 1),
+    ],
+)
+def test_results_are_written_over_what_nothing_needs_any_more(
+    func: Callable[..., tuple[Tensor, ...]], count: int
+) -> None:
+    assert overwrites(func, torch.randn(4, 4, dtype=torch.float64)) == count

@@ -20,7 +20,8 @@ def fold_constants(graph: fx.Graph) -> None:
     """Put in the place of seeds, masks and index tensors what the recorded run has computed for them."""
     constant = _constant(graph)
     for node in [n for n in graph.nodes if n in constant and n.op != "placeholder"]:
-        if any(user not in constant for user in node.users) and node.meta["value"] is not None:
+        varying = [user for user in node.users if user not in constant]
+        if any(not _written_into(node, user) for user in varying) and node.meta["value"] is not None:
             value = node.meta["value"].detach()
             with graph.inserting_before(next(iter(graph.nodes))):
                 folded = graph.create_node("placeholder", f"folded_{node.name}")
@@ -28,6 +29,11 @@ def fold_constants(graph: fx.Graph) -> None:
             folded.meta = {**node.meta, "role": "constant", "value": value, "storage": None}
             folded.meta |= {"writes": frozenset(), "draws": False}
             node.replace_all_uses_with(folded, delete_user_cb=lambda user: user not in constant)
+
+
+def _written_into(node: fx.Node, user: fx.Node) -> bool:
+    """Check whether an operator scatters into fresh memory: into a constant's copy it would, which takes longer."""
+    return _looks_at_shapes(node) and facts(user).kind is Kind.SCATTER and user.args[0] is node
 
 
 def _constant(graph: fx.Graph) -> set[fx.Node]:

@@ -22,7 +22,9 @@ def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     parts: Any = node.args[0]
     first = parts[0]
-    if not acts_by_entry(first) or any(part.target is not first.target or part.kwargs for part in parts):
+    if not acts_by_entry(first) or any(p.target is not first.target or p.kwargs != first.kwargs for p in parts):
+        return None
+    if any(isinstance(value, fx.Node) for value in first.kwargs.values()):
         return None
     if not all(editor.free(part) and len(part.users) == 1 and len(part.args) == len(first.args) for part in parts):
         return None
@@ -33,7 +35,7 @@ def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
             args[place] = whole
         elif any(argument is not arguments[0] for argument in arguments) or _tall(arguments[0], node):
             return None
-    made = editor.make(node, first.target, *args)
+    made = editor.make(node, first.target, *args, **first.kwargs)
     return made if made is not None and made.meta["value"].shape == node.meta["value"].shape else None
 
 

@@ -45,6 +45,8 @@ LOOP_S, SETTLED_S, SHARE = 25.0, 15.0, 1.2
 """Seconds of a loop of calls; when the best plan is in use; what exploring may cost at every moment."""
 ENOUGH_CALLS = 5
 """Calls before which their mean says little about what the first plan takes."""
+COMPARED_CALLS = 32
+"""Calls that are each compared with one by the first plan; of later ones one in as many is."""
 SHORT_BUDGET_S = 0.5
 SEARCHES, SPREAD = 5, 1.05
 QUICK = ("fresh processes", "first call: sin", "tune at quick: sin", "batch sizes", "overshoot of budget_s")
@@ -96,7 +98,10 @@ def many_signatures(settings: Settings, kind: str) -> BenchResult:
 
 
 def explored(settings: Settings, workload: str) -> BenchResult:
-    """Call a wrapper with the default options for some time, and see what exploring costs and when it settles."""
+    """Call a wrapper with the default options for some time, and see what exploring costs and when it settles.
+
+    Besides one that keeps to its first plan, called in turn: both are checked as often, and drift affects both.
+    """
     with at_rest():
         func, x = WORKLOADS[workload].make(settings.device)
         jac = autojac.AutoJacobian(func, store=autojac.PlanStore(":memory:"))
@@ -105,18 +110,22 @@ def explored(settings: Settings, workload: str) -> BenchResult:
         facts: Facts = {"first call s": measure.clock.now() - start}
         rest = autojac.AutoJacobian(func, store=autojac.PlanStore(":memory:"), on_miss="estimate")
         rest(x)
-        once = measure.repeat(lambda: rest(x), x.device, settings.shortest_s, settings.rounds)
         before = jac.plan(x)
-        share, settled, spent, count = 0.0, 0.0, 0.0, 0
+        share, settled, spent, first, count, seconds = 0.0, 0.0, 0.0, 0.0, 0, 0.0
         while spent < (LOOP_S / 5 if settings.quick else LOOP_S):
-            spent += measure.once(lambda: jac(x), x.device)
+            spent += _worked(lambda: jac(x))
+            if count < COMPARED_CALLS or count % COMPARED_CALLS == 0:
+                seconds = _worked(lambda: rest(x))
+            first += seconds
             count += 1
             if count >= ENOUGH_CALLS:
-                share = max(share, spent / (count * once.seconds))
+                share = max(share, spent / first)
             plan = jac.plan(x)
             if plan.method != before.method:
                 before, settled = plan, spent
-        last = measure.repeat(lambda: jac(x), x.device, settings.shortest_s, settings.rounds)
+        runs = [lambda: jac(x), lambda: rest(x)]
+        pairs = measure.interleaved(runs, x.device, settings.shortest_s, settings.rounds, math.inf)
+        last, once = map(measure.summary, pairs)
     facts |= {"calls": count, "first plan": str(rest.plan(x)), "last plan": str(before)}
     figures = (
         Figure("worst cost so far over the first plan's", share, SHARE),
@@ -124,6 +133,12 @@ def explored(settings: Settings, workload: str) -> BenchResult:
         Figure("last plan over the first", last.seconds / once.seconds, 1.0),
     )
     return BenchResult(f"exploring: {workload}", (), figures, facts)
+
+
+def _worked(run: Callable[[], object]) -> float:
+    start = measure.clock.worked()
+    run()
+    return measure.clock.worked() - start
 
 
 def overshoot(settings: Settings, workloads: Sequence[str] = tuple(TUNES)) -> BenchResult:

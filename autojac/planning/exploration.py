@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from autojac.core.plan import Effort, Trial
+from autojac.core.plan import Effort
 from autojac.methods.base import Method
 from autojac.planning.search import measure
 from autojac.problem.problem import Problem
 
 if TYPE_CHECKING:
     from autojac.planning.search.optimize import PriorKnowledge
-    from autojac.planning.search.race import CandidateRace, Step
+    from autojac.planning.search.race import CandidateRace
+    from autojac.planning.search.steps import Step
     from autojac.planning.search.trial import SearchPoint
 
 SHARE = 0.2
 """What all exploring for a signature may cost, as a share of what its calls have cost."""
-FIRST_STEP_S = 0.02
-"""Seconds that the first step is taken to cost: it lists the candidates and times the plan in use."""
+FIRST_STEP_S, FIRST_STEP_CALLS = 0.02, 1
+"""Seconds, and calls, that the first step is taken to cost: it runs func and lists the candidates."""
 ADOPT_BELOW = 0.9
 """A candidate that was timed below this share of the plan in use is compared with it immediately."""
 HELD_UP = 4.0
@@ -65,7 +67,7 @@ class Exploration:
         self._challenger: Method | None = None
         self._beaten: set[Method] = set()
         self._calls = self._failures = 0
-        self._expected = FIRST_STEP_S
+        self._expected: float | None = None
         self._forget_times()
 
     # --- what the calls pay
@@ -85,26 +87,42 @@ class Exploration:
         # a call that was held up by something else pays for no more than a few
         self._timed += min(seconds, HELD_UP * self._fastest)
         self._count += 1
-        self._per_call = self._timed / self._count
-        if (trial := self._trial) is not None and trial.seconds is not None:
-            # the fast path takes less than calls that are timed here
-            self._per_call = min(self._per_call, trial.seconds)
+        self._per_call = min(self._timed / self._count, self._trial_s)
         self.earned += seconds + max(calls - self._calls - 1, 0) * self._per_call
         self._calls = calls
 
     @property
-    def _trial(self) -> Trial | None:
-        """What became of the plan in use."""
-        return None if self.race is None else self.race.session.trials.get(self.method)
+    def _trial_s(self) -> float:
+        """The seconds of the plan in use in its trial, infinite where it had none: calls that are timed take longer."""
+        trial = None if self.race is None else self.race.session.trials.get(self.method)
+        return math.inf if trial is None or trial.seconds is None else trial.seconds
+
+    @property
+    def _usual_s(self) -> float:
+        """The seconds of a call by the plan in use, as far as is known."""
+        return next(filter(math.isfinite, (self._per_call, self._trial_s)), 0.0)
 
     def next_call(self) -> float:
         """Return the call before which the next step is due, by the calls' cost so far; infinite when all is over."""
         if self.is_over:
             return math.inf
-        missing = (self.spent + self._expected) / SHARE - self.earned
+        missing = (self.spent + self.expected_s) / SHARE - self.earned
         if missing <= 0:
             return self._calls + 1
         return self._calls + 1 + math.ceil(missing / self._per_call) if self._per_call else math.inf
+
+    @property
+    def expected_s(self) -> float:
+        """The seconds that the next step will hardly exceed."""
+        return FIRST_STEP_S + FIRST_STEP_CALLS * self._fastest if self._expected is None else self._expected
+
+    @contextmanager
+    def charging_first_call(self) -> Iterator[None]:
+        """Count the first call by a plan that was found: its check and its recording are spent on the search too."""
+        start = measure.clock.worked()
+        yield
+        if self.race is not None:
+            self.spent += max(measure.clock.worked() - start - self._usual_s, 0.0)
 
     def line(self) -> str:
         """Say how far the search has come, and what it waits for."""
@@ -125,11 +143,13 @@ class Exploration:
         """
         from autojac.planning.search.optimize import start_race
 
-        start = measure.clock.now()
+        start = measure.clock.worked()
         try:
             if self.race is None:
+                # which candidates there are, and so what the first look takes, is known only now
                 self.race = start_race(problem(), point, self.effort, self.prior)
                 self._time_by_calls(self.race)
+                return None
             return self._take(self.race, point)
         except Exception as error:  # func, not a candidate: exploring never fails a call
             self._failures += 1
@@ -139,11 +159,21 @@ class Exploration:
         finally:
             if self.race is not None:
                 self.race.at(None)
-                step = self._next_step()
-                self._expected = 0.0 if step is None else self.race.expected_s(step)
-            self.spent += measure.clock.now() - start
+                self._expected = self._expect(self.race)
+            self.spent += max(measure.clock.worked() - start, 0.0)
             if self.spent >= self.budget_s:
                 self.is_over = True
+
+    def _expect(self, race: CandidateRace) -> float:
+        """Return the seconds that the next step will hardly exceed."""
+        from autojac.planning.search.steps import Step
+
+        step, race.usual_s = self._next_step(race), self._usual_s
+        if step is None:
+            return 0.0
+        # where a duel is won, the winner is prepared, and its first call checked
+        follows = race.expected_s(Step("adopt", step.method)) if step.kind == "duel" else 0.0
+        return race.expected_s(step) + follows
 
     def _time_by_calls(self, race: CandidateRace) -> None:
         """Take the plan in use for timed, where its calls have been: without a backward, and by a device that waits."""
@@ -155,12 +185,13 @@ class Exploration:
 
     def _take(self, race: CandidateRace, point: SearchPoint) -> Method | None:
         race.at(point)
-        step = self._next_step()
+        step = self._next_step(race)
         if step is None:
             self.is_over = True
-            return self._adopt(race.winner())
-        if step.compiles and (winner := race.winner()) not in (None, self.method):
-            return self._adopt(winner)  # rather than after a compiler
+            return None
+        if step.kind == "adopt":
+            self.is_over = race.next_step() is None
+            return self._adopt(step.method)
         if not race.session_of(step).reference.says:
             return None  # nothing can be compared with anything here: a later call will do
         if self._challenger is not None:
@@ -173,13 +204,16 @@ class Exploration:
         self._challenger = self._find_challenger(race)
         return None
 
-    def _next_step(self) -> Step | None:
-        from autojac.planning.search.race import Step
+    def _next_step(self, race: CandidateRace) -> Step | None:
+        from autojac.planning.search.steps import Step
 
-        assert self.race is not None
         if self._challenger is not None:
             return Step("duel", self._challenger)
-        return self.race.next_step()
+        step = race.next_step()
+        # what has won is used at the end, and rather than after a compiler
+        if (step is None or step.compiles) and (winner := race.winner()) not in (None, self.method):
+            return Step("adopt", winner)
+        return step
 
     def _find_challenger(self, race: CandidateRace) -> Method | None:
         """Return a candidate that seems to be clearly faster than the plan in use."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.room import require_room
-from autojac.planning.search import optimize
+from autojac.planning.search import measure, optimize
 from autojac.planning.search.optimize import PriorKnowledge, SearchResult
 from autojac.planning.search.trial import SearchPoint
 from autojac.planning.undisturbed import nested, undisturbed
@@ -46,7 +45,7 @@ registry()  # found when autojac is imported, so that no first Jacobian waits fo
 
 
 class ProbedCall(NamedTuple):
-    """A call, what its first evaluation and the probing have shown, and when planning began, by `perf_counter`."""
+    """A call, what its first evaluation and the probing have shown, and when planning began, by the search's clock."""
 
     call: Call
     report: FirstCallReport
@@ -94,7 +93,7 @@ class Planner:
                 # nothing; to several ranks they would say different things, and these would evaluate func unequally
                 # often
                 effort = "estimate"
-            start = time.perf_counter()
+            start = measure.clock.now()
             wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
             before = self.known.plan(report, force)
             if before is not None and not force and not self.known.is_too_poor(before, wanted):
@@ -118,7 +117,7 @@ class Planner:
         found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
         with nested(), as_found(), silent(call.captured.modules), outside_autocast():
-            start, call = time.perf_counter(), call.detached()
+            start, call = measure.clock.now(), call.detached()
             if plan.keys is not None:
                 self.repository.refute(plan.keys, reason)
             self.known.clear()
@@ -187,6 +186,7 @@ class Planner:
             effort=effort,
             budget_s=self.options.budget_s if budget_s is None else budget_s,
             prior=PriorKnowledge(self.known.hints(report.keys), *self.known.so_far(report.keys, before)),
+            begun=start,
         )
         with progress.reporter(effort) as show, _explaining(self.options):
             try:
@@ -199,7 +199,7 @@ class Planner:
                 problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
                 won = search(without_empty_parts(problem), progress=show)
                 self._tell_of_missed_entries(structure)
-        plan = _plan_of(won, structure, found, effort, goal, time.perf_counter() - start)
+        plan = _plan_of(won, structure, found, effort, goal, measure.clock.now() - start)
         if won.verified:
             self.repository.save(report.keys, plan)
             self.known.remember(report.signature, plan)

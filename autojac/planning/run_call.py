@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from autojac.planning.prepared_plan import UNCHANGED, PreparedPlan
 from autojac.planning.search import measure
 from autojac.planning.search.memory import is_out_of_memory
 from autojac.problem.problem import Result
+
+HOST = torch.device("cpu")
 
 
 def run_call(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Result]:
@@ -111,7 +113,9 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
         return plan, run(call.leaves, call.keywords)
     difference = UNCHANGED if schedule.is_off else plan.diff(call, state)
     if difference.what or schedule.is_due(call.keywords):
-        plan, result = Check(plans, plan, call, difference).run()
+        found_by = None if schedule.last_check else plan.exploration
+        with nullcontext() if found_by is None else found_by.charging_first_call():
+            plan, result = Check(plans, plan, call, difference).run()
         plan.checked_states.add(-1 if state is None else state)
         plans.absorb(plan)
         return plan, result
@@ -144,9 +148,9 @@ def _run_timed(plan: PreparedPlan, call: Call) -> Result:
     """Run a plan, and count what that takes towards the search that goes on behind it."""
     exploration, schedule = plan.exploration, plan.schedule
     assert exploration is not None
-    start = measure.clock.now()
+    start = measure.clock.start(HOST)  # a device is not waited for: what comes next may not need the result yet
     result = _run_unchecked(plan, call)
-    exploration.credit(schedule.calls, measure.clock.now() - start)
+    exploration.credit(schedule.calls, measure.clock.since(start))
     schedule.next_step = exploration.next_call()
     return result
 

@@ -150,6 +150,14 @@ def callable_of(target: Any) -> Any:
     return getattr(Tensor, name) if name in METHODS else target._op
 
 
+def operators_of(run: Run) -> int | None:
+    """Return how many operators a program runs, each on a line of its own; None for what a compiler made."""
+    code = getattr(run, "__code__", None)
+    if code is None or code.co_filename != FILENAME:
+        return None
+    return len({line for _, _, line in code.co_lines() if line is not None})
+
+
 def work_of(run: Run) -> tuple[Any, ...] | None:
     """Return what tells programs apart by the work they do: operators, arguments, and the kinds of constant tensors.
 

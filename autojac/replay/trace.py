@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from autojac.autodiff.program_function import PullProgram
 from autojac.autodiff.tolerance import disagreement
 from autojac.errors import UnsupportedError
-from autojac.replay.codegen import Run, emit
+from autojac.replay.codegen import Run, emit, operators_of
 from autojac.replay.hoisting import Hoist, Part, hoisted, kept_values
 
 Lower = Callable[[Run], Run]
@@ -44,6 +44,12 @@ class Trace:
     constant: tuple[int, ...] = ()
     hoist: Hoist | None = None
     read: tuple[tuple[int, Tensor], ...] = ()
+
+    @property
+    def operators(self) -> int | None:
+        """How many operators it runs, forward and backward; None for what a compiler made."""
+        counts = [operators_of(run) for run in (self.forward, *(pull.run for pull in self.pulls))]
+        return None if None in counts else sum(filter(None, counts))
 
 
 @dataclass(frozen=True)

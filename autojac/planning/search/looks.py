@@ -59,6 +59,7 @@ class Looks:
         self.defaults = defaults
         self.first = first
         self.scout = self._scout()
+        self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None
         self._proposed: Method | None = None
 
@@ -101,7 +102,7 @@ class Looks:
         """Yield what has had no look in a session: what is right most surely, then flat programs, then all others."""
         known = session.trials
         eager = [m for m in space if without_replay(m) == m]
-        programs = _promising_programs(session, [m for m in space if without_replay(m) != m])
+        programs = self._promising_programs(session, [m for m in space if without_replay(m) != m])
         # of a batch that is not worth a race on a slice, chunks hardly ever win
         programs.sort(key=lambda m: isinstance(m, BatchChunk))
         defaults = [m for m in self.defaults[:1] if m in space]
@@ -114,6 +115,19 @@ class Looks:
         if len(untried) > MOST_IN_ORDER and (proposed := self._propose(untried)) is not None:
             yield proposed
         yield from (m for m in [*untried, *programs] if m not in known)
+
+    def _promising_programs(self, session: SearchSession, flat: Sequence[Method]) -> list[Method]:
+        """Return the flat programs that are worth recording by what is predicted of them, in that order."""
+        predicted = {m: self.predicted(session, m) for m in flat}
+        reach = PROGRAM_REACH[session.effort] * min(predicted.values(), default=0.0)
+        return [m for m in flat if predicted[m] <= reach]
+
+    def predicted(self, session: SearchSession, method: Method) -> float:
+        """Return the seconds that the cost model says, as corrected; it is asked again at each step."""
+        known = self._predicted[session is self.session]
+        if method not in known:
+            known[method] = predicted_seconds(session.problem, method)
+        return known[method]
 
     def _with_fewer_threads(self) -> Iterator[Method]:
         """Yield the fastest candidates with one thread, where they are so small that others may cost more than help."""
@@ -132,7 +146,7 @@ class Looks:
         # programs that load a compiler, without a compiler's work
         yield from (m for m in later if not m.compiles and without_replay(m) != m)
         yield from (m for m in later if m.compiles)
-        flat = [m for m in self.by_time(self.space) if not m.compiles and _inner(m).makes_flat_programs]
+        flat = [m for m in self.by_time(self.space) if not m.compiles and of_one_chunk(m).makes_flat_programs]
         for method in flat[:COMPILED_PROGRAMS]:
             compiled = with_compiler(method)
             if compiled is None or compiled in known or compiled.unsupported(self.session.problem) is not None:
@@ -182,14 +196,14 @@ class Looks:
 
     def by_slice(self, method: Method) -> float:
         """Return the seconds that a candidate would take if its time grew as the batch does; infinite if unknown."""
-        trial = None if self.scout is None else self.scout.trials.get(_inner(method))
+        trial = None if self.scout is None else self.scout.trials.get(of_one_chunk(method))
         if trial is None or trial.seconds is None:
             return math.inf
         return trial.seconds * self.session.problem.batch / SLICE
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
         """Yield what is raced on the slice: methods for all samples at once."""
-        kinds = dict.fromkeys(_inner(m) for m in self.space if not waits_for_compiler(m))
+        kinds = dict.fromkeys(of_one_chunk(m) for m in self.space if not waits_for_compiler(m))
         yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
@@ -242,13 +256,6 @@ def _is_surpassed(session: SearchSession, method: Method) -> bool:
     return known and session.effort != "exhaustive"
 
 
-def _promising_programs(session: SearchSession, flat: Sequence[Method]) -> list[Method]:
-    """Return the flat programs that are worth recording by what is predicted of them, in that order."""
-    predicted = {m: predicted_seconds(session.problem, m) for m in flat}
-    reach = PROGRAM_REACH[session.effort] * min(predicted.values(), default=0.0)
-    return [m for m in flat if predicted[m] <= reach]
-
-
-def _inner(method: Method) -> Method:
+def of_one_chunk(method: Method) -> Method:
     """Return what a method does to each chunk of the batch."""
     return method.inner if isinstance(method, BatchChunk) else method

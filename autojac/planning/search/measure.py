@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,9 @@ Run = Callable[[], Any]
 WAITED = Path("/proc/thread-self/schedstat")
 """Where Linux tells how long a thread has run, and waited to run, in nanoseconds."""
 
+READS, STOPPED_S = 3, 1e-4
+"""How often two clocks are read until no more than so many seconds were lost between them."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -24,6 +27,15 @@ class Timing:
 
     seconds: float
     dispersion: float
+
+
+class Start(NamedTuple):
+    """When something was started: by the wall, by this thread's work, and how often it had waited for something."""
+
+    device: torch.device
+    waits: int | None
+    worked: float
+    seconds: float
 
 
 class Clock:
@@ -40,22 +52,36 @@ class Clock:
         except (OSError, ValueError, IndexError):
             return 0.0
 
-    def per_call(self, run: Run, device: torch.device, calls: int) -> float:
-        """Return the seconds per call, host and device, over several calls in a row.
+    def worked(self) -> float:
+        """Return the seconds since some moment in the past, without those that this thread has waited for a core."""
+        for _ in range(READS):
+            held_up, now = self.held_up(), self.now()
+            if self.held_up() - held_up < STOPPED_S:
+                break  # else the thread was stopped in between
+        return now - held_up
+
+    def start(self, device: torch.device) -> Start:
+        """Return the moment from which `since` counts, when the device has done what was asked of it."""
+        synchronize(device)
+        waits = _waits() if device.type == "cpu" else None
+        return Start(device, waits, time.thread_time(), time.perf_counter())
+
+    def since(self, start: Start) -> float:
+        """Return the seconds since `start`, host and device, for a few microseconds of work.
 
         Seconds that other processes took meanwhile are left out where the system can tell.
         """
-        synchronize(device)
-        waits = _waits() if device.type == "cpu" else None
-        worked, start = time.thread_time(), time.perf_counter()
+        synchronize(start.device)
+        seconds, worked = time.perf_counter() - start.seconds, time.thread_time() - start.worked
+        # a thread that never waited for anything was stopped in all the time in which it did not work
+        return min(seconds, worked) if start.waits is not None and start.waits == _waits() else seconds
+
+    def per_call(self, run: Run, device: torch.device, calls: int) -> float:
+        """Return the seconds per call, host and device, over several calls in a row."""
+        start = self.start(device)
         for _ in range(calls):
             run()
-        synchronize(device)
-        seconds, worked = time.perf_counter() - start, time.thread_time() - worked
-        # a thread that never waited for anything was stopped in all the time in which it did not work
-        if waits is not None and waits == _waits():
-            seconds = min(seconds, worked)
-        return seconds / calls
+        return self.since(start) / calls
 
 
 clock = Clock()

@@ -84,27 +84,31 @@ def search(
     budget_s: float | None = None,
     prior: PriorKnowledge = NOTHING,
     progress: Progress | None = None,
+    begun: float | None = None,
 ) -> SearchResult:
     """Find the fastest right method for a problem at one point.
 
     Args:
         problem, point: what to compute, and where candidates are checked and timed.
         effort: `estimate` takes the first right method of the cost model and times nothing.
-        budget_s: seconds for the search, overshot by one candidate's run at most; the effort's own by default.
+        budget_s: seconds for all since `begun`, overshot by one candidate's run at most; the effort's own by default.
         prior: what is known already.
         progress: called after each trial.
+        begun: when planning began, by the search's clock: what was probed is paid for as well. Now by default.
 
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
     """
     if effort == "estimate":
         return estimate(problem, point, prior.hints)
-    start, allowed = measure.clock.now(), BUDGETS_S[effort] if budget_s is None else budget_s
+    start, adapts = measure.clock.now(), budget_s is None and effort == "quick"
+    allowed = (BUDGETS_S[effort] if budget_s is None else budget_s) - (0.0 if begun is None else start - begun)
+    allowed = max(allowed, LEAST_QUICK_S if adapts else 0.0)
     race = start_race(problem, point, effort, prior, progress)
     race.session.end = start + allowed
     if not race.session.reference.says:
         return _plain_loop(race.session)
-    finished = _run(race, start, allowed, budget_s is None and effort == "quick")
+    finished = _run(race, start, allowed, adapts)
     _settle(race)
     return result_of(race, finished)
 
@@ -164,7 +168,8 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
     while True:
         if adapts and math.isfinite(session.best):
             allowed = min(allowed, max(LEAST_QUICK_S, CALLS_OF_QUICK * (race.default_seconds() or session.best)))
-            session.end = min(start + allowed, last)
+        # the first call by what wins is a part of the budget too
+        session.end = min(start + allowed, last) - race.adopting_s()
         now = measure.clock.now()
         looks = now < start + (1 - COMPARED_SHARE) * allowed
         step = race.next_step(looks)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from autojac.core.plan import NOT_TRIED, Trial
 from autojac.methods.base import Method
 from autojac.planning.search import measure
 from autojac.planning.search.finals import ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
-from autojac.planning.search.looks import Looks, waits_for_compiler
+from autojac.planning.search.looks import Looks
+from autojac.planning.search.steps import Step, StepCosts, step_seconds
 from autojac.planning.search.trial import (
     LONG_S,
     PRUNE_RATIO,
-    SHORTEST_S,
     SearchPoint,
     SearchSession,
     is_timed,
@@ -33,47 +33,12 @@ from autojac.torch_internals import load_compiler
 FINALISTS = 4
 MOST_LEVELS = 4
 """How often the slower half is dropped, and the rest timed again, at most."""
-COMPILE_S = 10.0
-"""Seconds that compiling a program takes, until one was compiled."""
-LOAD_S = 1.5
-"""Seconds in which torch loads its compiler, once per process."""
-UNTIMED_CALLS = 8
-"""Calls that a step of a kind that was not taken yet takes, besides `UNTIMED_S` seconds."""
-UNTIMED_S = 0.02
 KEPT_RUNS = 12
 """Candidates, the fastest, that are kept ready to run again."""
 CLEAR_ROUNDS = 3
 """Rounds after which a large difference that every one of them shows is believed."""
 UNSURE = 1.1
 """What stands stays unless it takes so many times as long, where nothing was compared in pairs."""
-
-
-class Step(NamedTuple):
-    """What a race does next.
-
-    Attributes:
-        kind: `slice` looks at a candidate on a slice of the batch, `look` on the batch; `longer` times it again,
-            `memory` measures its peak, `round` compares the last few once, and `duel` compares one with the plan in
-            use.
-        method: the candidate; None for a round.
-    """
-
-    kind: Literal["slice", "look", "longer", "memory", "round", "duel"]
-    method: Method | None = None
-
-    @property
-    def compiles(self) -> bool:
-        """Whether it waits for a compiler, to be loaded or to compile."""
-        return self.kind == "look" and self.method is not None and waits_for_compiler(self.method)
-
-    @property
-    def costs_like(self) -> str:
-        """The kind of steps that cost about as much."""
-        if self.method is None or self.kind != "look":
-            return self.kind
-        if self.compiles:
-            return "compile" if self.method.compiles else "load"
-        return "record" if self.method.makes_flat_programs else "look"
 
 
 class CandidateRace:
@@ -85,6 +50,9 @@ class CandidateRace:
         defaults: what a torch user would write.
         first: candidates to look at before all others, such as a neighbour's plan.
         incumbent: the method of the plan that is used so far, which only a faster one replaces.
+
+    Attributes:
+        usual_s: seconds of a call by the plan in use, where there is one.
     """
 
     def __init__(
@@ -98,11 +66,12 @@ class CandidateRace:
         self.session = session
         self.defaults = defaults
         self.incumbent = incumbent
+        self.usual_s = 0.0
         self.looks = Looks(session, space, defaults, [*([] if incumbent is None else [incumbent]), *first])
         self.comparison = Comparison()
         self.levels: dict[Method, int] = {}
         self.weighed: set[Method] = set()
-        self._costs: dict[str, list[float]] = {}
+        self._costs = StepCosts()
         self._racers: list[Method] | None = None
 
     def at(self, point: SearchPoint | None) -> CandidateRace:
@@ -141,9 +110,13 @@ class CandidateRace:
 
     def take(self, step: Step) -> None:
         """Do a step at the session's point."""
-        start, session, method = measure.clock.now(), self.session, step.method
+        with self.counting(step):
+            self._take(step)
+
+    def _take(self, step: Step) -> None:
+        method = step.method
         if method is None:
-            self.comparison.run_round(session, self.racers())
+            self.comparison.run_round(self.session, self.racers())
             if set(self.racers()) != set(self.comparison.samples):
                 self.choose_racers()
         elif step.kind == "slice":
@@ -153,23 +126,44 @@ class CandidateRace:
                 load_compiler()  # as a part of this step, and no part of the candidate's time
             self.try_out(method)
         elif step.kind == "longer":
-            look_longer(session, method)
+            look_longer(self.session, method)
             self.levels[method] = self.levels.get(method, 0) + 1
             self.choose_racers()
         else:
             self.fits_memory(method)
-        self._costs.setdefault(step.costs_like, []).append(measure.clock.now() - start)
 
     def expected_s(self, step: Step) -> float:
-        """Return about how long a step will take, by those of its kind so far."""
-        costs = self._costs.get(step.costs_like)
-        if costs:
-            return sum(costs) / len(costs)
-        best = self.session.best if math.isfinite(self.session.best) else 0.0
-        if step.kind == "duel":
-            return 2 * ENOUGH_ROUNDS * max(SHORTEST_S[self.session.effort], best)
-        waits = {"compile": COMPILE_S, "load": LOAD_S}.get(step.costs_like, 0.0)
-        return waits or UNTIMED_S + UNTIMED_CALLS * best
+        """Return the seconds that a step will hardly exceed."""
+        return self._costs.expected_s(step, self._model_s(step))
+
+    def adopting_s(self) -> float:
+        """Return the seconds that the first call takes by what is the fastest so far; 0 where there is none."""
+        fastest = self.fastest()
+        return 0.0 if fastest is None else self.expected_s(Step("adopt", fastest))
+
+    @contextmanager
+    def counting(self, step: Step) -> Iterator[None]:
+        """Learn what a step takes."""
+        start, model_s = measure.clock.worked(), self._model_s(step)
+        yield
+        self._costs.note(step, model_s, measure.clock.worked() - start)
+
+    def _model_s(self, step: Step) -> float:
+        methods = self.racers() if step.method is None else [step.method]
+        if step.kind == "duel" and self.incumbent is not None:
+            methods = [*methods, self.incumbent]
+        session = self.session_of(step)
+        return step_seconds(step, session, [self._run_s(session, m) for m in methods], first=not self.comparison.rounds)
+
+    def _run_s(self, session: SearchSession, method: Method) -> float:
+        """Return what a run of a candidate takes: as timed, else as predicted, or as long as others take there."""
+        trial = session.trials.get(method)
+        if trial is not None and trial.seconds is not None:
+            return trial.seconds
+        others = [session.best]
+        if session is self.session:
+            others = [self.looks.by_slice(method), session.best, self.usual_s]
+        return max(self.looks.predicted(session, method), next(filter(math.isfinite, others), 0.0))
 
     def try_out(self, method: Method, allowed_s: float | None = None) -> None:
         """Look at a candidate, and let go of those that will hardly run again."""
@@ -183,8 +177,10 @@ class CandidateRace:
 
     def beats(self, challenger: Method, current: Method) -> bool:
         """Compare a candidate with another one in a few rounds; tell whether it is faster, and fits the memory."""
-        if not self.fits_memory(challenger):
-            return False
+        with self.counting(Step("duel", challenger)):
+            return self.fits_memory(challenger) and self._wins(challenger, current)
+
+    def _wins(self, challenger: Method, current: Method) -> bool:
         duel, both = Comparison(), {challenger, current}
         while duel.rounds < ENOUGH_ROUNDS and not (duel.rounds >= CLEAR_ROUNDS and duel.is_clear(challenger, current)):
             duel.run_round(self.session, [challenger, current])

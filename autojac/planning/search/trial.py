@@ -159,10 +159,8 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         allowed_s: seconds after which it is given up; what the budget leaves by default.
     """
     problem = session.problem
-    needed = problem.result_bytes + method.workspace(problem)
-    if needed > problem.memory_limit:
-        reason = f"needs at least {format_bytes(needed)} of the {format_bytes(problem.memory_limit)} allowed"
-        session.record(method, "infeasible", reason=reason)
+    if (needed := problem.result_bytes + method.workspace(problem)) > problem.memory_limit:
+        session.record(method, "infeasible", reason=_lacks_memory(f"at least {format_bytes(needed)}", problem))
         return None
     reference = session.reference
 
@@ -256,12 +254,11 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
     except Exception as error:  # it ran before, and may not run any more
         _fail(session, method, error)
         return False
-    limit = session.problem.memory_limit
-    if peak is None or peak <= limit:
+    if peak is None or peak <= session.problem.memory_limit:
         session.trials[method] = dataclasses.replace(trial, memory_bytes=peak)
         return True
-    reason = f"took {format_bytes(peak)} of the {format_bytes(limit)} allowed"
-    session.record(method, "infeasible", memory_bytes=peak, seconds=trial.seconds, reason=reason)
+    facts = {"memory_bytes": peak, "seconds": trial.seconds}
+    session.record(method, "infeasible", reason=_lacks_memory(format_bytes(peak), session.problem), **facts)
     return False
 
 
@@ -291,6 +288,10 @@ def _fail(session: SearchSession, method: Method, error: Exception) -> Trial:
     if session.device.type != "cpu" and memory.is_out_of_memory(error):
         torch.accelerator.empty_cache()
     return trial
+
+
+def _lacks_memory(takes: str, problem: Problem) -> str:
+    return f"expected to fit the {format_bytes(problem.memory_limit)} allowed, it takes {takes}: raise memory_limit"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,132 @@
+"""What a race does next, and what that will take: known before it is begun, so that calls need not pay for it first."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from autojac.methods.base import Method, Wrapper
+from autojac.planning.search.finals import ENOUGH_ROUNDS
+from autojac.planning.search.looks import of_one_chunk, waits_for_compiler
+from autojac.planning.search.trial import BLOCKS, SHORTEST_S, SearchSession
+from autojac.problem.machine import Machine
+from autojac.replay.replayer import Replayer
+from autojac.replay.tape import MOST_OPERATORS
+
+COUNTING = Machine(1.0, 1.0, 1.0, 1.0, 1.0, rates=(math.inf,) * 3, flops_per_s=math.inf)
+"""A machine that takes a second for each operator, however large: what a method takes on it counts its operators."""
+LOOK_S, RECORD_S, RECORD_OPERATOR_S = 0.02, 0.1, 5e-4
+"""Seconds that a look takes besides its runs; what a recording takes for itself, and for each operator."""
+FORWARD_S = 0.3
+"""What the first transform of forward mode adds, for which torch loads its rules."""
+LOAD_S = 1.5
+"""Seconds in which torch loads its compiler, once per process."""
+COMPILE_S, COMPILE_OPERATOR_S = 4.0, 0.1
+"""Seconds that compiling a program takes for itself, and for each operator."""
+RUN_S = 0.01
+"""What each other step takes besides the runs that it times."""
+LOOK_RUNS, MEMORY_RUNS, FIRST_CALL_RUNS = 8, 4, 6
+"""Runs of a look, with its reference and its check; of a measured peak; and of the first call by another plan."""
+DUEL_ROUNDS = ENOUGH_ROUNDS + 2
+"""Rounds of a duel, with those that find out for how many calls it lasts, and whether either is right."""
+FIRST_ROUND = 3
+"""How many rounds the first one takes the time of."""
+PRIOR_WEIGHT = 0.5
+"""How much of what was dearer before still counts after each step."""
+
+
+class Step(NamedTuple):
+    """What a race does next.
+
+    Attributes:
+        kind: `slice` looks at a candidate on a slice of the batch, `look` on the batch; `longer` times it again,
+            `memory` measures its peak, `round` compares the last few once, `duel` compares one with the plan in use,
+            and `adopt` puts one in its place.
+        method: the candidate; None for a round.
+    """
+
+    kind: Literal["slice", "look", "longer", "memory", "round", "duel", "adopt"]
+    method: Method | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it waits for a compiler, to be loaded or to compile."""
+        return self.kind == "look" and self.method is not None and waits_for_compiler(self.method)
+
+    @property
+    def costs_like(self) -> str:
+        """The kind of steps that cost about as many times what the model says."""
+        if self.method is None or self.kind not in ("look", "slice"):
+            return self.kind
+        if self.compiles:
+            return "compile" if self.method.compiles else "load"
+        return ("record" if _records(self.method) else "look") + " forward" * _loads_rules(self.method)
+
+
+class StepCosts:
+    """What steps take, as a multiple of what the model says: once, and then as the dearest of their kind lately."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, float] = {}
+
+    def expected_s(self, step: Step, model_s: float) -> float:
+        """Return the seconds that a step will hardly exceed, by what the model says and the steps so far."""
+        return self._times.get(step.costs_like, 1.0) * model_s
+
+    def note(self, step: Step, model_s: float, seconds: float) -> None:
+        """Learn what a step took."""
+        times = max(seconds, 0.0) / model_s
+        before = self._times.get(step.costs_like, 1.0)
+        self._times[step.costs_like] = max(times, times + PRIOR_WEIGHT * (before - times))
+
+
+def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], first: bool = False) -> float:
+    """Return what the model says that a step takes.
+
+    Args:
+        step: the step.
+        session: where it is made.
+        runs: seconds per call of each method that it runs.
+        first: whether it is the first one of several rounds.
+    """
+    total, method = sum(runs), step.method
+    shortest = 2 * SHORTEST_S[session.effort]  # blocks double until they last that long
+    blocks = sum(max(seconds, shortest) for seconds in runs)
+    if step.kind == "round":
+        return RUN_S + blocks * (FIRST_ROUND if first else 1)
+    assert method is not None
+    if step.kind == "memory":
+        return RUN_S + MEMORY_RUNS * total
+    if step.kind == "longer":
+        return RUN_S + (BLOCKS + 2) * blocks
+    if step.kind == "duel":
+        return RUN_S + DUEL_ROUNDS * blocks
+    count = operators(session, method)
+    if step.costs_like == "compile":
+        return COMPILE_S + COMPILE_OPERATOR_S * count
+    made = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
+    if step.kind == "adopt":
+        return made + FIRST_CALL_RUNS * total
+    return made + LOOK_RUNS * total + FORWARD_S * _loads_rules(method) + LOAD_S * step.compiles
+
+
+def operators(session: SearchSession, method: Method) -> float:
+    """Return how many operators a method runs for one chunk of the batch, by its recorded program where there is one.
+
+    No more than are ever recorded.
+    """
+    method = of_one_chunk(method)
+    program = session.runs.get(method.inner) if isinstance(method, Wrapper) else None
+    if isinstance(program, Replayer) and program.bound is not None and (count := program.bound.trace.operators):
+        return count
+    return min(method.cost(dataclasses.replace(session.problem, machine=COUNTING)), MOST_OPERATORS)
+
+
+def _records(method: Method) -> bool:
+    return of_one_chunk(method).makes_flat_programs
+
+
+def _loads_rules(method: Method) -> bool:
+    return method.pushes and method.uses_transforms

@@ -123,13 +123,42 @@ def own_rounding(
     return found
 
 
+def value_rounding(near: Callable[[int], Sequence[Tensor]], values: Sequence[Tensor]) -> list[Tensor]:
+    """Return how far rounding may move each sample of a function's outputs: as that of its inputs does.
+
+    Of the two directions the one counts that moves a sample less: only one of them leads across a jump, as of `floor`.
+
+    Args:
+        near: gives the values where each input is moved by so many of its roundings, up or down.
+        values: the outputs, (B, *event) each.
+
+    Returns:
+        The difference to grant, (B,) for each output: a sample's own, or the median of all if that is larger.
+    """
+    draws = DRAWS // 2 if sum(value.numel() for value in values) <= FEW else 1
+    found: list[Tensor] = []
+    for sign in (1, -1):
+        moved = [near(sign * (draw + 1)) for draw in range(draws)]
+        sides = [
+            torch.stack([_rows(one - value) for one in every]).amax(0)
+            for value, every in zip(values, zip(*moved, strict=True), strict=True)
+        ]
+        found = [torch.minimum(*pair) for pair in zip(found or sides, sides, strict=True)]
+    return [NOISE_MARGIN * torch.maximum(gap, gap.median()) if gap.numel() else gap for gap in found]
+
+
+def _rows(difference: Tensor) -> Tensor:
+    """Return the largest finite magnitude of each sample."""
+    return difference.detach().nan_to_num(0, 0, 0).abs().reshape(len(difference), -1).amax(1)
+
+
 def largest(tensor: Tensor) -> float:
     """Return the largest finite magnitude of a tensor; zero if it is empty."""
     return float(tensor.detach().nan_to_num(0, 0, 0).abs().amax()) if tensor.numel() else 0.0
 
 
 def disagreement(
-    actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float = 0.0, slack: float = 1.0
+    actual: Tensor, expected: Tensor, scale: Tensor | None = None, floor: float | Tensor = 0.0, slack: float = 1.0
 ) -> float | None:
     """Return the largest relative error of `actual` where it exceeds the tolerance of its dtype, else None.
 
@@ -139,7 +168,7 @@ def disagreement(
         actual: values to judge.
         expected: the reference, same shape.
         scale: magnitude of the terms behind each entry; the entries of `expected` by default.
-        floor: absolute difference that is always granted.
+        floor: absolute difference that is always granted, or one for each sample.
         slack: factor on the tolerance, for functions that compute in a lower precision than their output's.
 
     Returns:

@@ -19,6 +19,7 @@ from autojac.problem.compared_parts import Extent
 from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Problem, Result, bind, record_pullback
 from autojac.problem.reference import EXTENT, Reference
+from autojac.problem.value_rounding import ValueRounding
 
 SAMPLES = 4
 """How many samples one check looks at."""
@@ -61,6 +62,7 @@ class DerivativeReference:
         with outside_autocast(), sandbox(), plain_formulas(kernels), torch.enable_grad():
             self.pullback = record_pullback(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
+            self.rounding = ValueRounding(problem, leaves, kwargs, sandbox, self.values)
             given = (*(leaves[position] for position in problem.inputs), *self.values)
             self.is_whole = all(bool(torch.isfinite(x).all()) for x in given)
             self.expected = self._derivatives(leaves, kwargs)
@@ -82,7 +84,10 @@ class DerivativeReference:
             wanted = self.problem.jacobian_shape(output, self.problem.inputs[0])
             if tuple(made.shape) != wanted:
                 return f"the derivatives have shape {tuple(made.shape)} instead of {wanted}"
-            if (error := disagreement(value, right)) is not None:
+            error = disagreement(value, right)
+            if error is not None:
+                error = disagreement(value, right, floor=self.rounding.floors[output])
+            if error is not None:
                 return f"the value is off by {error:.1g} relative"
             error = self._error(made.detach()[self.samples].unbind(-1), self.expected[output])
             if error is not None:

@@ -21,6 +21,7 @@ from autojac.problem.compared_parts import ComparedParts, Extent
 from autojac.problem.finite_evidence import zero_uncounted
 from autojac.problem.problem import Problem, Result, record_pullback
 from autojac.problem.trained_gradient import GradientReference
+from autojac.problem.value_rounding import ValueRounding
 
 EXTENT = Extent()
 LARGE_BATCH = 4096
@@ -67,6 +68,7 @@ class Reference:
         with outside_autocast(), sandbox(), plain_formulas(kernels):
             self.pullback = pullback or record_pullback(problem, leaves, kwargs, problem.differentiable)
             self.values = self.pullback.outputs
+            self.rounding = ValueRounding(problem, leaves, kwargs, sandbox, self.values)
             if problem.originals is not None:
                 _require_visible(self.pullback)
             self.parts = parts = ComparedParts(
@@ -188,7 +190,8 @@ class Reference:
                     return f"J is {jacobian.dtype} where reverse mode gives {tensor.dtype}"
         for output, (value, expected) in enumerate(zip(result.values, self.values, strict=True)):
             mine, theirs = zero_uncounted(self.evidence.elements[output], value, expected)
-            error = disagreement(mine, theirs, slack=self.slack[output])
+            floor = self.rounding.floors[output] if self.calibrated else 0.0
+            error = disagreement(mine, theirs, floor=floor, slack=self.slack[output])
             if error is not None:
                 return f"the value is off by {error:.1g} relative"
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import autojac
@@ -149,6 +149,44 @@ def test_rounding_about_a_derivative_of_zero_is_granted_and_nothing_else(
         for wrong in (1e-9, 1.0):
             J = torch.zeros_like(J).flatten().index_fill(0, torch.tensor([-1]), wrong).view_as(J)
             assert "is off by" in str(reference.check(result._replace(jacobians=((J,),))))
+
+
+def cancelling(x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, (64,)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("func", "x", "by_rounding"),
+    [
+        (cancelling, torch.randn(BATCH, 64), 3e-6),
+        (cancelling, torch.randn(1, 64), 1e-6),
+        # a step down leads across a jump, one up does not
+        (lambda x: (x.floor() - x).sum(1), torch.arange(BATCH * 64.0).reshape(BATCH, 64) % 4 + 1, 1e-5),
+    ],
+    ids=["all samples", "one sample", "jumps"],
+)
+def test_rounding_of_values_that_cancel_is_granted_and_nothing_else(
+    func: Callable[[Tensor], Tensor], x: Tensor, by_rounding: float
+) -> None:
+    call, report, problem = planned(func, (x,), effort="estimate", coupling="dense")
+    result = Pull("identity", "loop").prepare_call(problem)(call.leaves, call.keywords)
+    for added, right in ((by_rounding, True), (0.02, False)):
+        reference = Reference(problem, call.leaves, call.keywords, report.sandbox)
+        (value,) = result.values
+        found = reference.check(
+            result._replace(values=(value.index_add(0, torch.tensor([len(x) - 1]), torch.tensor([added])),))
+        )
+        assert (found is None) == right, found
+        assert right or "the value is off by" in str(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_transformer_whose_outputs_sum_to_zero_is_served_by_its_first_plan(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    x = torch.randn(4, 5, 16)
+    jac = AutoJacobian.of_parameters(layer, store=":memory:", on_miss="estimate")
+    assert jac.gradient_norms(x, torch.ones_like(x)).shape == (4,)
 
 
 class Later:

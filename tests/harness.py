@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian, PlanStore
 from autojac.core.options import Options
+from autojac.core.sandbox import Sandbox
 from autojac.guards.captures import captures
+from autojac.methods.base import Method
 from autojac.methods.support import engines
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
@@ -57,6 +59,21 @@ def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[C
     report = builder.inspect(call)
     found = builder.probe(call, report)
     return call, report, builder.problem(call, report, found.structure, found.batched, found.analysis)
+
+
+def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[tuple[Method, Any]]:
+    """Each candidate of a method that applies, with what it computes."""
+    request, seen, problem = planned(func, args, **options)
+    sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
+    results = []
+    for method in kind.candidates(problem, 1):
+        if method.compiles:
+            continue
+        assert method.unsupported(problem) is None
+        with sandbox():
+            result = method.prepare(problem)(request.leaves, {})
+        results.append((method, request.layout.jacobian(result.jacobians)))
+    return results
 
 
 def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:

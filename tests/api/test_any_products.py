@@ -261,14 +261,13 @@ def test_what_is_made_of_square_jacobians(case: Case, whole: bool) -> None:
     jac = wrapped(case, "full" if whole else "blocks")
     matrix, lead, own = case.whole() if whole else case.blocks(), () if whole else case.lead, case.without_aux
     event = tuple(case.args[0].shape[case.func.dims :])
-    sign, logarithm = own(jac.slogdet(*case.args))
-    right = torch.linalg.slogdet(matrix)
-    compare([sign, logarithm], [right.sign.reshape(lead), right.logabsdet.reshape(lead)], 1e-8)
     compare(own(jac.trace(*case.args)), case.blocks().diagonal(dim1=1, dim2=2).sum(-1).reshape(case.lead))
-    if float(torch.linalg.cond(matrix).max()) < 1e6:
+    if float(torch.linalg.cond(matrix).max()) < 1e6:  # of singular ones, rounding decides
+        right = torch.linalg.slogdet(matrix)
+        compare(tuple(own(jac.slogdet(*case.args))), [part.reshape(lead) for part in right], 1e-8)
         shape = (*case.lead, *event) * 2 if whole else (*lead, *event, *event)
         compare(own(jac.inverse(*case.args)), matrix.inverse().reshape(shape), 1e-6)
-    if case.func.coupling == "none" or (case.func.coupling, case.func.dims) == ("mean", 1):
+    if case.func.coupling in ("none", "mean"):
         factors, v = jac.factors(*case.args), case.vectors(case.args[0], 0)
         compare((factors @ v.flatten(0, case.func.dims - 1)).flatten(), case.whole() @ v.flatten())
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from autojac import AutoJacobian, InputError, UnsupportedError
 from autojac.api.low_rank_factors import LowRankJacobian
-from autojac.core.sandbox import Sandbox
 from autojac.graph.cuts.accumulation import products
 from autojac.methods import bottleneck
 from autojac.methods.base import Method
 from autojac.methods.bottleneck import Bottleneck
 from autojac.methods.statistics import Statistics
-from harness import Counted, compare, planned, seeds_counted
+from harness import Counted, compare, planned, seeds_counted, supported
 from oracle import jacobian_blocks, jacobian_full
 
 EXACT = 1e-12
@@ -37,21 +36,6 @@ def layers(*sizes: int) -> nn.Sequential:
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[tuple[Method, Any]]:
-    """Each candidate of a method that applies, with what it computes."""
-    request, seen, problem = planned(func, args, **options)
-    sandbox = Sandbox(seen.sandbox.captured, seen.sandbox.state)
-    results = []
-    for method in kind.candidates(problem, 1):
-        if method.compiles:
-            continue
-        assert method.unsupported(problem) is None
-        with sandbox():
-            result = method.prepare(problem)(request.leaves, {})
-        results.append((method, request.layout.jacobian(result.jacobians)))
-    return results
 
 
 def refusal(kind: type[Method], func: Any, *args: Any) -> str:

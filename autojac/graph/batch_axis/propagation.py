@@ -7,13 +7,14 @@ shared tensor may be anything; it only proves nothing and cuts nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autojac.graph.batch_axis.rules import rule_of
-from autojac.graph.batch_axis.states import SHARED, BatchAxis, BatchAxisLost, Meets, RuleContext, State
+from autojac.graph.batch_axis.states import SHARED, SPREAD, BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Graph
 from autojac.graph.operator_facts import facts_of
 from autojac.graph.operator_kinds import Axes, Kind
@@ -62,6 +63,31 @@ class BatchFlow:
             if 1 < size < self.batch
         }
         return tuple(propagate_batch_axis(self.graph, starts[one], batched, shared, one) for one in starts)
+
+    @functools.cached_property
+    def together(self) -> BatchFlow:
+        """The flow in which several `axes` together tell samples apart; this one where there are none.
+
+        What reads sample i alone along one axis and j along another one reads sample (i, j) alone, given what is shared
+        along either. Where that is read which samples share along some of the axes only, this one too: it grows with
+        the number of samples.
+        """
+        if len(self.axes) < 2:
+            return self
+        states: dict[int, State] = {}
+        partly = set[int]()
+        for number in self.states:
+            each = [(along.states[number], along.start) for along in self.axes]
+            carried = [(state, start) for state, start in each if isinstance(state, BatchAxis)]
+            if len(carried) == len(each):
+                first = carried[0][0].axis
+                is_flat = all(state == start._replace(axis=first) for state, start in carried)  # as the inputs are
+                states[number] = BatchAxis(first) if is_flat else SPREAD
+            else:
+                states[number] = SHARED if any(state for state, _ in each) else None
+                partly.update([number] * bool(carried))
+        found = dataclasses.replace(self, states=states)
+        return found if partly.isdisjoint(found.frontier) else self
 
     def _sizes_of_view(self) -> tuple[int, ...]:
         """Return the sizes of the axes that the first view of several takes the batch apart into."""

@@ -17,6 +17,8 @@ class BatchAxis(NamedTuple):
     inner: int = 1
 
 
+SPREAD = BatchAxis(-1)
+"""Where samples are told apart by several axes together; see `BatchFlow.together`."""
 SHARED: Literal["shared"] = "shared"
 State = BatchAxis | Literal["shared"] | None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autojac.graph.batch_axis.propagation import BatchFlow
-from autojac.graph.batch_axis.states import BatchAxis
+from autojac.graph.batch_axis.states import SPREAD, BatchAxis
 from autojac.graph.cuts.minimum_cut import MOST_NODES, differentiable_paths, edges, minimum_cut, passes_derivatives
 from autojac.graph.ir import Graph, Operation, Value
 from autojac.graph.operator_facts import facts_of
@@ -120,6 +120,8 @@ def accumulate(
     Returns:
         None if nothing is narrower than the inputs and the outputs.
     """
+    if flow.lost_output:
+        flow = flow.together
     planner = _Planner(flow, inputs, forward)
     targets = tuple(y for y in dict.fromkeys(flow.graph.outputs) if y in planner.alive)
     if len(planner.alive) > MOST_NODES or not targets:
@@ -233,7 +235,9 @@ class _Planner:
 
     def _capacity(self, number: int) -> float:
         graph = self.flow.graph
-        eligible = number in self.flow.pure and graph.dtypes[number].is_floating_point
+        # seeds are laid along one axis
+        is_flat = number in self.flow.pure and self.flow.states[number] != SPREAD
+        eligible = is_flat and graph.dtypes[number].is_floating_point
         return math.prod(graph.shapes[number]) / self.flow.batch if eligible else math.inf
 
     def _between(self, sources: Ends, targets: Ends, given: Ends = ()) -> frozenset[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autojac.autodiff.primitives import vmap
 from autojac.graph.batch_axis.propagation import BatchFlow
-from autojac.graph.batch_axis.states import BatchAxis
+from autojac.graph.batch_axis.states import SPREAD, BatchAxis
 from autojac.graph.ir import Operation
 from autojac.graph.operator_facts import facts_of
 from autojac.graph.operator_kinds import Axes
@@ -33,11 +33,13 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
     made = [s for number in operation.made if isinstance(s := flow.states[number], BatchAxis)]
     if len(made) < len(operation.made):
         return None
+    if SPREAD in made:
+        return _over_axes(flow, operation, read)
     shapes = {number: shape for number in read if (shape := _as_broadcast(flow, operation, number)) is not None}
     if len(shapes) == len(read):
         return functools.partial(_broadcast, made[0].axis, shapes)
     carried = {n: state for n in operation.sources if isinstance(state := flow.states.get(n), BatchAxis)}
-    if not carried:
+    if not carried or SPREAD in carried.values():
         return None
     results = [None if number is None else (made.pop(0), flow.graph.shapes[number]) for number in operation.outputs]
     if not _slices(flow, _of_one(operation, flow.batch), carried, results):
@@ -80,13 +82,48 @@ def _of_one(operation: Operation, batch: int) -> Operation:
 def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[int, ...] | None:
     """Return a shared tensor's shape as it is broadcast, if the operator does so along the batch."""
     output = operation.made[0]
-    state, shape, out = flow.states[output], flow.graph.shapes[number], flow.graph.shapes[output]
-    if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):
+    state = flow.states[output]
+    if not isinstance(state, BatchAxis) or state[1:] != (1, 1) or not _broadcasts(operation):
         return None
-    if operation.name != "expand" and facts_of(operation.target).axes is not Axes.BROADCAST:
-        return None
-    padded = (1,) * (len(out) - len(shape)) + shape
+    padded = _padded(flow, number, output)
     return padded if padded[state.axis] == 1 else None
+
+
+def _broadcasts(operation: Operation) -> bool:
+    return operation.name == "expand" or facts_of(operation.target).axes is Axes.BROADCAST
+
+
+def _padded(flow: BatchFlow, number: int, output: int) -> tuple[int, ...]:
+    """Return a tensor's shape with as many axes as a result that it is broadcast to."""
+    shape = flow.graph.shapes[number]
+    return (1,) * (len(flow.graph.shapes[output]) - len(shape)) + shape
+
+
+def _over_axes(flow: BatchFlow, operation: Operation, read: Sequence[int]) -> PerSampleForm | None:
+    """Return the operator, reading copies, where several axes together tell samples apart and it broadcasts."""
+    if len(operation.outputs) > 1 or not _broadcasts(operation):
+        return None
+    output = operation.made[0]
+    states = [along.states[output] for along in flow.axes]
+    places = [state.axis for state in states if isinstance(state, BatchAxis) and state[1:] == (1, 1)]
+    if len(set(places)) < len(states):
+        return None
+    shapes = {number: _padded(flow, number, output) for number in read}
+    if any(shape[axis] != 1 for shape in shapes.values() for axis in places):
+        return None
+    return functools.partial(_broadcast_over, tuple(along.batch for along in flow.axes), places, shapes)
+
+
+def _broadcast_over(
+    sizes: Sequence[int], places: Sequence[int], shapes: Mapping[int, tuple[int, ...]], operation: Operation, env: Env
+) -> Sequence[Any]:
+    given = {}
+    for number, shape in shapes.items():
+        copies = env[number].reshape(*sizes, *shape)
+        for front, axis in enumerate(places):
+            copies = copies.transpose(front, len(sizes) + axis)
+        given[number] = copies.reshape(copies.shape[len(sizes) :])
+    return operation(ChainMap(given, dict(env)))
 
 
 def _broadcast(axis: int, shapes: Mapping[int, tuple[int, ...]], operation: Operation, env: Env) -> Sequence[Any]:

@@ -68,6 +68,8 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
         least: look upstream of where they are read for fewer elements.
     """
     flow = _weights_shared(flow, inputs)
+    if flow.lost_output:
+        flow = flow.together
     graph = flow.graph
     alive = differentiable_paths(graph, inputs)
     met = _met(flow, alive)

@@ -749,7 +749,7 @@ def off(one: Tensor, other: Tensor, least: float = 1e-12) -> float:
 
 
 def _full(net: nn.Module, args: list[Any], create_graph: bool) -> list[Tensor]:
-    """(*y.shape, *x.shape) for each output: one plain VJP a row."""
+    """(*y.shape, *x.shape) for each output: one plain VJP per row."""
     x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
     with torch.enable_grad():
         y = net(x, *args[1:])

@@ -1,4 +1,4 @@
-"""Jacobians the slow and obvious way: one plain VJP a row, nothing batched, nothing of autojac.
+"""Jacobians the slow and obvious way: one plain VJP per row, nothing batched, nothing of autojac.
 
 torch's own transforms are silently wrong for some operators, so they are no reference; a single row of
 `torch.autograd.grad` agrees with finite differences wherever the function is smooth.

@@ -14,7 +14,7 @@ from autojac.autodiff.primitives import load_forward_rules
 from autojac.bench.workloads import Func, Workload, moved_to
 
 ROWS_LIMIT = 4096
-"""Rows of the whole batch's Jacobian that a way may pull one by one: seconds a call."""
+"""Rows of the whole batch's Jacobian that a way may pull one by one: seconds per call."""
 BYTES_LIMIT = 2**30
 """Bytes that a way may hold at a time, predicted."""
 REFERENCE_BYTES = 2**27

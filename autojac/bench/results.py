@@ -23,7 +23,7 @@ class Outcome:
         state: `right`, `wrong` (its numbers), `error`, `skipped` (too large), or `slow` (a right candidate that was
             left out of the race after its warm-up).
         seconds: median time of one call.
-        samples: seconds a call, one for each round; empty if it was not in the race, and `seconds` is then that of a
+        samples: seconds per call, one for each round; empty if it was not in the race, and `seconds` is then that of a
             single call.
         reason: why it is not `right`.
     """

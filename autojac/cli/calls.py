@@ -130,7 +130,7 @@ class Calls:
         return f"{shapes} on {args[0].device}"
 
     def blame(self, args: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Say of what is raised inside that the target raised it at this call."""
+        """Attribute what is raised inside to the target, at this call."""
         return blamed_on(self.target, self.describe(args))
 
     def of_method(self, of: str, args: tuple[Tensor, ...], argnums: int | tuple[int, ...]) -> tuple[Any, ...]:

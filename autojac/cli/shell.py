@@ -86,7 +86,7 @@ class TargetRaised(click.ClickException):
 
 @contextmanager
 def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
-    """Say what is raised inside, and where: unless it is autojac's or click's, it came out of the user's code.
+    """Report what is raised inside, and where: unless it is autojac's or click's, it came out of the user's code.
 
     Args:
         target: as the user named it.

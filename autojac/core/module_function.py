@@ -52,7 +52,7 @@ class ModuleLock:
 
 @contextmanager
 def parameters_replaced(module: torch.nn.Module, replacements: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of a module's parameters, wherever each is registered, and put those back.
+    """Replace a module's parameters by other tensors, wherever each is registered, and restore them.
 
     `torch.func.functional_call` leaves its tensors in a module whose layers are registered twice.
 

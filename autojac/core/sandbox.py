@@ -109,7 +109,7 @@ def same_bits(copy: Tensor, leaf: Tensor) -> bool:
 
 
 def without_graph(tensors: Sequence[Tensor]) -> None:
-    """Take away the graph that came with what func wrote into its own tensors: they hold numbers and train nothing."""
+    """Detach what func wrote into its own tensors from its graph: they hold numbers and train nothing."""
     for tensor in tensors:
         if tensor.requires_grad:
             with suppress(RuntimeError):  # a view has the graph of what it is a view of

@@ -105,7 +105,7 @@ class GraphAnalysis:
         return flow_of(recording.graph, self.batched, self.batch)
 
     def assign(self, batched: Sequence[bool]) -> None:
-        """Take other leaves for those that carry the batch."""
+        """Reassign which leaves carry the batch."""
         if self.batched != tuple(batched):
             self.batched = tuple(batched)
             self._chains.clear()
@@ -113,14 +113,14 @@ class GraphAnalysis:
                 vars(self).pop(known, None)
 
     def let_go(self) -> None:
-        """Let go of the tensors of the call, once its graph is followed."""
+        """Release the tensors of the call, once its graph is followed."""
         if isinstance(vars(self).get("recording"), FunctionRecording):
             assert self.found is not None  # made while there are tensors
             vars(self)["recording"] = "the tensors of the call are gone"
         self.captured = ()
 
     def close(self) -> None:
-        """Let go of the call: what was not asked by now stays unknown."""
+        """Release the call: what was not asked for by now stays unknown."""
         self.let_go()
         self._call = None
 

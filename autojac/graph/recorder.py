@@ -192,7 +192,7 @@ class Recorder(Capture):
         return all(self.numbers.get(id(tensor)) in self.fixed for tensor in tensors)
 
     def finish(self) -> None:
-        """Take note of what no operator has shown."""
+        """Note what no operator has shown."""
         self.reads_data |= bool(self.monitor.escaped)
         self.reads_values |= bool(self.monitor.escaped)
         for tensor in self.constants.values():
@@ -257,7 +257,7 @@ class Recorder(Capture):
         return self.sharing.get(place[1], ()) if len(place) > 1 else ()
 
     def _draw(self, parts: Sequence[Any], name: str) -> None:
-        """Take random numbers for constants of the call."""
+        """Record random numbers as constants of the call."""
         for part in parts:
             if isinstance(part, Tensor):
                 index = self.number(part)

@@ -30,7 +30,7 @@ CHUNK = 256
 class Statistics(Method):
     """Exact Jacobians of y_b = g(x_b, s) with shared s = S(x): ∂y_b/∂x_c = [b = c] ∂g/∂x_b + ∂g/∂s · ∂s/∂x_c.
 
-    Given s the samples are independent, so one seed serves them all; s has no batch, so one pull an element does.
+    Given s the samples are independent, so one seed serves them all; s has no batch, so one pull per element does.
     Weights in the place of x, which have no batch either, are pulled as copies that each sample has.
 
     Attributes:

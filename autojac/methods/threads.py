@@ -75,7 +75,7 @@ class Threads(Wrapper):
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, and put the caller's number back whatever happens."""
+    """Set torch's number of threads, and restore the caller's whatever happens."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -187,7 +187,7 @@ class Check:
             plan.is_doubtful = plan.is_doubtful or bool(difference.what)
 
     def _replace(self, wrong: str, only_gradient: bool, undo: Callable[[], None]) -> tuple[PreparedPlan, Result]:
-        """Put a plan that holds in the place of one that was wrong, and compute the call again."""
+        """Replace a plan that was wrong by one that holds, and compute the call again."""
         call, plans, last = self.call, self.plans, self.plan.schedule.last_check
         # the wrong run does not count; put back now, what func writes into stays as the graph of the next run saves it
         # but for what the forward of data-parallel modules has told the other ranks

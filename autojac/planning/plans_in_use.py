@@ -97,7 +97,7 @@ class PlansInUse:
         return self.captured if listed else captures(self.func)
 
     def recapture(self) -> Captures:
-        """Take what the function reaches now for what it reaches at the next call, and return it."""
+        """Remember what the function reaches now for the next call, and return it."""
         self._captured = self.captured_now()
         return self._captured
 

@@ -146,7 +146,7 @@ def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, gene
 def cotangent_verdict(
     pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], called: str, generator: torch.Generator
 ) -> Verdict:
-    """Do the same for a graph that exists already, whose inputs carry the batch on axis 0 where `carriers` says so."""
+    """Pull them through a graph that exists already; its inputs carry the batch on axis 0 where `carriers` says so."""
     layer = "random cotangents"
     values = pullback.recorded
     # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples

@@ -233,7 +233,7 @@ class Reference:
         return None
 
     def _leak(self) -> str | None:
-        """Say whether what a cotangent on one sample gives there hangs on the cotangents on others."""
+        """Return an error if the gradient at a sample depends on the cotangents of others; None if it does not."""
         for output, one, other, factors in self.parts.scaled:
             for position, pulled in enumerate(zip(one.pulled, other.pulled, strict=True)):
                 if not self.places.per_row(position):

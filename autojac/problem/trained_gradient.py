@@ -45,7 +45,7 @@ class GradientReference:
         return self._known
 
     def check(self, result: Result) -> str | None:
-        """Say why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'."""
+        """Return why the graph behind a differentiable result is wrong; None if its gradient agrees with the rows'."""
         known = self.prepare()
         if known is None:
             return None

@@ -69,7 +69,7 @@ def save_patterns(connection: Connection, plan_id: int, patterns: Mapping[str, b
 
 
 def forget(connection: Connection, plan_id: int) -> list[str]:
-    """Let a plan name no patterns; the keys of those that it did."""
+    """Delete which patterns a plan names, and return their keys."""
     keys = list(connection.execute(sa.select(_NAMED.c.pattern).where(_NAMED.c.plan_id == plan_id)).scalars())
     connection.execute(sa.delete(_NAMED).where(_NAMED.c.plan_id == plan_id))
     return keys

@@ -41,7 +41,7 @@ FUNCTIONS = {
 
 
 def rows(func: Any, x: Tensor, layout: str) -> Tensor:
-    """One plain VJP a row; func alone runs under autocast."""
+    """One plain VJP per row; func alone runs under autocast."""
     x = x.detach().requires_grad_()
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
         y = func(x)

@@ -15,7 +15,7 @@ from harness import compare, in_threads, in_use
 
 
 def by_rows(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """One plain VJP a row of one output."""
+    """One plain VJP per row of one output."""
     y = module(*args, **kwargs)
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found = {}

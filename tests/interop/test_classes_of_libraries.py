@@ -25,7 +25,7 @@ def points() -> Tensor:
 
 
 def agrees(func: Callable[[Tensor], Tensor], x: Tensor, given: Any = None) -> None:
-    """Compare with one VJP a row of func on plain tensors; `given` is what autojac gets in place of x."""
+    """Compare with one VJP per row of func on plain tensors; `given` is what autojac gets in place of x."""
     right = jacobian_blocks(lambda x: func(x).as_subclass(Tensor), (x,), 0)
     for effort in ("estimate", "quick"):
         jac = AutoJacobian(func, store=":memory:", on_miss="tune", effort=effort, budget_s=0.3)  # type: ignore[arg-type]

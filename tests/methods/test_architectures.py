@@ -194,7 +194,7 @@ def test_very_many_wrong_clocks_never_make_wrong_numbers(drawn: Architecture, in
 
 
 def rows_of(made: Made, args: tuple[Any, ...]) -> Any:
-    """The first argument's blocks with their graph: one plain VJP a row."""
+    """The first argument's blocks with their graph: one plain VJP per row."""
     x = args[0]
     outputs, spec = pytree.tree_flatten(made.func(*args, **made.kwargs))
     batch = made.drawn.batch

@@ -204,7 +204,7 @@ def points(shape: tuple[int, ...] = (B, 2)) -> Tensor:
 
 
 def truth(func: Func, x: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Who depends on whom at a point, by one VJP an element of the output."""
+    """Who depends on whom at a point, by one VJP per element of the output."""
     x = x.clone().requires_grad_()
     y = func(x)
     found = torch.eye(len(x), dtype=torch.bool)

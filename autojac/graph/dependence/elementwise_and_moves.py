@@ -22,7 +22,7 @@ WORTH_NARROWING = 1000
 
 
 def without_inputs(context: DependenceContext) -> Unknown:
-    """Let no input stand behind what is read; a product, or what only moves elements, is zero wherever that is."""
+    """Return what follows where no input is read: a product, or what only moves elements, is zero where that is."""
     facts, sources = context.facts, context.operation.sources
     masks = [found for number in sources if (found := context.nonzero(Value(number))) is not None]
     if not facts.keeps_zeros or not masks:

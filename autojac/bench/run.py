@@ -164,6 +164,8 @@ def at_rest(training: bool = False) -> Iterator[None]:
 def in_fresh_process(function: str, *arguments: Any, preload: str = "", grad: bool = False) -> Any:
     """Call a function of this package in a process of its own, with as many threads as this one.
 
+    Its modules are compiled to bytecode once, as those of an installed package are.
+
     Args:
         function: `module:name`, the module without `autojac.bench.`.
         arguments: for the function, as JSON.
@@ -180,7 +182,8 @@ def in_fresh_process(function: str, *arguments: Any, preload: str = "", grad: bo
         "print(json.dumps(function(*json.loads(sys.argv[1]))))"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise RuntimeError(f"{function} failed in its process: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,7 @@ from torch import nn
 import autojac
 from autojac.bench import suites
 from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, PARAMETER_WAYS, WAYS, reference
-from autojac.bench.fresh import SIGNATURES, EvaluationCount
+from autojac.bench.fresh import SIGNATURES, counted_evaluations
 from autojac.bench.growth import growth_cases
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT, ROOFLINE, race_workload
 from autojac.bench.overhead import CALL_US, FINER, cached_call, traced
@@ -23,8 +23,11 @@ from autojac.bench.run import Settings, admitted, in_fresh_process, raced_with_b
 from autojac.bench.suites import SUITES, Suite, run_suites
 from autojac.bench.training import OF_WHOLE, WHOLE, race_step
 from autojac.bench.workloads import EVERY, WORKLOADS, Workload, mlp, of_kind, pointwise, sine
+from autojac.methods.pull import Pull
+from autojac.methods.replay import Replay
 from autojac.planning.search import measure
-from harness import Ticking
+from autojac.replay.replayer import Replayer
+from harness import Ticking, forced, in_use
 from oracle import jacobian_blocks
 
 SETTINGS = Settings(effort="estimate", rounds=3, budget_s=0.2, shortest_s=1e-5, race_s=0.2, quick=True)
@@ -199,9 +202,22 @@ def test_both_signatures_are_traced() -> None:
 
 
 def test_evaluations_of_a_first_call_are_counted() -> None:
-    counted = EvaluationCount(torch.sin)
-    autojac.AutoJacobian(counted, effort="estimate", store=":memory:")(torch.randn(5, 3))
-    assert 1 < counted.evaluations <= 25
+    with counted_evaluations() as evaluations:
+        autojac.AutoJacobian(torch.sin, effort="estimate", store=":memory:")(torch.randn(5, 3))
+    assert 1 < len(evaluations) <= 25
+
+
+def test_counting_evaluations_keeps_no_program_from_being_recorded() -> None:
+    jac = forced(torch.sin, (torch.randn(5, 3),), Replay(Pull("shared")).spec())
+    with counted_evaluations() as evaluations:
+        jac(torch.randn(5, 3))
+        once = len(evaluations)
+        for _ in range(2):
+            jac(torch.randn(5, 3))
+    assert once > 1
+    replayer = in_use(jac).compute
+    assert isinstance(replayer, Replayer)
+    assert replayer.bound is not None
 
 
 @pytest.mark.parametrize("kind", SIGNATURES)

@@ -113,3 +113,11 @@ def test_the_first_call_by_a_plan_that_was_found_is_a_part_of_exploring(monkeypa
         with account.charging_first_call():
             clock.time += seconds
         assert account.spent == pytest.approx(0.099), "a fast one earns nothing"
+
+
+def test_what_is_far_behind_is_not_in_the_last_comparison() -> None:
+    found = race_for(torch.sin, torch.randn(8, 3))
+    near, far = Replay(Pull("shared")), Pull("shared")
+    for method, seconds in ((near, 1e-5), (far, 1e-3)):
+        found.session.record(method, "complete", seconds=seconds)
+    assert found.racers() == [near]

@@ -232,7 +232,7 @@ class CandidateRace:
         """Return who takes part in the last comparison: the fastest few, and what stands unless it is beaten."""
         if self._racers is None:
             timed = self.timed()
-            racers = timed[:FINALISTS]
+            racers = [m for m in timed[:FINALISTS] if self.looks.time(m) <= PRUNE_RATIO * self.looks.time(timed[0])]
             if racers and all(method.may_load_compiler for method in racers):
                 racers += [m for m in timed[FINALISTS:] if not m.may_load_compiler][:1]
             for method in self.standing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autojac.core.call import CallLayout
+from autojac.core.freed_memory import keep_freed_memory
 from autojac.core.keywords import Keywords
 from autojac.core.sandbox import Sandbox, without_graph
 from autojac.core.structure import DRAWS_ALIKE, KEEPS, UPDATES_BUFFERS
@@ -24,6 +25,7 @@ from autojac.torch_internals import pytree
 
 def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Compute:
     """Make a method ready for a whole problem, parts without elements and aux included."""
+    keep_freed_memory()
     compute = _with_aux(layout, problem, with_empty_parts(problem, method.prepare_call), method.runs_func_plainly)
     effects = problem.structure.effects
     if UPDATES_BUFFERS in effects:

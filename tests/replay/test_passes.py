@@ -205,6 +205,7 @@ UNARY: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "pulled": pulled,
     "pushed": pushed,
     "activated": activated,
+    "skipped": lambda x, a, b: (x.cos() + x.sin() @ (matrix(x).T @ matrix(x)).tanh()).tanh() if x.dim() > 1 else x,
     "scaled": lambda x, a, b: torch.stack([x.cos(), 2 * x]) * x * x.sin() if a % 2 else (x * x.expand(2, *x.shape)) * x,
     "scattered": lambda x, a, b: (
         x.new_zeros(5, *x.shape[1:]).index_copy(0, torch.arange(x.size(0)) + 1, x)
@@ -626,6 +627,35 @@ def test_small_factors_are_multiplied_before_they_are_repeated() -> None:
     # rows and columns make the whole first
     graph, run = simplified(product, torch.randn(5, 1), torch.randn(3), torch.randn(5, 3))
     assert len(left(graph)) == 2
+
+
+def test_stacks_are_multiplied_by_one_operator() -> None:
+    x, w = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    graph, run = simplified(lambda x, w: (x.cos() @ w,), x, w)
+    assert left(graph) == ["cos.default", "matmul.default"]
+    compare(run(-x, w), (x.cos() @ w,))
+    # what does not lie row by row is copied, and rows that others read too are there anyway
+    graph, run = simplified(lambda x, w: (x.cos().transpose(0, 1) @ w,), x, w)
+    assert "matmul.default" not in left(graph)
+    compare(run(-x, w), (x.cos().transpose(0, 1) @ w,))
+
+
+def test_what_a_layer_skips_is_added_to_its_product() -> None:
+    def residual(x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(2):
+            x = x + (x * v.tanh()) @ w
+        return (x,)
+
+    x, v, w = torch.randn(64, 32, 8), torch.randn(32, 8), torch.randn(8, 8)
+    graph, run = simplified(residual, x, v, w)
+    assert left(graph).count("addmm.default") == 2 and "add.Tensor" not in left(graph)
+    compare(run(-x, v, w), residual(-x, v, w), 1e-4)
+    assert overwrites(residual, x.double(), v.double(), w.double()) == 1
+    # small ones are not worth it, and what is repeated along an axis would have to be copied
+    graph, _ = simplified(residual, x[:2], v, w)
+    assert "addmm.default" not in left(graph)
+    graph, _ = simplified(lambda x, v, w: (v + (x * v.tanh()) @ w,), x, v, w)
+    assert "addmm.default" not in left(graph)
 
 
 def overwrites(func: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> int:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from autojac.replay.passes.editor import Editor, aten, source, sweep
 from autojac.replay.passes.node_facts import has_entries
 
-RANK = 65
+RANK = (58, 65)
+LEAST_ENTRIES = 2**13
+"""Of a sum of matrices: below, the views around it cost more than it brings."""
 
 
 def fuse_addmm(graph: fx.Graph) -> None:
-    """Add a vector to each row of a product as it is made: b + x @ W, which vmap takes apart, by `addmm`."""
+    """Add to a product as it is made: a vector to each row, which vmap takes apart, or what skips a layer."""
     sweep(graph, _together, {aten.add.Tensor})
 
 
@@ -28,12 +30,21 @@ def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
             product = source(editor, rows)
         if product is None or product.target is not aten.mm.default or len(product.users) != 1:
             continue
-        ours, right = product.meta["value"], node.meta["value"]
-        if not (editor.free(product) and vector.meta["value"].shape == ours.shape[-1:] == right.shape[-1:]):
+        ours, right, added = product.meta["value"], node.meta["value"], vector.meta["value"]
+        if not editor.free(product) or ours.shape[-1:] != right.shape[-1:]:
             continue
-        if right.numel() == ours.numel() and vector.meta["value"].dtype == right.dtype == ours.dtype:
+        if right.numel() == ours.numel() and added.dtype == right.dtype == ours.dtype:
             if rows is not product and rows.target not in (aten.view.default, aten._unsafe_view.default):
                 continue
-            made = editor.make(node, aten.addmm.default, vector, *product.args)
+            addend = vector if added.shape == ours.shape[-1:] else _matrix(editor, node, vector, ours)
+            made = addend and editor.make(node, aten.addmm.default, addend, *product.args)
             return made and editor.shaped(node, made, list(right.shape))
     return None
+
+
+def _matrix(editor: Editor, node: fx.Node, addend: fx.Node, product: Tensor) -> fx.Node | None:
+    """Return what is added to a product entry by entry, as a matrix of its shape; None where that takes a copy."""
+    value = addend.meta["value"]
+    if value.shape != node.meta["value"].shape or value.numel() < LEAST_ENTRIES or not value.is_contiguous():
+        return None
+    return editor.shaped(node, addend, list(product.shape))

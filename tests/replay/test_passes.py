@@ -579,6 +579,33 @@ def test_what_is_reshaped_alike_is_reshaped_once_or_not_at_all() -> None:
     compare(run(*inputs), partly(*inputs))
 
 
+def test_equal_terms_are_added_by_a_number() -> None:
+    def doubled(x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor]:
+        wide = y.expand(4, 5, 3)
+        return (x * wide + wide * x,)
+
+    def collected(x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor]:
+        return (torch.addcmul(torch.addcmul(b, x, x + 1, value=0.5), x + 1, x, value=-2),)
+
+    def needed(x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        product = x * b
+        return product, torch.addcmul(product, x, b)
+
+    shapes = ((4, 5, 3), (5, 3), (4, 5, 3))
+    inputs = [torch.randn(s, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for s in shapes]
+    for func, operators in (
+        (doubled, ["mul.Scalar", "mul.Tensor"]),
+        (collected, ["add.Tensor", "addcmul.default"]),
+        (needed, ["mul.Tensor", "addcmul.default"]),
+    ):
+        graph, run = simplified(func, *inputs)
+        assert left(graph) == operators
+        compare(run(*inputs), func(*inputs))
+        if func is doubled:
+            (scaled,) = [node for node in graph.nodes if node.target is aten.mul.Scalar]
+            assert scaled.meta["value"].shape == (5, 3)
+
+
 def test_a_product_with_a_number_and_a_sum_are_one_operator() -> None:
     def slope(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor]:
         return (y.cos() + x * (aten.mul.Scalar(y.sin(), -2) * h),)

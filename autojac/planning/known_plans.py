@@ -71,7 +71,8 @@ class KnownPlans:
             shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
             raise PlanMissError(
                 f"no plan is stored for arguments {shapes} in {self.repository.description}, and on_miss='error' "
-                "forbids making one. Tune ahead with jac.tune(x) or the command `autojac tune`"
+                "forbids making one. Tune ahead with jac.tune(x), for what another method computes by with "
+                "jac.tune(x, v, of='jvp'), or with the command `autojac tune`"
             )
 
     def so_far(self, keys: Keys, before: Plan | None) -> tuple[Method | None, tuple[Trial, ...]]:

@@ -587,8 +587,9 @@ for method, net, x in (
         plan = jac.plan(x)
         print(plan.method["method"], plan.source, plan.structure.coupling)
         if plan.source != "store":
-            keys = in_use(jac).keys
-            jac._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method.spec(), effort="quick"))
+            ((_, prepared),) = jac._plans.items()
+            made = dataclasses.replace(plan, method=method.spec(), effort="quick")
+            jac._plans.planner.repository.save(prepared.keys, made)
 """
 
 

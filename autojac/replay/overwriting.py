@@ -78,7 +78,8 @@ def _candidates(node: fx.Node) -> Iterator[fx.Node]:
     if not has_entries(node) or node.meta["writes"] or node.meta["draws"] or writes_into(node.target) is None:
         return
     if name_of(node.target) in INTO_FIRST:
-        arguments: Sequence[Any] = node.args[:1]
+        # what is multiplied as well is read while the result is written
+        arguments: Sequence[Any] = [] if node.args[0] in node.args[1:] else node.args[:1]
     elif acts_by_entry(node):
         arguments = node.args
     else:

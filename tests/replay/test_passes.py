@@ -642,18 +642,39 @@ def test_a_slope_is_computed_once_for_all_that_is_multiplied_by_it() -> None:
     assert "mul.Tensor" not in left(graph)
 
 
-def test_small_factors_are_multiplied_before_they_are_repeated() -> None:
+def test_products_of_factors_keep_their_order_since_another_one_may_overflow() -> None:
     def product(seeds: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor]:
         return (seeds * s * t,)
 
-    seeds, s, t = torch.randn(5, 8, 3), torch.randn(8, 3), torch.randn(8, 3)
-    graph, run = simplified(product, seeds, s, t)
-    shapes = [tuple(node.meta["value"].shape) for node in graph.nodes if node.target is aten.mul.Tensor]
-    assert sorted(shapes) == [(5, 8, 3), (8, 3)]
-    compare(run(seeds, s, t), product(seeds, s, t), 1e-5)
-    # rows and columns make the whole first
-    graph, run = simplified(product, torch.randn(5, 1), torch.randn(3), torch.randn(5, 3))
-    assert len(left(graph)) == 2
+    seeds, s, t = torch.tensor([[[0.0]], [[1e-30]], [[1e30]]]).expand(3, 8, 3), torch.randn(8, 3), torch.randn(8, 3)
+    _, run = simplified(product, torch.randn(3, 8, 3), s, t)
+    for scale in (1e25, 1e-25):
+        scaled = seeds.clone(), scale * s, scale * t
+        assert torch.equal(run(*scaled)[0], product(*scaled)[0])
+
+
+@pytest.mark.parametrize("number", [1e-30, 1e30])
+def test_extreme_numbers_are_multiplied_where_they_stand(number: float) -> None:
+    def func(b: Tensor, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor]:
+        return (b + x * number * y * z,)
+
+    inputs = [torch.randn(8, 3) for _ in range(4)]
+    _, run = simplified(func, *inputs)
+    b, x, y, z = inputs
+    given = b, x / number**0.9, y / number**0.5, z * number**0.4
+    assert torch.isfinite(func(*given)[0]).all()
+    compare(run(*given), func(*given), 1e-5)
+
+
+def test_a_loop_over_entries_and_rows_is_not_one_over_columns() -> None:
+    def chosen(which: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        return (torch.stack([torch.where(which[row], x[row], y[row]) for row in range(3)]),)
+
+    x, y = torch.randn(3, 3), torch.randn(3, 3)
+    # these numbers alone would not tell
+    _, run = simplified(chosen, torch.ones(3, dtype=torch.bool), x, y)
+    which = torch.tensor([True, False, True])
+    assert torch.equal(run(which, x, y)[0], chosen(which, x, y)[0])
 
 
 def test_stacks_are_multiplied_by_one_operator() -> None:
@@ -716,6 +737,8 @@ def overwrites(func: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> int:
         # sums of products, into the sum; scattered into fresh memory
         (lambda x: (torch.addmm(x.sin(), x, x),), 1),
         (lambda x: (torch.addmm(x[0], x.sin(), x),), 0),
+        # it is read while the result is written
+        (lambda x: (torch.baddbmm(y := x.sin()[None], y, y),), 0),
         (lambda x: (x.new_zeros(6, 4).index_copy(0, torch.arange(4), x),), 1),
         (lambda x: (torch.ops.aten.tanh_backward(x, x.sin()),), 1),
     ],

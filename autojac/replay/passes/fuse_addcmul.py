@@ -11,6 +11,8 @@ from autojac.replay.passes.editor import Editor, aten, sweep
 from autojac.replay.passes.node_facts import has_entries
 
 RANK = 66
+MOST = 1000.0
+"""What a number may be, or one over that: multiplied later, a smaller one would let x * y overflow before."""
 
 
 def fuse_addcmul(graph: fx.Graph) -> None:
@@ -54,7 +56,8 @@ def _number(editor: Editor, node: Any) -> float | None:
     if not scales or not isinstance(node.args[1], (int, float)):
         return None
     number: float = node.args[1]
-    return number if _is_like(node.args[0], node.meta["value"]) else None
+    modest = 1 / MOST <= abs(number) <= MOST
+    return number if modest and _is_like(node.args[0], node.meta["value"]) else None
 
 
 def _read_once(editor: Editor, node: Any, target: Any) -> bool:

@@ -32,11 +32,15 @@ def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
     for place, arguments in enumerate(zip(*(part.args for part in parts), strict=True)):
         whole = _whole(editor, arguments)
         if whole is not None:
+            # with fewer axes, its first one would meet another one of the result
+            if whole.meta["value"].dim() != node.meta["value"].dim():
+                return None
             args[place] = whole
         elif any(argument is not arguments[0] for argument in arguments) or _tall(arguments[0], node):
             return None
     made = editor.make(node, first.target, *args, **first.kwargs)
-    return made if made is not None and made.meta["value"].shape == node.meta["value"].shape else None
+    right = node.meta["value"]
+    return made if made and (made.meta["value"].shape, made.meta["value"].dtype) == (right.shape, right.dtype) else None
 
 
 def _tall(argument: Any, node: fx.Node) -> bool:

@@ -527,8 +527,8 @@ def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: py
     graphs: list[fx.Graph] = []
 
     def kept(graph: fx.Graph, without: Any = ()) -> None:
-        # a new layout, and a slope apart from what it multiplies, take more operators and less time
-        simplify(graph, {*without, "column_major", "activation_slopes"})
+        # a new layout, a slope apart from what it multiplies, and products of weights take more operators and less time
+        simplify(graph, {*without, "column_major", "activation_slopes", "row_scalings"})
         graphs.append(graph)
 
     monkeypatch.setattr(tracer, "simplify", kept)
@@ -704,6 +704,45 @@ def test_what_a_layer_skips_is_added_to_its_product() -> None:
     assert "addmm.default" not in left(graph)
     graph, _ = simplified(lambda x, v, w: (v + (x * v.tanh()) @ w,), x, v, w)
     assert "addmm.default" not in left(graph)
+
+
+def one_by_one(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor]:
+    y = (x @ w.T).tanh()
+    return (torch.stack([aten.tanh_backward(row, y) @ w for row in v], 1),)
+
+
+def all_at_once(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor]:
+    y = (x @ w.T).sigmoid()
+    rows = aten.sigmoid_backward(v.unsqueeze(1).expand(len(v), *y.shape), y).reshape(-1, len(w)) @ w
+    return (rows.view(len(v), len(x), -1).permute(1, 0, 2),)
+
+
+def by_products(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor]:
+    slope = 1 - (x @ w.T).tanh().square()
+    rows = (v.unsqueeze(1) * slope).reshape(-1, len(w)) @ w
+    return (rows.view(len(v), len(x), -1).permute(1, 0, 2),)
+
+
+@pytest.mark.parametrize("func", [one_by_one, all_at_once, by_products])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_jacobian_of_two_layers_is_one_product(func: Callable[..., tuple[Tensor]], rows: int) -> None:
+    x, w, v = (torch.randn(shape, dtype=torch.float64) for shape in ((512, 4), (32, 4), (rows, 32)))
+    graph, run = simplified(func, x, w, v)
+    shapes = [tuple(node.meta["value"].shape) for node in graph.nodes if node.target is aten.mm.default]
+    assert shapes == [(512, 32), (512, 4 * rows)]
+    compare(run(-x, 2 * w, v + 1), func(-x, 2 * w, v + 1), 1e-9)
+
+
+def test_rows_that_samples_have_for_themselves_are_not_taken_for_one() -> None:
+    x, w = torch.randn(512, 4, dtype=torch.float64), torch.randn(32, 4, dtype=torch.float64)
+    for own in ((512, 32), (512, 1)):
+        v = torch.randn(own, dtype=torch.float64)
+        func = lambda x, w, v: (aten.tanh_backward(v, (x @ w.T).tanh()) @ w,)  # noqa: E731
+        _, run = simplified(func, x, w, v)
+        compare(run(-x, w, v + 1), func(-x, w, v + 1), 1e-9)
+    # few samples, or small ones
+    graph, _ = simplified(one_by_one, x[:6], w, torch.randn(3, 32, dtype=torch.float64))
+    assert "cat.default" not in left(graph)
 
 
 def overwrites(func: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> int:

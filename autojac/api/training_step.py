@@ -23,7 +23,7 @@ from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan
 from autojac.core.ranks import several
 from autojac.core.sandbox import without_hooks
-from autojac.core.settable_arguments import written_back
+from autojac.core.settable_arguments import reached_from, written_back
 from autojac.errors import InputError, SearchError, UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
@@ -176,7 +176,7 @@ class TrainingStep:
             return "several ranks reduce gradients in their own backward"
         if hooked() or transforming():
             return "a transform, or hooks on saved tensors, are to see the backward"
-        if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(args)):
+        if any(tensor.requires_grad for tensor in reached_from(args)[1]):
             return "an argument requires grad, which a backward would reach besides the parameters"
         if self._whole is None and self._stray():
             return "tensors outside of all modules require grad: make them parameters of a module to plan with them"

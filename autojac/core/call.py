@@ -295,5 +295,5 @@ def describe(value: Any) -> Any:
         return (type(value), value)
     flat, spec = pytree.tree_flatten(value)
     if len(flat) == 1 and flat[0] is value:
-        return (type(value), repr(value))
+        return (type(value), repr(value), any(tensor.requires_grad for tensor in reached_from([value])[1]))
     return (str(spec), tuple(describe(item) for item in flat))

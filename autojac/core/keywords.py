@@ -47,6 +47,12 @@ class Keywords(dict[str, Any]):
         return len(self) > 0 or bool(self.constants)
 
 
+def passed_values(keywords: Mapping[str, Any]) -> list[Any]:
+    """Return what a call passes by keyword, and the non-tensors that it passes by position."""
+    constants = keywords.constants if isinstance(keywords, Keywords) else {}
+    return [*keywords.values(), *constants.values()]
+
+
 def _flatten(keywords: Keywords) -> tuple[list[Any], Any]:
     return [dict(keywords), keywords.constants], (keywords.aux, keywords.random_state, keywords.settable)
 

@@ -174,26 +174,57 @@ def places_in(value: Any) -> list[Any]:
 
 
 def reached_from(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Return the places that func may set through these objects, and the tensors that it may write into."""
+    """Return the places that func may set through these objects, and the tensors that it may read or write there."""
     places: list[Any] = []
     tensors: list[Tensor] = []
-    known: dict[int, Any] = {}
-    todo = list(values)
-    while todo:
-        value = todo.pop()
-        if type(value) in SCALARS or id(value) in known:
-            continue
-        known[id(value)] = value
+    for value, within in _visited(values):
+        places += within
         if isinstance(value, Tensor):
             tensors.append(value)
-        elif isinstance(value, (tuple, frozenset)):
-            todo += value
         elif isinstance(value, CALLABLES):
             found = captures(value)
             places += found.places
             tensors += found.tensors
-        elif not (isinstance(value, type) or type(value).__module__ == "numpy") and leaf_tokens(value) is None:
-            for place in places_in(value):
-                places.append(place)
-                todo += place.values() if isinstance(place, MutableMapping) else place
     return places, tensors
+
+
+def contents_of(values: Iterable[Any]) -> tuple[int, tuple[float, ...]]:
+    """Return a hash of what objects hold besides tensors, types, names and constants, and apart from it the floats."""
+    tokens: list[Any] = []
+    numbers: list[float] = []
+    for value, within in _visited(values):
+        tokens.append(type(value))
+        if type(value) is float:
+            numbers.append(value)
+        elif isinstance(value, (int, str, bytes, complex)):
+            tokens.append(value)
+        elif not isinstance(value, (Tensor, type, tuple, frozenset, *CALLABLES)):
+            tokens.append(leaf_tokens(value))
+        for place in within:
+            tokens += place if isinstance(place, MutableMapping) else ()
+    return hash(tuple(tokens)), tuple(numbers)
+
+
+def _is_leaf(value: Any) -> bool:
+    # an array's contents are no place, and what the library locks, logs or types with reaches nothing of the user's
+    return type(value).__module__ == "numpy" or leaf_tokens(value) is not None
+
+
+def _visited(values: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield each object that these are or lead to, always in the same order, with the places in it."""
+    known: dict[int, Any] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if type(value) not in SCALARS:
+            if id(value) in known:
+                continue
+            known[id(value)] = value
+        places: list[Any] = []
+        if isinstance(value, (tuple, frozenset)):
+            todo += value
+        elif not isinstance(value, (Tensor, type, *SCALARS, *CALLABLES)) and not _is_leaf(value):
+            places = places_in(value)
+        for place in places:
+            todo += place.values() if isinstance(place, MutableMapping) else place
+        yield value, places

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from autojac.core import pytree
 from autojac.core.call import CallLayout, describe
-from autojac.core.keywords import Keywords
-from autojac.core.settable_arguments import SettableArguments
+from autojac.core.keywords import Keywords, passed_values
+from autojac.core.settable_arguments import SettableArguments, reached_from
 from autojac.core.signature import current_flags
 from autojac.guards.captures import Captures
 
@@ -112,7 +111,7 @@ def detached(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def trained_by(captured: Captures, keywords: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
-    passed = [value for value in pytree.tree_leaves(keywords) if isinstance(value, Tensor)]
+    passed = reached_from(passed_values(keywords))[1]
     return tuple(tensor for tensor in (*captured.tensors, *passed) if tensor.requires_grad)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from autojac.core import pytree
+from autojac.core.keywords import passed_values
+from autojac.core.settable_arguments import contents_of
 
 EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
@@ -26,6 +27,7 @@ class CheckSchedule:
         next_step: the call before which a search goes on a step; infinite where there is none.
         is_off: no call is ever checked.
         numbers: the Python floats of calls that were checked, which signatures leave out; None where none may decide.
+        contents: what objects among the arguments of these calls held besides, as `contents_of` gives it.
     """
 
     calls: int = 0
@@ -34,10 +36,11 @@ class CheckSchedule:
     next_step: float = math.inf
     is_off: bool = False
     numbers: set[tuple[float, ...]] | None = None
+    contents: set[int] = field(default_factory=set)
 
     def is_due(self, keywords: Mapping[str, Any]) -> bool:
         """Check whether the call under way is to be checked."""
-        return self.calls >= self.next_check or (bool(keywords) and self._has_new_numbers(keywords))
+        return self.calls >= self.next_check or (bool(keywords) and self._has_new_contents(keywords))
 
     def turn_off(self) -> None:
         """Check no call any more."""
@@ -64,14 +67,20 @@ class CheckSchedule:
         else:
             self.next_check = (calls // CHECK_EVERY + 1) * CHECK_EVERY
 
-    def _has_new_numbers(self, keywords: Mapping[str, Any]) -> bool:
-        """Check whether a call's Python floats differ from those of any call checked: a branch may depend on them.
+    def _has_new_contents(self, keywords: Mapping[str, Any]) -> bool:
+        """Check whether a call's objects and floats differ from those of any call checked: a branch may depend on them.
 
-        Past `MOST_NUMBERS` they are taken for a quantity that changes all the time.
+        Past `MOST_NUMBERS` floats are taken for a quantity that changes all the time.
         """
         if self.numbers is None:
             return False
-        numbers = tuple(value for value in pytree.tree_leaves(keywords) if isinstance(value, float))
+        contents, numbers = contents_of(passed_values(keywords))
+        if contents not in self.contents:
+            if len(self.contents) >= MOST_NUMBERS:
+                self.contents.clear()
+            self.contents.add(contents)
+            self.numbers.add(numbers)
+            return True
         if numbers in self.numbers or len(self.numbers) >= MOST_NUMBERS:
             return False
         self.numbers.add(numbers)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autojac.core.keywords import Keywords
+from autojac.core.keywords import passed_values
 from autojac.core.options import Options, Randomness
 from autojac.core.sandbox import Sandbox, random_state, restore_random_state
 from autojac.core.settable_arguments import reached_from
@@ -113,9 +113,8 @@ def _passed(call: Call) -> list[Tensor]:
     """Return the tensors that a call passes by keyword or in objects, which func gets themselves."""
     if not call.keywords:
         return []
-    constants = call.keywords.constants if isinstance(call.keywords, Keywords) else {}
     captured = {id(tensor) for tensor in call.captured.tensors}
-    tensors = reached_from((*call.keywords.values(), *constants.values()))[1]
+    tensors = reached_from(passed_values(call.keywords))[1]
     return [tensor for tensor in tensors if id(tensor) not in captured]
 
 

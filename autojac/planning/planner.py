@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from autojac.core import pytree
 from autojac.core.autocast import outside_autocast
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan, effort_rank
@@ -238,7 +237,7 @@ class Planner:
         # ranks must evaluate func equally often, whatever their guards see
         fixed = not (unfixed(call.keywords) or made.contents or made.pushes or several())
         made.is_proved = fixed and structure.assurance == "proved"
-        if structure.assumes and any(isinstance(value, float) for value in pytree.tree_leaves(call.keywords)):
+        if structure.assumes and unfixed(call.keywords):
             made.schedule.numbers = set()
         return made
 

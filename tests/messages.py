@@ -100,12 +100,6 @@ def wrap(func: Any, **options: Any) -> AutoJacobian:
     return AutoJacobian(func, **{"store": ":memory:", "on_miss": "estimate", "effort": "estimate", **options})
 
 
-def holds_itself() -> list[Any]:
-    nest: list[Any] = []
-    nest.append(nest)
-    return nest
-
-
 def command(*words: str) -> None:
     """Run a command of the command line, with a module to work on."""
 
@@ -626,13 +620,6 @@ MESSAGES = (
         "sets something in its arguments, which batch_dims=2 makes copies of",
         "Pass what it sets by keyword",
         lambda: jac(lambda x, log: (log.append(1), x)[1], x[None], [], batch_dims=2),
-    ),
-    Message(
-        InputError,
-        "a nest with an end was expected",
-        "a tuple that holds itself",
-        "Pass what is needed",
-        lambda: jac(lambda x, log: x, x, holds_itself()),
     ),
     Message(
         PerformanceWarning,

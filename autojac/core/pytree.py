@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autojac.errors import InputError, kind_of
 from autojac.torch_internals import pytree as of_torch
 
 TreeSpec = of_torch.TreeSpec
@@ -129,17 +128,8 @@ def _recorded(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves of a nest, and how they are nested.
-
-    Raises:
-        InputError: if it holds itself.
-    """
-    try:
-        leaves, spec = of_torch.tree_flatten(tree)
-    except RecursionError as error:
-        raise InputError(
-            f"a nest with an end was expected, got {kind_of(tree)} that holds itself. Pass what is needed of it"
-        ) from error
+    """Return the leaves of a nest, and how they are nested."""
+    leaves, spec = of_torch.tree_flatten(tree)
     recorded = _recorded(tree, leaves, spec)
     return (leaves, spec) if recorded is tree else of_torch.tree_flatten(recorded)
 

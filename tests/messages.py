@@ -609,7 +609,7 @@ MESSAGES = (
     ),
     Message(
         MutationError,
-        "Pass it once",
+        "Let func reach it in one way",
         "sets something in a list that is passed to it twice",
         "return what it sets as aux",
         lambda: jac(lambda x, a, b: (a.append(1), b.append(2), x)[2], x, *[[]] * 2),

@@ -113,7 +113,7 @@ class CallLayout:
             constants = {index: flat[index] for index in self.constants}
         settable = None
         if self.is_settable or (kwargs and is_settable(kwargs.values())):
-            settable = SettableArguments(args, kwargs, constants.values())
+            settable = SettableArguments(args, kwargs, constants.values(), self.func)
         return Keywords(kwargs, constants, settable=settable) if constants or settable else kwargs
 
     def fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

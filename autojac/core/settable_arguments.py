@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,8 @@ class NestCopies:
         self._original_place: dict[int, Any] = {}
         self._pair(originals, copies)
         self._held = Snapshot([copy for copy, _ in self._pairs if id(copy) in self._original_place])
+        self._originals = Snapshot(list(self._original_place.values()))
+        self._copies_of = Counter(map(id, self._original_place.values()))
 
     def _pair(self, original: Any, copy: Any) -> None:
         if original is copy or type(copy) in SCALARS or id(copy) in self._original:
@@ -66,18 +68,31 @@ class NestCopies:
         """Return the places and keys of what func has set in the copies; the key is None where a place has no keys.
 
         Raises:
-            MutationError: if it has set something in two copies of the same object.
+            MutationError: if it has set something in one of several copies of an object, which the others don't show.
         """
         found = [(place, key) for place, key in self._held.differences() if id(place) in self._original_place]
-        known: dict[int, int] = {}
         for place, _ in found:
             original = self._original_place[id(place)]
-            if known.setdefault(id(original), id(place)) != id(place):
-                raise MutationError(
-                    f"func sets something in a {type(original).__name__} that is passed to it twice, in both places. "
-                    "Pass it once, or let func return what it sets as aux with has_aux=True"
-                )
+            if self._copies_of[id(original)] > 1:
+                raise _found_twice(original)
         return found
+
+    def require_alone(self, others: Callable[[], Iterable[Any]]) -> None:
+        """Check that what func has set something in is reached in no other way, where it is no copy.
+
+        Args:
+            others: returns the places that func reaches otherwise.
+
+        Raises:
+            MutationError: if it is.
+        """
+        touched = [self._original_place[id(place)] for place, _ in self.changes()]
+        touched += [place for place in self._originals.changed() if id(place) in self._copies_of]
+        if touched:
+            known = {id(place) for place in others()}
+            for original in touched:
+                if id(original) in known:
+                    raise _found_twice(original)
 
     def write_back(self) -> None:
         """Set in the originals what func has set in the copies."""
@@ -101,6 +116,13 @@ class NestCopies:
         return pytree.tree_unflatten([known.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
+def _found_twice(place: Any) -> MutationError:
+    return MutationError(
+        f"func sets something in a {type(place).__name__} that is passed to it twice, or passed and held by func as "
+        "well, one of them as a copy. Let func reach it in one way, or return what it sets as aux with has_aux=True"
+    )
+
+
 @contextmanager
 def written_back(originals: Any, copies: Any) -> Iterator[None]:
     """Set in nests what is set in copies of them inside; nothing if that raises."""
@@ -118,14 +140,18 @@ class SettableArguments:
     Args:
         args, kwargs: of the call.
         objects: those that evaluations get themselves, and no copy of.
+        func: the function.
 
     Attributes:
         are_changed: an evaluation has set something.
         are_kept: what evaluations set stays.
     """
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], objects: Iterable[Any]) -> None:
+    def __init__(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], objects: Iterable[Any], func: Callable[..., Any]
+    ) -> None:
         self._args = tuple(args)
+        self._func = func
         self._objects = [*objects, *kwargs.values()]
         self.are_changed = False
         self.are_kept = False
@@ -134,12 +160,17 @@ class SettableArguments:
     def _places(self) -> list[Any]:
         return reached_from(self._objects)[0]
 
+    def _others(self) -> list[Any]:
+        """Return the places that func reaches by no positional nest."""
+        return [*self._places, *Snapshot(captures(self._func).places).places]
+
     @contextmanager
     def evaluation(self, copies: Sequence[Any]) -> Iterator[None]:
         """Evaluate func on copies of the positional arguments, and on the others themselves."""
         pairs, held = NestCopies(self._args, tuple(copies)), Snapshot(self._places)
         try:
             yield
+            pairs.require_alone(self._others)
         except BaseException:
             held.restore()
             raise

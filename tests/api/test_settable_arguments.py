@@ -439,3 +439,43 @@ def test_an_error_of_func_leaves_arguments_as_they_were() -> None:
     with pytest.raises(KeyError, match="later"):
         estimated(func)(X, log)
     assert log["calls"] == []
+
+
+HELD: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("is_set_as_passed", [True, False])
+@pytest.mark.parametrize(
+    ("passed", "found"),
+    [
+        (lambda d: ((d, d), {}), lambda other: other[0]),
+        (lambda d: (({"a": [d]}, d), {}), lambda other: other[0]),
+        (lambda d: ((d, Plain(t=d)), {}), lambda other: other[0].t),
+        (lambda d: ((d,), {"other": d}), lambda other: other[0]),
+        (lambda d: ((d,), {}), lambda other: HELD["d"]),
+    ],
+    ids=["twice", "in a nest", "in an object", "by keyword", "held by func"],
+)
+def test_what_is_found_in_two_ways_is_set_in_neither(passed: Any, found: Any, is_set_as_passed: bool) -> None:
+    def func(x: Tensor, d: Any, *more: Any, other: Any = None) -> Tensor:
+        d = d["a"][0] if "a" in d else d
+        same = found((*more, other) if more else (other,))
+        (d if is_set_as_passed else same)["n"] += 1
+        return x.sin() * (same if is_set_as_passed else d)["n"]
+
+    counts = HELD["d"] = {"n": 0}
+    args, kwargs = passed(counts)
+    jac = estimated(func)
+    for _ in range(2):
+        with pytest.raises(MutationError, match="passed to it twice, or passed and held"):
+            jac(X, *args, **kwargs)
+        assert counts == {"n": 0}
+    assert len(jac._plans) == 0
+
+
+def test_what_is_found_in_two_ways_and_only_read_is_served() -> None:
+    log: dict[str, Any] = {"calls": []}
+    held = HELD["d"] = {"w": T}
+    jac = estimated(lambda x, a, b, c: (c["calls"].append(1), (x * a["w"]).sin() * b["w"] * HELD["d"]["w"])[1])
+    jac(X, held, held, log)
+    assert log["calls"] == [1]

@@ -76,8 +76,11 @@ def supported(kind: type[Method], func: Any, args: Any, **options: Any) -> list[
     return results
 
 
-def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
-    """Equal shapes, dtypes and numbers, up to `rtol` of the largest; entries that are not finite in either are left."""
+def compare(actual: Any, expected: Any, rtol: float = 1e-10, least: float = 1e-12) -> None:
+    """Equal shapes, dtypes and numbers, up to `rtol` of the largest, which counts as `least` at the least.
+
+    Entries that are not finite in either are left.
+    """
     ours, right = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
     assert len(ours) == len(right)
     for one, other in zip(ours, right, strict=True):
@@ -86,7 +89,7 @@ def compare(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
         both = torch.isfinite(one) & torch.isfinite(other)
         scale = float(torch.where(both, other, 0).detach().abs().amax()) if other.numel() else 0.0
         torch.testing.assert_close(
-            torch.where(both, one, 0), torch.where(both, other, 0), rtol=rtol, atol=rtol * max(scale, 1e-12)
+            torch.where(both, one, 0), torch.where(both, other, 0), rtol=rtol, atol=rtol * max(scale, least)
         )
 
 

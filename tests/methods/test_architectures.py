@@ -85,7 +85,8 @@ def check_right(drawn: Architecture) -> None:
     made = drawn.make()
     expected = expected_of(made)
     with calm(made):
-        compare(jacobian_of(made)(*made.args, **made.kwargs), expected)
+        # where all derivatives vanish, what is left of terms of size one that cancel is their rounding
+        compare(jacobian_of(made)(*made.args, **made.kwargs), expected, least=1e-6)
 
 
 @given(architectures())

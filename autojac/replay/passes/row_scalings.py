@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from autojac.replay.passes import activation_slopes
 from autojac.replay.passes.editor import Editor, aten, sweep
 from autojac.replay.passes.node_facts import has_entries, narrowed
 
 RANK = 76
 SLOPES = {aten.tanh_backward.default, aten.sigmoid_backward.default}
+PRECISE = (torch.float32, torch.float64)
+"""Types whose range holds products of two weights; those of half precision may vanish or overflow."""
 LEAST_ENTRIES = 2**13
 """Of what is multiplied: below, the product of weights costs more than it brings."""
 
@@ -29,7 +32,8 @@ class Scaled(NamedTuple):
 def row_scalings(graph: fx.Graph) -> None:
     """Compute slope @ (c[:, None] * W) for (c * slope) @ W, and one product for several such c with one slope.
 
-    So the Jacobian of two layers is a single product of the slopes with what the weights make of each other.
+    So the Jacobian of two layers is a single product of the slopes with what the weights make of each other. Slopes of
+    activations alone: factors of any size might be what keeps a product of weights within the range of its type.
     """
     slopes: Slopes = {}
 
@@ -100,11 +104,13 @@ def _scaled(editor: Editor, at: fx.Node, node: Any, slopes: Slopes) -> Scaled | 
     if not has_entries(node) or not editor.free(node) or node.target not in {aten.mul.Tensor, *SLOPES}:
         return None
     value = node.meta["value"]
-    if value.numel() < LEAST_ENTRIES or 2 * at.meta["value"].size(-1) > value.size(-2) or not value.is_floating_point():
+    if value.numel() < LEAST_ENTRIES or 2 * at.meta["value"].size(-1) > value.size(-2) or value.dtype not in PRECISE:
         return None
     pairs = [node.args] if node.target in SLOPES else [node.args, node.args[::-1]]
     for row, own in pairs:
         if not (has_entries(row) and has_entries(own) and own.meta["value"].shape == value.shape[-2:]):
+            continue
+        if node.target is aten.mul.Tensor and own.target not in {*SLOPES, *activation_slopes.SLOPES}:
             continue
         if not row.meta["value"].dtype == own.meta["value"].dtype == value.dtype:
             continue

@@ -46,7 +46,7 @@ from autojac.errors import (
     UnsupportedError,
     VerificationError,
 )
-from autojac.planning.pinned import pin
+from autojac.planning.pinned_plans import pin
 from autojac.sparse.csr import to_scipy
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from autojac.core.structure import KEEPS, Structure
 from autojac.errors import InputError, UnsupportedError, counted, kind_of
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
+from autojac.planning.isolation import undisturbed
 from autojac.planning.plans_in_use import PlansInUse
-from autojac.planning.undisturbed import undisturbed
 
 
 class VectorNest(NamedTuple):

@@ -13,12 +13,12 @@ from autojac.errors import PlanMissError
 from autojac.methods.base import Method, build, build_if_known
 from autojac.planning.call import Call
 from autojac.planning.explain import rank_correlation
+from autojac.planning.isolation import undisturbed
 from autojac.planning.planner import Planner
 from autojac.planning.search import measure
 from autojac.planning.search.finals import Comparison
 from autojac.planning.search.space import default_methods
 from autojac.planning.search.trial import SearchPoint, SearchSession
-from autojac.planning.undisturbed import undisturbed
 from autojac.problem.empty_events import without_empty_parts
 
 RIVALS = 6

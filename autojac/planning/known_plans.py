@@ -10,7 +10,7 @@ from autojac.core.signature import Signature, bucket
 from autojac.errors import PlanMissError
 from autojac.methods.base import Method, build_if_known
 from autojac.planning.first_call import FirstCallReport
-from autojac.planning.pinned import pinned_store
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.plan_repository import Keys, PlanRepository
 from autojac.planning.same_code import hint_for
 

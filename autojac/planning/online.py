@@ -15,12 +15,12 @@ from autojac.graph.analysis import GraphAnalysis
 from autojac.methods.base import Method
 from autojac.planning.call import Call, not_overwritten
 from autojac.planning.exploration import Exploration
+from autojac.planning.isolation import undisturbed
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.planning.search.optimize import result_of
 from autojac.planning.search.trial import SearchPoint
-from autojac.planning.undisturbed import undisturbed
 from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 

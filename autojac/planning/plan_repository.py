@@ -22,7 +22,7 @@ from autojac.core.product_functions import ComposedFunction
 from autojac.core.signature import Signature
 from autojac.guards.captures import fingerprint
 from autojac.methods.base import Method, build_if_known
-from autojac.planning.pinned import pinned_store
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.search import calibrate
 from autojac.planning.search.corrections import corrections_from
 from autojac.problem.machine import DEFAULT, Machine

@@ -24,8 +24,9 @@ from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
 from autojac.planning.exploration import Exploration
 from autojac.planning.first_call import FirstCallReport
+from autojac.planning.isolation import nested, undisturbed
 from autojac.planning.known_plans import KnownPlans
-from autojac.planning.pinned import pinned_store
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
@@ -33,7 +34,6 @@ from autojac.planning.room import require_room
 from autojac.planning.search import measure, optimize
 from autojac.planning.search.optimize import PriorKnowledge, SearchResult
 from autojac.planning.search.trial import SearchPoint
-from autojac.planning.undisturbed import nested, undisturbed
 from autojac.probe import ProbeResult
 from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.machine import DEFAULT

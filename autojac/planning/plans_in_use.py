@@ -21,7 +21,7 @@ from autojac.methods.base import build
 from autojac.planning.call import Call, CallKey
 from autojac.planning.fast_path import no_fast_path
 from autojac.planning.online import explore
-from autojac.planning.pinned import pinned_store
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.planning.same_code import note_plan

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.nested import NestedPulls
 from autojac.autodiff.pullback import Pullback, gradient
+from autojac.autodiff.reverse_over_reverse import NestedPulls
 from autojac.autodiff.tolerance import disagreement, largest
 from autojac.core.autocast import outside_autocast
 from autojac.core.sandbox import Sandbox

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff import seeds
-from autojac.autodiff.nested import NestedPulls, functional_term
 from autojac.autodiff.pullback import Pullback
+from autojac.autodiff.reverse_over_reverse import NestedPulls, functional_term
 from autojac.autodiff.seeds import SeedKind, SharedSeeds
 from autojac.methods.support.engines import Engine, Pulls
 from autojac.problem.layouts import from_blocks, own_coordinate, own_coordinates, own_sample

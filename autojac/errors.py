@@ -26,7 +26,7 @@ def kind_of(value: Any) -> str:
     return f"{'an' if name.lower().startswith((*'aeiou', 'nd')) else 'a'} {name}"
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """Return a number and its noun: "1 argument", "2 arguments"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Unpack
 import torch
 
 from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
-from autojac.api.low_rank_factors import LowRankJacobian, factored, require_one, without_sharing
+from autojac.api.low_rank_factors import LowRankJacobian, prepare_factors, require_one, without_sharing
 from autojac.api.method_plans import MethodPlans
 from autojac.api.over_batch_axes import OverBatchAxes
 from autojac.core.autocast import outside_autocast
@@ -231,7 +231,7 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
                 require_one(plan.problem)
                 return without_sharing(plan.problem, result.jacobians[0][0])
             if plan.factors is None:
-                plan.factors = factored(plan.problem)
+                plan.factors = prepare_factors(plan.problem)
             with leaving_in_arguments(plan, described), outside_autocast():
                 factors: LowRankJacobian = plan.factors(described.leaves, described.keywords)
             return factors

@@ -20,7 +20,7 @@ from autojac.core import pytree
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.options import parse_bytes
 from autojac.core.product_functions import SampleWindow, WeightedOutput
-from autojac.errors import InputError, OptionError, counted, kind_of
+from autojac.errors import InputError, OptionError, kind_of, plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,7 +194,7 @@ def _checked_targets(
     flat = [value for value in pytree.tree_leaves(out) if value is not None]
     if len(flat) != len(wanted):
         raise InputError(
-            f"out was expected to hold {counted(len(wanted), 'tensor')} or arrays, one per Jacobian, got {len(flat)}. "
+            f"out was expected to hold {plural(len(wanted), 'tensor')} or arrays, one per Jacobian, got {len(flat)}. "
             "Nest them as J is nested"
         )
     return [_target(*each) for each in zip(flat, wanted, dtypes, strict=True)]

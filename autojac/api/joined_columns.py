@@ -11,10 +11,10 @@ from torch import Tensor
 from autojac.api.autojacobian import AutoJacobian
 from autojac.autodiff.derivative_terms import Terms
 from autojac.core.batch_axes import AUTO
-from autojac.core.joined_arguments import JoinedArguments, joined
+from autojac.core.joined_arguments import JoinedArguments, join_columns
 from autojac.core.options import Options
 from autojac.core.plan import Effort, Plan
-from autojac.errors import InputError, OptionError, counted, kind_of
+from autojac.errors import InputError, OptionError, kind_of, plural
 from autojac.guards.compiled_functions import original
 from autojac.planning.plan_repository import function_name
 
@@ -98,7 +98,7 @@ class JoinedColumns:
         assert isinstance(positions, tuple)
         if len(args) <= max(positions):
             keyword = next((name for name in self.names if name in kwargs), None)
-            what = f"{keyword!r} as a keyword" if keyword else counted(len(args), "argument")
+            what = f"{keyword!r} as a keyword" if keyword else plural(len(args), "argument")
             raise InputError(
                 f"derivatives by columns of {', '.join(self.names)} expect these by position, got {what}. Pass them "
                 "as tensors in func's order"
@@ -122,7 +122,7 @@ class JoinedColumns:
         known = self._wrappers.get((key, len(args)))
         if known is None:
             known = self._wrappers[key, len(args)] = self._wrapper([tuple(x.shape[1:]) for x in inputs], len(args))
-        return known, (joined(inputs), *others)
+        return known, (join_columns(inputs), *others)
 
     def _wrapper(self, events: Sequence[tuple[int, ...]], count: int) -> AutoJacobian:
         positions, in_dims = self.options.argnums, self.options.in_dims
@@ -144,7 +144,7 @@ class JoinedColumns:
             if (named.column is None and width != 1) or (named.column or 0) >= width:
                 raise InputError(
                     f"the derivative by {named} was asked for, but a sample of {named.argument!r} has "
-                    f"{counted(width, 'column')}, counted from 0. Name one that there is, as ({named.argument!r}, 0)"
+                    f"{plural(width, 'column')}, counted from 0. Name one that there is, as ({named.argument!r}, 0)"
                 )
             return starts[named.argument] + (named.column or 0)
 

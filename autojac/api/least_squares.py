@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autojac.api.inversion import MARGIN
 from autojac.api.linalg import HALVES, NAMED, refusal
-from autojac.autodiff.implicit import corrected
-from autojac.errors import SearchError, SingularJacobianError, counted
+from autojac.autodiff.implicit import attach_implicit_derivative
+from autojac.errors import SearchError, SingularJacobianError, plural
 from autojac.sparse.csr import Entries
 
 Times = Callable[[Tensor], Tensor]
@@ -215,7 +215,7 @@ def sparse_least_squares(entries: Entries, values: Tensor, residual: Tensor, dam
         start = right.new_zeros(columns)
         for _ in range(2):
             start = start - solve(error(held, right, damping.detach(), start))
-    return corrected(start, error(values, residual, damping, start), solve)
+    return attach_implicit_derivative(start, error(values, residual, damping, start), solve)
 
 
 def _singular(found: np.ndarray[Any, Any], samples: int) -> SingularJacobianError:
@@ -264,7 +264,7 @@ def matrix_free_least_squares(times: Times, back: Times, residual: Tensor, dampi
         else:
             found = _conjugate_gradients(times, back, -r, None, shift, size)
     if torch.is_grad_enabled():
-        found = corrected(found, error(found, residual, damping), solve)
+        found = attach_implicit_derivative(found, error(found, residual, damping), solve)
     return -back(found) if wide else found
 
 
@@ -296,5 +296,5 @@ def _conjugate_gradients(
     named = f"{', '.join(map(str, poor[:NAMED]))}{', ...' * (len(poor) > NAMED)}"
     raise SearchError(
         f"conjugate gradients were expected to converge in {MOST_STEPS * size} steps, but did not in "
-        f"{counted(len(poor), 'system')} ({named}). Pass damping, or raise memory_limit to have the Jacobian formed"
+        f"{plural(len(poor), 'system')} ({named}). Pass damping, or raise memory_limit to have the Jacobian formed"
     )

@@ -12,7 +12,7 @@ from autojac.api.autojacobian import AutoJacobian
 from autojac.api.derivatives import Derivatives
 from autojac.api.joined_columns import JoinedColumns
 from autojac.core import pytree
-from autojac.core.settable_arguments import written_back
+from autojac.core.settable_arguments import write_back_copies
 from autojac.errors import OutputError, kind_of
 
 
@@ -41,7 +41,7 @@ class LossOfDerivatives(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         own = pytree.tree_map_only(Tensor, lambda x: x.squeeze(0), args)
-        with written_back(args, own):
+        with write_back_copies(args, own):
             return self.value(*own).unsqueeze(0)
 
     def value(self, x: Any, *rest: Any) -> Tensor:

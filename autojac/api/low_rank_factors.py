@@ -58,7 +58,7 @@ class LowRankJacobian(NamedTuple):
         return local + self.U @ moved
 
 
-def factored(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], LowRankJacobian]:
+def prepare_factors(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], LowRankJacobian]:
     """Return what computes the factors for one kind of call, whose samples meet in shared statistics.
 
     Raises:

@@ -18,10 +18,10 @@ from autojac.core.module_function import ModuleFunction
 from autojac.core.nests import is_differentiable
 from autojac.core.pattern import Sparsity
 from autojac.core.structure import KEEPS, Structure
-from autojac.errors import InputError, UnsupportedError, counted, kind_of
+from autojac.errors import InputError, UnsupportedError, kind_of, plural
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
-from autojac.planning.isolation import undisturbed
+from autojac.planning.isolation import isolate_planning
 from autojac.planning.plans_in_use import PlansInUse
 
 
@@ -117,7 +117,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
     with outside_inference_mode(args, kwargs) as arguments, plans.lock:
         call = plans.describe(*arguments)
         trained, call = call.trained, call.without_grad().detached()
-        with undisturbed(call, trained):
+        with isolate_planning(call, trained):
             report = planner.builder.inspect(call)
             layout = call.layout
             undeclared = len(layout.axes) > 1 and AUTO in layout.axes
@@ -210,7 +210,7 @@ def checked_vectors(
         flat = nest.flat(vectors)
     except ValueError as error:
         raise InputError(
-            f"{name} was expected in the nest of {what}, {counted(len(wanted), 'tensor')}, got {kind_of(vectors)} that "
+            f"{name} was expected in the nest of {what}, {plural(len(wanted), 'tensor')}, got {kind_of(vectors)} that "
             f"differs: {str(error).rstrip('.')}. Pass one tensor for each of them, nested alike"
         ) from error
     for tensor in flat:

@@ -26,7 +26,7 @@ from autojac.core import pytree
 from autojac.core.call import describe
 from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, ProductFunction, WeightedOutput
-from autojac.errors import OptionError, UnsupportedError, counted
+from autojac.errors import OptionError, UnsupportedError, plural
 from autojac.planning.call import describe_keywords
 
 LAST = {"jvp": "v", "hvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
@@ -267,7 +267,7 @@ def apart_from_own(method: str | None, kwargs: Mapping[str, Any]) -> tuple[dict[
 def without_last(args: tuple[Any, ...], what: str) -> tuple[tuple[Any, ...], Any]:
     if len(args) < 2:
         raise OptionError(
-            f"{what} expects func's positional arguments and at last a vector, got {counted(len(args), 'argument')}. "
+            f"{what} expects func's positional arguments and at last a vector, got {plural(len(args), 'argument')}. "
             f"Pass both, as in jac.{what}(x, {LAST[what]})"
         )
     return args[:-1], args[-1]

@@ -15,7 +15,7 @@ from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs
 from autojac.autodiff.open_modes import hooked, transforming
-from autojac.autodiff.pullback import accumulate_gradients, backward, pulled_back
+from autojac.autodiff.pullback import accumulate_gradients, backward, pull_back
 from autojac.core import pytree
 from autojac.core.call import describe
 from autojac.core.module_function import ModuleFunction
@@ -23,7 +23,7 @@ from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan
 from autojac.core.ranks import several
 from autojac.core.sandbox import without_hooks
-from autojac.core.settable_arguments import reached_from, written_back
+from autojac.core.settable_arguments import find_settable_places, write_back_copies
 from autojac.errors import InputError, SearchError, UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
@@ -130,7 +130,7 @@ class TrainingStep:
         try:
             # hooks see what arrives at a parameter, once
             lifted = _lifted(args)
-            with torch.no_grad(), self._without_hooks(whole), written_back(args, lifted):
+            with torch.no_grad(), self._without_hooks(whole), write_back_copies(args, lifted):
                 value, gradients = whole.value_and_jacobian(*lifted)
                 targets = self._targets(whole, args)
         except (SearchError, UnsupportedError) as error:
@@ -176,7 +176,7 @@ class TrainingStep:
             return "several ranks reduce gradients in their own backward"
         if hooked() or transforming():
             return "a transform, or hooks on saved tensors, are to see the backward"
-        if any(tensor.requires_grad for tensor in reached_from(args)[1]):
+        if any(tensor.requires_grad for tensor in find_settable_places(args)[1]):
             return "an argument requires grad, which a backward would reach besides the parameters"
         if self._whole is None and self._stray():
             return "tensors outside of all modules require grad: make them parameters of a module to plan with them"
@@ -234,7 +234,7 @@ class TrainingStep:
         if at not in self._reached:
             with plan.sandbox():
                 pullback = record_pullback(plan.problem, call.leaves, call.keywords, False)
-                found = pulled_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
+                found = pull_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
             # the plan is kept, so that its id stays its own
             self._reached = {at: (plan, [gradient is not None for gradient in found])}
         self._known = [pair for pair, has in zip(named.items(), self._reached[at][1], strict=True) if has]

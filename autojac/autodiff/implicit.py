@@ -37,7 +37,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
         )
 
 
-def corrected(solution: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+def attach_implicit_derivative(solution: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a solution d of A d = b with its derivative, which is that of d - A⁻¹ (A d - b) for d and A⁻¹ held still.
 
     Args:

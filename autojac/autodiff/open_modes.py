@@ -67,7 +67,7 @@ def is_observed() -> bool:
     return capturing or hooked() or is_profiling() or bool(function_modes() or dispatch_modes())
 
 
-def saved_tensors_apart() -> AbstractContextManager[Any]:
+def isolate_saved_tensors() -> AbstractContextManager[Any]:
     """Keep a caller's hooks on saved tensors, such as checkpointing's, from seeing what an evaluation saves."""
     if not hooked():
         return nullcontext()

@@ -17,7 +17,7 @@ from torch import Tensor
 from autojac.autodiff.open_modes import forward_lock, in_one_thread
 from autojac.autodiff.zero_tangents import without_loading_compiler
 from autojac.guards.escapes import without_data
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.torch_internals import (
     forward_grad_enabled,
     load_forward_decompositions,
@@ -80,7 +80,7 @@ def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def load_forward_rules() -> None:
     """Load torch's forward-mode decompositions, which warn that they are scripted, before a user's call does."""
-    with unwarned():
+    with ignore_warnings():
         load_forward_decompositions()
 
 

@@ -222,7 +222,7 @@ def gradient(scalar: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
         )
 
 
-def pulled_back(
+def pull_back(
     outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return VJPs of outputs that exist already; None for a source that they don't depend on. The graph is kept."""

@@ -104,7 +104,7 @@ def _along(fn: Callable[[Tensor], Tensor], column: int, independent: bool) -> Ca
         (value,), pull = functional_vjp(lambda x: (fn(x),), (source,))
         batch, event = len(value), tuple(value.shape[1:])
         if independent:
-            rows = vmap(lambda seed: pull((seed,))[0])(seeds.shared(event, batch, value))
+            rows = vmap(lambda seed: pull((seed,))[0])(seeds.shared_seeds(event, batch, value))
             found = rows.reshape(len(rows), batch, -1)[..., column].movedim(0, 1)
         else:
             count = value.numel()

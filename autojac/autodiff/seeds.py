@@ -27,7 +27,7 @@ def size(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def shared(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
+def shared_seeds(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
     """Return all one-hot seeds of an event, each for every sample: (k, B, *event), a view of k × k numbers."""
     count = size(event_shape)
     eye = torch.eye(count, dtype=like.dtype, device=like.device)
@@ -41,10 +41,10 @@ class SharedSeeds:
         self._made: dict[int, Tensor] = {}
 
     def __call__(self, index: int, event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
-        """Return `shared(event_shape, batch, like)`, kept under `index`."""
+        """Return `shared_seeds(event_shape, batch, like)`, kept under `index`."""
         made = self._made.get(index)
         if made is None or made.dtype != like.dtype or made.device != like.device:
-            made = shared(event_shape, batch, like)
+            made = shared_seeds(event_shape, batch, like)
             setattr(made, LASTING, True)
             self._made[index] = made
         return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.bench.workloads import Func, Workload, moved_to
+from autojac.bench.workloads import Func, Workload, move_to
 
 ROWS_LIMIT = 4096
 """Rows of the whole batch's Jacobian that a way may pull one by one: seconds per call."""
@@ -45,15 +45,15 @@ def blocks_of(whole: Tensor, x: Tensor) -> Tensor:
 
 
 def whole_batch(vectorize: bool) -> Callable[[Func], Run]:
-    return lambda func: lambda x: blocks_of(differentiated(func, x, vectorize), x)
+    return lambda func: lambda x: blocks_of(differentiate(func, x, vectorize), x)
 
 
 def of_the_sum(vectorize: bool) -> Callable[[Func], Run]:
     """Return the forum's trick: rows of the sum over samples are rows of every sample, if samples are independent."""
-    return lambda func: lambda x: differentiated(lambda z: func(z).sum(0), x, vectorize).movedim(-x.dim(), 0)
+    return lambda func: lambda x: differentiate(lambda z: func(z).sum(0), x, vectorize).movedim(-x.dim(), 0)
 
 
-def differentiated(func: Func, x: Tensor, vectorize: bool) -> Tensor:
+def differentiate(func: Func, x: Tensor, vectorize: bool) -> Tensor:
     J: Any = jacobian(func, x, vectorize=vectorize)
     assert isinstance(J, Tensor)
     return J
@@ -151,7 +151,7 @@ def reference(workload: Workload, func: Func, x: Tensor) -> Tensor:
 
     Coupled samples take every row of the whole batch, many at a time; of independent ones the sum will do.
     """
-    exact, point = moved_to(func, x.device, torch.float64), x.double()
+    exact, point = move_to(func, x.device, torch.float64), x.double()
     if workload.kind == "parameters":
         return flat_parameters(parameter_loop(exact)(point)).to(x.dtype)
     if workload.kind != "coupled":

@@ -56,7 +56,7 @@ def _evaluate(self: CallLayout, leaves: Sequence[Tensor], kwargs: Mapping[str, A
 
 
 @contextmanager
-def counted_evaluations() -> Iterator[list[None]]:
+def count_evaluations() -> Iterator[list[None]]:
     """Count how often autojac evaluates functions, which are what they were: nothing keeps them from being recorded.
 
     A replay of what was recorded is no evaluation.
@@ -73,7 +73,7 @@ def cold_call(workload: str, options: dict[str, Any]) -> dict[str, float]:
     load_everything()
     func, x = WORKLOADS[workload].make()
     store = autojac.PlanStore(":memory:")
-    with counted_evaluations() as evaluations:
+    with count_evaluations() as evaluations:
         spent = _spent(lambda: autojac.AutoJacobian(func, store=store, **options)(x))
     return {**spent, "evaluations": len(evaluations)}
 

@@ -15,7 +15,7 @@ GROWN = ("sin", "mlp-2-16-2")
 BATCHES = (100, 1_000, 10_000, 100_000, 1_000_000)
 
 
-def grown(settings: Settings, workload: Workload, batch: int) -> BenchResult:
+def race_grown(settings: Settings, workload: Workload, batch: int) -> BenchResult:
     """Race one workload with another number of samples, at effort `quick`: what compilers gain is told elsewhere."""
     other = dataclasses.replace(workload, name=f"{workload.name} at {batch}", batch=batch)
     settings = dataclasses.replace(settings, effort="quick", rounds=min(settings.rounds, 7))
@@ -24,7 +24,7 @@ def grown(settings: Settings, workload: Workload, batch: int) -> BenchResult:
 
 def growth_cases() -> dict[str, Callable[[Settings], BenchResult]]:
     return {
-        f"{name} at {batch}": partial(grown, workload=WORKLOADS[name], batch=batch)
+        f"{name} at {batch}": partial(race_grown, workload=WORKLOADS[name], batch=batch)
         for name in GROWN
         for batch in BATCHES
     }

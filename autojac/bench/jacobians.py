@@ -13,7 +13,7 @@ import autojac
 from autojac.bench.baselines import DEFAULT, PARAMETER_WAYS, WAYS, flat_parameters, reference
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome, fastest
 from autojac.bench.roofline import least_seconds
-from autojac.bench.run import Entrant, Settings, admitted, at_rest, raced_with_best
+from autojac.bench.run import Entrant, Settings, admit, at_rest, race_with_best
 from autojac.bench.workloads import Func, Workload
 
 OWN = "autojac"
@@ -26,7 +26,7 @@ PAYS = "calls until the search has paid"
 View = Callable[[Any], Tensor]
 
 
-def wrapped(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
+def wrap(func: Func, settings: Settings, **options: Any) -> autojac.AutoJacobian:
     """Return the wrapper that a benchmark tunes."""
     return autojac.AutoJacobian(func, **settings.planning(), **options)
 
@@ -36,7 +36,7 @@ def wrapper_of(workload: Workload, func: Func, settings: Settings) -> tuple[Call
     if workload.kind == "parameters":
         assert isinstance(func, nn.Module)
         return autojac.AutoJacobian.of_parameters(func, **settings.planning()), flat_parameters
-    return wrapped(func, settings), lambda J: J
+    return wrap(func, settings), lambda J: J
 
 
 def race_workload(workload: Workload, settings: Settings) -> BenchResult:
@@ -48,9 +48,9 @@ def race_workload(workload: Workload, settings: Settings) -> BenchResult:
         start = time.perf_counter()
         jac(x)
         first = time.perf_counter() - start
-        own = admitted(OWN, lambda: jac(x), truth, lambda: view(jac(x)))
+        own = admit(OWN, lambda: jac(x), truth, lambda: view(jac(x)))
         ways = list(torch_ways(workload, func, x, truth, view))
-        outcomes = raced_with_best([own], ways, x.device, settings, DEFAULT)
+        outcomes = race_with_best([own], ways, x.device, settings, DEFAULT)
         raced = [way.run for way, o in zip(ways, outcomes[1:], strict=True) if way.run is not None and o.samples]
         bound = least_seconds(raced, x, truth)
         plan = jac.plan(x)  # type: ignore[attr-defined]
@@ -93,4 +93,4 @@ def torch_ways(workload: Workload, func: Func, x: Tensor, truth: Tensor, view: V
 
 
 def _checked(name: str, compute: Callable[[Tensor], Any], x: Tensor, truth: Tensor, view: View) -> Entrant:
-    return admitted(name, lambda: compute(x), truth, lambda: view(compute(x)))
+    return admit(name, lambda: compute(x), truth, lambda: view(compute(x)))

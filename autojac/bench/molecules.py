@@ -62,7 +62,7 @@ def packed_molecules(settings: Settings) -> BenchResult:
     error = disagreement(as_dense(hessian(positions)), blocks)
     until = measure.clock.now() + settings.race_s
     runs = [loop, lambda: hessian(positions)]
-    first, second = measure.interleaved(runs, positions.device, settings.shortest_s, ROUNDS, until)
+    first, second = measure.time_interleaved(runs, positions.device, settings.shortest_s, ROUNDS, until)
     by_hand = Outcome("a loop over the molecules", "right").raced(first)
     state: State = "right" if error is None else "wrong"
     packed = Outcome("sparse", state, reason=None if error is None else f"off by {error:.2g}").raced(second)

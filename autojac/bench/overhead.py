@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import autojac
-from autojac.bench.jacobians import wrapped
+from autojac.bench.jacobians import wrap
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome
 from autojac.bench.run import Settings, at_rest, in_fresh_process
 from autojac.bench.workloads import WORKLOADS, Workload
@@ -62,7 +62,7 @@ def cached_call(settings: Settings, workload: Workload) -> BenchResult:
 
 def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     func, x = workload.make(settings.device)
-    jac = wrapped(func, dataclasses.replace(settings, effort="estimate"))
+    jac = wrap(func, dataclasses.replace(settings, effort="estimate"))
     entry, _ = jac._run((x,), {})
     spec = replay("loop")
     entry.plan = dataclasses.replace(entry.plan, method=spec)
@@ -72,7 +72,7 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
         jac(x)
     # a call that is found wrong gets another plan
     assert jac._run((x,), {})[0].compute is compute
-    replaying = served(compute)
+    replaying = find_replayer(compute)
     bound = replaying.bound
     assert bound is not None
     captured = bound.captured if bound.kept is None else bound.kept()
@@ -80,10 +80,10 @@ def _called(workload: Workload, settings: Settings) -> list[list[float]]:
     shortest, rounds = settings.shortest_s / FINER, FINER * settings.rounds
     until = measure.clock.now() + settings.race_s
     runs = [lambda: jac(x), lambda: forward(x, *captured), steady]
-    return measure.interleaved(runs, x.device, shortest, rounds, until)
+    return measure.time_interleaved(runs, x.device, shortest, rounds, until)
 
 
-def served(compute: Compute) -> Replayer:
+def find_replayer(compute: Compute) -> Replayer:
     """Return what replays, after its first call.
 
     Raises:
@@ -105,8 +105,8 @@ def tracing(settings: Settings, engine: str, runs: int = STARTS) -> BenchResult:
         engine: of the recorded method.
         runs: processes.
     """
-    found = [in_fresh_process("overhead:traced", [BEFORE, DEEP], engine, settings.device) for _ in range(runs)]
-    cold = in_fresh_process("overhead:traced", [DEEP], engine, settings.device)[0]
+    found = [in_fresh_process("overhead:time_tracing", [BEFORE, DEEP], engine, settings.device) for _ in range(runs)]
+    cold = in_fresh_process("overhead:time_tracing", [DEEP], engine, settings.device)[0]
     figures = tuple(
         Figure(f"{which} signature, ms", 1e3 * statistics.median(seconds), bound)
         for which, bound, seconds in zip(("first", "second"), TRACE_MS, zip(*found, strict=True), strict=True)
@@ -115,7 +115,7 @@ def tracing(settings: Settings, engine: str, runs: int = STARTS) -> BenchResult:
     return BenchResult(f"tracing {DEEP} by {engine}", (), figures, facts)
 
 
-def traced(names: Sequence[str], engine: str, device: str = "cpu") -> list[float]:
+def time_tracing(names: Sequence[str], engine: str, device: str = "cpu") -> list[float]:
     """Time a replay's first call, with everything that is done once: guard, recording, simplifying, comparing.
 
     Args:
@@ -143,7 +143,7 @@ def _firsts(problems: Sequence[tuple[Any, Tensor]], engine: str) -> Iterator[flo
         compute((z,), {})
         measure.synchronize(z.device)
         yield time.perf_counter() - start
-        served(compute)
+        find_replayer(compute)
 
 
 def overhead_cases() -> dict[str, Callable[[Settings], BenchResult]]:

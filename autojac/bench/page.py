@@ -50,7 +50,7 @@ def write_page(report: Report, path: str | Path) -> Path:
 
     plots = [
         graph_objects.Figure(data, layout).to_html(full_html=False, include_plotlyjs=False)
-        for data, layout in plotted(report)
+        for data, layout in make_plots(report)
     ]
     parts = [f"<h1>autojac bench</h1><p>{escape(heading(report))}</p>", *plots, *map(_table, sheets(report))]
     head = f'<meta charset="utf-8"><title>autojac bench</title><style>{STYLE}</style><script>{get_plotlyjs()}</script>'
@@ -61,7 +61,7 @@ def write_page(report: Report, path: str | Path) -> Path:
     return target
 
 
-def plotted(report: Report) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def make_plots(report: Report) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Return the plots that a report has the numbers for, each as plotly's data and layout."""
     found = [_asked(report), *(_bars(report.of(suite), labels, title) for suite, labels, title in BARS)]
     found += [_roofline(report.of("jacobians")), _growth(report.of("growth"))]

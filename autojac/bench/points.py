@@ -59,7 +59,7 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> BenchResult:
     return BenchResult("points", (*pulls, *blocks), figures, facts)
 
 
-def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
+def measure_all(count: int, neighbours: int, store: str) -> dict[str, Any]:
     """Measure everything about one number of points, in this process."""
     func, x = cloud(count, neighbours)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def measured(count: int, neighbours: int, store: str) -> dict[str, Any]:
         again(x)
         found, source = time.perf_counter() - start, again.plan(x).source
         until = measure.clock.now() + RACE_S
-        table = measure.interleaved([lambda: vjp(func, x), lambda: jac(x)], x.device, 0.0, ROUNDS, until)
+        table = measure.time_interleaved([lambda: vjp(func, x), lambda: jac(x)], x.device, 0.0, ROUNDS, until)
         # what follows is timed again, apart from the rest of a first call
         start = time.perf_counter()
         structure = autojac.probe(func, x)
@@ -121,5 +121,7 @@ def _wrong(func: Neighbours, x: Tensor, blocks: Tensor) -> str | None:
 
 def _fresh(count: int, settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Any] = in_fresh_process("points:measured", count, NEIGHBOURS, str(Path(folder) / "store.db"))
+        found: dict[str, Any] = in_fresh_process(
+            "points:measure_all", count, NEIGHBOURS, str(Path(folder) / "store.db")
+        )
     return found

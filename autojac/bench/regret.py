@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from autojac.bench.baselines import reference
-from autojac.bench.jacobians import wrapped
+from autojac.bench.jacobians import wrap
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome
-from autojac.bench.run import Entrant, Settings, admitted, at_rest, first_line, raced
+from autojac.bench.run import Entrant, Settings, admit, at_rest, first_line, race_entrants
 from autojac.bench.workloads import Workload, of_kind
 from autojac.core.plan import Effort, expression
 from autojac.methods.base import Method
@@ -37,7 +37,7 @@ def race_candidates(workload: Workload, settings: Settings) -> BenchResult:
         chosen: dict[Effort, PreparedPlan] = {}
         efforts: tuple[Effort, ...] = ("quick",) if settings.quick else tuple(EFFORTS)
         for effort in efforts:
-            jac = wrapped(func, dataclasses.replace(settings, effort=effort, store=None))
+            jac = wrap(func, dataclasses.replace(settings, effort=effort, store=None))
             chosen[effort] = jac._run((x,), {})[0]
         entry = chosen["quick"]
         depth = DEPTHS["quick" if settings.quick else "measure"]
@@ -45,7 +45,7 @@ def race_candidates(workload: Workload, settings: Settings) -> BenchResult:
         plans = {str(found.plan): found for found in chosen.values()}
         entrants = [_entrant(name, found, x, truth) for name, found in plans.items()]
         entrants += [_candidate(n, m, entry, x, truth) for n, m in methods.items() if n not in plans]
-        timed = raced(entrants, x.device, settings, CANDIDATES_FAR, always=list(plans), left_out="slow")
+        timed = race_entrants(entrants, x.device, settings, CANDIDATES_FAR, always=list(plans), left_out="slow")
     outcomes = {entrant.outcome.name: entrant.outcome for entrant in timed}
     best = min((o.seconds or math.inf) for o in outcomes.values() if o.samples)
     figures = tuple(
@@ -59,7 +59,7 @@ def race_candidates(workload: Workload, settings: Settings) -> BenchResult:
 
 
 def _entrant(name: str, entry: PreparedPlan, x: Tensor, truth: Tensor) -> Entrant:
-    return admitted(name, _first_block(entry.compute, x), truth)
+    return admit(name, _first_block(entry.compute, x), truth)
 
 
 def _candidate(name: str, method: Method, entry: PreparedPlan, x: Tensor, truth: Tensor) -> Entrant:
@@ -70,7 +70,7 @@ def _candidate(name: str, method: Method, entry: PreparedPlan, x: Tensor, truth:
         compute = method.prepare(problem)
     except Exception as error:
         return Entrant(Outcome(name, "error", reason=first_line(error)))
-    return admitted(name, _first_block(compute, x), truth)
+    return admit(name, _first_block(compute, x), truth)
 
 
 def _first_block(compute: Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:

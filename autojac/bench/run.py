@@ -79,7 +79,7 @@ class Entrant:
     run: Run | None = None
 
 
-def admitted(name: str, run: Run, truth: Tensor, check: Callable[[], Tensor] | None = None) -> Entrant:
+def admit(name: str, run: Run, truth: Tensor, check: Callable[[], Tensor] | None = None) -> Entrant:
     """Check a way's numbers first, and time its second call.
 
     Args:
@@ -108,7 +108,7 @@ def first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {line}"[:300]
 
 
-def raced(
+def race_entrants(
     entrants: Sequence[Entrant],
     device: torch.device,
     settings: Settings,
@@ -126,7 +126,7 @@ def raced(
             first[name] = min(seconds, measure.once(runs[name], device))
     names = [name for name in first if name in always or first[name] <= far * best]
     until = measure.clock.now() + settings.race_s
-    table = measure.interleaved([runs[n] for n in names], device, settings.shortest_s, settings.rounds, until)
+    table = measure.time_interleaved([runs[n] for n in names], device, settings.shortest_s, settings.rounds, until)
     samples = dict(zip(names, table, strict=True))
     timed = []
     for entrant in entrants:
@@ -139,7 +139,7 @@ def raced(
     return timed
 
 
-def raced_with_best(
+def race_with_best(
     own: Sequence[Entrant], ways: Sequence[Entrant], device: torch.device, settings: Settings, default: str
 ) -> tuple[Outcome, ...]:
     """Race what is autojac's with the ways that may be the fastest, and the default; of others the first call counts.
@@ -150,7 +150,7 @@ def raced_with_best(
     best = min(first.values(), default=0.0)
     names = [entrant.outcome.name for entrant in own]
     names += [name for name, seconds in first.items() if seconds <= CLOSE * best or name == default]
-    return tuple(e.outcome for e in raced([*own, *ways], device, settings, far=0.0, always=names))
+    return tuple(e.outcome for e in race_entrants([*own, *ways], device, settings, far=0.0, always=names))
 
 
 @contextmanager

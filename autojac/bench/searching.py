@@ -19,9 +19,9 @@ from torch import Tensor
 
 import autojac
 from autojac.bench.fresh import SIGNATURES
-from autojac.bench.jacobians import wrapped
+from autojac.bench.jacobians import wrap
 from autojac.bench.results import BenchResult, Facts, Figure
-from autojac.bench.run import Settings, admitted, at_rest, in_fresh_process, raced
+from autojac.bench.run import Settings, admit, at_rest, in_fresh_process, race_entrants
 from autojac.bench.workloads import WORKLOADS
 from autojac.planning.search import measure
 
@@ -98,7 +98,7 @@ def many_signatures(settings: Settings, kind: str) -> BenchResult:
     return BenchResult(kind, (), (figure,), {"wall s": found["wall s"]})
 
 
-def explored(settings: Settings, workload: str) -> BenchResult:
+def measure_exploration(settings: Settings, workload: str) -> BenchResult:
     """Call a wrapper with the default options for some time, and see what exploring costs and when it settles.
 
     Besides one that keeps to its first plan, called in turn: both are checked as often, and drift affects both.
@@ -125,7 +125,7 @@ def explored(settings: Settings, workload: str) -> BenchResult:
             if plan.method != before.method:
                 before, settled = plan, spent
         runs = [lambda: jac(x), lambda: rest(x)]
-        pairs = measure.interleaved(runs, x.device, settings.shortest_s, settings.rounds, math.inf)
+        pairs = measure.time_interleaved(runs, x.device, settings.shortest_s, settings.rounds, math.inf)
         last, once = map(measure.summary, pairs)
     facts |= {"calls": count, "first plan": str(rest.plan(x)), "last plan": str(before)}
     figures = (
@@ -155,7 +155,7 @@ def overshoot(settings: Settings, workloads: Sequence[str] = tuple(TUNES)) -> Be
         for name in workloads:
             func, x = WORKLOADS[name].make(settings.device)
             short = dataclasses.replace(settings, effort="quick", budget_s=SHORT_BUDGET_S, store=None)
-            jac = wrapped(func, short)
+            jac = wrap(func, short)
             start = time.perf_counter()
             jac.tune(x)
             beyond = time.perf_counter() - start - SHORT_BUDGET_S
@@ -174,14 +174,14 @@ def beside_load(settings: Settings, workload: str = "mlp-6-64-64-6") -> BenchRes
         try:
             found = []
             for _ in range(SEARCHES):
-                found.append(wrapped(func, quick))
+                found.append(wrap(func, quick))
                 found[-1](x)
         finally:
             busy.kill()
             busy.wait()
         truth = found[0](x)
-        entrants = [admitted(f"search {turn}", _call(jac, x), truth) for turn, jac in enumerate(found, 1)]
-        timed = [entrant.outcome for entrant in raced(entrants, x.device, settings, math.inf)]
+        entrants = [admit(f"search {turn}", _call(jac, x), truth) for turn, jac in enumerate(found, 1)]
+        timed = [entrant.outcome for entrant in race_entrants(entrants, x.device, settings, math.inf)]
     seconds = [outcome.seconds or math.inf for outcome in timed]
     plans = {str(jac.plan(x)) for jac in found}
     figure = Figure(
@@ -200,5 +200,5 @@ def search_cases() -> dict[str, Callable[[Settings], BenchResult]]:
     found |= {f"first call: {name}": partial(first_calls, workload=name) for name in FIRST_CALLS}
     found |= {f"tune at quick: {name}": partial(tunes, workload=name) for name in TUNES}
     found |= {kind: partial(many_signatures, kind=kind) for kind in SIGNATURES}
-    found |= {f"exploring: {name}": partial(explored, workload=name) for name in LOOPED}
+    found |= {f"exploring: {name}": partial(measure_exploration, workload=name) for name in LOOPED}
     return found | {"overshoot of budget_s": overshoot, "searches on a busy machine": beside_load}

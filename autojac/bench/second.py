@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import autojac
 from autojac.autodiff.primitives import load_forward_rules
-from autojac.bench.jacobians import OVER_BEST, OWN, PLAN, wrapped
+from autojac.bench.jacobians import OVER_BEST, OWN, PLAN, wrap
 from autojac.bench.results import BenchResult, Facts, Figure, fastest
-from autojac.bench.run import Run, Settings, admitted, at_rest, raced_with_best
+from autojac.bench.run import Run, Settings, admit, at_rest, race_with_best
 from autojac.bench.training import gradients_after
 from autojac.bench.workloads import WORKLOADS, layers
 from autojac.problem.compression import colors_of
@@ -51,8 +51,8 @@ def steps_contest(
     name: str, runs: Runs, truth: Tensor, settings: Settings, bound: float, facts: Facts, check: Callable[[Run], Run]
 ) -> BenchResult:
     """Return the same of several runs, autojac's first, each checked by what `check` makes of it."""
-    entrants = [admitted(way, run, truth, check(run)) for way, run in runs.items()]
-    own, *ways = raced_with_best(entrants[:1], entrants[1:], truth.device, settings, "")
+    entrants = [admit(way, run, truth, check(run)) for way, run in runs.items()]
+    own, *ways = race_with_best(entrants[:1], entrants[1:], truth.device, settings, "")
     return BenchResult(name, (own, *ways), (Figure.over(own, fastest(ways), bound, OVER_BEST),), facts)
 
 
@@ -193,7 +193,7 @@ def marquardt_step(settings: Settings, camera: Sequence[int] = CAMERA) -> BenchR
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             func, x = Residuals(residuals, unknowns), torch.randn(batch, unknowns)
-        jac = wrapped(func, settings)
+        jac = wrap(func, settings)
         r = func(x)
 
         def by_hand(func: Any, x: Tensor, r: Tensor, transform: Any) -> Tensor:
@@ -217,7 +217,7 @@ def product(settings: Settings, kind: str, workload: str = "mlp-64-256-256-64") 
     """A product with J, against the same by hand."""
     with at_rest():
         func, x = WORKLOADS[workload].make(settings.device)
-        jac = wrapped(func, settings)
+        jac = wrap(func, settings)
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         load_forward_rules()
 

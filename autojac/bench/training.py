@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import autojac
 from autojac.bench.baselines import DEFAULT
-from autojac.bench.interop.ways import WAYS, looped, loss_gradient, rows
-from autojac.bench.jacobians import FIRST, OVER_BEST, OVER_DEFAULT, OWN, PLAN, WORST, wrapped
+from autojac.bench.interop.ways import WAYS, loss_gradient, pull_in_loop, rows
+from autojac.bench.jacobians import FIRST, OVER_BEST, OVER_DEFAULT, OWN, PLAN, WORST, wrap
 from autojac.bench.results import BenchResult, Facts, Figure, fastest
-from autojac.bench.run import Entrant, Settings, admitted, at_rest, raced_with_best
-from autojac.bench.workloads import Workload, moved_to
+from autojac.bench.run import Entrant, Settings, admit, at_rest, race_with_best
+from autojac.bench.workloads import Workload, move_to
 
 WHOLE = "TrainingStep"
 OF_WHOLE = f"{WHOLE} {OVER_BEST}"
@@ -55,10 +55,10 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         assert isinstance(func, nn.Module)
         # biases of last layers have no part in J
         parameters = [p for name, p in func.named_parameters() if moves_jacobian(func, name, x)]
-        exact: Any = moved_to(func, x.device, torch.float64)
+        exact: Any = move_to(func, x.device, torch.float64)
         doubled = [p for name, p in exact.named_parameters() if moves_jacobian(exact, name, x.double())]
-        truth = loss_gradient(rows(exact, x.double(), looped), doubled)[None].to(x.dtype)
-        jac = wrapped(func, settings)
+        truth = loss_gradient(rows(exact, x.double(), pull_in_loop), doubled)[None].to(x.dtype)
+        jac = wrap(func, settings)
         whole = autojac.TrainingStep(func, loss_of, **settings.planning())
         start = time.perf_counter()
         whole(x)
@@ -67,7 +67,7 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         steps: dict[str, Callable[[], object]] = {OWN: step_through(jac, x), WHOLE: lambda: whole(x)}
         steps |= {name: step_through(way(func), x) for name, way in WAYS.items()}
         entrants = [_checked(name, step, parameters, truth) for name, step in steps.items()]
-        own, planned, *ways = raced_with_best(entrants[:2], entrants[2:], x.device, settings, DEFAULT)
+        own, planned, *ways = race_with_best(entrants[:2], entrants[2:], x.device, settings, DEFAULT)
         facts: Facts = {"kind": workload.kind, "B": workload.batch, "n": workload.n, "m": workload.m}
         facts |= {PLAN: str(jac.plan(x)), f"{PLAN} of {WHOLE}": str(whole.plan(x)), FIRST: first}
     best = fastest(ways)
@@ -84,10 +84,10 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
 def moves_jacobian(func: nn.Module, name: str, x: Tensor) -> bool:
     """Check whether a parameter has a part in J at all."""
     parameter = func.get_parameter(name)
-    J = rows(func, x[:2], looped)
+    J = rows(func, x[:2], pull_in_loop)
     (found,) = torch.autograd.grad(J.square().sum(), [parameter], allow_unused=True)
     return found is not None
 
 
 def _checked(name: str, step: Callable[[], object], parameters: Sequence[Tensor], truth: Tensor) -> Entrant:
-    return admitted(name, step, truth, gradients_after(step, parameters))
+    return admit(name, step, truth, gradients_after(step, parameters))

@@ -50,10 +50,10 @@ class Workload:
             func, x = self.build(), torch.randn(self.batch, self.n)
         if isinstance(func, nn.Module):
             func.requires_grad_(self.kind in ("parameters", "training"))
-        return moved_to(func, device, x.dtype), x.to(device)
+        return move_to(func, device, x.dtype), x.to(device)
 
 
-def moved_to(func: Func, device: torch.device | str, dtype: torch.dtype) -> Func:
+def move_to(func: Func, device: torch.device | str, dtype: torch.dtype) -> Func:
     """Return a copy of a function's module on a device and in a dtype; plain functions go wherever their input does."""
     return copy.deepcopy(func).to(device, dtype) if isinstance(func, nn.Module) else func
 

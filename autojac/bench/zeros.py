@@ -14,11 +14,11 @@ from torch.autograd import forward_ad
 
 from autojac.bench.baselines import reference
 from autojac.bench.coupled import brusselator
-from autojac.bench.jacobians import torch_ways, wrapped
+from autojac.bench.jacobians import torch_ways, wrap
 from autojac.bench.molecules import packed_molecules
 from autojac.bench.points import points
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome
-from autojac.bench.run import FAR, Entrant, Settings, admitted, at_rest, raced
+from autojac.bench.run import FAR, Entrant, Settings, admit, at_rest, race_entrants
 from autojac.bench.workloads import WORKLOADS, Workload
 from autojac.core.sandbox import Sandbox
 from autojac.core.structure import Structure
@@ -44,19 +44,19 @@ def layouts(workload: Workload, settings: Settings, sparse_bound: float, blocks_
     """
     func, x = workload.make(settings.device)
     truth = reference(workload, func, x)
-    tuned = wrapped(func, settings)
-    colored = wrapped(func, settings, layout="sparse")
-    dense = wrapped(func, settings, coupling=Structure("independent", "declared"))
+    tuned = wrap(func, settings)
+    colored = wrap(func, settings, layout="sparse")
+    dense = wrap(func, settings, coupling=Structure("independent", "declared"))
     ways = list(torch_ways(workload, func, x, truth, lambda J: J))
-    ways.append(admitted("autojac without zeros", lambda: dense(x), truth))
-    ways = raced(ways, x.device, dataclasses.replace(settings, rounds=FEW_ROUNDS), FAR, always=())
+    ways.append(admit("autojac without zeros", lambda: dense(x), truth))
+    ways = race_entrants(ways, x.device, dataclasses.replace(settings, rounds=FEW_ROUNDS), FAR, always=())
     # a busy machine may have favoured one
     finalists = sorted((way for way in ways if way.outcome.samples), key=_seconds)[:2]
-    entries = admitted("sparse", lambda: as_blocks(colored(x), truth), truth)
+    entries = admit("sparse", lambda: as_blocks(colored(x), truth), truth)
     entries = dataclasses.replace(entries, run=entries.run and (lambda: colored(x)))
-    rivals = [admitted("blocks", lambda: tuned(x), truth), entries, *finalists]
+    rivals = [admit("blocks", lambda: tuned(x), truth), entries, *finalists]
     names = [rival.outcome.name for rival in rivals]
-    timed = [entrant.outcome for entrant in raced(rivals, x.device, settings, math.inf, always=names)]
+    timed = [entrant.outcome for entrant in race_entrants(rivals, x.device, settings, math.inf, always=names)]
     blocks, sparse, *last = timed
     best = min(last, key=lambda outcome: outcome.seconds or math.inf)
     left = tuple(way.outcome for way in ways if way.outcome.name not in names)
@@ -75,7 +75,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> BenchResul
         rounds: of the race, which takes milliseconds.
     """
     func, x = brusselator(size), torch.rand(2 * size * size, generator=torch.Generator().manual_seed(0)) + 1
-    jac = wrapped(func, settings, layout="sparse", in_dims=None)
+    jac = wrap(func, settings, layout="sparse", in_dims=None)
     entry, _ = jac._run((x,), {})
     colors = _colors(entry)
     pattern = detect(func, x).pattern
@@ -91,7 +91,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> BenchResul
     }
     facts = {**_facts({"sparse": entry}), **colors, "entries": pattern.count}
     until = measure.clock.now() + settings.race_s
-    table = measure.interleaved(list(runs.values()), x.device, settings.shortest_s, rounds, until)
+    table = measure.time_interleaved(list(runs.values()), x.device, settings.shortest_s, rounds, until)
     timed = {name: Outcome(name, "right").raced(samples) for name, samples in zip(runs, table, strict=True)}
     # whoever else is on the machine
     found, plain = (cpu_seconds(runs[name], rounds) for name in ("detection", "func"))

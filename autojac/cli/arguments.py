@@ -10,7 +10,7 @@ import click
 import torch
 from torch import Tensor
 
-from autojac.errors import TargetError, counted, nearest
+from autojac.errors import TargetError, nearest, plural
 from autojac.guards.captures import captures
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -95,7 +95,7 @@ def make_arguments(sizes: Shapes, kinds: Sequence[torch.dtype], device: torch.de
         kinds = tuple(kinds) * len(sizes)
     if len(kinds) != len(sizes):
         raise TargetError(
-            f"--dtype names {counted(len(kinds), 'dtype')} for {counted(len(sizes), 'argument')}. "
+            f"--dtype names {plural(len(kinds), 'dtype')} for {plural(len(sizes), 'argument')}. "
             "Name one for all of them, or one for each"
         )
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from autojac.api.method_plans import PlannedMethod
 from autojac.api.products import LAST
 from autojac.cli import arguments
-from autojac.cli.shell import blamed_on
+from autojac.cli.shell import blame_on
 from autojac.cli.target import load
 from autojac.core import pytree
 from autojac.core.nests import chosen_arguments, is_differentiable
@@ -131,7 +131,7 @@ class Calls:
 
     def blame(self, args: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Attribute what is raised inside to the target, at this call."""
-        return blamed_on(self.target, self.describe(args))
+        return blame_on(self.target, self.describe(args))
 
     def of_method(self, of: str, args: tuple[Tensor, ...], argnums: int | tuple[int, ...]) -> tuple[Any, ...]:
         """Return the arguments of a method: those of the call, and vectors where it takes some."""

@@ -154,7 +154,7 @@ def draw_poses(count: int) -> Tensor:
 
 def _show_plan(plan: Plan, took: float, place: str) -> None:
     from autojac.cli.plans import show, trials_table
-    from autojac.cli.tune import pace, tried
+    from autojac.cli.tune import pace, trial_count
 
     structure = plan.structure
     how = "Remembered from an earlier probe" if plan.source == "store" else "Probed"
@@ -162,14 +162,16 @@ def _show_plan(plan: Plan, took: float, place: str) -> None:
     for line in structure.evidence:
         click.echo(f"  {line}")
     if plan.trials:
-        click.echo(f"\nTuned: {tried(plan)} candidates, each checked, then timed with the backward through J")
+        click.echo(f"\nTuned: {trial_count(plan)} candidates, each checked, then timed with the backward through J")
         show(trials_table(plan.trials))
     click.echo(f"\nPlan: {plan}")
     click.echo(f"  {pace(plan)}")
     if plan.source == "store":
-        click.echo(f"  source: store, found in {format_seconds(took)} in {place}; {tried(plan)} trials in this run")
+        click.echo(
+            f"  source: store, found in {format_seconds(took)} in {place}; {trial_count(plan)} trials in this run"
+        )
     else:
-        click.echo(f"  source: {plan.source}, {tried(plan)} trials in {format_seconds(took)}")
+        click.echo(f"  source: {plan.source}, {trial_count(plan)} trials in {format_seconds(took)}")
 
 
 def _error(J: Tensor, exact: Tensor) -> float:

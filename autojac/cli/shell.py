@@ -85,7 +85,7 @@ class TargetRaised(click.ClickException):
 
 
 @contextmanager
-def blamed_on(target: str, call: str | None = None) -> Iterator[None]:
+def blame_on(target: str, call: str | None = None) -> Iterator[None]:
     """Report what is raised inside, and where: unless it is autojac's or click's, it came out of the user's code.
 
     Args:

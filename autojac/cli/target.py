@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autojac.cli.shell import blamed_on
+from autojac.cli.shell import blame_on
 from autojac.errors import TargetError, kind_of, nearest
 
 FORMS = "`package.module:attribute` or `path/file.py:attribute`"
@@ -35,7 +35,7 @@ def load(text: str) -> Callable[..., Any]:
     is_file = place.endswith(".py") or "/" in place or "\\" in place
     found = _attribute(_import_file(text, place) if is_file else _import_module(text, place), attribute, text)
     if _is_factory(found):
-        with blamed_on(text):
+        with blame_on(text):
             found = found()
         made = f", which {attribute}() returned"
     else:
@@ -59,7 +59,7 @@ def _import_module(text: str, name: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        with blamed_on(text):
+        with blame_on(text):
             return importlib.import_module(name)
     except Exception as error:
         cause = error.__cause__
@@ -91,7 +91,7 @@ def _import_file(text: str, place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with blamed_on(text):
+        with blame_on(text):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]

@@ -151,7 +151,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {**plan.to_json(), "expression": str(plan), "source": plan.source, "trials": trials}
 
 
-def tried(plan: Plan) -> int:
+def trial_count(plan: Plan) -> int:
     """Return how many candidates were run."""
     return sum(trial.state != "skipped" for trial in plan.trials)
 
@@ -171,5 +171,5 @@ def _summary(call: str, plan: Plan, kept: Plan, store: PlanStore) -> str:
     where = f"kept in {store.description}"
     if not is_kept(plan, kept):
         where = f"not kept: {store.description} holds {kept} of effort {kept.effort}"
-    count = f"{tried(plan)} candidate{'s' * (tried(plan) != 1)} tried" if plan.trials else "chosen"
+    count = f"{trial_count(plan)} candidate{'s' * (trial_count(plan) != 1)} tried" if plan.trials else "chosen"
     return f"{call}\n  {plan}: {pace(plan)}\n  {count} in {format_seconds(plan.tuning_seconds)}; {where}"

@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from autojac.core import pytree
-from autojac.errors import OptionError, counted
+from autojac.errors import OptionError, plural
 
 AUTO: Final = "auto"
 """In place of an axis: infer whether axis 0 of these tensors runs over samples."""
@@ -33,7 +33,7 @@ def batch_axes(args: Sequence[Any], in_dims: Any) -> tuple[Axis, ...]:
     per_argument = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
     if len(per_argument) != len(args):
         raise OptionError(
-            f"in_dims has entries for {counted(len(per_argument), 'argument')}, but the call has {len(args)}. Give "
+            f"in_dims has entries for {plural(len(per_argument), 'argument')}, but the call has {len(args)}. Give "
             "one for each positional argument, or a single one for all"
         )
     axes: list[Axis] = []

@@ -17,7 +17,7 @@ from autojac.core.keywords import Keywords
 from autojac.core.module_function import ModuleFunction
 from autojac.core.nests import chosen_arguments, differentiated_places, split_output, tensor_leaves
 from autojac.core.options import Options
-from autojac.core.settable_arguments import SettableArguments, is_settable, reached_from, written_back
+from autojac.core.settable_arguments import SettableArguments, find_settable_places, is_settable, write_back_copies
 from autojac.core.signature import Leaf
 from autojac.core.tensor_kinds import NESTED, not_dense, own_class, without_subclass
 from autojac.errors import InputError, OutputError, kind_of
@@ -51,7 +51,7 @@ class CallLayout:
         self.size = len(flat)
         self.plain = all(isinstance(arg, Tensor) for arg in args)
         # the parameters of a module are nothing that the module is given
-        self.is_settable = bool(reached_from(args[1:] if isinstance(func, ModuleFunction) else args)[0])
+        self.is_settable = bool(find_settable_places(args[1:] if isinstance(func, ModuleFunction) else args)[0])
         self.axes = batch_axes(args, options.in_dims)
         self.declared = tuple(axis != AUTO for axis in self.axes)
         self.unbatched = all(axis is None for axis in self.axes)
@@ -271,7 +271,7 @@ def outside_inference_mode(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
 
     with torch.inference_mode(False), torch.no_grad():
         copies = pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
-        with written_back((args, kwargs), copies):
+        with write_back_copies((args, kwargs), copies):
             yield copies
 
 
@@ -295,5 +295,5 @@ def describe(value: Any) -> Any:
         return (type(value), value)
     flat, spec = pytree.tree_flatten(value)
     if len(flat) == 1 and flat[0] is value:
-        return (type(value), repr(value), any(tensor.requires_grad for tensor in reached_from([value])[1]))
+        return (type(value), repr(value), any(tensor.requires_grad for tensor in find_settable_places([value])[1]))
     return (str(spec), tuple(describe(item) for item in flat))

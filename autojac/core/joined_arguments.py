@@ -38,7 +38,7 @@ class JoinedArguments(ComposedFunction):
         return out
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def join_columns(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors (B, *event) side by side, (B, n)."""
     flat = [x.reshape(len(x), -1) for x in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)

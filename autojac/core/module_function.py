@@ -15,7 +15,7 @@ from torch import Tensor
 from autojac.autodiff.pullback import Pullback
 from autojac.core.batch_grid import BatchGrid
 from autojac.core.nests import tensor_leaves
-from autojac.core.selection import picked
+from autojac.core.selection import pick
 from autojac.errors import InputError, OptionError, kind_of, nearest
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -171,7 +171,7 @@ class ModuleFunction:
 
     def _output(self, *args: Any, **kwargs: Any) -> Any:
         output = self.module(*args, **kwargs)
-        return output if self.select is None else (picked(output, self.select), output)
+        return output if self.select is None else (pick(output, self.select), output)
 
 
 def _chosen(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:

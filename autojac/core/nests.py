@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from autojac.core import pytree
-from autojac.errors import InputError, OptionError, counted, kind_of
+from autojac.errors import InputError, OptionError, kind_of, plural
 
 Positions = tuple[int | None, ...]
 
@@ -38,7 +38,7 @@ def chosen_arguments(args: Sequence[Any], argnums: int | tuple[int, ...]) -> tup
     for number in chosen:
         if not -len(args) <= number < len(args):
             raise OptionError(
-                f"argnums names argument {number}, but the call has {counted(len(args), 'positional argument')}. "
+                f"argnums names argument {number}, but the call has {plural(len(args), 'positional argument')}. "
                 "Keyword arguments are not differentiated: pass by position what is to be"
             )
     chosen = tuple(number % len(args) for number in chosen)

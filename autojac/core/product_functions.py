@@ -12,8 +12,8 @@ from autojac.core import pytree
 from autojac.core.batch_grid import BatchGrid
 from autojac.core.module_function import ModuleFunction, ModuleLock
 from autojac.core.nests import is_differentiable
-from autojac.core.selection import Select, picked
-from autojac.core.settable_arguments import written_back
+from autojac.core.selection import Select, pick
+from autojac.core.settable_arguments import write_back_copies
 
 
 class ComposedFunction(ABC):
@@ -100,7 +100,7 @@ class AlongTangents(ProductFunction):
             flat, spec = pytree.tree_flatten(own[number])
             moved = [x + self._shift(x, *next(vectors), steps) if is_differentiable(x) else x for x in flat]
             own[number] = pytree.tree_unflatten(moved, spec)
-        with written_back(args[last:], tuple(own)):
+        with write_back_copies(args[last:], tuple(own)):
             out, aux = self._call(own, kwargs)
         return (out, *aux) if aux else out
 
@@ -181,7 +181,7 @@ class SampleWindow(ComposedFunction):
                 part, axis = next(parts) if is_differentiable(x) else (x, None)
                 placed.append(part if axis is None else x.index_copy(axis, index, part))
             own[number] = pytree.tree_unflatten(placed, spec)
-        with written_back(args[len(self.axes) :], tuple(own)):
+        with write_back_copies(args[len(self.axes) :], tuple(own)):
             out, aux = self._call(own, kwargs)
         chosen = pytree.tree_map(lambda y: y[index] if is_differentiable(y) else y, out)
         return (chosen, *aux) if aux else chosen
@@ -198,7 +198,7 @@ class SelectedOutput(ComposedFunction):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.func(*args, **kwargs)
-        return picked(output, self.select), output
+        return pick(output, self.select), output
 
 
 class FlattenedBatch(ComposedFunction):

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.autodiff.open_modes import saved_tensors_apart, version_kept
+from autojac.autodiff.open_modes import isolate_saved_tensors, version_kept
 from autojac.core.tensor_kinds import not_dense
 from autojac.guards.assignments import Snapshot
 from autojac.guards.escapes import home
@@ -56,7 +56,7 @@ def restore_random_state(state: State) -> None:
             sys.modules["numpy.random"].set_state(value)
 
 
-def moved(one: State, other: State) -> tuple[str, ...]:
+def generators_drawn_from(one: State, other: State) -> tuple[str, ...]:
     """Return the generators that were drawn from between two states; one that was only imported was not."""
     return tuple(name for name in one if not _same_state(one[name], other[name]))
 
@@ -181,7 +181,7 @@ class Sandbox:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         outside = random_state(self.state)
-        hooks = saved_tensors_apart()
+        hooks = isolate_saved_tensors()
         restore = self.saved()
         for tensor in self.trained:
             if tensor.grad is not None:

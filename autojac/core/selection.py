@@ -23,7 +23,7 @@ def require_selection(select: Any, has_aux: bool) -> None:
         )
 
 
-def picked(output: Any, select: Select) -> Any:
+def pick(output: Any, select: Select) -> Any:
     """Return the part of an output that is differentiated.
 
     Raises:

@@ -124,7 +124,7 @@ def _found_twice(place: Any) -> MutationError:
 
 
 @contextmanager
-def written_back(originals: Any, copies: Any) -> Iterator[None]:
+def write_back_copies(originals: Any, copies: Any) -> Iterator[None]:
     """Set in nests what is set in copies of them inside; nothing if that raises."""
     pairs = NestCopies(originals, copies) if is_settable(originals) else None
     yield
@@ -158,7 +158,7 @@ class SettableArguments:
 
     @functools.cached_property
     def _places(self) -> list[Any]:
-        return reached_from(self._objects)[0]
+        return find_settable_places(self._objects)[0]
 
     def _others(self) -> list[Any]:
         """Return the places that func reaches by no positional nest."""
@@ -204,7 +204,7 @@ def places_in(value: Any) -> list[Any]:
     return found
 
 
-def reached_from(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
+def find_settable_places(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
     """Return the places that func may set through these objects, and the tensors that it may read or write there."""
     places: list[Any] = []
     tensors: list[Tensor] = []

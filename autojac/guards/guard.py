@@ -16,7 +16,7 @@ from autojac.guards.compiled_check import Reading, checker
 from autojac.guards.dict_versions import versions_of
 from autojac.guards.object_places import ObjectPlaces
 from autojac.guards.places import Cells, Fields, Items, PartialPlace, Place, Spot, class_dict
-from autojac.guards.tensor_metadata import Metadata, described
+from autojac.guards.tensor_metadata import Metadata, describe_metadata
 from autojac.guards.tokens import SCALARS
 
 MOST_WRITES: Final = 2
@@ -225,7 +225,7 @@ class _Comparison:
         tensors = self._metadata.tensors
         for tensor, known, hooked in zip(tensors, self._metadata.known, self._metadata.hooked, strict=True):
             name = self._names.get(id(tensor), "a tensor")
-            if described(tensor) != known:
+            if describe_metadata(tensor) != known:
                 self._differs(f"shape, type or requires_grad of {name}", _spot(tensor), tensor)
             elif bool(tensor._backward_hooks) != hooked:
                 self._differs(f"hook of {name}", _spot(tensor), tensor)
@@ -240,7 +240,7 @@ class _Comparison:
             return False
         self._was[id(old)] = old
         known = self._known[id(old)]
-        return new is old or (known == described(new) and not new._backward_hooks and not new.__dict__)
+        return new is old or (known == describe_metadata(new) and not new._backward_hooks and not new.__dict__)
 
 
 def _spot(tensor: Tensor) -> Spot:

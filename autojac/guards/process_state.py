@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 IGNORED = r"(?#autojac).*"
-"""The message pattern of the filter that `unwarned` sets: it matches everything, and is nobody else's."""
+"""The message pattern of the filter that `ignore_warnings` sets: it matches everything, and is nobody else's."""
 COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """A variable that torch's compiler sets to its own default when it is imported."""
 LIBRARIES = ("sympy", "the matrix subclass")
@@ -26,7 +26,7 @@ _users: list[int] = []
 
 
 @contextmanager
-def unwarned() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Ignore all warnings meanwhile.
 
     `warnings.catch_warnings` puts back a list of filters: of two threads that overlap, the one that leaves last puts
@@ -46,7 +46,7 @@ def unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def as_found() -> Iterator[None]:
+def restore_process_state() -> Iterator[None]:
     """Undo what the libraries that are imported meanwhile change for the whole process."""
     before, cache = list(warnings.filters), os.environ.get(COMPILER_CACHE)
     level = 0 if OPTUNA in sys.modules else getattr(logging.root.manager.loggerDict.get(OPTUNA), "level", 0)

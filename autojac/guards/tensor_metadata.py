@@ -16,7 +16,7 @@ MODES = 4
 """Combinations of autocast, inference mode and vmap that tensors are compared quickly in."""
 
 
-def described(tensor: Tensor) -> tuple[Any, ...]:
+def describe_metadata(tensor: Tensor) -> tuple[Any, ...]:
     """Return everything but the values that a trace takes from a tensor that it reads as an input."""
     strides = tensor.stride() if tensor.layout is torch.strided else ()
     kind = type(tensor), tensor.dtype, tensor.device, tensor.layout
@@ -48,7 +48,7 @@ class Metadata:
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         require_initialized(tensors)
         self.tensors = tensors
-        self.known = tuple(map(described, tensors))
+        self.known = tuple(map(describe_metadata, tensors))
         self.hooked = tuple(bool(tensor._backward_hooks) for tensor in tensors)
         self.quick = metadata_check(self.tensors)
         self._others: tuple[Callable[..., bool], ...] = ()
@@ -58,7 +58,7 @@ class Metadata:
         if any(check(*self.tensors) for check in self._others):
             return True
         with DisableTorchFunction():  # a mode of the caller's would see it
-            if tuple(map(described, self.tensors)) != self.known:
+            if tuple(map(describe_metadata, self.tensors)) != self.known:
                 return False
         check = metadata_check(self.tensors)
         if check is not None and self.quick is not None:

@@ -25,7 +25,7 @@ from autojac.graph.special_kernels import ATTENTION
 from autojac.guards.assignments import leaving
 from autojac.guards.escapes import DataAssignedError
 from autojac.methods.support.func_runs import FuncRuns
-from autojac.methods.support.left_once import left_once
+from autojac.methods.support.leave_once import leave_once
 from autojac.methods.support.reverse_mode import ReverseMode, seeds_for
 from autojac.problem.compression import DeviceIndices
 from autojac.problem.problem import Compute, Problem, Result
@@ -151,7 +151,7 @@ class Method(ABC):
         if self.uses_transforms and not problem.trial:
             compute = _or_plainly(problem, compute)
         if problem.structure.branches == "by values" and self.repeats_func:
-            compute = left_once(problem, compute)
+            compute = leave_once(problem, compute)
         elif problem.places and self.repeats_func:
             # what func set while it ran once, a cache, is not left with what a transform would put there
             compute = leaving(compute, problem.places, None)

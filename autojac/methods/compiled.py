@@ -9,7 +9,7 @@ from typing import Self
 
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem.problem import Compute, Problem
-from autojac.replay.compilation import lowered, missing
+from autojac.replay.compilation import lower, missing
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Compiled(Wrapper):
 
     def prepare(self, problem: Problem) -> Compute:
         strict, effects = problem.trial, bool(problem.structure.effects)
-        lower = functools.partial(lowered, strict=strict, repeatable=not effects)
+        lowering = functools.partial(lower, strict=strict, repeatable=not effects)
         if not strict and missing(problem.device) is not None:
             return self.inner.prepare(problem)
-        made = self.inner.prepare_lowered(problem, lower)
+        made = self.inner.prepare_lowered(problem, lowering)
         assert made is not None
         return made

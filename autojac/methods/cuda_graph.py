@@ -8,7 +8,7 @@ from typing import Self
 
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.problem.problem import Compute, Problem
-from autojac.replay.cuda_graphs import captured
+from autojac.replay.cuda_graphs import capture_on_first_call
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,6 @@ class CudaGraph(Wrapper):
         return self.inner.workspace(problem) + problem.result_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        made = self.inner.prepare_lowered(problem, captured)
+        made = self.inner.prepare_lowered(problem, capture_on_first_call)
         assert made is not None
         return made

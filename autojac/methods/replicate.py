@@ -123,7 +123,7 @@ class Replicate(Method):
         """Yield for each event its seeds (count, B, *event): one-hot in its own replicas, zero in the others."""
         before, total = 0, sum(map(seeds.size, events))
         for event, tensor in zip(events, like, strict=True):
-            own = seeds.shared(event, batch, tensor)
+            own = seeds.shared_seeds(event, batch, tensor)
             after = total - before - len(own)
             zeros = [own.new_zeros(1, *own.shape[1:]).expand(length, *own.shape[1:]) for length in (before, after)]
             yield torch.cat([zeros[0], own, zeros[1]]) if len(events) > 1 else own

@@ -13,7 +13,7 @@ from autojac.errors import PlanMissError
 from autojac.methods.base import Method, build, build_if_known
 from autojac.planning.call import Call
 from autojac.planning.explain import rank_correlation
-from autojac.planning.isolation import undisturbed
+from autojac.planning.isolation import isolate_planning
 from autojac.planning.planner import Planner
 from autojac.planning.search import measure
 from autojac.planning.search.finals import Comparison
@@ -74,7 +74,7 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
         PlanMissError: no plan is stored for the call.
     """
     trained, call = call.trained, call.detached()
-    with undisturbed(call, trained):
+    with isolate_planning(call, trained):
         report = planner.builder.inspect(call)
         plan = planner.repository.find(report.keys)
         if plan is None:

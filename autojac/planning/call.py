@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autojac.core.call import CallLayout, describe
 from autojac.core.keywords import Keywords, passed_values
-from autojac.core.settable_arguments import SettableArguments, reached_from
+from autojac.core.settable_arguments import SettableArguments, find_settable_places
 from autojac.core.signature import current_flags
 from autojac.guards.captures import Captures
 
@@ -88,7 +88,7 @@ class Call:
     @property
     def trained(self) -> tuple[Tensor, ...]:
         """The tensors besides the inputs that a loss on a differentiable Jacobian trains."""
-        return trained_by(self.captured, self.keywords)
+        return find_trained_tensors(self.captured, self.keywords)
 
     @property
     def is_differentiable(self) -> bool:
@@ -101,17 +101,17 @@ class Call:
 
     def detached(self) -> Call:
         """Return the call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
-        return dataclasses.replace(self, leaves=detached(self.leaves))
+        return dataclasses.replace(self, leaves=detach_leaves(self.leaves))
 
 
-def detached(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def detach_leaves(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return leaves of their own that share the values, and require grad where these do."""
     return tuple(leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves)
 
 
-def trained_by(captured: Captures, keywords: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def find_trained_tensors(captured: Captures, keywords: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
-    passed = reached_from(passed_values(keywords))[1]
+    passed = find_settable_places(passed_values(keywords))[1]
     return tuple(tensor for tensor in (*captured.tensors, *passed) if tensor.requires_grad)
 
 

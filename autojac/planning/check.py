@@ -7,14 +7,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from autojac.autodiff.open_modes import hooked, saved_tensors_apart
+from autojac.autodiff.open_modes import hooked, isolate_saved_tensors
 from autojac.core.ranks import silent
 from autojac.core.sandbox import GENERATORS, Sandbox, gc_disabled, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS, UPDATES_BUFFERS
 from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
 from autojac.graph.operators import custom_functions
 from autojac.guards.run_monitor import RunMonitor
-from autojac.planning.call import Call, detached, not_overwritten, trained_by
+from autojac.planning.call import Call, detach_leaves, find_trained_tensors, not_overwritten
 from autojac.planning.plans_in_use import PlansInUse
 from autojac.planning.prepared_plan import UNCHANGED, Difference, PreparedPlan
 from autojac.planning.search.memory import is_out_of_memory
@@ -48,7 +48,7 @@ class Check:
         self.plan = plan
         self.call = call
         self.difference = difference
-        self.own_leaves = detached(call.leaves)
+        self.own_leaves = detach_leaves(call.leaves)
         self.updates_buffers = UPDATES_BUFFERS in plan.problem.structure.effects
         # what a search has just found was checked with its gradient
         first_use = plan.is_fresh and plan.schedule.calls == 1
@@ -115,7 +115,7 @@ class Check:
         """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
         plan, keywords = self.plan, self.call.keywords
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
-        reached = trained_by(self.plans.captured_now(), keywords) if self.trains else ()
+        reached = find_trained_tensors(self.plans.captured_now(), keywords) if self.trains else ()
         # what no guard can list, such as a clock, is seen while func runs
         monitor = RunMonitor() if plan.may_rest else None
         # nor is it func that runs the finalizers of what happens to be collected meanwhile
@@ -145,10 +145,10 @@ class Check:
         # no evaluation may come after the one that is returned: its graph may hold what func writes into
         gradient_first = bool(self.plan.written or self.updates_buffers)
         try:
-            with saved_tensors_apart():
+            with isolate_saved_tensors():
                 early = self._gradient_error(reference, sandbox) if self.trains and gradient_first else None
             result = self.plan.run(self.call.leaves, self.call.keywords)
-            with saved_tensors_apart():
+            with isolate_saved_tensors():
                 wrong = reference.check(result)
                 only_gradient = wrong is None and self.trains
                 if only_gradient:
@@ -224,7 +224,7 @@ class Check:
         if plans.has_warned_untrained or any(J.requires_grad for row in result.jacobians for J in row):
             return
         functions = sorted(custom_functions(reference.pullback.recorded))
-        if functions and trained_by(plans.captured_now(), self.call.keywords):
+        if functions and find_trained_tensors(plans.captured_now(), self.call.keywords):
             plans.has_warned_untrained = True
             warn(
                 f"{plans.planner.repository.function_name}: the Jacobian carries no graph, so a loss on it trains no "

@@ -15,7 +15,7 @@ from torch import Tensor
 from autojac.core.keywords import passed_values
 from autojac.core.options import Options, Randomness
 from autojac.core.sandbox import Sandbox, random_state, restore_random_state
-from autojac.core.settable_arguments import reached_from
+from autojac.core.settable_arguments import find_settable_places
 from autojac.core.signature import Layout, Signature, named_flags
 from autojac.core.structure import DRAWS, DRAWS_ALIKE, SETS_ARGUMENTS
 from autojac.errors import InputError, MutationError, OutputError, RandomnessError
@@ -24,11 +24,11 @@ from autojac.planning.call import Call
 from autojac.planning.plan_repository import Keys
 from autojac.probe import first_call, guess_batched
 from autojac.probe.kept_state import UNLIKE, observe_kept_state, unlike
-from autojac.probe.random_generators import drawn
+from autojac.probe.random_generators import generators_of_func
 from autojac.probe.side_effects import FirstCall, evaluate_once
 from autojac.problem.layouts import require_columns, require_layout
 from autojac.problem.problem import Flat
-from autojac.problem.randomness import drawn_alike, redrawn
+from autojac.problem.randomness import redrawn, repeat_draws
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _passed(call: Call) -> list[Tensor]:
     if not call.keywords:
         return []
     captured = {id(tensor) for tensor in call.captured.tensors}
-    tensors = reached_from(passed_values(call.keywords))[1]
+    tensors = find_settable_places(passed_values(call.keywords))[1]
     return [tensor for tensor in tensors if id(tensor) not in captured]
 
 
@@ -142,7 +142,7 @@ def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None)
         with sandbox():
             evaluate_once(fn, call.leaves, call.keywords, call.layout.differentiated)
 
-    generators = drawn(evaluate, first.moved)
+    generators = generators_of_func(evaluate, first.moved)
     # no other is touched: another thread may be drawing from it
     sandbox.state = {name: state[name] for name in generators}
     restore_random_state(sandbox.state)
@@ -188,7 +188,7 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
     if randomness == "different":
         return redrawn(layout.fn), first
     batched = layout.batched(guess_batched(leaves, len(first.values[0])))
-    fn = drawn_alike(layout.fn, batched, tuple(sandbox.state))
+    fn = repeat_draws(layout.fn, batched, tuple(sandbox.state))
     alike = _first_call(fn, call, sandbox)
     effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in first.effects]
     return fn, dataclasses.replace(alike, effects=tuple(effects))

@@ -8,19 +8,19 @@ from contextvars import ContextVar, Token
 
 from torch import Tensor
 
-from autojac.autodiff.open_modes import saved_tensors_apart
+from autojac.autodiff.open_modes import isolate_saved_tensors
 from autojac.core.autocast import outside_autocast
 from autojac.core.ranks import silent
 from autojac.core.sandbox import without_hooks
 from autojac.core.time_limit import end_watch
-from autojac.guards.process_state import as_found
+from autojac.guards.process_state import restore_process_state
 from autojac.planning.call import Call
 
 _planning: ContextVar[bool] = ContextVar("planning", default=False)
 
 
 @contextmanager
-def nested() -> Iterator[bool]:
+def mark_planning() -> Iterator[bool]:
     """Mark that a plan is being made; tell whether another one was already."""
     token = _planning.set(True)
     inside = bool(token.old_value is not Token.MISSING and token.old_value)
@@ -33,14 +33,14 @@ def nested() -> Iterator[bool]:
 
 
 @contextmanager
-def undisturbed(call: Call, trained: Sequence[Tensor]) -> Iterator[bool]:
+def isolate_planning(call: Call, trained: Sequence[Tensor]) -> Iterator[bool]:
     """Keep what is tried from the caller's hooks, modes and other ranks; tell whether a plan was being made."""
     with (
         outside_autocast(),
         without_hooks(trained),
-        saved_tensors_apart(),
-        as_found(),
+        isolate_saved_tensors(),
+        restore_process_state(),
         silent(call.captured.modules),
-        nested() as inside,
+        mark_planning() as inside,
     ):
         yield inside

@@ -15,7 +15,7 @@ from autojac.graph.analysis import GraphAnalysis
 from autojac.methods.base import Method
 from autojac.planning.call import Call, not_overwritten
 from autojac.planning.exploration import Exploration
-from autojac.planning.isolation import undisturbed
+from autojac.planning.isolation import isolate_planning
 from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
@@ -39,7 +39,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
     exploration = prepared.exploration
     assert exploration is not None
     trained, call = call.trained, call.detached()
-    with undisturbed(call, trained) as inside:
+    with isolate_planning(call, trained) as inside:
         if inside or several() or transforming():
             return None
         sandbox = prepared.sandbox.now(None, buffers)

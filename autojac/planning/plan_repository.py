@@ -27,7 +27,7 @@ from autojac.planning.search import calibrate
 from autojac.planning.search.corrections import corrections_from
 from autojac.problem.machine import DEFAULT, Machine
 from autojac.store.keys import Key, environment_key, operation_key
-from autojac.store.uninterruptible import uninterrupted
+from autojac.store.uninterruptible import run_uninterrupted
 
 if TYPE_CHECKING:
     from autojac.store import PlanStore
@@ -65,7 +65,7 @@ class PlanRepository:
     @cached_property
     def _own_store(self) -> PlanStore:
         # an import that Ctrl-C breaks off leaves SQLAlchemy half loaded for good
-        uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
+        run_uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
         from autojac.store import PlanStore
 
         place = self.options.store
@@ -144,7 +144,7 @@ class PlanRepository:
         found, corrected = known[env, threads], known[env, ""]
         assert corrected is not None
         if found is None and measure:
-            found = known[env, threads] = calibrate.measured_once(device, threads)
+            found = known[env, threads] = calibrate.measured_machine(device, threads)
             others = self.store.environment(env) or {}
             self.store.save_environment(env, {**others, threads: found.to_json()})
         return dataclasses.replace(found or DEFAULT, corrections=corrected.corrections)

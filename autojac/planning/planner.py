@@ -15,7 +15,7 @@ from autojac.core.plan import Effort, Plan, effort_rank
 from autojac.core.ranks import several, silent
 from autojac.core.structure import Structure
 from autojac.errors import SearchError, StructureChangedWarning, warn
-from autojac.guards.process_state import as_found
+from autojac.guards.process_state import restore_process_state
 from autojac.methods.base import Method, build, build_if_known, registry
 from autojac.methods.pull import Pull
 from autojac.planning import progress
@@ -24,7 +24,7 @@ from autojac.planning.check_schedule import CheckSchedule
 from autojac.planning.contents_watch import ContentsWatch
 from autojac.planning.exploration import Exploration
 from autojac.planning.first_call import FirstCallReport
-from autojac.planning.isolation import nested, undisturbed
+from autojac.planning.isolation import isolate_planning, mark_planning
 from autojac.planning.known_plans import KnownPlans
 from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.prepare_compute import leave_no_graph, prepare_compute
@@ -38,7 +38,7 @@ from autojac.probe import ProbeResult
 from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.machine import DEFAULT
 from autojac.problem.problem import Problem
-from autojac.replay.tracer import unfixed
+from autojac.replay.tracer import find_unfixed_argument
 
 registry()  # found when autojac is imported, so that no first Jacobian waits for it
 
@@ -83,7 +83,7 @@ class Planner:
             force: search even if a plan is known.
         """
         trained, call = call.trained, call.detached()
-        with undisturbed(call, trained) as inside:
+        with isolate_planning(call, trained) as inside:
             report = self.builder.inspect(call)
             if report.is_empty:
                 return self._empty(call, report)
@@ -115,7 +115,7 @@ class Planner:
         The structure is probed again at this input. Where that still sees no coupling the guard is believed, unless it
         found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
-        with nested(), as_found(), silent(call.captured.modules), outside_autocast():
+        with mark_planning(), restore_process_state(), silent(call.captured.modules), outside_autocast():
             start, call = measure.clock.now(), call.detached()
             if plan.keys is not None:
                 self.repository.refute(plan.keys, reason)
@@ -235,9 +235,9 @@ class Planner:
         if structure.assumes and (structure.depends_on_arguments or reads_pattern):
             made.contents = ContentsWatch(problem, call.captured)
         # ranks must evaluate func equally often, whatever their guards see
-        fixed = not (unfixed(call.keywords) or made.contents or made.pushes or several())
+        fixed = not (find_unfixed_argument(call.keywords) or made.contents or made.pushes or several())
         made.is_proved = fixed and structure.assurance == "proved"
-        if structure.assumes and unfixed(call.keywords):
+        if structure.assumes and find_unfixed_argument(call.keywords):
             made.schedule.numbers = set()
         return made
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.core.pattern import Sparsity
 from autojac.core.ranks import several
 from autojac.core.structure import Assurance, Coupling, Structure
-from autojac.errors import counted
+from autojac.errors import plural
 from autojac.graph.analysis import GraphAnalysis
 from autojac.probe.batch_axis_proof import Proof, confirm, meet_in_shared_tensors
 from autojac.probe.cancelling import SLIGHT
@@ -168,7 +168,7 @@ class PairProbe:
             return shape
         rows = sum(value[0].numel() for value in self.values)
         dense = self.point.batch * rows
-        saves = f"takes {counted(rows, 'VJP')}, where a dense Jacobian takes {dense}, and is checked while it runs"
+        saves = f"takes {plural(rows, 'VJP')}, where a dense Jacobian takes {dense}, and is checked while it runs"
         if only_values:
             line = (
                 "hint: other samples move outputs, and no gradient of theirs was seen, as where a loop stops or sizes "

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autojac.core.sandbox import moved, random_state
+from autojac.core.sandbox import generators_drawn_from, random_state
 from autojac.graph.operators import certain, traits
 from autojac.guards.escapes import MonitoredMode
 
@@ -19,7 +19,7 @@ LOOKS = 4
 Evaluate = Callable[[], Any]
 
 
-def drawn(evaluate: Evaluate, generators: Sequence[str]) -> tuple[str, ...]:
+def generators_of_func(evaluate: Evaluate, generators: Sequence[str]) -> tuple[str, ...]:
     """Return those of the generators that func draws from itself.
 
     Args:
@@ -84,10 +84,10 @@ def _numpy_draws(evaluate: Evaluate) -> bool:
         before, begun = random_state(("numpy",)), time.perf_counter()
         evaluate()
         after, lasted = random_state(("numpy",)), time.perf_counter() - begun
-        if not moved(before, after):
+        if not generators_drawn_from(before, after):
             return False
         # a thread that draws all the time draws while func rests
         time.sleep(max(lasted, 1e-3))
-        if moved(after, random_state(("numpy",))):
+        if generators_drawn_from(after, random_state(("numpy",))):
             return False
     return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.pullback import node_of
-from autojac.core.sandbox import Sandbox, moved, random_state, same_bits
+from autojac.core.sandbox import Sandbox, generators_drawn_from, random_state, same_bits
 from autojac.core.structure import DRAWS, EXCHANGES, UPDATES_BUFFERS
 from autojac.core.tensor_kinds import not_dense, own_class
 from autojac.errors import MutationError, OutputError, RandomnessError, kind_of
@@ -19,7 +19,7 @@ from autojac.graph.recorder import FunctionRecording
 from autojac.graph.special_kernels import ATTENTION, special_kernels
 from autojac.guards.earlier_values import EarlierValues
 from autojac.guards.escapes import Monitor
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.guards.run_monitor import RunMonitor
 from autojac.probe.flat_call import FlatCall
 from autojac.probe.kept_state import UNLIKE, unlike
@@ -60,7 +60,7 @@ class SideEffects:
 def evaluate_once(fn: Flat, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], differentiated: Sequence[int]) -> Any:
     """Call func once on copies that autograd sees as the user's inputs; return its values and their graph nodes."""
     # torch warns of what it would not warn of where nothing requires grad, such as float(x)
-    with torch.enable_grad(), unwarned():
+    with torch.enable_grad(), ignore_warnings():
         copies = [
             leaf.detach().clone().requires_grad_().clone() if position in differentiated else leaf.detach().clone()
             for position, leaf in enumerate(leaves)
@@ -99,7 +99,7 @@ def first_call(
     with sandbox(), Monitor() as monitor, RunMonitor(earlier) as watched:
         before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
-        generators = moved(before, random_state())
+        generators = generators_drawn_from(before, random_state())
     check_outputs(values)
     exchanges = monitor.exchanges or sandbox.exchanged
     done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")

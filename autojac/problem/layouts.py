@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autojac.autodiff.derivative_terms import Terms, in_words
 from autojac.core.signature import Layout, Leaf, Signature
-from autojac.errors import InputError, OutputError, counted
+from autojac.errors import InputError, OutputError, plural
 
 
 def jacobian_shape(layout: Layout, batch: int, event: Sequence[int], leaf: Leaf) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ def require_columns(signature: Signature, of: Terms) -> None:
         return
     inputs = [leaf for leaf in signature.leaves if leaf.differentiated]
     if len(inputs) != 1 or not inputs[0].batched:
-        what = "one that all samples share" if len(inputs) == 1 else counted(len(inputs), "tensor")
+        what = "one that all samples share" if len(inputs) == 1 else plural(len(inputs), "tensor")
         raise InputError(
             f"derivatives by columns are of one tensor (B, n), got {what}. Pass one whose columns are the variables, "
             "as torch.stack([t, x], 1) makes it, and take it apart in func"
@@ -48,7 +48,7 @@ def require_columns(signature: Signature, of: Terms) -> None:
     for term in () if of == "laplacian" else of:
         if any(column >= width for columns in term for column in columns):
             raise InputError(
-                f"the derivative {in_words(term)} was asked for, but a sample has {counted(width, 'column')}, counted "
+                f"the derivative {in_words(term)} was asked for, but a sample has {plural(width, 'column')}, counted "
                 "from 0. Name columns that there are"
             )
 

@@ -39,7 +39,7 @@ def redrawn(fn: Flat) -> Flat:
     return with_same_numbers
 
 
-def drawn_alike(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
+def repeat_draws(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
     """Return a function for `randomness="same"`: each sample is a batch of one, from the same random state.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from autojac.autodiff.open_modes import levels_restored
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.replay.codegen import Run
 from autojac.torch_internals import DisableAutocast, compile_graph
 
@@ -40,7 +40,7 @@ def _installed(name: str, path: str | None) -> bool:
     return shutil.which(name, path=path) is not None
 
 
-def lowered(run: Run, strict: bool, repeatable: bool) -> Run:
+def lower(run: Run, strict: bool, repeatable: bool) -> Run:
     """Return a program of plain operators as what Inductor makes of it for the tensors of its first call.
 
     What Dynamo would guard in each call, 35 µs, a trace's own guards have looked at.
@@ -98,7 +98,7 @@ class _Attempt:
 
 def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
     # the compiler's own imports warn, which must not reach a user who turns warnings into errors
-    with unwarned(), levels_restored(), torch.no_grad(), DisableAutocast():
+    with ignore_warnings(), levels_restored(), torch.no_grad(), DisableAutocast():
         from torch.fx.experimental.proxy_tensor import make_fx
 
         graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)

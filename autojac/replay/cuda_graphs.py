@@ -14,7 +14,7 @@ WARM_UPS = 3
 """Runs before the capture, in which libraries set themselves up."""
 
 
-def captured(run: Run) -> Run:
+def capture_on_first_call(run: Run) -> Run:
     """Return a program as a CUDA graph that its first call captures.
 
     A graph reads and writes the memory that it was captured with, so every call copies its arguments there, and

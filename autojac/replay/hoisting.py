@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.codegen import Run, emit
-from autojac.replay.passes.ordering import ordered
+from autojac.replay.passes.ordering import immovable_operators
 
 ROUNDS = 5
 WORTHWHILE = 2.0
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     nodes: tuple[fx.Node, ...]
 
 
-def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
+def hoist_part(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
     """Return the part of a graph that can be kept; None if there is none.
 
     Args:
@@ -76,7 +76,7 @@ def hoisted(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.No
 
 def _kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return views of captured tensors, and results that depend on captured tensors and constants alone."""
-    unsteady = ordered(graph)
+    unsteady = immovable_operators(graph)
     faces = {node for node in captured if node.meta["value"].layout == torch.strided}
     known = set(faces)
     views, results = [], []

@@ -20,7 +20,7 @@ from autojac.replay.codegen import work_of
 from autojac.replay.hoisting import kept_values
 from autojac.replay.outcomes import OtherOutcomeError, Score, same_values
 from autojac.replay.trace import Lower, Trace
-from autojac.replay.tracer import Prepare, arranged, trace_method, unfixed
+from autojac.replay.tracer import Prepare, arrange, find_unfixed_argument, trace_method
 from autojac.torch_internals import dispatch_modes, function_modes
 
 MOST_TRACES = 8
@@ -70,8 +70,8 @@ class Replayer:
         if bound is None:
             return None
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
-            given: Sequence[Tensor] = arranged(leaves, kwargs)
-            if kwargs and (len(given) != bound.given or unfixed(kwargs)):
+            given: Sequence[Tensor] = arrange(leaves, kwargs)
+            if kwargs and (len(given) != bound.given or find_unfixed_argument(kwargs)):
                 return None
         else:
             given = leaves
@@ -240,7 +240,7 @@ class Replayer:
                 return None
             read = tuple((state.tensors[place], values) for place, values in trace.read)
             captured = tuple(state.tensors[place] for place in trace.captured)
-            given = len(arranged(leaves, kwargs))
+            given = len(arrange(leaves, kwargs))
             kept = None if trace.hoist is None else kept_values(trace.hoist, captured)
             self.bound = BoundTrace(
                 trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, read, kept

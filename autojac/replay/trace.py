@@ -14,7 +14,7 @@ from autojac.autodiff.program_function import PullProgram
 from autojac.autodiff.tolerance import disagreement
 from autojac.errors import UnsupportedError
 from autojac.replay.codegen import Run, emit, operators_of
-from autojac.replay.hoisting import Hoist, Part, hoisted, kept_values
+from autojac.replay.hoisting import Hoist, Part, hoist_part, kept_values
 
 Lower = Callable[[Run], Run]
 Unseen = Callable[[], AbstractContextManager[None]]
@@ -103,7 +103,7 @@ class RecordedGraph:
         aside = None
         given = len(inputs) - len(captured)
         if keep and not self.pulls and lower is None:
-            aside = hoisted(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
+            aside = hoist_part(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
         if aside is not None:
             inputs = [*inputs[:given], *kept_values(aside.hoist, inputs[given:])()]
         made = self._programs(captured, (), aside)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.autodiff.open_modes import levels_restored
-from autojac.autodiff.pullback import pulled_back
+from autojac.autodiff.pullback import pull_back
 from autojac.autodiff.seeds import LASTING
 from autojac.core import pytree
 from autojac.core.keywords import Keywords
@@ -25,7 +25,7 @@ from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.function_state import FunctionState
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.guards.run_monitor import RunMonitor
 from autojac.problem.problem import Compute, Flat, Problem
 from autojac.replay.passes import simplify
@@ -64,7 +64,7 @@ def trace_method(
     """
     start = time.perf_counter()
     state = function_state.present
-    reason = state.guard.reason or unfixed(kwargs) or _of_own_class(leaves, kwargs)
+    reason = state.guard.reason or find_unfixed_argument(kwargs) or _of_own_class(leaves, kwargs)
     if reason:
         raise UnsupportedError(reason)
     if KEEPS in problem.structure.effects:
@@ -105,14 +105,14 @@ def trace_method(
     return trace
 
 
-def arranged(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def arrange(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors of a call, flat, in the one memory layout that programs are made for."""
     if kwargs:
         leaves = [*leaves, *(value for value in pytree.tree_leaves(kwargs) if isinstance(value, Tensor))]
     return [x if x.layout != torch.strided or x.is_contiguous() else x.contiguous() for x in leaves]
 
 
-def unfixed(kwargs: Mapping[str, Any]) -> str:
+def find_unfixed_argument(kwargs: Mapping[str, Any]) -> str:
     """Name a non-tensor among the arguments that may change from call to call, so that no program can hold it."""
     for value in pytree.tree_leaves(kwargs):
         if not isinstance(value, (Tensor, *FIXED)):
@@ -135,7 +135,7 @@ def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
     sandbox = Sandbox(buffers, random_state(problem.generators), problem.places, trained)
     # a parameter that autocast has converted before would be met as a stranger
     torch.clear_autocast_cache()
-    with sandbox(), without_hooks(captured), levels_restored(), unwarned():
+    with sandbox(), without_hooks(captured), levels_restored(), ignore_warnings():
         yield
     torch.clear_autocast_cache()
 
@@ -148,7 +148,7 @@ class _Run:
     ) -> None:
         self.problem = problem
         self.captured = tuple(captured)
-        self.given = [x.detach().requires_grad_(x.requires_grad) for x in arranged(leaves, kwargs)]
+        self.given = [x.detach().requires_grad_(x.requires_grad) for x in arrange(leaves, kwargs)]
         self.leaves = self.given[: len(leaves)]
         rest = iter(self.given[len(leaves) :])
         # func runs once, so it starts from the random state that the call does
@@ -206,7 +206,7 @@ class _Run:
                 for cotangent in cotangents:
                     self.tape.give(cotangent)
                 with self.tape:
-                    found = pulled_back([self.outputs[place] for place in places], self.sources, cotangents)
+                    found = pull_back([self.outputs[place] for place in places], self.sources, cotangents)
                 self.pulls.append(RecordedVjp(places, cotangents, tuple(found)))
 
     def compare(self, compute: Compute) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.core.pattern import Pattern, Sparsity
 from autojac.core.structure import Structure
 from autojac.errors import InputError
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -115,7 +115,7 @@ def entries(samples: Pattern, features: Pattern) -> Entries:
 def _load_sparse() -> None:
     """Make torch's first sparse matrix, which warns that they are in beta, before a user's call does."""
     nothing = torch.zeros(2, dtype=torch.int64)
-    with unwarned():
+    with ignore_warnings():
         torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (1, 1), check_invariants=False)
 
 

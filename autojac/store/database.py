@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from autojac.store.location import on_network
 from autojac.store.models import SCHEMA_VERSIONS, VERSION_TABLE, Base
-from autojac.store.uninterruptible import uninterrupted
+from autojac.store.uninterruptible import run_uninterrupted
 
 T = TypeVar("T")
 Fault = Literal["corrupt", "missing", "readonly", "unreachable"]
@@ -71,7 +71,7 @@ class Database:
         Raises:
             NewerSchemaError, sqlalchemy.exc.SQLAlchemyError, OSError: it can't be read.
         """
-        return uninterrupted(lambda: self._read(work, empty)) if self._exists() else empty
+        return run_uninterrupted(lambda: self._read(work, empty)) if self._exists() else empty
 
     def _exists(self) -> bool:
         """Check whether there may be tables to read."""
@@ -103,7 +103,7 @@ class Database:
         Raises:
             NewerSchemaError, sqlalchemy.exc.SQLAlchemyError, OSError: it can't be written.
         """
-        return uninterrupted(lambda: self._change(work))
+        return run_uninterrupted(lambda: self._change(work))
 
     def _change(self, work: Callable[[Connection], T]) -> T:
         if self.path is not None and not self.path.exists():
@@ -157,7 +157,7 @@ class Database:
         Raises:
             OSError: it can't be moved.
         """
-        return uninterrupted(self._quarantine)
+        return run_uninterrupted(self._quarantine)
 
     def _quarantine(self) -> Path | None:
         assert self.path is not None

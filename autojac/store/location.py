@@ -67,7 +67,7 @@ def _file_url(path: str) -> URL:
     return URL.create("sqlite", database=str(Path(path).expanduser().absolute()))
 
 
-def shown(location: str | URL) -> str:
+def readable_location(location: str | URL) -> str:
     """Return a human-readable location, without a password: the one way in which locations are shown.
 
     Of a URL, it is the scheme, the user, the host and the database, each only where nothing hints at a misplaced
@@ -100,7 +100,7 @@ def shown(location: str | URL) -> str:
 
 def without_passwords(text: str) -> str:
     """Return a message with each URL of a database in it as it is shown."""
-    return re.sub(r"\b(?!https?:)[\w+]+://(?:.*[@?])?\S*", lambda found: shown(found[0]), text, flags=re.S)
+    return re.sub(r"\b(?!https?:)[\w+]+://(?:.*[@?])?\S*", lambda found: readable_location(found[0]), text, flags=re.S)
 
 
 def hider(location: str | URL) -> Callable[[str], str]:

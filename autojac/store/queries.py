@@ -77,7 +77,7 @@ def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial
     return QueryResult(tuple(by_plan.value.get(plan_id, ())), problem=by_plan.problem)
 
 
-def stored(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPlan | None]:
+def find_row(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPlan | None]:
     """Return the whole row of a key pair."""
     found = _stored(connection, _is(op, env))
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)

@@ -18,7 +18,7 @@ from autojac.store import arrays, environments, queries
 from autojac.store.database import Database, NewerSchemaError, fault_of
 from autojac.store.faults import FAULTS, DatabaseFault, value_or_fault
 from autojac.store.keys import Key
-from autojac.store.location import database_url, default_location, hider, shared_urls, shown
+from autojac.store.location import database_url, default_location, hider, readable_location, shared_urls
 from autojac.store.records import StoredPlan
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class PlanStore:
         self._main: Database | None = None
         self._shared = [Database(url, timeout_s, writable=False) for url in shared_urls()]
         text = default_location() if location is None else os.fspath(location)
-        self._name = shown(text) if text else "the user's cache directory"
+        self._name = readable_location(text) if text else "the user's cache directory"
         self._hide = hider(text or "")
         try:
             if text is None:
@@ -112,7 +112,7 @@ class PlanStore:
             op, env: what it computes and where.
             reason: what was seen, as a sentence.
         """
-        standing = self._first(lambda connection: queries.stored(connection, op, env))
+        standing = self._first(lambda connection: queries.find_row(connection, op, env))
         self._write(lambda connection: queries.refute(connection, op, env, reason, standing))
 
     def coloring(self, key: str) -> dict[str, Indices] | None:
@@ -216,7 +216,7 @@ class PlanStore:
             self._main_failed(base, result.error, reading=True)
         else:
             self._shared = [other for other in self._shared if other is not base]
-            why = f"the shared plans in {shown(base.url)} can't be read ({self._sentence(result.error)})"
+            why = f"the shared plans in {readable_location(base.url)} can't be read ({self._sentence(result.error)})"
             self._warn("shared", f"{why}; they are ignored. Correct AUTOJAC_PLAN_PATH")
         return empty
 
@@ -242,7 +242,7 @@ class PlanStore:
                 error = problem
             else:
                 if moved is not None:
-                    now = Path(shown(str(moved))).name
+                    now = Path(readable_location(str(moved))).name
                     self._warn("corrupt", f"{self._name} was corrupt; it is now {now} and a new store was started")
                     return
                 if "corrupt" not in self._told:  # another process put it right

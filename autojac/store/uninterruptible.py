@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def uninterrupted(work: Callable[[], T]) -> T:
+def run_uninterrupted(work: Callable[[], T]) -> T:
     """Return `work()`, run in a thread of its own, which exceptions for the caller's thread do not reach.
 
     Signals are served by the main thread, and a limit on time raises in the thread that it was set for, either between

@@ -12,14 +12,14 @@ from torch import nn
 import autojac
 from autojac.bench import suites
 from autojac.bench.baselines import BYTES_LIMIT, DEFAULT, PARAMETER_WAYS, WAYS, reference
-from autojac.bench.fresh import SIGNATURES, counted_evaluations
+from autojac.bench.fresh import SIGNATURES, count_evaluations
 from autojac.bench.growth import growth_cases
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT, ROOFLINE, race_workload
-from autojac.bench.overhead import CALL_US, FINER, cached_call, traced
+from autojac.bench.overhead import CALL_US, FINER, cached_call, time_tracing
 from autojac.bench.regret import race_candidates, regret_of
 from autojac.bench.results import BenchResult, Figure
 from autojac.bench.roofline import least_seconds, machine
-from autojac.bench.run import Settings, admitted, in_fresh_process, raced_with_best
+from autojac.bench.run import Settings, admit, in_fresh_process, race_with_best
 from autojac.bench.suites import SUITES, Suite, run_suites
 from autojac.bench.training import OF_WHOLE, WHOLE, race_step
 from autojac.bench.workloads import EVERY, WORKLOADS, Workload, mlp, of_kind, pointwise, sine
@@ -145,7 +145,7 @@ def test_ways_that_need_too_much_are_skipped_with_a_reason() -> None:
 def test_numbers_are_checked_before_they_are_timed(
     run: Callable[[], torch.Tensor], state: str, reason: str | None
 ) -> None:
-    outcome = admitted("it", run, torch.ones(2, 2)).outcome
+    outcome = admit("it", run, torch.ones(2, 2)).outcome
     assert outcome.state == state
     assert (reason or "") in (outcome.reason or "")
     assert (outcome.seconds is None) == (state != "right")
@@ -154,12 +154,12 @@ def test_numbers_are_checked_before_they_are_timed(
 def test_only_ways_that_may_be_the_fastest_are_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "clock", Ticking(tick=1e-3))
     truth = torch.ones(1)
-    entrants = {name: admitted(name, lambda: truth, truth) for name in ("own", "best", "near", "far", DEFAULT)}
+    entrants = {name: admit(name, lambda: truth, truth) for name in ("own", "best", "near", "far", DEFAULT)}
     for name, seconds in {"own": 1.0, "best": 2.0, "near": 2.5, "far": 9.0, DEFAULT: 9.0}.items():
         outcome = dataclasses.replace(entrants[name].outcome, seconds=seconds)
         entrants[name] = dataclasses.replace(entrants[name], outcome=outcome)
     own, *ways = entrants.values()
-    outcomes = raced_with_best([own], ways, torch.device("cpu"), dataclasses.replace(SETTINGS, race_s=9.0), DEFAULT)
+    outcomes = race_with_best([own], ways, torch.device("cpu"), dataclasses.replace(SETTINGS, race_s=9.0), DEFAULT)
     assert {o.name: len(o.samples) for o in outcomes} == {"own": 3, "best": 3, "near": 3, "far": 0, DEFAULT: 3}
     assert outcomes[3].seconds == 9.0
 
@@ -197,19 +197,19 @@ def test_calls_of_replays_are_compared_with_their_programs() -> None:
 
 
 def test_both_signatures_are_traced() -> None:
-    first, second = traced(["sin"], "loop")
+    first, second = time_tracing(["sin"], "loop")
     assert min(first, second) > 0
 
 
 def test_evaluations_of_a_first_call_are_counted() -> None:
-    with counted_evaluations() as evaluations:
+    with count_evaluations() as evaluations:
         autojac.AutoJacobian(torch.sin, effort="estimate", store=":memory:")(torch.randn(5, 3))
     assert 1 < len(evaluations) <= 25
 
 
 def test_counting_evaluations_keeps_no_program_from_being_recorded() -> None:
     jac = forced(torch.sin, (torch.randn(5, 3),), Replay(Pull("shared")).spec())
-    with counted_evaluations() as evaluations:
+    with count_evaluations() as evaluations:
         jac(torch.randn(5, 3))
         once = len(evaluations)
         for _ in range(2):

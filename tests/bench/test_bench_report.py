@@ -21,7 +21,7 @@ from autojac.bench import command as bench_command
 from autojac.bench.baselines import DEFAULT
 from autojac.bench.command import bench as command
 from autojac.bench.jacobians import OVER_BEST, OVER_DEFAULT
-from autojac.bench.page import plotted, write_page
+from autojac.bench.page import make_plots, write_page
 from autojac.bench.regret import regret_of
 from autojac.bench.results import BenchResult, Figure, Outcome, Report, fastest, ratio
 from autojac.bench.run import Settings, environment
@@ -171,7 +171,7 @@ def test_the_page_of_plots_has_every_figure_and_needs_no_network(tmp_path: Path)
     for figure in summarize(REPORT):
         assert escape(figure.what) in text
     assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
-    assert text.count('class="plotly-graph-div"') == len(plotted(REPORT)) + 1
+    assert text.count('class="plotly-graph-div"') == len(make_plots(REPORT)) + 1
     assert "f: autojac" in text
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autojac.graph.dependence.index_sets import IndexSets, SetAlgebra, TooLarge, compressed, singles
+from autojac.graph.dependence.index_sets import IndexSets, SetAlgebra, TooLarge, compress_index, singles
 from autojac.graph.dependence.propagation import propagate
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import record
@@ -147,9 +147,9 @@ def test_work_has_a_limit() -> None:
 
 def test_equal_slices_are_found() -> None:
     index = torch.arange(6).reshape(2, 1, 3).expand(2, 5, 3)
-    assert compressed(index).shape == compressed(index.contiguous()).shape == (2, 1, 3)
-    assert compressed(torch.ones(2, 0, 3)).shape == (1, 0, 1)
-    assert compressed(torch.tensor([0, 0, 1])).shape == (3,)
+    assert compress_index(index).shape == compress_index(index.contiguous()).shape == (2, 1, 3)
+    assert compress_index(torch.ones(2, 0, 3)).shape == (1, 0, 1)
+    assert compress_index(torch.tensor([0, 0, 1])).shape == (3,)
 
 
 WEIGHT = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))

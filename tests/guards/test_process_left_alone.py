@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 import autojac
 from autojac import AutoJacobian, ModesDisagreeWarning
 from autojac.errors import kind_of
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.planning.search.memory import peak_bytes
 from autojac.planning.search.propose import _quiet_optuna
 from harness import compare
@@ -85,13 +85,13 @@ def test_two_threads_that_ignore_warnings_leave_no_filter() -> None:
     entered, left = threading.Event(), threading.Event()
 
     def other() -> None:
-        with unwarned():
+        with ignore_warnings():
             entered.set()
             left.wait(5)
 
     before = list(warnings.filters)
     thread = threading.Thread(target=other)
-    with unwarned():
+    with ignore_warnings():
         thread.start()
         entered.wait(5)
         warnings.warn("not shown", UserWarning, stacklevel=1)

@@ -156,7 +156,7 @@ def test_a_machine_is_measured_by_few_operators_and_no_clock_of_the_search() -> 
             return 1e-3
 
     clock = Turns()
-    machine = calibrate.measured_machine(torch.device("cpu"), clock)
+    machine = calibrate.measure_machine(torch.device("cpu"), clock)
     assert clock.calls == 9 * calibrate.TURNS
     assert machine.plain_s == machine.dual_s == 1e-3 / calibrate.OPERATORS
     assert machine.rates == tuple(size / 1e-3 for size in SIZES)
@@ -172,7 +172,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         times.append(f"{device} {threads}")
         return dataclasses.replace(DEFAULT, plain_s=7e-7)
 
-    monkeypatch.setattr(calibrate, "measured_once", measured)
+    monkeypatch.setattr(calibrate, "measured_machine", measured)
     return times
 
 

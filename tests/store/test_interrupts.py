@@ -18,7 +18,7 @@ import pytest
 from autojac import PlanStore
 from autojac.core.time_limit import within
 from autojac.store import queries
-from autojac.store.uninterruptible import uninterrupted
+from autojac.store.uninterruptible import run_uninterrupted
 from stores import ENV, OP, PLAN, as_found, filled
 
 FOUND = as_found(PLAN)
@@ -163,11 +163,11 @@ def test_a_limit_on_time_in_the_midst_of_a_save(tmp_path: Path, monkeypatch: pyt
 
 
 def test_work_in_a_thread_of_its_own_returns_and_raises_as_it_would_here() -> None:
-    assert uninterrupted(lambda: 3) == 3
+    assert run_uninterrupted(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        uninterrupted(lambda: 1 // 0)
+        run_uninterrupted(lambda: 1 // 0)
     with pytest.raises(SystemExit):
-        uninterrupted(sys.exit)
+        run_uninterrupted(sys.exit)
 
 
 def test_a_save_leaves_no_thread_behind(tmp_path: Path) -> None:
@@ -185,4 +185,4 @@ def test_work_is_done_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyP
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("autojac.store.uninterruptible.start_new_thread", start)
-    assert uninterrupted(lambda: 3) == 3
+    assert run_uninterrupted(lambda: 3) == 3

@@ -21,7 +21,7 @@ from autojac.cli import main
 from autojac.core.options import Options
 from autojac.errors import StoreError
 from autojac.store import database
-from autojac.store.location import shown
+from autojac.store.location import readable_location
 from stores import ENV, OP, PLAN
 
 SECRET = "hunter2secret"
@@ -137,7 +137,7 @@ def test_a_store_never_shows_a_password(location: str, chatty: None, tmp_path: P
     location = location.format(folder=tmp_path)
     said = everything(location)
     assert SECRET not in said
-    assert SECRET not in shown(location)
+    assert SECRET not in readable_location(location)
     assert SECRET not in repr(Options.checked({"store": location}))
     assert not [path for path in tmp_path.rglob("*") if SECRET in path.name]  # nor is it made the name of a file
 
@@ -166,7 +166,7 @@ def test_what_does_not_parse_is_refused_with_what_was_expected(location: str) ->
     ],
 )
 def test_what_is_shown_of_a_location(location: str, text: str) -> None:
-    assert shown(location) == text
+    assert readable_location(location) == text
 
 
 def test_short_passwords_are_taken_out_as_words(chatty: None) -> None:

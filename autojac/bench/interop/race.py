@@ -17,7 +17,7 @@ from autojac.bench.interop.case import Built, Case, elsewhere
 from autojac.bench.interop.ways import EXACT, WAYS, exact, loss_gradient
 from autojac.bench.jacobians import OVER_BEST
 from autojac.bench.results import BenchResult, Figure, Outcome
-from autojac.bench.run import FAR, Announce, Entrant, Settings, admitted, raced
+from autojac.bench.run import FAR, Announce, Entrant, Settings, admit, race_entrants
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.replay.replayer import Replayer
@@ -97,7 +97,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> BenchRe
     except Exception as error:
         return _failed(case.name, Outcome(OWN, "error", reason=_line(error)))
     entrants = _entrants(jac, built, truth, training)
-    own, *ways = (entrant.outcome for entrant in raced(entrants, built.x.device, settings, FAR, always=(OWN,)))
+    own, *ways = (entrant.outcome for entrant in race_entrants(entrants, built.x.device, settings, FAR, always=(OWN,)))
     best = min((way for way in ways if way.state == "right"), key=lambda way: way.seconds or math.inf, default=None)
     figure = Figure.over(own, best, WORST, OVER_BEST)
     facts: dict[str, str | float] = {
@@ -126,7 +126,7 @@ def _runs(jac: Callable[[Tensor], Tensor], built: Built) -> Iterator[tuple[str, 
 
 def _entrant(name: str, run: Callable[[Tensor], Tensor], built: Built, truth: Tensor, training: bool) -> Entrant:
     """Check a way's numbers; of a training step its gradients are checked too, and its time is the step's."""
-    checked = admitted(name, lambda: run(built.x).detach(), truth)
+    checked = admit(name, lambda: run(built.x).detach(), truth)
     if not training or checked.run is None or built.module is None:
         return checked
     parameters = [parameter for parameter in built.module.parameters() if parameter.requires_grad]
@@ -135,7 +135,7 @@ def _entrant(name: str, run: Callable[[Tensor], Tensor], built: Built, truth: Te
         # one row: gradients are compared on one scale, since those of single weights may be rounding alone
         return loss_gradient(run(built.x), parameters)[None]
 
-    return admitted(name, step, loss_gradient(exact(built.func)(built.x), parameters)[None])
+    return admit(name, step, loss_gradient(exact(built.func)(built.x), parameters)[None])
 
 
 def _settle(jac: Callable[[Tensor], Tensor], built: Built, truth: Tensor) -> None:

@@ -29,14 +29,14 @@ def rows(func: Func, x: Tensor, pull: Callable[[Tensor, Tensor, bool], Tensor]) 
         return pull(func(x), x, differentiable)
 
 
-def looped(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
+def pull_in_loop(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
     """Return one VJP for each coordinate of the sum over samples."""
     sums = y.sum(0).flatten().unbind()
     found = [torch.autograd.grad(s, x, retain_graph=True, create_graph=differentiable)[0] for s in sums]
     return torch.stack(found, 1).view(*y.shape, *x.shape[1:])
 
 
-def batched(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
+def pull_batched(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
     """Return all coordinates of the sum over samples, in one pass."""
     sums = y.sum(0).flatten()
     seeds = torch.eye(len(sums), dtype=y.dtype, device=y.device)
@@ -55,7 +55,7 @@ def row_by_row(y: Tensor, x: Tensor, differentiable: bool) -> Tensor:
     return torch.stack(found).view(*y.shape, *x.shape[1:])
 
 
-def transformed(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Run]:
+def transform_each_sample(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func], Run]:
     """Return one of torch's transforms, sample by sample."""
     prepare = sample_by_sample(transform)
 
@@ -72,10 +72,10 @@ def transformed(transform: Callable[..., Callable[..., Any]]) -> Callable[[Func]
 
 
 WAYS: dict[str, Callable[[Func], Run]] = {
-    DEFAULT: transformed(torch.func.jacrev),
-    "vmap(jacfwd)": transformed(torch.func.jacfwd),
-    "loop of VJPs": lambda func: lambda x: rows(func, x, looped),
-    "is_grads_batched": lambda func: lambda x: rows(func, x, batched),
+    DEFAULT: transform_each_sample(torch.func.jacrev),
+    "vmap(jacfwd)": transform_each_sample(torch.func.jacfwd),
+    "loop of VJPs": lambda func: lambda x: rows(func, x, pull_in_loop),
+    "is_grads_batched": lambda func: lambda x: rows(func, x, pull_batched),
 }
 EXACT = "every row"
 """The way that is right whatever couples, raced where no other is."""

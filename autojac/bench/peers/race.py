@@ -17,14 +17,14 @@ import autojac
 from autojac.autodiff.tolerance import disagreement
 from autojac.bench.baselines import reference
 from autojac.bench.coupled import brusselator
-from autojac.bench.interop.ways import looped, loss_gradient, rows
-from autojac.bench.jacobians import OWN, PLAN, wrapped
+from autojac.bench.interop.ways import loss_gradient, pull_in_loop, rows
+from autojac.bench.jacobians import OWN, PLAN, wrap
 from autojac.bench.peers.client import Peer, PeerError
 from autojac.bench.peers.program import Program, program_of
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome, fastest
-from autojac.bench.run import Settings, admitted, at_rest
+from autojac.bench.run import Settings, admit, at_rest
 from autojac.bench.training import WHOLE, gradients_after, loss_of, moves_jacobian
-from autojac.bench.workloads import WORKLOADS, Workload, moved_to, of_kind
+from autojac.bench.workloads import WORKLOADS, Workload, move_to, of_kind
 from autojac.methods.threads import threads
 from autojac.planning.search import measure
 
@@ -69,7 +69,7 @@ def race_peers(
         ways: of each library.
         settings: how to measure; the thread count is torch's.
     """
-    outcomes = [admitted(OWN, own[0], truth, own[1]).outcome]
+    outcomes = [admit(OWN, own[0], truth, own[1]).outcome]
     times: dict[str, Time] = {OWN: lambda calls: measure.clock.per_call(own[0], truth.device, calls)}
     facts: Facts = {"threads": torch.get_num_threads()}
     cores: list[float] = []
@@ -142,7 +142,7 @@ def jacobian_race(settings: Settings, workload: Workload, count: int) -> BenchRe
     with threads(count), at_rest():
         func, x = workload.make()
         program, arrays = program_of(func)
-        jac = wrapped(func, settings)
+        jac = wrap(func, settings)
         jac(x)
         truth = reference(workload, func, x)
         given = program, {**arrays, "x": x.numpy()}
@@ -166,9 +166,9 @@ def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult
         assert isinstance(func, nn.Module)
         names = [name for name, _ in func.named_parameters() if moves_jacobian(func, name, x)]
         program, arrays = program_of(func)
-        exact: Any = moved_to(func, x.device, torch.float64)
+        exact: Any = move_to(func, x.device, torch.float64)
         doubled = [exact.get_parameter(name) for name in names]
-        truth = loss_gradient(rows(exact, x.double(), looped), doubled)[None].to(x.dtype)
+        truth = loss_gradient(rows(exact, x.double(), pull_in_loop), doubled)[None].to(x.dtype)
         whole = autojac.TrainingStep(func, loss_of, **settings.planning())
         whole(x)
         own = gradients_after(lambda: whole(x), [func.get_parameter(name) for name in names])
@@ -188,7 +188,7 @@ def sparse_race(settings: Settings, size: int = GRID, count: int = 1) -> BenchRe
     """Race the sparse Jacobian of the Brusselator on a grid."""
     with threads(count), at_rest():
         func, x = brusselator(size), torch.rand(2 * size * size, generator=torch.Generator().manual_seed(0)) + 1
-        jac = wrapped(func, settings, layout="sparse", in_dims=None)
+        jac = wrap(func, settings, layout="sparse", in_dims=None)
         truth = torch.func.jacrev(func)(x.double()).to(x.dtype)
         given: tuple[Program, Arrays] = ([["brusselator", size]], {"x": x.numpy()})
         name = _named(f"brusselator-{size}", count)

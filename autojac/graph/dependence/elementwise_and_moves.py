@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.graph.dependence.context import Constant, DependenceContext, Result, Unknown
-from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets, compressed
+from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets, compress_index
 from autojac.graph.ir import Value
 from autojac.graph.operator_kinds import MOVING, Axes, Kind
 from autojac.torch_internals import OpOverload
@@ -89,7 +89,7 @@ def _moved(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor])
         context.algebra.spend(elements, MOST_ELEMENTS)
         # every operator takes doubles, and they are exact
         given = {number: index.double() for number, index in given.items()}
-    return [IndexSets(matrix, compressed(part).long()) for part in _run(context, given, narrow)]
+    return [IndexSets(matrix, compress_index(part).long()) for part in _run(context, given, narrow)]
 
 
 def _is_view(context: DependenceContext) -> bool:
@@ -234,7 +234,7 @@ def _run(
         index = context.value(value)
         for axis in narrow if context.facts.axes is Axes.INDEXED else ():
             index = index.narrow(axis, 0, 1)
-        return compressed(index) if spread else index
+        return compress_index(index) if spread else index
 
     if not isinstance(operation.target, OpOverload):
         # a copy into a tensor: the source in the target's shape

@@ -59,7 +59,7 @@ class IndexSets:
         return SetAlgebra(None).mixed(self, axes)
 
 
-def compressed(index: Tensor) -> Tensor:
+def compress_index(index: Tensor) -> Tensor:
     """Return an index with length 1 along all axes on which it is alike."""
     for axis, stride in enumerate(index.stride()):
         if stride == 0 and index.shape[axis] > 1:

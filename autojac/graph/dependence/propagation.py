@@ -24,7 +24,7 @@ from autojac.graph.dependence.index_sets import (
     IndexSets,
     SetAlgebra,
     TooLarge,
-    compressed,
+    compress_index,
     singles,
 )
 from autojac.graph.dependence.reductions_and_products import (
@@ -144,7 +144,7 @@ def propagate(
     states: dict[int, State] = {
         number: (Constant() if follow_values else Unknown())
         if column is None
-        else IndexSets(matrix, compressed(column.cpu()) + 1)
+        else IndexSets(matrix, compress_index(column.cpu()) + 1)
         for number, column in zip(graph.inputs, columns, strict=True)
     }
     for number, tensor in graph.constants.items():

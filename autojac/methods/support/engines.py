@@ -131,7 +131,7 @@ def coordinates(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     """Return one-hot seeds (k, *shape) of a tensor that carries the batch along an axis, each for every sample."""
     axis, outer, inner = state
     event = (*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
-    return seeds.shared(event, batch, tensor).movedim(1, axis + 2).reshape(-1, *tensor.shape)
+    return seeds.shared_seeds(event, batch, tensor).movedim(1, axis + 2).reshape(-1, *tensor.shape)
 
 
 def by_sample(rows: Tensor, state: BatchAxis, batch: int) -> Tensor:

@@ -152,4 +152,4 @@ class SharedStatistics:
 
 
 def _coordinates(value: Tensor) -> Tensor:
-    return seeds.shared(tuple(value.shape[1:]), len(value), value)
+    return seeds.shared_seeds(tuple(value.shape[1:]), len(value), value)

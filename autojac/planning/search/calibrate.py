@@ -26,12 +26,12 @@ TURNS = 5
 
 
 @functools.cache
-def measured_once(device: str, threads: str) -> Machine:
-    """Return what `measured_machine` finds, once per process; `threads` says for how many, and is torch's number."""
-    return measured_machine(torch.device(device))
+def measured_machine(device: str, threads: str) -> Machine:
+    """Return what `measure_machine` finds, once per process; `threads` says for how many, and is torch's number."""
+    return measure_machine(torch.device(device))
 
 
-def measured_machine(device: torch.device, clock: measure.Clock | None = None) -> Machine:
+def measure_machine(device: torch.device, clock: measure.Clock | None = None) -> Machine:
     """Measure what operators, bytes and flops take on a device, by so many threads as torch has now.
 
     Args:

@@ -130,7 +130,7 @@ def summary(samples: Sequence[float]) -> Timing:
     return Timing(low, (high - low) / median if median else 0.0)
 
 
-def interleaved(
+def time_interleaved(
     runs: Sequence[Run], device: torch.device, shortest_s: float, rounds: int, until: float
 ) -> list[list[float]]:
     """Time each run in each round, in turn, so that drift affects all alike; return seconds per call.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import optuna
 
 from autojac.core.plan import Trial
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.methods.base import Method
 from autojac.planning.search.space import choose, path_of
 
@@ -77,7 +77,7 @@ def _quiet_optuna() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(others)
     try:
-        with unwarned():
+        with ignore_warnings():
             yield
     finally:
         for logger in loggers:

@@ -18,7 +18,7 @@ from autojac.core.options import format_bytes
 from autojac.core.plan import Effort, Trial, TrialState, expression
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
-from autojac.guards.process_state import unwarned
+from autojac.guards.process_state import ignore_warnings
 from autojac.methods.base import Method
 from autojac.planning.search import measure, memory
 from autojac.problem.derivative_reference import AnyReference, reference_for
@@ -178,7 +178,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
         return compute, seconds, wrong
 
     try:
-        with session.point.sandbox(), unwarned(), levels_restored():
+        with session.point.sandbox(), ignore_warnings(), levels_restored():
             allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
@@ -215,7 +215,7 @@ def look(session: SearchSession, method: Method, allowed_s: float | None = None)
         return fastest
 
     try:
-        with session.point.sandbox(), unwarned(), levels_restored():
+        with session.point.sandbox(), ignore_warnings(), levels_restored():
             seconds = within(max(session.allowed_s(method), 4 * right.seconds), timed)
     except Exception as error:
         return _fail(session, method, error)
@@ -231,7 +231,7 @@ def look_longer(session: SearchSession, method: Method) -> None:
     if run is None:
         return
     try:
-        with session.point.sandbox(), unwarned(), levels_restored():
+        with session.point.sandbox(), ignore_warnings(), levels_restored():
             allowed = max(session.allowed_s(method), LEAST_S)
             timing = within(allowed, lambda: measure.repeat(run, session.device, SHORTEST_S[session.effort], BLOCKS))
     except Exception as error:
@@ -249,7 +249,7 @@ def measure_memory(session: SearchSession, method: Method) -> bool:
         return False
     trial = session.trials[method]
     try:
-        with session.point.sandbox(), unwarned():
+        with session.point.sandbox(), ignore_warnings():
             peak = memory.peak_bytes(run, session.device)
     except Exception as error:  # it ran before, and may not run any more
         _fail(session, method, error)

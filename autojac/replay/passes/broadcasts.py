@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import acts_by_entry, has_entries, narrowed
+from autojac.replay.passes.node_facts import acts_by_entry, has_entries, narrow_repeats
 
 RANK = 70
 REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
@@ -66,7 +66,7 @@ def _wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
 
 def _lean(value: Tensor) -> Tensor:
     """Strip what broadcasting brings back: repetitions, and leading axes with a single entry."""
-    lean = narrowed(value)
+    lean = narrow_repeats(value)
     while lean.dim() and lean.size(0) == 1:
         lean = lean[0]
     return lean

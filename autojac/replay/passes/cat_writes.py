@@ -9,7 +9,7 @@ from torch import fx
 from autojac.graph.operator_kinds import Kind
 from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import facts, has_entries, layout_of
-from autojac.replay.passes.ordering import touched
+from autojac.replay.passes.ordering import storages_of
 
 RANK = 8
 
@@ -21,7 +21,7 @@ def cat_writes(graph: fx.Graph) -> None:
     """
     homes: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        for storage in touched(node) if node.op == "call_function" else ():
+        for storage in storages_of(node) if node.op == "call_function" else ():
             homes.setdefault(storage, []).append(node)
         for storage in node.meta.get("writes", ()):
             if node not in homes.get(storage, ()):
@@ -51,7 +51,7 @@ def _together(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
     if any(part[0] != axis for part in slices) or [start for _, start, _, _ in slices] != ends[:-1] or ends[-1] != many:
         return
     sources = [source for *_, source in slices]
-    if any(touched(source) & editor.unsteady or source.meta["phase"] > room.meta["phase"] for source in sources):
+    if any(storages_of(source) & editor.unsteady or source.meta["phase"] > room.meta["phase"] for source in sources):
         return
     if any(write.meta["phase"] != room.meta["phase"] or write.users for write in writes):
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, chain, sweep
-from autojac.replay.passes.node_facts import narrowed
+from autojac.replay.passes.node_facts import narrow_repeats
 
 RANK = 60
 
@@ -27,7 +27,7 @@ def _collapsed(editor: Editor, node: fx.Node) -> fx.Node | None:
 def _in_two(editor: Editor, node: fx.Node, first: fx.Node) -> fx.Node | None:
     """Return a view with its axes in the order of memory and nothing repeated, and one step from there."""
     value = node.meta["value"]
-    lean = narrowed(value)
+    lean = narrow_repeats(value)
     axes = sorted(range(lean.dim()), key=lean.stride().__getitem__, reverse=True)
     if axes != sorted(axes) and lean.shape != value.shape:
         return None

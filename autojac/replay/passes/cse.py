@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor
-from autojac.replay.passes.node_facts import has_entries, layout_of, narrowed
-from autojac.replay.passes.ordering import ordered
+from autojac.replay.passes.node_facts import has_entries, layout_of, narrow_repeats
+from autojac.replay.passes.ordering import immovable_operators
 
 RANK = 80
 
 
 def cse(graph: fx.Graph) -> None:
     """Let the first of equal operators stand for the others, and the first of equal constants."""
-    unsteady, editor = ordered(graph), Editor(graph)
+    unsteady, editor = immovable_operators(graph), Editor(graph)
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node.meta["role"] == "constant" and has_entries(node):
@@ -58,7 +58,7 @@ def _key(value: Any) -> Any:
 
 def _content(value: Tensor) -> Any:
     """Return what a constant is, bit by bit; None for large ones."""
-    lean = narrowed(value)
+    lean = narrow_repeats(value)
     if lean.numel() > MOST_ENTRIES // 100 or lean.is_conj() or lean.is_neg():
         return None
     numbers = lean.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)

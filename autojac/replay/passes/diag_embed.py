@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries, narrowed
+from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = (35, 62)
 
@@ -66,7 +66,7 @@ def _diagonal(editor: Editor, node: fx.Node, vector: fx.Node, row: int, column: 
 def _identity(seed: Tensor, vector: Tensor, whole: Tensor) -> tuple[int, int] | None:
     """Return the two axes that a seed is the identity of; the vector has no entries of its own along the first."""
     wide = seed.expand(whole.shape)
-    lean = narrowed(wide)
+    lean = narrow_repeats(wide)
     if not 0 < lean.numel() <= MOST_ENTRIES:
         return None
     before = whole.dim() - vector.dim()

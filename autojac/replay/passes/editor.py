@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from autojac.replay.passes.layout_facts import PLACED, aliases, is_known, is_layout_independent, spreads
 from autojac.replay.passes.node_facts import has_entries, layout_of, overlapping, placement_of, shares, values
-from autojac.replay.passes.ordering import touched, written
+from autojac.replay.passes.ordering import last_writes, storages_of
 from autojac.replay.passes.view_search import moves
 from autojac.torch_internals import BelowAutograd
 
@@ -43,7 +43,7 @@ class Editor:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.unsteady = set(written(graph))
+        self.unsteady = set(last_writes(graph))
         self.better: dict[fx.Node, fx.Node] = {}
         self.shifted: dict[fx.Node, set[int]] = {}
         self.users: dict[fx.Node, None] = {}
@@ -53,7 +53,7 @@ class Editor:
         """Check whether a node is one tensor from an aten operator that may be merged, moved and left out."""
         if node.op != "call_function" or node.meta["draws"] or node.meta["writes"] or not has_entries(node):
             return False
-        return is_known(node.target) and not (self.unsteady and touched(node) & self.unsteady)
+        return is_known(node.target) and not (self.unsteady and storages_of(node) & self.unsteady)
 
     def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
         """Return a new node before `at`, in its phase; None if the operator can't do that."""
@@ -185,7 +185,7 @@ class Editor:
         if value is None or value.shape != node.meta["value"].shape or value.dtype != node.meta["value"].dtype:
             self._conform(node, changed)
             return node
-        steady = not (self.unsteady and touched(node) & self.unsteady)
+        steady = not (self.unsteady and storages_of(node) & self.unsteady)
         alike = target is node.target and layout_of(value) == layout_of(node.meta["value"])
         sources = [changed.get(source, source) for source in node.all_input_nodes]
         if alike and (not steady or not (aliases(node) or any(shares(value, s) for s in sources))):

@@ -9,7 +9,7 @@ from torch import fx
 
 from autojac.graph.operator_kinds import Kind
 from autojac.replay.passes.node_facts import facts
-from autojac.replay.passes.ordering import touched, written
+from autojac.replay.passes.ordering import last_writes, storages_of
 
 RANK = 10
 MOST_BYTES = 2**24
@@ -42,7 +42,7 @@ def _constant(graph: fx.Graph) -> set[fx.Node]:
     Memory that is written into is constant as a whole or not at all; it is taken as it is after the last write, so
     nothing else may look at it before.
     """
-    last = written(graph)
+    last = last_writes(graph)
     tainted: set[int] = set()
     while True:
         constant = set(_steady(graph, tainted))
@@ -73,7 +73,7 @@ def _looks_at_shapes(node: fx.Node) -> bool:
 def _touched(node: fx.Node) -> set[int]:
     if _looks_at_shapes(node):
         return {int(node.meta["storage"] or 0)} - {0}
-    return touched(node)
+    return storages_of(node)
 
 
 def _early(node: fx.Node, last: dict[int, int]) -> set[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries, narrowed
+from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = 20
 KEEPERS: dict[Any, tuple[int, tuple[int, ...]]] = {
@@ -37,7 +37,7 @@ def neutral_elements(graph: fx.Graph) -> None:
         if value.meta["role"] not in ("constant", "literal") or not has_entries(value):
             return False
         if (value, number) not in known:
-            one = narrowed(value.meta["value"])
+            one = narrow_repeats(value.meta["value"])
             known[value, number] = 0 < one.numel() <= MOST_ENTRIES and bool((one == number).all())
         return known[value, number]
 

@@ -54,7 +54,7 @@ def overlapping(value: Tensor) -> bool:
     return any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
 
 
-def narrowed(value: Tensor) -> Tensor:
+def narrow_repeats(value: Tensor) -> Tensor:
     """Return one entry of each axis along which a tensor repeats itself."""
     for axis, (step, size) in enumerate(zip(value.stride(), value.shape, strict=True)):
         if step == 0 and size > 1:

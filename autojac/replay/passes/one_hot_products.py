@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries, narrowed
+from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = 30
 PRODUCTS = {aten.mm.default, aten.bmm.default}
@@ -83,7 +83,7 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
 
 def _rows(seed: Tensor) -> Rows | None:
     """Return which rows of a factor a product with a seed is; None if it is not as simple as that."""
-    lean = narrowed(seed)
+    lean = narrow_repeats(seed)
     if not 0 < lean.numel() <= MOST_ENTRIES:
         return None
     ones = lean == 1

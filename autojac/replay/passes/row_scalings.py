@@ -9,7 +9,7 @@ from torch import fx
 
 from autojac.replay.passes import activation_slopes
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries, narrowed
+from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = 76
 SLOPES = {aten.tanh_backward.default, aten.sigmoid_backward.default}
@@ -114,7 +114,7 @@ def _scaled(editor: Editor, at: fx.Node, node: Any, slopes: Slopes) -> Scaled | 
             continue
         if not row.meta["value"].dtype == own.meta["value"].dtype == value.dtype:
             continue
-        lean = narrowed(row.meta["value"])
+        lean = narrow_repeats(row.meta["value"])
         if lean.dim() == 2 and lean.size(0) == 1:
             lean = lean[0]
         if lean.numel() * value.size(-2) != value.numel() or lean.size(-1) != value.size(-1):

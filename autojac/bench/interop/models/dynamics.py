@@ -22,7 +22,7 @@ class Field(nn.Module):
         return out
 
 
-def integrated(solver: Any, **options: Any) -> Built:
+def integrate(solver: Any, **options: Any) -> Built:
     field, times = Field(), torch.linspace(0, 1, 5)
     return Built(lambda y: solver(field, y, times, **options)[-1], torch.randn(16, 3), field)
 
@@ -31,28 +31,28 @@ def integrated(solver: Any, **options: Any) -> Built:
 def rk4() -> Built:
     from torchdiffeq import odeint
 
-    return integrated(odeint, method="rk4")
+    return integrate(odeint, method="rk4")
 
 
 @case("torchdiffeq/odeint-euler", trains=True)
 def euler_steps() -> Built:
     from torchdiffeq import odeint
 
-    return integrated(odeint, method="euler")
+    return integrate(odeint, method="euler")
 
 
 @case("torchdiffeq/odeint-dopri5", trains=True)
 def dopri5() -> Built:
     from torchdiffeq import odeint
 
-    return integrated(odeint, rtol=1e-4, atol=1e-5)
+    return integrate(odeint, rtol=1e-4, atol=1e-5)
 
 
 @case("torchdiffeq/odeint-adjoint")
 def adjoint() -> Built:
     from torchdiffeq import odeint_adjoint
 
-    return integrated(odeint_adjoint, method="rk4")
+    return integrate(odeint_adjoint, method="rk4")
 
 
 class Diffusion(Field):

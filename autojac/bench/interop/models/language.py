@@ -110,7 +110,7 @@ def masked_bert() -> Built:
 
 
 @case("einops/rearrange")
-def rearranged() -> Built:
+def einops_rearrange() -> Built:
     from einops import rearrange, reduce, repeat
 
     def func(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def tensordict_params() -> Built:
 
 
 @case("jaxtyping/beartype", "jaxtyping", "beartype")
-def jaxtyped() -> Built:
+def jaxtyping_function() -> Built:
     from beartype import beartype
     from jaxtyping import Float, jaxtyped
 
@@ -68,7 +68,7 @@ def jaxtyped() -> Built:
 
 
 @case("jaxtyping/module", "jaxtyping", "beartype", trains=True)
-def jaxtyped_module() -> Built:
+def jaxtyping_module() -> Built:
     from beartype import beartype
     from jaxtyping import Float, jaxtyped
 
@@ -87,7 +87,7 @@ def jaxtyped_module() -> Built:
 
 
 @case("beartype/decorated")
-def beartyped() -> Built:
+def beartype_function() -> Built:
     from beartype import beartype
 
     @beartype
@@ -98,7 +98,7 @@ def beartyped() -> Built:
 
 
 @case("torchtyping/typeguard", "torchtyping", "typeguard")
-def torchtyped() -> Built:
+def torchtyping_function() -> Built:
     from torchtyping import TensorType
     from typeguard import typechecked
 

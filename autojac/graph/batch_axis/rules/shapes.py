@@ -28,7 +28,7 @@ def transpose(context: RuleContext) -> State:
 
 
 @register("t")
-def turned(context: RuleContext) -> State:
+def matrix_transpose(context: RuleContext) -> State:
     shape, state = context.only()
     return state._replace(axis=len(shape) - 1 - state.axis)
 

@@ -13,7 +13,7 @@ from autojac.core.structure import KEEPS
 from autojac.problem.problem import Compute, Problem, Result
 
 
-def left_once(problem: Problem, compute: Compute) -> Compute:
+def leave_once(problem: Problem, compute: Compute) -> Compute:
     """Return a computation that leaves, on a branch that nobody has seen, what one plain call of func leaves there."""
     # what func keeps in each call is left by a plain call already
     leaves_more = KEEPS not in problem.structure.effects

@@ -17,7 +17,7 @@ from autojac.replay import tracer
 from autojac.replay.codegen import emit
 from autojac.replay.overwriting import overwritten
 from autojac.replay.passes import passes, simplify
-from autojac.replay.passes.node_facts import has_entries, layout_of
+from autojac.replay.passes.node_facts import has_entries, layout_of, shares
 from autojac.replay.tape import Tape
 from harness import compare, planned
 
@@ -528,7 +528,7 @@ def test_few_operators_are_left(made: str, kind: str, most: int, monkeypatch: py
 
     def kept(graph: fx.Graph, without: Any = ()) -> None:
         # a new layout, a slope apart from what it multiplies, and products of weights take more operators and less time
-        simplify(graph, {*without, "column_major", "activation_slopes", "row_scalings"})
+        simplify(graph, {*without, "column_major", "row_major", "activation_slopes", "row_scalings"})
         graphs.append(graph)
 
     monkeypatch.setattr(tracer, "simplify", kept)
@@ -560,6 +560,53 @@ def test_a_factor_of_few_columns_is_laid_out_by_columns() -> None:
         assert left(graph).count("clone.default") == copies
         for one, other in zip(run(-x, factor), (-x @ factor, -2 * x @ factor), strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_product_of_few_columns_with_a_transpose_is_transposed_itself() -> None:
+    def func(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return ((2 * g).T @ (3 * x), (2 * g).T.contiguous() @ (3 * x))
+
+    x, g = torch.randn(512, 3, dtype=torch.float64), torch.randn(512, 64, dtype=torch.float64)
+    graph, run = simplified(func, x, g)
+    products = [node for node in graph.nodes if node.target is aten.mm.default]
+    assert [tuple(node.meta["value"].shape) for node in products] == [(3, 64)]
+    # that of the result, whose layout stays as it is
+    assert [node.meta["value"].numel() for node in graph.nodes if node.target is aten.clone.default] == [64 * 3]
+    for one, other in zip(run(x + 1, g - 1), func(x + 1, g - 1), strict=True):
+        compare(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_small_factors_are_laid_out_as_the_rows_of_their_results() -> None:
+    def func(w: Tensor, slope: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        across = w.T.reshape(8, 1, 64)
+        product = across * slope
+        return product.reshape(-1, 64).contiguous() @ w, rows * across, w.T * 2, across * slope[:1]
+
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((64, 8), (128, 64), (8, 128, 64))]
+    graph, run = simplified(func, *inputs)
+    assert not any(
+        node.target in (aten.clone.default, aten.reshape.default)
+        and node.meta["value"].numel() > 64 * 8
+        and not any(shares(node.meta["value"], source) for source in node.all_input_nodes)
+        for node in graph.nodes
+    )
+    read = [node.all_input_nodes for node in graph.nodes if node.target is aten.mul.Tensor]
+    large = [sources for sources in read if any(source.meta["value"].numel() > 64 * 8 for source in sources)]
+    assert len(large) == 2
+    assert all(source.meta["value"].is_contiguous() for sources in large for source in sources)
+    # one copy for both, and none for what is small
+    assert left(graph).count("clone.default") <= 2
+    given = [value + 1 for value in inputs]
+    for one, other in zip(run(*given), func(*given), strict=True):
+        compare(one, other)
+
+
+def test_what_is_repeated_once_is_not_repeated() -> None:
+    graph, run = simplified(lambda x: (x.cos().repeat(1, 1).sin(), x.sin().repeat(1, 2).cos()), torch.randn(3, 4))
+    assert left(graph).count("repeat.default") == 1
+    x = torch.randn(3, 4)
+    compare(run(x), (x.cos().sin(), x.sin().repeat(1, 2).cos()))
 
 
 def test_what_is_reshaped_alike_is_reshaped_once_or_not_at_all() -> None:

@@ -7,7 +7,7 @@ from torch import fx
 from autojac.replay.passes.editor import Editor, chain, sweep
 from autojac.replay.passes.node_facts import narrow_repeats
 
-RANK = 60
+RANK = (60, 92)
 
 
 def collapse_views(graph: fx.Graph) -> None:

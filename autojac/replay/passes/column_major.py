@@ -21,7 +21,9 @@ def column_major(graph: fx.Graph) -> None:
     """Give `mm` a second factor of few columns column by column.
 
     As a network's first weight stands in a backward pass, row by row, it takes a kernel that was measured three times
-    slower: (3072, 64) @ (64, 3) 227 µs on one thread, with the weight copied column by column 70 µs.
+    slower: (3072, 64) @ (64, 3) 227 µs on one thread, with the weight copied column by column 70 µs. Where the first
+    factor is a transpose itself, as in that weight's gradient, the product of the transposes takes no copy:
+    (50, 2048) @ (2048, 2) 102 µs, by a copy 172 µs, transposed 40 µs.
     """
     copied: dict[fx.Node, fx.Node] = {}
 
@@ -33,6 +35,8 @@ def column_major(graph: fx.Graph) -> None:
         slow = weight.device.type == "cpu" and weight.is_contiguous() and 1 < weight.size(1) <= FEW < weight.size(0)
         if not slow or rows.numel() < LEAST_ENTRIES or not editor.free(node):
             return None
+        if rows.t().is_contiguous():
+            return _transposed(editor, node, left, right)
         if right not in copied:
             made: Any = editor.make(node, aten.t.default, right)
             made = made and editor.make(node, aten.clone.default, made, memory_format=torch.contiguous_format)
@@ -43,3 +47,10 @@ def column_major(graph: fx.Graph) -> None:
         return editor.make(node, aten.mm.default, left, copied[right])
 
     sweep(graph, by_column, {aten.mm.default})
+
+
+def _transposed(editor: Editor, node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:
+    """Write x @ y as the transpose of y's transpose times x's."""
+    factors = [editor.narrow(node, factor, factor.meta["value"].t()) for factor in (right, left)]
+    product = None if None in factors else editor.make(node, aten.mm.default, *factors)
+    return product and editor.make(node, aten.t.default, product)

@@ -12,6 +12,7 @@ from autojac.replay.passes.node_facts import acts_by_entry, facts, has_entries, 
 
 RANK = 40
 COPIES = {aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+COPIES |= {aten.repeat.default}
 
 
 def drop_copies(graph: fx.Graph) -> None:
@@ -34,6 +35,9 @@ def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.target in COPIES and not node.meta.get("wanted"):
         ours, right = origin.meta["value"], node.meta["value"]
         if (ours.dtype, ours.device, ours.is_conj(), ours.is_neg()) != (right.dtype, right.device, False, False):
+            return None
+        if ours.shape != right.shape:
+            # it has been repeated
             return None
         alike = layout_of(ours) == layout_of(right) or len(editor.users) == 1
         return origin if alike or (overlapping(ours) and all(map(_streams, editor.users))) else None

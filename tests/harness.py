@@ -54,7 +54,7 @@ def in_use(jac: AutoJacobian) -> PreparedPlan:
 
 def planned(func: Any, args: Any, kwargs: Any = None, **options: Any) -> tuple[Call, FirstCallReport, Problem]:
     """A call as its methods see it: probed, not searched."""
-    builder = ProblemBuilder(func, Options.checked({"randomness": "different", "store": ":memory:", **options}))
+    builder = ProblemBuilder(func, Options.from_keywords({"randomness": "different", "store": ":memory:", **options}))
     call = builder.describe(captures(func), args, kwargs or {})
     report = builder.inspect(call)
     found = builder.probe(call, report)

@@ -293,7 +293,7 @@ def pinned_miss() -> None:
 
 def nothing_to_audit() -> None:
     """An audit of a call that was never tuned."""
-    plans = PlansInUse(torch.sin, Options.checked({"store": ":memory:"}))
+    plans = PlansInUse(torch.sin, Options.from_keywords({"store": ":memory:"}))
     audit_call(plans.planner, plans.describe((x,), {}), "quick")
 
 

@@ -30,6 +30,12 @@ MANY_PARAMETERS: set[str] = set()
 """What still has to be divided, but for what a user or the command line calls: these lists only get shorter."""
 NO_VERB = r"(The|An?|All|One|What|Whether|Where|When|Why|How|Which|Everything|\w*(?<!s)s|\w+ing|\w+ed|[^A-Z].*|\w+-\w+)"
 """First words that are no verb in the imperative."""
+PARTICIPLE = (
+    r"((?!embed|unsupported)[a-z]+(?<!e)ed"
+    r"|built|done|drawn|found|given|held|kept|known|left|made|met|seen|shown|taken|written)"
+)
+BARE = rf"{PARTICIPLE}(_(again|alike|apart|at|back|by|from|in|now|on|once|to|up|with)(_\w+)?)?"
+"""Past participles without a noun behind them; `unsupported` is what methods say."""
 CALLED_BY_USERS = {"AutoJacobian.__init__", "jacobian_from", "audit", "bench", "tune"}
 
 
@@ -98,4 +104,18 @@ def test_docstrings_of_functions_start_with_a_verb() -> None:
     ]
     first = {(name, one): text.split()[0].rstrip(".,:") for name, one, text in every}
     found = {f"{name}:{one}": word for (name, one), word in first.items() if re.fullmatch(NO_VERB, word)}
+    assert not found
+
+
+def test_functions_are_named_by_verbs_or_by_the_values_that_they_return() -> None:
+    found = {
+        f"{name}:{function.name}"
+        for name, path in FILES.items()
+        for owner in nodes(path)
+        if isinstance(owner, (ast.Module, ast.ClassDef))
+        for function in owner.body
+        if isinstance(function, Function) and not function.name.startswith("_") and not is_a_value(function)
+        # predicates may be adjectives
+        if re.fullmatch(BARE, function.name) and ast.unparse(function.returns or function) != "bool"
+    }
     assert not found

@@ -114,7 +114,7 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
         if select is not None:
             require_selection(select, has_aux)
             func, options["has_aux"] = SelectedOutput(original(func), select), True
-        self.__setstate__({"func": func, "options": Options.checked(options), "batch_dims": batch_dims})
+        self.__setstate__({"func": func, "options": Options.from_keywords(options), "batch_dims": batch_dims})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: the function and the options; plans are found again where stored."""
@@ -254,7 +254,7 @@ class _JacobianOverBatchAxes(OverBatchAxes, AutoJacobian):
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoJacobian:
         made = AutoJacobian.__new__(AutoJacobian)
-        made.__setstate__({"func": func, "options": self.options.replaced(in_dims=in_dims)})
+        made.__setstate__({"func": func, "options": self.options.replace(in_dims=in_dims)})
         return made
 
 

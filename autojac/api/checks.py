@@ -39,7 +39,7 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
     Returns:
         The structure, with a line of evidence for each layer of the probe.
     """
-    options = Options.checked({"argnums": argnums, "in_dims": in_dims, "randomness": "different"})
+    options = Options.from_keywords({"argnums": argnums, "in_dims": in_dims, "randomness": "different"})
     builder, call, _ = _described(func, args, kwargs, options, batch_dims)
     with outside_autocast(), silent(call.captured.modules):
         return builder.probe(call, builder.inspect(call)).structure
@@ -66,7 +66,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         VerificationError: if the Jacobian is wrong, with what differs.
     """
     given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
-    builder, call, flattened = _described(func, args, kwargs, Options.checked(given), batch_dims)
+    builder, call, flattened = _described(func, args, kwargs, Options.from_keywords(given), batch_dims)
     if flattened is not None:
         jacobian = flattened.flat_jacobian(jacobian, layout)
     call = call.without_grad()
@@ -87,7 +87,7 @@ def _described(
     if has_several_axes(batch_dims):
         flattened = CallsOverBatchAxes(lambda *made: made, func, batch_dims, options).flat(args)
         (func, in_dims), args = flattened.wrapper, flattened.args
-        options = options.replaced(in_dims=in_dims)
+        options = options.replace(in_dims=in_dims)
     builder = ProblemBuilder(func, options)
     return builder, builder.describe(captures(func), args, kwargs), flattened
 
@@ -105,7 +105,7 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
             f"one Jacobian per output and input was expected, {wanted} in all, got {len(flat)}. Pass them in the nest "
             "that AutoJacobian returns, with the argnums that they were computed with"
         )
-    result = Result(report.first.values, call.layout.unnested(jacobian))
+    result = Result(report.first.values, call.layout.unnest(jacobian))
     if layout == "sparse":
         independent = dataclasses.replace(independent, known_entries=_entries_of(independent, result))
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)

@@ -85,7 +85,7 @@ class Derivatives(BatchAxesChoice):
             dict.fromkeys(each.argument for part in columns for each in part if isinstance(each, NamedColumn))
         )
         positions: Any = tuple(position_of(func, name) for name in names)
-        chosen = Options.checked({"argnums": positions or argnums, "in_dims": in_dims, **options})
+        chosen = Options.from_keywords({"argnums": positions or argnums, "in_dims": in_dims, **options})
         self.planned: Any = None
         if names:
             self.planned = JoinedColumns(func, chosen, names, columns, jacobian_of)
@@ -98,9 +98,9 @@ class Derivatives(BatchAxesChoice):
         """Return the same derivatives of another function, by the same options, with one batch axis."""
         made, options = Derivatives.__new__(Derivatives), self.planned.options
         if isinstance(self.planned, JoinedColumns):
-            made.planned = self.planned.replaced(func, in_dims=in_dims)
+            made.planned = self.planned.replace(func, in_dims=in_dims)
         else:
-            made.planned = jacobian_of(func, options.replaced(in_dims=in_dims), options.of)
+            made.planned = jacobian_of(func, options.replace(in_dims=in_dims), options.of)
         made.func, made.of = func, self.of
         return made
 
@@ -161,7 +161,7 @@ def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -
         terms: derivatives by columns to be planned and computed in the place of the Jacobian, stacked on the last axis.
     """
     made = AutoJacobian.__new__(AutoJacobian)
-    made.__setstate__({"func": func, "options": options.replaced(of=terms)})
+    made.__setstate__({"func": func, "options": options.replace(of=terms)})
     return made
 
 

@@ -176,7 +176,7 @@ def _options(layout: Any, in_dims: Any, coupling: Any) -> Options:
     if in_dims == AUTO and isinstance(layout, str) and isinstance(coupling, str):
         options = _automatic(layout, coupling)
     else:
-        options = Options.checked({"layout": layout, "in_dims": in_dims, "coupling": coupling})
+        options = Options.from_keywords({"layout": layout, "in_dims": in_dims, "coupling": coupling})
     if layout == "sparse":
         raise OptionError(
             "a graph alone does not show which entries are zero everywhere: layout='sparse' needs the function. Use "
@@ -188,7 +188,7 @@ def _options(layout: Any, in_dims: Any, coupling: Any) -> Options:
 @functools.lru_cache(64)
 def _automatic(layout: str, coupling: str) -> Options:
     """Check what most calls pass, once."""
-    return Options.checked({"layout": layout, "in_dims": AUTO, "coupling": coupling})
+    return Options.from_keywords({"layout": layout, "in_dims": AUTO, "coupling": coupling})
 
 
 def _require_graph(values: Sequence[Any], sources: Sequence[Any]) -> None:

@@ -203,7 +203,7 @@ def _reference(problem: Problem, pullback: Pullback, extent: Extent) -> Referenc
 
 
 def _dense(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, structure=problem.structure.refuted("the graph couples samples"))
+    return dataclasses.replace(problem, structure=problem.structure.refute("the graph couples samples"))
 
 
 def _methods(problem: Problem) -> Sequence[Pull]:

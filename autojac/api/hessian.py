@@ -75,24 +75,24 @@ class AutoHessian(BatchAxesChoice):
             raise OptionError("a Hessian has no has_aux. Leave it out, and return the one output from func")
         self.layout = options.get("layout", "blocks")
         require_choice("layout", self.layout, ("blocks", "sparse"))
-        self._take_up(func, Options.checked({"argnums": argnums, "in_dims": in_dims, **options}))
+        self._take_up(func, Options.from_keywords({"argnums": argnums, "in_dims": in_dims, **options}))
 
     def _take_up(self, func: Callable[..., Any], chosen: Options) -> None:
         """Make the wrappers for options that are checked already."""
-        inner = chosen.replaced(layout="blocks", effort="estimate", on_miss="estimate", budget_s=None)
+        inner = chosen.replace(layout="blocks", effort="estimate", on_miss="estimate", budget_s=None)
         self._gradient = jacobian_of(func, inner)
         self.func = self._gradient.func
         # zeros that were declared are those of func's own Jacobian
-        outer = chosen.replaced(coupling=of_samples(chosen.coupling), symmetric=True)
+        outer = chosen.replace(coupling=of_samples(chosen.coupling), symmetric=True)
         self.planned = jacobian_of(self._gradient, outer)
-        self._diagonals = jacobian_of(self._gradient, outer.replaced(layout="diagonal"))
-        self._laplacian = jacobian_of(func, outer.replaced(layout="blocks", symmetric=False), "laplacian")
+        self._diagonals = jacobian_of(self._gradient, outer.replace(layout="diagonal"))
+        self._laplacian = jacobian_of(func, outer.replace(layout="blocks", symmetric=False), "laplacian")
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoHessian:
         """Return the Hessians of another function, by the same options, with one batch axis."""
         made = AutoHessian.__new__(AutoHessian)
         made.layout = self.layout
-        made._take_up(func, self.planned.options.replaced(in_dims=in_dims, symmetric=False))
+        made._take_up(func, self.planned.options.replace(in_dims=in_dims, symmetric=False))
         return made
 
     def _settled(self) -> Self:

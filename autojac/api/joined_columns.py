@@ -67,13 +67,13 @@ class JoinedColumns:
         """Return what another wrapper's fingerprint sees of this one."""
         return {"func": self.func, "of": self.of, "names": self.names, "in_dims": self.options.in_dims}
 
-    def replaced(self, func: Callable[..., Any], **changes: Any) -> JoinedColumns:
+    def replace(self, func: Callable[..., Any], **changes: Any) -> JoinedColumns:
         """Return the same derivatives of another function, by options of which some are others."""
-        return JoinedColumns(func, self.options.replaced(**changes), self.names, self.of, self._make)
+        return JoinedColumns(func, self.options.replace(**changes), self.names, self.of, self._make)
 
     def _settled(self) -> JoinedColumns:
         """Return the same derivatives by plans that are stored, or that the cost model chooses."""
-        return self.replaced(self.func, on_miss="estimate")
+        return self.replace(self.func, on_miss="estimate")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the derivatives, stacked on the last axis."""
@@ -150,5 +150,5 @@ class JoinedColumns:
 
         terms = tuple((tuple(sorted(map(place, columns))),) for columns in self.of)
         func = JoinedArguments(self.func, positions, tuple(events))
-        options = self.options.replaced(argnums=0, in_dims=in_dims if in_dims == AUTO else (0, *others))
+        options = self.options.replace(argnums=0, in_dims=in_dims if in_dims == AUTO else (0, *others))
         return self._make(func, options, terms)

@@ -159,7 +159,7 @@ class LinearSystems(Grams):
                 return operators.JacobianOperator(operators.of_entries(entries, only(plan, result), outputs, inputs))
             if axis is not None and self._fits(MatrixSizes.of(shapes, False).bytes, shapes):
                 blocks = self._other("blocks")
-                if PlannedCall(blocks, own, kwargs).prepared().plan.structure.coupling in ("independent", "statistics"):
+                if PlannedCall(blocks, own, kwargs).prepare().plan.structure.coupling in ("independent", "statistics"):
                     return operators.JacobianOperator(operators.of_factors(blocks.factors(*args, **kwargs)))
             shapes.require_repeatable("an operator that is matrix-free")
             point = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(own))

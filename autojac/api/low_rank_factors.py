@@ -68,7 +68,7 @@ def prepare_factors(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str
 
     def find(flow: BatchFlow, inputs: Sequence[int]) -> tuple[Statistics, SharedTensors] | None:
         for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
-            shared = way.shared(flow, inputs, problem.differentiable)
+            shared = way.find_shared(flow, inputs, problem.differentiable)
             if shared is not None:
                 return way, shared
         return None

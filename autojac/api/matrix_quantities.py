@@ -159,7 +159,7 @@ class MatrixQuantities(ABC):
 
     def _settled(self) -> Self:
         """Return the same Jacobian by plans that are stored, or that the cost model chooses."""
-        return self._wrapped(self.func, self.options.replaced(on_miss="estimate"))
+        return self._wrapped(self.func, self.options.replace(on_miss="estimate"))
 
 
 def only(plan: PreparedPlan, result: Result) -> Tensor:

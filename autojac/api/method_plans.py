@@ -50,7 +50,7 @@ class MethodPlans(Kernels):
             >>> jac.plan(x, torch.ones(8, 3), of="jvp").structure.coupling
             'independent'
         """
-        return next(self._calls_behind(of, args, kwargs)).prepared().plan
+        return next(self._calls_behind(of, args, kwargs)).prepare().plan
 
     def tune(
         self,

@@ -29,7 +29,7 @@ class PlannedCall(NamedTuple):
         computed: tuple[PreparedPlan, Result] = self.wrapper._run(self.args, self.kwargs)
         return computed
 
-    def prepared(self) -> PreparedPlan:
+    def prepare(self) -> PreparedPlan:
         """Return the plan; made now if there is none."""
         with outside_inference_mode(self.args, self.kwargs) as call:
             plan: PreparedPlan = self.wrapper._plans.look_up(*call)[0]
@@ -44,4 +44,4 @@ class PlannedCall(NamedTuple):
 
     def explain(self) -> str:
         """Explain the plan."""
-        return explanation(self.prepared(), self.wrapper._plans.planner.repository)
+        return explanation(self.prepare(), self.wrapper._plans.planner.repository)

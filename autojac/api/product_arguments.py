@@ -116,7 +116,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
     planner = plans.planner
     with outside_inference_mode(args, kwargs) as arguments, plans.lock:
         call = plans.describe(*arguments)
-        trained, call = call.trained, call.without_grad().detached()
+        trained, call = call.trained, call.without_grad().detach()
         with isolate_planning(call, trained):
             report = planner.builder.inspect(call)
             layout = call.layout
@@ -129,7 +129,7 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
     else:
         axes = tuple(axis if has else None for axis, has in zip(layout.sources, batched, strict=True))
     order = tuple(layout.order)
-    roles = layout.roles(call.leaves, layout.batched(batched))
+    roles = layout.roles(call.leaves, layout.batched_leaves(batched))
     return CallShapes(
         None if layout.unbatched else report.signature.batch,
         axes,
@@ -151,7 +151,7 @@ def _reads_past(func: ModuleFunction, call: Call, report: FirstCallReport) -> bo
     with report.sandbox(), torch.enable_grad():
         values = [y for y in report.fn([leaf.detach() for leaf in call.leaves], call.keywords) if y.requires_grad]
     own = func.__autojac_originals__()
-    return len(Pullback.of_graph(values, own, False).unused()) < len(own)
+    return len(Pullback.of_graph(values, own, False).unused_inputs()) < len(own)
 
 
 class ProductVectors(NamedTuple):

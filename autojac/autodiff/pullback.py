@@ -163,13 +163,13 @@ class Pullback:
         values = self._evaluated()
         return tuple(values[places[id(y)]] for y in outputs)
 
-    def unused(self) -> list[int]:
+    def unused_inputs(self) -> list[int]:
         """Return the inputs that no output leads back to, by their numbers; nothing is pulled."""
         return list(graph_shape(self.recorded, self.inputs).unused)
 
-    def hidden(self) -> list[int]:
+    def hidden_inputs(self) -> list[int]:
         """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
-        unused = self.unused() if any(y.requires_grad for y in self.recorded) else []
+        unused = self.unused_inputs() if any(y.requires_grad for y in self.recorded) else []
         # a backward reaches all of them, and adds to what is there
         leaves = self.inputs if unused else ()
         before = [leaf.grad for leaf in leaves]

@@ -131,7 +131,7 @@ def _suites(names: tuple[str, ...], interop: bool, training: bool) -> list[str]:
 
 
 def _measured(names: list[str], only: tuple[str, ...], settings: Settings, as_json: bool) -> Report:
-    report = Report(environment(settings.device), settings.described())
+    report = Report(environment(settings.device), settings.describe())
     found: list[BenchResult] = []
     # what a process pays once would starve the first search, and no other
     load_everything()

@@ -63,8 +63,8 @@ def packed_molecules(settings: Settings) -> BenchResult:
     until = measure.clock.now() + settings.race_s
     runs = [loop, lambda: hessian(positions)]
     first, second = measure.time_interleaved(runs, positions.device, settings.shortest_s, ROUNDS, until)
-    by_hand = Outcome("a loop over the molecules", "right").raced(first)
+    by_hand = Outcome("a loop over the molecules", "right").with_samples(first)
     state: State = "right" if error is None else "wrong"
-    packed = Outcome("sparse", state, reason=None if error is None else f"off by {error:.2g}").raced(second)
+    packed = Outcome("sparse", state, reason=None if error is None else f"off by {error:.2g}").with_samples(second)
     facts: Facts = {"atoms": len(positions), "plan": str(hessian.plan(positions))}
     return BenchResult("molecules", (packed, by_hand), (Figure.over(packed, by_hand, 1 / 11),), facts)

@@ -50,7 +50,7 @@ def cached_call(settings: Settings, workload: Workload) -> BenchResult:
     """
     with at_rest():
         samples = _called(workload, settings)
-    outcomes = tuple(Outcome(name, "right").raced(row) for name, row in zip(PARTS, samples, strict=True))
+    outcomes = tuple(Outcome(name, "right").with_samples(row) for name, row in zip(PARTS, samples, strict=True))
     call, program, guard = samples
     added = statistics.median(a - b for a, b in zip(call, program, strict=True))
     figures = (

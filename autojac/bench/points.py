@@ -42,9 +42,9 @@ def points(settings: Settings, counts: Sequence[int] = COUNTS) -> BenchResult:
     facts: Facts = {"neighbours": NEIGHBOURS}
     pulls, blocks = [], []
     for count, run in runs.items():
-        pulls.append(Outcome(f"VJP, {count} points", "right").raced(run["vjp"]))
+        pulls.append(Outcome(f"VJP, {count} points", "right").with_samples(run["vjp"]))
         state: State = "wrong" if run["wrong"] else "right"
-        blocks.append(Outcome(f"blocks, {count} points", state, reason=run["wrong"]).raced(run["blocks"]))
+        blocks.append(Outcome(f"blocks, {count} points", state, reason=run["wrong"]).with_samples(run["blocks"]))
         facts |= {f"{fact}, {count} points": run[fact] for fact in FACTS}
     last, share = runs[counts[-1]], counts[-1] / counts[0]
     over = ratio(blocks[-1], pulls[-1])

@@ -38,7 +38,7 @@ class Outcome:
     def from_json(cls, data: dict[str, Any]) -> Self:
         return cls(**{**data, "samples": tuple(data["samples"])})
 
-    def raced(self, samples: Iterable[float]) -> Outcome:
+    def with_samples(self, samples: Iterable[float]) -> Outcome:
         samples = tuple(samples)
         return dataclasses.replace(self, seconds=statistics.median(samples), samples=samples)
 

@@ -60,7 +60,7 @@ class Settings:
     peers: str | None = None
     training: bool = False
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what of it the numbers depend on; nothing that names the machine."""
         names = ("effort", "rounds", "budget_s", "shortest_s", "race_s", "quick", "training")
         return {"fresh_store": self.store is None, **{name: getattr(self, name) for name in names}}
@@ -132,7 +132,7 @@ def race_entrants(
     for entrant in entrants:
         outcome = entrant.outcome
         if outcome.name in samples:
-            outcome = outcome.raced(samples[outcome.name])
+            outcome = outcome.with_samples(samples[outcome.name])
         elif entrant.run is not None:
             outcome = Outcome(outcome.name, left_out, first[outcome.name])
         timed.append(Entrant(outcome, entrant.run))

@@ -92,7 +92,7 @@ def reaction(settings: Settings, size: int = 32, rounds: int = 31) -> BenchResul
     facts = {**_facts({"sparse": entry}), **colors, "entries": pattern.count}
     until = measure.clock.now() + settings.race_s
     table = measure.time_interleaved(list(runs.values()), x.device, settings.shortest_s, rounds, until)
-    timed = {name: Outcome(name, "right").raced(samples) for name, samples in zip(runs, table, strict=True)}
+    timed = {name: Outcome(name, "right").with_samples(samples) for name, samples in zip(runs, table, strict=True)}
     # whoever else is on the machine
     found, plain = (cpu_seconds(runs[name], rounds) for name in ("detection", "func"))
     figures = (

@@ -186,7 +186,7 @@ class CallLayout:
         nested = [self._nest_row(row) for row in rows]
         return self._nested_outputs(nested, itertools.repeat(None))
 
-    def unnested(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
+    def unnest(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
         flat, order, rows = tensor_leaves(jacobian), self.order, []
 
@@ -209,7 +209,7 @@ class CallLayout:
             for position, (leaf, has) in enumerate(zip(leaves, batched, strict=True))
         )
 
-    def batched(self, guess: Sequence[bool]) -> tuple[bool, ...]:
+    def batched_leaves(self, guess: Sequence[bool]) -> tuple[bool, ...]:
         """Return which leaves carry the batch: as the user said, else as guessed."""
         if self.unbatched:
             return tuple(position in self.differentiated for position in range(len(self.axes)))

@@ -156,7 +156,7 @@ class ModuleFunction:
         if trained:
             own, known = list(parameters.values()), set(map(id, parameters.values()))
             computed = [value for value in trained if value.grad_fn is not None and torch.is_grad_enabled()]
-            leads = bool(computed) and len(Pullback.of_graph(computed, own, False).unused()) < len(own)
+            leads = bool(computed) and len(Pullback.of_graph(computed, own, False).unused_inputs()) < len(own)
             if leads or any(id(value) in known for value in trained):
                 raise InputError(
                     f"arguments that do not depend on the parameters of {type(self.module).__name__} were expected, "

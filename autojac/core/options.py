@@ -55,7 +55,7 @@ class Options:
         return tuple(option.name for option in dataclasses.fields(cls) if option.name not in ("of", "symmetric"))
 
     @classmethod
-    def checked(cls, given: Mapping[str, Any]) -> Self:
+    def from_keywords(cls, given: Mapping[str, Any]) -> Self:
         """Return options made of keyword arguments.
 
         Raises:
@@ -94,7 +94,7 @@ class Options:
             raise OptionError(f"argnums must be an int or a tuple of ints, got {options.argnums!r}")
         return options
 
-    def replaced(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """Return the same options but for some."""
         return dataclasses.replace(self, **changes)
 

@@ -63,10 +63,10 @@ class Pattern:
         csr = scipy.sparse.csr_array(matrix).astype(bool)
         csr.sum_duplicates()
         csr.eliminate_zeros()
-        return cls.sorted(csr)
+        return cls.from_csr(csr)
 
     @classmethod
-    def sorted(cls, csr: Any) -> Self:
+    def from_csr(cls, csr: Any) -> Self:
         """Return every stored entry of a SciPy CSR matrix whose rows are sorted and free of duplicates."""
         rows, columns = (int(size) for size in csr.shape)
         return cls((rows, columns), csr.indptr.astype(np.int64), csr.indices.astype(np.int32))

@@ -182,7 +182,7 @@ class Sandbox:
     def __call__(self) -> Iterator[None]:
         outside = random_state(self.state)
         hooks = isolate_saved_tensors()
-        restore = self.saved()
+        restore = self.save()
         for tensor in self.trained:
             if tensor.grad is not None:
                 # another is accumulated into what is there
@@ -195,7 +195,7 @@ class Sandbox:
             restore_random_state(outside)
             restore()
 
-    def saved(self) -> Callable[[], None]:
+    def save(self) -> Callable[[], None]:
         """Save the tensors and the places, and return what puts them back."""
         versions = [tensor._version for tensor in self.captured]
         plain = [tensor for tensor in self.captured if not tensor.requires_grad]

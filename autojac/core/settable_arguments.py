@@ -87,7 +87,7 @@ class NestCopies:
             MutationError: if it is.
         """
         touched = [self._original_place[id(place)] for place, _ in self.changes()]
-        touched += [place for place in self._originals.changed() if id(place) in self._copies_of]
+        touched += [place for place in self._originals.find_changes() if id(place) in self._copies_of]
         if touched:
             known = {id(place) for place in others()}
             for original in touched:

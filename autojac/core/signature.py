@@ -93,7 +93,7 @@ class Signature:
     differentiable: bool
     flags: tuple[tuple[str, Any], ...]
 
-    def bucketed(self) -> Signature:
+    def round_up_batch(self) -> Signature:
         """Return the signature with its batch size rounded up to its bucket: what a stored plan is keyed by."""
         size = bucket(self.batch)
         leaves = tuple(replace(leaf, shape=(size, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves)

@@ -111,7 +111,7 @@ class Structure:
         """Whether func draws random numbers."""
         return DRAWS in self.effects or DRAWS_ALIKE in self.effects
 
-    def refuted(self, reason: str) -> Structure:
+    def refute(self, reason: str) -> Structure:
         """Return the structure that remains after a check failed: dense, with the reason added."""
         return replace(
             self,

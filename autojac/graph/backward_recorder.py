@@ -26,7 +26,7 @@ def record_backward(pull: Callable[[Sequence[Tensor]], Sequence[Tensor]], cotang
         return None
     notes = recorder.shapes, recorder.dtypes, recorder.reads_data
     whole = Graph(tuple(recorder.operations), recorder.inputs, found, {}, *notes)
-    kept = tuple(whole.operations[place] for place in whole.needed(found, frozenset(recorder.inputs)))
+    kept = tuple(whole.operations[place] for place in whole.find_needed(found, frozenset(recorder.inputs)))
     read = {number for operation in kept for number in operation.sources}
     constants = {number: tensor for number, tensor in recorder.constants.items() if number in read}
     return Graph(kept, recorder.inputs, found, constants, *notes)

@@ -22,7 +22,7 @@ class Writer(Protocol):
     marks: dict[int, str]
 
     def refuse(self, reason: str) -> None: ...
-    def seen(self, value: Any) -> Any: ...
+    def to_value(self, value: Any) -> Any: ...
     def number(self, tensor: Tensor) -> int: ...
     def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int: ...
 
@@ -45,8 +45,8 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
     training = args[5] if tracked and name != "_batch_norm_with_update" else True
     if kwargs:
         writer.refuse(f"func calls {name} with keyword arguments")
-    source, parameters = writer.seen(x), [writer.seen(part) for part in (weight, bias)]
-    running = [] if training else [writer.seen(part) for part in (means, variances)]
+    source, parameters = writer.to_value(x), [writer.to_value(part) for part in (weight, bias)]
+    running = [] if training else [writer.to_value(part) for part in (means, variances)]
     made = func(*args, **kwargs)
     detached = not torch.is_grad_enabled()
     whole, dtype = tuple(x.shape), x.dtype
@@ -88,7 +88,7 @@ def _batch_norm(writer: Writer, name: str, func: Any, args: Any, kwargs: Any) ->
 
 def _softmax(writer: Writer, name: str, func: Any, args: Any) -> Any:
     """Compute a softmax along the first axis, where the batch may be, with its normalizer as a tensor of its own."""
-    x = writer.seen(args[0])
+    x = writer.to_value(args[0])
     made = func(*args)
     detached = not torch.is_grad_enabled()
     whole, dtype = tuple(args[0].shape), args[0].dtype

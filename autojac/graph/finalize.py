@@ -61,7 +61,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     operations, unseen = _reconnected(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}
     whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
-    kept = [operations[place] for place in whole.needed(outputs, frozenset(notes.inputs))]
+    kept = [operations[place] for place in whole.find_needed(outputs, frozenset(notes.inputs))]
     read = {index for operation in kept for index in operation.sources} | set(outputs)
     if read & unseen:
         raise UnsupportedError("autograd brings back a tensor that was not seen before")

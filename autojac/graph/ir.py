@@ -137,7 +137,7 @@ class Graph:
         """For each tensor that was computed the position of its operator."""
         return {index: place for place, operation in enumerate(self.operations) for index in operation.made}
 
-    def needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
+    def find_needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
         """Return positions of the operators that lead from the given tensors to those wanted."""
         todo, found = [index for index in wanted if index not in given], set()
         while todo:
@@ -161,7 +161,7 @@ class Graph:
             special: what to run in the place of some operators, by position.
         """
         env = {**self.constants, **given}
-        for place in self.needed(wanted, frozenset(given)):
+        for place in self.find_needed(wanted, frozenset(given)):
             operation = self.operations[place]
             if special is not None and place in special:
                 made: Sequence[Any] = special[place](env)

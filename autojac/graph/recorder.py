@@ -165,7 +165,7 @@ class Recorder(Capture):
     def _one(
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
-        seen = self.seen(args), {key: self.seen(value) for key, value in kwargs.items()}
+        seen = self.to_value(args), {key: self.to_value(value) for key, value in kwargs.items()}
         made = call(func, args, kwargs)
         detached = not torch.is_grad_enabled()
         if name in LITERALS:
@@ -232,7 +232,7 @@ class Recorder(Capture):
         self.shapes[index], self.dtypes[index] = tuple(shape), dtype
         return index
 
-    def seen(self, value: Any) -> Any:
+    def to_value(self, value: Any) -> Any:
         """Return an argument with its tensors as `Value`; a tensor that nobody made was captured."""
         if isinstance(value, Tensor):
             if id(value) not in self.numbers:
@@ -242,7 +242,7 @@ class Recorder(Capture):
                 self.refuse("func reads a tensor whose memory was written in place before")
             return Value(self.numbers[id(value)])
         if isinstance(value, (tuple, list)):
-            return type(value)(self.seen(part) for part in value) if type(value) in (tuple, list) else value
+            return type(value)(self.to_value(part) for part in value) if type(value) in (tuple, list) else value
         return value
 
     def _capture(self, tensor: Tensor) -> None:

@@ -137,7 +137,7 @@ class Snapshot:
             # one that the call before has made is reached in no other way
             todo += [value for value in _values(copy) if type(value) in CONTAINERS]
 
-    def changed(self) -> list[Any]:
+    def find_changes(self) -> list[Any]:
         """Return the places that hold something else now."""
         return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
 
@@ -172,7 +172,7 @@ class Snapshot:
     def without_graph(self) -> None:
         """Detach tensors that have come into the places since."""
         known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
-        for place in self.changed():
+        for place in self.find_changes():
             if isinstance(place, MutableSet):
                 continue
             for at, value in place.items() if isinstance(place, Mapping) else enumerate(place):

@@ -58,7 +58,7 @@ def captures(func: Callable[..., Any], without: Sequence[Any] = ()) -> Captures:
     walk = _Reach()
     for obj in without:
         walk.leave_out(obj)
-    return walk.found(func)
+    return walk.collect(func)
 
 
 def fingerprint(func: Callable[..., Any], version: str = "") -> str:
@@ -81,7 +81,7 @@ def survey(func: Callable[..., Any], version: str = "") -> Captures:
     """List what a callable reaches, and digest what it computes, in one walk."""
     walk = _Survey()
     walk.emit("version", version)
-    return dataclasses.replace(walk.found(func), digest=walk.hexdigest())
+    return dataclasses.replace(walk.collect(func), digest=walk.hexdigest())
 
 
 class _Reach(Walk):
@@ -100,7 +100,7 @@ class _Reach(Walk):
             self._order.setdefault(id(part), len(self._order))
             self._alive.append(part)
 
-    def found(self, func: Callable[..., Any]) -> Captures:
+    def collect(self, func: Callable[..., Any]) -> Captures:
         """Walk over a callable, and return what was met."""
         self.visit(func)
         # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back

@@ -157,12 +157,12 @@ class FunctionState:
         self._observed = None
         self.version += 1
 
-    def uncovered(self, ran: Collection[types.CodeType]) -> str:
+    def why_uncovered(self, ran: Collection[types.CodeType]) -> str:
         """Return why not all code that ran in a call is known to the guard; empty if it is."""
         known = {id(code) for code in self.present.guard.codes}
         return next((_unreachable(code) for code in ran if id(code) not in known), "")
 
-    def settled(self) -> KnownState:
+    def settle(self) -> KnownState:
         """Return the state as it is now."""
         with self.lock:
             if not self.is_unchanged():
@@ -240,7 +240,7 @@ class FunctionState:
     def _observe(self) -> int:
         # a mode of the caller's, such as another default device, would see what is read of tensors
         with self.lock, DisableTorchFunction():
-            state = self.settled()
+            state = self.settle()
             changes = {spot: count for spot, (count, _) in self._changes.items() if count > self._most_changes}
             self._ignored = frozenset(changes)
             self._reconsidered = CALLS_A_CHANGE * (min(changes.values(), default=0) - MOST_CHANGES)

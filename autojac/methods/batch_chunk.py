@@ -49,7 +49,7 @@ class BatchChunk(Wrapper):
         if 0 < fitting < problem.batch:
             sizes.append(1 << (fitting.bit_length() - 1))
         for size in dict.fromkeys(sizes):
-            part = problem.resized(size)
+            part = problem.resize(size)
             for kind in registry().values():
                 if kind is not cls:
                     yield from (cls(size, inner) for inner in kind.candidates(part, depth) if not inner.is_chunked)
@@ -64,7 +64,7 @@ class BatchChunk(Wrapper):
     def _part(self, problem: Problem, size: int) -> Problem:
         """Return the problem of one slice, in blocks where all was asked for, since nothing couples slices."""
         layout = "blocks" if problem.layout == "full" else problem.layout
-        return dataclasses.replace(problem.resized(size), layout=layout)
+        return dataclasses.replace(problem.resize(size), layout=layout)
 
     def prepare(self, problem: Problem) -> Compute:
         spans = list(seeds.spans(problem.batch, self.size))

@@ -107,10 +107,10 @@ class Statistics(Method):
         return local + step * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
-        find = functools.partial(self.shared, differentiable=problem.differentiable)
+        find = functools.partial(self.find_shared, differentiable=problem.differentiable)
         return by_cut(problem, find, functools.partial(self._jacobians, problem), "identity")
 
-    def shared(self, flow: BatchFlow, inputs: Sequence[int], differentiable: bool) -> SharedTensors | None:
+    def find_shared(self, flow: BatchFlow, inputs: Sequence[int], differentiable: bool) -> SharedTensors | None:
         """Return the pool of a graph, if this method's way applies to it."""
         if differentiable and self.pushes and forward_once(flow.graph):
             return None

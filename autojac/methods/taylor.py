@@ -61,16 +61,16 @@ class Taylor(Method):
             yield cls()
 
     def cost(self, problem: Problem) -> float:
-        rows = len(CarriedRows.needed(problem.terms).keys)
+        rows = len(CarriedRows.for_terms(problem.terms).keys)
         # each operator is differentiated by itself, through transforms
         return cutting_cost(problem) + push_cost(problem, rows, rows, "vmap")
 
     def workspace(self, problem: Problem) -> int:
-        return len(CarriedRows.needed(problem.terms).keys) * problem.seed_bytes
+        return len(CarriedRows.for_terms(problem.terms).keys) * problem.seed_bytes
 
     def prepare(self, problem: Problem) -> Compute:
         load_forward_rules()
-        wanted, terms = CarriedRows.needed(problem.terms), problem.terms
+        wanted, terms = CarriedRows.for_terms(problem.terms), problem.terms
         (position,) = problem.inputs
 
         def find(flow: BatchFlow, ends: Sequence[int]) -> CarriedRows | None:

@@ -73,7 +73,7 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
     Raises:
         PlanMissError: no plan is stored for the call.
     """
-    trained, call = call.trained, call.detached()
+    trained, call = call.trained, call.detach()
     with isolate_planning(call, trained):
         report = planner.builder.inspect(call)
         plan = planner.repository.find(report.keys)
@@ -143,7 +143,7 @@ def _at_smallest(
     if size >= problem.batch or not (structure.independent and structure.sliceable) or structure.effects:
         return None
     leaves = [x[:size] if leaf.batched else x for x, leaf in zip(point.leaves, problem.leaves, strict=True)]
-    smaller = SearchSession(problem.resized(size), session.effort)
+    smaller = SearchSession(problem.resize(size), session.effort)
     smaller.at(SearchPoint(leaves, point.kwargs, point.captured, point.sandbox))
     return _race(smaller, rivals, method, end)
 

@@ -99,7 +99,7 @@ class Call:
         """Return the same call for a Jacobian without a graph."""
         return dataclasses.replace(self, key=self.key._replace(grad=False))
 
-    def detached(self) -> Call:
+    def detach(self) -> Call:
         """Return the call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
         return dataclasses.replace(self, leaves=detach_leaves(self.leaves))
 

@@ -59,7 +59,7 @@ class Check:
         """Return the call's result, and the plan that gave it."""
         plan, call = self.plan, self.call
         sandbox = self._sandbox()
-        restore = sandbox.saved()
+        restore = sandbox.save()
 
         def undo() -> None:
             restore()
@@ -115,7 +115,7 @@ class Check:
         """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
         plan, keywords = self.plan, self.call.keywords
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
-        reached = find_trained_tensors(self.plans.captured_now(), keywords) if self.trains else ()
+        reached = find_trained_tensors(self.plans.current_captures(), keywords) if self.trains else ()
         # what no guard can list, such as a clock, is seen while func runs
         monitor = RunMonitor() if plan.may_rest else None
         # nor is it func that runs the finalizers of what happens to be collected meanwhile
@@ -130,13 +130,13 @@ class Check:
             )
         function_state = self.plans.planner.function_state
         is_listed = monitor is not None and not (
-            monitor.reason or function_state.cover(monitor.ran) or function_state.uncovered(monitor.ran)
+            monitor.reason or function_state.cover(monitor.ran) or function_state.why_uncovered(monitor.ran)
         )
         return reference, is_listed and self._wrappers_rest()
 
     def _wrappers_rest(self) -> bool:
         """Check whether wrappers inside func need no checks either: a program of the whole would never make them."""
-        return all(wrapper.__autojac_rests__() for wrapper in self.plans.captured_now().wrappers)
+        return all(wrapper.__autojac_rests__() for wrapper in self.plans.current_captures().wrappers)
 
     def _compare(self, reference: AnyReference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""
@@ -224,7 +224,7 @@ class Check:
         if plans.has_warned_untrained or any(J.requires_grad for row in result.jacobians for J in row):
             return
         functions = sorted(custom_functions(reference.pullback.recorded))
-        if functions and find_trained_tensors(plans.captured_now(), self.call.keywords):
+        if functions and find_trained_tensors(plans.current_captures(), self.call.keywords):
             plans.has_warned_untrained = True
             warn(
                 f"{plans.planner.repository.function_name}: the Jacobian carries no graph, so a loss on it trains no "

@@ -42,7 +42,7 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
         chosen = dataclasses.replace(plan.plan, method=method.spec(), seconds=None, memory_bytes=None, source="demoted")
         try:
             with silent(call.captured.modules):
-                made = planner.make(call.detached(), plan, plan.problem, chosen, method)
+                made = planner.make(call.detach(), plan, plan.problem, chosen, method)
                 made.run(call.leaves, call.keywords)
         except Exception as error:  # what it raises besides is found out by a check, of the next one
             if not is_out_of_memory(error):

@@ -119,10 +119,10 @@ class Exploration:
     @contextmanager
     def charging_first_call(self) -> Iterator[None]:
         """Count the first call by a plan that was found: its check and its recording are spent on the search too."""
-        start = measure.clock.worked()
+        start = measure.clock.working_s()
         yield
         if self.race is not None:
-            self.spent += max(measure.clock.worked() - start - self._usual_s, 0.0)
+            self.spent += max(measure.clock.working_s() - start - self._usual_s, 0.0)
 
     def line(self) -> str:
         """Say how far the search has come, and what it waits for."""
@@ -143,7 +143,7 @@ class Exploration:
         """
         from autojac.planning.search.optimize import start_race
 
-        start = measure.clock.worked()
+        start = measure.clock.working_s()
         try:
             if self.race is None:
                 # which candidates there are, and so what the first look takes, is known only now
@@ -160,7 +160,7 @@ class Exploration:
             if self.race is not None:
                 self.race.at(None)
                 self._expected = self._expect(self.race)
-            self.spent += max(measure.clock.worked() - start, 0.0)
+            self.spent += max(measure.clock.working_s() - start, 0.0)
             if self.spent >= self.budget_s:
                 self.is_over = True
 

@@ -187,7 +187,7 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
         )
     if randomness == "different":
         return redrawn(layout.fn), first
-    batched = layout.batched(guess_batched(leaves, len(first.values[0])))
+    batched = layout.batched_leaves(guess_batched(leaves, len(first.values[0])))
     fn = repeat_draws(layout.fn, batched, tuple(sandbox.state))
     alike = _first_call(fn, call, sandbox)
     effects = [DRAWS_ALIKE if effect == DRAWS else effect for effect in first.effects]
@@ -196,7 +196,7 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
 
 def _first_call(fn: Flat, call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
     layout, leaves = call.layout, call.leaves
-    said = layout.batched([False] * len(leaves))
+    said = layout.batched_leaves([False] * len(leaves))
     lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
     if len(lengths) > 1:
         raise InputError(
@@ -224,7 +224,7 @@ def _signature(
     """Return the signature of a call, with the roles of its tensors as declared or guessed by shape."""
     layout, leaves = call.layout, call.leaves
     batch = len(first.values[0])
-    guess = layout.batched(guess_batched(leaves, batch))
+    guess = layout.batched_leaves(guess_batched(leaves, batch))
     carriers = [leaves[position].shape[0] for position, has in enumerate(guess) if has]
     inputs = [tuple(leaves[position].shape) for position in layout.differentiated]
     if not carriers or any(length != batch for length in carriers):

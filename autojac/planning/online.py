@@ -38,7 +38,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
     """
     exploration = prepared.exploration
     assert exploration is not None
-    trained, call = call.trained, call.detached()
+    trained, call = call.trained, call.detach()
     with isolate_planning(call, trained) as inside:
         if inside or several() or transforming():
             return None
@@ -59,11 +59,11 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
                 machine = planner.repository.machine(prepared.keys[1], str(call.leaves[0].device))
             return without_empty_parts(dataclasses.replace(prepared.problem, analysis=analysis, machine=machine))
 
-        start, before = measure.clock.worked(), exploration.spent
+        start, before = measure.clock.working_s(), exploration.spent
         better = exploration.take_step(problem, point)
         made = _after_step(planner, prepared, call, exploration, better)
         # what is stored and prepared again is paid for as well
-        exploration.spent = before + max(measure.clock.worked() - start, 0.0)
+        exploration.spent = before + max(measure.clock.working_s() - start, 0.0)
         if exploration.is_over:
             (made or prepared).exploration = None
             prepared.schedule.next_step = math.inf

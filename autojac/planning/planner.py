@@ -82,7 +82,7 @@ class Planner:
             budget_s: seconds for a search; the options' own by default.
             force: search even if a plan is known.
         """
-        trained, call = call.trained, call.detached()
+        trained, call = call.trained, call.detach()
         with isolate_planning(call, trained) as inside:
             report = self.builder.inspect(call)
             if report.is_empty:
@@ -116,7 +116,7 @@ class Planner:
         found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
         with mark_planning(), restore_process_state(), silent(call.captured.modules), outside_autocast():
-            start, call = measure.clock.now(), call.detached()
+            start, call = measure.clock.now(), call.detach()
             if plan.keys is not None:
                 self.repository.refute(plan.keys, reason)
             self.known.clear()
@@ -124,7 +124,7 @@ class Planner:
             found = self.builder.probe(call, report)
             same = found.structure.sparsity == plan.problem.structure.sparsity is not None
             if structure and (found.structure.independent or same):
-                found = dataclasses.replace(found, structure=found.structure.refuted(f"guard: {reason}"))
+                found = dataclasses.replace(found, structure=found.structure.refute(f"guard: {reason}"))
             made = self._search(ProbedCall(call, report, found, start), "estimate")
             return self._explored(made, made.plan, self.options.effort)
 

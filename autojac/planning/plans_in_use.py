@@ -91,14 +91,14 @@ class PlansInUse:
                 self._captured = captures(self.func)
             return self._captured
 
-    def captured_now(self) -> Captures:
+    def current_captures(self) -> Captures:
         """Return what the function reaches now, without a walk if the guard has seen all unchanged in this call."""
         listed = self._observes and self.planner.function_state.is_complete
         return self.captured if listed else captures(self.func)
 
     def recapture(self) -> Captures:
         """Remember what the function reaches now for the next call, and return it."""
-        self._captured = self.captured_now()
+        self._captured = self.current_captures()
         return self._captured
 
     def look_up(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:
@@ -161,7 +161,7 @@ class PlansInUse:
 
     def buffers(self) -> list[Tensor]:
         """Return what the function may write into now, buffers that were put in the place of others included."""
-        return [tensor for tensor in self.captured_now().tensors if not tensor.requires_grad]
+        return [tensor for tensor in self.current_captures().tensors if not tensor.requires_grad]
 
     def _make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:
         with self.lock:

@@ -125,7 +125,7 @@ class PreparedPlan:
         compute = self.run_plainly if hooked() else self.compute
         with outside_autocast():
             if unless_astray and isinstance(compute, Replayer):
-                result = compute.replayed(leaves, keywords)
+                result = compute.replay(leaves, keywords)
                 if result is not None:
                     return result
                 if compute.has_strayed() and self.problem.structure.assumes:
@@ -141,7 +141,7 @@ class PreparedPlan:
 
     def assuming_nothing(self) -> PreparedPlan:
         """Return what serves a call whose structure is in doubt: a loop of one plain VJP for each row."""
-        structure = self.problem.structure.refuted("in doubt: derivatives here are as small as rounding")
+        structure = self.problem.structure.refute("in doubt: derivatives here are as small as rounding")
         problem = dataclasses.replace(self.problem, structure=structure)
         compute = prepare_compute(self.layout, problem, Pull.suiting(problem, "loop"))
         return dataclasses.replace(self, problem=problem, compute=compute, _loop=None)

@@ -78,7 +78,7 @@ def leaving_in_arguments(plan: PreparedPlan, call: Call) -> Iterator[None]:
         yield
         return
     sandbox = plan.sandbox.now()
-    restore = sandbox.saved()
+    restore = sandbox.save()
     yield
     if settable.are_changed or SETS_ARGUMENTS in plan.problem.structure.effects:
         # what else the plain call leaves is left already
@@ -180,7 +180,7 @@ def _run_inside_transform(
             events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
             if events == shapes:
                 batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
-                composed = dataclasses.replace(problem.resized(batch), differentiable=True)
+                composed = dataclasses.replace(problem.resize(batch), differentiable=True)
                 compute = prepare_compute(plan.layout, composed, Pull.suiting(composed, "vmap"))
                 keywords = plan.layout.keywords(args, kwargs)
                 with outside_autocast():

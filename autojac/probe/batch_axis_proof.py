@@ -115,7 +115,7 @@ def meet_in_shared_tensors(
         held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
         # differentiated or not: copies of weights must be apart whatever comes with the samples
         carriers = [p for p in (*point.inputs, *point.sides) if point.leaves[p].is_floating_point()]
-        local = pool.given(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+        local = pool.as_function_of(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
         read = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
         copied = len(read) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
         copies = [value.expand(point.batch, *value.shape) for value in read[:copied]]

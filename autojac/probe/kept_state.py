@@ -45,7 +45,7 @@ def observe_kept_state(
         except Exception:  # what a call after this one raises is no matter of this one; it hangs on what was kept
             return (KEEPS,), later.written
         other = unlike(first, second)
-        changed, harmless = held.changed(), later.written or not other
+        changed, harmless = held.find_changes(), later.written or not other
         if not changed and harmless:
             return (), later.written
         if harmless:

@@ -84,20 +84,20 @@ class ComparedParts:
             self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
             self.scaled = list(self._scaled())
 
-    def expected(self, projection: Projection, position: int) -> Tensor:
+    def expect(self, projection: Projection, position: int) -> Tensor:
         """Return the part of a projection's VJP that is compared, one row per sample."""
-        reached = self.places.reached(projection.pulled[position], position, projection)
+        reached = self.places.pick(projection.pulled[position], position, projection)
         return reached if projection.coordinates is None else reached[:, list(projection.coordinates)]
 
     def says(self) -> bool:
         """Check whether any derivative that a plain VJP gave here is finite."""
         rows = (
-            self.evidence.says(self.places.kept(one, output, row, position), position)
+            self.evidence.says(self.places.keep(one, output, row, position), position)
             for output, row, pulled in self.rows
             for position, one in enumerate(pulled)
         )
         projections = (
-            self.evidence.says(self.places.reached(one, position, projection), position, projection)
+            self.evidence.says(self.places.pick(one, position, projection), position, projection)
             for projection in itertools.chain.from_iterable(self.kept)
             for position, one in enumerate(projection.pulled)
             if bool(projection.cotangent.any())
@@ -123,7 +123,7 @@ class ComparedParts:
                 kept = torch.zeros_like(value[0]).flatten()
                 kept[list(coordinates)] = 1
                 cotangent = cotangent * kept.view_as(value[0])
-            cotangent = self.evidence.seeded(output, cotangent)
+            cotangent = self.evidence.mask_cotangent(output, cotangent)
             yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
 
     def _coordinates(self, value: Tensor) -> list[list[int]]:
@@ -204,7 +204,7 @@ class ComparedParts:
             return
         classes = [None] if structure.independent or graph is None else self._classes(graph)
         for output, samples in itertools.product(range(len(self.values)), classes):
-            one = self.evidence.seeded(output, _alone(self._noise(output), samples))
+            one = self.evidence.mask_cotangent(output, _alone(self._noise(output), samples))
             factors = (0.5 + torch.rand(len(one), generator=self.generator)).to(one)
             other = one * factors.view(-1, *[1] * (one.dim() - 1))
             first, second = (Projection(samples, None, u, self.pullback(output, u)) for u in (one, other))

@@ -106,7 +106,7 @@ def colors_of(problem: Problem, side: Side) -> Colors:
     if problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1:
         kept = "diagonals"
     count = problem.out_size if side == "rows" else problem.in_size
-    return problem.colorings.derived(_colors, side, samples, features, kept, count, problem.batch if alike else 1)
+    return problem.colorings.derive(_colors, side, samples, features, kept, count, problem.batch if alike else 1)
 
 
 def _colors(
@@ -147,7 +147,7 @@ def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
     """
     sparsity = problem.structure.sparsity
     assert sparsity is not None and sparsity.features is not None
-    return problem.colorings.derived(_both, sparsity.features)
+    return problem.colorings.derive(_both, sparsity.features)
 
 
 def _both(colorings: Colorings, features: Pattern) -> tuple[Colors, Colors, Marks]:
@@ -165,7 +165,7 @@ def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
         return None
     if sparsity is None or sparsity.features is None or len(problem.outputs) > 1 or len(problem.inputs) > 1:
         return None
-    found: tuple[Colors, Marks] | None = problem.colorings.derived(_mirrored_rows, sparsity.features)
+    found: tuple[Colors, Marks] | None = problem.colorings.derive(_mirrored_rows, sparsity.features)
     return found
 
 

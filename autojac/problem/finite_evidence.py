@@ -53,12 +53,12 @@ class Evidence:
         elements = self.elements[output]
         return None if elements is None else elements.flatten().nonzero()[:, 0].cpu()
 
-    def seeded(self, output: int, cotangent: Tensor) -> Tensor:
+    def mask_cotangent(self, output: int, cotangent: Tensor) -> Tensor:
         """Return a cotangent without the elements that don't count."""
         elements = self.elements[output]
         return cotangent if elements is None else torch.where(elements, cotangent, 0)
 
-    def cleared(self, jacobian: Tensor, output: int, position: int) -> Tensor:
+    def clear_rows(self, jacobian: Tensor, output: int, position: int) -> Tensor:
         """Return a Jacobian with zeros in the rows that don't count."""
         elements = self.elements[output]
         if elements is None:

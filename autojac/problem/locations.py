@@ -53,7 +53,7 @@ class Places:
         count = self.problem.batch * seeds.size(self.problem.outputs[output])
         return whole.reshape(count, *whole.shape[1 + event_dims :])[row]
 
-    def kept(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
+    def keep(self, pulled: Tensor, output: int, row: int, position: int) -> Tensor:
         """Return the part of a pulled row that the layout keeps."""
         size = seeds.size(self.problem.outputs[output])
         if self.problem.layout == "sparse":
@@ -61,7 +61,7 @@ class Places:
         kept = pulled[row // size] if self.blockwise(position) else pulled
         return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
 
-    def reached(self, pulled: Tensor, position: int, projection: Projection) -> Tensor:
+    def pick(self, pulled: Tensor, position: int, projection: Projection) -> Tensor:
         """Return what a projection's VJP gave where the projection lives, one row per sample."""
         alone = projection.samples is not None and self.blockwise(position)
         own = pulled[list(projection.samples or ())] if alone else pulled

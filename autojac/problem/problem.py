@@ -214,7 +214,7 @@ class Problem:
         moved = {math.floor(size + shift + 0.5): total * share for size, total in work.moved.items()}
         return Work(work.operators, moved, work.flops * share)
 
-    def resized(self, batch: int) -> Problem:
+    def resize(self, batch: int) -> Problem:
         """Return the same problem for another number of samples."""
         leaves = tuple(
             dataclasses.replace(leaf, shape=(batch, *leaf.shape[1:])) if leaf.batched else leaf for leaf in self.leaves

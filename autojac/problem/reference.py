@@ -109,7 +109,7 @@ class Reference:
                 for leaf, kind in zip(leaves, self.problem.leaves, strict=True)
             ]
         try:
-            found = record_pullback(self.problem.resized(len(samples)), few, kwargs, self.problem.differentiable)
+            found = record_pullback(self.problem.resize(len(samples)), few, kwargs, self.problem.differentiable)
         except Exception:  # whatever func raises on so few says that it takes another way there
             return None
         rows = [whole[list(samples)] for whole in self.values]
@@ -200,7 +200,7 @@ class Reference:
         for output, row, pulled in self.parts.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
                 own = self.places.row(whole, output, row, position)
-                expected = self.places.kept(one, output, row, position)
+                expected = self.places.keep(one, output, row, position)
                 own, expected = self.evidence.row(own, expected, position)
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.new_tensor([largest(one)]) if self.problem.layout == "diagonal" else None
@@ -216,12 +216,12 @@ class Reference:
             for projection in self.parts.projections(output):
                 samples = projection.samples
                 for position, (whole, one) in enumerate(zip(result.jacobians[output], projection.pulled, strict=True)):
-                    seen = self.evidence.cleared(whole, output, position)
+                    seen = self.evidence.clear_rows(whole, output, position)
                     found, scale = self.places.project(seen, output, position, projection)
-                    expected = self.parts.expected(projection, position)
+                    expected = self.parts.expect(projection, position)
                     if projection.coordinates is not None:
                         # an entry of the diagonal is as exact as the row that it is part of
-                        reached = self.places.reached(one, position, projection)
+                        reached = self.places.pick(one, position, projection)
                         scale = reached.detach().nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
                     found, expected = self.evidence.projection(found, expected, position, projection)
                     floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
@@ -238,7 +238,7 @@ class Reference:
             for position, pulled in enumerate(zip(one.pulled, other.pulled, strict=True)):
                 if not self.places.per_row(position):
                     continue
-                before, after = (self.places.reached(part, position, one) for part in pulled)
+                before, after = (self.places.pick(part, position, one) for part in pulled)
                 after, before = self.evidence.projection(after, before * factors.to(before)[:, None], position, one)
                 floor = self.floors[output][position] * max(seeds.size(self.problem.outputs[output]), 1)
                 if disagreement(after, before, floor=floor, slack=self._slack(output, before)) is not None:
@@ -251,7 +251,7 @@ class Reference:
         for output, projections in enumerate(self.parts.kept):
             size = max(seeds.size(self.problem.outputs[output]), 1)
             for position, floor in enumerate(self.floors[output]):
-                compared = [self.parts.expected(projection, position) for projection in projections]
+                compared = [self.parts.expect(projection, position) for projection in projections]
                 top = max(map(largest, compared), default=0.0)
                 if 0 < top < floor * size:
                     return False
@@ -269,7 +269,7 @@ def name_samples(samples: Sequence[int]) -> str:
 
 def _require_visible(pullback: Pullback) -> None:
     """Refuse parameters whose derivatives autograd can't be asked for."""
-    shapes = ", ".join(str(tuple(pullback.inputs[number].shape)) for number in pullback.hidden())
+    shapes = ", ".join(str(tuple(pullback.inputs[number].shape)) for number in pullback.hidden_inputs())
     if shapes:
         raise UnsupportedError(
             f"parameters of shape {shapes} get gradients by backward() alone; a Jacobian needs torch.autograd.grad. "

@@ -65,7 +65,7 @@ class GradientReference:
         where, rows, weights = [], [], []
         for output, row, pulled in self.parts.rows:
             for position, one in enumerate(pulled):
-                kept = self.parts.places.kept(one, output, row, position)
+                kept = self.parts.places.keep(one, output, row, position)
                 if bool(torch.isfinite(kept).all()):
                     where.append((output, row, position))
                     rows.append(kept.reshape(1, -1))

@@ -58,10 +58,10 @@ class Replayer:
     _eager: Compute | None = field(default=None, repr=False)
 
     def __call__(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        result = self.replayed(leaves, kwargs)
+        result = self.replay(leaves, kwargs)
         return self.eager(leaves, kwargs) if result is None else result
 
-    def replayed(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result | None:
+    def replay(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result | None:
         """Run the program; return None, and func was not run yet, where only the method itself can serve the call."""
         if function_modes() or dispatch_modes():
             # a mode of the caller's sees each function or operator: another default device, a counter of flops
@@ -121,7 +121,7 @@ class Replayer:
             return self.bound is not None
         if self._is_past_limit:
             return False
-        number = self.function_state.settled().number
+        number = self.function_state.settle().number
         known = self._known.get(number)
         return (known is None or not known.reads_the_same) and number not in self._refused
 
@@ -203,7 +203,7 @@ class Replayer:
         inputs = (*given, *bound.captured)
 
         def recompute() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            state = function_state.settled()
+            state = function_state.settle()
             captured = [state.tensors[place] for place in trace.captured]
             if bound.state != state.number or not all(map(operator.is_, captured, bound.captured)):
                 raise UnsupportedError(
@@ -228,13 +228,13 @@ class Replayer:
         """Find or make a trace for the current state of func; return None where there can't be one, or not yet."""
         function_state = self.function_state
         with function_state.lock:
-            state = function_state.settled()
+            state = function_state.settle()
             known = self._known.get(state.number)
             if known is not None and all(same_values(state.tensors[at], values) for at, values in known.trace.read):
                 trace: Trace | None = known.trace
             else:
                 trace = self._try_trace(state.number, leaves, kwargs)
-                state = function_state.settled()
+                state = function_state.settle()
             if trace is None:
                 self.bound = None
                 return None

@@ -80,14 +80,14 @@ def trace_method(
             if function_state.cover(run.ran):
                 # it may hold more tensors than were known
                 return trace_method(problem, prepare, function_state, leaves, kwargs, without, lower)
-            reason = run.reason or function_state.uncovered(run.ran)
+            reason = run.reason or function_state.why_uncovered(run.ran)
             if reason:
                 raise UnsupportedError(reason)
             before = function_state.version
             changed = function_state.refresh()
             if function_state.version != before:
                 raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
-            recorded, captured, ran = run.recorded(compute)
+            recorded, captured, ran = run.finish(compute)
             simplify(recorded.graph, set(without) - {"hoist"})
     finally:
         if run.tape.draws and not problem.generators:
@@ -217,7 +217,7 @@ class _Run:
             if differs(one, other):
                 raise UnsupportedError("it gives something else when it is recorded than when it is not")
 
-    def recorded(self, compute: Compute) -> tuple[RecordedGraph, list[int], int]:
+    def finish(self, compute: Compute) -> tuple[RecordedGraph, list[int], int]:
         """Return what was recorded, where its captured tensors stand, and how many operators ran."""
         graph, place_of = self.tape.graph, {id(t): place for place, t in enumerate(self.captured)}
         ends = [*self.outputs, *(g for pull in self.pulls for g in pull.gradients if g is not None)]

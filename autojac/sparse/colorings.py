@@ -96,7 +96,7 @@ class Colorings:
         self._derived: OrderedDict[Any, Any] = OrderedDict()
         self.seconds = 0.0
 
-    def derived(self, make: Callable[..., T], *arguments: Any) -> T:
+    def derive(self, make: Callable[..., T], *arguments: Any) -> T:
         """Return `make(self, *arguments)`, kept for as long as these colorings are; the oldest are forgotten."""
         key = (make, *arguments)
         if key not in self._derived:

@@ -58,7 +58,7 @@ class Entries:
         blank = values.new_zeros(self.pattern.shape[1])
         return blank.index_put((columns[start:stop],), values[start:stop])
 
-    def stored(self, row: int, device: torch.device) -> Tensor:
+    def stored_columns(self, row: int, device: torch.device) -> Tensor:
         """Return which columns of a row are stored: (columns,) bool."""
         start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
         _, _, columns = self.indices(device)
@@ -108,7 +108,7 @@ def entries(samples: Pattern, features: Pattern) -> Entries:
 
     whole = scipy.sparse.kron(samples.scipy(), features.scipy(), format="csr")
     whole.sort_indices()
-    return Entries(Pattern.sorted(whole))
+    return Entries(Pattern.from_csr(whole))
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def operation_key(function_name: str, fingerprint: str, signature: Signature, op
     Raises:
         OptionError: a flag or option is not made of JSON types.
     """
-    described = signature.bucketed().to_json()
+    described = signature.round_up_batch().to_json()
     for leaf in described["leaves"]:
         leaf["device"] = leaf["device"].partition(":")[0]
     return Key.of(

@@ -184,9 +184,9 @@ def test_another_argument_and_keywords_pass_through() -> None:
 
 
 def test_taylor_mode_evaluates_once_and_carries_what_is_asked_alone() -> None:
-    rows = CarriedRows.needed([((),), ((0,),), ((1,),), ((1, 1),)])
+    rows = CarriedRows.for_terms([((),), ((0,),), ((1,),), ((1, 1),)])
     assert rows.keys == (((0,),), ((1,),), ((1, 1),))
-    assert CarriedRows.needed(resolve_terms("laplacian", 3)).keys == (
+    assert CarriedRows.for_terms(resolve_terms("laplacian", 3)).keys == (
         ((0,),),
         ((1,),),
         ((2,),),

@@ -188,7 +188,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 def test_environment_and_settings_name_no_machine() -> None:
     assert set(environment("cpu")) == {"autojac", "torch", "threads", "cpu_capability", "device", "load"}
-    assert not {"store", "peers"} & set(Settings(store="/home/me/plans.db", peers="/usr/bin/python").described())
+    assert not {"store", "peers"} & set(Settings(store="/home/me/plans.db", peers="/usr/bin/python").describe())
 
 
 @pytest.fixture(autouse=True)

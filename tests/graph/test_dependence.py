@@ -133,7 +133,7 @@ def test_unions_are_those_of_sets() -> None:
         made = SetAlgebra(None).union(*parts)
         rows = [torch.from_numpy(part.rows((4, 3)).toarray()) for part in (*parts, made)]
         assert torch.equal(rows[2], rows[0] | rows[1])
-        mixed = SetAlgebra(None).mixed(made, [1])
+        mixed = SetAlgebra(None).unite_along(made, [1])
         assert torch.equal(torch.from_numpy(mixed.rows((4, 1)).toarray()), rows[2].reshape(4, 3, 6).any(1))
         assert made.matrix[[0]].nnz == mixed.matrix[[0]].nnz == 0
 

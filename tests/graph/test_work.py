@@ -39,7 +39,7 @@ def test_a_convolution_counts_its_window() -> None:
 
 def test_work_follows_the_batch() -> None:
     problem = planned(lambda x: x.sin(), (torch.randn(1024, 3),))[2]
-    whole, part = problem.work, problem.resized(256).work
+    whole, part = problem.work, problem.resize(256).work
     assert sum(whole.moved.values()) == 4 * sum(part.moved.values())
     assert [size - 2 for size in whole.moved] == list(part.moved)
     assert whole.operators == part.operators

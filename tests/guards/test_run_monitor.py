@@ -46,7 +46,7 @@ def reason(func: Callable[[Tensor], Any], *args: Any) -> str:
         func(*args or (X,))
     state = FunctionState(func)
     state.cover(watched.ran)
-    return state.present.guard.reason or watched.reason or state.uncovered(watched.ran)
+    return state.present.guard.reason or watched.reason or state.why_uncovered(watched.ran)
 
 
 def helper(x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def test_code_that_the_walk_did_not_find_is_named() -> None:
         func(X, registry["f"])
     state = FunctionState(func)
     state.cover(watched.ran)
-    assert "it calls helper (test_run_monitor.py, line" in state.uncovered(watched.ran)
+    assert "it calls helper (test_run_monitor.py, line" in state.why_uncovered(watched.ran)
 
 
 class Model(nn.Module):

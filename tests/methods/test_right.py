@@ -140,7 +140,7 @@ def _collect(served: set[str]) -> None:
     for scenario in (*SAFE[:12], *map(BY_NAME.__getitem__, extra)):
         func, args, kwargs = scenario.make(0, torch.float64)
         _, _, problem = planned(func, args, kwargs, argnums=scenario.argnums)
-        large = problem.resized(8192)
+        large = problem.resize(8192)
         served |= {
             name
             for name, kind in registry().items()

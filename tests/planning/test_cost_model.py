@@ -190,7 +190,7 @@ def test_a_search_measures_the_machine_once_and_stores_it_and_an_estimate_reads_
     stored = PlanStore(place).environment(env)
     assert stored is not None
     assert stored[threads]["plain_s"] == 7e-7
-    repository = PlanRepository(func, Options.checked({"store": PlanStore(place)}))
+    repository = PlanRepository(func, Options.from_keywords({"store": PlanStore(place)}))
     assert repository.machine(env, "cpu").plain_s == 7e-7
     assert measuring == [f"cpu {threads}"]
 

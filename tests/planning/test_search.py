@@ -221,7 +221,7 @@ def test_coupled_blocks_are_streamed_and_never_held_whole() -> None:
 
 
 def test_every_path_of_the_space_is_a_candidate(net: nn.Module) -> None:
-    space = candidates(problem_of(net, torch.randn(64, 3, dtype=torch.float64)).resized(8192), 2)
+    space = candidates(problem_of(net, torch.randn(64, 3, dtype=torch.float64)).resize(8192), 2)
     for method in space:
         decisions = path_of(space, method)
         assert choose(space, lambda name, options, d=decisions: d[name]) == method

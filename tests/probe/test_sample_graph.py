@@ -476,7 +476,7 @@ def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.D
     before, after = shape(), shape()
     told = [size if size > 1 and data.draw(st.booleans()) else 1 for size in before]
     index = torch.arange(int(np.prod(told, dtype=int))).reshape(told)
-    made = SetAlgebra(None).reshaped(IndexSets(singles(1), index), before, after).index
+    made = SetAlgebra(None).reshape(IndexSets(singles(1), index), before, after).index
     assert all(size in (1, full) for size, full in zip(made.shape, after, strict=True))
     assert torch.equal(made.expand(after), index.expand(before).reshape(after))
 

@@ -138,7 +138,7 @@ def test_a_store_never_shows_a_password(location: str, chatty: None, tmp_path: P
     said = everything(location)
     assert SECRET not in said
     assert SECRET not in readable_location(location)
-    assert SECRET not in repr(Options.checked({"store": location}))
+    assert SECRET not in repr(Options.from_keywords({"store": location}))
     assert not [path for path in tmp_path.rglob("*") if SECRET in path.name]  # nor is it made the name of a file
 
 

@@ -88,7 +88,7 @@ def race_peers(
                 if outcome.state == "right":
                     times[way] = partial(_timed, peer, way, cores)
         samples = in_turns(times, settings)
-    outcomes = [o.raced(samples[o.name]) if o.name in samples and o.state == "right" else o for o in outcomes]
+    outcomes = [o.with_samples(samples[o.name]) if o.name in samples and o.state == "right" else o for o in outcomes]
     facts["most cores of a peer"] = max(cores, default=0.0)
     by_name = {outcome.name: outcome for outcome in outcomes}
     figures = tuple(

@@ -42,7 +42,7 @@ class RuleContext(BoundOperation):
     def state(self, value: Any) -> State:
         return self.states.get(value.number) if isinstance(value, Value) else None
 
-    def carried(self) -> list[tuple[Value, BatchAxis]]:
+    def carriers(self) -> list[tuple[Value, BatchAxis]]:
         """Return the tensors that carry the batch."""
         found = []
         for number in dict.fromkeys(self.operation.sources):
@@ -53,7 +53,7 @@ class RuleContext(BoundOperation):
 
     def only(self) -> tuple[tuple[int, ...], BatchAxis]:
         """Return the shape and state of the one tensor that carries the batch, which must be the first argument."""
-        carried = self.carried()
+        carried = self.carriers()
         if len(carried) != 1 or self.operation.args[0] != carried[0][0]:
             raise BatchAxisLost("several tensors carry the batch into it")
         return self.shape(carried[0][0]), carried[0][1]

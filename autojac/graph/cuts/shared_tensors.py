@@ -37,7 +37,7 @@ class SharedTensors:
     copied: Mapping[int, PerSampleForm] | None
     weights_only: Mapping[int, PerSampleForm] | None
 
-    def given(
+    def as_function_of(
         self, graph: Graph, base: Mapping[int, Tensor], inputs: Sequence[int], copies: bool
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Return the outputs as a function of some inputs, copies of `weights`, and of `tensors` or copies of these.

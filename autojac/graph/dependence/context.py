@@ -116,9 +116,9 @@ class DependenceContext(BoundOperation):
         # one that is zero throughout waits to be filled
         return None if bool(nonzero.all()) or not bool(nonzero.any()) else nonzero
 
-    def mixed(self, source: IndexSets, axes: Sequence[int]) -> IndexSets:
+    def unite_along(self, source: IndexSets, axes: Sequence[int]) -> IndexSets:
         """Unite sets along some axes, since each result reads its whole line along these."""
-        made = self.algebra.mixed(source, axes)
+        made = self.algebra.unite_along(source, axes)
         self.lost |= made is not source
         return made
 
@@ -126,7 +126,7 @@ class DependenceContext(BoundOperation):
         """Return the union of all that is read."""
         total: IndexSets | None = None
         for _, state in self.sets():
-            whole = self.mixed(state, range(state.index.dim()))
+            whole = self.unite_along(state, range(state.index.dim()))
             total = self.algebra.union(total, IndexSets(whole.matrix, whole.index.reshape(())))
         assert total is not None
         self.lost = True

@@ -58,14 +58,14 @@ def pointwise(context: DependenceContext) -> Result:
 def viewing(context: DependenceContext) -> Result:
     """Keep the order of elements."""
     ((value, state),) = context.sets()
-    return context.algebra.reshaped(state, context.shape(value), context.out)
+    return context.algebra.reshape(state, context.shape(value), context.out)
 
 
 def moving(context: DependenceContext) -> Result:
     """Move the numbers of sets as the operator moves elements."""
     context.select([Value(number) for number in context.selector_numbers()])
     sets = context.sets()
-    matrix, starts = context.algebra.stacked([state for _, state in sets])
+    matrix, starts = context.algebra.stack([state for _, state in sets])
     given = {
         value.number: torch.where(state.index > 0, state.index + start, 0) if start else state.index
         for (value, state), start in zip(sets, starts, strict=True)
@@ -147,7 +147,7 @@ def gathering(context: DependenceContext) -> Result:
 
 def _anywhere(context: DependenceContext, value: Value, state: IndexSets, axes: Collection[int]) -> list[IndexSets]:
     """Join sets along some axes where elements are chosen by numbers that may be any: any number may be meant."""
-    mixed = context.mixed(state, list(axes))
+    mixed = context.unite_along(state, list(axes))
     return _moved(context, mixed.matrix, {value.number: mixed.index})
 
 
@@ -180,7 +180,7 @@ def placing(context: DependenceContext) -> Result:
         if facts.axes is Axes.INDEXED:
             read = read[tuple(slice(size) for size in context.shape(chosen))]
         groups, index = torch.broadcast_tensors(picked, read)
-        total = context.algebra.union(total, context.algebra.gathered(groups, IndexSets(other.matrix, index), wide))
+        total = context.algebra.union(total, context.algebra.gather(groups, IndexSets(other.matrix, index), wide))
     return total
 
 

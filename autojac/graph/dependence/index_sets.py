@@ -56,7 +56,7 @@ class IndexSets:
 
     def over(self, axes: Collection[int]) -> IndexSets:
         """Return the sets united over some axes."""
-        return SetAlgebra(None).mixed(self, axes)
+        return SetAlgebra(None).unite_along(self, axes)
 
 
 def compress_index(index: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class SetAlgebra:
         if self.limit is not None and (amount > most or self.work > self.limit):
             raise TooLarge(f"more than {min(most, self.limit):.0e} elements and entries to go through")
 
-    def reshaped(self, source: IndexSets, before: Sequence[int], after: Sequence[int]) -> IndexSets:
+    def reshape(self, source: IndexSets, before: Sequence[int], after: Sequence[int]) -> IndexSets:
         """Return the sets of a tensor that is viewed in another shape."""
         wide: list[int] = []
         made: list[int] = []
@@ -152,7 +152,7 @@ class SetAlgebra:
         self.spend(int(np.diff(one.matrix.indptr)[ours].sum() + np.diff(other.matrix.indptr)[theirs].sum()))
         return IndexSets(one.matrix[ours] + other.matrix[theirs], index + 1)
 
-    def gathered(self, groups: Tensor, source: IndexSets, shape: Sequence[int]) -> IndexSets:
+    def gather(self, groups: Tensor, source: IndexSets, shape: Sequence[int]) -> IndexSets:
         """Return for each element of a tensor the union over all elements that name it.
 
         Args:
@@ -167,7 +167,7 @@ class SetAlgebra:
         starts = np.searchsorted(codes, np.arange(-1, count + 1) * width)
         return self._united(starts, codes % width, source, shape)
 
-    def mixed(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
+    def unite_along(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
         """Return the union along some axes, which are kept with length 1."""
         shape = tuple(source.index.shape)
         if all(shape[axis] == 1 for axis in axes):
@@ -189,7 +189,7 @@ class SetAlgebra:
         choice = _boolean(starts, rows, source.matrix.shape[0])
         return IndexSets(choice @ source.matrix, torch.arange(1, len(starts) - 1).reshape(tuple(shape)))
 
-    def stacked(self, sources: Sequence[IndexSets]) -> tuple[scipy.sparse.csr_array, list[int]]:
+    def stack(self, sources: Sequence[IndexSets]) -> tuple[scipy.sparse.csr_array, list[int]]:
         """Return the sets of several tensors one after the other, and where those of each tensor start."""
         matrices = list({id(source.matrix): source.matrix for source in sources}.values())
         starts = dict(zip(map(id, matrices), np.cumsum([0] + [part.shape[0] for part in matrices]), strict=False))

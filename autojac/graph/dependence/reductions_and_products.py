@@ -33,7 +33,7 @@ def keeping_axes(context: DependenceContext) -> list[IndexSets]:
         places = {axis: context.kept_axis(value, axis) for axis in state.axes}
         for output, number in enumerate(context.made):
             kept = {axis: place for axis in places if (place := places[axis][output]) is not None}
-            mixed = context.mixed(state, [axis for axis in places if axis not in kept])
+            mixed = context.unite_along(state, [axis for axis in places if axis not in kept])
             order = sorted(kept, key=kept.__getitem__)
             shape = [1] * len(context.graph.shapes[number])
             for axis in order:
@@ -58,7 +58,7 @@ def mixing(context: DependenceContext) -> Result:
     dims = len(shapes.pop())
     axes = sorted(context.axes("dim" if "dim" in context.arguments else "dims", dims))
     for _, state in context.sets():
-        total = context.algebra.union(total, context.mixed(state, axes))
+        total = context.algebra.union(total, context.unite_along(state, axes))
     assert total is not None
     if len(context.out) == dims:
         return total
@@ -76,7 +76,7 @@ def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[Dep
             shape = context.shape(value)
             count = lead if isinstance(lead, int) else lead(context, len(shape))
             shared.add(shape[:count])
-            mixed = context.mixed(state, range(count, len(shape)))
+            mixed = context.unite_along(state, range(count, len(shape)))
             index = mixed.index.reshape(mixed.index.shape[:count])
             total = context.algebra.union(total, IndexSets(mixed.matrix, index))
         assert total is not None
@@ -96,7 +96,7 @@ def normalization(context: DependenceContext, value: Value, state: IndexSets) ->
         return keeping_axes(context)
     shape, groups = context.shape(value), context["group"]
     divided = (shape[0], groups, shape[1] // groups, *shape[2:])
-    mixed = context.mixed(context.algebra.reshaped(state, shape, divided), range(2, len(divided)))
+    mixed = context.unite_along(context.algebra.reshape(state, shape, divided), range(2, len(divided)))
     few = mixed.index.reshape(mixed.index.shape[:2])
     wide = per_channel(few[:, :, None], shape[1] // groups)
     whole = wide.reshape(*wide.shape, *[1] * (len(shape) - 2))
@@ -133,7 +133,7 @@ def _factor(context: DependenceContext, state: IndexSets, other: Value, turned: 
     # where sets are alike along what is summed over, zeros of samples make no difference
     where = _entries(context, other) if index.shape[-1] > 1 or not context.follow_values else None
     if where is None or lines * where.shape[1] > MOST_PRODUCT:
-        found = context.mixed(IndexSets(state.matrix, index), [index.dim() - 1])
+        found = context.unite_along(IndexSets(state.matrix, index), [index.dim() - 1])
     else:
         k, j = where[-1], torch.zeros_like(where[-1])
         if len(shape) > 1:
@@ -142,7 +142,7 @@ def _factor(context: DependenceContext, state: IndexSets, other: Value, turned: 
         line = stack * lines + torch.arange(lines)[:, None]
         index = index.expand(*stacks, lines, depth)
         members = IndexSets(state.matrix, index.reshape(-1)[line * depth + k])
-        found = context.algebra.gathered(line * width + j, members, (*stacks, lines, width))
+        found = context.algebra.gather(line * width + j, members, (*stacks, lines, width))
     made = found.index.mT if turned else found.index
     # of a product with a vector one axis is left, or none
     return IndexSets(found.matrix, made if len(context.out) > 1 else made.reshape([-1] * len(context.out)))
@@ -167,6 +167,6 @@ def distances(context: DependenceContext) -> Result:
     for place, value in enumerate(context.operation.args[:2]):
         state = context.state(value)
         if isinstance(state, IndexSets):
-            mixed = context.mixed(state, [state.index.dim() - 1])
+            mixed = context.unite_along(state, [state.index.dim() - 1])
             total = context.algebra.union(total, IndexSets(mixed.matrix, mixed.index.mT if place else mixed.index))
     return total

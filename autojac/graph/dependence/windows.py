@@ -21,7 +21,7 @@ def convolution(context: DependenceContext, value: Value, state: IndexSets) -> R
     if len(shape) != len(kernel) + 2:
         return None
     divided = (shape[0], groups, shape[1] // groups, *shape[2:])
-    mixed = context.algebra.mixed(context.algebra.reshaped(state, shape, divided), [2])
+    mixed = context.algebra.unite_along(context.algebra.reshape(state, shape, divided), [2])
     nonzero = context.nonzero(context["weight"])
     # a kernel that is not zero throughout has a tap
     taps = torch.ones(kernel, dtype=torch.bool) if nonzero is None else nonzero.flatten(0, 1).any(0)
@@ -92,7 +92,7 @@ def _windowed(
         moved.append(index)
     if len(moved) == 1:
         return IndexSets(source.matrix, moved[0])
-    mixed = context.algebra.mixed(IndexSets(source.matrix, torch.stack(moved)), [0])
+    mixed = context.algebra.unite_along(IndexSets(source.matrix, torch.stack(moved)), [0])
     return IndexSets(mixed.matrix, mixed.index[0])
 
 

@@ -21,7 +21,7 @@ def leave_once(problem: Problem, compute: Compute) -> Compute:
     def left(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         captured = () if problem.function_state is None else problem.function_state.present.tensors
         sandbox = Sandbox([tensor for tensor in captured if not tensor.requires_grad], None, problem.places)
-        restore = sandbox.saved()
+        restore = sandbox.save()
         try:
             result = compute(leaves, kwargs)
         finally:

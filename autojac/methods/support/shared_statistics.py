@@ -59,7 +59,7 @@ class SharedStatistics:
         carriers = [order for order, position in enumerate(problem.inputs) if problem.leaves[position].batched]
         own = [xs[order] for order in carriers]
         weights = [w.expand(batch, *w.shape) for w in graph.run(pool.weights, base)]
-        local = pool.given(graph, held, [numbers[order] for order in carriers], copies=self.local == "copies")
+        local = pool.as_function_of(graph, held, [numbers[order] for order in carriers], copies=self.local == "copies")
         if self.local == "push":
             blocks, parts = self._pushed(local, own, s), []
         else:
@@ -139,7 +139,7 @@ class SharedStatistics:
             yield order_of[number], felt
             return
         made_of = {
-            source for place in graph.needed((number,), frozenset()) for source in graph.operations[place].sources
+            source for place in graph.find_needed((number,), frozenset()) for source in graph.operations[place].sources
         }
         reached = [n for n in order_of if n in made_of]
 

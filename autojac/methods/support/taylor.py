@@ -45,7 +45,7 @@ class TaylorMode:
         self.wanted = wanted
         self.env: dict[int, Tensor] = {**graph.constants, **base}
         self.series: dict[int, Series] = {}
-        self.places = graph.needed(graph.outputs, frozenset(self.env))
+        self.places = graph.find_needed(graph.outputs, frozenset(self.env))
         asked = {row for term in terms for row in wanted.of(term) if row is not None}
         self.needed: dict[int, set[int]] = {number: set(asked) for number in graph.outputs}
         for place in reversed(self.places):
@@ -80,7 +80,7 @@ class TaylorMode:
             return value
         if series is None or not series.has([row]):
             return torch.zeros_like(value)
-        return series.taken(self.wanted.order(row), [row])[0].expand(value.shape)
+        return series.take(self.wanted.order(row), [row])[0].expand(value.shape)
 
     def _step(self, operation: Operation) -> None:
         active = [] if operation.detached else [n for n in dict.fromkeys(operation.sources) if n in self.series]
@@ -174,7 +174,7 @@ class _Step:
             rows = tuple(row for row in part.rows if row in needed)
             if rows:
                 self.rows[order] = rows
-                yield order, series.taken(order, rows)
+                yield order, series.take(order, rows)
 
     def pointwise(
         self, needed: set[int], splits: Sequence[Split], value: Tensor
@@ -217,7 +217,7 @@ class _Step:
         shape = (len(rows), *series.value.shape)
         for order, part in series.parts.items():
             if set(rows) <= set(part.rows):
-                return series.taken(order, rows).expand(shape)
+                return series.take(order, rows).expand(shape)
             if set(rows) & set(part.rows):
                 return torch.stack(
                     [
@@ -284,4 +284,4 @@ def is_unary(operation: Operation) -> bool:
 
 def _block(series: Series, block: Sequence[int]) -> Tensor:
     order = next(order for order, part in series.parts.items() if block[0] in part.rows)
-    return series.taken(order, block)
+    return series.take(order, block)

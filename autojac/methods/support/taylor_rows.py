@@ -43,7 +43,7 @@ class CarriedRows:
     splits: tuple[Split, ...]
 
     @classmethod
-    def needed(cls, terms: Sequence[Term]) -> CarriedRows:
+    def for_terms(cls, terms: Sequence[Term]) -> CarriedRows:
         """Return the rows that lead to sums of derivatives."""
         found: dict[Term, None] = {}
         for term in terms:
@@ -98,7 +98,7 @@ class Series:
     value: Tensor
     parts: dict[int, CarriedPart]
 
-    def taken(self, order: int, rows: Sequence[int]) -> Tensor:
+    def take(self, order: int, rows: Sequence[int]) -> Tensor:
         """Return some rows of one order."""
         known = self.parts[order]
         return _taken(known.values, [known.rows.index(row) for row in rows])

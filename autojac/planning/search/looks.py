@@ -75,7 +75,7 @@ class Looks:
         """Return the next candidate that takes a compiler: the fastest distinct flat programs are compiled."""
         return next(self._compiled(), None)
 
-    def untried(self, compilers: bool = True) -> list[Method]:
+    def find_untried(self, compilers: bool = True) -> list[Method]:
         """Return the candidates that are worth a look, as far as is known, and have not had one."""
         return list(dict.fromkeys([*self._upcoming(), *(self._compiled() if compilers else ())]))
 
@@ -118,11 +118,11 @@ class Looks:
 
     def _promising_programs(self, session: SearchSession, flat: Sequence[Method]) -> list[Method]:
         """Return the flat programs that are worth recording by what is predicted of them, in that order."""
-        predicted = {m: self.predicted(session, m) for m in flat}
+        predicted = {m: self.predict_s(session, m) for m in flat}
         reach = PROGRAM_REACH[session.effort] * min(predicted.values(), default=0.0)
         return [m for m in flat if predicted[m] <= reach]
 
-    def predicted(self, session: SearchSession, method: Method) -> float:
+    def predict_s(self, session: SearchSession, method: Method) -> float:
         """Return the seconds that the cost model says, as corrected; it is asked again at each step."""
         known = self._predicted[session is self.session]
         if method not in known:
@@ -174,7 +174,7 @@ class Looks:
         large = problem.batch >= LARGE * SLICE and self.session.device.type == "cpu"
         if not (large and structure.independent and structure.sliceable and not structure.effects):
             return None
-        return SearchSession(problem.resized(SLICE), self.session.effort)
+        return SearchSession(problem.resize(SLICE), self.session.effort)
 
     def at(self, point: SearchPoint | None) -> None:
         """Look at the next candidates at this point; None lets go of it."""

@@ -45,20 +45,20 @@ class Clock:
         """Return the seconds since some moment in the past."""
         return time.monotonic()
 
-    def held_up(self) -> float:
+    def waiting_s(self) -> float:
         """Return the seconds that this thread has waited for a core which others had; 0 where that isn't known."""
         try:
             return int(WAITED.read_text().split()[1]) / 1e9
         except (OSError, ValueError, IndexError):
             return 0.0
 
-    def worked(self) -> float:
+    def working_s(self) -> float:
         """Return the seconds since some moment in the past, without those that this thread has waited for a core."""
         for _ in range(READS):
-            held_up, now = self.held_up(), self.now()
-            if self.held_up() - held_up < STOPPED_S:
+            waited, now = self.waiting_s(), self.now()
+            if self.waiting_s() - waited < STOPPED_S:
                 break  # else the thread was stopped in between
-        return now - held_up
+        return now - waited
 
     def start(self, device: torch.device) -> Start:
         """Return the moment from which `since` counts, when the device has done what was asked of it."""

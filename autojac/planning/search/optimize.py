@@ -176,15 +176,15 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         if step is not None and step.compiles and now + race.expected_s(step) > session.end:
             step = race.next_step(looks=False)
         if step is None or now > session.end:
-            return not race.looks.untried(compilers=session.effort != "quick")
-        waited = measure.clock.held_up()
+            return not race.looks.find_untried(compilers=session.effort != "quick")
+        waited = measure.clock.waiting_s()
         race.take(step)
         if adapts:
             trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
             # a recording that comes to nothing may take as long as all others together, and a busy machine leaves time
             # for half the candidates, and for other ones in each search
             failed = trial is not None and trial.state == "infeasible"
-            lost = measure.clock.now() - now if failed else measure.clock.held_up() - waited
+            lost = measure.clock.now() - now if failed else measure.clock.waiting_s() - waited
             start = min(start + lost, latest)
 
 

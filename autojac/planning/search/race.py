@@ -144,9 +144,9 @@ class CandidateRace:
     @contextmanager
     def counting(self, step: Step) -> Iterator[None]:
         """Learn what a step takes."""
-        start, model_s = measure.clock.worked(), self._model_s(step)
+        start, model_s = measure.clock.working_s(), self._model_s(step)
         yield
-        self._costs.note(step, model_s, measure.clock.worked() - start)
+        self._costs.note(step, model_s, measure.clock.working_s() - start)
 
     def _model_s(self, step: Step) -> float:
         methods = self.racers() if step.method is None else [step.method]
@@ -163,7 +163,7 @@ class CandidateRace:
         others = [session.best]
         if session is self.session:
             others = [self.looks.by_slice(method), session.best, self.usual_s]
-        return max(self.looks.predicted(session, method), next(filter(math.isfinite, others), 0.0))
+        return max(self.looks.predict_s(session, method), next(filter(math.isfinite, others), 0.0))
 
     def try_out(self, method: Method, allowed_s: float | None = None) -> None:
         """Look at a candidate, and let go of those that will hardly run again."""
@@ -205,13 +205,13 @@ class CandidateRace:
 
     # halving, and the last comparison
 
-    def timed(self) -> list[Method]:
+    def ranking(self) -> list[Method]:
         """Return the candidates that were timed, hopeless ones left out, the fastest first."""
         return self.looks.by_time(m for m, trial in self.session.trials.items() if is_timed(trial))
 
     def _next_longer(self) -> Method | None:
         """Return the next survivor to be timed longer; None where few are left."""
-        timed = self.timed()
+        timed = self.ranking()
         for level in range(1, MOST_LEVELS + 1):
             if len(timed) <= FINALISTS:
                 return None
@@ -231,7 +231,7 @@ class CandidateRace:
     def racers(self) -> list[Method]:
         """Return who takes part in the last comparison: the fastest few, and what stands unless it is beaten."""
         if self._racers is None:
-            timed = self.timed()
+            timed = self.ranking()
             racers = [m for m in timed[:FINALISTS] if self.looks.time(m) <= PRUNE_RATIO * self.looks.time(timed[0])]
             if racers and all(method.may_load_compiler for method in racers):
                 racers += [m for m in timed[FINALISTS:] if not m.may_load_compiler][:1]
@@ -258,7 +258,7 @@ class CandidateRace:
 
     def fastest(self) -> Method | None:
         """Return the candidate that was timed fastest so far."""
-        return next(iter(self.timed()), None)
+        return next(iter(self.ranking()), None)
 
     def winner(self) -> Method | None:
         """Return the fastest right candidate as far as is known; None if there is none."""
@@ -282,5 +282,5 @@ class CandidateRace:
 
     def all_trials(self) -> tuple[Trial, ...]:
         """Return every candidate's fate, those that have not been looked at included."""
-        unknown = (Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.untried())
+        unknown = (Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.find_untried())
         return (*self.session.trials.values(), *unknown)

@@ -50,7 +50,7 @@ def _diagonal(editor: Editor, node: fx.Node, vector: fx.Node, row: int, column: 
     lean = [1] * (len(shape) - vector.meta["value"].dim()) + list(vector.meta["value"].shape)
     # axes with several entries, but for the one that the vector does not have
     rest = [axis for axis, size in enumerate(shape) if axis != row and size > 1]
-    one = editor.shaped(node, vector, [lean[axis] for axis in rest])
+    one = editor.reshape(node, vector, [lean[axis] for axis in rest])
     if one is not None and [lean[axis] for axis in rest] != [shape[axis] for axis in rest]:
         one = editor.make(node, aten.expand.default, one, [shape[axis] for axis in rest])
     order = [axis for axis in rest if axis != column] + [column]
@@ -60,7 +60,7 @@ def _diagonal(editor: Editor, node: fx.Node, vector: fx.Node, row: int, column: 
     order.insert(-1, row)
     if made is not None and order != sorted(order):
         made = editor.make(node, aten.permute.default, made, [order.index(axis) for axis in sorted(order)])
-    return made and editor.shaped(node, made, shape)
+    return made and editor.reshape(node, made, shape)
 
 
 def _identity(seed: Tensor, vector: Tensor, whole: Tensor) -> tuple[int, int] | None:

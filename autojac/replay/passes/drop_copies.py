@@ -45,5 +45,5 @@ def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
         before: Any = origin.args[0]
         if not shares(origin.meta["value"], before):
             # the copy in between was made for a shape that nobody looks at
-            return editor.shaped(node, before, list(node.meta["value"].shape))
+            return editor.reshape(node, before, list(node.meta["value"].shape))
     return None

@@ -60,7 +60,7 @@ class Editor:
         value = _computed(target, args, kwargs)
         return None if value is None else self._made(at, target, args, kwargs, value)
 
-    def shaped(self, at: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node | None:
+    def reshape(self, at: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node | None:
         """Return the entries of a node in another shape, by a view if its layout permits one."""
         if list(source.meta["value"].shape) == list(shape):
             return source

@@ -38,7 +38,7 @@ def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
                 continue
             addend = vector if added.shape == ours.shape[-1:] else _matrix(editor, node, vector, ours)
             made = addend and editor.make(node, aten.addmm.default, addend, *product.args)
-            return made and editor.shaped(node, made, list(right.shape))
+            return made and editor.reshape(node, made, list(right.shape))
     return None
 
 
@@ -47,4 +47,4 @@ def _matrix(editor: Editor, node: fx.Node, addend: fx.Node, product: Tensor) -> 
     value = addend.meta["value"]
     if value.shape != node.meta["value"].shape or value.numel() < LEAST_ENTRIES or not value.is_contiguous():
         return None
-    return editor.shaped(node, addend, list(product.shape))
+    return editor.reshape(node, addend, list(product.shape))

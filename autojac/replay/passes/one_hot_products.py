@@ -76,9 +76,9 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
         if one is not None:
             one.meta["wanted"] = True
     if one is not None and lean != wide:
-        one = editor.shaped(node, one, [*batch, *lean, held.size(-1)])
+        one = editor.reshape(node, one, [*batch, *lean, held.size(-1)])
         one = one and editor.make(node, aten.expand.default, one, [*batch, *wide, held.size(-1)])
-    return one and editor.shaped(node, one, shape)
+    return one and editor.reshape(node, one, shape)
 
 
 def _rows(seed: Tensor) -> Rows | None:

@@ -66,7 +66,7 @@ def _side_by_side(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     whole = editor.make(node, aten.cat.default, [part.args[1] for part in parts], 1)
     product = whole and editor.make(node, aten.mm.default, first, whole)
-    return product and editor.shaped(node, product, list(right.shape))
+    return product and editor.reshape(node, product, list(right.shape))
 
 
 def _blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
@@ -92,7 +92,7 @@ def _blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     weights = columns and beside and editor.make(node, aten.mul.Tensor, columns, beside)
     whole = weights and editor.make(node, aten.reshape.default, weights, [row.size(-1), count * size])
     made = whole and editor.make(node, aten.mm.default, scaled.slope, whole)
-    return made and editor.shaped(node, made, [batch, count, size])
+    return made and editor.reshape(node, made, [batch, count, size])
 
 
 def _is_view(editor: Editor, node: Any) -> bool:

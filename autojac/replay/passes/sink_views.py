@@ -66,7 +66,7 @@ def _after_all(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node
             instead[tensor] = constant
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: instead.get(s, s))
     made = editor.make(node, node.target, *args, **kwargs)
-    return made and editor.shaped(node, made, list(node.meta["value"].shape))
+    return made and editor.reshape(node, made, list(node.meta["value"].shape))
 
 
 def _constant(editor: Editor, node: fx.Node, shape: tuple[int, ...]) -> fx.Node | None:
@@ -93,10 +93,10 @@ def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | No
         if own:
             if source(editor, tensor) is None:
                 return None
-            made = editor.shaped(node, tensor, [n for axis, n in enumerate(value.shape) if axis not in own])
+            made = editor.reshape(node, tensor, [n for axis, n in enumerate(value.shape) if axis not in own])
             if made is None or made.target is aten.reshape.default:
                 return None
             lean[tensor] = made
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: lean.get(s, s))
     made = editor.make(node, node.target, *args, **kwargs)
-    return made and editor.shaped(node, made, list(shape))
+    return made and editor.reshape(node, made, list(shape))

@@ -15,8 +15,8 @@ def leading(context: RuleContext) -> State:
     args = context.operation.args
     positions = [place for place in facts_of(context.operation.target).batched if place < len(args)]
     allowed = {args[place].number for place in positions if isinstance(args[place], Value)}
-    found = {state for _, state in context.carried()}
-    carriers = {value.number for value, _ in context.carried()}
+    found = {state for _, state in context.carriers()}
+    carriers = {value.number for value, _ in context.carriers()}
     if found != {BatchAxis(0, *next(iter(found))[1:])} or not carriers <= allowed:
         raise BatchAxisLost("the batch is not in front of what it takes samples from")
     if any(not isinstance(context.states.get(number), BatchAxis) for number in allowed):

@@ -21,7 +21,7 @@ def embedding(context: RuleContext) -> State:
 @register(Axes.INDEXED)
 def gathering(context: RuleContext) -> State:
     """Follow gather, scatter and their kin: every tensor with the batch has it on one axis, which is not `dim`."""
-    found = {state for _, state in context.carried()}
+    found = {state for _, state in context.carriers()}
     dims = len(context.out)
     values = [value for value in context.operation.args if isinstance(value, Value)]
     if len(found) != 1 or any(len(context.shape(value)) != dims for value in values):
@@ -68,7 +68,7 @@ def index_add(context: RuleContext) -> State:
     """Put slices of the source to places along `dim`; the batch lies on one other axis of both tensors."""
     if isinstance(context.state(context["index"]), BatchAxis):
         raise BatchAxisLost(WRITES)
-    found = {state for _, state in context.carried()}
+    found = {state for _, state in context.carriers()}
     if len(found) != 1:
         raise Meets(MEET)
     state = found.pop()

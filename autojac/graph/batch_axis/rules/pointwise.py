@@ -11,7 +11,7 @@ from autojac.graph.operator_kinds import Axes
 def pointwise(context: RuleContext) -> State:
     """Broadcast, entry by entry."""
     found, dims = set(), len(context.out)
-    for value, state in context.carried():
+    for value, state in context.carriers():
         shape = context.shape(value)
         axis = state.axis + dims - len(shape)
         if shape[state.axis] != context.out[axis]:

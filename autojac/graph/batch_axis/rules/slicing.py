@@ -45,7 +45,7 @@ def _without_axis(context: RuleContext, reason: str) -> State:
 
 @register("cat")
 def cat(context: RuleContext) -> State:
-    found = {state for _, state in context.carried()}
+    found = {state for _, state in context.carriers()}
     axis = context["dim"] % len(context.out)
     if len(found) > 1 or axis in {state.axis for state in found}:
         raise Meets(MEET)
@@ -54,7 +54,7 @@ def cat(context: RuleContext) -> State:
 
 @register("stack")
 def stack(context: RuleContext) -> State:
-    found = {state for _, state in context.carried()}
+    found = {state for _, state in context.carriers()}
     if len(found) > 1:
         raise Meets(MEET)
     state = found.pop()

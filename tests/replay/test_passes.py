@@ -794,6 +794,28 @@ def test_weights_in_half_precision_are_not_multiplied_first(dtype: torch.dtype) 
     assert (512, 12) not in shapes
 
 
+@pytest.mark.parametrize(
+    ("func", "at"),
+    [
+        # twice the cotangent, a product of the arguments alone, and the slope alone leave the range of float16
+        (lambda g, x: (g * x + g * x,), (40000.0, 0.1)),
+        (lambda g, x: (x + 0.01 * g * x * g.reciprocal(),), (300.0, 300.0)),
+        (lambda g, x: tuple(aten.silu_backward(c, x) for c in (g, g / 2)), (7000.0, -18.0)),
+        (lambda g, x: tuple(aten.softplus_backward(c, x, 1, 20) for c in (g, g / 2)), (7000.0, -18.0)),
+        (lambda g, x: tuple(aten.gelu_backward(c, x) for c in (g, g / 2)), (7000.0, -5.5)),
+    ],
+)
+def test_what_is_multiplied_in_half_precision_keeps_its_order(
+    func: Callable[..., tuple[Tensor, ...]], at: tuple[float, float]
+) -> None:
+    g, x = torch.rand(2, 4, 5).half() + 0.5
+    _, run = simplified(func, g, x)
+    given = torch.full_like(g, at[0]), torch.full_like(x, at[1])  # arguments may grow after they were recorded
+    for found, right in zip(run(*given), func(*given), strict=True):
+        assert torch.isfinite(right).all()
+        torch.testing.assert_close(found, right, rtol=2e-3, atol=0)
+
+
 def test_rows_that_samples_have_for_themselves_are_not_taken_for_one() -> None:
     x, w = torch.randn(512, 4, dtype=torch.float64), torch.randn(32, 4, dtype=torch.float64)
     for own in ((512, 32), (512, 1)):

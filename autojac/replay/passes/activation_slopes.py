@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries
+from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 72
 SLOPES = {
@@ -33,7 +33,7 @@ def activation_slopes(graph: fx.Graph) -> None:
         gradient: Any = node.args[0]
         (z,) = (argument for argument in node.args[1:] if has_entries(argument))
         value, shape = node.meta["value"], z.meta["value"].shape
-        if not has_entries(gradient) or gradient.meta["value"].dtype != value.dtype:
+        if not has_entries(gradient) or gradient.meta["value"].dtype != value.dtype or value.dtype not in PRECISE:
             return None
         if asked[_question(node)] < 2 and shape.numel() >= value.numel():
             return None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries
+from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 85
 
@@ -39,9 +39,9 @@ def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _number(node: fx.Node) -> float | None:
-    """Return what `addcmul` multiplies the product by; None unless that is a real number, and so is the result."""
+    """Return what `addcmul` multiplies the product by; None unless it is real, and the result in full precision."""
     number = node.kwargs.get("value", 1)
-    return number if isinstance(number, (int, float)) and node.meta["value"].is_floating_point() else None
+    return number if isinstance(number, (int, float)) and node.meta["value"].dtype in PRECISE else None
 
 
 def _are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries
+from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 66
 MOST = 1000.0
@@ -66,8 +66,8 @@ def _read_once(editor: Editor, node: Any, target: Any) -> bool:
 
 
 def _is_like(node: Any, value: Tensor) -> bool:
-    """Check whether a node has the shape and dtype of a tensor of floating-point numbers."""
-    if not has_entries(node) or not value.is_floating_point():
+    """Check whether a node has the shape and dtype of a tensor of real numbers, not of half precision."""
+    if not has_entries(node) or value.dtype not in PRECISE:
         return False
     ours: Tensor = node.meta["value"]
     return ours.shape == value.shape and ours.dtype == value.dtype and ours.device == value.device

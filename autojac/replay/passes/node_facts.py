@@ -11,6 +11,9 @@ from autojac.graph.operator_facts import UNKNOWN, Facts, facts_of
 from autojac.graph.operator_kinds import Kind
 from autojac.torch_internals import OpOverload
 
+PRECISE = (torch.float32, torch.float64)
+"""Types whose range holds what passes multiply first; in half precision that may vanish or overflow."""
+
 
 def facts(node: fx.Node) -> Facts:
     """Return what the table of operators says of a node."""

@@ -9,12 +9,10 @@ from torch import fx
 
 from autojac.replay.passes import activation_slopes
 from autojac.replay.passes.editor import Editor, aten, sweep
-from autojac.replay.passes.node_facts import has_entries, narrow_repeats
+from autojac.replay.passes.node_facts import PRECISE, has_entries, narrow_repeats
 
 RANK = 76
 SLOPES = {aten.tanh_backward.default, aten.sigmoid_backward.default}
-PRECISE = (torch.float32, torch.float64)
-"""Types whose range holds products of two weights; those of half precision may vanish or overflow."""
 LEAST_ENTRIES = 2**13
 """Of what is multiplied: below, the product of weights costs more than it brings."""
 

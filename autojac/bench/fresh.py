@@ -21,8 +21,8 @@ from autojac.core.call import CallLayout
 from autojac.core.options import OnMiss
 from autojac.core.plan import Effort
 
-LOADED = ("sqlalchemy.orm", "sqlalchemy.dialects.sqlite", "scipy.sparse", "torch._functorch.aot_autograd")
-HEAVY = ("alembic", "optuna", "torch._dynamo")
+LOADED = ("sqlalchemy.dialects.sqlite", "scipy.sparse", "torch._functorch.aot_autograd")
+HEAVY = ("alembic", "sqlalchemy.orm", "optuna", "torch._dynamo")
 """Modules that take long to load and that a first Jacobian from a warm store does without."""
 NOT_NEEDED = ("bench", "cli", "report", "__main__", "migrations")
 

@@ -11,11 +11,9 @@ from sqlalchemy.engine import Connection
 
 from autojac.core.pattern import Indices, Pattern, unpack
 from autojac.core.plan import Plan
-from autojac.store.models import ArraysRow, Base, PlanPatternRow
 from autojac.store.records import BadRowError, timestamp
+from autojac.store.tables import ARRAYS, PLAN_PATTERNS
 
-_ARRAYS: Final = Base.metadata.tables[ArraysRow.__tablename__]
-_NAMED: Final = Base.metadata.tables[PlanPatternRow.__tablename__]
 _PATTERN: Final = "pattern"
 """The kind of the row that holds a pattern itself."""
 
@@ -64,27 +62,28 @@ def save_patterns(connection: Connection, plan_id: int, patterns: Mapping[str, b
     before = forget(connection, plan_id)
     for key, data in patterns.items():
         _save(connection, key, _PATTERN, data)
-        connection.execute(sa.insert(_NAMED).values(plan_id=plan_id, pattern=key))
+        connection.execute(sa.insert(PLAN_PATTERNS).values(plan_id=plan_id, pattern=key))
     remove_unnamed(connection, before)
 
 
 def forget(connection: Connection, plan_id: int) -> list[str]:
     """Delete which patterns a plan names, and return their keys."""
-    keys = list(connection.execute(sa.select(_NAMED.c.pattern).where(_NAMED.c.plan_id == plan_id)).scalars())
-    connection.execute(sa.delete(_NAMED).where(_NAMED.c.plan_id == plan_id))
+    those = PLAN_PATTERNS.c.plan_id == plan_id
+    keys = list(connection.execute(sa.select(PLAN_PATTERNS.c.pattern).where(those)).scalars())
+    connection.execute(sa.delete(PLAN_PATTERNS).where(those))
     return keys
 
 
 def remove_unnamed(connection: Connection, keys: Iterable[str]) -> None:
     """Delete those of some patterns, with their colorings, that no plan names."""
-    unnamed = _ARRAYS.c.pattern.not_in(sa.select(_NAMED.c.pattern))
-    connection.execute(sa.delete(_ARRAYS).where(_ARRAYS.c.pattern.in_(list(keys)), unnamed))
+    unnamed = ARRAYS.c.pattern.not_in(sa.select(PLAN_PATTERNS.c.pattern))
+    connection.execute(sa.delete(ARRAYS).where(ARRAYS.c.pattern.in_(list(keys)), unnamed))
 
 
 def clear(connection: Connection) -> None:
     """Delete everything."""
-    connection.execute(sa.delete(_NAMED))
-    connection.execute(sa.delete(_ARRAYS))
+    connection.execute(sa.delete(PLAN_PATTERNS))
+    connection.execute(sa.delete(ARRAYS))
 
 
 def coloring(connection: Connection, key: str) -> dict[str, Indices] | None:
@@ -113,8 +112,8 @@ def save_coloring(connection: Connection, key: str, data: bytes) -> None:
 
 def _load(connection: Connection, pattern: str, kind: str) -> bytes | None:
     # Untyped, since SQLAlchemy would turn a number in the place of bytes into as many zeros.
-    column: sa.ColumnElement[Any] = sa.type_coerce(_ARRAYS.c.data, sa.types.NullType())
-    data = connection.execute(sa.select(column).where(_ARRAYS.c.pattern == pattern, _ARRAYS.c.kind == kind)).scalar()
+    column: sa.ColumnElement[Any] = sa.type_coerce(ARRAYS.c.data, sa.types.NullType())
+    data = connection.execute(sa.select(column).where(ARRAYS.c.pattern == pattern, ARRAYS.c.kind == kind)).scalar()
     if data is not None and not isinstance(data, bytes):
         raise BadRowError(f"its arrays are stored as {type(data).__name__}")
     return data
@@ -124,10 +123,10 @@ def _save(connection: Connection, pattern: str, kind: str, data: bytes) -> None:
     # What was there may be damaged, so it is replaced although the key says what is in it.
     values = {"pattern": pattern, "kind": kind, "data": data, "created_at": timestamp()}
     connection.execute(
-        insert_into(connection, _ARRAYS)
+        insert_into(connection, ARRAYS)
         .values(values)
         .on_conflict_do_update(
-            index_elements=[_ARRAYS.c.pattern, _ARRAYS.c.kind],
+            index_elements=[ARRAYS.c.pattern, ARRAYS.c.kind],
             set_={name: values[name] for name in ("data", "created_at")},
         )
     )

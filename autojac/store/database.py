@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import NullPool, StaticPool
 
 from autojac.store.location import on_network
-from autojac.store.models import SCHEMA_VERSIONS, VERSION_TABLE, Base
+from autojac.store.tables import METADATA, SCHEMA_VERSIONS, VERSION_TABLE
 from autojac.store.uninterruptible import run_uninterrupted
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class Database:
             with self._guard:
                 if not self._current:
                     with self._connect("rwc", immediate=True) as connection:
-                        Base.metadata.create_all(connection, checkfirst=False)
+                        METADATA.create_all(connection, checkfirst=False)
                     self._current = True
             return
         if self.path is not None:
@@ -204,8 +204,8 @@ class Database:
     def _migrate(self) -> None:
         """Make the tables, or bring those of an earlier autojac up to date."""
         with self._connect("rwc", immediate=True) as connection:
-            if not {*Base.metadata.tables, VERSION_TABLE.name} & {*sa.inspect(connection).get_table_names()}:
-                Base.metadata.create_all(connection)
+            if not {*METADATA.tables, VERSION_TABLE.name} & {*sa.inspect(connection).get_table_names()}:
+                METADATA.create_all(connection)
                 VERSION_TABLE.create(connection)
                 connection.execute(VERSION_TABLE.insert().values(version_num=SCHEMA_VERSIONS[-1]))
                 return

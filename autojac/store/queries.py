@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -13,7 +13,6 @@ from autojac.core.pattern import Indices
 from autojac.core.plan import EFFORTS, Plan, Trial, effort_rank
 from autojac.store import arrays
 from autojac.store.keys import Key
-from autojac.store.models import Base, PlanRow, TrialRow
 from autojac.store.records import (
     BadRowError,
     StoredPlan,
@@ -25,10 +24,9 @@ from autojac.store.records import (
     timestamp,
     trial_values,
 )
+from autojac.store.tables import PLANS, TRIALS
 
 T = TypeVar("T")
-_PLANS: Final = Base.metadata.tables[PlanRow.__tablename__]
-_TRIALS: Final = Base.metadata.tables[TrialRow.__tablename__]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class QueryResult(Generic[T]):
 
 def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
     """Return the plan of a key pair; final and None where it is refuted."""
-    row = connection.execute(sa.select(_PLANS.c.plan, _PLANS.c.refuted_reason).where(_is(op, env))).first()
+    row = connection.execute(sa.select(PLANS.c.plan, PLANS.c.refuted_reason).where(_is(op, env))).first()
     if row is None:
         return QueryResult(None)
     if row.refuted_reason is not None:
@@ -61,8 +59,8 @@ def find(connection: Connection, op: Key, env: Key) -> QueryResult[Plan | None]:
 
 def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
     """Return all plans of an operation that stand, latest first."""
-    query = sa.select(_PLANS.c.plan).where(_PLANS.c.op_key == op.digest, _PLANS.c.refuted_reason.is_(None))
-    rows = connection.execute(query.order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc()))
+    query = sa.select(PLANS.c.plan).where(PLANS.c.op_key == op.digest, PLANS.c.refuted_reason.is_(None))
+    rows = connection.execute(query.order_by(PLANS.c.updated_at.desc(), PLANS.c.id.desc()))
     patterns = arrays.Patterns(connection)
     plans, problem = read_all(rows, lambda row: read_plan(row.plan, patterns))
     return QueryResult(plans, problem=problem)
@@ -70,10 +68,10 @@ def hints(connection: Connection, op: Key) -> QueryResult[list[Plan]]:
 
 def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial, ...] | None]:
     """Return the trials of a key pair; None where it has no plan."""
-    plan_id = connection.execute(sa.select(_PLANS.c.id).where(_is(op, env))).scalar()
+    plan_id = connection.execute(sa.select(PLANS.c.id).where(_is(op, env))).scalar()
     if plan_id is None:
         return QueryResult(None)
-    by_plan = _trials(connection, _TRIALS.c.plan_id == plan_id)
+    by_plan = _trials(connection, TRIALS.c.plan_id == plan_id)
     return QueryResult(tuple(by_plan.value.get(plan_id, ())), problem=by_plan.problem)
 
 
@@ -85,7 +83,7 @@ def find_row(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPla
 
 def get(connection: Connection, plan_id: int) -> QueryResult[StoredPlan | None]:
     """Return the row of a number."""
-    found = _stored(connection, _PLANS.c.id == plan_id)
+    found = _stored(connection, PLANS.c.id == plan_id)
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
@@ -102,34 +100,34 @@ def save(
     Of a higher effort, or of the same one where that search was finished and this one was not.
     """
     values = plan_values(op, env, plan, function_name)
-    stored_rank = sa.case({name: effort_rank(name) for name in EFFORTS}, value=_PLANS.c.effort, else_=-1)
+    stored_rank = sa.case({name: effort_rank(name) for name in EFFORTS}, value=PLANS.c.effort, else_=-1)
     plan_id = connection.execute(
-        arrays.insert_into(connection, _PLANS)
+        arrays.insert_into(connection, PLANS)
         .values(values)
         .on_conflict_do_update(
-            index_elements=[_PLANS.c.op_key, _PLANS.c.env_key],
+            index_elements=[PLANS.c.op_key, PLANS.c.env_key],
             set_={name: value for name, value in values.items() if name not in ("op_key", "env_key", "created_at")},
             where=sa.or_(
-                _PLANS.c.refuted_reason.is_not(None),
+                PLANS.c.refuted_reason.is_not(None),
                 stored_rank < effort_rank(plan.effort),
                 sa.and_(
                     stored_rank == effort_rank(plan.effort),
-                    sa.or_(sa.literal(plan.finished), sa.not_(_PLANS.c.finished)),
+                    sa.or_(sa.literal(plan.finished), sa.not_(PLANS.c.finished)),
                 ),
             ),
         )
-        .returning(_PLANS.c.id)
+        .returning(PLANS.c.id)
     ).scalar()
     if plan_id is not None:
-        connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
+        connection.execute(sa.delete(TRIALS).where(TRIALS.c.plan_id == plan_id))
         if plan.trials:
-            connection.execute(sa.insert(_TRIALS), trial_values(plan_id, plan.trials))
+            connection.execute(sa.insert(TRIALS), trial_values(plan_id, plan.trials))
         arrays.save_patterns(connection, plan_id, patterns)
 
 
 def refute(connection: Connection, op: Key, env: Key, reason: str, standing: StoredPlan | None) -> None:
     """Mark a plan as refuted; one that only another database has is copied here first."""
-    mark = sa.update(_PLANS).where(_is(op, env)).values(refuted_reason=reason, updated_at=timestamp())
+    mark = sa.update(PLANS).where(_is(op, env)).values(refuted_reason=reason, updated_at=timestamp())
     if not connection.execute(mark).rowcount and standing is not None:
         save(connection, op, env, standing.plan, standing.function_name, arrays.pack_patterns(standing.plan))
         connection.execute(mark)
@@ -137,9 +135,9 @@ def refute(connection: Connection, op: Key, env: Key, reason: str, standing: Sto
 
 def remove(connection: Connection, plan_id: int) -> bool:
     """Delete one plan with its trials; return whether there was one."""
-    connection.execute(sa.delete(_TRIALS).where(_TRIALS.c.plan_id == plan_id))
+    connection.execute(sa.delete(TRIALS).where(TRIALS.c.plan_id == plan_id))
     named = arrays.forget(connection, plan_id)
-    found = bool(connection.execute(sa.delete(_PLANS).where(_PLANS.c.id == plan_id)).rowcount)
+    found = bool(connection.execute(sa.delete(PLANS).where(PLANS.c.id == plan_id)).rowcount)
     arrays.remove_unnamed(connection, named)
     return found
 
@@ -147,8 +145,8 @@ def remove(connection: Connection, plan_id: int) -> bool:
 def clear(connection: Connection) -> None:
     """Delete everything."""
     arrays.clear(connection)
-    connection.execute(sa.delete(_TRIALS))
-    connection.execute(sa.delete(_PLANS))
+    connection.execute(sa.delete(TRIALS))
+    connection.execute(sa.delete(PLANS))
 
 
 def coloring(connection: Connection, key: str) -> QueryResult[dict[str, Indices] | None]:
@@ -160,11 +158,11 @@ def coloring(connection: Connection, key: str) -> QueryResult[dict[str, Indices]
 
 
 def _is(op: Key, env: Key) -> sa.ColumnElement[bool]:
-    return sa.and_(_PLANS.c.op_key == op.digest, _PLANS.c.env_key == env.digest)
+    return sa.and_(PLANS.c.op_key == op.digest, PLANS.c.env_key == env.digest)
 
 
 def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[dict[int, list[Trial]]]:
-    rows = connection.execute(sa.select(_TRIALS).where(condition).order_by(_TRIALS.c.plan_id, _TRIALS.c.ordinal))
+    rows = connection.execute(sa.select(TRIALS).where(condition).order_by(TRIALS.c.plan_id, TRIALS.c.ordinal))
     pairs, problem = read_all(rows, lambda row: (row.plan_id, read_trial(row._asdict())))
     by_plan: dict[int, list[Trial]] = {}
     for plan_id, trial in pairs:
@@ -173,9 +171,9 @@ def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryR
 
 
 def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[list[StoredPlan]]:
-    by_plan = _trials(connection, _TRIALS.c.plan_id.in_(sa.select(_PLANS.c.id).where(condition)))
+    by_plan = _trials(connection, TRIALS.c.plan_id.in_(sa.select(PLANS.c.id).where(condition)))
     patterns = arrays.Patterns(connection)
-    query = sa.select(_PLANS).where(condition).order_by(_PLANS.c.updated_at.desc(), _PLANS.c.id.desc())
+    query = sa.select(PLANS).where(condition).order_by(PLANS.c.updated_at.desc(), PLANS.c.id.desc())
     plans, problem = read_all(
         connection.execute(query),
         lambda row: read_stored(row._asdict(), patterns, tuple(by_plan.value.get(row.id, ()))),

@@ -21,7 +21,7 @@ import autojac.store
 from autojac.core.plan import EFFORTS
 from autojac.errors import StoreError
 from autojac.store import Key, PlanStore
-from autojac.store.models import SCHEMA_VERSIONS, Base
+from autojac.store.tables import METADATA, SCHEMA_VERSIONS
 from stores import ENV, METHOD, OP, PLAN, TRIALS, as_found, execute, filled
 
 OTHER_ENV = Key.of({"device": "cuda"})
@@ -208,7 +208,7 @@ def test_migrations_make_the_tables_of_a_fresh_store(tmp_path: Path) -> None:
     found = []
     for engine in (fresh, migrated):
         with engine.connect() as connection:
-            assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+            assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
             inspector = sa.inspect(connection)
             names = sorted(inspector.get_table_names())
             assert "alembic_version" in names
@@ -229,7 +229,7 @@ def test_migrations_make_the_tables_of_a_fresh_store(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_hit_imports_neither_alembic_nor_filelock(tmp_path: Path) -> None:
+def test_a_hit_imports_neither_alembic_nor_filelock_nor_the_orm(tmp_path: Path) -> None:
     path = filled(tmp_path / "plans.db")
     script = f"""
 import sys
@@ -239,9 +239,9 @@ from autojac.store import PlanStore
 op, env = Key({OP.digest!r}, {{}}), Key({ENV.digest!r}, {{}})
 store = PlanStore({str(path)!r})
 assert store.find(op, env) is not None
-assert not {{"alembic", "filelock", "optuna"}} & set(sys.modules)
+assert not {{"alembic", "filelock", "optuna", "sqlalchemy.orm"}} & set(sys.modules)
 assert PlanStore({str(tmp_path / "new.db")!r}).clear() is None
-assert not {{"alembic", "optuna"}} & set(sys.modules)
+assert not {{"alembic", "optuna", "sqlalchemy.orm"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], env=child_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

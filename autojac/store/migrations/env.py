@@ -2,11 +2,11 @@
 
 from alembic import context
 
-from autojac.store.models import Base
+from autojac.store.tables import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=Base.metadata,
+    target_metadata=METADATA,
     transactional_ddl=True,
 )
 with context.begin_transaction():

@@ -1,1 +1,1 @@
-"""Schema revisions, oldest first in `autojac.store.models.SCHEMA_VERSIONS`."""
+"""Schema revisions, oldest first in `autojac.store.tables.SCHEMA_VERSIONS`."""

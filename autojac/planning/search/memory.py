@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.autograd.profiler import profile
 
-from autojac.core.sandbox import gc_disabled
+from autojac.core.garbage import gc_disabled
 from autojac.planning.search.measure import Run, synchronize
 
 FATAL = 3

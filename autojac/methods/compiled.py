@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -46,9 +45,8 @@ class Compiled(Wrapper):
 
     def prepare(self, problem: Problem) -> Compute:
         strict, effects = problem.trial, bool(problem.structure.effects)
-        lowering = functools.partial(lower, strict=strict, repeatable=not effects)
         if not strict and missing(problem.device) is not None:
             return self.inner.prepare(problem)
-        made = self.inner.prepare_lowered(problem, lowering)
+        made = self.inner.prepare_lowered(problem, lambda run, _: lower(run, strict, repeatable=not effects))
         assert made is not None
         return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,20 @@ from autojac.errors import UnsupportedError
 from autojac.replay.codegen import Run, emit, operators_of
 from autojac.replay.hoisting import Hoist, Part, hoist_part, kept_values
 
-Lower = Callable[[Run], Run]
+
+class ProgramInputs(NamedTuple):
+    """What is known of a program's inputs.
+
+    Attributes:
+        held: positions of those that func holds, such as parameters and buffers; the others come with each call.
+        written: whether an operator writes into some of them.
+    """
+
+    held: range
+    written: bool
+
+
+Lower = Callable[[Run, ProgramInputs], Run]
 Unseen = Callable[[], AbstractContextManager[None]]
 
 
@@ -159,8 +172,14 @@ class RecordedGraph:
             left |= dict.fromkeys(n for n in needed if n.op == "call_function" and n.meta["phase"] == 0)
             parts.append((pull, part, ending, [p for p, g in zip(self.sources, pulled, strict=True) if g is not None]))
 
+        written = frozenset[int]().union(*(node.meta["writes"] for node in nodes))
+        of_inputs = ProgramInputs(
+            held=range(len(inputs) - len(captured), len(inputs)),
+            written=any(node.meta["storage"] in written for node in inputs),
+        )
+
         def program(*parts: Any, **options: Any) -> Run:
-            return emit(*parts, **options, below=True) if lower is None else lower(emit(*parts, **options))
+            return emit(*parts, **options, below=True) if lower is None else lower(emit(*parts, **options), of_inputs)
 
         pulls = tuple(
             PullProgram(

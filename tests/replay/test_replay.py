@@ -805,38 +805,6 @@ def test_parameters_jacobian() -> None:
             model[0].weight.mul_(1.5)
 
 
-@pytest.mark.cuda
-def test_a_cuda_graph_of_a_replay_reads_what_is_there() -> None:
-    model = net(3, 4, 2).cuda().requires_grad_()
-    x = torch.randn(6, 3, dtype=torch.float64, device="cuda", requires_grad=True)
-    method = {"method": "CudaGraph", "inner": replay(LOOP)}
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            jac = forced(model, (x,), method, verify="never")
-            for factor in (1.0, 2.0, -1.0):
-                J = jac(factor * x)
-                compare(J.detach(), jacobian_blocks(model, (factor * x,), 0))
-                if grad:
-                    found = torch.autograd.grad(J.square().sum(), list(model.parameters())[:2])
-                    right = torch.autograd.grad(
-                        connected(model, factor * x).square().sum(), list(model.parameters())[:2]
-                    )
-                    compare(found, right)
-                with torch.no_grad():
-                    model[0].weight.mul_(1.5)
-            assert traces(jac) == 1
-            kept = jac(x).clone()
-            jac(3 * x)
-            compare(jac(x), kept)
-
-
-def test_a_cuda_graph_takes_a_cuda_device() -> None:
-    _, _, problem = planned(net(3, 4, 2), (torch.randn(4, 3, dtype=torch.float64),))
-    reason = build({"method": "CudaGraph", "inner": replay(LOOP)}).unsupported(problem)
-    assert reason is not None
-    assert "CUDA device" in reason
-
-
 def test_numbers_written_out_in_the_code_are_made_anew() -> None:
     def func(x: Tensor) -> Tensor:
         y = torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64)

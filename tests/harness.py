@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType, ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autojac import AutoJacobian, PlanStore
+from autojac.core import work_clock
 from autojac.core.options import Options
 from autojac.core.sandbox import Sandbox
 from autojac.guards.captures import captures
@@ -115,10 +117,10 @@ class Ticking(measure.Clock):
         self.time += self.tick
         return self.time
 
-    def held_up(self) -> float:
+    def waiting_s(self) -> float:
         return 0.0
 
-    def worked(self) -> float:
+    def working_s(self) -> float:
         return self.now()
 
     def start(self, device: torch.device) -> Any:
@@ -134,6 +136,23 @@ class Ticking(measure.Clock):
         seconds = self.seconds(true.since(start))
         self.time += calls * seconds
         return seconds
+
+
+def keep_waiting_for_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any thread wait for ten seconds, longer than limits are, between two looks at a clock."""
+    waited = 0.0
+
+    def leaping(true: Callable[[], float]) -> Callable[[], float]:
+        def now() -> float:
+            nonlocal waited
+            waited += 10.0
+            return true() + waited
+
+        return now
+
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, leaping(getattr(time, name)))
+    monkeypatch.setattr(work_clock, "read_waiting_s", lambda thread: waited)
 
 
 class CallCounting(Ticking):

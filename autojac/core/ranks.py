@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import distributed
+
+from autojac.core import work_clock
 
 
 def several() -> bool:
@@ -17,8 +18,8 @@ def several() -> bool:
 
 
 def deadline(seconds: float) -> float:
-    """Return the end of a time limit, by `time.perf_counter`; never, among several ranks."""
-    return math.inf if several() else time.perf_counter() + seconds
+    """Return the end of a time limit, by `work_clock.clock.working_s`; never, among several ranks."""
+    return math.inf if several() else work_clock.clock.working_s() + seconds
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+from autojac.core import work_clock
 from autojac.core.ranks import several
 
 T = TypeVar("T")
@@ -37,6 +38,8 @@ def within(seconds: float, run: Callable[[], T]) -> T:
     A watching thread raises an exception in this one, which is noticed between two bytecodes: loops end, while a single
     call into torch runs to its end first. What must be put back in any case belongs outside of `run`. This is no
     context manager, because the exception may come while a block is being left, where nothing would catch it.
+
+    What this thread waits for a core that others have does not count, where the system tells.
 
     One of several ranks is never interrupted: the others would wait for it.
 
@@ -74,6 +77,8 @@ class _Limit:
     def __init__(self, expired: type[BaseException]) -> None:
         self.expired = expired
         self.thread = threading.get_ident()
+        self.native = threading.get_native_id()
+        self.waited = work_clock.read_waiting_s(self.native)
         self.lock = threading.Lock()
         self.done = self.raised = False
         # called with "start" before and "stop" after each garbage collection, and written in C: in a function of
@@ -97,6 +102,11 @@ class _Limit:
                 return True
             frame = frame.f_back
         return False
+
+    def extension(self) -> float:
+        """Return the seconds for which the thread has waited for a core since this was last asked."""
+        before, self.waited = self.waited, work_clock.read_waiting_s(self.native)
+        return self.waited - before
 
     def interrupt(self) -> float | None:
         """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
@@ -201,7 +211,9 @@ class _Watch:
             for limit, until in list(self.limits.items()):
                 if until > now:
                     continue
-                again = limit.interrupt()
+                again: float | None = limit.extension()
+                if again is None or again < SOON_S:
+                    again = limit.interrupt()
                 if again is None:
                     self.limits.pop(limit, None)
                 else:

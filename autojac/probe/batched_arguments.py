@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autojac.autodiff.tolerance import disagreement
-from autojac.core import pytree
+from autojac.core import pytree, work_clock
 from autojac.core.time_limit import within
 from autojac.errors import InputError, OutputError
 from autojac.probe.flat_call import FlatCall, Roles
@@ -71,7 +70,7 @@ def some_samples(
         kwargs = pytree.tree_map_only(Tensor, lambda x: x[rows.to(x.device)] if _as_long_as(x, batch) else x, kwargs)
     few = call._replace(leaves=[leaf.detach() for leaf in leaves], kwargs=kwargs)
     samples = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(leaves)]
-    start = time.perf_counter()
+    start = work_clock.clock.working_s()
     try:
         # func may differentiate itself
         with call.sandbox(), torch.enable_grad():
@@ -82,7 +81,7 @@ def some_samples(
         )
     except Exception:  # whatever func raises on a part of the batch says that it can't be called on one
         return None
-    return SomeSamples(few, parts, time.perf_counter() - start) if same else None
+    return SomeSamples(few, parts, work_clock.clock.working_s() - start) if same else None
 
 
 def resolve_batched(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...], str | None]:

@@ -10,7 +10,6 @@ grow with the number of neighbours and with the logarithm of the batch.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.tolerance import balanced_noise
+from autojac.core import work_clock
 from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint, along
 
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -120,7 +120,7 @@ class CodedCotangents:
         open_classes = []
         mixed = clear = 0
         for color in np.unique(colors):
-            if time.perf_counter() > self.deadline:
+            if work_clock.clock.working_s() > self.deadline:
                 self.refusal = f"out of time after {self.passes} index-coded probes"
                 return rows, wide
             members = torch.zeros(batch, dtype=torch.bool)

@@ -9,7 +9,6 @@ the graph allows.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autojac.core import pytree
+from autojac.core import pytree, work_clock
 from autojac.core.pattern import Pattern
 from autojac.core.ranks import deadline
 from autojac.graph.analysis import GraphAnalysis
@@ -216,7 +215,7 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
             moved = _rows(changed, bases[scale])
             if moved is None or bool((moved & ~allowed).any()):
                 return f"outputs move beyond it when some samples change by {scale:g}"
-            if time.perf_counter() > end:
+            if work_clock.clock.working_s() > end:
                 return None
     return None
 

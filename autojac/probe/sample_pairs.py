@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from autojac.autodiff.pullback import Pullback
 from autojac.autodiff.seeds import noise
 from autojac.autodiff.tolerance import balance, own_scale
-from autojac.core import pytree
+from autojac.core import pytree, work_clock
 from autojac.core.ranks import several
 from autojac.core.sandbox import Sandbox
 from autojac.core.time_limit import within
@@ -131,9 +130,9 @@ def time_one_call(point: ProbePoint) -> float:
 
     Next to none among several ranks, where no clock may decide how many evaluations there are.
     """
-    start = time.perf_counter()
+    start = work_clock.clock.working_s()
     point.values({})
-    return 1e-9 if several() else max(time.perf_counter() - start, 1e-7)
+    return 1e-9 if several() else max(work_clock.clock.working_s() - start, 1e-7)
 
 
 def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:

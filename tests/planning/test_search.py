@@ -451,7 +451,7 @@ def test_what_others_took_of_a_quick_search_is_given_back_up_to_a_second(
             super().__init__(lambda true: 1e-3, tick=0.04)
             self.share = share
 
-        def held_up(self) -> float:
+        def waiting_s(self) -> float:
             return self.share * self.time
 
     def timed(share: float) -> tuple[int, float]:

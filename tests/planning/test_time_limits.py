@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from autojac import AutoJacobian, probe
-from autojac.core import time_limit
+from autojac.core import time_limit, work_clock
 from autojac.core.time_limit import within
 from autojac.methods.push import Push
 from autojac.planning.search import looks, measure, trial
@@ -39,6 +39,11 @@ def test_a_computation_is_interrupted_and_nothing_comes_after() -> None:
         with contextlib.suppress(TimeoutError):
             assert within(1e-3, lambda: time.sleep(1e-3) or 3) == 3
     time.sleep(0.05)
+
+
+def test_what_a_thread_waits_for_a_core_uses_no_limit_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_clock, "read_waiting_s", lambda thread: time.monotonic())
+    assert within(0.01, lambda: time.sleep(0.2) or 3) == 3
 
 
 def test_code_that_swallows_exceptions_is_interrupted_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from autojac.methods.base import registry
 from autojac.probe.masks import index_masks
 from autojac.probe.rounding import is_only_rounding
 from autojac.probe.sample_pairs import ProbePoint
-from harness import compare, planned
+from harness import compare, keep_waiting_for_a_core, planned
 from oracle import jacobian_blocks, jacobian_full
 from programs import program
 
@@ -143,6 +143,13 @@ class Shifted(Posterior):
 
 def found(func: Callable[[Tensor], Tensor], x: Tensor) -> Structure:
     return autojac.probe(func, x)
+
+
+def test_a_busy_machine_clears_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Posterior(torch.float32), torch.randn(B, N, generator=torch.Generator().manual_seed(0))
+    keep_waiting_for_a_core(monkeypatch)
+    structure = found(model, x)
+    assert structure.independent and any(line.startswith("rounding:") for line in structure.evidence)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,7 +22,7 @@ from autojac.graph.dependence.propagation import propagate
 from autojac.graph.recorder import record
 from autojac.probe.coded_cotangents import spread_colors
 from autojac.probe.sample_graph import SampleGraph, find_sample_graph
-from harness import Counted
+from harness import Counted, keep_waiting_for_a_core
 
 B = 12
 SCALES = (1.0, 1e3)
@@ -262,6 +262,13 @@ def test_opaque_functions_are_probed(name: str, dtype: torch.dtype) -> None:
     assert structure.coupling == ("grouped" if name == "groups" else "sparse"), structure.evidence
     assert any("index-coded probes" in line for line in structure.evidence)
     assert_covers(graph_of(structure), OPAQUE[name], x)
+
+
+def test_a_busy_machine_probes_opaque_functions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_waiting_for_a_core(monkeypatch)
+    for name, func in OPAQUE.items():
+        structure = autojac.probe(func, points())
+        assert structure.coupling == ("grouped" if name == "groups" else "sparse"), structure.evidence
 
 
 @pytest.mark.parametrize("name", DENSE)

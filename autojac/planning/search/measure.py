@@ -7,18 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from autojac.core.work_clock import WorkClock
+
 Run = Callable[[], Any]
-
-WAITED = Path("/proc/thread-self/schedstat")
-"""Where Linux tells how long a thread has run, and waited to run, in nanoseconds."""
-
-READS, STOPPED_S = 3, 1e-4
-"""How often two clocks are read until no more than so many seconds were lost between them."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +33,8 @@ class Start(NamedTuple):
     seconds: float
 
 
-class Clock:
+class Clock(WorkClock):
     """The time by which searches measure and decide. Tests put another one in its place."""
-
-    def now(self) -> float:
-        """Return the seconds since some moment in the past."""
-        return time.monotonic()
-
-    def waiting_s(self) -> float:
-        """Return the seconds that this thread has waited for a core which others had; 0 where that isn't known."""
-        try:
-            return int(WAITED.read_text().split()[1]) / 1e9
-        except (OSError, ValueError, IndexError):
-            return 0.0
-
-    def working_s(self) -> float:
-        """Return the seconds since some moment in the past, without those that this thread has waited for a core."""
-        for _ in range(READS):
-            waited, now = self.waiting_s(), self.now()
-            if self.waiting_s() - waited < STOPPED_S:
-                break  # else the thread was stopped in between
-        return now - waited
 
     def start(self, device: torch.device) -> Start:
         """Return the moment from which `since` counts, when the device has done what was asked of it."""

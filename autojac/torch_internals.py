@@ -98,7 +98,7 @@ CUSTOM_OPERATOR_FUNCTIONS: Final = ("_init_fn", "_backward_fn", "_setup_context_
 """Its attributes that hold the user's functions."""
 
 
-def _required(path: str, use: str, public: str = "none") -> Any:
+def _require(path: str, use: str, public: str = "none") -> Any:
     PRIVATE[path] = PrivateName(use, public)
     found = resolve(path)
     if found is None:
@@ -123,64 +123,64 @@ def resolve(path: str) -> Any:
 
 
 # modes and transforms that are open
-innermost_transform: Callable[[], Any] = _required(
+innermost_transform: Callable[[], Any] = _require(
     "torch._C._functorch.peek_interpreter_stack", "tell in 50 ns whether a torch.func transform is open"
 )
-open_transforms: Callable[[], Sequence[Any] | None] = _required(
+open_transforms: Callable[[], Sequence[Any] | None] = _require(
     "torch._C._functorch.get_interpreter_stack", "see how many transforms are open"
 )
-close_transforms_to_depth: Callable[[int], None] = _required(
+close_transforms_to_depth: Callable[[int], None] = _require(
     "torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth", "close transforms that a failure left open"
 )
-is_wrapped_by_transform: Callable[[Any], bool] = _required(
+is_wrapped_by_transform: Callable[[Any], bool] = _require(
     "torch._C._functorch.is_functorch_wrapped_tensor", "tell a transform's tensors from plain ones"
 )
-set_vmap_fallback_warning: Callable[[bool], None] = _required(
+set_vmap_fallback_warning: Callable[[bool], None] = _require(
     "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
 )
-is_profiling: Callable[[], bool] = _required("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
-function_modes: Callable[[], int] = _required(
+is_profiling: Callable[[], bool] = _require("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
+function_modes: Callable[[], int] = _require(
     "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
 )
-dispatch_modes: Callable[[], int] = _required(
+dispatch_modes: Callable[[], int] = _require(
     "torch._C._len_torch_dispatch_stack", "see whether a caller's dispatch mode is open"
 )
-saved_tensors_hooks: Callable[[bool], Any] = _required(
+saved_tensors_hooks: Callable[[bool], Any] = _require(
     "torch._C._autograd._top_saved_tensors_default_hooks", "see whether hooks such as checkpointing's are set"
 )
-is_any_autocast_enabled: Callable[[], bool] = _required(
+is_any_autocast_enabled: Callable[[], bool] = _require(
     "torch._C._is_any_autocast_enabled",
     "tell in one call whether autocast is on",
     "torch.is_autocast_enabled per device",
 )
-deterministic_algorithms: Callable[[], bool] = _required(
+deterministic_algorithms: Callable[[], bool] = _require(
     "torch._C._get_deterministic_algorithms",
     "read the flag without Python in between",
     "torch.are_deterministic_algorithms_enabled",
 )
-matmul_precision: Callable[[], str] = _required(
+matmul_precision: Callable[[], str] = _require(
     "torch._C._get_float32_matmul_precision",
     "read the setting without Python in between",
     "torch.get_float32_matmul_precision",
 )
 
 # dual numbers
-is_forward_grad_enabled: Callable[[], bool] = _required("torch._C._is_fwd_grad_enabled", "restore forward mode")
-set_forward_grad_enabled: Callable[[bool], None] = _required("torch._C._set_fwd_grad_enabled", "restore forward mode")
-set_grad_enabled: Callable[[bool], None] = _required(
+is_forward_grad_enabled: Callable[[], bool] = _require("torch._C._is_fwd_grad_enabled", "restore forward mode")
+set_forward_grad_enabled: Callable[[bool], None] = _require("torch._C._set_fwd_grad_enabled", "restore forward mode")
+set_grad_enabled: Callable[[bool], None] = _require(
     "torch._C._set_grad_enabled", "restore grad mode", "torch.set_grad_enabled, which a function mode sees"
 )
-enter_dual_level: Callable[[], int] = _required("torch._C._enter_dual_level", "find out whether a dual level is open")
-exit_dual_level: Callable[..., None] = _required("torch._C._exit_dual_level", "close a dual level left open")
-make_dual: Callable[..., torch.Tensor] = _required(
+enter_dual_level: Callable[[], int] = _require("torch._C._enter_dual_level", "find out whether a dual level is open")
+exit_dual_level: Callable[..., None] = _require("torch._C._exit_dual_level", "close a dual level left open")
+make_dual: Callable[..., torch.Tensor] = _require(
     "torch._VF._make_dual",
     "make dual numbers without loading decompositions (0.2 s)",
     "torch.autograd.forward_ad.make_dual",
 )
-forward_grad_enabled: Callable[[bool], Any] = _required(
+forward_grad_enabled: Callable[[bool], Any] = _require(
     "torch.autograd.forward_ad._set_fwd_grad_enabled", "switch forward mode on in the forward of a custom Function"
 )
-_required("torch.autograd.forward_ad._current_level", "see whether a dual level is open")
+_require("torch.autograd.forward_ad._current_level", "see whether a dual level is open")
 _dual_numbers = torch.autograd.forward_ad
 
 
@@ -196,41 +196,37 @@ def set_dual_level(level: int) -> None:
 
 
 # autograd
-batched_vmap: Callable[..., Callable[..., Any]] = _required(
+batched_vmap: Callable[..., Callable[..., Any]] = _require(
     "torch._vmap_internals._vmap", "run VJPs batched, as torch.autograd.grad(is_grads_batched=True) does"
 )
-preserve_version: Callable[[Any], Any] = _required(
+preserve_version: Callable[[Any], Any] = _require(
     "torch.autograd.grad_mode._unsafe_preserve_version_counter",
     "write into a tensor that a graph has saved",
     "torch.autograd._unsafe_preserve_version_counter",
 )
-run_backward: Callable[..., tuple[torch.Tensor | None, ...]] = _required(
+run_backward: Callable[..., tuple[torch.Tensor | None, ...]] = _require(
     "torch.autograd.graph._engine_run_backward", "pull without the checks of torch.autograd.grad (10 µs per VJP)"
 )
-FunctionBase: type = _required("torch._C._FunctionBase", "recognize the node of a custom autograd Function")
-TensorBase: type = _required("torch._C.TensorBase", "recognize tensor classes", "torch.Tensor")
+FunctionBase: type = _require("torch._C._FunctionBase", "recognize the node of a custom autograd Function")
+TensorBase: type = _require("torch._C.TensorBase", "recognize tensor classes", "torch.Tensor")
 
 # dispatch
-DispatchKey: Any = _required("torch._C.DispatchKey", "name dispatch keys")
-included_keys: Callable[[], Any] = _required(
-    "torch._C._dispatch_tls_local_include_set", "read a thread's dispatch keys"
-)
-excluded_keys: Callable[[], Any] = _required(
-    "torch._C._dispatch_tls_local_exclude_set", "read a thread's dispatch keys"
-)
-ForceDispatchKeys: Callable[..., Any] = _required(
+DispatchKey: Any = _require("torch._C.DispatchKey", "name dispatch keys")
+included_keys: Callable[[], Any] = _require("torch._C._dispatch_tls_local_include_set", "read a thread's dispatch keys")
+excluded_keys: Callable[[], Any] = _require("torch._C._dispatch_tls_local_exclude_set", "read a thread's dispatch keys")
+ForceDispatchKeys: Callable[..., Any] = _require(
     "torch._C._ForceDispatchKeyGuard", "run with dispatch keys, and restore those of the thread"
 )
-BelowAutograd: Callable[[], Any] = _required(
+BelowAutograd: Callable[[], Any] = _require(
     "torch._C._AutoDispatchBelowAutograd",
     "run a flat program without autograd",
     "torch.no_grad, 1 µs more per operator",
 )
-DisableAutocast: Callable[[], Any] = _required("torch._C._DisableAutocast", "compile outside autocast")
-DisableTorchFunction: Callable[[], Any] = _required(
+DisableAutocast: Callable[[], Any] = _require("torch._C._DisableAutocast", "compile outside autocast")
+DisableTorchFunction: Callable[[], Any] = _require(
     "torch._C.DisableTorchFunction", "read a tensor's metadata unseen by a caller's mode"
 )
-DisableTorchFunctionSubclass: Callable[[], Any] = _required(
+DisableTorchFunctionSubclass: Callable[[], Any] = _require(
     "torch._C.DisableTorchFunctionSubclass", "take a tensor subclass for a plain tensor"
 )
 

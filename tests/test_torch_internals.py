@@ -154,7 +154,7 @@ def test_a_torch_without_a_required_name_is_refused_by_name(monkeypatch: pytest.
     with pytest.raises(
         ImportError, match=rf"torch {re.escape(torch.__version__)} has no torch._C._gone, which autojac"
     ):
-        torch_internals._required("torch._C._gone", "do something")
+        torch_internals._require("torch._C._gone", "do something")
 
 
 def test_a_name_may_be_missing_where_there_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] =
         The structure, with a line of evidence for each layer of the probe.
     """
     options = Options.from_keywords({"argnums": argnums, "in_dims": in_dims, "randomness": "different"})
-    builder, call, _ = _described(func, args, kwargs, options, batch_dims)
+    builder, call, _ = _describe(func, args, kwargs, options, batch_dims)
     with outside_autocast(), silent(call.captured.modules):
         return builder.probe(call, builder.inspect(call)).structure
 
@@ -66,7 +66,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         VerificationError: if the Jacobian is wrong, with what differs.
     """
     given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
-    builder, call, flattened = _described(func, args, kwargs, Options.from_keywords(given), batch_dims)
+    builder, call, flattened = _describe(func, args, kwargs, Options.from_keywords(given), batch_dims)
     if flattened is not None:
         jacobian = flattened.flat_jacobian(jacobian, layout)
     call = call.without_grad()
@@ -79,7 +79,7 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
         )
 
 
-def _described(
+def _describe(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options, batch_dims: int
 ) -> tuple[ProblemBuilder, Call, FlattenedCall | None]:
     """Return a call with one batch axis, and how several axes were flattened to it."""

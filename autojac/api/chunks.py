@@ -64,7 +64,7 @@ class Chunks(LinearSystems):
         """
         own = self._func_args(args, kwargs)
         shapes, step = self._division(own, kwargs, bytes)
-        targets = None if out is None else _checked_targets(out, self._jacobian_shapes(shapes), own, shapes)
+        targets = None if out is None else _check_targets(out, self._jacobian_shapes(shapes), own, shapes)
         parts = self._parts(own, kwargs, shapes, step)
         if targets is None:
             return parts
@@ -126,8 +126,8 @@ class Chunks(LinearSystems):
     ) -> PlannedCall:
         """Return the call for the Jacobians of some samples: alone, or among the others."""
         if shapes.is_sliceable:
-            return PlannedCall(self, _sliced(args, shapes.axes, start, stop), kwargs)
-        flat = [t for t in tensor_leaves(self._differentiated(args)) if is_differentiable(t)]
+            return PlannedCall(self, _slice(args, shapes.axes, start, stop), kwargs)
+        flat = [t for t in tensor_leaves(self._pick_differentiated(args)) if is_differentiable(t)]
         axes = [shapes.axes[position] for position in shapes.differentiated]
         parts = [x if axis is None else x.narrow(axis, start, stop - start) for x, axis in zip(flat, axes, strict=True)]
         index = torch.arange(start, stop, device=shapes.device)
@@ -140,7 +140,7 @@ class Chunks(LinearSystems):
             pulled = self._product(WeightedOutput, args, kwargs, cotangents, True)
             pulled = pulled[0] if self.options.has_aux else pulled
             shape = (stop - start, *event)
-            rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflattened, shape), pulled))
+            rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflatten, shape), pulled))
         return shapes.nested_outputs(rows)
 
     @staticmethod
@@ -165,14 +165,14 @@ class Chunks(LinearSystems):
             in_dims=(0, *axes, *[None] * len(args)),
             coupling=self.options.coupling if isinstance(self.options.coupling, str) else "auto",
         )
-        return self._others.setdefault(key, self._wrapped(function, options))
+        return self._others.setdefault(key, self._rewrap(function, options))
 
 
-def _unflattened(shape: tuple[int, ...], rows: Tensor) -> Tensor:
+def _unflatten(shape: tuple[int, ...], rows: Tensor) -> Tensor:
     return rows.reshape(*shape, *rows.shape[1:])
 
 
-def _sliced(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: int) -> tuple[Any, ...]:
+def _slice(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: int) -> tuple[Any, ...]:
     """Return the arguments of some samples alone."""
     taken = iter(axes)
 
@@ -185,7 +185,7 @@ def _sliced(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: i
     return tuple(pytree.tree_map(cut, tuple(args)))
 
 
-def _checked_targets(
+def _check_targets(
     out: Any, wanted: Sequence[tuple[int, ...]], args: Sequence[Any], shapes: CallShapes
 ) -> list[Tensor]:
     """Return what is written into, as tensors that share its memory."""

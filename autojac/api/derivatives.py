@@ -104,10 +104,10 @@ class Derivatives(BatchAxesChoice):
         made.func, made.of = func, self.of
         return made
 
-    def _settled(self) -> Self:
+    def _without_search(self) -> Self:
         """Return the same derivatives by plans that are stored, or that the cost model chooses."""
         made = copy.copy(self)
-        made.planned = self.planned._settled()
+        made.planned = self.planned._without_search()
         return made
 
     def __repr__(self) -> str:

@@ -128,10 +128,10 @@ class FlattenedCall(NamedTuple):
         """
         leaves, spec = pytree.tree_flatten(nest)
         numbers = iter(range(len(leaves)))
-        flat = [self._flattened(t, next(numbers), layout) if isinstance(t, Tensor) else t for t in leaves]
+        flat = [self._flatten(t, next(numbers), layout) if isinstance(t, Tensor) else t for t in leaves]
         return pytree.tree_unflatten(flat, spec)
 
-    def _flattened(self, jacobian: Tensor, number: int, layout: str) -> Tensor:
+    def _flatten(self, jacobian: Tensor, number: int, layout: str) -> Tensor:
         if layout == "sparse":
             return jacobian
         count = len(self.sizes)
@@ -165,7 +165,7 @@ class FlattenedCall(NamedTuple):
         """Return vectors shaped as the inputs with one batch axis, and whether there are several."""
         like: Any
         if self.argnums == ():
-            like = self.wrapper._differentiated(self.wrapper._func_args(self.args, {}))
+            like = self.wrapper._pick_differentiated(self.wrapper._func_args(self.args, {}))
         else:
             like = (
                 tuple(self.given[n] for n in self.argnums)
@@ -236,12 +236,12 @@ class CallsOverBatchAxes:
             key = spec, tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
         except RuntimeError as error:  # a nested tensor has no shape
             raise InputError(NESTED) from error
-        wrapper, grid, inputs = self._known.get(key) or self._understood(args, key)
+        wrapper, grid, inputs = self._known.get(key) or self._understand(args, key)
         flattened = grid.flat_leaves(leaves)
         flat = tuple(flattened) if spec is None else pytree.tree_unflatten(flattened, spec)
         return FlattenedCall(wrapper, flat, grid.sizes, inputs, args, self.argnums)
 
-    def _understood(self, args: tuple[Any, ...], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
+    def _understand(self, args: tuple[Any, ...], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
         """Return what serves a call, how it is flattened, and the `inputs` of it."""
         leaves, spec = pytree.tree_flatten(args)
         axes = iter(batch_axes(args, self.in_dims))

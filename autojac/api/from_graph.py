@@ -85,8 +85,8 @@ def jacobian_from(
     """
     options = _options(layout, in_dims, coupling)
     limit = parse_bytes(memory_limit)
-    values, out_spec = _flattened(outputs)
-    sources, in_spec = _flattened(inputs)
+    values, out_spec = _flatten(outputs)
+    sources, in_spec = _flatten(inputs)
     _require_graph(values, sources)
     axes = (AUTO,) * len(sources) if in_dims == AUTO else batch_axes((inputs,), (in_dims,))
     unbatched = all(axis is None for axis in axes)
@@ -120,16 +120,16 @@ def jacobian_from(
         raise
     except RuntimeError as error:
         raise InputError(f"no gradient can be pulled through this graph: {_advice(error)}") from error
-    rows = [_nested([J[0] if unbatched else J for J in row], in_spec) for row in every]
-    return _nested(rows, out_spec)
+    rows = [_nest([J[0] if unbatched else J for J in row], in_spec) for row in every]
+    return _nest(rows, out_spec)
 
 
-def _flattened(nest: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
+def _flatten(nest: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
     """Return the leaves of a nest and how they nest; None for a single tensor, as most calls have it."""
     return ([nest], None) if isinstance(nest, Tensor) else pytree.tree_flatten(nest)
 
 
-def _nested(leaves: Sequence[Any], spec: pytree.TreeSpec | None) -> Any:
+def _nest(leaves: Sequence[Any], spec: pytree.TreeSpec | None) -> Any:
     return leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
 
 

@@ -95,10 +95,10 @@ class AutoHessian(BatchAxesChoice):
         made._take_up(func, self.planned.options.replace(in_dims=in_dims, symmetric=False))
         return made
 
-    def _settled(self) -> Self:
+    def _without_search(self) -> Self:
         """Return the same Hessians by plans that are stored, or that the cost model chooses."""
         made = copy.copy(self)
-        made.planned = self.planned._settled()
+        made.planned = self.planned._without_search()
         return made
 
     def __repr__(self) -> str:

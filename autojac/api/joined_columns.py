@@ -71,28 +71,28 @@ class JoinedColumns:
         """Return the same derivatives of another function, by options of which some are others."""
         return JoinedColumns(func, self.options.replace(**changes), self.names, self.of, self._make)
 
-    def _settled(self) -> JoinedColumns:
+    def _without_search(self) -> JoinedColumns:
         """Return the same derivatives by plans that are stored, or that the cost model chooses."""
         return self.replace(self.func, on_miss="estimate")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the derivatives, stacked on the last axis."""
-        wrapper, own = self._joined(args, kwargs)
+        wrapper, own = self._join(args, kwargs)
         return wrapper(*own, **kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        wrapper, own = self._joined(args, kwargs)
+        wrapper, own = self._join(args, kwargs)
         return wrapper.plan(*own, **kwargs)
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
-        wrapper, own = self._joined(args, kwargs)
+        wrapper, own = self._join(args, kwargs)
         return wrapper.tune(*own, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
-        wrapper, own = self._joined(args, kwargs)
+        wrapper, own = self._join(args, kwargs)
         return wrapper.explain(*own, **kwargs)
 
-    def _joined(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[AutoJacobian, tuple[Any, ...]]:
+    def _join(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[AutoJacobian, tuple[Any, ...]]:
         """Return what serves a call, and its arguments with the differentiated ones joined, which lead."""
         positions = self.options.argnums
         assert isinstance(positions, tuple)

@@ -87,10 +87,10 @@ class Kernels(Chunks):
         """
         inputs, tangents = without_last(args, "ggn_product")
         own = self._func_args(inputs, kwargs)
-        pulled = self._product(WeightedOutput, own, kwargs, self._pushed(own, kwargs, tangents, loss), True)
+        pulled = self._product(WeightedOutput, own, kwargs, self._push(own, kwargs, tangents, loss), True)
         return pulled[0] if self.options.has_aux else pulled
 
-    def _pushed(
+    def _push(
         self, own: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, loss: Callable[[Any], Tensor] | None
     ) -> Any:
         """Return H J v."""

@@ -55,7 +55,7 @@ def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tenso
     shift = damping.expand(len(matrices))[:, None]
     tall = matrices.shape[1] >= matrices.shape[2]
     with torch.no_grad():
-        found = _solved(own, (matrices.detach(), residuals.detach(), shift.detach()), tall)
+        found = _solve(own, (matrices.detach(), residuals.detach(), shift.detach()), tall)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (matrices, residuals, damping)):
         # a step of Newton's method from the solution, which has its derivatives of first and second order
         A, error = _normal_matrix(matrices, shift, tall), _error(matrices, residuals, shift, found, tall)
@@ -82,7 +82,7 @@ def _error(J: Tensor, r: Tensor, shift: Tensor, found: Tensor, tall: bool) -> Te
     return _times(J, _times(J.mT, found)) + shift * found - r
 
 
-def _solved(own: System, system: System, tall: bool) -> Tensor:
+def _solve(own: System, system: System, tall: bool) -> Tensor:
     """Return d with (JᵀJ + λI) d = -Jᵀr, or z with (JJᵀ + λI) z = r, of which d = -Jᵀz.
 
     Args:
@@ -117,7 +117,7 @@ def _by_qr(own: System, scale: Tensor, tall: bool, numbers: Tensor) -> Tensor:
     Args:
         own: of all samples.
         scale: of the unknowns of all samples.
-        tall: as of `_solved`.
+        tall: as of `_solve`.
         numbers: of the samples.
     """
     batch, J, r, shift = len(own[0]), *(t[numbers] for t in own)

@@ -210,7 +210,7 @@ def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacob
         "look for a division by zero, or a root or logarithm at zero, where it is not finite",
     ]
     if singular.ndim:
-        found = [f"{_counted(at)} {flaw} ({_named(at)})" for at, flaw in zip(samples, flaws, strict=True) if at]
+        found = [f"{_count(at)} {flaw} ({_name(at)})" for at, flaw in zip(samples, flaws, strict=True) if at]
         count, _, rest = " and ".join(found).partition(" ")
         text = f"{count} of {singular.numel()} Jacobians {rest}"
     else:
@@ -219,11 +219,11 @@ def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacob
     return SingularJacobianError(f"{text}: {'; '.join(advice)}", *samples)
 
 
-def _counted(samples: tuple[int, ...]) -> str:
+def _count(samples: tuple[int, ...]) -> str:
     return "1 is" if len(samples) == 1 else f"{len(samples)} are"
 
 
-def _named(samples: tuple[int, ...]) -> str:
+def _name(samples: tuple[int, ...]) -> str:
     more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
     return f"sample{'s' if len(samples) > 1 else ''} {', '.join(map(str, samples[:NAMED]))}{more}"
 

@@ -78,7 +78,7 @@ class LinearSystems(Grams):
         whole = self._is_whole or shapes.batch is None
         count = 1 if whole else int(shapes.batch or 0)
         r = torch.cat([t.reshape(count, -1) for t in flat], 1)
-        shift = _checked_damping(damping, r, None if whole else count)
+        shift = _check_damping(damping, r, None if whole else count)
         aux: list[Any] = []
         planned = self._solve_call(own, kwargs, shapes)
         if planned is None:
@@ -95,7 +95,7 @@ class LinearSystems(Grams):
             matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
             step = least_squares(matrices[None] if whole else matrices, r, shift)
             aux = [result.aux]
-        made = self._nested_inputs(own, _divided(step, shapes, whole))
+        made = self._nested_inputs(own, _divide(step, shapes, whole))
         return (made, aux[0]) if self.options.has_aux else made
 
     def _solve_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes) -> PlannedCall | None:
@@ -172,7 +172,7 @@ class LinearSystems(Grams):
                 return result
 
             times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeightedOutput))
-            like = next(t for t in tensor_leaves(self._differentiated(point)) if is_differentiable(t))
+            like = next(t for t in tensor_leaves(self._pick_differentiated(point)) if is_differentiable(t))
             return operators.JacobianOperator(operators.LinearMap("matrix-free", times, back, outputs, inputs, like))
 
     def _by_products(
@@ -190,7 +190,7 @@ class LinearSystems(Grams):
             return torch.cat([t.reshape(len(r), -1) for t in tensor_leaves(found)], 1)
 
         def times(v: Tensor) -> Tensor:
-            flat = _divided(v, shapes, whole)
+            flat = _divide(v, shapes, whole)
             axes = [shapes.axes[position] for position in shapes.differentiated]
             moved = [t.movedim(0, axis) if axis else t for t, axis in zip(flat, axes, strict=True)]
             return product(AlongTangents, self._nested_inputs(args, moved))
@@ -204,7 +204,7 @@ class LinearSystems(Grams):
         return matrix_free_least_squares(times, back, r, shift, MatrixSizes.of(shapes, whole).columns)
 
 
-def _divided(step: Tensor, shapes: CallShapes, whole: bool) -> list[Tensor]:
+def _divide(step: Tensor, shapes: CallShapes, whole: bool) -> list[Tensor]:
     """Return the parts (B, *in) of steps (B, n), or (1, n) for the whole batch."""
     batched = [shapes.batch is not None and shapes.axes[p] is not None for p in shapes.differentiated]
     times = [int(shapes.batch or 0) if whole and has else 1 for has in batched]
@@ -213,7 +213,7 @@ def _divided(step: Tensor, shapes: CallShapes, whole: bool) -> list[Tensor]:
     return [part.reshape(*n, *shape) for part, n, shape in zip(parts, lead, shapes.inputs, strict=True)]
 
 
-def _checked_damping(damping: Any, like: Tensor, batch: int | None) -> Tensor:
+def _check_damping(damping: Any, like: Tensor, batch: int | None) -> Tensor:
     wanted = "a number, zero or more" + ("" if batch is None else f", or a tensor of shape () or {(batch,)}")
     shift = damping if isinstance(damping, Tensor) else None
     if shift is None and isinstance(damping, (int, float)) and not isinstance(damping, bool):

@@ -83,10 +83,10 @@ def prepare_factors(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str
             raise UnsupportedError(f"this Jacobian has no factors: {why}. Ask for the blocks or for layout='full'")
         way, shared = found
         try:
-            factors = _multiplied_out(way, problem, recording.graph, shared, leaves)
+            factors = _multiply_out(way, problem, recording.graph, shared, leaves)
         except RuntimeError:  # an operator without a vmap rule
             slow = dataclasses.replace(way, engine="loop")
-            factors = _multiplied_out(slow, problem, recording.graph, shared, leaves)
+            factors = _multiply_out(slow, problem, recording.graph, shared, leaves)
         _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
         return factors if problem.differentiable else LowRankJacobian(*(part.detach() for part in factors))
 
@@ -112,7 +112,7 @@ def without_sharing(problem: Problem, blocks: Tensor) -> LowRankJacobian:
     )
 
 
-def _multiplied_out(
+def _multiply_out(
     way: Statistics, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]
 ) -> LowRankJacobian:
     blocks, through = way.sharing(problem, graph, shared, leaves).pieces()

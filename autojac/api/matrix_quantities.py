@@ -148,18 +148,18 @@ class MatrixQuantities(ABC):
         if layout == self.options.layout:
             return self
         if layout not in self._others:
-            self._others[layout] = self._wrapped(self.func, dataclasses.replace(self.options, layout=layout))
+            self._others[layout] = self._rewrap(self.func, dataclasses.replace(self.options, layout=layout))
         return self._others[layout]
 
-    def _wrapped(self, func: Callable[..., Any], options: Options) -> Self:
+    def _rewrap(self, func: Callable[..., Any], options: Options) -> Self:
         """Return a wrapper of the same kind, with plans of its own."""
         other = type(self).__new__(type(self))
         other.__setstate__({**self.__getstate__(), "func": func, "options": options})
         return other
 
-    def _settled(self) -> Self:
+    def _without_search(self) -> Self:
         """Return the same Jacobian by plans that are stored, or that the cost model chooses."""
-        return self._wrapped(self.func, self.options.replace(on_miss="estimate"))
+        return self._rewrap(self.func, self.options.replace(on_miss="estimate"))
 
 
 def only(plan: PreparedPlan, result: Result) -> Tensor:

@@ -132,11 +132,11 @@ class MethodPlans(Kernels):
             yield from [call] if room is None else call.wrapper._calls_of_parts(call.args, call.kwargs, room)
         elif of == "ggn_product":
             yield along(vectors, True)[1]
-            yield back(self._pushed(args, kwargs, vectors, loss), True)[1]
+            yield back(self._push(args, kwargs, vectors, loss), True)[1]
         elif (formed := self._solve_call(args, kwargs, self._shapes(args, kwargs))) is not None:
             yield formed
         else:
-            inputs = [t for t in tensor_leaves(self._differentiated(args)) if is_differentiable(t)]
+            inputs = [t for t in tensor_leaves(self._pick_differentiated(args)) if is_differentiable(t)]
             yield back(vectors, self._is_whole)[1]
             yield along(self._nested_inputs(args, [torch.zeros_like(t) for t in inputs]), self._is_whole)[1]
 

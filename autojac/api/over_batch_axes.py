@@ -82,8 +82,8 @@ class PlannedOverBatchAxes(PlansOverBatchAxes):
     def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
         return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
 
-    def _settled(self) -> Self:
-        made: Self = super()._settled()  # type: ignore[misc]
+    def _without_search(self) -> Self:
+        made: Self = super()._without_search()  # type: ignore[misc]
         made._calls = made._calls_over(self._calls.batch_dims)
         return made
 
@@ -112,7 +112,7 @@ class OverBatchAxes(PlansOverBatchAxes):
         """Return a result apart from aux, in a tuple that is empty without one."""
         return (found[0], (found[1],)) if self.options.has_aux else (found, ())
 
-    def _led(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, **given: Any) -> Any:
+    def _call_flat(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, **given: Any) -> Any:
         """Return what a method of the flattened batch gives, per sample unless it is of the `whole` batch."""
         call = self._calls.flat(args)
         found, aux = self._split(getattr(call.wrapper, name)(*call.args, **given, **kwargs))
@@ -132,7 +132,7 @@ class OverBatchAxes(PlansOverBatchAxes):
 
     def inverse(self, *args: Any, **kwargs: Any) -> Any:
         if self.options.layout != "full":
-            return self._led("inverse", args, kwargs, False)
+            return self._call_flat("inverse", args, kwargs, False)
         call = self._calls.flat(args)
         found, aux = self._split(call.wrapper.inverse(*call.args, **kwargs))
         outputs = len(call.shapes(kwargs).outputs[0])
@@ -142,10 +142,10 @@ class OverBatchAxes(PlansOverBatchAxes):
         return (inverse, *aux) if aux else inverse
 
     def slogdet(self, *args: Any, **kwargs: Any) -> Any:
-        return self._led("slogdet", args, kwargs, self.options.layout == "full")
+        return self._call_flat("slogdet", args, kwargs, self.options.layout == "full")
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        return self._led("trace", args, kwargs, False)
+        return self._call_flat("trace", args, kwargs, False)
 
     def factors(self, *args: Any, **kwargs: Any) -> Any:
         call = self._calls.flat(args)
@@ -160,13 +160,13 @@ class OverBatchAxes(PlansOverBatchAxes):
         return call.wrapper.chunks(*call.args, bytes=bytes, out=out, **kwargs)
 
     def gram(self, *args: Any, outer: bool = False, **kwargs: Any) -> Any:
-        return self._led("gram", args, kwargs, self._is_one_matrix, outer=outer)
+        return self._call_flat("gram", args, kwargs, self._is_one_matrix, outer=outer)
 
     def norm(self, *args: Any, **kwargs: Any) -> Any:
-        return self._led("norm", args, kwargs, self._is_one_matrix)
+        return self._call_flat("norm", args, kwargs, self._is_one_matrix)
 
     def singular_values(self, *args: Any, **kwargs: Any) -> Any:
-        return self._led("singular_values", args, kwargs, self._is_one_matrix)
+        return self._call_flat("singular_values", args, kwargs, self._is_one_matrix)
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
         call, own, several = self._flat_call("jvp", args, kwargs)

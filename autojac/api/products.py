@@ -67,9 +67,9 @@ class Product:
             jacobian = self.shapes.nested_outputs(sums)
         if self.several_at is None and not self.is_summed:
             return jacobian
-        return pytree.tree_map_only(Tensor, self._changed, jacobian)
+        return pytree.tree_map_only(Tensor, self._change, jacobian)
 
-    def _changed(self, part: Tensor) -> Tensor:
+    def _change(self, part: Tensor) -> Tensor:
         moved = part if self.several_at is None else part.movedim(self.several_at, 0)
         return moved.sum(int(self.several_at is not None)) if self.is_summed else moved
 
@@ -172,19 +172,19 @@ class Products(MatrixQuantities):
         whole: bool = False,
     ) -> tuple[Product, PlannedCall]:  # fmt: skip
         """Return a product, and the call that gives it."""
-        product = self._prepared(kind, args, kwargs, vectors, whole)
+        product = self._prepare(kind, args, kwargs, vectors, whole)
         if product.is_formed:
             return product, PlannedCall(self, args, kwargs)
         return product, PlannedCall(product.jacobian, (*product.steps, *product.nest.flat(vectors), *args), kwargs)
 
-    def _prepared(
+    def _prepare(
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
     ) -> Product:
         """Return the product for such a call, made now if there is none."""
         key = (kind, whole, *map(describe, (*args, vectors)), *describe_keywords(kwargs))
         product = self._products.get(key)
         if product is None:
-            product = self._products[key] = self._made(kind, args, kwargs, vectors, whole)
+            product = self._products[key] = self._make(kind, args, kwargs, vectors, whole)
         if product.reads_past and any(vector.grad_fn is not None for vector in tensor_leaves(vectors)):
             raise UnsupportedError(
                 "this module reads its parameters past its arguments, so a vector without a graph was expected, got "
@@ -192,7 +192,7 @@ class Products(MatrixQuantities):
             )
         return product
 
-    def _made(
+    def _make(
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
     ) -> Product:
         options, shapes = self.options, self._shapes(args, kwargs)
@@ -204,7 +204,7 @@ class Products(MatrixQuantities):
         numbers: tuple[int, ...]
         common = (self.func, argnums, options.has_aux, whole)
         if kind is AlongTangents:
-            made = tangents(shapes, self._differentiated(args), vectors, whole)
+            made = tangents(shapes, self._pick_differentiated(args), vectors, whole)
             function: ProductFunction = AlongTangents(*common, made.several, axes=made.axes)
             numbers, several_at = tuple(range(len(made.steps))), -1
             single = len(made.steps) == 1
@@ -220,7 +220,7 @@ class Products(MatrixQuantities):
             coupling="auto" if whole else of_samples(options.coupling),
         )
         return Product(
-            self._wrapped(function, chosen_options),
+            self._rewrap(function, chosen_options),
             made.steps,
             made.nest,
             shapes,
@@ -234,14 +234,14 @@ class Products(MatrixQuantities):
         numbers = self.options.argnums
         return tuple(number % len(args) for number in (numbers if isinstance(numbers, tuple) else (numbers,)))
 
-    def _differentiated(self, args: Sequence[Any]) -> Any:
+    def _pick_differentiated(self, args: Sequence[Any]) -> Any:
         """Return the argument that is differentiated, or a tuple of those that are."""
         chosen = tuple(args[number] for number in self._argnums(args))
         return chosen if isinstance(self.options.argnums, tuple) else chosen[0]
 
     def _nested_inputs(self, args: Sequence[Any], flat: Sequence[Any]) -> Any:
         """Return values for what is differentiated in its nest."""
-        leaves, spec = pytree.tree_flatten(self._differentiated(args))
+        leaves, spec = pytree.tree_flatten(self._pick_differentiated(args))
         given = iter(flat)
         return pytree.tree_unflatten([next(given) if is_differentiable(value) else None for value in leaves], spec)
 

@@ -92,7 +92,7 @@ class TrainingStep:
         known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
         # the step is what is improved while it is used, not the derivatives inside
-        self._inner = self.source._settled()
+        self._inner = self.source._without_search()
         self._whole: AutoJacobian | None = None
         self._refused: dict[Any, str] = {}
         self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
@@ -129,7 +129,7 @@ class TrainingStep:
         whole = self._wrapper(x)
         try:
             # hooks see what arrives at a parameter, once
-            lifted = _lifted(args)
+            lifted = _lift(args)
             with torch.no_grad(), self._without_hooks(whole), write_back_copies(args, lifted):
                 value, gradients = whole.value_and_jacobian(*lifted)
                 targets = self._targets(whole, args)
@@ -147,7 +147,7 @@ class TrainingStep:
             SearchError, UnsupportedError: if there is none for the step as a whole.
         """
         with torch.no_grad():
-            return self._wrapper(x).plan(*_lifted((x, *rest)))
+            return self._wrapper(x).plan(*_lift((x, *rest)))
 
     def tune(self, x: Any, *rest: Any, effort: Effort | None = None, budget_s: float | None = None) -> Plan:
         """Search for the best plan for such a step: first the method for the derivatives, then the step with it.
@@ -160,7 +160,7 @@ class TrainingStep:
         self._settle(x)
         self._refused.pop(_key((x, *rest)), None)
         with torch.no_grad():
-            return self._wrapper(x).tune(*_lifted((x, *rest)), effort=effort, budget_s=budget_s)
+            return self._wrapper(x).tune(*_lift((x, *rest)), effort=effort, budget_s=budget_s)
 
     def explain(self, x: Any, *rest: Any) -> str:
         """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
@@ -168,7 +168,7 @@ class TrainingStep:
         if reason:
             return f"derivatives, then a backward: {reason}\n{self.source.explain(*own_inputs(self.source, x))}"
         with torch.no_grad():
-            return self._wrapper(x).explain(*_lifted((x, *rest)))
+            return self._wrapper(x).explain(*_lift((x, *rest)))
 
     def _reason(self, args: Sequence[Any]) -> str:
         """Return why a step can't be planned as a whole; empty if it can."""
@@ -226,7 +226,7 @@ class TrainingStep:
             return self._known
         assert isinstance(whole.func, ModuleFunction)
         named = whole.func.parameters()
-        plan, call = plans.look_up(whole._func_args(_lifted(args), {}), {})
+        plan, call = plans.look_up(whole._func_args(_lift(args), {}), {})
         searched = plan.exploration is None and plan.plan.effort != "estimate"
         if searched and not isinstance(plan.compute, Replayer):
             self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
@@ -248,7 +248,7 @@ class TrainingStep:
         return value.detach()
 
 
-def _lifted(args: Sequence[Any]) -> Any:
+def _lift(args: Sequence[Any]) -> Any:
     """Return the arguments with the batch as one sample."""
     if all(isinstance(x, Tensor) for x in args):
         return tuple(x.unsqueeze(0) for x in args)

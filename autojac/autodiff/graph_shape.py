@@ -73,7 +73,7 @@ def graph_shape(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphSha
         if not leads:
             numbers[node] = None
             continue
-        held = _held(node) if following else ()
+        held = _held_values(node) if following else ()
         is_opaque |= held is None
         numbers[node] = len(parts)
         parts.append((type(node), tuple(ways), held))
@@ -91,15 +91,15 @@ def _reached(end: Edge, starts: Sequence[Edge | None], edges: Mapping[Any, Seque
     return not following or end in starts or any([end in group for group in edges.values()])
 
 
-def _held(node: Any) -> Hashable | None:
+def _held_values(node: Any) -> Hashable | None:
     """Return the shapes, integers and flags that a node holds; None where that is not all which decides."""
     kind: Any = type(node)
     plain, saved, is_generated = _attributes(kind)
     if not is_generated:
         return None
     try:
-        held: list[Hashable] = [_frozen(value) for value in plain(node)]
-        held += [part if part is None else _described(part) for part in saved(node)]
+        held: list[Hashable] = [_freeze(value) for value in plain(node)]
+        held += [part if part is None else _describe_saved(part) for part in saved(node)]
     except (RuntimeError, TypeError, AttributeError):  # freed, packed by hooks, or a torch that does not show it
         return None
     for part in node._input_metadata:
@@ -136,21 +136,21 @@ def _reader(names: Sequence[str]) -> Read:
     return (lambda node: (getattr(node, names[0]),)) if names else (lambda node: ())
 
 
-def _frozen(value: Any) -> Hashable:
+def _freeze(value: Any) -> Hashable:
     """Return what a node holds, hashable, without floating-point numbers."""
     if type(value) is float:
         return float
     return tuple(value) if type(value) is list else value
 
 
-def _described(saved: Any) -> Hashable:
+def _describe_saved(saved: Any) -> Hashable:
     """Return shapes and dtypes of what a node has saved.
 
     Raises:
         TypeError: if hooks have packed it.
     """
     if isinstance(saved, (tuple, list)):
-        return tuple(map(_described, saved))
+        return tuple(map(_describe_saved, saved))
     held = None if saved is None else saved.data
     if held is None:
         return None

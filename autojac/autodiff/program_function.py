@@ -64,7 +64,7 @@ class _ByPrograms(torch.autograd.Function):
         saved = ctx.saved_tensors
         found: list[Tensor | None] = [None] * ctx.many
         if torch.is_grad_enabled():
-            for place, gradient in _pulled_again(programs, saved[: ctx.many], cotangents):
+            for place, gradient in _pull_again(programs, saved[: ctx.many], cotangents):
                 found[place] = gradient
             return None, *found
         for pull in programs.pulls:
@@ -72,7 +72,7 @@ class _ByPrograms(torch.autograd.Function):
             if all(cotangent is None for cotangent in chosen):
                 continue
             arranged = [
-                _arranged(cotangent, ctx.kinds[place], strides)
+                _arrange_cotangent(cotangent, ctx.kinds[place], strides)
                 for cotangent, place, strides in zip(chosen, pull.outputs, pull.strides, strict=True)
             ]
             for place, gradient in zip(pull.given, pull.run(*saved, *arranged), strict=True):
@@ -81,7 +81,7 @@ class _ByPrograms(torch.autograd.Function):
         return None, *found
 
 
-def _arranged(
+def _arrange_cotangent(
     cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
 ) -> Tensor:
     """Return a cotangent in the memory layout that a program was made for; zeros for none."""
@@ -92,7 +92,7 @@ def _arranged(
     return made.zero_() if cotangent is None else made.copy_(cotangent)
 
 
-def _pulled_again(
+def _pull_again(
     programs: Programs, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Pull with a graph: by autograd itself, on the computation run again."""

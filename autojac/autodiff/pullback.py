@@ -60,7 +60,7 @@ class Pullback:
         self.shapes = None if shapes is None else tuple(map(tuple, shapes))
         with torch.enable_grad():
             self.inputs = fresh_inputs(inputs, differentiable) if fresh else tuple(inputs)
-            self.recorded = self._evaluated()
+            self.recorded = self._evaluate()
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ class Pullback:
         lead = cotangents[0].shape[:1] if batched else torch.Size()
         pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
         if not pairs:
-            return self._shaped([None] * len(self.inputs), lead)
+            return self._shape([None] * len(self.inputs), lead)
         recorded, keep = tuple(y for y, _ in pairs), self.keeps or not last
         cotangents = [c for _, c in pairs]
         with torch.enable_grad():
@@ -117,9 +117,9 @@ class Pullback:
                     gradients = self._back(self._again(recorded), cotangents, batched, keep)
                     self.once = True
         self.pulled = True
-        return self._shaped(gradients, lead)
+        return self._shape(gradients, lead)
 
-    def _shaped(self, gradients: Sequence[Tensor | None], lead: torch.Size) -> list[Tensor]:
+    def _shape(self, gradients: Sequence[Tensor | None], lead: torch.Size) -> list[Tensor]:
         # torch's own materialize_grads would forget the leading axis of batched cotangents
         found = [
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
@@ -129,7 +129,7 @@ class Pullback:
             return found
         return [gradient.reshape(*lead, *shape) for gradient, shape in zip(found, self.shapes, strict=True)]
 
-    def _evaluated(self) -> tuple[Tensor, ...]:
+    def _evaluate(self) -> tuple[Tensor, ...]:
         assert self.fn is not None
         if self.shapes is None:
             return self.fn(*self.inputs)
@@ -160,7 +160,7 @@ class Pullback:
     def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the same outputs by another evaluation."""
         places = {id(y): place for place, y in enumerate(self.recorded)}
-        values = self._evaluated()
+        values = self._evaluate()
         return tuple(values[places[id(y)]] for y in outputs)
 
     def unused_inputs(self) -> list[int]:

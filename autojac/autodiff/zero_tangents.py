@@ -53,7 +53,7 @@ def without_loading_compiler() -> Iterator[None]:
 def answers() -> dict[str, tuple[Any, Callable[..., Any]]]:
     """Return by name the functions that zero tangents run through, each with what answers in its place."""
     hidden = {name: _behind_shield(getattr(reference_operators, name, None)) for name in MEET}
-    return {name: (function, _outlined(function)) for name, function in hidden.items() if function is not None}
+    return {name: (function, _outline(function)) for name, function in hidden.items() if function is not None}
 
 
 def _behind_shield(function: Any) -> Any:
@@ -66,7 +66,7 @@ def _behind_shield(function: Any) -> Any:
     return None
 
 
-def _outlined(function: Callable[..., Any]) -> Callable[..., Any]:
+def _outline(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a stand-in for an elementwise function of two tensors without memory: their common shape and dtype."""
 
     def outline(*args: Any, **kwargs: Any) -> Any:

@@ -93,7 +93,7 @@ def bench(
       autojac bench --interop --only kornia --only timm/vit
     """
     if sources:
-        report = _read(sources)
+        report = _read_report(sources)
     else:
         _require(device)
         settings = Settings(
@@ -107,7 +107,7 @@ def bench(
             training=training,
             peers=peers,
         )
-        report = _measured(_suites(names, interop, training), only, settings, as_json)
+        report = _measure(_suites(names, interop, training), only, settings, as_json)
     for page in into:
         _refresh(page, report)
     if html is not None:
@@ -130,7 +130,7 @@ def _suites(names: tuple[str, ...], interop: bool, training: bool) -> list[str]:
     return asked or [suite.name for suite in SUITES.values() if suite.by_default]
 
 
-def _measured(names: list[str], only: tuple[str, ...], settings: Settings, as_json: bool) -> Report:
+def _measure(names: list[str], only: tuple[str, ...], settings: Settings, as_json: bool) -> Report:
     report = Report(environment(settings.device), settings.describe())
     found: list[BenchResult] = []
     # what a process pays once would starve the first search, and no other
@@ -158,7 +158,7 @@ def _refresh(page: Path, report: Report) -> None:
         raise click.BadParameter(f"{page.name}: {error.args[0]}", param_hint="--into") from error
 
 
-def _read(sources: tuple[Path, ...]) -> Report:
+def _read_report(sources: tuple[Path, ...]) -> Report:
     lines = [line for source in sources for line in source.read_text(encoding="utf-8").splitlines()]
     try:
         return Report.from_lines(lines)

@@ -74,11 +74,11 @@ def cold_call(workload: str, options: dict[str, Any]) -> dict[str, float]:
     func, x = WORKLOADS[workload].make()
     store = autojac.PlanStore(":memory:")
     with count_evaluations() as evaluations:
-        spent = _spent(lambda: autojac.AutoJacobian(func, store=store, **options)(x))
+        spent = _cpu_seconds(lambda: autojac.AutoJacobian(func, store=store, **options)(x))
     return {**spent, "evaluations": len(evaluations)}
 
 
-def _spent(run: Callable[[], object]) -> dict[str, float]:
+def _cpu_seconds(run: Callable[[], object]) -> dict[str, float]:
     start, spent = time.perf_counter(), time.process_time()
     run()
     return {"cpu s": time.process_time() - spent, "wall s": time.perf_counter() - start}
@@ -92,7 +92,7 @@ def signatures(kind: str) -> dict[str, float]:
     jac = autojac.AutoJacobian(func, store=autojac.PlanStore(":memory:"))
     # what a process pays once is no matter of signatures
     jac(points[0])
-    return {**_spent(lambda: [jac(x) for x in points[1:]]), "signatures": len(points) - 1}
+    return {**_cpu_seconds(lambda: [jac(x) for x in points[1:]]), "signatures": len(points) - 1}
 
 
 class Encoder(nn.Module):

@@ -89,8 +89,8 @@ def torch_ways(workload: Workload, func: Func, x: Tensor, truth: Tensor, view: V
         if reason is not None:
             yield Entrant(Outcome(way.name, "skipped", reason=reason))
         else:
-            yield _checked(way.name, way.prepare(func), x, truth, view)
+            yield _check(way.name, way.prepare(func), x, truth, view)
 
 
-def _checked(name: str, compute: Callable[[Tensor], Any], x: Tensor, truth: Tensor, view: View) -> Entrant:
+def _check(name: str, compute: Callable[[Tensor], Any], x: Tensor, truth: Tensor, view: View) -> Entrant:
     return admit(name, lambda: compute(x), truth, lambda: view(compute(x)))

@@ -49,7 +49,7 @@ def cached_call(settings: Settings, workload: Workload) -> BenchResult:
         workload: a function whose plan is a replay, by force.
     """
     with at_rest():
-        samples = _called(workload, settings)
+        samples = _time_calls(workload, settings)
     outcomes = tuple(Outcome(name, "right").with_samples(row) for name, row in zip(PARTS, samples, strict=True))
     call, program, guard = samples
     added = statistics.median(a - b for a, b in zip(call, program, strict=True))
@@ -60,7 +60,7 @@ def cached_call(settings: Settings, workload: Workload) -> BenchResult:
     return BenchResult(f"cached call of {workload.name}", outcomes, figures, {})
 
 
-def _called(workload: Workload, settings: Settings) -> list[list[float]]:
+def _time_calls(workload: Workload, settings: Settings) -> list[list[float]]:
     func, x = workload.make(settings.device)
     jac = wrap(func, dataclasses.replace(settings, effort="estimate"))
     entry, _ = jac._run((x,), {})

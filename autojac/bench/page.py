@@ -63,12 +63,12 @@ def write_page(report: Report, path: str | Path) -> Path:
 
 def make_plots(report: Report) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Return the plots that a report has the numbers for, each as plotly's data and layout."""
-    found = [_asked(report), *(_bars(report.of(suite), labels, title) for suite, labels, title in BARS)]
+    found = [_plot_asked(report), *(_bars(report.of(suite), labels, title) for suite, labels, title in BARS)]
     found += [_roofline(report.of("jacobians")), _growth(report.of("growth"))]
     return [plot for plot in found if plot[0]]
 
 
-def _asked(report: Report) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _plot_asked(report: Report) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return each figure as a share of what was asked: below one it is kept."""
     kept = [figure for figure in summarize(report) if figure.bound and math.isfinite(figure.value) and figure.value > 0]
     shares = [f.bound / f.value if f.least else f.value / f.bound for f in kept if f.bound]

@@ -114,9 +114,9 @@ def measure_exploration(settings: Settings, workload: str) -> BenchResult:
         before = jac.plan(x)
         share, settled, spent, first, count, seconds = 0.0, 0.0, 0.0, 0.0, 0, 0.0
         while spent < (LOOP_S / 5 if settings.quick else LOOP_S):
-            spent += _worked(lambda: jac(x))
+            spent += _cpu_seconds_of(lambda: jac(x))
             if count < COMPARED_CALLS or count % COMPARED_CALLS == 0:
-                seconds = _worked(lambda: rest(x))
+                seconds = _cpu_seconds_of(lambda: rest(x))
             first += seconds
             count += 1
             if count >= ENOUGH_CALLS:
@@ -136,7 +136,7 @@ def measure_exploration(settings: Settings, workload: str) -> BenchResult:
     return BenchResult(f"exploring: {workload}", (), figures, facts)
 
 
-def _worked(run: Callable[[], object]) -> float:
+def _cpu_seconds_of(run: Callable[[], object]) -> float:
     """Return the CPU seconds that this process and its compilers take for a call; a busy machine adds nothing."""
     start = _cpu_seconds()
     run()

@@ -51,7 +51,7 @@ def sheets(report: Report) -> list[Sheet]:
 
 
 def summary_sheet(report: Report) -> Sheet:
-    return Sheet(SUMMARY, ("what", "measured", "asked", ""), tuple(map(_asked, summarize(report))))
+    return Sheet(SUMMARY, ("what", "measured", "asked", ""), tuple(map(_asked_row, summarize(report))))
 
 
 def ways(result: BenchResult) -> tuple[Outcome, ...]:
@@ -90,7 +90,7 @@ def _cells(
 
 def _long(suite: str, results: Sequence[BenchResult]) -> Sheet:
     """Return one row for each figure and each fact."""
-    rows = [(result.name, *_asked(figure)) for result in results for figure in result.figures]
+    rows = [(result.name, *_asked_row(figure)) for result in results for figure in result.figures]
     rows += [(result.name, name, _fact(fact), "", "") for result in results for name, fact in result.facts.items()]
     return Sheet(suite, (suite, "what", "measured", "asked", ""), tuple(rows))
 
@@ -99,7 +99,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _asked(figure: Figure) -> tuple[str, str, str, str]:
+def _asked_row(figure: Figure) -> tuple[str, str, str, str]:
     bound = "–" if figure.bound is None else f"{'at least' if figure.least else 'at most'} {number(figure.bound)}"
     return figure.what, number(figure.value), bound, "missed" if figure.missed else ""
 
@@ -140,12 +140,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for sheet in sheets(report):
         table = Table(*map(escape, sheet.columns), title=sheet.title, box=box.SIMPLE_HEAD)
         for row in sheet.rows:
-            table.add_row(*(_marked(text) for text in row))
+            table.add_row(*(_mark(text) for text in row))
         console.print(table)
     console.print(FOOTNOTE, style="dim")
 
 
-def _marked(text: str) -> str:
+def _mark(text: str) -> str:
     states = ("missed", "wrong", "error")
     return f"[red]{escape(text)}[/red]" if text.rsplit(" ", maxsplit=1)[-1] in states else escape(text)
 

@@ -66,7 +66,7 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         jac(x)
         steps: dict[str, Callable[[], object]] = {OWN: step_through(jac, x), WHOLE: lambda: whole(x)}
         steps |= {name: step_through(way(func), x) for name, way in WAYS.items()}
-        entrants = [_checked(name, step, parameters, truth) for name, step in steps.items()]
+        entrants = [_check(name, step, parameters, truth) for name, step in steps.items()]
         own, planned, *ways = race_with_best(entrants[:2], entrants[2:], x.device, settings, DEFAULT)
         facts: Facts = {"kind": workload.kind, "B": workload.batch, "n": workload.n, "m": workload.m}
         facts |= {PLAN: str(jac.plan(x)), f"{PLAN} of {WHOLE}": str(whole.plan(x)), FIRST: first}
@@ -89,5 +89,5 @@ def moves_jacobian(func: nn.Module, name: str, x: Tensor) -> bool:
     return found is not None
 
 
-def _checked(name: str, step: Callable[[], object], parameters: Sequence[Tensor], truth: Tensor) -> Entrant:
+def _check(name: str, step: Callable[[], object], parameters: Sequence[Tensor], truth: Tensor) -> Entrant:
     return admit(name, step, truth, gradients_after(step, parameters))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _decorated(*decorators: Decorator) -> Decorator:
+def _decorate(*decorators: Decorator) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -40,7 +40,7 @@ def _decorated(*decorators: Decorator) -> Decorator:
 
 store_option = click.option("--store", "location", help="Path or URL of the plan store; by default AUTOJAC_STORE.")
 
-call_options = _decorated(
+call_options = _decorate(
     click.argument("target"),
     click.option(
         "--shape",
@@ -73,7 +73,7 @@ call_options = _decorated(
     click.option("--threads", type=click.IntRange(1), help="CPU threads; by default as many as torch takes."),
 )
 
-search_options = _decorated(
+search_options = _decorate(
     click.option(
         "--effort", type=click.Choice(EFFORTS), default="quick", show_default=True, help="How hard to search."
     ),

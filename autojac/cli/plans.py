@@ -44,7 +44,7 @@ def list_plans(location: str | None, as_json: bool) -> None:
       autojac plans list
       autojac plans list --store cache/autojac.db --json
     """
-    store = _opened(location)
+    store = _open(location)
     rows = store.listing()
     if as_json:
         click.echo(json.dumps([_brief(row) for row in rows], indent=2))
@@ -67,7 +67,7 @@ def show_plan(number: int, location: str | None, as_json: bool) -> None:
     Example:
       autojac plans show 1
     """
-    row = _opened(location).get(number)
+    row = _open(location).get(number)
     if as_json:
         click.echo(json.dumps(_whole(row), indent=2))
         return
@@ -107,7 +107,7 @@ def remove_plans(numbers: tuple[int, ...], everything: bool, location: str | Non
     """
     if bool(numbers) == everything:
         raise click.UsageError("the IDs of plans were expected, as `autojac plans list` shows them, or --all")
-    store = _opened(location)
+    store = _open(location)
     if everything:
         count = len(store.listing())
         if count:
@@ -153,7 +153,7 @@ def show(table: Table) -> None:
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def _opened(location: str | None) -> PlanStore:
+def _open(location: str | None) -> PlanStore:
     from autojac.store import PlanStore
 
     return PlanStore(location)

@@ -25,16 +25,16 @@ def current_autocast() -> Autocast:
 
 def outside_autocast() -> AbstractContextManager[None]:
     """Turn autocast off, so that what is computed keeps the precision of its arguments."""
-    return _turned(current_autocast(), False) if is_any_autocast_enabled() else _nothing
+    return _turn(current_autocast(), False) if is_any_autocast_enabled() else _nothing
 
 
 def inside_autocast(autocast: Autocast) -> AbstractContextManager[None]:
     """Turn autocast on as it was."""
-    return _turned(autocast, True)
+    return _turn(autocast, True)
 
 
 @contextmanager
-def _turned(autocast: Autocast, on: bool) -> Iterator[None]:
+def _turn(autocast: Autocast, on: bool) -> Iterator[None]:
     # not torch.autocast, which clears the caller's cache of converted weights at the outermost exit
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind, _ in autocast]
     try:

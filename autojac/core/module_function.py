@@ -125,7 +125,7 @@ class ModuleFunction:
             named = self.module.named_parameters()
             found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
             if self.names is not None:
-                found = _chosen(self.module, found, self.names)
+                found = _choose(self.module, found, self.names)
         for name, parameter in found.items():
             if parameter.is_complex():
                 raise InputError(
@@ -174,7 +174,7 @@ class ModuleFunction:
         return output if self.select is None else (pick(output, self.select), output)
 
 
-def _chosen(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+def _choose(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
     """Return the parameters that patterns name, by any of the names that tied ones have."""
     every = dict(module.named_parameters(remove_duplicate=False))
     chosen: set[int] = set()

@@ -77,7 +77,7 @@ def why_constant(value: Any, above: tuple[Any, ...] = ()) -> str | None:
     for name in getattr(value, "__dict__", ()):
         if name not in fields and not isinstance(getattr(kind, name, None), functools.cached_property):
             return f"{kind.__name__} holds {name!r} besides its fields"
-    for leaf in _held(value):
+    for leaf in _held_values(value):
         if why := why_constant(leaf, (*above, value)):
             return why
     return None
@@ -94,7 +94,7 @@ def _field_names(kind: Any) -> tuple[str, ...]:
     return names
 
 
-def _held(value: Any) -> list[Any]:
+def _held_values(value: Any) -> list[Any]:
     held = [getattr(value, name, None) for name in _field_names(type(value))]
     return held if all([_is_plain(part) for part in held]) else of_torch.tree_leaves(held)
 
@@ -105,7 +105,7 @@ def _is_plain(value: Any) -> bool:
 
 def _holds_tensors(value: Any, above: tuple[Any, ...] = ()) -> bool:
     path = (*above, value)
-    for leaf in _held(value):
+    for leaf in _held_values(value):
         if isinstance(leaf, Tensor):
             return True
         if _is_dataclass(leaf) and all([leaf is not one for one in path]) and _holds_tensors(leaf, path):
@@ -117,10 +117,10 @@ def with_records(tree: Any, every: bool = False) -> Any:
     """Return a nest with `Record` in the place of dataclasses."""
     if _is_plain(tree):
         return tree
-    return _recorded(tree, *of_torch.tree_flatten(tree), every)
+    return _record(tree, *of_torch.tree_flatten(tree), every)
 
 
-def _recorded(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False) -> Any:
+def _record(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False) -> Any:
     found = [is_record(leaf, every) for leaf in leaves]
     if not any(found):
         return tree
@@ -130,7 +130,7 @@ def _recorded(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False)
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of a nest, and how they are nested."""
     leaves, spec = of_torch.tree_flatten(tree)
-    recorded = _recorded(tree, leaves, spec)
+    recorded = _record(tree, leaves, spec)
     return (leaves, spec) if recorded is tree else of_torch.tree_flatten(recorded)
 
 

@@ -74,7 +74,7 @@ class NestCopies:
         for place, _ in found:
             original = self._original_place[id(place)]
             if self._copies_of[id(original)] > 1:
-                raise _found_twice(original)
+                raise _twice_error(original)
         return found
 
     def require_alone(self, others: Callable[[], Iterable[Any]]) -> None:
@@ -92,7 +92,7 @@ class NestCopies:
             known = {id(place) for place in others()}
             for original in touched:
                 if id(original) in known:
-                    raise _found_twice(original)
+                    raise _twice_error(original)
 
     def write_back(self) -> None:
         """Set in the originals what func has set in the copies."""
@@ -116,7 +116,7 @@ class NestCopies:
         return pytree.tree_unflatten([known.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
-def _found_twice(place: Any) -> MutationError:
+def _twice_error(place: Any) -> MutationError:
     return MutationError(
         f"func sets something in a {type(place).__name__} that is passed to it twice, or passed and held by func as "
         "well, one of them as a copy. Let func reach it in one way, or return what it sets as aux with has_aux=True"
@@ -208,7 +208,7 @@ def find_settable_places(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]
     """Return the places that func may set through these objects, and the tensors that it may read or write there."""
     places: list[Any] = []
     tensors: list[Tensor] = []
-    for value, within in _visited(values):
+    for value, within in _visit(values):
         places += within
         if isinstance(value, Tensor):
             tensors.append(value)
@@ -223,7 +223,7 @@ def contents_of(values: Iterable[Any]) -> tuple[int, tuple[float, ...]]:
     """Return a hash of what objects hold besides tensors, types, names and constants, and apart from it the floats."""
     tokens: list[Any] = []
     numbers: list[float] = []
-    for value, within in _visited(values):
+    for value, within in _visit(values):
         tokens.append(type(value))
         if type(value) is float:
             numbers.append(value)
@@ -241,7 +241,7 @@ def _is_leaf(value: Any) -> bool:
     return type(value).__module__ == "numpy" or leaf_tokens(value) is not None
 
 
-def _visited(values: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
+def _visit(values: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Yield each object that these are or lead to, always in the same order, with the places in it."""
     known: dict[int, Any] = {}
     todo = list(values)

@@ -58,7 +58,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     if notes.reason:
         raise UnsupportedError(notes.reason)
     _require_plain(notes, values)
-    operations, unseen = _reconnected(notes)
+    operations, unseen = _reconnect(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}
     whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
     kept = [operations[place] for place in whole.find_needed(outputs, frozenset(notes.inputs))]
@@ -78,7 +78,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=notes.marks, drawn=drawn)
 
 
-def _reconnected(notes: Notes) -> tuple[list[Operation], set[int]]:
+def _reconnect(notes: Notes) -> tuple[list[Operation], set[int]]:
     """Return the operators, with what autograd saved and brought back as what it was: recorded are detached copies.
 
     Returns:

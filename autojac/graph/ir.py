@@ -53,8 +53,8 @@ class Operation:
 
     def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
         """Return what it returns, one entry for each of `outputs`."""
-        kwargs = {name: _filled(value, env) for name, value in self.kwargs.items()}
-        made = self.target(*_filled(self.args, env), **kwargs)
+        kwargs = {name: _fill(value, env) for name, value in self.kwargs.items()}
+        made = self.target(*_fill(self.args, env), **kwargs)
         parts = made if self.many else (made,)
         return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.detached else parts
 
@@ -129,7 +129,7 @@ class Graph:
     @functools.cached_property
     def exact(self) -> object:
         """What graphs have in common that differ in tensors alone, to be compared."""
-        parts = [(op.target, _frozen((op.args, tuple(op.kwargs.items()))), op.detached) for op in self.operations]
+        parts = [(op.target, _freeze((op.args, tuple(op.kwargs.items()))), op.detached) for op in self.operations]
         return parts, [op.outputs for op in self.operations], self.inputs, self.outputs, tuple(self.constants)
 
     @functools.cached_property
@@ -182,12 +182,12 @@ def references(value: Any) -> Iterator[int]:
             yield from references(part)
 
 
-def _filled(value: Any, env: Mapping[int, Tensor]) -> Any:
+def _fill(value: Any, env: Mapping[int, Tensor]) -> Any:
     kind = type(value)
     if kind is Value:
         return env[value.number]
     if kind is tuple or kind is list:
-        return kind([_filled(part, env) for part in value])
+        return kind([_fill(part, env) for part in value])
     return value
 
 
@@ -200,10 +200,10 @@ def _shape_of(value: Any) -> Any:
     return float if isinstance(value, (float, complex)) else value
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     """Return an argument such that equal ones do the same: 1 is not True, and 0.0 is not -0.0."""
     if type(value) is Value:
         return value
     if isinstance(value, (tuple, list)):
-        return tuple([_frozen(part) for part in value])
+        return tuple([_freeze(part) for part in value])
     return (type(value), repr(value)) if isinstance(value, (bool, int, float, complex)) else value

@@ -131,7 +131,7 @@ class Snapshot:
             if id(place) in known:
                 continue
             known.add(id(place))
-            copy = _copied(place)
+            copy = _copy(place)
             self.places.append(place)
             self.copies.append(copy)
             # one that the call before has made is reached in no other way
@@ -139,13 +139,13 @@ class Snapshot:
 
     def find_changes(self) -> list[Any]:
         """Return the places that hold something else now."""
-        return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copied(place))]
+        return [place for place, copy in zip(self.places, self.copies, strict=True) if not _same(copy, _copy(place))]
 
     def differences(self) -> list[tuple[Any, Any]]:
         """Return each place and key that holds another object now; the key is None where a place has no keys."""
         found: list[tuple[Any, Any]] = []
         for place, copy in zip(self.places, self.copies, strict=True):
-            if _same(copy, _copied(place)):
+            if _same(copy, _copy(place)):
                 continue
             if not isinstance(copy, dict):
                 found.append((place, None))
@@ -166,7 +166,7 @@ class Snapshot:
                 for leaf in pytree.tree_leaves((copy[name], value))
             )
             for place, copy in zip(self.places, self.copies, strict=True)
-            if not _same(copy, _copied(place))
+            if not _same(copy, _copy(place))
         )
 
     def without_graph(self) -> None:
@@ -185,13 +185,13 @@ class Snapshot:
         """Put back the contents; return the places that held something else."""
         changed = []
         for place, copy in zip(self.places, self.copies, strict=True):
-            if not _same(copy, _copied(place)):
+            if not _same(copy, _copy(place)):
                 changed.append(place)
                 replace_contents(place, copy)
         return changed
 
 
-def _copied(place: Any) -> Any:
+def _copy(place: Any) -> Any:
     if isinstance(place, MutableMapping):
         return dict(place)
     return set(place) if isinstance(place, MutableSet) else list(place)

@@ -64,7 +64,7 @@ def names_used(code: types.CodeType) -> NamesUsed:
 
 @functools.lru_cache(maxsize=4096)
 def _names_used(key: ByIdentity) -> NamesUsed:
-    codes = tuple(_nested(key.code))
+    codes = tuple(_nested_code(key.code))
     scope: set[str] = set()
     attributes: set[str] = set()
     imported: set[tuple[int, str, tuple[str, ...]]] = set()
@@ -101,11 +101,11 @@ def _is_called(step: dis.Instruction) -> bool:
     return flagged and bool((step.arg or 0) & 1)
 
 
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+def _nested_code(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            yield from _nested(const)
+            yield from _nested_code(const)
 
 
 def strings_in(consts: tuple[Any, ...]) -> Iterator[str]:

@@ -229,7 +229,7 @@ class _Draft:
         )
 
     def function(self) -> Callable[[], bool]:
-        code = _compiled(tuple(self.terms), len(self._cells))
+        code = _compile(tuple(self.terms), len(self._cells))
         cells = tuple(self._cells[int(name[1:])] for name in code.co_freevars)
         # by its module it is known for autojac's own, where a wrapper differentiates what another wrapper gives
         scope = {"__builtins__": _BUILTINS, "__name__": __name__}
@@ -237,7 +237,7 @@ class _Draft:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(terms: tuple[str, ...], variables: int) -> types.CodeType:
+def _compile(terms: tuple[str, ...], variables: int) -> types.CodeType:
     """Compile the function. Its code names no objects, so that it serves all lists of places of the same kinds."""
     names = ", ".join(f"v{number}" for number in range(variables))
     lines = [

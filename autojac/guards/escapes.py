@@ -73,8 +73,8 @@ class Monitor(TorchFunctionMode):
             if excluded_keys().has(_PYTHON):
                 self.escaped = self.escaped or name
         elif name == "tolist" and _is_readable(args[0]) and args[0].numel() <= MOST_LISTED:
-            return _listed(args[0])
-        elif read := _read_below(name, args, kwargs):
+            return _to_list(args[0])
+        elif read := _tensors_read_below(name, args, kwargs):
             if not all(map(_shows, read)):
                 self.escaped = self.escaped or name
         elif name in ESCAPES:
@@ -109,7 +109,7 @@ class Monitor(TorchFunctionMode):
         return name if unseen else ""
 
 
-def _read_below(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _tensors_read_below(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors of integers that a function of `READ_BELOW` reads."""
     if name == "sparse_coo_tensor" and (len(args) > 2 or kwargs.get("size") is not None):
         return []  # the size follows from the indices only where it is not given
@@ -139,9 +139,9 @@ def _is_readable(tensor: Tensor) -> bool:
     return not is_wrapped_by_transform(tensor)
 
 
-def _listed(tensor: Tensor) -> Any:
+def _to_list(tensor: Tensor) -> Any:
     """Return what `tolist` does, by an operator for each entry."""
-    return [_listed(part) for part in tensor.detach().unbind()] if tensor.dim() else tensor.item()
+    return [_to_list(part) for part in tensor.detach().unbind()] if tensor.dim() else tensor.item()
 
 
 def _holds_tensor(value: Any, inside: bool = False) -> bool:

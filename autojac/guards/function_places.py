@@ -148,7 +148,7 @@ class FunctionPlaces(Walk):
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
         if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
             self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
-        for name in _imported(uses, scope):
+        for name in _imported_modules(uses, scope):
             # one that is not there yet is listed as absent
             self._place(Names(sys.modules, "module {}", (name,)))
             if name in sys.modules:
@@ -227,7 +227,7 @@ def _shows_in_runs(value: Any, name: str, uses: NamesUsed) -> bool:
     return isinstance(value, types.BuiltinFunctionType) and name not in uses.values and bool(c_reason(value))
 
 
-def _imported(uses: NamesUsed, scope: Mapping[str, Any]) -> Iterator[str]:
+def _imported_modules(uses: NamesUsed, scope: Mapping[str, Any]) -> Iterator[str]:
     """Return the full names of the modules that a function imports as it runs."""
     for level, name, parts in uses.imported:
         full = name

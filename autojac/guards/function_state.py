@@ -103,7 +103,7 @@ class FunctionState:
             new = [code for code in ran if id(code) not in known]
             if not new and not (fresh and present.guard.reason):
                 return False
-            guard = self._made_guard(new)
+            guard = self._make_guard(new)
             reached = {id(code) for code in guard.codes}
             new = [code for code in new if id(code) in reached]
             if not new and bool(guard.reason) == bool(present.guard.reason):
@@ -118,7 +118,7 @@ class FunctionState:
             self._unread |= set(names)
             if not self._write_only.issuperset(spots):
                 self._write_only |= frozenset(spots)
-                self._replace(self._made_guard())
+                self._replace(self._make_guard())
 
     def where_read(self, name: str, kind: type | None = None) -> str:
         """Return where a variable or attribute is read; empty if nowhere.
@@ -142,9 +142,9 @@ class FunctionState:
         self._all_ran |= {id(code): code for code in ran}
         if self._write_only and any(self.where_read(name) for name in self._unread):
             self._write_only = frozenset()
-            self._replace(self._made_guard())
+            self._replace(self._make_guard())
 
-    def _made_guard(self, new: Collection[types.CodeType] = ()) -> Guard:
+    def _make_guard(self, new: Collection[types.CodeType] = ()) -> Guard:
         return Guard(self.func, (*self._ran, *new), self._write_only, tuple(self._all_ran.values()))
 
     def _replace(self, guard: Guard) -> None:
@@ -263,7 +263,7 @@ class FunctionState:
         return change
 
     def _enter(self, change: Change | None) -> None:
-        guard = self._made_guard()
+        guard = self._make_guard()
         self._numbers += 1
         kind = self._numbers if change is None else self._kind(change)
         self._states.append(KnownState(guard, self._numbers, kind, list(guard.tensors)))

@@ -43,7 +43,7 @@ class LibraryPlaces(FunctionPlaces):
         elif kind.__module__ == "pybind11_builtins":
             pass  # what stands behind functions made in C++ holds nothing else
         elif isinstance(obj, functools._lru_cache_wrapper):
-            self._cached(obj)
+            self._list_cache(obj)
         else:
             return False
         return True
@@ -66,7 +66,7 @@ class LibraryPlaces(FunctionPlaces):
         state = _of_thread(obj)
         self._place(Fields(obj, "{} of a thread-local object", (("class", type), ("state", _of_thread))))
         self._place(Items(state, f"attribute {{}} of {kind.__name__}"))
-        self._named("thread-local", kind=kind, state=dict(state))
+        self._walk_named("thread-local", kind=kind, state=dict(state))
 
     def _logger(self, logger: logging.Logger) -> None:
         """List what decides whether a logger writes a line; where the lines go is nobody's result."""
@@ -77,9 +77,9 @@ class LibraryPlaces(FunctionPlaces):
             self._place(Items(vars(above), "{} of a logger"))
             above = above.parent
 
-    def _cached(self, function: Any) -> None:
+    def _list_cache(self, function: Any) -> None:
         """List what an `lru_cache` keeps: results that were computed earlier, perhaps of other globals."""
-        self._named("cached", function=function.__wrapped__)
+        self._walk_named("cached", function=function.__wrapped__)
         if is_core(function.__wrapped__.__module__):
             return
         todo, known = [function], {id(vars(function)), id(function.__wrapped__)}

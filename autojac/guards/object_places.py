@@ -88,11 +88,11 @@ class ObjectPlaces(LibraryPlaces):
                 self.refuse("it holds a weak reference to what nothing else of it holds")
                 self.visit(referent)
 
-    def _named(self, label: str, /, **parts: Any) -> None:
+    def _walk_named(self, label: str, /, **parts: Any) -> None:
         for part in parts.values():
             if isinstance(part, Tensor):
                 self._place(FixedTensor(None, label, part))
-        super()._named(label, **parts)
+        super()._walk_named(label, **parts)
 
     def _give_up(self, kind: type) -> None:
         self.refuse(f"it holds a {kind.__module__}.{kind.__qualname__}, whose state can't be compared")
@@ -123,7 +123,7 @@ class ObjectPlaces(LibraryPlaces):
         elif isinstance(obj, functools.partial):
             self._place(Fields(obj, f"{{}} of {self.called.get(id(obj), 'a partial')}", _PARTS))
             self._place(Items(vars(obj), "attribute {} of a partial"))
-            self._named("partial", function=obj.func, args=obj.args, keywords=obj.keywords)
+            self._walk_named("partial", function=obj.func, args=obj.args, keywords=obj.keywords)
             self.visit(vars(obj))
         else:
             super()._dispatch(obj, kind)
@@ -270,12 +270,12 @@ class ObjectPlaces(LibraryPlaces):
             self._place(Fields(obj, f"attribute {{}} of {name}", fields + slots))
         super()._instance(obj, kind)
 
-    def _reduced(self, obj: Any, kind: type) -> None:
+    def _walk_reduced(self, obj: Any, kind: type) -> None:
         if isinstance(obj, operator.methodcaller) and ESCAPES & set(obj.__reduce__()[1]):
             self.refuse("it may read values of a tensor")
         if not _immutable(kind):
             self._give_up(kind)
-        super()._reduced(obj, kind)
+        super()._walk_reduced(obj, kind)
 
 
 def _immutable(kind: type) -> bool:

@@ -91,7 +91,7 @@ class Walk:
             else:
                 self._tensor(obj)
         elif hasattr(kind, "__autojac_reach__"):  # what a wrapper is made of, without what it learns as it runs
-            self._named("wrapper", name=kind.__qualname__, **obj.__autojac_reach__())
+            self._walk_named("wrapper", name=kind.__qualname__, **obj.__autojac_reach__())
         elif isinstance(obj, torch.nn.Module):
             self._module(obj)
         elif isinstance(obj, types.FunctionType):
@@ -99,27 +99,27 @@ class Walk:
         elif isinstance(obj, type):
             self._class(obj)
         elif isinstance(obj, types.MethodType):
-            self._named("method", function=obj.__func__, instance=obj.__self__)
+            self._walk_named("method", function=obj.__func__, instance=obj.__self__)
         elif isinstance(obj, (functools.partial, functools.partialmethod)):
-            self._named("partial", function=obj.func, args=obj.args, keywords=dict(sorted(obj.keywords.items())))
+            self._walk_named("partial", function=obj.func, args=obj.args, keywords=dict(sorted(obj.keywords.items())))
         elif isinstance(obj, C_CALLABLES):
             self._c_callable(obj)
         elif isinstance(obj, (dict, types.MappingProxyType, list, tuple, set, frozenset, deque)):
             self._container(obj, kind)
         elif isinstance(obj, (staticmethod, classmethod)):
-            self._named(kind.__name__, function=obj.__func__)
+            self._walk_named(kind.__name__, function=obj.__func__)
         elif isinstance(obj, property):
-            self._named("property", get=obj.fget, set=obj.fset, delete=obj.fdel)
+            self._walk_named("property", get=obj.fget, set=obj.fset, delete=obj.fdel)
         elif isinstance(obj, (types.GenericAlias, types.UnionType)):  # an annotation, which can't change
-            self._named("alias", origin=getattr(obj, "__origin__", None), args=obj.__args__)
+            self._walk_named("alias", origin=getattr(obj, "__origin__", None), args=obj.__args__)
         elif isinstance(obj, weakref.ref):
-            self._named("weak", referent=obj())
+            self._walk_named("weak", referent=obj())
         elif isinstance(obj, slice):
-            self._named("slice", start=obj.start, stop=obj.stop, step=obj.step)
+            self._walk_named("slice", start=obj.start, stop=obj.stop, step=obj.step)
         else:
             self._instance(obj, kind)
 
-    def _named(self, label: str, /, **parts: Any) -> None:
+    def _walk_named(self, label: str, /, **parts: Any) -> None:
         self.emit(label, len(parts))
         for name, part in parts.items():
             self.emit(name)
@@ -170,7 +170,7 @@ class Walk:
     def _function(self, function: types.FunctionType) -> None:
         original = vars(function).get("_torchdynamo_orig_callable")
         if original is not None:  # made by torch.compile
-            self._named("compiled", function=original)
+            self._walk_named("compiled", function=original)
             return
         code = function.__code__
         # Not function.__module__: functools.wraps gives a library's wrapper the name of what it wraps.
@@ -181,7 +181,7 @@ class Walk:
         else:
             self._code(code)
             self._globals(code_names(code), function.__globals__)
-            self._named("defaults", args=function.__defaults__, keywords=function.__kwdefaults__)
+            self._walk_named("defaults", args=function.__defaults__, keywords=function.__kwdefaults__)
             self._mapping("attributes", sorted(vars(function).items()))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
             self.emit("cell", name)
@@ -251,7 +251,7 @@ class Walk:
         items = contents(obj)
         self.emit("container", home_of(kind), kind.__qualname__, len(items))
         if kind.__module__ != "builtins":  # a subclass may do more than hold
-            self._named("subclass", kind=kind, state=getattr(obj, "__dict__", None))
+            self._walk_named("subclass", kind=kind, state=getattr(obj, "__dict__", None))
             self.visit(getattr(obj, "default_factory", None))
         if isinstance(obj, (dict, types.MappingProxyType)):
             self._mapping("items", items)
@@ -274,18 +274,18 @@ class Walk:
 
     def _instance(self, obj: Any, kind: type) -> None:
         if fields := followed_fields(kind):
-            self._named(kind.__qualname__, **{name: getattr(obj, name, None) for name in fields})
+            self._walk_named(kind.__qualname__, **{name: getattr(obj, name, None) for name in fields})
             return
         state = getattr(obj, "__dict__", None)
         if state is None and not slots(kind):
-            self._reduced(obj, kind)
+            self._walk_reduced(obj, kind)
             return
         self.emit("instance")
         self.visit(kind)
         held = {name: getattr(obj, name) for name in slots(kind) if hasattr(obj, name)}
         self._mapping("state", sorted({**held, **(state or {})}.items(), key=lambda item: str(item[0])))
 
-    def _reduced(self, obj: Any, kind: type) -> None:
+    def _walk_reduced(self, obj: Any, kind: type) -> None:
         # operator.itemgetter, re.Pattern, Decimal, ...: what pickle would write is all they hold.
         iterates = hasattr(kind, "__next__")  # what it yields next differs from call to call
         if iterates or not is_library(kind.__module__) or kind.__module__.startswith(("torch", "numpy.random")):

@@ -72,7 +72,7 @@ class Bottleneck(Method):
         unrecorded = why_unrecorded(problem)
         if unrecorded:
             return unrecorded
-        if self._found(problem) is None:
+        if self._find(problem) is None:
             return "nothing between inputs and outputs is narrower than they are"
         return super().unsupported(problem)
 
@@ -81,7 +81,7 @@ class Bottleneck(Method):
         for first in (cls(cuts=cuts, sides=sides) for sides in ("either", "pull") for cuts in ("one", "several")):
             if first.unsupported(problem) is not None:
                 continue
-            found = first._found(problem)
+            found = first._find(problem)
             assert found is not None
             if first.sides == "pull":
                 if depth or (problem.differentiable and problem.forward_once(recorded=True)):
@@ -92,12 +92,12 @@ class Bottleneck(Method):
                 if found.width > 16:
                     yield dataclasses.replace(first, engine=engine, chunk=16)
 
-    def _found(self, problem: Problem) -> Accumulation | None:
+    def _find(self, problem: Problem) -> Accumulation | None:
         analysis = problem.analysis
         return analysis.chain(self.cuts == "several", self.sides == "either") if analysis is not None else None
 
     def cost(self, problem: Problem) -> float:
-        found = self._found(problem)
+        found = self._find(problem)
         if found is None:
             return float("inf")
         machine, passes = problem.machine, sum(sweep.passes for sweep in sweeps(found.tree))
@@ -108,7 +108,7 @@ class Bottleneck(Method):
         return cutting_cost(problem) + swept + products
 
     def workspace(self, problem: Problem) -> int:
-        found = self._found(problem)
+        found = self._find(problem)
         if found is None:
             return 0
         factors = problem.item_bytes * problem.batch * found.width * (problem.in_size + problem.out_size)
@@ -170,8 +170,8 @@ class _Accumulator:
 
     def _product(self, way: ChainProduct, late: Factor, early: Factor) -> Factor:
         # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
-        left = {t: _joined([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
-        right = {s: _joined([early[h, s] for h in way.cut], 1) for s in way.sources}
+        left = {t: _join([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
+        right = {s: _join([early[h, s] for h in way.cut], 1) for s in way.sources}
         made = {(t, s): left[t] @ right[s].to(left[t].dtype) for t in left for s in right}
         return made | {(t, s): early[t, s] for t in way.targets if t in way.cut for s in right}
 
@@ -231,6 +231,6 @@ class _Accumulator:
         return each(run, coordinates(tensor, self.states[number], self.batch), self.method.chunk)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
     # torch copies a single one too
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

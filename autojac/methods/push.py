@@ -52,7 +52,7 @@ class Push(Method):
     def candidates(cls, problem: Problem, depth: int) -> Iterator[Self]:
         kind: SeedKind = "shared" if problem.structure.independent else "identity"
         yield cls(kind, "loop")
-        count = max(seeds.size(cls._seeded(problem, position, kind)) for position in problem.inputs)
+        count = max(seeds.size(cls._seed_shape(problem, position, kind)) for position in problem.inputs)
         for chunk in chunk_sizes(problem, count, depth):
             yield cls(kind, "vmap", chunk)
 
@@ -66,10 +66,10 @@ class Push(Method):
         return step * problem.seed_bytes
 
     def _seed_count(self, problem: Problem) -> int:
-        return sum(seeds.size(self._seeded(problem, position, self.seeds)) for position in problem.inputs)
+        return sum(seeds.size(self._seed_shape(problem, position, self.seeds)) for position in problem.inputs)
 
     @staticmethod
-    def _seeded(problem: Problem, position: int, kind: SeedKind) -> tuple[int, ...]:
+    def _seed_shape(problem: Problem, position: int, kind: SeedKind) -> tuple[int, ...]:
         """Return the shape whose elements are numbered by the seeds of one input."""
         leaf = problem.leaves[position]
         return leaf.event_shape if kind == "shared" else leaf.shape
@@ -104,7 +104,7 @@ class Push(Method):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return all values, and the Jacobian of each output with respect to one input."""
         leaf = problem.leaves[position]
-        shape = self._seeded(problem, position, self.seeds)
+        shape = self._seed_shape(problem, position, self.seeds)
         count = seeds.size(shape)
         whole_batch = self.seeds == "identity" and leaf.batched
         tangents = made(order, shape, problem.batch, inputs[order]) if leaf.batched and not whole_batch else None

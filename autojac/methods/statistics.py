@@ -56,7 +56,7 @@ class Statistics(Method):
         unrecorded = why_unrecorded(problem)
         if unrecorded:
             return unrecorded
-        found = self._found(problem)
+        found = self._find(problem)
         if found is None:
             return "samples meet elsewhere than in tensors that all of them share"
         return self._obstacle(found) or super().unsupported(problem)
@@ -81,7 +81,7 @@ class Statistics(Method):
                 yield cls(method.local, "vmap", 16)
                 yield cls(method.local, "loop")
 
-    def _found(self, problem: Problem) -> SharedTensors | None:
+    def _find(self, problem: Problem) -> SharedTensors | None:
         analysis = problem.analysis
         if analysis is None:
             return None
@@ -89,7 +89,7 @@ class Statistics(Method):
 
     def passes(self, problem: Problem) -> int:
         """Return how many seeds are pulled and pushed."""
-        found = self._found(problem)
+        found = self._find(problem)
         size = found.size if found is not None else problem.out_size * problem.batch
         if self.local == "copies":
             return problem.out_size + size

@@ -78,7 +78,7 @@ def inspect_first_call(
     """
     captured, differentiable = call.captured, call.is_differentiable
     trained = [tensor for tensor in captured.tensors if tensor.requires_grad and tensor.is_leaf]
-    passed = _passed(call)
+    passed = _passed_tensors(call)
     sandbox = Sandbox([*captured.tensors, *passed], None, captured.places, trained)
     fn: Flat = call.layout.fn
     earlier = EarlierValues()
@@ -93,7 +93,7 @@ def inspect_first_call(
         sandbox = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
         first = _undrawn(call, sandbox)
     if sandbox.kept:
-        first, sandbox = _kept(call, first, sandbox)
+        first, sandbox = _report_kept(call, first, sandbox)
     if sandbox.state:
         fn, first = _drawing(call, first, sandbox, options.randomness)
     if call.settable is not None and call.settable.are_changed:
@@ -109,7 +109,7 @@ def inspect_first_call(
     return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
 
 
-def _passed(call: Call) -> list[Tensor]:
+def _passed_tensors(call: Call) -> list[Tensor]:
     """Return the tensors that a call passes by keyword or in objects, which func gets themselves."""
     if not call.keywords:
         return []
@@ -150,7 +150,7 @@ def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None)
     return dataclasses.replace(first, effects=effects)
 
 
-def _kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sandbox]:
+def _report_kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sandbox]:
     """Report a call that keeps something, and return the sandbox for later ones.
 
     A cache is filled and a module initialised for good, as by the plain call that this call stands for.

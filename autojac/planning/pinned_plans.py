@@ -51,7 +51,7 @@ def pin(plans: PlanStore | str | os.PathLike[str] | None) -> str:
     _pinned.pop(_HERE, None)
     if plans is None:
         return ""
-    store = _opened(plans)
+    store = _open(plans)
     digest = _digest(store)
     _pinned[_HERE] = store
     return digest
@@ -65,11 +65,11 @@ def pinned_store() -> PlanStore | None:
     if not told:
         return None
     if told not in _pinned:
-        _pinned[told] = _opened(told)
+        _pinned[told] = _open(told)
     return _pinned[told]
 
 
-def _opened(plans: PlanStore | str | os.PathLike[str]) -> PlanStore:
+def _open(plans: PlanStore | str | os.PathLike[str]) -> PlanStore:
     from autojac.store import PlanStore  # SQLAlchemy takes 0.2 s to load
 
     if isinstance(plans, PlanStore):

@@ -125,7 +125,7 @@ class PlanRepository:
         }
         digest = digest or fingerprint(self.func, options.version)
         # Without the module: what a script defines as `__main__`, others import by the name of its file.
-        operation = operation_key(_named(self.func).__qualname__, digest, signature, chosen)
+        operation = operation_key(_name(self.func).__qualname__, digest, signature, chosen)
         return operation, environment_key(signature.leaves[0].device)
 
     def machine(self, env: Key, device: str, measure: bool = False) -> Machine:
@@ -167,7 +167,7 @@ def function_name(func: Callable[..., Any]) -> str:
         return f"Sequential({', '.join(kinds if len(kinds) < 5 else [*kinds[:2], '...', kinds[-1]])})"
     if isinstance(func, types.MethodType) and isinstance(func.__self__, type):  # as a Function's apply
         return f"{function_name(func.__self__)}.{func.__name__}"
-    named = _named(func)
+    named = _name(func)
     home = getattr(named, "__module__", None) or "?"
     if named.__qualname__.endswith("<lambda>"):
         return f"lambda at {Path(func.__code__.co_filename).name}:{func.__code__.co_firstlineno}"
@@ -175,5 +175,5 @@ def function_name(func: Callable[..., Any]) -> str:
     return str(name) if home in ("__main__", "builtins") else f"{home}.{name}"
 
 
-def _named(func: Callable[..., Any]) -> Any:
+def _name(func: Callable[..., Any]) -> Any:
     return func if hasattr(func, "__qualname__") else type(func)

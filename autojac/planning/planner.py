@@ -98,7 +98,7 @@ class Planner:
             if before is not None and not force and not self.known.is_too_poor(before, wanted):
                 known = self._apply(call, report, before)
                 if known is not None:
-                    return self._explored(known, before, wanted)
+                    return self._explore(known, before, wanted)
                 before = None
             self.known.require_allowed(report, force)
             online = self.options.on_miss == "online" and effort is None and wanted != "estimate"
@@ -107,7 +107,7 @@ class Planner:
             if not online:
                 return self._search(probed, wanted, budget_s, before)
             made = self._search(probed, "estimate", budget_s, before, goal=wanted)
-            return self._explored(made, made.plan, wanted)
+            return self._explore(made, made.plan, wanted)
 
     def recover(self, plan: PreparedPlan, call: Call, reason: str, structure: bool = True) -> PreparedPlan:
         """Return a plan in place of one that was just caught being wrong.
@@ -126,9 +126,9 @@ class Planner:
             if structure and (found.structure.independent or same):
                 found = dataclasses.replace(found, structure=found.structure.refute(f"guard: {reason}"))
             made = self._search(ProbedCall(call, report, found, start), "estimate")
-            return self._explored(made, made.plan, self.options.effort)
+            return self._explore(made, made.plan, self.options.effort)
 
-    def _explored(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
+    def _explore(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
         """Let the search for a plan that is not the best known to be go on while it is used."""
         unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
         explores = self.options.on_miss == "online" and wanted != "estimate" and pinned_store() is None

@@ -97,7 +97,7 @@ def examine(
                 held[p].numel() // (len(held[p]) if where.batched[p] else 1) for p in differentiated if held[p].numel()
             ]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        return found(_declared(declared, seen, evidence, where.refusal is None, branches))
+        return found(_from_declaration(declared, seen, evidence, where.refusal is None, branches))
     generator = torch.Generator().manual_seed(SEED)
     point, structure = _coupling(call, values, where, analysis, generator, budget_s)
     structure = dataclasses.replace(
@@ -107,7 +107,7 @@ def examine(
         evidence=(*evidence, *structure.evidence),
         branches=branches,
     )
-    return found(_featured(structure, point, differentiated, generator, budget_s))
+    return found(_add_features(structure, point, differentiated, generator, budget_s))
 
 
 class _Where(NamedTuple):
@@ -199,7 +199,7 @@ def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[in
     return dict.fromkeys(outputs, True) | {output: bool(flat[output].all()) for output in moving}
 
 
-def _declared(
+def _from_declaration(
     declared: Structure, seen: SideEffects, evidence: Sequence[str], sliceable: bool, branches: Branches
 ) -> Structure:
     """Return the structure that the user declares, with what was seen of the function."""
@@ -218,7 +218,7 @@ def _declared(
     )
 
 
-def _featured(
+def _add_features(
     structure: Structure,
     point: ProbePoint,
     differentiated: Sequence[int],

@@ -108,20 +108,20 @@ def resolve_batched(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> t
     sliced_kwargs = pytree.tree_map_only(
         Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, call.kwargs
     )
-    found, refusal = _sliced(call, values, roles)
+    found, refusal = _roles_by_slices(call, values, roles)
     if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(call.kwargs))):
         # keyword arguments go to func as they are, but here slices of them show the roles of the others
-        found, _ = _sliced(call._replace(kwargs=sliced_kwargs), values, roles)
+        found, _ = _roles_by_slices(call._replace(kwargs=sliced_kwargs), values, roles)
     if found is not None:
         return found, refusal
-    return _settled(call, values, roles), refusal
+    return _settle_roles(call, values, roles), refusal
 
 
 def _as_long_as(value: Tensor, batch: int) -> bool:
     return value.layout == torch.strided and value.dim() > 0 and len(value) == batch
 
 
-def _settled(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[bool, ...]:
+def _settle_roles(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[bool, ...]:
     """Return the roles where no slices show them: those of earlier calls, or by which rows of the outputs move."""
     settled, fixed = list(roles.guess), roles.fixed
     carriers = [p for p, has in enumerate(roles.guess) if has and (fixed[p] or call.leaves[p].is_floating_point())]
@@ -156,7 +156,9 @@ def _moves_own_row(call: FlatCall, values: Sequence[Tensor], position: int) -> b
     return first and not rest
 
 
-def _sliced(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[tuple[bool, ...] | None, str | None]:
+def _roles_by_slices(
+    call: FlatCall, values: Sequence[Tensor], roles: Roles
+) -> tuple[tuple[bool, ...] | None, str | None]:
     """Return the roles by which slices give outputs of as many samples, and why these are not slices of the outputs."""
     batch = len(values[0])
     stop = (batch + 1) // 2

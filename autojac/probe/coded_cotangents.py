@@ -125,7 +125,7 @@ class CodedCotangents:
                 return rows, wide
             members = torch.zeros(batch, dtype=torch.bool)
             members[torch.from_numpy(rows[colors == color])] = True
-            owner, alive, single = self._decoded(pullback, weights, members)
+            owner, alive, single = self._decode(pullback, weights, members)
             if self.refusal:
                 return rows, wide
             own = np.flatnonzero(single)
@@ -144,7 +144,7 @@ class CodedCotangents:
             wide = min(wide, 2 * len(open_classes) + 1)
         return rows[np.isin(colors, open_classes)], wide
 
-    def _decoded(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
+    def _decode(self, pullback: Pullback, weights: Sequence[Tensor], members: Tensor) -> tuple[Any, Any, Any]:
         """Return for each sample which one of the class reaches it, whether any does, and whether only one."""
         batch = self.point.batch
         plain = self._pull(pullback, weights, members)

@@ -76,7 +76,7 @@ class PairProbe:
             evidence.append(side.evidence)
             if side.coupled:
                 refusal = "an output depends on side inputs of other samples"
-        evidence.append(_sliced(refusal))
+        evidence.append(_say_if_sliceable(refusal))
         if meet:
             return self._of_coupled(verdicts, refusal, evidence)
         return self._of_independent(verdicts, refusal, evidence)
@@ -111,7 +111,7 @@ class PairProbe:
                 return None
         if any(verdict.coupled for verdict in verdicts):
             return None
-        evidence.append(_sliced(refusal))
+        evidence.append(_say_if_sliceable(refusal))
         proof = confirm(self.proof, analysis, *((point,) if point is whole else (point, whole)))
         return self._independent(verdicts, refusal, evidence, proof)
 
@@ -147,16 +147,16 @@ class PairProbe:
         # what NaN reaches may sleep for another reason, such as a weight that is zero
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
         if awake or several() or self.cost * EVALUATIONS > patience:
-            return self._hinted(shape, verdicts)
+            return self._add_hint(shape, verdicts)
         if not couples_values_only(point, masks, self.generator, patience):
-            return self._hinted(shape, verdicts)
+            return self._add_hint(shape, verdicts)
         line = (
             "values: coupled, derivatives: not; wherever other samples move an output it jumps or is detached, as by a "
             "solver that stops by the whole batch. Taken for independent, but not called on a part of the batch"
         )
         return Structure("independent", "observed", False, evidence=(*shape.evidence, line), depends_on_arguments=True)
 
-    def _hinted(self, shape: Structure, verdicts: Sequence[Verdict]) -> Structure:
+    def _add_hint(self, shape: Structure, verdicts: Sequence[Verdict]) -> Structure:
         """Return the structure with what declaring independence would assume and save, where a loop may look coupled.
 
         A loop that stops, or sizes its steps, by the whole batch moves every sample by the others.
@@ -259,7 +259,7 @@ class PairProbe:
         )
 
 
-def _sliced(refusal: str | None) -> str:
+def _say_if_sliceable(refusal: str | None) -> str:
     """Say whether func can be called on some of the samples."""
     return f"slices: {refusal}" if refusal else "slices: func of some samples is those samples of func"
 

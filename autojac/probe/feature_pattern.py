@@ -140,19 +140,19 @@ def _by_operators(
     point: ProbePoint, where: Coordinates, draws: bool, generator: torch.Generator
 ) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """Return the pattern that follows from the operators, whether Python sees data, and how it is known or why not."""
-    found, reads, how = _recorded(point, where, draws)
+    found, reads, how = _pattern_at(point, where, draws)
     if found is None or not reads:
         return found, False, how
     # another branch may run at another point
     points = 1
     for turn, scale in enumerate(SCALES):
-        more, _, _ = _recorded(point.at_other_point(turn, scale, generator), where, draws)
+        more, _, _ = _pattern_at(point.at_other_point(turn, scale, generator), where, draws)
         if more is not None:
             found, points = found + more, points + 1
     return found, True, f"{how}, at {points} points since func looks at its data"
 
 
-def _recorded(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
+def _pattern_at(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
     """Return the same of one point, and whether func looks at its data."""
     import scipy.sparse
 

@@ -41,7 +41,7 @@ def by_nan(
     if cost > budget_s:
         return None, f"NaN in each of {where.n} coordinates would take {cost:.2g} s"
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for replaced, base, first in _tainted(point, where, values, alone, chunk):
+    for replaced, base, first in _taint(point, where, values, alone, chunk):
         try:
             after = point.values(replaced)
         except Exception as error:  # factorizations and comparisons may refuse NaN
@@ -58,7 +58,7 @@ def by_nan(
     return scipy.sparse.csr_array(found), f"by NaN in each of {where.n} coordinates"
 
 
-def _tainted(
+def _taint(
     point: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
 ) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
     """Return leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
@@ -104,7 +104,7 @@ def complete_pattern(
                 pullback = within(point.limit_s, functools.partial(there.pullback, where.differentiated))
                 more = _with_gradients(pullback, where, found, generator)
             if moving and scale:
-                changed = there.values(_moved(there, where, columns, scale, generator))
+                changed = there.values(_move(there, where, columns, scale, generator))
                 steps = [where_changed(after, y.detach()) for after, y in zip(changed, pullback.recorded, strict=True)]
                 outside = torch.from_numpy(~(more @ columns.numpy()))
                 more = _with_block(more, where.of_outputs(steps) & outside, columns)
@@ -137,7 +137,7 @@ def _with_gradients(
     return found
 
 
-def _moved(
+def _move(
     point: ProbePoint, where: Coordinates, columns: Tensor, scale: float, generator: torch.Generator
 ) -> dict[int, Tensor]:
     """Return the differentiated leaves with noise on some coordinates."""

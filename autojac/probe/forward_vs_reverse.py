@@ -44,7 +44,7 @@ def compare_modes(call: FlatCall, seed: int) -> tuple[str, str | None, dict[int,
     directions = [noise(point, generator) for point in points]
 
     try:
-        values, pushed = _pushed(call, points, directions)
+        values, pushed = _push(call, points, directions)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
     cotangents = balanced_noise(values, generator)
@@ -118,14 +118,14 @@ def flat_elsewhere(call: FlatCall, elements: Mapping[int, Tensor], seed: int) ->
     ]
 
     try:
-        _, pushed = _pushed(call, points, [noise(point, generator) for point in points])
+        _, pushed = _push(call, points, [noise(point, generator) for point in points])
         found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
     except Exception:  # func may refuse another point, or return another shape there, which says nothing
         return dict(elements)
     return {output: mask for output, mask in found.items() if bool(mask.any())}
 
 
-def _pushed(
+def _push(
     call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     # func may ask whether its input requires grad: every evaluation says that it does
@@ -152,7 +152,7 @@ def _gap_in_double(
         return float("inf")
     points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
     try:
-        _, pushed = _pushed(call, points, directions)
+        _, pushed = _push(call, points, directions)
         with call.sandbox():
             pullback = Pullback(call.of_differentiated, points, differentiable=False)
             pulled = pullback.pull(

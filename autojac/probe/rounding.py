@@ -90,7 +90,7 @@ def _look_at(
     there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool
 ) -> None:
     """Raise `PossibleCoupling` unless what passes between samples vanishes with the precision or cancels."""
-    recording, graph = _recorded(there, there.leaves)
+    recording, graph = _record(there, there.leaves)
     carriers = (*there.inputs, *there.sides)
     flow = flow_of(graph, [position in carriers for position in range(len(there.leaves))], there.batch)
     if flow.lost_output:
@@ -113,13 +113,13 @@ def _look_at(
         if graph.reads_data:
             # Python may have read what the other samples are
             seen = [new.to(old.dtype) for new, old in zip(moved, there.leaves, strict=True)]
-            if not _same(graph, _recorded(there, seen)[1]):
+            if not _same(graph, _record(there, seen)[1]):
                 raise PossibleCoupling
     noisy = _noise(low, states, numbers, masks, moves)
     base = high.all(high.leaves, numbers)
     scales = {number: rounding(tensor) for number, tensor in base.items()}
     for mask, leaves in zip(masks, moves, strict=True):
-        after = high.all([_cast(leaf, torch.float64) for leaf in leaves], numbers)
+        after = high.all([_in_dtype(leaf, torch.float64) for leaf in leaves], numbers)
         outside = {number: outside_of(states.get(number), base[number], mask) for number in numbers}
         reached = {n: exceeds(base[n], after[n], scales[n] + SHRINKS * noisy[n]) & outside[n] for n in numbers}
         if any(bool(reached[number].any()) for number in graph.outputs):
@@ -129,7 +129,7 @@ def _look_at(
             look.require_cancelling(operation)
 
 
-def _recorded(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionRecording, Graph]:
+def _record(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionRecording, Graph]:
     with there.sandbox():
         recording = within(there.limit_s, lambda: record(there.fn, leaves, there.kwargs, there.inputs))
     if recording.graph is None:
@@ -189,21 +189,21 @@ def _in_precision(graph: Graph, constants: Env, leaves: Sequence[Tensor], dtype:
     operations = tuple(
         dataclasses.replace(
             operation,
-            args=tuple(_typed(value, dtype) for value in operation.args),
-            kwargs={name: _typed(value, dtype) for name, value in operation.kwargs.items()},
+            args=tuple(_cast(value, dtype) for value in operation.args),
+            kwargs={name: _cast(value, dtype) for name, value in operation.kwargs.items()},
         )
         for operation in graph.operations
     )
-    held = {number: _cast(tensor, dtype) for number, tensor in constants.items()}
+    held = {number: _in_dtype(tensor, dtype) for number, tensor in constants.items()}
     graph = dataclasses.replace(graph, operations=operations, constants=held)
-    return Run(graph, tuple(_cast(leaf, dtype) for leaf in leaves))
+    return Run(graph, tuple(_in_dtype(leaf, dtype) for leaf in leaves))
 
 
-def _typed(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the same numbers in either precision."""
     return tensor.detach().float().to(dtype) if tensor.is_floating_point() else tensor
 

@@ -87,12 +87,12 @@ def find_sample_graph(
         classes: a coloring of the graph must have fewer, and nothing is probed for it; by default fewer than there
             are samples.
     """
-    found = _followed(analysis, point, generator)
+    found = _follow(analysis, point, generator)
     if classes is not None and found.samples is not None and most_classes(found.samples) >= classes:
         found = _Found(None, "more passes than another way")
     probed = classes is None and found.samples is None and not found.final
     if probed:
-        found = _probed(point, generator, budget_s, found.line)
+        found = _probe(point, generator, budget_s, found.line)
     if found.samples is None:
         return SampleGraph(None, None, f"samples: no graph, {found.line}")
     pattern = Pattern.of(found.samples)
@@ -107,17 +107,17 @@ def find_sample_graph(
     return SampleGraph(pattern, _kind(pattern), line, found.depends_on_arguments, suspect, not probed)
 
 
-def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Generator) -> _Found:
+def _follow(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Generator) -> _Found:
     """Return the graph by what is known of each operator."""
     if analysis.flow is None:
         return _Found(None, str(analysis.reason), final=False)
-    found, data = _spread(analysis.flow.graph.key, point)
+    found, data = _follow_at(analysis.flow.graph.key, point)
     if found.samples is not None and data:
         # Python may have chosen the neighbours, or the operators, by the values
         found = dataclasses.replace(found, depends_on_arguments=True)
         for scale in SCALES:
             try:
-                other, _ = _spread(None, point.with_inputs_moved(scale, generator))
+                other, _ = _follow_at(None, point.with_inputs_moved(scale, generator))
             except Exception:  # whatever func raises at values that its user never passes
                 continue
             if other.samples is None or (other.samples != found.samples).nnz:
@@ -125,7 +125,7 @@ def _followed(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Gener
     return found
 
 
-def _spread(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
+def _follow_at(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
     """Return the same at one point; and whether Python saw values of the data."""
     # scipy takes 0.2 s to import
     from autojac.graph.dependence.propagation import propagate
@@ -170,7 +170,7 @@ def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tup
     return bool(found & graph.drawn), follows
 
 
-def _probed(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
+def _probe(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
     """Return the graph by index-coded cotangents at several points, until two in a row show nothing new."""
     coded = CodedCotangents(point, generator, deadline(budget_s))
     quiet_turns = 0

@@ -190,7 +190,7 @@ def value_layer(
     for turn, scale in enumerate(scales):
         there = point.at_other_point(turn, scale, generator)
         try:
-            base = _accepted(there, {})
+            base = _try_values(there, {})
             if base is None:
                 there, base = point, point.values({})
         except TimeoutError as error:
@@ -198,7 +198,7 @@ def value_layer(
         for mask in masks:
             moved = {position: _other_values(there.leaves[position], mask, scale, generator) for position in leaves}
             try:
-                changed = _accepted(there, moved)
+                changed = _try_values(there, moved)
             except TimeoutError as error:
                 return Verdict(layer, None, f"{layer}: not applicable, at other values func {error}")
             if changed is None:
@@ -231,7 +231,7 @@ def along(samples: Tensor, like: Tensor) -> Tensor:
     return samples.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
-def _accepted(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
+def _try_values(point: ProbePoint, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...] | None:
     """Return the outputs at other values; None where func refuses values that its user never passes."""
     try:
         return point.values(replaced)

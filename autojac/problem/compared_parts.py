@@ -82,7 +82,7 @@ class ComparedParts:
         self.rows = self._rows(extent.rows, alone)
         with pullback.without_graph():
             self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
-            self.scaled = list(self._scaled())
+            self.scaled = list(self._scale())
 
     def expect(self, projection: Projection, position: int) -> Tensor:
         """Return the part of a projection's VJP that is compared, one row per sample."""
@@ -154,7 +154,7 @@ class ComparedParts:
         shown = torch.randperm(int(colors.max()) + 1, generator=self.generator)[: self.classes].tolist()
         return [torch.nonzero(colors == color)[:, 0].tolist() for color in shown]
 
-    def _chosen(self, output: int, rows: int) -> list[int]:
+    def _choose(self, output: int, rows: int) -> list[int]:
         """Choose the numbers of rows to compare: the first, the last, and others at random."""
         numbers = self.evidence.numbers(output)
         count = self.values[output].numel() if numbers is None else len(numbers)
@@ -172,7 +172,7 @@ class ComparedParts:
         self, rows: int, alone: Callable[[Sequence[int]], Pullback | None] | None
     ) -> list[tuple[int, int, list[Tensor]]]:
         """Pull some rows of each output."""
-        chosen = [(output, row) for output in range(len(self.values)) for row in self._chosen(output, rows)]
+        chosen = [(output, row) for output in range(len(self.values)) for row in self._choose(output, rows)]
         sizes = [seeds.size(event) for event in self.problem.outputs]
         samples = sorted({row // sizes[output] for output, row in chosen})
         places = {sample: place for place, sample in enumerate(samples)}
@@ -193,7 +193,7 @@ class ComparedParts:
         value = pullback.recorded[output].detach()
         return pullback(output, seeds.identity(tuple(value.shape), row, row + 1, value)[0])
 
-    def _scaled(self) -> Iterator[tuple[int, Projection, Projection, Tensor]]:
+    def _scale(self) -> Iterator[tuple[int, Projection, Projection, Tensor]]:
         """Yield, for samples that are taken for apart, two projections: in the other each sample has a factor.
 
         A diagonal can't show that one sample reaches another at a coordinate that no projection looked at.

@@ -165,11 +165,11 @@ def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
         return None
     if sparsity is None or sparsity.features is None or len(problem.outputs) > 1 or len(problem.inputs) > 1:
         return None
-    found: tuple[Colors, Marks] | None = problem.colorings.derive(_mirrored_rows, sparsity.features)
+    found: tuple[Colors, Marks] | None = problem.colorings.derive(_color_mirrored_rows, sparsity.features)
     return found
 
 
-def _mirrored_rows(colorings: Colorings, features: Pattern) -> tuple[Colors, Marks] | None:
+def _color_mirrored_rows(colorings: Colorings, features: Pattern) -> tuple[Colors, Marks] | None:
     if not is_symmetric(features) or not is_within_reach(features):
         return None
     colors = star(features)

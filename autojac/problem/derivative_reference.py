@@ -99,7 +99,7 @@ class DerivativeReference:
         if self.gradients is None:
             return None
         made = [one for (stack,) in result.jacobians for one in stack[self.samples].unbind(-1)]
-        found = self._pulled(made)
+        found = self._pull(made)
         top = max(map(largest, self.gradients))
         for mine, theirs in zip(found, self.gradients, strict=True):
             floor = top * torch.finfo(theirs.dtype).eps * ROUNDING
@@ -146,12 +146,12 @@ class DerivativeReference:
             return None
         self.weights = [seeds.noise(one.detach(), self.generator) for one in flat]
         try:
-            return self._pulled(flat)
+            return self._pull(flat)
         except RuntimeError:
             self.once = True
             return None
 
-    def _pulled(self, derivatives: Sequence[Tensor]) -> list[Tensor]:
+    def _pull(self, derivatives: Sequence[Tensor]) -> list[Tensor]:
         with outside_autocast(), torch.enable_grad():
             pairs = zip(derivatives, self.weights, strict=True)
             return gradient(torch.stack([(one * weight).sum() for one, weight in pairs]).sum(), self.sources)

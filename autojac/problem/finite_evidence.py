@@ -73,14 +73,14 @@ class Evidence:
     def row(self, found: Tensor, expected: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Return a row of a Jacobian and what a plain VJP gave, with zeros in both where that says nothing."""
         lead = self._samples_of(position)
-        pair = self._agreed(found.reshape(lead, -1), expected.reshape(lead, -1), self._of_samples(position, None))
+        pair = self._agree(found.reshape(lead, -1), expected.reshape(lead, -1), self._of_samples(position, None))
         return pair[0].view_as(expected), pair[1].view_as(expected)
 
     def projection(
         self, found: Tensor, expected: Tensor, position: int, projection: Projection
     ) -> tuple[Tensor, Tensor]:
         """Return a projection, (rows, k), and what a plain VJP gave, with zeros in both where that says nothing."""
-        return self._agreed(found, expected, self._of_samples(position, projection))
+        return self._agree(found, expected, self._of_samples(position, projection))
 
     def says(self, expected: Tensor, position: int, projection: Projection | None = None) -> bool:
         """Tell whether anything that a plain VJP gave is finite and counts."""
@@ -102,7 +102,7 @@ class Evidence:
         return self.samples[list(projection.samples or ())] if alone and projection else self.samples
 
     @staticmethod
-    def _agreed(found: Tensor, expected: Tensor, samples: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _agree(found: Tensor, expected: Tensor, samples: Tensor | None) -> tuple[Tensor, Tensor]:
         """Zero what is no evidence in (rows, k).
 
         A row that is finite in part may be less so by another way, in which zeros meet other infinities.

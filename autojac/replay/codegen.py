@@ -83,7 +83,7 @@ class _Writer:
                 lines[place] += f"; {' = '.join(names)} = None"
         returned = [self.argument(node) for node in outputs]
         for place in copied:
-            returned[place] = f"{self.keep(_copied, 'f')}({returned[place]})"
+            returned[place] = f"{self.keep(_copy, 'f')}({returned[place]})"
         lines.append(f"return ({', '.join(returned)}{',' if len(outputs) == 1 else ''})")
         indent = "    "
         source = f"def program({self.header}):\n"
@@ -136,7 +136,7 @@ class _Writer:
         return name
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

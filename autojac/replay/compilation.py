@@ -57,15 +57,15 @@ def lower(run: Run, strict: bool, repeatable: bool) -> Run:
         nonlocal made
         if made is None:
             with lock:
-                made = made or _compiled_or_itself(run, inputs, strict, repeatable)
+                made = made or _compile_if_possible(run, inputs, strict, repeatable)
         return tuple(made(*inputs))
 
     return program
 
 
-def _compiled_or_itself(run: Run, inputs: tuple[torch.Tensor, ...], strict: bool, repeatable: bool) -> Run:
+def _compile_if_possible(run: Run, inputs: tuple[torch.Tensor, ...], strict: bool, repeatable: bool) -> Run:
     try:
-        made = _inducted(run, [x.detach() for x in inputs])
+        made = _run_inductor(run, [x.detach() for x in inputs])
     except Exception:  # whatever a compiler raises
         if strict:
             raise
@@ -96,7 +96,7 @@ class _Attempt:
         return made
 
 
-def _inducted(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _run_inductor(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
     # the compiler's own imports warn, which must not reach a user who turns warnings into errors
     with ignore_warnings(), levels_restored(), torch.no_grad(), DisableAutocast():
         from torch.fx.experimental.proxy_tensor import make_fx

@@ -57,7 +57,7 @@ def hoist_part(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx
         captured: the nodes of captured tensors.
         wanted: the outputs of the graph.
     """
-    views, results = _kept(graph, captured)
+    views, results = _find_kept(graph, captured)
     if not views and not results:
         return None
     if results and not _pays(captured, views, results):
@@ -74,7 +74,7 @@ def hoist_part(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx
     return Part(hoist, (*handed[0], *handed[1]))
 
 
-def _kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+def _find_kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return views of captured tensors, and results that depend on captured tensors and constants alone."""
     unsteady = immovable_operators(graph)
     faces = {node for node in captured if node.meta["value"].layout == torch.strided}

@@ -165,7 +165,7 @@ class Replayer:
                 before = torch.get_num_threads()
                 torch.set_num_threads(self.threads)
             if bound.trace.pulls:
-                return self._connected(bound, given, leaves, kwargs)
+                return self._connect(bound, given, leaves, kwargs)
             return bound.trace.forward(*given, *(bound.captured if bound.kept is None else bound.kept()))
         except Exception as error:
             self._note_break(error)
@@ -195,7 +195,7 @@ class Replayer:
                     "often from those of the recorded call"
                 )
 
-    def _connected(
+    def _connect(
         self, bound: BoundTrace, given: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """Run the program so that autograd can differentiate its outputs."""

@@ -169,7 +169,7 @@ class _Run:
         Then `ran` is func's code that ran, and `reason` says why the run can't be told from its operators.
         """
         evaluations: list[None] = []
-        compute = prepare(dataclasses.replace(self.problem, fn=_counted(self.problem.fn, evaluations)))
+        compute = prepare(dataclasses.replace(self.problem, fn=_count_evaluations(self.problem.fn, evaluations)))
         with gc_disabled(), RunMonitor() as watched, self.tape:
             result = compute(self.leaves, self.kwargs)
             self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
@@ -254,7 +254,7 @@ class _Run:
         node.meta["role"] = "constant"
 
 
-def _counted(fn: Flat, evaluations: list[None]) -> Flat:
+def _count_evaluations(fn: Flat, evaluations: list[None]) -> Flat:
     def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         evaluations.append(None)
         return fn(leaves, kwargs)

@@ -34,10 +34,10 @@ def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], functio
     for place, key in held.differences():
         named = {} if key is None or isinstance(place, BufferMapping) else guard.spots_of(place, key)
         if not named or not isinstance(key, str):
-            raise UnsupportedError(f"func changes {_called(place, key)} that it keeps from call to call")
+            raise UnsupportedError(f"func changes {_name_place(place, key)} that it keeps from call to call")
         kind = None if isinstance(place, VariableMapping) else guard.class_of(place)
         if key in MODULE_FIELDS or (kind is None and not isinstance(place, VariableMapping)):
-            raise UnsupportedError(f"func changes {_called(place, key)} that it keeps from call to call")
+            raise UnsupportedError(f"func changes {_name_place(place, key)} that it keeps from call to call")
         where = function_state.where_read(key, kind)
         if where:
             (label, *_) = named.values()
@@ -47,7 +47,7 @@ def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], functio
     function_state.leave_unwatched(names, spots)
 
 
-def _called(place: Any, key: Any) -> str:
+def _name_place(place: Any, key: Any) -> str:
     if isinstance(place, AttributeMapping):
         kind = place.owner if isinstance(place.owner, type) else type(place.owner)
         return f"the attribute {key} of {kind.__name__}"

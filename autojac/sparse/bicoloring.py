@@ -47,14 +47,14 @@ def both(pattern: Pattern) -> tuple[Indices, Indices]:
     for count, peeled, flipped in _divisions(matrix, transposed, fewest_before):
         if count < fewest_before:
             side = transposed if flipped else matrix
-            total = _total(_colored(side, peeled, thorough=False))
+            total = _total(_color(side, peeled, thorough=False))
             if total < fewest_before:
                 fewest_before, chosen = total, (side, peeled, flipped)
     if chosen is None:
         return best
     side, peeled, flipped = chosen
     # the quick coloring is what was counted on, and more effort can end with more
-    ours, theirs = min((_colored(side, peeled, thorough) for thorough in (False, True)), key=_total)
+    ours, theirs = min((_color(side, peeled, thorough) for thorough in (False, True)), key=_total)
     return (theirs, ours) if flipped else (ours, theirs)
 
 
@@ -102,7 +102,7 @@ def _total(colors: tuple[Indices, Indices]) -> int:
     return sum(int(side.max(initial=-1)) + 1 for side in colors)
 
 
-def _colored(matrix: scipy.sparse.csr_array, peeled: Indices, thorough: bool) -> tuple[Indices, Indices]:
+def _color(matrix: scipy.sparse.csr_array, peeled: Indices, thorough: bool) -> tuple[Indices, Indices]:
     """Return colors of the peeled rows, and of the columns of the others."""
     rows = _none(matrix.shape[0])
     rows[peeled] = fewest(matrix[peeled], thorough)
@@ -119,7 +119,7 @@ def _divisions(
     for flipped, side in ((False, matrix), (True, transposed)):
         for order in _orders(side):
             for peeled in _prefixes(order, np.diff(side.indptr)):
-                bound = _bound(side, peeled)
+                bound = _lower_bound(side, peeled)
                 if bound < limit:
                     found.append((bound, peeled, flipped))
     found.sort(key=lambda division: (division[0], len(division[1])))
@@ -146,7 +146,7 @@ def _prefixes(order: Indices, degrees: Indices) -> Iterator[Indices]:
             yield order[:length]
 
 
-def _bound(matrix: scipy.sparse.csr_array, peeled: Indices) -> int:
+def _lower_bound(matrix: scipy.sparse.csr_array, peeled: Indices) -> int:
     """Return colors needed at least: entries in a column of the peeled rows, and in a row of the others."""
     degrees = np.diff(matrix.indptr)
     degrees[peeled] = 0

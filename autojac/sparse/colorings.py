@@ -116,7 +116,7 @@ class Colorings:
                 of_entries, places = places, of_entries
             return bool(collision_free(colors[side][of_entries], places, max(1, *pattern.shape)).all())
 
-        return self._found(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
+        return self._find(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
 
     def apart(self, graph: Pattern) -> Indices:
         """Return what the function of this name does."""
@@ -126,7 +126,7 @@ class Colorings:
             low, high = _edges(graph)
             return bool((colors >= 0).all() and (colors[low] != colors[high]).all())
 
-        made = self._found(graph, "apart", {"samples": graph.shape[0]}, lambda: {"samples": apart(graph)}, is_right)
+        made = self._find(graph, "apart", {"samples": graph.shape[0]}, lambda: {"samples": apart(graph)}, is_right)
         return made["samples"]
 
     def both(self, pattern: Pattern) -> tuple[Indices, Indices]:
@@ -144,10 +144,10 @@ class Colorings:
             return True
 
         sizes = {"rows": pattern.shape[0], "columns": pattern.shape[1]}
-        found = self._found(pattern, "both", sizes, made, is_right)
+        found = self._find(pattern, "both", sizes, made, is_right)
         return found["rows"], found["columns"]
 
-    def _found(
+    def _find(
         self,
         pattern: Pattern,
         kind: str,

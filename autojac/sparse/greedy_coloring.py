@@ -59,7 +59,7 @@ def fewest(holdings: scipy.sparse.csr_array, thorough: bool = True) -> Indices:
             if best.max() + 1 == bound:
                 break
         assert best is not None
-        colors[active] = _repeated(nodes, best, bound, _passes(nodes) if thorough else 1)
+        colors[active] = _recolor(nodes, best, bound, _passes(nodes) if thorough else 1)
     return colors
 
 
@@ -94,18 +94,18 @@ def _by_conflicts(nodes: scipy.sparse.csr_array) -> Iterator[Indices]:
         some = slice(start, start + 16 * CHUNK)
         graph.extend_from_edge_list(list(zip(edges.row[some].tolist(), edges.col[some].tolist(), strict=True)))
     strategies = rustworkx.ColoringStrategy
-    yield _listed(rustworkx.graph_greedy_color(graph, strategy=strategies.Saturation), count)
+    yield _list_neighbours(rustworkx.graph_greedy_color(graph, strategy=strategies.Saturation), count)
     if edges.nnz <= ENTRIES // 10:
-        yield _listed(rustworkx.graph_greedy_color(graph, strategy=strategies.Degree), count)
-        cores = _listed(rustworkx.core_number(graph), count)
+        yield _list_neighbours(rustworkx.graph_greedy_color(graph, strategy=strategies.Degree), count)
+        cores = _list_neighbours(rustworkx.core_number(graph), count)
         yield greedy(nodes, np.argsort(-cores, kind="stable"))
 
 
-def _listed(values: Any, count: int) -> Indices:
+def _list_neighbours(values: Any, count: int) -> Indices:
     return np.fromiter((values[node] for node in range(count)), dtype=np.int32, count=count)
 
 
-def _repeated(nodes: scipy.sparse.csr_array, colors: Indices, bound: int, passes: int) -> Indices:
+def _recolor(nodes: scipy.sparse.csr_array, colors: Indices, bound: int, passes: int) -> Indices:
     """Return the colors after some more passes, each in an order of the classes before it."""
     random = np.random.default_rng(0)
     stale = 0

@@ -19,7 +19,7 @@ def is_symmetric(pattern: Pattern) -> bool:
     """Check whether a pattern has each entry's mirror image."""
     if pattern.shape[0] != pattern.shape[1]:
         return False
-    return bool(np.array_equal(np.sort(_mirrored(pattern)), pattern.places))
+    return bool(np.array_equal(np.sort(_mirror_places(pattern)), pattern.places))
 
 
 def is_within_reach(pattern: Pattern) -> bool:
@@ -77,11 +77,11 @@ def mirrored_reading(pattern: Pattern, colors: Indices) -> Marks | None:
     """
     alone = collision_free(colors[pattern.rows], pattern.columns, max(1, pattern.shape[1]))
     # mirrored entries are ordered by column, and so are the places of their images
-    image = np.searchsorted(pattern.places, _mirrored(pattern))
+    image = np.searchsorted(pattern.places, _mirror_places(pattern))
     return None if not bool((alone | alone[image]).all()) else ~alone
 
 
-def _mirrored(pattern: Pattern) -> Indices:
+def _mirror_places(pattern: Pattern) -> Indices:
     """Return the place of each entry's mirror image, counted through the rows."""
     places: Indices = pattern.columns.astype(np.int64) * pattern.shape[1] + pattern.rows
     return places

@@ -110,7 +110,7 @@ def hider(location: str | URL) -> Callable[[str], str]:
     except ArgumentError:
         return lambda text: text  # nothing was ever done with it
     hidden = [value for key, value in url.query.items() if not _is_place(key, value)]
-    secrets = [url.password or url.username, *(v for value in hidden for v in _listed(value))]
+    secrets = [url.password or url.username, *(v for value in hidden for v in _list_setting(value))]
     if not _plain(url.host or "", url.database or "", url.username or ""):
         secrets += [url.host, url.database, url.username]
     forms = {form for secret in secrets if secret for form in _forms(str(secret))}
@@ -126,10 +126,10 @@ def _forms(secret: str) -> set[str]:
 
 
 def _is_place(key: str, value: str | tuple[str, ...]) -> bool:
-    return key in _PLACES and _plain(*_listed(value))
+    return key in _PLACES and _plain(*_list_setting(value))
 
 
-def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+def _list_setting(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 

@@ -77,19 +77,19 @@ def trials(connection: Connection, op: Key, env: Key) -> QueryResult[tuple[Trial
 
 def find_row(connection: Connection, op: Key, env: Key) -> QueryResult[StoredPlan | None]:
     """Return the whole row of a key pair."""
-    found = _stored(connection, _is(op, env))
+    found = _find_rows(connection, _is(op, env))
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
 def get(connection: Connection, plan_id: int) -> QueryResult[StoredPlan | None]:
     """Return the row of a number."""
-    found = _stored(connection, PLANS.c.id == plan_id)
+    found = _find_rows(connection, PLANS.c.id == plan_id)
     return QueryResult(found.value[0] if found.value else None, problem=found.problem)
 
 
 def listing(connection: Connection) -> QueryResult[list[StoredPlan]]:
     """Return every row that can be read, latest first."""
-    return _stored(connection, sa.true())
+    return _find_rows(connection, sa.true())
 
 
 def save(
@@ -170,7 +170,7 @@ def _trials(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryR
     return QueryResult(by_plan, problem=problem)
 
 
-def _stored(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[list[StoredPlan]]:
+def _find_rows(connection: Connection, condition: sa.ColumnElement[bool]) -> QueryResult[list[StoredPlan]]:
     by_plan = _trials(connection, TRIALS.c.plan_id.in_(sa.select(PLANS.c.id).where(condition)))
     patterns = arrays.Patterns(connection)
     query = sa.select(PLANS).where(condition).order_by(PLANS.c.updated_at.desc(), PLANS.c.id.desc())

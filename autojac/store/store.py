@@ -153,7 +153,7 @@ class PlanStore:
         """
         nothing: queries.QueryResult[list[StoredPlan]] = queries.QueryResult([])
         base = self._require()
-        kept = self._tell(self._asked(lambda: base.read(queries.listing, nothing)))
+        kept = self._tell(self._ask(lambda: base.read(queries.listing, nothing)))
         own = self._memory.read(queries.listing, nothing).value if self._overlaid and base is not self._memory else []
         return [replace(plan, id=-plan.id) for plan in own] + kept
 
@@ -165,7 +165,7 @@ class PlanStore:
         """
         base, number = self._row(plan_id)
         nothing: queries.QueryResult[StoredPlan | None] = queries.QueryResult(None)
-        plan = self._tell(self._asked(lambda: base.read(lambda c: queries.get(c, number), nothing)))
+        plan = self._tell(self._ask(lambda: base.read(lambda c: queries.get(c, number), nothing)))
         if plan is None:
             raise self._unknown(plan_id)
         return replace(plan, id=plan_id)
@@ -177,7 +177,7 @@ class PlanStore:
             StoreError: there is no such plan, or the store can't be written.
         """
         base, number = self._row(plan_id)
-        if not self._asked(lambda: base.write(lambda connection: queries.remove(connection, number))):
+        if not self._ask(lambda: base.write(lambda connection: queries.remove(connection, number))):
             raise self._unknown(plan_id)
 
     def clear(self) -> None:
@@ -188,7 +188,7 @@ class PlanStore:
         """
         if self._overlaid:
             self._memory.write(queries.clear)
-        self._asked(lambda: self._require().write(queries.clear))
+        self._ask(lambda: self._require().write(queries.clear))
 
     def _bases(self) -> list[Database]:
         # Memory first: it holds what this process could not write, refutations included.
@@ -279,7 +279,7 @@ class PlanStore:
     def _unknown(self, plan_id: int) -> StoreError:
         return StoreError(f"{self._name} has no plan {plan_id}; `autojac plans list` shows those it has")
 
-    def _asked(self, action: Callable[[], T]) -> T:
+    def _ask(self, action: Callable[[], T]) -> T:
         result = value_or_fault(action)
         if isinstance(result, DatabaseFault):
             raise StoreError(f"{self._name} can't be used as a plan store: {self._sentence(result.error)}. Use another")

@@ -287,7 +287,7 @@ def test_guards_and_programs_that_are_compiled_meanwhile_are_autojacs_own() -> N
     x, node = torch.ones(2), torch.fx.Graph()
     given = node.placeholder("x")
     made = node.call_function(torch.ops.aten.sin.default, (given,))
-    compiled_check._compiled.cache_clear()
+    compiled_check._compile.cache_clear()
     with RunMonitor() as monitor:
         unchanged = Guard(lambda x: x + X).is_unchanged()
         program = emit([given], [made], [made])

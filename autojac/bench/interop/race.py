@@ -86,7 +86,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> BenchRe
         with torch.no_grad():
             truth = exact(built.func)(built.x)
     except Exception as error:
-        return _failed(case.name, Outcome(OWN, "error", reason=f"not built: {_line(error)}"))
+        return _fail(case.name, Outcome(OWN, "error", reason=f"not built: {_line(error)}"))
     jac = autojac.AutoJacobian(built.func, store=autojac.PlanStore(":memory:"), on_miss="tune", **built.options)
     start = time.perf_counter()
     try:
@@ -95,7 +95,7 @@ def race_case(case: Case, settings: Settings, training: bool = False) -> BenchRe
         _settle(jac, built, truth)
         prepared, _ = jac._run((built.x,), {})
     except Exception as error:
-        return _failed(case.name, Outcome(OWN, "error", reason=_line(error)))
+        return _fail(case.name, Outcome(OWN, "error", reason=_line(error)))
     entrants = _entrants(jac, built, truth, training)
     own, *ways = (entrant.outcome for entrant in race_entrants(entrants, built.x.device, settings, FAR, always=(OWN,)))
     best = min((way for way in ways if way.state == "right"), key=lambda way: way.seconds or math.inf, default=None)
@@ -183,7 +183,7 @@ def _largest(races: Sequence[BenchResult], fact: str) -> float:
     return max((value for race in races if isinstance(value := race.facts[fact], float)), default=math.nan)
 
 
-def _failed(name: str, own: Outcome) -> BenchResult:
+def _fail(name: str, own: Outcome) -> BenchResult:
     """Return a case without a race, with the outcomes of all others, so that they stand in one table."""
     ways = [Outcome(way, "skipped") for way in (*WAYS, EXACT)]
     facts: dict[str, str | float] = {"first s": "", "watch µs": "", SERVED: "no", WHY: own.reason or ""}

@@ -46,7 +46,7 @@ class Peer:
         except OSError as error:
             self._folder.cleanup()
             raise PeerError(f"{python} can't be run: {error.strerror}. `make bench-peers` makes it") from error
-        self.about = self._started()
+        self.about = self._start()
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +90,7 @@ class Peer:
         answer = self._ask({"do": "time", "way": way, "calls": calls})
         return float(answer["seconds"]), float(answer["cores"])
 
-    def _started(self) -> dict[str, Any]:
+    def _start(self) -> dict[str, Any]:
         try:
             return self._read()
         except PeerError:

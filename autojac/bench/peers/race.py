@@ -83,10 +83,10 @@ def race_peers(
                 continue
             facts[library] = str(peer.about["version"])
             for way in names:
-                outcome = _prepared(peer, way, given, read, truth, facts)
+                outcome = _prepare(peer, way, given, read, truth, facts)
                 outcomes.append(outcome)
                 if outcome.state == "right":
-                    times[way] = partial(_timed, peer, way, cores)
+                    times[way] = partial(_time, peer, way, cores)
         samples = in_turns(times, settings)
     outcomes = [o.with_samples(samples[o.name]) if o.name in samples and o.state == "right" else o for o in outcomes]
     facts["most cores of a peer"] = max(cores, default=0.0)
@@ -99,7 +99,7 @@ def race_peers(
     return BenchResult(name, tuple(outcomes), figures, facts)
 
 
-def _prepared(
+def _prepare(
     peer: Peer, way: str, given: tuple[Program, Arrays], read: Callable[[Arrays], Tensor], truth: Tensor, facts: Facts
 ) -> Outcome:
     try:
@@ -114,7 +114,7 @@ def _prepared(
     return Outcome(way, "right") if error is None else Outcome(way, "wrong", reason=f"off by {error:.2g}")
 
 
-def _timed(peer: Peer, way: str, cores: list[float], calls: int) -> float:
+def _time(peer: Peer, way: str, cores: list[float], calls: int) -> float:
     seconds, used = peer.time(way, calls)
     cores.append(used)
     return seconds
@@ -147,7 +147,7 @@ def jacobian_race(settings: Settings, workload: Workload, count: int) -> BenchRe
         truth = reference(workload, func, x)
         given = program, {**arrays, "x": x.numpy()}
         result = race_peers(
-            _named(workload.name, count),
+            _name(workload.name, count),
             (lambda: jac(x), lambda: jac(x)),
             given,
             _as_blocks,
@@ -178,7 +178,7 @@ def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult
             return torch.cat([torch.from_numpy(found[name].T).flatten() for name in names])[None]
 
         given = program, {**arrays, "x": x.numpy()}
-        result = race_peers(_named(workload.name, count), (lambda: whole(x), own), given, read, truth, STEPS, settings)
+        result = race_peers(_name(workload.name, count), (lambda: whole(x), own), given, read, truth, STEPS, settings)
         facts: Facts = {"kind": workload.kind, "B": workload.batch, "n": workload.n, "m": workload.m, "autojac": WHOLE}
     figures = tuple(Figure(f.what, f.value, STEP_BOUND) for f in result.figures)
     return BenchResult(result.name, result.outcomes, figures, {**facts, **result.facts})
@@ -191,12 +191,12 @@ def sparse_race(settings: Settings, size: int = GRID, count: int = 1) -> BenchRe
         jac = wrap(func, settings, layout="sparse", in_dims=None)
         truth = torch.func.jacrev(func)(x.double()).to(x.dtype)
         given: tuple[Program, Arrays] = ([["brusselator", size]], {"x": x.numpy()})
-        name = _named(f"brusselator-{size}", count)
+        name = _name(f"brusselator-{size}", count)
         own = (lambda: jac(x), lambda: jac(x).to_dense())
         return race_peers(name, own, given, _as_blocks, truth, SPARSE, settings)
 
 
-def _named(name: str, count: int) -> str:
+def _name(name: str, count: int) -> str:
     return f"{name}, {count} thread{'s' if count > 1 else ''}"
 
 
@@ -209,8 +209,8 @@ def peer_cases() -> dict[str, Callable[[Settings], BenchResult]]:
     found: dict[str, Callable[[Settings], BenchResult]] = {}
     for count in sorted({1, len(os.sched_getaffinity(0))}):
         for name in RACED:
-            found[_named(name, count)] = partial(jacobian_race, workload=WORKLOADS[name], count=count)
+            found[_name(name, count)] = partial(jacobian_race, workload=WORKLOADS[name], count=count)
         for workload in of_kind("training"):
-            found[_named(workload.name, count)] = partial(step_race, workload=workload, count=count)
-        found[_named(f"brusselator-{GRID}", count)] = partial(sparse_race, count=count)
+            found[_name(workload.name, count)] = partial(step_race, workload=workload, count=count)
+        found[_name(f"brusselator-{GRID}", count)] = partial(sparse_race, count=count)
     return found

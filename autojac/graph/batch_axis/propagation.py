@@ -157,7 +157,7 @@ def propagate_batch_axis(
         if read <= {None} or facts_of(operation.target).kind is Kind.FACTORY:
             made = None
         elif not any(isinstance(state, BatchAxis) for state in read):
-            made = _spread(context)
+            made = _share(context)
         else:
             try:
                 made = rule_of(operation)(context)
@@ -176,7 +176,7 @@ def propagate_batch_axis(
     return BatchFlow(graph, batch, states, losses, meets, start)
 
 
-def _spread(context: RuleContext) -> State:
+def _share(context: RuleContext) -> State:
     """Make shared tensors of shared ones; an expanded one has an axis that may count as the batch's."""
     if context.operation.name == "expand":
         before, after = context.shape(context.operation.args[0]), context.out

@@ -44,7 +44,7 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
     results = [None if number is None else (made.pop(0), flow.graph.shapes[number]) for number in operation.outputs]
     if not _slices(flow, _of_one(operation, flow.batch), carried, results):
         return None
-    return functools.partial(_mapped, flow.batch, tuple(read), carried, results)
+    return functools.partial(_map, flow.batch, tuple(read), carried, results)
 
 
 def _slices(
@@ -85,7 +85,7 @@ def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[i
     state = flow.states[output]
     if not isinstance(state, BatchAxis) or state[1:] != (1, 1) or not _broadcasts(operation):
         return None
-    padded = _padded(flow, number, output)
+    padded = _padded_shape(flow, number, output)
     return padded if padded[state.axis] == 1 else None
 
 
@@ -93,7 +93,7 @@ def _broadcasts(operation: Operation) -> bool:
     return operation.name == "expand" or facts_of(operation.target).axes is Axes.BROADCAST
 
 
-def _padded(flow: BatchFlow, number: int, output: int) -> tuple[int, ...]:
+def _padded_shape(flow: BatchFlow, number: int, output: int) -> tuple[int, ...]:
     """Return a tensor's shape with as many axes as a result that it is broadcast to."""
     shape = flow.graph.shapes[number]
     return (1,) * (len(flow.graph.shapes[output]) - len(shape)) + shape
@@ -108,7 +108,7 @@ def _over_axes(flow: BatchFlow, operation: Operation, read: Sequence[int]) -> Pe
     places = [state.axis for state in states if isinstance(state, BatchAxis) and state[1:] == (1, 1)]
     if len(set(places)) < len(states):
         return None
-    shapes = {number: _padded(flow, number, output) for number in read}
+    shapes = {number: _padded_shape(flow, number, output) for number in read}
     if any(shape[axis] != 1 for shape in shapes.values() for axis in places):
         return None
     return functools.partial(_broadcast_over, tuple(along.batch for along in flow.axes), places, shapes)
@@ -132,7 +132,7 @@ def _broadcast(axis: int, shapes: Mapping[int, tuple[int, ...]], operation: Oper
     return operation(ChainMap(given, dict(env)))
 
 
-def _mapped(
+def _map(
     batch: int,
     copied: Sequence[int],
     carried: Mapping[int, BatchAxis],

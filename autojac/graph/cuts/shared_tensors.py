@@ -72,7 +72,7 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
         flow = flow.together
     graph = flow.graph
     alive = differentiable_paths(graph, inputs)
-    met = _met(flow, alive)
+    met = _shared_tensors_met(flow, alive)
     chosen = [number for number in flow.frontier if number in met]
     without_derivative = tuple(number for number in flow.frontier if number not in alive)
     if flow.lost_output or not (chosen or without_derivative):
@@ -105,7 +105,7 @@ def _weights_shared(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
     return propagate_batch_axis(flow.graph, flow.batch, batched, weights)
 
 
-def _met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
+def _shared_tensors_met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
     """Return the shared tensors that a derivative reaches by way of tensors along the batch."""
     found: set[int] = set()
     for operation in flow.graph.operations:

@@ -70,14 +70,14 @@ def moving(context: DependenceContext) -> Result:
         value.number: torch.where(state.index > 0, state.index + start, 0) if start else state.index
         for (value, state), start in zip(sets, starts, strict=True)
     }
-    return _moved(context, matrix, given)
+    return _move(context, matrix, given)
 
 
-def _moved(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor]) -> list[IndexSets]:
+def _move(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor]) -> list[IndexSets]:
     """Return sets whose numbers an operator moves; one slice suffices along axes that it leaves alone."""
     narrow: set[int] = set()
     if context.facts.kind is not Kind.POINTWISE:
-        narrow = set() if _is_view(context) else _narrowed(context, given)
+        narrow = set() if _is_view(context) else _narrowable_axes(context, given)
         given = {number: index.expand(context.graph.shapes[number]) for number, index in given.items()}
         for axis in narrow:
             given = {number: index.narrow(axis, 0, 1) for number, index in given.items()}
@@ -97,7 +97,7 @@ def _is_view(context: DependenceContext) -> bool:
     return alias is not None and not alias.is_write
 
 
-def _narrowed(context: DependenceContext, given: Mapping[int, Tensor]) -> set[int]:
+def _narrowable_axes(context: DependenceContext, given: Mapping[int, Tensor]) -> set[int]:
     """Return axes on which all sets are alike and that an operator leaves alone: one slice along each suffices."""
     chosen = set(context.selector_numbers())
     sources = set(context.operation.sources) - chosen
@@ -148,7 +148,7 @@ def gathering(context: DependenceContext) -> Result:
 def _anywhere(context: DependenceContext, value: Value, state: IndexSets, axes: Collection[int]) -> list[IndexSets]:
     """Join sets along some axes where elements are chosen by numbers that may be any: any number may be meant."""
     mixed = context.unite_along(state, list(axes))
-    return _moved(context, mixed.matrix, {value.number: mixed.index})
+    return _move(context, mixed.matrix, {value.number: mixed.index})
 
 
 def placing(context: DependenceContext) -> Result:

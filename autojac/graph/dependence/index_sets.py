@@ -165,7 +165,7 @@ class SetAlgebra:
         codes = torch.unique(groups.reshape(-1) * width + source.index.reshape(-1)).numpy()
         # an empty set in front
         starts = np.searchsorted(codes, np.arange(-1, count + 1) * width)
-        return self._united(starts, codes % width, source, shape)
+        return self._unite(starts, codes % width, source, shape)
 
     def unite_along(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
         """Return the union along some axes, which are kept with length 1."""
@@ -181,9 +181,9 @@ class SetAlgebra:
         # an empty set in front
         starts = np.concatenate([np.zeros(2, dtype=np.int64), first.sum(1).cumsum(0).numpy()])
         kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-        return self._united(starts, lines[first].numpy(), source, kept)
+        return self._unite(starts, lines[first].numpy(), source, kept)
 
-    def _united(self, starts: Any, rows: Any, source: IndexSets, shape: Sequence[int]) -> IndexSets:
+    def _unite(self, starts: Any, rows: Any, source: IndexSets, shape: Sequence[int]) -> IndexSets:
         """Return one set for each element of a tensor: the union of some rows of a matrix."""
         self.spend(int(np.diff(source.matrix.indptr)[rows].sum()))
         choice = _boolean(starts, rows, source.matrix.shape[0])

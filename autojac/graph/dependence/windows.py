@@ -26,7 +26,7 @@ def convolution(context: DependenceContext, value: Value, state: IndexSets) -> R
     # a kernel that is not zero throughout has a tap
     taps = torch.ones(kernel, dtype=torch.bool) if nonzero is None else nonzero.flatten(0, 1).any(0)
     options = [_each(context[name], len(kernel)) for name in ("stride", "padding", "dilation")]
-    made = _windowed(context, mixed, taps, options, context["transposed"])
+    made = _unite_taps(context, mixed, taps, options, context["transposed"])
     return IndexSets(made.matrix, per_channel(made.index, context.out[1] // groups))
 
 
@@ -37,7 +37,7 @@ def pooling(context: DependenceContext, value: Value, state: IndexSets) -> Resul
     kernel = _each(context["kernel_size"], dims)
     given = (context["stride"] or kernel, context["padding"], context.arguments.get("dilation") or 1)
     options = [_each(option, dims) for option in given]
-    return _windowed(context, state, torch.ones(kernel, dtype=torch.bool), options)
+    return _unite_taps(context, state, torch.ones(kernel, dtype=torch.bool), options)
 
 
 @of_first
@@ -50,10 +50,10 @@ def adaptive(context: DependenceContext, value: Value, state: IndexSets) -> Resu
         return behind(lead)(context)
     kernel = [size // part for size, part in zip(sizes, out, strict=True)]
     options = [kernel, [0] * len(out), [1] * len(out)]
-    return _windowed(context, state, torch.ones(kernel, dtype=torch.bool), options)
+    return _unite_taps(context, state, torch.ones(kernel, dtype=torch.bool), options)
 
 
-def _windowed(
+def _unite_taps(
     context: DependenceContext,
     source: IndexSets,
     taps: Tensor,

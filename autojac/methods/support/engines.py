@@ -47,7 +47,7 @@ class Pulls:
     def one(self, output: int, cotangents: Tensor, last: bool = False) -> Sequence[Tensor]:
         """Pull (c, *output) of one output to one (c, *input) per input; with `last` the graph may be freed."""
         if self.pullback is not None:
-            return self._recorded(self.pullback, (self.pullback.recorded[output],), (cotangents,), last)
+            return self._pull_recorded(self.pullback, (self.pullback.recorded[output],), (cotangents,), last)
         assert self.vjp is not None
         vjp, zeros = self.vjp, [torch.zeros_like(value) for value in self.values]
         pulled: Sequence[Tensor] = vmap(lambda seed: vjp((*zeros[:output], seed, *zeros[output + 1 :])))(cotangents)
@@ -56,13 +56,13 @@ class Pulls:
     def all(self, cotangents: Sequence[Tensor], last: bool = False) -> Sequence[Tensor]:
         """Pull one (c, *output) per output, all outputs together."""
         if self.pullback is not None:
-            return self._recorded(self.pullback, self.pullback.recorded, cotangents, last)
+            return self._pull_recorded(self.pullback, self.pullback.recorded, cotangents, last)
         assert self.vjp is not None
         vjp = self.vjp
         pulled: Sequence[Tensor] = vmap(lambda *seeds: vjp(seeds))(*cotangents)
         return pulled
 
-    def _recorded(
+    def _pull_recorded(
         self, pullback: Pullback, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], last: bool
     ) -> Sequence[Tensor]:
         if self.batched:
@@ -72,7 +72,7 @@ class Pulls:
             pullback.pull(outputs, seeds, last=last and number == final)
             for number, seeds in enumerate(zip(*[part.unbind() for part in cotangents], strict=True))
         ]
-        return _stacked(rows)
+        return _stack(rows)
 
 
 def puller(
@@ -93,7 +93,7 @@ def push(
         outputs, pushed = vmap(lambda *seeds: functional_jvp(bound, inputs, seeds), draws=draws)(*tangents)
         return tuple(output[0] for output in outputs), list(pushed)
     pairs = [push_dual(bound, inputs, seeds) for seeds in zip(*tangents, strict=True)]
-    return tuple(pairs[-1][0]), _stacked([pushed for _, pushed in pairs])
+    return tuple(pairs[-1][0]), _stack([pushed for _, pushed in pairs])
 
 
 def of_one_input(bound: Bound, inputs: Sequence[Tensor], position: int) -> Bound:
@@ -116,7 +116,7 @@ def pusher(bound: Bound, inputs: Sequence[Tensor], engine: Engine) -> PushMany:
     return push_one
 
 
-def _stacked(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _stack(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     # a single row is not worth a copy
     return [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in zip(*rows, strict=True)]
 

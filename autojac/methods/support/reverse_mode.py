@@ -57,7 +57,7 @@ class ReverseMode:
     def of_graph(self, problem: Problem, pullback: Pullback, made: SharedSeeds | None = None) -> Result:
         """Return the Jacobian of a graph that exists already; the engine must not be `vmap`, which records its own."""
         if problem.of:
-            return self._nested(problem, pullback)
+            return self._compute_nested(problem, pullback)
         return self._sweep(problem, Pulls.by(pullback, self.engine), made or SharedSeeds())
 
     def _derivatives(self, problem: Problem) -> Compute:
@@ -65,7 +65,7 @@ class ReverseMode:
 
         def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
             if self.engine != "vmap":
-                return self._nested(problem, record_pullback(problem, leaves, kwargs, problem.differentiable))
+                return self._compute_nested(problem, record_pullback(problem, leaves, kwargs, problem.differentiable))
             bound, (source,) = bind(problem, leaves, kwargs)
             columns = []
             for output in range(len(problem.outputs)):
@@ -79,7 +79,7 @@ class ReverseMode:
 
         return compute
 
-    def _nested(self, problem: Problem, pullback: Pullback) -> Result:
+    def _compute_nested(self, problem: Problem, pullback: Pullback) -> Result:
         (source,), columns = pullback.inputs, []
         samples = None if self.seeds == "shared" else range(problem.batch)
         order = max(len(one) for term in problem.terms for one in term)

@@ -61,7 +61,7 @@ class SharedStatistics:
         weights = [w.expand(batch, *w.shape) for w in graph.run(pool.weights, base)]
         local = pool.as_function_of(graph, held, [numbers[order] for order in carriers], copies=self.local == "copies")
         if self.local == "push":
-            blocks, parts = self._pushed(local, own, s), []
+            blocks, parts = self._push(local, own, s), []
         else:
             copies = [t.expand(batch, *t.shape) for t in s] if self.local == "copies" else list(s)
             pulls = puller(local, (*own, *weights, *copies), self.engine, problem.differentiable)
@@ -89,7 +89,7 @@ class SharedStatistics:
 
         return blocks, through()
 
-    def _pushed(
+    def _push(
         self, local: Callable[..., tuple[Tensor, ...]], own: Sequence[Tensor], s: Sequence[Tensor]
     ) -> list[list[Tensor]]:
         """Return ∂g/∂x by one push for each coordinate of x: given s, one serves all samples."""

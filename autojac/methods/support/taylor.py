@@ -108,9 +108,9 @@ class TaylorMode:
         for which, (_, number) in enumerate(made):
             linear = {order: CarriedPart(step.rows[order], forms[which]) for order, forms in found.items()}
             extra = [(row, forms[which]) for row, forms in added]
-            self.series[number] = Series(self.env[number], self._joined(linear, extra))
+            self.series[number] = Series(self.env[number], self._join(linear, extra))
 
-    def _joined(self, linear: dict[int, CarriedPart], extra: Sequence[tuple[int, Tensor]]) -> dict[int, CarriedPart]:
+    def _join(self, linear: dict[int, CarriedPart], extra: Sequence[tuple[int, Tensor]]) -> dict[int, CarriedPart]:
         """Return parts from the linear ones and what is added to single rows."""
         sums: dict[int, Tensor] = {}
         for row, part in extra:
@@ -203,16 +203,16 @@ class _Step:
             rows = sorted({row for s in self.given if order in s.parts for row in s.parts[order].rows if row in needed})
             if rows:
                 self.rows[order] = tuple(rows)
-                found[order] = list(_forms(self.apply, at, [[self._filled(s, rows) for s in self.given]]))
+                found[order] = list(_forms(self.apply, at, [[self._fill(s, rows) for s in self.given]]))
         added = []
         for split in splits:
             if any(series.has(block) for series in self.given for block in split.blocks):
-                directions = [[self._filled(series, block) for series in self.given] for block in split.blocks]
+                directions = [[self._fill(series, block) for series in self.given] for block in split.blocks]
                 added.append((split.row, [_total(form) for form in _forms(self.apply, at, directions)]))
         return found, added
 
     @staticmethod
-    def _filled(series: Series, rows: Sequence[int]) -> Tensor:
+    def _fill(series: Series, rows: Sequence[int]) -> Tensor:
         """Return rows of one order in full, zeros where they are not carried."""
         shape = (len(rows), *series.value.shape)
         for order, part in series.parts.items():

@@ -101,7 +101,7 @@ class Series:
     def take(self, order: int, rows: Sequence[int]) -> Tensor:
         """Return some rows of one order."""
         known = self.parts[order]
-        return _taken(known.values, [known.rows.index(row) for row in rows])
+        return _take(known.values, [known.rows.index(row) for row in rows])
 
     def has(self, rows: Iterable[int]) -> bool:
         """Check whether all of these rows are carried."""
@@ -109,7 +109,7 @@ class Series:
         return known.issuperset(rows)
 
 
-def _taken(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+def _take(rows: Tensor, numbers: Sequence[int]) -> Tensor:
     """Return some rows; a view where they lie side by side."""
     start, count = numbers[0], len(numbers)
     if list(numbers) == list(range(start, start + count)):

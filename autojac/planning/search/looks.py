@@ -73,11 +73,11 @@ class Looks:
 
     def next_compiled(self) -> Method | None:
         """Return the next candidate that takes a compiler: the fastest distinct flat programs are compiled."""
-        return next(self._compiled(), None)
+        return next(self._compiled_forms(), None)
 
     def find_untried(self, compilers: bool = True) -> list[Method]:
         """Return the candidates that are worth a look, as far as is known, and have not had one."""
-        return list(dict.fromkeys([*self._upcoming(), *(self._compiled() if compilers else ())]))
+        return list(dict.fromkeys([*self._upcoming(), *(self._compiled_forms() if compilers else ())]))
 
     def by_time(self, methods: Iterable[Method]) -> list[Method]:
         """Return those that were timed, slow ones included, the fastest first."""
@@ -140,7 +140,7 @@ class Looks:
             if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
                 yield single
 
-    def _compiled(self) -> Iterator[Method]:
+    def _compiled_forms(self) -> Iterator[Method]:
         known = self.session.trials
         later = [m for m in self.space if m not in known and waits_for_compiler(m)]
         # programs that load a compiler, without a compiler's work

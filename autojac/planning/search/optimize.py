@@ -232,7 +232,7 @@ def _pass_bytes(problem: Problem, point: SearchPoint) -> int:
 def _first_right(session: SearchSession, space: Sequence[Method]) -> SearchResult:
     """Take the first method that is right."""
     for method in [*space, LAST_RESORT]:
-        if attempt(session, method, _allowed_s(method)) is not None:
+        if attempt(session, method, _limit_s(method)) is not None:
             session.record(method, "complete", reason="the cost model's first choice that is right; nothing was timed")
             return SearchResult(method, None, None, None, tuple(session.trials.values()))
     raise _nothing_found(session)
@@ -247,10 +247,10 @@ def _settle(race: CandidateRace) -> None:
         method = next((m for m in candidates_left if not race.had_its_look(m)), None)
         if method is None:
             raise _nothing_found(race.session)
-        race.try_out(method, _allowed_s(method))
+        race.try_out(method, _limit_s(method))
 
 
-def _allowed_s(method: Method) -> float:
+def _limit_s(method: Method) -> float:
     """Return the limit where any right method will do; none for the last resort, which the user would write too."""
     return math.inf if method == LAST_RESORT else PATIENCE_S
 

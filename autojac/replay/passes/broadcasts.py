@@ -21,7 +21,7 @@ def broadcasts(graph: fx.Graph) -> None:
 
 def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
     lean: dict[fx.Node, fx.Node] = {}
-    for tensor, value in _wanted(node):
+    for tensor, value in _slices_wanted(node):
         if value.shape != tensor.meta["value"].shape:
             made = editor.narrow(node, tensor, value)
             if made is not None:
@@ -43,7 +43,7 @@ def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
     )
 
 
-def _wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
+def _slices_wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
     """Yield for each argument the smallest slice that suffices; the full result is a broadcast of what it gives."""
     if acts_by_entry(node) and node.target is not aten.clone.default:
         for source in filter(has_entries, node.all_input_nodes):

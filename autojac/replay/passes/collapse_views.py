@@ -12,10 +12,10 @@ RANK = (60, 92)
 
 def collapse_views(graph: fx.Graph) -> None:
     """Look at memory in another way in one step, or not at all where all of it is looked at."""
-    sweep(graph, _collapsed)
+    sweep(graph, _collapse)
 
 
-def _collapsed(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _collapse(editor: Editor, node: fx.Node) -> fx.Node | None:
     sources = chain(editor, node)
     value = node.meta["value"]
     found = editor.same(value, sources) or editor.reach(node, value, sources[:-1])

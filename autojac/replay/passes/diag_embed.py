@@ -18,12 +18,12 @@ def diag_embed(graph: fx.Graph) -> None:
     On CPUs, which write zeros faster than they multiply by them. Where v is not finite, identity * v is NaN off the
     diagonal, and the derivative, which this is, is zero there.
     """
-    sweep(graph, _embedded, {aten.mul.Tensor, aten.permute.default})
+    sweep(graph, _embed, {aten.mul.Tensor, aten.permute.default})
 
 
-def _embedded(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _embed(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.target is aten.permute.default:
-        return _turned(node)
+        return _transpose(node)
     if node.meta["value"].device.type != "cpu":
         return None
     for seed, vector in (node.args, node.args[::-1]):
@@ -36,7 +36,7 @@ def _embedded(editor: Editor, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _turned(node: fx.Node) -> fx.Node | None:
+def _transpose(node: fx.Node) -> fx.Node | None:
     """Transpose a diagonal matrix, which is its own transpose."""
     made: Any = node.args[0]
     axes: Any = node.args[1]

@@ -57,8 +57,8 @@ class Editor:
 
     def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
         """Return a new node before `at`, in its phase; None if the operator can't do that."""
-        value = _computed(target, args, kwargs)
-        return None if value is None else self._made(at, target, args, kwargs, value)
+        value = _try_to_compute(target, args, kwargs)
+        return None if value is None else self._make(at, target, args, kwargs, value)
 
     def reshape(self, at: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node | None:
         """Return the entries of a node in another shape, by a view if its layout permits one."""
@@ -78,9 +78,9 @@ class Editor:
         place = placement_of(wanted)
         for node in nodes:
             for target, args in moves(node.meta["value"], wanted):
-                moved = _computed(target, (node, *args), {})
+                moved = _try_to_compute(target, (node, *args), {})
                 if moved is not None and placement_of(moved) == place:
-                    return self._made(at, target, (node, *args), {}, moved)
+                    return self._make(at, target, (node, *args), {}, moved)
         return None
 
     def narrow(self, at: fx.Node, node: fx.Node, wanted: Tensor) -> fx.Node | None:
@@ -107,7 +107,7 @@ class Editor:
                 self._end(node)
             elif node.op == "call_function":
                 self.shift(node)
-                here = self._absorbed(node)
+                here = self._absorb(node)
                 self.users = node.users
                 if (targets is None or here.target in targets) and self.free(here):
                     found = rule(self, here)
@@ -116,7 +116,7 @@ class Editor:
                     self._replace(node, here)
         self._clear()
 
-    def _made(self, at: fx.Node, target: Any, args: Sequence[Any], kwargs: Any, value: Tensor) -> fx.Node:
+    def _make(self, at: fx.Node, target: Any, args: Sequence[Any], kwargs: Any, value: Tensor) -> fx.Node:
         with self.graph.inserting_before(at):
             node = self.graph.call_function(target, tuple(args), dict(kwargs))
         storage = _storage(value, node.all_input_nodes)
@@ -161,7 +161,7 @@ class Editor:
             self.shifts(node, homes)
             node.meta |= {"value": value, "storage": _storage(value, [origin])}
 
-    def _absorbed(self, node: fx.Node) -> fx.Node:
+    def _absorb(self, node: fx.Node) -> fx.Node:
         """Return a node with better arguments: the same one if its own layout stays as it is."""
         if not self.better:
             return node
@@ -179,9 +179,9 @@ class Editor:
                 self._conform(node, changed)
             return node
         target = node.target
-        value = _computed(target, args, kwargs)
+        value = _try_to_compute(target, args, kwargs)
         if value is None and target in RESHAPES:
-            target, value = aten.reshape.default, _computed(aten.reshape.default, args, kwargs)
+            target, value = aten.reshape.default, _try_to_compute(aten.reshape.default, args, kwargs)
         if value is None or value.shape != node.meta["value"].shape or value.dtype != node.meta["value"].dtype:
             self._conform(node, changed)
             return node
@@ -194,7 +194,7 @@ class Editor:
         if not steady:
             self._conform(node, changed)
             return node
-        return self._made(node, target, args, kwargs, value)
+        return self._make(node, target, args, kwargs, value)
 
     def _alike(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
         """Check whether each part of an operator with several results keeps its layout, in memory of its own."""
@@ -280,7 +280,7 @@ def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:
     return home
 
 
-def _computed(target: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _try_to_compute(target: Any, args: Any, kwargs: Any) -> Tensor | None:
     value = _run(target, args, kwargs)
     return value if isinstance(value, Tensor) else None
 

@@ -60,7 +60,7 @@ def _steady(graph: fx.Graph, tainted: set[int]) -> Iterator[fx.Node]:
         else:
             fit = node.op == "call_function" and not node.meta["draws"]
             fit = fit and (_looks_at_shapes(node) or all(source in found for source in node.all_input_nodes))
-        if fit and not _touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
+        if fit and not _storages_touched(node) & tainted and not node.meta["writes"] & tainted and _small(node):
             found.add(node)
             yield node
 
@@ -70,7 +70,7 @@ def _looks_at_shapes(node: fx.Node) -> bool:
     return facts(node).kind is Kind.FACTORY
 
 
-def _touched(node: fx.Node) -> set[int]:
+def _storages_touched(node: fx.Node) -> set[int]:
     if _looks_at_shapes(node):
         return {int(node.meta["storage"] or 0)} - {0}
     return storages_of(node)
@@ -80,7 +80,7 @@ def _early(node: fx.Node, last: dict[int, int]) -> set[int]:
     """Return storages that are not constant because this node, which is not, writes into them or reads them early."""
     if node.op == "output":
         return set()
-    early: set[int] = {storage for storage in _touched(node) if node.meta["order"] < last.get(storage, -1)}
+    early: set[int] = {storage for storage in _storages_touched(node) if node.meta["order"] < last.get(storage, -1)}
     return early.union(node.meta["writes"])
 
 

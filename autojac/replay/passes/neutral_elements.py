@@ -48,13 +48,13 @@ def neutral_elements(graph: fx.Graph) -> None:
         for place in places:
             other: Any = node.args[1 - place]
             if isinstance(other, fx.Node) and filled(node.args[place], number):
-                return _kept(editor, node, other)
+                return _keep(editor, node, other)
         return None
 
     sweep(graph, rule, KEEPERS)
 
 
-def _kept(editor: Editor, node: fx.Node, other: fx.Node) -> fx.Node | None:
+def _keep(editor: Editor, node: fx.Node, other: fx.Node) -> fx.Node | None:
     ours, right = other.meta["value"], node.meta["value"]
     if not isinstance(ours, Tensor) or ours.dtype != right.dtype or ours.device != right.device:
         return None

@@ -45,7 +45,7 @@ def row_scalings(graph: fx.Graph) -> None:
 
 def _apart(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     """Scale the rows of the second factor in the place of the columns of the first."""
-    scaled = _scaled(editor, node, node.args[0], slopes)
+    scaled = _find_scaled(editor, node, node.args[0], slopes)
     if scaled is None or scaled.row.meta["value"].dim() != 1:
         return None
     column = editor.make(node, aten.unsqueeze.default, scaled.row, 1)
@@ -79,7 +79,7 @@ def _blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     batch, count, size = node.meta["value"].shape
     if not editor.free(product) or not _is_view(editor, rows) or rows.args[0].meta["value"].dim() != 3:
         return None
-    scaled = _scaled(editor, node, rows.args[0], slopes)
+    scaled = _find_scaled(editor, node, rows.args[0], slopes)
     if scaled is None or rows.args[0].meta["value"].shape[:2] != (count, batch):
         return None
     row, factor = scaled.row.meta["value"], product.args[1]
@@ -97,7 +97,7 @@ def _is_view(editor: Editor, node: Any) -> bool:
     return has_entries(node) and node.target in (aten.view.default, aten._unsafe_view.default) and editor.free(node)
 
 
-def _scaled(editor: Editor, at: fx.Node, node: Any, slopes: Slopes) -> Scaled | None:
+def _find_scaled(editor: Editor, at: fx.Node, node: Any, slopes: Slopes) -> Scaled | None:
     """Return what a factor (…, B, h) of a product is made of, where it is a row for all times each sample's slope."""
     if not has_entries(node) or not editor.free(node) or node.target not in {aten.mul.Tensor, *SLOPES}:
         return None

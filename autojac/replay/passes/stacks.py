@@ -14,10 +14,10 @@ RANK = 75
 
 def stacks(graph: fx.Graph) -> None:
     """Stack what was given an axis to be concatenated along, where a permutation puts that axis afterwards."""
-    sweep(graph, _stacked, {aten.cat.default, aten.permute.default})
+    sweep(graph, _stack, {aten.cat.default, aten.permute.default})
 
 
-def _stacked(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _stack(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.target is aten.cat.default:
         parts: Any = node.args[0]
         axis: Any = node.args[1] if len(node.args) > 1 else 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from autojac.torch_internals import deterministic_algorithms, is_any_autocast_enabled, matmul_precision
 
 Layout = Literal["blocks", "full", "sparse", "diagonal"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def bucket(batch: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,12 +36,11 @@ class DerivativeReference:
         problem, leaves, kwargs, sandbox, extent, trained: as of `Reference`.
 
     Attributes:
-        says: something at these samples is finite, so that what passes was compared with something.
         decides: always; no zeros are assumed.
-        once: func was found to have no derivative through the derivatives asked for, so nothing trains through them.
+        trains_nothing: func was found to have no derivative through the derivatives asked for.
     """
 
-    decides = True
+    decides: bool = True
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class DerivativeReference:
         extent: Extent = EXTENT,
         trained: Sequence[Tensor] = (),
     ) -> None:
-        self.problem, self.trained, self.once = problem, trained, False
+        self.problem, self.trained, self.trains_nothing = problem, trained, False
         self.generator = torch.Generator().manual_seed(extent.seed)
         self.connected = tuple(leaf for leaf in leaves if leaf.requires_grad) if problem.differentiable else ()
         count = problem.batch if extent.every else min(problem.batch, SAMPLES)
@@ -68,11 +67,6 @@ class DerivativeReference:
             self.expected = self._derivatives(leaves, kwargs)
             self.gradients = self._gradients() if problem.differentiable else None
         self.says = any(bool(torch.isfinite(one).any()) for output in self.expected for one in output)
-
-    @property
-    def gradient(self) -> DerivativeReference:
-        """What knows whether anything trains through the derivatives."""
-        return self
 
     def check(self, result: Result) -> str | None:
         """Return why a result is wrong, as a sentence; None if it agrees with everything checked."""
@@ -148,7 +142,7 @@ class DerivativeReference:
         try:
             return self._pull(flat)
         except RuntimeError:
-            self.once = True
+            self.trains_nothing = True
             return None
 
     def _pull(self, derivatives: Sequence[Tensor]) -> list[Tensor]:
@@ -157,7 +151,33 @@ class DerivativeReference:
             return gradient(torch.stack([(one * weight).sum() for one, weight in pairs]).sum(), self.sources)
 
 
-AnyReference = Reference | DerivativeReference
+class AnyReference(Protocol):
+    """What the right answer to a problem must satisfy at one point.
+
+    Attributes:
+        says: something at this point is finite, so that what passes was compared with something.
+        pullback: of the evaluation by which the right answer is known.
+        connected, trained: the leaves and other tensors that a loss on the result trains.
+    """
+
+    says: bool
+    pullback: Pullback
+    connected: tuple[Tensor, ...]
+    trained: Sequence[Tensor]
+
+    @property
+    def decides(self) -> bool:
+        """Whether a missing entry as large as the derivatives compared would be seen."""
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether func was found to have no derivative through the result."""
+
+    def check(self, result: Result) -> str | None:
+        """Return why a result is wrong, as a sentence; None if it agrees with everything checked."""
+
+    def check_gradient(self, result: Result) -> str | None:
+        """Return why the graph behind a differentiable result is wrong; None if its gradient agrees."""
 
 
 def reference_for(

@@ -161,6 +161,11 @@ class Reference:
         with outside_autocast():
             return self.gradient.check(result)
 
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether func was found to have no second derivative, so that nothing trains through its Jacobian."""
+        return self.gradient.trains_nothing
+
     def _sources(self, leaves: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return what a loss on J trains; a leaf and the original that it stands for are trained together."""
         pairs = (

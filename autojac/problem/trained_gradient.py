@@ -27,7 +27,7 @@ class GradientReference:
         slack: the factor on the tolerance of what was pulled from an output.
 
     Attributes:
-        once: func was found to have no second derivative by plain autograd, so nothing trains through its Jacobian.
+        trains_nothing: func was found to have no second derivative by plain autograd.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class GradientReference:
         self.parts = parts
         self.sources = sources
         self.slack = slack
-        self.once = False
+        self.trains_nothing = False
         self._known: TrainedRows | None = None
 
     def prepare(self) -> TrainedRows | None:
@@ -71,13 +71,13 @@ class GradientReference:
                     rows.append(kept.reshape(1, -1))
                     scale = self.parts.weights[output].flatten()[row].to(kept)
                     weights.append(seeds.noise(kept.reshape(1, -1), self.parts.generator) * scale)
-        if not self.sources or not rows or self.once:
+        if not self.sources or not rows or self.trains_nothing:
             return None
         known = TrainedRows(self.sources, where, rows, weights)
         try:
             known.right = known.pull(rows, weights)
         except RuntimeError:
-            self.once = True
+            self.trains_nothing = True
             return None
         if UPDATES_BUFFERS in self.parts.problem.structure.effects:
             known.slacks = self._slacks(known)

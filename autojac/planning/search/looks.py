@@ -149,9 +149,8 @@ class Looks:
         flat = [m for m in self.by_time(self.space) if not m.compiles and of_one_chunk(m).makes_flat_programs]
         for method in flat[:COMPILED_PROGRAMS]:
             compiled = with_compiler(method)
-            if compiled is None or compiled in known or compiled.unsupported(self.session.problem) is not None:
-                continue
-            yield compiled
+            if compiled and compiled not in known and compiled.unsupported(self.session.problem) is None:
+                yield compiled
 
     def _propose(self, space: Sequence[Method]) -> Method | None:
         """Return the candidate that Optuna proposes, which stays the same until it was looked at."""

@@ -13,8 +13,8 @@ import torch
 
 from autojac.autodiff.pullback import Pullback
 from autojac.core.plan import Effort, Trial, effort_rank
-from autojac.errors import SearchError, StoreError
-from autojac.methods.base import Method, build
+from autojac.errors import SearchError
+from autojac.methods.base import Method, build_if_known
 from autojac.methods.pull import Pull
 from autojac.methods.threads import Threads
 from autojac.planning.search import measure, memory
@@ -148,11 +148,10 @@ def start_race(
 def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Method]) -> None:
     """Take over what an earlier search has found out, but for what it had no time for."""
     for trial in known:
-        try:
-            method = build(trial.method)
-        except StoreError:
-            continue  # made by another version of autojac
-        if trial.state != "skipped" and (method in space or method.compiles or isinstance(method, Threads)):
+        method = build_if_known(trial.method)
+        if method is None or trial.state == "skipped":
+            continue
+        if method in space or method.compiles or isinstance(method, Threads):
             session.trials[method] = trial
 
 

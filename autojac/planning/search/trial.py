@@ -268,7 +268,7 @@ def as_used(session: SearchSession, compute: Compute) -> measure.Run:
     if not session.problem.differentiable:
         return lambda: compute(leaves, kwargs)
     sources = [*session.reference.connected, *(x for x in session.point.captured if x.requires_grad)]
-    if not sources or session.reference.gradient.once:
+    if not sources or session.reference.trains_nothing:
         return lambda: compute(leaves, kwargs)
 
     def step() -> Result:

@@ -36,7 +36,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         programs.append(run)
         return run
 
-    monkeypatch.setattr(compilation, "_inducted", plain)
+    monkeypatch.setattr(compilation, "_run_inductor", plain)
     yield programs
 
 
@@ -162,7 +162,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("it tried to compile")
 
-    monkeypatch.setattr(compilation, "_inducted", refuse)
+    monkeypatch.setattr(compilation, "_run_inductor", refuse)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -210,7 +210,7 @@ def refusing(times: int) -> Callable[..., Any]:
 def test_where_a_compiler_refuses_the_program_runs_as_it_is(
     times: int, grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compilation, "_inducted", refusing(times))
+    monkeypatch.setattr(compilation, "_run_inductor", refusing(times))
     layer = Layer().requires_grad_(grad)
     x = points()
     jac = forced(layer, (x,), FLAT)
@@ -240,7 +240,7 @@ def test_a_function_that_raises_by_itself_goes_on_compiled(monkeypatch: pytest.M
 
         return program
 
-    monkeypatch.setattr(compilation, "_inducted", plain)
+    monkeypatch.setattr(compilation, "_run_inductor", plain)
 
     def chosen(x: Tensor, places: Tensor) -> Tensor:
         return x.sin().gather(1, places)

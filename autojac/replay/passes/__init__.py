@@ -1,7 +1,7 @@
 """What a recorded graph does without: passes that leave its results as they are, one a file.
 
 A pass takes an `fx.Graph` as `autojac.replay.tape` makes it, with its output node, and changes it in place. It may rely
-on the `meta` that the tape describes and must give new nodes such a `meta` too. What is `ordered`, as
+on the `meta` that the tape describes and must give new nodes such a `meta` too. What is `immovable_operators`, as
 `autojac.replay.passes.ordering` says, may not be merged, moved or left out.
 """
 

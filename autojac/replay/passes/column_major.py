@@ -36,7 +36,7 @@ def column_major(graph: fx.Graph) -> None:
         if not slow or rows.numel() < LEAST_ENTRIES or not editor.free(node):
             return None
         if rows.t().is_contiguous():
-            return _transposed(editor, node, left, right)
+            return _transpose_product(editor, node, left, right)
         if right not in copied:
             made: Any = editor.make(node, aten.t.default, right)
             made = made and editor.make(node, aten.clone.default, made, memory_format=torch.contiguous_format)
@@ -49,7 +49,7 @@ def column_major(graph: fx.Graph) -> None:
     sweep(graph, by_column, {aten.mm.default})
 
 
-def _transposed(editor: Editor, node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:
+def _transpose_product(editor: Editor, node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:
     """Write x @ y as the transpose of y's transpose times x's."""
     factors = [editor.narrow(node, factor, factor.meta["value"].t()) for factor in (right, left)]
     product = None if None in factors else editor.make(node, aten.mm.default, *factors)

@@ -36,7 +36,7 @@ def _by_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     along = {}
     for source in across:
-        made = _copied(editor, node, source)
+        made = _copy(editor, node, source)
         if made is None:
             return None
         along[source] = made
@@ -44,7 +44,7 @@ def _by_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
     return editor.make(node, node.target, *args, **kwargs)
 
 
-def _copied(editor: Editor, at: fx.Node, source: fx.Node) -> fx.Node | None:
+def _copy(editor: Editor, at: fx.Node, source: fx.Node) -> fx.Node | None:
     if source.meta["role"] == "constant":
         return editor.constant(source.meta["value"].clone(memory_format=torch.contiguous_format))
     return editor.make(at, aten.clone.default, source, memory_format=torch.contiguous_format)

@@ -15,18 +15,18 @@ Terms = tuple[Term, ...] | Literal["laplacian"]
 
 
 def resolve_terms(of: Terms, columns: int) -> tuple[Term, ...]:
-    """Return the terms for an input of so many columns."""
+    """Return the terms for an input of `columns` columns."""
     return (tuple((column, column) for column in range(columns)),) if of == "laplacian" else of
 
 
 def parts(columns: Columns) -> Iterator[Columns]:
-    """Return every derivative that a derivative is built on: each selection from its columns, itself included."""
+    """Yield every derivative that a derivative is built on: each selection from its columns, itself included."""
     for order in range(len(columns) + 1):
         yield from itertools.combinations(columns, order)
 
 
 def partitions(columns: Columns) -> Iterator[tuple[Columns, ...]]:
-    """Return each way to split the columns of a derivative into blocks, as in Faà di Bruno's formula."""
+    """Yield each way to split the columns of a derivative into blocks, as in Faà di Bruno's formula."""
     if not columns:
         yield ()
         return

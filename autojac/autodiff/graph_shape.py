@@ -27,7 +27,7 @@ class GraphShape(NamedTuple):
         key: node by node its type, where its edges lead, the integers, flags and shapes that it holds; and where the
             outputs and inputs stand.
         nodes: how many there are.
-        is_opaque: some node may do what its attributes don't show.
+        is_opaque: some node may depend on more than its attributes show.
         unused: inputs that no output leads back to, by their numbers.
     """
 
@@ -38,74 +38,74 @@ class GraphShape(NamedTuple):
 
 
 def graph_shape(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphShape:
-    """Walk a graph from outputs that exist already; nothing is pulled, and nothing unpacked that hooks have packed."""
+    """Walk a graph from outputs that exist already: without a backward, and without the hooks on saved tensors."""
     starts = [edge_of(y) if y.requires_grad else None for y in outputs]
     ends = [edge_of(x) for x in inputs]
-    asked = {node for node, _ in ends}
+    input_nodes = {node for node, _ in ends}
     edges: dict[Any, Sequence[Edge]] = {}
     # of nodes that lead to an input: the others do not run when that is asked for
     numbers: dict[Any, int | None] = {}
     parts: list[Hashable] = []
     is_opaque = False
-    waiting = [start[0] for start in starts if start is not None]
-    while waiting:
-        node = waiting.pop()
+    stack = [start[0] for start in starts if start is not None]
+    while stack:
+        node = stack.pop()
         if node in numbers:
             continue
-        following = edges.get(node)
-        if following is None:
-            edges[node] = following = node.next_functions
-            if following:
+        successors = edges.get(node)
+        if successors is None:
+            edges[node] = successors = node.next_functions
+            if successors:
                 # once more, after all that it leads to
-                waiting.append(node)
-                for target, _ in following:
+                stack.append(node)
+                for target, _ in successors:
                     if target is not None and target not in numbers:
-                        waiting.append(target)
+                        stack.append(target)
                 continue
-        leads = node in asked
-        ways = []
+        leads_to_input = node in input_nodes
+        targets = []
         # most nodes have one or two edges: a comprehension takes longer to start than to run
-        for target, place in following:
+        for target, place in successors:
             number = numbers.get(target)
-            ways.append((number, place))
+            targets.append((number, place))
             if number is not None:
-                leads = True
-        if not leads:
+                leads_to_input = True
+        if not leads_to_input:
             numbers[node] = None
             continue
-        held = _held_values(node) if following else ()
-        is_opaque |= held is None
+        attributes = _describe_node(node) if successors else ()
+        is_opaque |= attributes is None
         numbers[node] = len(parts)
-        parts.append((type(node), tuple(ways), held))
+        parts.append((type(node), tuple(targets), attributes))
     places = [None if edge is None else (numbers.get(edge[0]), edge[1]) for edge in (*starts, *ends)]
-    unused = tuple([index for index, end in enumerate(ends) if not _reached(end, starts, edges)])
+    unused = tuple([index for index, end in enumerate(ends) if not _is_reached(end, starts, edges)])
     return GraphShape((tuple(parts), tuple(places)), len(edges), is_opaque, unused)
 
 
-def _reached(end: Edge, starts: Sequence[Edge | None], edges: Mapping[Any, Sequence[Edge]]) -> bool:
-    """Check whether outputs lead to one of the results of a node, not just to the node."""
-    following = edges.get(end[0])
-    if following is None:
+def _is_reached(end: Edge, starts: Sequence[Edge | None], edges: Mapping[Any, Sequence[Edge]]) -> bool:
+    """Check whether outputs lead to this result of a node, not just to the node."""
+    successors = edges.get(end[0])
+    if successors is None:
         return False
     # a leaf is the one result of its node
-    return not following or end in starts or any([end in group for group in edges.values()])
+    return not successors or end in starts or any([end in group for group in edges.values()])
 
 
-def _held_values(node: Any) -> Hashable | None:
-    """Return the shapes, integers and flags that a node holds; None where that is not all which decides."""
+def _describe_node(node: Any) -> Hashable | None:
+    """Return the shapes, integers and flags of a node; None where its backward may depend on anything else."""
     kind: Any = type(node)
     plain, saved, is_generated = _attributes(kind)
     if not is_generated:
         return None
     try:
-        held: list[Hashable] = [_freeze(value) for value in plain(node)]
-        held += [part if part is None else _describe_saved(part) for part in saved(node)]
+        described: list[Hashable] = [_freeze(value) for value in plain(node)]
+        described += [part if part is None else _describe_saved(part) for part in saved(node)]
     except (RuntimeError, TypeError, AttributeError):  # freed, packed by hooks, or a torch that does not show it
         return None
     for part in node._input_metadata:
-        held += part.shape
-        held.append(part.dtype)
-    return tuple(held)
+        described += part.shape
+        described.append(part.dtype)
+    return tuple(described)
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -118,7 +118,7 @@ def edge_of(tensor: Tensor) -> Edge:
 
 @functools.lru_cache(1024)
 def _attributes(kind: Any) -> tuple[Read, Read, bool]:
-    """Return what reads the numbers, and the tensors, that nodes of a type show; and whether that is all they hold."""
+    """Return readers of the numbers and the tensors that nodes of a type show, and whether these are all they hold."""
     names = [name for name in dir(kind) if name.startswith("_saved_")]
     tensors = [name for name in names if hasattr(kind, f"_raw{name}")]
     is_generated = GENERATED.fullmatch(kind.__name__) is not None
@@ -130,14 +130,14 @@ def _attributes(kind: Any) -> tuple[Read, Read, bool]:
 
 
 def _reader(names: Sequence[str]) -> Read:
-    """Return what reads some attributes in one pass."""
+    """Return a function that reads some attributes in one pass."""
     if len(names) > 1:
         return operator.attrgetter(*names)
     return (lambda node: (getattr(node, names[0]),)) if names else (lambda node: ())
 
 
 def _freeze(value: Any) -> Hashable:
-    """Return what a node holds, hashable, without floating-point numbers."""
+    """Return an attribute's value, hashable; of a floating-point number only its type."""
     if type(value) is float:
         return float
     return tuple(value) if type(value) is list else value
@@ -151,9 +151,9 @@ def _describe_saved(saved: Any) -> Hashable:
     """
     if isinstance(saved, (tuple, list)):
         return tuple(map(_describe_saved, saved))
-    held = None if saved is None else saved.data
-    if held is None:
+    tensor = None if saved is None else saved.data
+    if tensor is None:
         return None
-    if not isinstance(held, Tensor):
+    if not isinstance(tensor, Tensor):
         raise TypeError("packed by hooks")
-    return held.shape, held.dtype
+    return tensor.shape, tensor.dtype

@@ -18,12 +18,12 @@ class _CorrectedSolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, None]:
-        pulled: Tensor = _FirstDerivativeOnly.apply(-ctx.solve(cotangent.detach()), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return None, pulled, None
+        gradient: Tensor = _FirstDerivativeOnly.apply(-ctx.solve(cotangent.detach()), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, gradient, None
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
-    """A derivative that depends on the residual's tensors in a way that no graph shows."""
+    """A gradient whose own derivative is refused: it depends on the residual's tensors in a way that no graph shows."""
 
     @staticmethod
     def forward(ctx: Any, pulled: Tensor, residual: Tensor) -> Tensor:

@@ -60,5 +60,5 @@ class _ByRule(torch.autograd.Function):
 
 def by_rule(matrices: Tensor, rule: MatrixRule) -> Tensor:
     """Return `rule.value(matrices)`, differentiable any number of times, under torch.func's transforms too."""
-    result: Tensor = _ByRule.apply(matrices, rule)  # type: ignore[no-untyped-call]
-    return result
+    value: Tensor = _ByRule.apply(matrices, rule)  # type: ignore[no-untyped-call]
+    return value

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autojac.torch_internals import (
     ForceDispatchKeys,
@@ -24,7 +23,6 @@ from autojac.torch_internals import (
     is_forward_grad_enabled,
     is_profiling,
     open_transforms,
-    preserve_version,
     saved_tensors_hooks,
     set_dual_level,
     set_forward_grad_enabled,
@@ -49,11 +47,11 @@ def transforming() -> bool:
 def in_one_thread(transform: Callable[..., Any]) -> Callable[..., Any]:
     """Return a transform that opens a level of dual numbers, in one thread at a time."""
 
-    def locked(*args: Any) -> Any:
+    def run_locked(*args: Any) -> Any:
         with forward_lock:
             return transform(*args)
 
-    return locked
+    return run_locked
 
 
 def hooked() -> bool:
@@ -74,18 +72,12 @@ def isolate_saved_tensors() -> AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
-def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Write into a tensor without moving its version: graphs that have saved it do not take it for changed."""
-    kept: AbstractContextManager[Any] = preserve_version(tensor)
-    return kept
-
-
 @contextmanager
 def levels_restored() -> Iterator[None]:
     """Close what a failure leaves open: a compilation that breaks off forgets its dual level and its grad mode.
 
     Left open, every later forward mode of the process would fail, or nothing would be recorded any more. torch allows
-    one dual level and tells nobody whether it is open, so it is found out by opening one.
+    one dual level and does not tell whether it is open, so this opens one to find out.
     """
     level, stack = dual_level(), open_transforms()
     grad, forward_grad = torch.is_grad_enabled(), is_forward_grad_enabled()

@@ -32,15 +32,15 @@ Mode = Literal["reverse", "forward"]
 
 def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
     """Call torch.func.vjp of a bound function; return its outputs and the pullback to vmap over."""
-    held: list[Sequence[Tensor]] = []
+    memory: list[Sequence[Tensor]] = []
 
-    def recorded(*wrapped: Tensor) -> tuple[Tensor, ...]:
+    def run_and_remember(*wrapped: Tensor) -> tuple[Tensor, ...]:
         outputs = fn(*wrapped)
-        held.extend((wrapped, outputs))
+        memory.extend((wrapped, outputs))
         return outputs
 
-    outputs = torch.func.vjp(without_data(recorded), *inputs)[0]
-    wrapped, values = held
+    outputs = torch.func.vjp(without_data(run_and_remember), *inputs)[0]
+    wrapped, values = memory
 
     def pullback(cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         # torch's own loads its compiler (1 s), to make sure that it does not compile this
@@ -48,9 +48,10 @@ def functional_vjp(fn: Bound, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, .
         if not pairs:
             return tuple(torch.zeros_like(x) for x in wrapped)
         outs, seeds = zip(*pairs, strict=True)
-        pulled = run_backward(outs, seeds, True, torch.is_grad_enabled(), wrapped, True, False)
+        gradients = run_backward(outs, seeds, True, torch.is_grad_enabled(), wrapped, True, False)
         return tuple(
-            torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(wrapped, pulled, strict=True)
+            torch.zeros_like(x) if gradient is None else gradient
+            for x, gradient in zip(wrapped, gradients, strict=True)
         )
 
     return outputs, pullback
@@ -65,16 +66,16 @@ def vmap(
 
 
 def quietly(mapped: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a mapped function without torch's warning that operators run sample by sample: plans were timed so."""
+    """Return a mapped function without torch's warning that operators run sample by sample: timings include that."""
 
-    def silent(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         set_vmap_fallback_warning(False)
         try:
             return mapped(*args)
         finally:
             set_vmap_fallback_warning(True)
 
-    return silent
+    return run
 
 
 @functools.cache
@@ -85,7 +86,7 @@ def load_forward_rules() -> None:
 
 
 def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Make one JVP with plain dual numbers: needs a forward formula of each operator and no functorch rule."""
+    """Compute one JVP with plain dual numbers, which need a forward formula of each operator and no functorch rule."""
     try:
         return push_dual_plainly(fn, inputs, tangents)
     except NotImplementedError:
@@ -97,7 +98,7 @@ def push_dual(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -
 def push_dual_plainly(
     fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make the same JVP without the operators that need torch's decompositions."""
+    """Compute one JVP as `push_dual` does, but raise where an operator needs torch's decompositions."""
     forward = torch.autograd.forward_ad
     # inside the forward of a custom Function, and so in reentrant checkpointing, tangents would be dropped
     with without_loading_compiler(), forward_lock, forward_grad_enabled(True), forward.dual_level() as level:
@@ -105,15 +106,15 @@ def push_dual_plainly(
         duals = [make_dual(x, t, level=level) for x, t in zip(inputs, tangents, strict=True)]
         pairs = [forward.unpack_dual(y) for y in fn(*duals)]
         values = [primal for primal, _ in pairs]
-        pushed = [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]
-    return values, pushed
+        jvps = [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]
+    return values, jvps
 
 
 def functional_jvp(fn: Bound, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Any, Any]:
     """Call torch.func.jvp of a bound function, to be used under vmap over tangents."""
     with without_loading_compiler():
-        outputs, pushed = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
-    return outputs, pushed
+        outputs, jvps = in_one_thread(torch.func.jvp)(without_data(fn), tuple(inputs), tuple(tangents))[:2]
+    return outputs, jvps
 
 
 def sample_jacobian(
@@ -123,21 +124,21 @@ def sample_jacobian(
     single = without_data(single)
     if mode == "reverse":
         # torch.func.jacrev loads torch's compiler (1 s), as its vjp does
-        return _rows_pulled(single, argnums)
+        return _jacrev_without_compiler(single, argnums)
     return in_one_thread(
         torch.func.jacfwd(single, argnums=argnums, has_aux=True, randomness="same" if draws else "error")
     )
 
 
-def _rows_pulled(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callable[..., Any]:
+def _jacrev_without_compiler(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callable[..., Any]:
     """Return what torch.func.jacrev returns for a function of (outputs, outputs), by the same operators."""
 
     def jacobian(*args: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         def bound(*inputs: Tensor) -> tuple[Tensor, ...]:
-            given = list(args)
+            arguments = list(args)
             for number, tensor in zip(argnums, inputs, strict=True):
-                given[number] = tensor
-            outputs: tuple[Tensor, ...] = single(*given)[0]
+                arguments[number] = tensor
+            outputs: tuple[Tensor, ...] = single(*arguments)[0]
             return outputs
 
         inputs = [args[number] for number in argnums]
@@ -148,8 +149,8 @@ def _rows_pulled(single: Callable[..., Any], argnums: tuple[int, ...]) -> Callab
             seeds = y.new_zeros(sum(sizes), size)
             seeds.diagonal(-start).fill_(1)
             basis.append(seeds.view(sum(sizes), *y.shape))
-        pulled = torch.vmap(lambda *seeds: pullback(seeds))(*basis)
-        parts = [torch.split(rows, sizes) for rows in pulled]
+        stacked = torch.vmap(lambda *seeds: pullback(seeds))(*basis)
+        parts = [torch.split(rows, sizes) for rows in stacked]
         return tuple(
             tuple(rows[number].view(y.shape + x.shape) for rows, x in zip(parts, inputs, strict=True))
             for number, y in enumerate(outputs)

@@ -18,7 +18,7 @@ class PullProgram:
         run: takes the inputs, what the forward program left, and a cotangent for each of `outputs`.
         outputs: positions of the outputs whose cotangents it takes.
         strides: of those cotangents.
-        given: positions of the inputs that it returns cotangents for.
+        given: positions of the inputs whose gradients it returns.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
@@ -32,7 +32,7 @@ class Programs:
     """A computation given as programs of plain operators.
 
     Attributes:
-        forward: from the inputs to the outputs, and what the pulls read besides them.
+        forward: from the inputs to the outputs, followed by what the pulls read besides inputs and cotangents.
         outputs: how many outputs there are.
         constant: positions of those without a derivative.
         pulls: their results add up.
@@ -49,10 +49,10 @@ class Programs:
 class _ByPrograms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, programs: Programs, *inputs: Tensor) -> tuple[Tensor, ...]:
-        made = programs.forward(*inputs)
-        outputs = made[: programs.outputs]
+        results = programs.forward(*inputs)
+        outputs = results[: programs.outputs]
         ctx.programs, ctx.many = programs, len(inputs)
-        ctx.save_for_backward(*inputs, *made[programs.outputs :])
+        ctx.save_for_backward(*inputs, *results[programs.outputs :])
         ctx.mark_non_differentiable(*(outputs[place] for place in programs.constant))
         ctx.set_materialize_grads(False)
         ctx.kinds = [(y.shape, y.dtype, y.device) for y in outputs]
@@ -62,11 +62,11 @@ class _ByPrograms(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         programs: Programs = ctx.programs
         saved = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * ctx.many
+        gradients: list[Tensor | None] = [None] * ctx.many
         if torch.is_grad_enabled():
             for place, gradient in _pull_again(programs, saved[: ctx.many], cotangents):
-                found[place] = gradient
-            return None, *found
+                gradients[place] = gradient
+            return None, *gradients
         for pull in programs.pulls:
             chosen = [cotangents[place] for place in pull.outputs]
             if all(cotangent is None for cotangent in chosen):
@@ -76,35 +76,35 @@ class _ByPrograms(torch.autograd.Function):
                 for cotangent, place, strides in zip(chosen, pull.outputs, pull.strides, strict=True)
             ]
             for place, gradient in zip(pull.given, pull.run(*saved, *arranged), strict=True):
-                known = found[place]
-                found[place] = gradient if known is None else known + gradient
-        return None, *found
+                before = gradients[place]
+                gradients[place] = gradient if before is None else before + gradient
+        return None, *gradients
 
 
 def _arrange_cotangent(
     cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
 ) -> Tensor:
-    """Return a cotangent in the memory layout that a program was made for; zeros for none."""
+    """Return a cotangent in the memory layout that a program expects; zeros in the place of None."""
     if cotangent is not None and cotangent.stride() == strides:
         return cotangent
     shape, dtype, device = kind
-    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    return made.zero_() if cotangent is None else made.copy_(cotangent)
+    arranged = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return arranged.zero_() if cotangent is None else arranged.copy_(cotangent)
 
 
 def _pull_again(
     programs: Programs, inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Pull with a graph: by autograd itself, on the computation run again."""
+    """Compute gradients that carry a graph, by autograd on the recomputed outputs."""
     outputs, sources = programs.recompute()
     pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
     places = [place for place, x in enumerate(inputs) if x.requires_grad]
     if not pairs:
         return
     values, seeds = zip(*pairs, strict=True)
-    chosen = [sources[place] for place in places]
-    made = torch.autograd.grad(values, chosen, seeds, create_graph=True, allow_unused=True)
-    yield from zip(places, made, strict=True)
+    wanted = [sources[place] for place in places]
+    gradients = torch.autograd.grad(values, wanted, seeds, create_graph=True, allow_unused=True)
+    yield from zip(places, gradients, strict=True)
 
 
 def by_programs(programs: Programs, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

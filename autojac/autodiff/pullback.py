@@ -14,10 +14,7 @@ from autojac.autodiff.graph_shape import edge_of, graph_shape
 from autojac.autodiff.primitives import Bound, quietly
 from autojac.autodiff.zero_tangents import without_loading_compiler
 from autojac.errors import UnsupportedError
-from autojac.torch_internals import (
-    batched_vmap,
-    run_backward,
-)
+from autojac.torch_internals import batched_vmap, run_backward
 
 NO_DERIVATIVE = re.compile(r"derivative for \S+ is not implemented")
 
@@ -33,7 +30,7 @@ def fresh_inputs(inputs: Sequence[Tensor], differentiable: bool) -> tuple[Tensor
 
 
 class Pullback:
-    """One plain evaluation of `fn`, recorded for any number of VJPs.
+    """One plain evaluation of `fn`, recorded by autograd for any number of VJPs.
 
     Args:
         fn: bound function.
@@ -41,8 +38,8 @@ class Pullback:
         differentiable: whether the VJPs carry a graph themselves.
         repeatable: whether `fn` may run once more where a backward through it runs only once, as one does that frees
             or overwrites what it has saved.
-        fresh: give `fn` nodes of their own for `inputs`; without it, these tensors themselves.
-        shapes: in which `fn` gets them, and gradients are returned; theirs by default.
+        fresh: give `fn` new autograd nodes for `inputs`; without it, these tensors themselves.
+        shapes: in which `fn` gets the inputs and gradients are returned; those of the inputs by default.
     """
 
     def __init__(
@@ -121,13 +118,13 @@ class Pullback:
 
     def _shape(self, gradients: Sequence[Tensor | None], lead: torch.Size) -> list[Tensor]:
         # torch's own materialize_grads would forget the leading axis of batched cotangents
-        found = [
+        filled = [
             x.new_zeros((*lead, *x.shape)) if gradient is None else gradient
             for x, gradient in zip(self.inputs, gradients, strict=True)
         ]
         if self.shapes is None:
-            return found
-        return [gradient.reshape(*lead, *shape) for gradient, shape in zip(found, self.shapes, strict=True)]
+            return filled
+        return [gradient.reshape(*lead, *shape) for gradient, shape in zip(filled, self.shapes, strict=True)]
 
     def _evaluate(self) -> tuple[Tensor, ...]:
         assert self.fn is not None
@@ -145,17 +142,17 @@ class Pullback:
         if batched:
             run = quietly(batched_vmap(run, 0, 0, allow_none_pass_through=True))
         try:
-            found: tuple[Tensor | None, ...] = run(*cotangents)
+            gradients: tuple[Tensor | None, ...] = run(*cotangents)
         except RuntimeError as error:
             # torch raises either kind, by where an operator is defined
             if not isinstance(error, NotImplementedError) and not NO_DERIVATIVE.search(str(error)):
                 raise
-            told = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            message = f"{type(error).__name__}: {str(error).rstrip('.')}"
             raise UnsupportedError(
-                f"a derivative of every operator was expected, but reverse mode raises {told}. Compute without that "
+                f"a derivative of every operator was expected, but reverse mode raises {message}. Compute without that "
                 "operator, detach its inputs, or write a torch.autograd.Function with a backward"
             ) from error
-        return found
+        return gradients
 
     def _again(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the same outputs by another evaluation."""
@@ -168,7 +165,7 @@ class Pullback:
         return list(graph_shape(self.recorded, self.inputs).unused)
 
     def hidden_inputs(self) -> list[int]:
-        """Return the inputs that only `backward()` finds a way to, by their numbers: reentrant checkpoints hide it."""
+        """Return the inputs that only `backward()` reaches, by their numbers: those behind reentrant checkpoints."""
         unused = self.unused_inputs() if any(y.requires_grad for y in self.recorded) else []
         # a backward reaches all of them, and adds to what is there
         leaves = self.inputs if unused else ()
@@ -195,7 +192,7 @@ class Pullback:
             self.differentiable, self.keeps = differentiable, keeps
 
     def free(self) -> None:
-        """Give back what the graph holds: pull zeros a last time."""
+        """Free what the graph has saved, by a last VJP with zeros."""
         outputs = [y for y in self.recorded if y.requires_grad]
         self.keeps = False
         self.differentiable = False
@@ -203,7 +200,7 @@ class Pullback:
 
 
 def is_custom(node: Any) -> bool:
-    """Check whether a node of a graph is a `torch.autograd.Function` that somebody wrote in Python."""
+    """Check whether a node of a graph is a `torch.autograd.Function` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 

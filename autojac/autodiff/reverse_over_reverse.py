@@ -71,10 +71,10 @@ class NestedPulls:
     def _pull(self, value: Tensor, cotangent: Tensor, keep: bool) -> Tensor:
         if not value.requires_grad:
             return torch.zeros_like(self.source)
-        (found,) = torch.autograd.grad(
+        (gradient,) = torch.autograd.grad(
             value, self.source, cotangent, retain_graph=True, create_graph=keep, allow_unused=True
         )
-        return torch.zeros_like(self.source) if found is None else found
+        return torch.zeros_like(self.source) if gradient is None else gradient
 
 
 def functional_term(fn: Callable[[Tensor], Tensor], source: Tensor, term: Term, independent: bool) -> Tensor:
@@ -91,8 +91,8 @@ def functional_term(fn: Callable[[Tensor], Tensor], source: Tensor, term: Term, 
         derivative = fn
         for column in columns:
             derivative = _along(derivative, column, independent)
-        found = derivative(source)
-        total = found if total is None else total + found
+        value = derivative(source)
+        total = value if total is None else total + value
     assert total is not None
     return total
 
@@ -105,13 +105,13 @@ def _along(fn: Callable[[Tensor], Tensor], column: int, independent: bool) -> Ca
         batch, event = len(value), tuple(value.shape[1:])
         if independent:
             rows = vmap(lambda seed: pull((seed,))[0])(seeds.shared_seeds(event, batch, value))
-            found = rows.reshape(len(rows), batch, -1)[..., column].movedim(0, 1)
+            diagonal = rows.reshape(len(rows), batch, -1)[..., column].movedim(0, 1)
         else:
             count = value.numel()
             rows = vmap(lambda seed: pull((seed,))[0])(seeds.identity((batch, *event), 0, count, value))
-            own = torch.arange(count, device=value.device) // max(seeds.size(event), 1)
-            found = rows.reshape(count, batch, -1)[torch.arange(count, device=value.device), own, column]
-        shaped: Tensor = found.reshape(value.shape)
-        return shaped
+            sample = torch.arange(count, device=value.device) // max(seeds.size(event), 1)
+            diagonal = rows.reshape(count, batch, -1)[torch.arange(count, device=value.device), sample, column]
+        result: Tensor = diagonal.reshape(value.shape)
+        return result
 
     return derivative

@@ -21,21 +21,21 @@ def hessian_product(loss: Callable[..., Any], points: Sequence[Tensor], vectors:
     Raises:
         InputError: if the function does not return a scalar.
     """
-    further = torch.is_grad_enabled()
+    keeps_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [y.view_as(y) if y.requires_grad and further else y.detach().requires_grad_() for y in points]
-        value = loss(*own)
+        inputs = [y.view_as(y) if y.requires_grad and keeps_graph else y.detach().requires_grad_() for y in points]
+        value = loss(*inputs)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
-            raise InputError(f"loss was expected to return a scalar, got {came}. Let it return the sum over the batch")
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
+            raise InputError(f"loss was expected to return a scalar, got {got}. Let it return the sum over the batch")
         if not value.requires_grad:
             return [torch.zeros_like(v) for v in vectors]
-        first = torch.autograd.grad(value, own, create_graph=True, allow_unused=True, materialize_grads=True)
+        first = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
         pairs = [(g, v) for g, v in zip(first, vectors, strict=True) if g.requires_grad]
         if not pairs:
             return [torch.zeros_like(v) for v in vectors]
         gradients, weights = [g for g, _ in pairs], [v for _, v in pairs]
-        found = torch.autograd.grad(
-            gradients, own, weights, create_graph=further, allow_unused=True, materialize_grads=True
+        products = torch.autograd.grad(
+            gradients, inputs, weights, create_graph=keeps_graph, allow_unused=True, materialize_grads=True
         )
-    return list(found)
+    return list(products)

@@ -19,7 +19,7 @@ from autojac.autodiff.open_modes import transforming
 
 SeedKind = Literal["shared", "identity"]
 LASTING = "autojac_lasting"
-"""Marks a tensor that is kept from call to call and written by nobody: what records a call may hold it."""
+"""Attribute of tensors that are reused from call to call and never written, so that recordings may refer to them."""
 
 
 def size(shape: tuple[int, ...]) -> int:
@@ -35,26 +35,26 @@ def shared_seeds(event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tens
 
 
 class SharedSeeds:
-    """Shared seeds that are made at the first call of a plan and kept."""
+    """A cache of shared seeds, filled by the first call of a plan."""
 
     def __init__(self) -> None:
         self._made: dict[int, Tensor] = {}
 
     def __call__(self, index: int, event_shape: tuple[int, ...], batch: int, like: Tensor) -> Tensor:
-        """Return `shared_seeds(event_shape, batch, like)`, kept under `index`."""
-        made = self._made.get(index)
-        if made is None or made.dtype != like.dtype or made.device != like.device:
-            made = shared_seeds(event_shape, batch, like)
-            setattr(made, LASTING, True)
-            self._made[index] = made
-        return made
+        """Return `shared_seeds(event_shape, batch, like)`, cached under `index`."""
+        seeds = self._made.get(index)
+        if seeds is None or seeds.dtype != like.dtype or seeds.device != like.device:
+            seeds = shared_seeds(event_shape, batch, like)
+            setattr(seeds, LASTING, True)
+            self._made[index] = seeds
+        return seeds
 
     def apart(self, rows: Tensor) -> Tensor:
-        """Copy rows that are kept seeds themselves: what a caller writes there must not come back as seeds."""
+        """Copy rows that share memory with cached seeds, into which a caller must not write."""
         if not self._made or type(rows) is not Tensor or transforming():
             return rows
-        kept = [made.untyped_storage().data_ptr() for made in self._made.values()]
-        return rows.clone() if rows.untyped_storage().data_ptr() in kept else rows
+        storages = [seeds.untyped_storage().data_ptr() for seeds in self._made.values()]
+        return rows.clone() if rows.untyped_storage().data_ptr() in storages else rows
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,11 +16,9 @@ NOISE_MARGIN = 16.0
 MOST_NOISE = 0.1
 """The largest relative tolerance that rounding excuses."""
 DRAWS = 8
-"""How often rounding is looked for in few elements where no derivative stands out: it may cancel by chance."""
+"""How often rounding is measured in few elements where no derivative stands out: it may cancel by chance."""
 FEW = 64
-"""Elements of derivatives from which on one look shows how large rounding is."""
-
-
+"""Elements of derivatives from which on one draw shows how large rounding is."""
 OFFSET = 1e-2
 """Share of a value's own size below which its deviation from other samples' is not taken for its scale."""
 
@@ -56,12 +54,12 @@ def balance(values: Sequence[Tensor]) -> list[Tensor]:
     scales = [own_scale(value, centered=True) for value in values]
     medians = [scale.median().cpu().double() for scale in scales if scale.numel()]
     middle = float(torch.stack(medians).median()) if medians else 1.0
-    found = []
+    weights = []
     for value, scale in zip(values, scales, strict=True):
         limits = torch.finfo(value.dtype)
         weight = (middle / scale).clamp(limits.tiny, min(limits.eps**-2, limits.max ** (1 / 3)))
-        found.append(weight.to(value.dtype))
-    return found
+        weights.append(weight.to(value.dtype))
+    return weights
 
 
 def balanced_noise(values: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -95,7 +93,7 @@ def own_rounding(
     values: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[tuple[float, float]]:
-    """Return what a function's own VJPs miss of being linear in the cotangent, for each input, by `balanced_noise`.
+    """Return by how much a function's VJPs fail to be linear in the cotangent, for each input, by `balanced_noise`.
 
     Args:
         pull: maps outputs and cotangents to gradients.
@@ -110,17 +108,17 @@ def own_rounding(
         one, other = (balanced_noise(values, generator) for _ in range(2))
         both = [a + b for a, b in zip(one, other, strict=True)]
         pulled = list(zip(*(pull(values, cotangents) for cotangents in (one, other, both)), strict=True))
-        seen = [largest(a + b - together) for a, b, together in pulled]
-        gaps = [max(pair) for pair in zip(gaps or seen, seen, strict=True)]
+        differences = [largest(a + b - together) for a, b, together in pulled]
+        gaps = [max(pair) for pair in zip(gaps or differences, differences, strict=True)]
         sizes = [largest(together) for _, _, together in pulled]
         stands_out = any(MOST_NOISE * size > NOISE_MARGIN * gap for gap, size in zip(gaps, sizes, strict=True))
         if stands_out or sum(together.numel() for *_, together in pulled) > FEW:
             break
-    found = []
+    granted = []
     for gap, size, (*_, together) in zip(gaps, sizes, pulled, strict=True):
         relative = min(NOISE_MARGIN * gap / size, MOST_NOISE) if size > 0 else 0.0
-        found.append((NOISE_MARGIN * gap, max(relative / tolerance(together.dtype), 1.0)))
-    return found
+        granted.append((NOISE_MARGIN * gap, max(relative / tolerance(together.dtype), 1.0)))
+    return granted
 
 
 def value_rounding(near: Callable[[int], Sequence[Tensor]], values: Sequence[Tensor]) -> list[Tensor]:
@@ -136,15 +134,15 @@ def value_rounding(near: Callable[[int], Sequence[Tensor]], values: Sequence[Ten
         The difference to grant, (B,) for each output: a sample's own, or the median of all if that is larger.
     """
     draws = DRAWS // 2 if sum(value.numel() for value in values) <= FEW else 1
-    found: list[Tensor] = []
+    largest_gaps: list[Tensor] = []
     for sign in (1, -1):
         moved = [near(sign * (draw + 1)) for draw in range(draws)]
         sides = [
             torch.stack([_rows(one - value) for one in every]).amax(0)
             for value, every in zip(values, zip(*moved, strict=True), strict=True)
         ]
-        found = [torch.minimum(*pair) for pair in zip(found or sides, sides, strict=True)]
-    return [NOISE_MARGIN * torch.maximum(gap, gap.median()) if gap.numel() else gap for gap in found]
+        largest_gaps = [torch.minimum(*pair) for pair in zip(largest_gaps or sides, sides, strict=True)]
+    return [NOISE_MARGIN * torch.maximum(gap, gap.median()) if gap.numel() else gap for gap in largest_gaps]
 
 
 def _rows(difference: Tensor) -> Tensor:

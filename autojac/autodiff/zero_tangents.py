@@ -1,8 +1,8 @@
-"""Zero tangents, whose shape forward mode asks torch's Python for, without loading torch's compiler (1 s).
+"""Zero tangents without loading torch's compiler (1 s): forward mode asks Python functions of torch for their shape.
 
 What a function captures has no tangent, which stands for zeros without memory. Where these meet a tangent, their common
 shape and dtype come from functions of `torch._refs` that load the compiler at their first call, to be left alone by it,
-and sympy (0.4 s). As long as the compiler is not loaded, others answer in their place.
+and sympy (0.4 s). As long as the compiler is not loaded, stand-ins answer in their place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from autojac.torch_internals import COMPILER, compiler_shield, reference_operators
 
 DISABLED: Final = "__dynamo_disable"
-"""Attribute of such a function that holds what is called in its place, once the compiler was told to leave it alone."""
+"""Attribute of such a function: what is called in its place, once the compiler was told to leave it alone."""
 MEET: Final = ("add", "mul", "true_divide")
 """The functions that tangents meet zeros in."""
 KINDS: Final = (torch.Tensor, int, float)
@@ -37,13 +37,13 @@ def without_loading_compiler() -> Iterator[None]:
     if is_compiler_loaded():
         yield
         return
-    answered = [(hidden, answer) for hidden, answer in answers().values() if not hasattr(hidden, DISABLED)]
-    for hidden, answer in answered:
+    replaced = [(hidden, answer) for hidden, answer in answers().values() if not hasattr(hidden, DISABLED)]
+    for hidden, answer in replaced:
         setattr(hidden, DISABLED, answer)
     try:
         yield
     finally:
-        for hidden, answer in answered:
+        for hidden, answer in replaced:
             # another thread may have loaded the compiler meanwhile
             if getattr(hidden, DISABLED, None) is answer:
                 delattr(hidden, DISABLED)
@@ -57,12 +57,12 @@ def answers() -> dict[str, tuple[Any, Callable[..., Any]]]:
 
 
 def _behind_shield(function: Any) -> Any:
-    """Return what a decorated function loads the compiler for; None if it does not."""
+    """Return the function inside the decorator that loads the compiler; None if there is no such decorator."""
     while compiler_shield is not None and isinstance(function, FunctionType):
-        held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("fn")
-        if held is not None and function.__code__.co_filename == compiler_shield.__code__.co_filename:
-            return held.cell_contents
-        function = None if held is None else held.cell_contents
+        cell = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("fn")
+        if cell is not None and function.__code__.co_filename == compiler_shield.__code__.co_filename:
+            return cell.cell_contents
+        function = None if cell is None else cell.cell_contents
     return None
 
 

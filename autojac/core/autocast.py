@@ -43,6 +43,6 @@ def _turn(autocast: Autocast, on: bool) -> Iterator[None]:
             torch.set_autocast_dtype(kind, dtype)
         yield
     finally:
-        for kind, enabled, dtype in before:
-            torch.set_autocast_enabled(kind, enabled)
+        for kind, was_on, dtype in before:
+            torch.set_autocast_enabled(kind, was_on)
             torch.set_autocast_dtype(kind, dtype)

@@ -1,4 +1,4 @@
-"""A batch that runs over several axes, and is flattened to one around the function, so that all else sees one axis."""
+"""A batch over several axes, flattened to one around the function, so that everything else sees one batch axis."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class BatchGrid:
     def sizes_of(self, samples: int) -> tuple[int, ...]:
         """Return the sizes of the batch axes for a number of samples.
 
-        The batch of a call has its own, and several copies of it follow each other. Other samples are picked from
-        anywhere and have no neighbors, so that a function for which these matter shows that it does.
+        Several copies of the batch are stacked along the first axis. Other numbers of samples are picked from anywhere
+        and have no neighbors, which reveals a function for which neighbors matter.
         """
         whole = prod(self.sizes)
         if samples == whole:
@@ -56,8 +56,8 @@ class BatchGrid:
         leaves, spec = pytree.tree_flatten(tuple(args))
         samples = next(len(x) for x, carries in zip(leaves, self.carriers, strict=True) if carries)
         sizes = self.sizes_of(samples)
-        restored = [split_axis(x, 0, sizes) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
-        nests = pytree.tree_unflatten(restored, spec)
+        unflattened = [split_axis(x, 0, sizes) if has else x for x, has in zip(leaves, self.carriers, strict=True)]
+        nests = pytree.tree_unflatten(unflattened, spec)
         copies = NestCopies(tuple(args), nests)
         out = func(*nests, **kwargs)
         if copies.changes():

@@ -38,7 +38,7 @@ class CallLayout:
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], options: Options) -> None:
         self.func = func
-        # part of what a plan is kept under, as func is
+        # part of the key of a plan, as func is
         self.autocast = current_autocast()
         self.has_aux = options.has_aux
         self.of = options.of
@@ -50,12 +50,12 @@ class CallLayout:
         self.classes = tuple(own_class(flat[index]) for index in self.tensor_at)
         self.size = len(flat)
         self.plain = all(isinstance(arg, Tensor) for arg in args)
-        # the parameters of a module are nothing that the module is given
+        # a module's parameters are passed by autojac, not by the caller
         self.is_settable = bool(find_settable_places(args[1:] if isinstance(func, ModuleFunction) else args)[0])
         self.axes = batch_axes(args, options.in_dims)
         self.declared = tuple(axis != AUTO for axis in self.axes)
         self.unbatched = all(axis is None for axis in self.axes)
-        # the axes to bring to the front; elsewhere the batch is there already
+        # the axes to bring to the front; 0 where the batch is there already
         self.sources = tuple(axis if isinstance(axis, int) else 0 for axis in self.axes)
         self.moved = any(self.sources) or self.unbatched
         self.groups = differentiated_places(args, chosen)
@@ -125,7 +125,7 @@ class CallLayout:
 
     def _fn(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if self.moved:
-            leaves = self._back(leaves)
+            leaves = self._restore_axes(leaves)
         args = leaves if self.plain else self._nested_inputs(leaves, kwargs)
         if isinstance(kwargs, Keywords) and kwargs.settable is not None:
             with kwargs.settable.evaluation(args):
@@ -165,16 +165,16 @@ class CallLayout:
         """Return the function's result from its flat outputs, and from what it returned without a derivative."""
         if self.out_spec is None and not self.unbatched:
             return values[0]
-        own = [value.squeeze(0) for value in values] if self.unbatched else list(values)
-        return self._nested_outputs(own, rest)
+        results = [value.squeeze(0) for value in values] if self.unbatched else list(values)
+        return self._nested_outputs(results, rest)
 
-    def _nested_outputs(self, own: Sequence[Any], rest: Iterable[Any]) -> Any:
+    def _nested_outputs(self, results: Sequence[Any], rest: Iterable[Any]) -> Any:
         if self.out_spec is None:
-            return own[0]
+            return results[0]
         if self.out_kept is not None:
-            taken, others = iter(own), iter(rest)
-            own = [next(taken) if has else next(others) for has in self.out_kept]
-        return pytree.tree_unflatten(list(own), self.out_spec)
+            differentiable, others = iter(results), iter(rest)
+            results = [next(differentiable) if has else next(others) for has in self.out_kept]
+        return pytree.tree_unflatten(list(results), self.out_spec)
 
     def jacobian(self, rows: Sequence[Sequence[Tensor]]) -> Any:
         """Return the Jacobians, nested as `torch.func.jacrev` nests them: outputs outside, arguments inside.
@@ -189,7 +189,6 @@ class CallLayout:
     def unnest(self, jacobian: Any) -> tuple[tuple[Tensor, ...], ...]:
         """Return the flat rows of a nested Jacobian: what `jacobian` was given, for each output and input."""
         flat, order, rows = tensor_leaves(jacobian), self.order, []
-
         for start in range(0, len(flat), len(order)):
             at = dict(zip(order, flat[start : start + len(order)], strict=True))
             row = [at[position] for position in self.differentiated]
@@ -215,7 +214,7 @@ class CallLayout:
             return tuple(position in self.differentiated for position in range(len(self.axes)))
         return tuple(has if axis == AUTO else axis is not None for axis, has in zip(self.axes, guess, strict=True))
 
-    def _back(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+    def _restore_axes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         if self.unbatched:
             differentiated = set(self.differentiated)
             return [t.squeeze(0) if index in differentiated else t for index, t in enumerate(leaves)]
@@ -229,7 +228,7 @@ class CallLayout:
         at_places = (
             (spec, [None if position is None else at[position] for position in group]) for spec, group in self.groups
         )
-        nests = tuple(pytree.tree_unflatten(placed, spec) for spec, placed in at_places)
+        nests = tuple(pytree.tree_unflatten(filled, spec) for spec, filled in at_places)
         return nests if isinstance(self.argnums, tuple) else nests[0]
 
     def _require_floats(self, flat: Sequence[Any]) -> None:
@@ -268,7 +267,6 @@ def outside_inference_mode(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     if not torch.is_inference_mode_enabled():
         yield args, kwargs
         return
-
     with torch.inference_mode(False), torch.no_grad():
         copies = pytree.tree_map(_recordable, args), pytree.tree_map(_recordable, kwargs)
         with write_back_copies((args, kwargs), copies):
@@ -281,7 +279,7 @@ def _recordable(value: Any) -> Any:
 
 
 def describe(value: Any) -> Any:
-    """Return what of an argument counts for the choice of a plan: shapes and dtypes of tensors, values of the rest.
+    """Return what the choice of a plan depends on in an argument: shapes and dtypes of tensors, values of the rest.
 
     Of floats only the type counts: a time or a step size changes with every call.
     """

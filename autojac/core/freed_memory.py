@@ -1,4 +1,4 @@
-"""What was freed, kept by the process for what comes next."""
+"""Memory that the process keeps when it is freed, for what comes next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
 
     glibc hands freed memory back beyond twice the largest block that it has seen freed, so that a program with
     intermediate results of some MB touches fresh pages in every call: 3600 page faults and 14 ms for a network of
-    6-128-128-6 at 2000 samples, none and 8 ms once a block of this size was freed. Nobody writes into it, so it takes
-    no memory. Elsewhere this does nothing.
+    6-128-128-6 at 2000 samples, none and 8 ms once a block of this size was freed. Nothing writes into it, so it takes
+    no memory. With other C libraries this does nothing.
     """
     np.empty(LARGE, np.uint8)

@@ -1,4 +1,4 @@
-"""Garbage collection, where it would be in the way."""
+"""Suspending garbage collection."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def gc_disabled() -> Iterator[None]:
     imported: they make thousands of objects that stay, for which Python would go through all of torch's as well, in a
     tenth of a second, and find nothing to free.
     """
-    enabled = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
+        if was_enabled:
             gc.enable()

@@ -30,11 +30,11 @@ class JoinedArguments(ComposedFunction):
         self.events = events
 
     def __call__(self, joined: Tensor, *others: Any, **kwargs: Any) -> Any:
-        own = list(others)
+        args = list(others)
         parts = joined.split([math.prod(event) for event in self.events], 1)
         for number, part, event in sorted(zip(self.argnums, parts, self.events, strict=True), key=lambda each: each[0]):
-            own.insert(number, part.reshape(len(part), *event))
-        out, _ = self._call(own, kwargs)
+            args.insert(number, part.reshape(len(part), *event))
+        out, _ = self._call(args, kwargs)
         return out
 
 
@@ -50,9 +50,9 @@ def position_of(func: Callable[..., Any], name: str) -> int:
     Raises:
         OptionError: if there is none of this name, or the names are not known.
     """
-    named = func.forward if isinstance(func, torch.nn.Module) else func
+    function = func.forward if isinstance(func, torch.nn.Module) else func
     try:
-        parameters = inspect.signature(named).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise OptionError(
             f"of names the argument {name!r}, but the names of func's arguments are not known. Wrap it in a function "

@@ -1,4 +1,4 @@
-"""Jacobians in a module's parameters, sample by sample."""
+"""Modules as functions of their parameters."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def parameters_replaced(module: torch.nn.Module, replacements: Mapping[str, Tens
         module: the module.
         replacements: by the names of `named_parameters()`.
     """
-    own = dict(module.named_parameters())
-    others = {id(own[name]): tensor for name, tensor in replacements.items() if tensor is not own[name]}
+    parameters = dict(module.named_parameters())
+    others = {id(parameters[name]): tensor for name, tensor in replacements.items() if tensor is not parameters[name]}
     undo: list[tuple[dict[str, Any], str, Any, Tensor]] = []
     try:
         for inner in module.modules() if others else ():
@@ -72,10 +72,10 @@ def parameters_replaced(module: torch.nn.Module, replacements: Mapping[str, Tens
         yield
     finally:
         while undo:
-            registered, name, parameter, replacement = undo[-1]
+            registry, name, parameter, replacement = undo[-1]
             # the module may have registered a parameter of its own choice meanwhile
-            if registered.get(name) is replacement:
-                registered[name] = parameter
+            if registry.get(name) is replacement:
+                registry[name] = parameter
             undo.pop()
 
 
@@ -83,14 +83,14 @@ class ModuleFunction:
     """A module as a function of its parameters: `f(parameters, args, **kwargs)`.
 
     Args:
-        module: its parameters are put aside for the length of a call, unless they are what is passed.
+        module: its parameters are replaced by those that are passed, for the length of a call.
         select: picks what of the module's output is differentiated, and the whole is returned besides; None for all.
         names: patterns of the names of those to differentiate in, as `fnmatch` reads them; None for all that require
             grad.
         grid: how the one batch axis of the arguments stands for several of the module's; None where it has one.
 
     Attributes:
-        lock: held while they are put aside, so that no other thread calls the module or looks at it then.
+        lock: held while they are replaced, so that no other thread calls or inspects the module then.
     """
 
     def __init__(
@@ -123,22 +123,22 @@ class ModuleFunction:
         """
         with self.lock:
             named = self.module.named_parameters()
-            found: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
+            parameters: dict[str, Tensor] = {name: p for name, p in named if p.requires_grad and not p.is_meta}
             if self.names is not None:
-                found = _choose(self.module, found, self.names)
-        for name, parameter in found.items():
+                parameters = _choose(self.module, parameters, self.names)
+        for name, parameter in parameters.items():
             if parameter.is_complex():
                 raise InputError(
                     f"parameter {name} is {parameter.dtype}; a real Jacobian needs real parameters. Hold its real and "
                     "imaginary part as one real parameter, and call torch.view_as_complex in forward; or leave it out "
                     "by names="
                 )
-        if not found:
+        if not parameters:
             raise InputError(
                 f"parameters that require grad were expected, but {type(self.module).__name__} has none. Call "
                 "module.requires_grad_()"
             )
-        return found
+        return parameters
 
     def __autojac_originals__(self) -> tuple[Tensor, ...]:
         """Return the module's own tensors behind the differentiated arguments, in their order."""
@@ -152,12 +152,12 @@ class ModuleFunction:
                 through the arguments as well.
         """
         parameters = self.parameters()
-        trained = [value for value in tensor_leaves((tuple(args), dict(kwargs))) if value.requires_grad]
-        if trained:
-            own, known = list(parameters.values()), set(map(id, parameters.values()))
-            computed = [value for value in trained if value.grad_fn is not None and torch.is_grad_enabled()]
-            leads = bool(computed) and len(Pullback.of_graph(computed, own, False).unused_inputs()) < len(own)
-            if leads or any(id(value) in known for value in trained):
+        differentiable = [value for value in tensor_leaves((tuple(args), dict(kwargs))) if value.requires_grad]
+        if differentiable:
+            targets, ids = list(parameters.values()), set(map(id, parameters.values()))
+            derived = [value for value in differentiable if value.grad_fn is not None and torch.is_grad_enabled()]
+            leads = bool(derived) and len(Pullback.of_graph(derived, targets, False).unused_inputs()) < len(targets)
+            if leads or any(id(value) in ids for value in differentiable):
                 raise InputError(
                     f"arguments that do not depend on the parameters of {type(self.module).__name__} were expected, "
                     "but one was computed from them, and its graph would count. Pass x.detach(), or wrap a module that "
@@ -177,18 +177,18 @@ class ModuleFunction:
 def _choose(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
     """Return the parameters that patterns name, by any of the names that tied ones have."""
     every = dict(module.named_parameters(remove_duplicate=False))
-    chosen: set[int] = set()
+    ids: set[int] = set()
     for pattern in patterns:
-        matching = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
-        usable = [id(every[name]) for name in matching if any(every[name] is p for p in found.values())]
+        matches = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
+        usable = [id(every[name]) for name in matches if any(every[name] is p for p in found.values())]
         if not usable:
-            what = f"{matching[0]}, which is frozen" if matching else f"nothing{nearest(pattern, every)}"
+            what = f"{matches[0]}, which is frozen" if matches else f"nothing{nearest(pattern, every)}"
             raise InputError(
                 f"names was expected to match parameters of {type(module).__name__} that require grad, but {pattern!r} "
                 f"matches {what}. Pass names of named_parameters(), or patterns such as '*.weight'"
             )
-        chosen.update(usable)
-    return {name: parameter for name, parameter in found.items() if id(parameter) in chosen}
+        ids.update(usable)
+    return {name: parameter for name, parameter in found.items() if id(parameter) in ids}
 
 
 def module_function(module: torch.nn.Module, names: str | Sequence[str] | None = None) -> ModuleFunction:

@@ -69,18 +69,18 @@ def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tu
         values, spec = pytree.tree_flatten(args[number])
         first = starts[number] - len(values)
         tensors = [isinstance(value, Tensor) for value in values]
-        moving = [is_differentiable(value) for value in values]
-        if not any(moving) and not (values and all(tensors)):
-            strangers = [value for value, has in zip(values, tensors, strict=True) if not has]
-            what = kind_of(strangers[0]) if strangers else "nothing"
-            why = next(filter(None, map(pytree.why_constant, strangers)), None)
+        differentiable = [is_differentiable(value) for value in values]
+        if not any(differentiable) and not (values and all(tensors)):
+            others = [value for value, has in zip(values, tensors, strict=True) if not has]
+            what = kind_of(others[0]) if others else "nothing"
+            why = next(filter(None, map(pytree.why_constant, others)), None)
             raise InputError(
                 f"argument {number} is to be differentiated, but holds {what}; tensors were expected"
                 f"{', and ' + why if why else ''}. Pass tensors, or leave it out of argnums"
             )
         # where nothing has a derivative, that is told of the tensors
-        kept = moving if any(moving) else tensors
-        groups.append((spec, tuple(order[first + at] if has else None for at, has in enumerate(kept))))
+        included = differentiable if any(differentiable) else tensors
+        groups.append((spec, tuple(order[first + at] if has else None for at, has in enumerate(included))))
     return groups
 
 

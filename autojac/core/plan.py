@@ -44,7 +44,7 @@ class Trial:
             failure), `rejected` (wrong numbers), `unsupported` (does not apply) or `skipped` (no budget left).
         seconds: time of one call, by the lower quartile of several timings.
         dispersion: relative spread of the timings (interquartile range over median).
-        memory_bytes: peak bytes allocated by one call beyond what was held before.
+        memory_bytes: peak bytes allocated by one call on top of what was allocated before.
         reason: why it is not `complete`, as a sentence.
         predicted: seconds of one call by the cost model.
     """

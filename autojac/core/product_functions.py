@@ -1,4 +1,4 @@
-"""Functions made of another one, whose Jacobians are products with its own, or a part of it."""
+"""Functions composed of another one, whose Jacobians are products with that one's, or a part of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autojac.core.settable_arguments import write_back_copies
 
 
 class ComposedFunction(ABC):
-    """A function made of another one.
+    """A function composed of another one.
 
     Args:
         func: the function.
@@ -51,7 +51,7 @@ class ComposedFunction(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute; the first arguments are those of this function, each a tensor, and the rest func's own."""
+        """Compute; the first arguments are this function's, each a tensor, and the rest are func's."""
 
 
 class ProductFunction(ComposedFunction):
@@ -95,13 +95,13 @@ class AlongTangents(ProductFunction):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first, last = len(self.steps), len(self.steps) + len(self.axes)
         steps = dict(zip(self.steps, args[:first], strict=True))
-        vectors, own = zip(args[first:last], self.axes, strict=True), list(args[last:])
+        vectors, inner_args = zip(args[first:last], self.axes, strict=True), list(args[last:])
         for number in self.argnums:
-            flat, spec = pytree.tree_flatten(own[number])
-            moved = [x + self._shift(x, *next(vectors), steps) if is_differentiable(x) else x for x in flat]
-            own[number] = pytree.tree_unflatten(moved, spec)
-        with write_back_copies(args[last:], tuple(own)):
-            out, aux = self._call(own, kwargs)
+            flat, spec = pytree.tree_flatten(inner_args[number])
+            shifted = [x + self._shift(x, *next(vectors), steps) if is_differentiable(x) else x for x in flat]
+            inner_args[number] = pytree.tree_unflatten(shifted, spec)
+        with write_back_copies(args[last:], tuple(inner_args)):
+            out, aux = self._call(inner_args, kwargs)
         return (out, *aux) if aux else out
 
     def _shift(self, x: Tensor, tangent: Tensor, axis: int | None, steps: dict[bool, Tensor]) -> Tensor:
@@ -120,7 +120,7 @@ class WeightedOutput(ProductFunction):
 
     Args:
         count: number of outputs.
-        reads_past: func reads parameters past its arguments, so that they are to be differentiated in themselves.
+        reads_past: func reads the differentiated parameters directly, not as arguments.
         others: as of `ProductFunction`.
     """
 
@@ -144,8 +144,8 @@ class WeightedOutput(ProductFunction):
         return (total, *aux) if aux else total
 
     def _sum(self, y: Tensor, cotangent: Tensor) -> Tensor:
-        kept, weighted = self.several + (not self.whole), cotangent * y
-        scalar = weighted if weighted.dim() == kept else weighted.flatten(kept).sum(-1)
+        lead, product = self.several + (not self.whole), cotangent * y
+        scalar = product if product.dim() == lead else product.flatten(lead).sum(-1)
         return scalar.T if self.several and not self.whole else scalar
 
 
@@ -173,18 +173,18 @@ class SampleWindow(ComposedFunction):
         return getattr(self.func, "__autojac_originals__", None)
 
     def __call__(self, index: Tensor, *args: Any, **kwargs: Any) -> Any:
-        parts, own = zip(args[: len(self.axes)], self.axes, strict=True), list(args[len(self.axes) :])
+        parts, inner_args = zip(args[: len(self.axes)], self.axes, strict=True), list(args[len(self.axes) :])
         for number in self.argnums:
-            flat, spec = pytree.tree_flatten(own[number])
-            placed = []
+            flat, spec = pytree.tree_flatten(inner_args[number])
+            replaced = []
             for x in flat:
                 part, axis = next(parts) if is_differentiable(x) else (x, None)
-                placed.append(part if axis is None else x.index_copy(axis, index, part))
-            own[number] = pytree.tree_unflatten(placed, spec)
-        with write_back_copies(args[len(self.axes) :], tuple(own)):
-            out, aux = self._call(own, kwargs)
-        chosen = pytree.tree_map(lambda y: y[index] if is_differentiable(y) else y, out)
-        return (chosen, *aux) if aux else chosen
+                replaced.append(part if axis is None else x.index_copy(axis, index, part))
+            inner_args[number] = pytree.tree_unflatten(replaced, spec)
+        with write_back_copies(args[len(self.axes) :], tuple(inner_args)):
+            out, aux = self._call(inner_args, kwargs)
+        selected = pytree.tree_map(lambda y: y[index] if is_differentiable(y) else y, out)
+        return (selected, *aux) if aux else selected
 
 
 class SelectedOutput(ComposedFunction):

@@ -25,13 +25,13 @@ _names: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictio
 
 
 class Record:
-    """Stands for a dataclass in a nest; what is unflattened is the dataclass.
+    """A wrapper that makes a dataclass a node of a nest; unflattening gives the dataclass.
 
-    It is rebuilt from the values of its fields, past `__init__`, which might compute with them.
+    It is rebuilt from the values of its fields without `__init__`, which might compute with them.
 
     Args:
         value: the dataclass.
-        every: dataclasses in its fields count whatever they hold.
+        every: dataclasses in its fields are nodes even where they hold no tensors.
     """
 
     __slots__ = ("every", "value")
@@ -47,19 +47,19 @@ def _children(record: Record) -> tuple[list[Any], tuple[type, tuple[str, ...]]]:
     return [with_records(getattr(value, name), record.every) for name in names], (type(value), names)
 
 
-def _rebuilt(children: Sequence[Any], context: tuple[type, tuple[str, ...]]) -> Any:
+def _rebuild(children: Sequence[Any], context: tuple[type, tuple[str, ...]]) -> Any:
     kind, names = context
-    made: Any = object.__new__(kind)
+    instance: Any = object.__new__(kind)
     for name, child in zip(names, children, strict=True):
-        object.__setattr__(made, name, child)  # also where it is frozen
-    return made
+        object.__setattr__(instance, name, child)  # also where it is frozen
+    return instance
 
 
-of_torch.register_pytree_node(Record, _children, _rebuilt)  # type: ignore[arg-type]
+of_torch.register_pytree_node(Record, _children, _rebuild)  # type: ignore[arg-type]
 
 
 def is_record(value: Any, every: bool = False) -> bool:
-    """Check whether a leaf of torch's is a dataclass that holds tensors, or `every` one; others are constants."""
+    """Check whether a leaf is a dataclass that holds tensors, or with `every` any dataclass; others are constants."""
     return _is_dataclass(value) and (every or _holds_tensors(value)) and why_constant(value) is None
 
 
@@ -77,7 +77,7 @@ def why_constant(value: Any, above: tuple[Any, ...] = ()) -> str | None:
     for name in getattr(value, "__dict__", ()):
         if name not in fields and not isinstance(getattr(kind, name, None), functools.cached_property):
             return f"{kind.__name__} holds {name!r} besides its fields"
-    for leaf in _held_values(value):
+    for leaf in _field_values(value):
         if why := why_constant(leaf, (*above, value)):
             return why
     return None
@@ -94,9 +94,9 @@ def _field_names(kind: Any) -> tuple[str, ...]:
     return names
 
 
-def _held_values(value: Any) -> list[Any]:
-    held = [getattr(value, name, None) for name in _field_names(type(value))]
-    return held if all([_is_plain(part) for part in held]) else of_torch.tree_leaves(held)
+def _field_values(value: Any) -> list[Any]:
+    values = [getattr(value, name, None) for name in _field_names(type(value))]
+    return values if all([_is_plain(part) for part in values]) else of_torch.tree_leaves(values)
 
 
 def _is_plain(value: Any) -> bool:
@@ -105,7 +105,7 @@ def _is_plain(value: Any) -> bool:
 
 def _holds_tensors(value: Any, above: tuple[Any, ...] = ()) -> bool:
     path = (*above, value)
-    for leaf in _held_values(value):
+    for leaf in _field_values(value):
         if isinstance(leaf, Tensor):
             return True
         if _is_dataclass(leaf) and all([leaf is not one for one in path]) and _holds_tensors(leaf, path):
@@ -121,17 +121,17 @@ def with_records(tree: Any, every: bool = False) -> Any:
 
 
 def _record(tree: Any, leaves: list[Any], spec: TreeSpec, every: bool = False) -> Any:
-    found = [is_record(leaf, every) for leaf in leaves]
-    if not any(found):
+    wrap = [is_record(leaf, every) for leaf in leaves]
+    if not any(wrap):
         return tree
-    return tree_unflatten([Record(x, every) if has else x for x, has in zip(leaves, found, strict=True)], spec)
+    return tree_unflatten([Record(x, every) if has else x for x, has in zip(leaves, wrap, strict=True)], spec)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of a nest, and how they are nested."""
     leaves, spec = of_torch.tree_flatten(tree)
-    recorded = _record(tree, leaves, spec)
-    return (leaves, spec) if recorded is tree else of_torch.tree_flatten(recorded)
+    wrapped = _record(tree, leaves, spec)
+    return (leaves, spec) if wrapped is tree else of_torch.tree_flatten(wrapped)
 
 
 def tree_leaves(tree: Any, every: bool = False) -> list[Any]:
@@ -154,7 +154,7 @@ def tree_map_only(kind: type, change: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def flatten_up_to(spec: TreeSpec, tree: Any) -> list[Any]:
-    """Return what of a nest stands at the leaves of another one.
+    """Return the parts of a nest that stand where another nest has its leaves.
 
     Raises:
         ValueError: if it is nested otherwise above these.
@@ -163,7 +163,7 @@ def flatten_up_to(spec: TreeSpec, tree: Any) -> list[Any]:
 
 
 def flatten_prefix(prefix: Any, spec: TreeSpec) -> list[Any]:
-    """Return for each leaf of a nest what a nest of its outer levels says of it, as torch.vmap reads in_dims.
+    """Return for each leaf of a nest the entry of a nest of its outer levels, as torch.vmap reads in_dims.
 
     Raises:
         ValueError: if the levels differ.

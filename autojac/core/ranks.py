@@ -26,7 +26,7 @@ def deadline(seconds: float) -> float:
 def silent(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Keep data-parallel modules from broadcasting buffers and preparing a reduction in their forward.
 
-    Probing, tuning and checking call func as often as one rank's data need, and for no other rank.
+    Probing, tuning and checking call func as often as this rank's data need, whatever the other ranks do.
     """
     replicas = [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)] if several() else []
     before = [(module.require_forward_param_sync, module.require_backward_grad_sync) for module in replicas]

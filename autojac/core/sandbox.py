@@ -15,10 +15,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autojac.autodiff.open_modes import isolate_saved_tensors, version_kept
+from autojac.autodiff.open_modes import isolate_saved_tensors
 from autojac.core.tensor_kinds import not_dense
 from autojac.guards.assignments import Snapshot
 from autojac.guards.escapes import home
+from autojac.torch_internals import preserve_version
 
 GENERATORS: Final = ("cpu", "cuda", "python", "numpy")
 """Every generator of the process that a function may draw from: torch's, Python's and NumPy's."""
@@ -73,14 +74,14 @@ def _same_state(one: Any, other: Any) -> bool:
 
 @contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the user's tensor hooks from firing on gradients that tuning takes for itself."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
-    for tensor, _ in hooked:
+    """Keep the user's tensor hooks from firing on gradients that tuning computes."""
+    with_hooks = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in with_hooks:
         tensor._backward_hooks = None
     try:
         yield
     finally:
-        for tensor, hooks in hooked:
+        for tensor, hooks in with_hooks:
             tensor._backward_hooks = hooks
 
 
@@ -96,7 +97,7 @@ def same_bits(copy: Tensor, leaf: Tensor) -> bool:
 
 
 def without_graph(tensors: Sequence[Tensor]) -> None:
-    """Detach what func wrote into its own tensors from its graph: they hold numbers and train nothing."""
+    """Detach tensors that func wrote into from its graph: what they keep is numbers, which train nothing."""
     for tensor in tensors:
         if tensor.requires_grad:
             with suppress(RuntimeError):  # a view has the graph of what it is a view of
@@ -117,10 +118,11 @@ class Sandbox:
         trained: leaves whose `.grad` a backward of func's own might write.
 
     Attributes:
-        written: the captured tensors that an evaluation wrote into, or gave other memory; of a closer one, ever.
+        written: the captured tensors that an evaluation wrote into, or gave other memory; those of the sandbox that a
+            `closer` one was derived from are included.
         exchanged: whether one was given other memory.
         converted: whether one was given another dtype or device, which it keeps.
-        kept: the places that an evaluation set something in; of a closer one, ever.
+        kept: the places that an evaluation set something in, included in the same way.
     """
 
     def __init__(
@@ -150,16 +152,16 @@ class Sandbox:
         state = random_state(self.state if generators is None else generators)
         known = {id(tensor) for tensor in self.captured}
         captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in known)]
-        found = Sandbox(captured, state, self.places, self.trained)
-        found.written = [*self.written, *others]
-        return found
+        sandbox = Sandbox(captured, state, self.places, self.trained)
+        sandbox.written = [*self.written, *others]
+        return sandbox
 
     def closer(self, state: State) -> Sandbox:
         """Return a sandbox that restores only what evaluations so far have changed, with another random state."""
-        found = Sandbox(self.written, state, self.kept, self.trained)
-        found.written, found.kept = list(self.written), list(self.kept)
-        found._every = self._every
-        return found
+        sandbox = Sandbox(self.written, state, self.kept, self.trained)
+        sandbox.written, sandbox.kept = list(self.written), list(self.kept)
+        sandbox._every = self._every
+        return sandbox
 
     def widen(self) -> None:
         """Restore all that func may change again: at other values it may take a branch that no evaluation took yet."""
@@ -172,7 +174,7 @@ class Sandbox:
         restore = self.save()
         for tensor in self.trained:
             if tensor.grad is not None:
-                # another is accumulated into what is there
+                # a backward would accumulate into what is there
                 tensor.grad = None
         restore_random_state(self.state)
         try:
@@ -186,19 +188,19 @@ class Sandbox:
         """Save the tensors and the places, and return what puts them back."""
         versions = [tensor._version for tensor in self.captured]
         plain = [tensor for tensor in self.captured if not tensor.requires_grad]
-        saved = [tensor.detach().clone() for tensor in self.captured]
+        copies = [tensor.detach().clone() for tensor in self.captured]
         memory = [(home(tensor), tensor.data) for tensor in self.captured]
-        held = Snapshot(self.places)
+        snapshot = Snapshot(self.places)
         grads = [tensor.grad for tensor in self.trained]
 
         def restore() -> None:
-            for place in held.restore():
+            for place in snapshot.restore():
                 if not any(place is known for known in self.kept):
                     self.kept.append(place)
             with torch.no_grad():
-                for tensor, version, copy, (place, data) in zip(self.captured, versions, saved, memory, strict=True):
-                    exchanged = home(tensor) != place
-                    if exchanged:
+                for tensor, version, copy, (place, data) in zip(self.captured, versions, copies, memory, strict=True):
+                    has_other_memory = home(tensor) != place
+                    if has_other_memory:
                         self.exchanged = True
                         # a graph that holds the tensor would read the memory before as if it had the dtype after
                         fits = _fits(data, tensor)
@@ -207,11 +209,11 @@ class Sandbox:
                             tensor.data = data.to(tensor)
                     # Batch norm's kernel writes its running statistics without moving their version, and they are put
                     # back so too: graphs that have saved them stay what they were.
-                    written = exchanged or tensor._version != version
-                    if written or not same_bits(tensor, copy):
+                    is_written = has_other_memory or tensor._version != version
+                    if is_written or not same_bits(tensor, copy):
                         if not any(tensor is known for known in self.written):
                             self.written.append(tensor)
-                        with nullcontext() if written else version_kept(tensor):
+                        with nullcontext() if is_written else preserve_version(tensor):
                             tensor.detach().copy_(copy)
             without_graph(plain)
             for tensor, grad in zip(self.trained, grads, strict=True):

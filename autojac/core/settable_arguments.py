@@ -1,4 +1,4 @@
-"""What func sets in nests and objects among its arguments: a call leaves there what one plain call leaves."""
+"""What func sets in nests and objects among its arguments: a call leaves them as one plain call does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MUTABLE = (dict, list, set, deque)
 
 
 class NestCopies:
-    """Nests that func gets in the place of others, and what it sets in them.
+    """Copies of nests that func gets instead, and what it sets in them.
 
     Args:
         originals: the nests.
@@ -70,15 +70,15 @@ class NestCopies:
         Raises:
             MutationError: if it has set something in one of several copies of an object, which the others don't show.
         """
-        found = [(place, key) for place, key in self._held.differences() if id(place) in self._original_place]
-        for place, _ in found:
+        changes = [(place, key) for place, key in self._held.differences() if id(place) in self._original_place]
+        for place, _ in changes:
             original = self._original_place[id(place)]
             if self._copies_of[id(original)] > 1:
                 raise _twice_error(original)
-        return found
+        return changes
 
     def require_alone(self, others: Callable[[], Iterable[Any]]) -> None:
-        """Check that what func has set something in is reached in no other way, where it is no copy.
+        """Check that func reaches what it has set something in by the copies alone.
 
         Args:
             others: returns the places that func reaches otherwise.
@@ -86,12 +86,12 @@ class NestCopies:
         Raises:
             MutationError: if it is.
         """
-        touched = [self._original_place[id(place)] for place, _ in self.changes()]
-        touched += [place for place in self._originals.find_changes() if id(place) in self._copies_of]
-        if touched:
-            known = {id(place) for place in others()}
-            for original in touched:
-                if id(original) in known:
+        changed = [self._original_place[id(place)] for place, _ in self.changes()]
+        changed += [place for place in self._originals.find_changes() if id(place) in self._copies_of]
+        if changed:
+            others_ids = {id(place) for place in others()}
+            for original in changed:
+                if id(original) in others_ids:
                     raise _twice_error(original)
 
     def write_back(self) -> None:
@@ -107,13 +107,13 @@ class NestCopies:
 
     def _own(self, value: Any) -> Any:
         """Return a value with the originals in the place of their copies."""
-        known = self._original
-        if id(value) in known:
-            return known[id(value)]
-        leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: id(part) in known)
-        if not any(id(leaf) in known for leaf in leaves):
+        originals = self._original
+        if id(value) in originals:
+            return originals[id(value)]
+        leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: id(part) in originals)
+        if not any(id(leaf) in originals for leaf in leaves):
             return value
-        return pytree.tree_unflatten([known.get(id(leaf), leaf) for leaf in leaves], spec)
+        return pytree.tree_unflatten([originals.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
 def _twice_error(place: Any) -> MutationError:
@@ -125,7 +125,7 @@ def _twice_error(place: Any) -> MutationError:
 
 @contextmanager
 def write_back_copies(originals: Any, copies: Any) -> Iterator[None]:
-    """Set in nests what is set in copies of them inside; nothing if that raises."""
+    """Write back into nests what the block sets in copies of them; nothing if it raises."""
     pairs = NestCopies(originals, copies) if is_settable(originals) else None
     yield
     if pairs is not None:
@@ -135,11 +135,11 @@ def write_back_copies(originals: Any, copies: Any) -> Iterator[None]:
 class SettableArguments:
     """The arguments of one call in which func may set something.
 
-    Each evaluation of func finds them as the call does, and leaves them so, but for those that `are_kept`.
+    Each evaluation of func finds them as the call does, and its changes are undone unless `are_kept`.
 
     Args:
         args, kwargs: of the call.
-        objects: those that evaluations get themselves, and no copy of.
+        objects: those that evaluations get as they are, not as copies.
         func: the function.
 
     Attributes:
@@ -167,17 +167,17 @@ class SettableArguments:
     @contextmanager
     def evaluation(self, copies: Sequence[Any]) -> Iterator[None]:
         """Evaluate func on copies of the positional arguments, and on the others themselves."""
-        pairs, held = NestCopies(self._args, tuple(copies)), Snapshot(self._places)
+        pairs, snapshot = NestCopies(self._args, tuple(copies)), Snapshot(self._places)
         try:
             yield
             pairs.require_alone(self._others)
         except BaseException:
-            held.restore()
+            snapshot.restore()
             raise
         if self.are_kept:
             pairs.write_back()
         else:
-            self.are_changed = bool(held.restore()) or bool(pairs.changes()) or self.are_changed
+            self.are_changed = bool(snapshot.restore()) or bool(pairs.changes()) or self.are_changed
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -196,16 +196,16 @@ def is_settable(values: Iterable[Any]) -> bool:
 
 def places_in(value: Any) -> list[Any]:
     """Return where an object holds what can be set: itself, its attributes, its slots."""
-    found: list[Any] = [value] if isinstance(value, MUTABLE) else []
+    places: list[Any] = [value] if isinstance(value, MUTABLE) else []
     if isinstance(state := getattr(value, "__dict__", None), dict):
-        found.append(state)
+        places.append(state)
     if names := slots(type(value)):
-        found.append(AttributeMapping(value, lambda: names))
-    return found
+        places.append(AttributeMapping(value, lambda: names))
+    return places
 
 
 def find_settable_places(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Return the places that func may set through these objects, and the tensors that it may read or write there."""
+    """Return the places that func may set through these objects, and the tensors that it may read or write in them."""
     places: list[Any] = []
     tensors: list[Tensor] = []
     for value, within in _visit(values):
@@ -213,14 +213,14 @@ def find_settable_places(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, CALLABLES):
-            found = captures(value)
-            places += found.places
-            tensors += found.tensors
+            reached = captures(value)
+            places += reached.places
+            tensors += reached.tensors
     return places, tensors
 
 
 def contents_of(values: Iterable[Any]) -> tuple[int, tuple[float, ...]]:
-    """Return a hash of what objects hold besides tensors, types, names and constants, and apart from it the floats."""
+    """Return a hash of the types, names and constants that objects hold, tensors aside, and the floats separately."""
     tokens: list[Any] = []
     numbers: list[float] = []
     for value, within in _visit(values):

@@ -21,8 +21,8 @@ EXCHANGES = "assigns to .data"
 DRAWS_ALIKE = "draws the same random numbers for every sample"
 """What a call may do besides returning a value.
 
-What func keeps, or sets in its arguments, is put right by one more plain call; numbers drawn alike are the user's
-wish, and bind no method.
+One more plain call leaves what func keeps, or sets in its arguments, as func would; drawing alike is what the user
+asked for, and restricts no method.
 """
 
 
@@ -69,12 +69,12 @@ class Structure:
 
     def __repr__(self) -> str:
         # the evidence is for `print`
-        told = [f"{self.coupling!r}", f"{self.assurance!r}"]
+        parts = [f"{self.coupling!r}", f"{self.assurance!r}"]
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if field.name != "evidence" and value != field.default:
-                told.append(f"{field.name}={value!r}")
-        return f"Structure({', '.join(told)})"
+                parts.append(f"{field.name}={value!r}")
+        return f"Structure({', '.join(parts)})"
 
     def __str__(self) -> str:
         return "\n".join([f"{self.coupling}, {self.assurance}", *(f"  {line}" for line in self.evidence)])
@@ -132,8 +132,8 @@ class Structure:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; patterns by their keys."""
-        named = {name: value for name, value in vars(self).items() if name != "sparsity"}
-        data = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
+        values = {name: value for name, value in vars(self).items() if name != "sparsity"}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return data if self.sparsity is None else {**data, "sparsity": self.sparsity.to_json()}
 
     @classmethod

@@ -24,9 +24,10 @@ LEAVING_S = 1.0
 AGAIN_S = 1.0
 """Code that swallows every exception is interrupted again after this long."""
 SOON_S = 1e-3
-"""Code that garbage collection runs is not interrupted: what it raises is only printed. Looked at again then.
+"""Seconds after which to try again where nothing may be interrupted.
 
-Nor are imports: a module of which half was run is broken for the rest of the process.
+What code that garbage collection runs raises is only printed, and a half-run import leaves a module broken for the
+rest of the process.
 """
 IMPORTS: Final = "<frozen importlib._bootstrap>"
 """The file of the functions that import."""
@@ -39,7 +40,7 @@ def within(seconds: float, run: Callable[[], T]) -> T:
     call into torch runs to its end first. What must be put back in any case belongs outside of `run`. This is no
     context manager, because the exception may come while a block is being left, where nothing would catch it.
 
-    What this thread waits for a core that others have does not count, where the system tells.
+    Time that this thread waits for a core does not count, where the system tells it.
 
     One of several ranks is never interrupted: the others would wait for it.
 
@@ -109,7 +110,7 @@ class _Limit:
         return self.waited - before
 
     def interrupt(self) -> float | None:
-        """Raise the exception in the thread; seconds to do so again after, None where the computation has ended."""
+        """Raise the exception in the thread; return the seconds until the next try, None if the computation ended."""
         with self.lock:
             if self.done:
                 return None
@@ -192,7 +193,7 @@ class _Watch:
             thread.join(LEAVING_S)
 
     def _ended(self) -> bool:
-        """Leave, if asked to and nothing is watched. A limit is there before its thread is looked for, in `add`."""
+        """Check whether to end: asked to, and nothing is watched. `add` adds a limit before it looks for the thread."""
         if not self._ending or self.limits:
             return False
         with self._starting:
@@ -220,9 +221,9 @@ class _Watch:
                     self.limits[limit] = now + again
             until = min(list(self.limits.values()), default=math.inf)
             self._until = until
-            left = until - monotonic()
-            if left > 0:
-                self._bell.acquire(timeout=-1 if left == math.inf else min(left, threading.TIMEOUT_MAX))
+            remaining = until - monotonic()
+            if remaining > 0:
+                self._bell.acquire(timeout=-1 if remaining == math.inf else min(remaining, threading.TIMEOUT_MAX))
 
 
 _watch = _Watch()

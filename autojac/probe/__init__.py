@@ -49,9 +49,9 @@ class ProbeResult:
     Attributes:
         structure: what couples with what.
         batched: which leaves carry the batch.
-        notice: what the user must be told besides.
+        notice: a warning for the user, if any.
         analysis: what the graph of the call shows.
-        cut: the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
+        cut: the outputs that move with the inputs and have no derivative: True where no entry has one, else False.
     """
 
     structure: Structure
@@ -74,30 +74,32 @@ def examine(
 
     Args:
         call: the function and the point.
-        seen: what `observe` saw.
+        seen: what `observe` returned.
         roles: what is known of which leaves carry the batch.
         declared: coupling declared by the user; then nothing is probed for it.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
         analysis: what the graph of the call shows, with the leaves that are guessed to carry the batch.
     """
     with torch.no_grad():
-        held = tuple(leaf.detach() for leaf in call.leaves)
-    call = call._replace(leaves=held)
+        leaves = tuple(leaf.detach() for leaf in call.leaves)
+    call = call._replace(leaves=leaves)
     where = _where(call, seen.values, roles, analysis)
-    compared, notice, flat = compare_modes(where.compared, SEED)
-    cut = _without_derivative(where.compared, seen.cut, flat)
-    evidence = [seen.evidence, compared]
-    found = partial(ProbeResult, batched=where.batched, notice=notice, analysis=analysis, cut=cut)
+    evidence_of_modes, notice, flat_outputs = compare_modes(where.compared, SEED)
+    cut = _without_derivative(where.compared, seen.cut, flat_outputs)
+    evidence = [seen.evidence, evidence_of_modes]
+    result = partial(ProbeResult, batched=where.batched, notice=notice, analysis=analysis, cut=cut)
     values, differentiated = seen.values, call.differentiated
     branches: Branches = "perhaps" if analysis is None else analysis.branches
     if declared is not None:
         if declared.sparsity is not None:
             sizes = [value[0].numel() for value in values if len(value)]
             events = [
-                held[p].numel() // (len(held[p]) if where.batched[p] else 1) for p in differentiated if held[p].numel()
+                leaves[p].numel() // (len(leaves[p]) if where.batched[p] else 1)
+                for p in differentiated
+                if leaves[p].numel()
             ]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        return found(_from_declaration(declared, seen, evidence, where.refusal is None, branches))
+        return result(_from_declaration(declared, seen, evidence, where.refusal is None, branches))
     generator = torch.Generator().manual_seed(SEED)
     point, structure = _coupling(call, values, where, analysis, generator, budget_s)
     structure = dataclasses.replace(
@@ -107,7 +109,7 @@ def examine(
         evidence=(*evidence, *structure.evidence),
         branches=branches,
     )
-    return found(_add_features(structure, point, differentiated, generator, budget_s))
+    return result(_add_features(structure, point, differentiated, generator, budget_s))
 
 
 class _Where(NamedTuple):
@@ -129,7 +131,7 @@ class _Where(NamedTuple):
 
 
 def _where(call: FlatCall, values: Sequence[Tensor], roles: Roles, analysis: GraphAnalysis | None) -> _Where:
-    """Find out which leaves carry the batch, and whether some of the samples are enough."""
+    """Determine which leaves carry the batch, and whether some of the samples are enough."""
     batched, refusal, few = roles.guess, None, None
     proof = Proof(False, "") if analysis is None else prove(analysis)
     if proof.any_values and len(values[0]) > 1:
@@ -144,8 +146,8 @@ def _where(call: FlatCall, values: Sequence[Tensor], roles: Roles, analysis: Gra
             if few is None and refusal is None:
                 refusal = "func of a few of its samples differs from those samples of func"
     # a backward that the user wrote may do anything to any sample
-    own = analysis is not None and analysis.has_custom_backward
-    return _Where(batched, refusal, proof, few, call if few is None or own else few.call)
+    custom = analysis is not None and analysis.has_custom_backward
+    return _Where(batched, refusal, proof, few, call if few is None or custom else few.call)
 
 
 def _coupling(
@@ -156,26 +158,24 @@ def _coupling(
     generator: torch.Generator,
     budget_s: float,
 ) -> tuple[ProbePoint, Structure]:
-    """Return what couples with what across the batch, and the point at which more is found out."""
+    """Return the point at which features are probed, and what couples with what across the batch."""
     batched, refusal, proof, few, _ = where
     inputs = tuple(position for position in call.differentiated if batched[position])
     sides = tuple(position for position, has in enumerate(batched) if has and position not in call.differentiated)
     whole = ProbePoint(call.fn, tuple(call.leaves), call.kwargs, inputs, sides, len(values[0]), call.sandbox)
     weights = len(inputs) < len(call.differentiated)
-    point = whole
+    point, values_there = whole, values
     if few is not None and len(few.values[0]) > 1:
         limit = max(HANG_RATIO * few.seconds, HANG_S)
         point = dataclasses.replace(
             whole, leaves=tuple(few.call.leaves), kwargs=few.call.kwargs, batch=len(few.values[0]), limit_s=limit
         )
-        values_there: Sequence[Tensor] = few.values
-    else:
-        values_there = values
+        values_there = few.values
     if proof.any_values and whole.batch > 1:
         pairs = PairProbe(point, analysis, values_there, weights, 0.0, budget_s, generator, proof)
-        found = pairs.by_proof(refusal, whole)
-        if found is not None:
-            return point, found
+        structure = pairs.by_proof(refusal, whole)
+        if structure is not None:
+            return point, structure
         proof = Proof(False, "proof: none, numbers contradict it", meets=proof.meets)
     cost = time_one_call(whole)
     whole = dataclasses.replace(whole, limit_s=max(HANG_RATIO * cost, HANG_S))
@@ -184,7 +184,7 @@ def _coupling(
 
 
 def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[int, Tensor]) -> dict[int, bool]:
-    """Return the outputs that move with the inputs and have no derivative: True, or False where only some entries do.
+    """Return the outputs that move with the inputs and have no derivative: True where no entry has one, else False.
 
     Args:
         call: the function and the point.
@@ -227,7 +227,7 @@ def _add_features(
 ) -> Structure:
     """Return the structure with the pattern inside a sample, where it saves something."""
     start = time.perf_counter()
-    found = find_feature_pattern(
+    features = find_feature_pattern(
         point,
         differentiated,
         generator,
@@ -235,16 +235,16 @@ def _add_features(
         draws=structure.draws,
         budget_s=budget_s,
     )
-    # what is known of pairs stays last
+    # the line on pairs stays last
     *first, last = structure.evidence
-    line = f"{found.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)"
-    evidence = (*first, line, last) if found.evidence else structure.evidence
-    if found.pattern is None:
+    line = f"{features.evidence} ({1e3 * (time.perf_counter() - start):.3g} ms)"
+    evidence = (*first, line, last) if features.evidence else structure.evidence
+    if features.pattern is None:
         return dataclasses.replace(structure, evidence=evidence)
     return dataclasses.replace(
         structure,
         evidence=evidence,
-        sparsity=Sparsity(structure.samples, found.pattern),
-        suspect=structure.suspect or not found.agreed,
-        depends_on_arguments=structure.depends_on_arguments or found.depends_on_arguments,
+        sparsity=Sparsity(structure.samples, features.pattern),
+        suspect=structure.suspect or not features.agreed,
+        depends_on_arguments=structure.depends_on_arguments or features.depends_on_arguments,
     )

@@ -25,7 +25,7 @@ class Proof(NamedTuple):
         sound: samples are independent, whatever func is called with.
         line: for `explain`.
         meets: some operator reads several samples, so func of some samples need not be those samples of func.
-        any_values: they are whatever the values of all tensors, as long as the same operators run.
+        any_values: samples are independent for all values of all tensors, as long as the same operators run.
     """
 
     sound: bool
@@ -66,20 +66,20 @@ def backward_keeps_apart(pullback: Pullback, carriers: Sequence[bool], batch: in
         batch: how many samples there are.
     """
 
-    def pulled(cotangents: Sequence[Tensor]) -> list[Tensor]:
+    def pull(cotangents: Sequence[Tensor]) -> list[Tensor]:
         gradients = pullback.pull(pullback.recorded, cotangents)
         return [gradient for gradient, carries in zip(gradients, carriers, strict=True) if carries]
 
     cotangents = [torch.ones_like(value, requires_grad=False) for value in pullback.recorded]
     with pullback.without_graph():
-        graph = record_backward(pulled, cotangents)
+        graph = record_backward(pull, cotangents)
     if graph is None or graph.reads_data:
         return False
     return propagate_batch_axis(graph, batch, [True] * len(cotangents)).independent
 
 
 def confirm(proof: Proof, analysis: GraphAnalysis, *points: ProbePoint) -> Proof:
-    """Withdraw a proof where func holds other tensors in another call, at any of some points, smaller ones first."""
+    """Withdraw a proof unless func captures the same tensors in another call at one of these points, smaller first."""
     if not proof.any_values:
         return proof
     for point in points:
@@ -91,7 +91,7 @@ def confirm(proof: Proof, analysis: GraphAnalysis, *points: ProbePoint) -> Proof
 
 
 def meet_in_shared_tensors(
-    analysis: GraphAnalysis, point: ProbePoint, masks: Sequence[Tensor], called: str, generator: Any
+    analysis: GraphAnalysis, point: ProbePoint, masks: Sequence[Tensor], name: str, generator: Any
 ) -> tuple[bool, str]:
     """Check by the graph and by cotangents whether samples meet in shared tensors alone; add the line for `explain`."""
     flow, pool = analysis.flow, analysis.read_pool
@@ -112,17 +112,19 @@ def meet_in_shared_tensors(
         base = dict(zip(graph.inputs, point.leaves, strict=True))
         shared = (*pool.tensors, *pool.without_derivative)
         values = graph.run(shared, base)
-        held = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
+        tensors = base | {number: value.detach() for number, value in zip(shared, values, strict=True)}
         # differentiated or not: copies of weights must be apart whatever comes with the samples
         carriers = [p for p in (*point.inputs, *point.sides) if point.leaves[p].is_floating_point()]
-        local = pool.as_function_of(graph, held, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
-        read = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), held)]
-        copied = len(read) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
-        copies = [value.expand(point.batch, *value.shape) for value in read[:copied]]
+        local = pool.as_function_of(graph, tensors, [graph.inputs[p] for p in carriers], copies=pool.copied is not None)
+        values_read = [value.detach() for value in graph.run((*pool.weights, *pool.tensors), tensors)]
+        copy_count = (
+            len(values_read) if pool.copied is not None else len(pool.weights) if pool.weights_only is not None else 0
+        )
+        copies = [value.expand(point.batch, *value.shape) for value in values_read[:copy_count]]
         xs = [*(point.leaves[p] for p in carriers), *copies]
-        pullback = Pullback(lambda *own: local(*own, *read[copied:]), xs, differentiable=False)
-        verdict = cotangent_verdict(pullback, [True] * len(xs), masks, called, generator)
+        pullback = Pullback(lambda *own: local(*own, *values_read[copy_count:]), xs, differentiable=False)
+        verdict = cotangent_verdict(pullback, [True] * len(xs), masks, name, generator)
     if verdict.coupled:
         return False, "statistics: not alone, samples also reach each other outside the shared tensors"
     line = f"statistics: samples meet in {pool.size} shared numbers alone: {names}; given these, none reaches another"
-    return True, f"{line} ({called})"
+    return True, f"{line} ({name})"

@@ -19,7 +19,7 @@ from autojac.probe.flat_call import FlatCall, Roles
 
 MOST_AMBIGUOUS = 4
 MOST_SAMPLES = 256
-"""Samples that what is proved of a call is tried on."""
+"""Samples on which a proof is compared with numbers."""
 HANG_S = 60.0
 """Some of the samples should take no longer than all; a loop that waits for the others never ends."""
 
@@ -29,11 +29,6 @@ def guess_batched(leaves: Sequence[Tensor], batch: int) -> tuple[bool, ...]:
     return tuple(leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves)
 
 
-def slice_samples(leaves: Sequence[Tensor], batched: Sequence[bool], stop: int) -> list[Tensor]:
-    """Return the first `stop` samples of every tensor that carries the batch."""
-    return [leaf[:stop] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
-
-
 @dataclass(frozen=True)
 class SomeSamples:
     """A call of func with some of the samples, which gave what the whole batch gave for these.
@@ -41,7 +36,7 @@ class SomeSamples:
     Attributes:
         call: with these samples alone.
         values: its outputs.
-        seconds: what it took.
+        seconds: how long it took.
     """
 
     call: FlatCall
@@ -69,12 +64,9 @@ def some_samples(
     if keywords:
         kwargs = pytree.tree_map_only(Tensor, lambda x: x[rows.to(x.device)] if _as_long_as(x, batch) else x, kwargs)
     few = call._replace(leaves=[leaf.detach() for leaf in leaves], kwargs=kwargs)
-    samples = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(leaves)]
     start = work_clock.clock.working_s()
     try:
-        # func may differentiate itself
-        with call.sandbox(), torch.enable_grad():
-            parts = tuple(part.detach() for part in within(HANG_S, functools.partial(call.fn, samples, kwargs)))
+        parts = tuple(_evaluate(few))
         same = all(
             part.shape == (count, *whole.shape[1:]) and disagreement(part, whole[rows.to(whole.device)]) is None
             for part, whole in zip(parts, values, strict=True)
@@ -108,13 +100,23 @@ def resolve_batched(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> t
     sliced_kwargs = pytree.tree_map_only(
         Tensor, lambda value: value[:stop] if _as_long_as(value, batch) else value, call.kwargs
     )
-    found, refusal = _roles_by_slices(call, values, roles)
-    if found is None and any(map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(call.kwargs))):
+    batched, refusal = _roles_by_slices(call, values, roles)
+    if batched is None and any(
+        map(operator.is_not, pytree.tree_leaves(sliced_kwargs), pytree.tree_leaves(call.kwargs))
+    ):
         # keyword arguments go to func as they are, but here slices of them show the roles of the others
-        found, _ = _roles_by_slices(call._replace(kwargs=sliced_kwargs), values, roles)
-    if found is not None:
-        return found, refusal
+        batched, _ = _roles_by_slices(call._replace(kwargs=sliced_kwargs), values, roles)
+    if batched is not None:
+        return batched, refusal
     return _settle_roles(call, values, roles), refusal
+
+
+def _evaluate(call: FlatCall) -> list[Tensor]:
+    """Return func's outputs, detached, unless it hangs."""
+    leaves = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(call.leaves)]
+    # func may differentiate itself
+    with call.sandbox(), torch.enable_grad():
+        return [y.detach() for y in within(HANG_S, functools.partial(call.fn, leaves, call.kwargs))]
 
 
 def _as_long_as(value: Tensor, batch: int) -> bool:
@@ -122,7 +124,7 @@ def _as_long_as(value: Tensor, batch: int) -> bool:
 
 
 def _settle_roles(call: FlatCall, values: Sequence[Tensor], roles: Roles) -> tuple[bool, ...]:
-    """Return the roles where no slices show them: those of earlier calls, or by which rows of the outputs move."""
+    """Return the roles where slices don't show them: by earlier calls, or by which rows of the outputs move."""
     settled, fixed = list(roles.guess), roles.fixed
     carriers = [p for p, has in enumerate(roles.guess) if has and (fixed[p] or call.leaves[p].is_floating_point())]
     for position in call.differentiated:
@@ -145,14 +147,14 @@ def _moves_own_row(call: FlatCall, values: Sequence[Tensor], position: int) -> b
     """Check whether another first row of a tensor moves the first row of the outputs, and no other."""
     other = call.leaves[position].detach().clone()
     other[0] = other[0] * 0.5 + 0.25
-    changed = [other if place == position else leaf.detach() for place, leaf in enumerate(call.leaves)]
+    leaves = [other if place == position else leaf.detach() for place, leaf in enumerate(call.leaves)]
     try:
         with call.sandbox(), torch.enable_grad():
-            moved = within(HANG_S, lambda: [y.detach() for y in call.fn(changed, call.kwargs)])
+            outputs = within(HANG_S, lambda: [y.detach() for y in call.fn(leaves, call.kwargs)])
     except Exception:  # func may refuse what its user never passes
         return False
-    first = any(disagreement(y[:1], value[:1]) is not None for y, value in zip(moved, values, strict=True))
-    rest = any(disagreement(y[1:], value[1:]) is not None for y, value in zip(moved, values, strict=True))
+    first = any(disagreement(y[:1], value[:1]) is not None for y, value in zip(outputs, values, strict=True))
+    rest = any(disagreement(y[1:], value[1:]) is not None for y, value in zip(outputs, values, strict=True))
     return first and not rest
 
 
@@ -163,26 +165,23 @@ def _roles_by_slices(
     batch = len(values[0])
     stop = (batch + 1) // 2
     refusal: str | None = None
-    astray = False
+    wrong_lengths = False
     inexact: tuple[bool, ...] | None = None
     for assignment in _assignments(roles, call.differentiated):
         try:
-            samples = slice_samples(call.leaves, assignment, stop)
-            samples = [x.detach().requires_grad_(i in call.differentiated) for i, x in enumerate(samples)]
-            # func may differentiate itself
-            with call.sandbox(), torch.enable_grad():
-                sliced = [part.detach() for part in within(HANG_S, functools.partial(call.fn, samples, call.kwargs))]
+            leaves = [leaf[:stop] if has else leaf for leaf, has in zip(call.leaves, assignment, strict=True)]
+            parts = _evaluate(call._replace(leaves=leaves))
         except Exception as error:  # whatever func raises on half a batch says that it can't be sliced
             reason = next(iter(str(error).splitlines()), "")
             refusal = refusal or f"func of {stop} of {batch} samples raises {type(error).__name__}: {reason}"
             continue
-        if any(part.dim() == 0 or len(part) != stop for part in sliced):
-            astray = True
+        if any(part.dim() == 0 or len(part) != stop for part in parts):
+            wrong_lengths = True
             continue
         # an event may span the batch, as in x @ x.T: then only the axis follows
         if all(
             part.shape[1:] == whole.shape[1:] and disagreement(part, whole[:stop]) is None
-            for part, whole in zip(sliced, values, strict=True)
+            for part, whole in zip(parts, values, strict=True)
         ):
             return assignment, None
         # right lengths may come of broadcasting: another assignment may give the right values too
@@ -190,7 +189,7 @@ def _roles_by_slices(
     if inexact is not None:
         return inexact, "func of some samples differs from those samples of func"
     # one sample alone is stretched by whatever else func holds of the whole batch, so it proves nothing
-    if astray and not all(roles.fixed) and stop > 1:
+    if wrong_lengths and not all(roles.fixed) and stop > 1:
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         raise OutputError(
             f"func's outputs have shape {shapes}, but half of the batch does not give half of the outputs: axis 0 is "
@@ -204,10 +203,10 @@ def _assignments(roles: Roles, differentiated: Sequence[int]) -> list[tuple[bool
     carriers = [position for position, has in enumerate(roles.guess) if has and not roles.fixed[position]]
     # inputs come last: an input of the batch's length is rarely shared
     ambiguous = sorted(carriers, key=lambda position: (position in differentiated, -position))[:MOST_AMBIGUOUS]
-    found = []
+    assignments = []
     for count in range(len(ambiguous) + 1):
         for shared in itertools.combinations(ambiguous, count):
             assignment = tuple(has and position not in shared for position, has in enumerate(roles.guess))
             if any(assignment) or not any(roles.guess):
-                found.append(assignment)
-    return found
+                assignments.append(assignment)
+    return assignments

@@ -20,7 +20,7 @@ from autojac.graph.operator_facts import facts_of
 from autojac.graph.operator_kinds import Kind
 
 SLIGHT = 64.0
-"""What is above this many eps, of the largest gradient of its coordinate or of a value's own scale, is no rounding."""
+"""More than this many eps of the largest gradient of a coordinate, or of a value's own scale, is not rounding."""
 
 Env = Mapping[int, Tensor]
 
@@ -30,7 +30,7 @@ class PossibleCoupling(Exception):
 
 
 def outside_of(state: State, like: Tensor, mask: Tensor) -> Tensor:
-    """Return a mask of what samples inside the mask must not reach, to broadcast; all of a tensor without the batch."""
+    """Return a mask, to broadcast, of what samples inside `mask` must not reach: all of a tensor without the batch."""
     if not isinstance(state, BatchAxis):
         return torch.ones((), dtype=torch.bool, device=like.device)
     along = (~mask).repeat_interleave(state.inner).repeat(state.outer)
@@ -49,15 +49,15 @@ def exceeds(before: Tensor, after: Tensor, granted: Tensor | float) -> Tensor:
     return (after - before).abs() > granted if before.is_floating_point() else before != after
 
 
-class Look(NamedTuple):
-    """What a change of some samples does to a graph's tensors, in float64.
+class SampleChange(NamedTuple):
+    """The effect of a change of some samples on a graph's tensors, in float64.
 
     Attributes:
         states: how the batch runs through each tensor.
         base, after: the tensors before and after.
-        scales: what rounding may change each number by.
-        outside: their elements that belong to no sample which is changed.
-        reached: those of them that depend on these samples all the same.
+        scales: how far rounding may change each number.
+        outside: the elements that belong to no changed sample.
+        reached: those of them that depend on a changed sample all the same.
     """
 
     states: Mapping[int, State]
@@ -73,33 +73,35 @@ class Look(NamedTuple):
         Each argument that carries it moves, alone, all that NaN in its place would reach; and where the result stays,
         there are several.
         """
-        made = operation.made
-        meeting = any(not isinstance(self.states.get(number), BatchAxis) for number in made)
+        results = operation.made
+        meets_batch = any(not isinstance(self.states.get(number), BatchAxis) for number in results)
         arguments = [
             number
             for number in dict.fromkeys(operation.sources)
-            if bool(self.reached[number].any()) or (meeting and isinstance(self.states.get(number), BatchAxis))
+            if bool(self.reached[number].any()) or (meets_batch and isinstance(self.states.get(number), BatchAxis))
         ]
         facts = facts_of(operation.target)
         if not arguments or facts.kind is Kind.FACTORY:
             return
-        tensors = [self.base[number] for number in (*made, *arguments)]
+        tensors = [self.base[number] for number in (*results, *arguments)]
         if not all(tensor.is_floating_point() for tensor in tensors):
             raise PossibleCoupling
         # views leave entries out, and look at none
         computes = not any(argument.alias_info is not None for argument in operation.target._schema.arguments)
-        if computes and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in made):
+        if computes and len(arguments) < 2 and not all(bool(self.reached[number].any()) for number in results):
             raise PossibleCoupling
         for argument in arguments:
             carries = self.reached[argument]
             if isinstance(self.states.get(argument), BatchAxis):
                 carries = carries | ~self.outside[argument]
-            poisoned = operation({**self.base, argument: torch.where(carries, torch.nan, self.base[argument])})
-            moved = operation({**self.base, argument: self.after[argument]})
-            for number, spoilt, part in zip(operation.outputs, poisoned, moved, strict=True):
+            with_nan = operation({**self.base, argument: torch.where(carries, torch.nan, self.base[argument])})
+            with_change = operation({**self.base, argument: self.after[argument]})
+            for number, spoilt, part in zip(operation.outputs, with_nan, with_change, strict=True):
                 if number is not None:
-                    touched = torch.ones_like(spoilt.isnan()) if facts.drops_nan else spoilt.isnan()
+                    must_move = torch.ones_like(spoilt.isnan()) if facts.drops_nan else spoilt.isnan()
                     if bool(
-                        (touched & self.outside[number] & ~exceeds(self.base[number], part, self.scales[number])).any()
+                        (
+                            must_move & self.outside[number] & ~exceeds(self.base[number], part, self.scales[number])
+                        ).any()
                     ):
                         raise PossibleCoupling

@@ -38,7 +38,7 @@ SAMPLED = 3
 
 @dataclass
 class CodedCotangents:
-    """What coded cotangents have found, at any number of points.
+    """The sample graph that coded cotangents show, accumulated over any number of points.
 
     Attributes:
         known: boolean (batch, batch) SciPy matrix: sample b's output depends on sample c's input.
@@ -62,7 +62,7 @@ class CodedCotangents:
         self.wide = FIRST_CLASSES
 
     def complete_at(self, point: ProbePoint) -> int | None:
-        """Add what is missing at a point; how many entries that was, None if it can't be told (see `refusal`)."""
+        """Add what is missing at a point; return how many entries that was, None if that fails (see `refusal`)."""
         with point.sandbox():
             pullback = point.pullback()
             weights = balanced_noise(pullback.recorded, self.generator)
@@ -105,7 +105,7 @@ class CodedCotangents:
         return True
 
     def _round(self, pullback: Pullback, weights: Sequence[Tensor], rows: Ints, wide: int) -> tuple[Ints, int]:
-        """Probe some samples in classes; those of classes in which some are mixed up, and how many classes to try."""
+        """Probe samples in classes; return those of mixed-up classes, and how many classes to try next."""
         import scipy.sparse
 
         batch = self.point.batch
@@ -118,7 +118,7 @@ class CodedCotangents:
         owners: list[Ints] = [np.zeros(0, int)]
         reached: list[Ints] = [np.zeros(0, int)]
         open_classes = []
-        mixed = clear = 0
+        mixed_up = clear = 0
         for color in np.unique(colors):
             if work_clock.clock.working_s() > self.deadline:
                 self.refusal = f"out of time after {self.passes} index-coded probes"
@@ -128,17 +128,17 @@ class CodedCotangents:
             owner, alive, single = self._decode(pullback, weights, members)
             if self.refusal:
                 return rows, wide
-            own = np.flatnonzero(single)
+            readable = np.flatnonzero(single)
             several = int((alive & ~single).sum())
-            mixed, clear = mixed + several, clear + len(own)
+            mixed_up, clear = mixed_up + several, clear + len(readable)
             if several:
                 open_classes.append(color)
-            owners.append(owner[own])
-            reached.append(own)
+            owners.append(owner[readable])
+            reached.append(readable)
         pair = np.concatenate(owners), np.concatenate(reached)
-        found = scipy.sparse.coo_array((np.ones(len(pair[0]), bool), pair), shape=(batch, batch)).tocsr()
-        self.known = (self.known + found).tocsr()
-        if mixed > clear:
+        pattern = scipy.sparse.coo_array((np.ones(len(pair[0]), bool), pair), shape=(batch, batch)).tocsr()
+        self.known = (self.known + pattern).tocsr()
+        if mixed_up > clear:
             self.wide = wide = min(2 * wide, batch)
         else:
             wide = min(wide, 2 * len(open_classes) + 1)
@@ -191,7 +191,7 @@ def spread_colors(known: Any, wide: int, random: np.random.Generator) -> Ints:
 
     Args:
         known: boolean matrix.
-        wide: number of colors to spread over; more are used where these do not do.
+        wide: number of colors to spread over; more are used where these do not suffice.
         random: where the choices come from.
 
     Returns:

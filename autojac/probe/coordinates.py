@@ -34,14 +34,14 @@ class Coordinates:
 
     def numbers(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """Return for each leaf the numbers of its elements, of its shape; None for leaves not differentiated."""
-        found: list[Tensor | None] = [None] * len(leaves)
+        numbers: list[Tensor | None] = [None] * len(leaves)
         start = 0
         for position, size in zip(self.differentiated, self.columns, strict=True):
             shape = leaves[position].shape
             event = (1, *shape[1:]) if position in self.batched else shape
-            found[position] = torch.arange(start, start + size).reshape(event).expand(shape)
+            numbers[position] = torch.arange(start, start + size).reshape(event).expand(shape)
             start += size
-        return found
+        return numbers
 
     def of_inputs(self, parts: Sequence[Tensor]) -> Tensor:
         """Return which entries of tensors shaped like the differentiated leaves are set in any sample: (n,)."""

@@ -26,7 +26,7 @@ from autojac.probe.values_only import EVALUATIONS, couples_values_only
 SMALL_SHARE = 1e-2
 """Gradients at other samples below this share of the largest may come of step sizes; attention's are larger."""
 PATIENCE = 10.0
-"""What clearing a function of false coupling may cost, in budgets of a layer: it saves that in every call."""
+"""What showing that a coupling is false may cost, in budgets of a layer: it saves time in every call."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PairProbe:
 
     @functools.cached_property
     def masks(self) -> tuple[list[Tensor], str]:
-        """The masks that a layer can afford, and how to call them."""
+        """The masks that a layer can afford, and their name in the evidence."""
         return masks_within(self.point, self.generator, self.budget_s / 3, self.cost)
 
     def structure(self, refusal: str | None) -> Structure:
@@ -95,17 +95,17 @@ class PairProbe:
         if not self.proof.any_values or analysis is None or (self.weights and refusal is not None):
             return None
         mask = split_masks(point.batch, 1, generator)[0].to(point.leaves[0].device)
-        called = f"one half-split of {point.batch} samples"
+        name = f"one half-split of {point.batch} samples"
         scales = SCALES if point.batch < whole.batch else SCALES[1:2]
         layers: list[Callable[[], Verdict]] = [
-            lambda: gradient_layer(point, [mask, ~mask], called, generator),
-            lambda: value_layer(point, [mask], called, generator, point.inputs, scales),
-            lambda: nan_layer(point, [~mask], called, self.values),
+            lambda: gradient_layer(point, [mask, ~mask], name, generator),
+            lambda: value_layer(point, [mask], name, generator, point.inputs, scales),
+            lambda: nan_layer(point, [~mask], name, self.values),
         ]
         verdicts = [layer() for layer in layers] if point.inputs else []
         evidence = [verdict.evidence for verdict in verdicts] or ["pairs: no input carries the batch"]
         if point.sides:
-            side = value_layer(point, [mask], called, generator, point.sides, scales)
+            side = value_layer(point, [mask], name, generator, point.sides, scales)
             evidence.append(side.evidence)
             if side.coupled:
                 return None
@@ -117,16 +117,16 @@ class PairProbe:
 
     def _verdicts(self) -> list[Verdict]:
         """Return what the pair layers say."""
-        point, (masks, called), generator = self.point, self.masks, self.generator
+        point, (masks, name), generator = self.point, self.masks, self.generator
         layers: list[Callable[[], Verdict]] = [
-            lambda: gradient_layer(point, masks, called, generator),
-            lambda: value_layer(point, masks, called, generator, point.inputs),
-            lambda: nan_layer(point, masks, called),
+            lambda: gradient_layer(point, masks, name, generator),
+            lambda: value_layer(point, masks, name, generator, point.inputs),
+            lambda: nan_layer(point, masks, name),
         ]
         verdicts: list[Verdict] = []
         for layer in layers if point.inputs else ():
             verdicts.append(layer())
-            # what is certain need not be seen again where looking is expensive
+            # where evaluations are expensive, one layer that is certain is enough
             if verdicts[-1].coupled and self.cost * len(masks) > self.budget_s / 3 and not _only_values(verdicts):
                 break
         return verdicts
@@ -235,11 +235,8 @@ class PairProbe:
                 start = time.perf_counter()
                 graph = find_sample_graph(self.analysis, self.point, self.generator, self.budget_s, classes)
                 if graph.pattern is not None and graph.kind is not None:
-                    coupling, sparsity, depends = (
-                        graph.kind,
-                        Sparsity(samples=graph.pattern),
-                        graph.depends_on_arguments,
-                    )
+                    coupling, depends = graph.kind, graph.depends_on_arguments
+                    sparsity = Sparsity(samples=graph.pattern)
                     if graph.followed and graph.edgeless and not moved:
                         coupling, sparsity, depends = "independent", None, True
                     else:

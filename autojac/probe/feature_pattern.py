@@ -2,7 +2,7 @@
 
 The pattern follows from the operators of a recorded call wherever there is a recording: then it holds for all inputs
 that run the same operators. Otherwise NaN in one coordinate at a time shows what it reaches. In both cases gradients at
-several points must lie within the pattern; what does not is added and said.
+several points must lie within the pattern; what does not is added, and the evidence says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Features:
-    """What was found.
+    """The pattern inside a sample.
 
     Attributes:
         pattern: a sample's outputs by its inputs (m, n), counted through all outputs and all differentiated inputs,
@@ -51,11 +51,11 @@ class Features:
 
 
 class Dense(Exception):
-    """A pattern would save nothing; says how many entries there are."""
+    """A pattern would save nothing; the message says how many entries there are."""
 
 
 def _with_values(some: ProbePoint, point: ProbePoint) -> tuple[ProbePoint, Sequence[Tensor]]:
-    """Return a function of few samples with its values; that of more where func does not take so few."""
+    """Return `some` with its values, or `point` with its where func does not take so few samples."""
     try:
         return some, some.values({})
     except Exception:
@@ -113,7 +113,7 @@ def find_feature_pattern(
 
 
 def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
-    """Hold declared patterns against a call.
+    """Check declared patterns against a call.
 
     Args:
         sparsity: the declaration.
@@ -153,7 +153,7 @@ def _by_operators(
 
 
 def _pattern_at(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[scipy.sparse.csr_array | None, bool, str]:
-    """Return the same of one point, and whether func looks at its data."""
+    """Return the same for one point."""
     import scipy.sparse
 
     from autojac.graph.dependence.propagation import propagate
@@ -169,8 +169,8 @@ def _pattern_at(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
     graph = recording.graph
     if graph is None:
         return None, False, recording.reason
-    given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
-    varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in given]
+    passed = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
+    varying = [number for number, tensor in graph.constants.items() if draws or id(tensor) in passed]
     flow = propagate(graph, point.leaves, where.numbers(point.leaves), where.n, varying_constants=varying)
     if flow.refusal:
         return None, False, f"too much to go through: {flow.refusal}"
@@ -182,5 +182,5 @@ def _pattern_at(point: ProbePoint, where: Coordinates, draws: bool) -> tuple[sci
     count = sum(int(part.counts(event).sum()) for part, event in zip(parts, events, strict=True))
     if count > DENSEST * where.m * where.n:
         raise Dense(f"{count} of {where.m * where.n} entries may be nonzero {how}")
-    found = scipy.sparse.vstack([part.rows(event) for part, event in zip(parts, events, strict=True)], format="csr")
-    return scipy.sparse.csr_array(found), graph.reads_data, how
+    pattern = scipy.sparse.vstack([part.rows(event) for part, event in zip(parts, events, strict=True)], format="csr")
+    return scipy.sparse.csr_array(pattern), graph.reads_data, how

@@ -22,10 +22,8 @@ ROUNDS = 2
 """Gradients at a point: each compares a random set of rows with all columns that these can't reach."""
 MOST_ELEMENTS = 1 << 22
 """Elements of inputs and outputs in one pass over replicas of a sample."""
-
-
 MOST_PASSES = 256
-"""Evaluations among several ranks, where no clock may tell what is too dear."""
+"""Evaluations among several ranks, where no clock may decide what is too expensive."""
 
 
 def by_nan(
@@ -54,36 +52,36 @@ def by_nan(
             columns.append(lines + first if alone else np.full(len(entries), first))
             start += fresh.shape[1]
     row, column = np.concatenate(rows), np.concatenate(columns)
-    found = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(where.m, where.n))
-    return scipy.sparse.csr_array(found), f"by NaN in each of {where.n} coordinates"
+    pattern = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(where.m, where.n))
+    return scipy.sparse.csr_array(pattern), f"by NaN in each of {where.n} coordinates"
 
 
 def _taint(
     point: ProbePoint, where: Coordinates, values: Sequence[Tensor], alone: bool, chunk: int
 ) -> Iterator[tuple[dict[int, Tensor], Sequence[Tensor], int]]:
-    """Return leaves with NaN in some coordinates, what func gives without, and the first of these coordinates."""
+    """Yield leaves with NaN in some coordinates, func's values without NaN, and the first of these coordinates."""
     numbers = where.numbers(point.leaves)
     for sample in range(point.batch if alone else 1):
         for first in range(0, where.n, chunk):
             count = min(chunk, where.n - first)
             replaced: dict[int, Tensor] = {}
             for position, leaf in enumerate(point.leaves):
-                own, many = numbers[position], leaf
+                coordinates, tainted = numbers[position], leaf
                 if alone and position in where.batched:
-                    many = leaf[sample : sample + 1].expand(count, *leaf.shape[1:])
-                if own is not None and alone:
-                    chosen = torch.arange(first, first + count).reshape(-1, *[1] * (leaf.dim() - 1))
-                    many = torch.where((own[:1] == chosen).to(leaf.device), math.nan, many)
-                elif own is not None:
-                    many = torch.where((own == first).to(leaf.device), math.nan, many)
-                replaced[position] = many
+                    tainted = leaf[sample : sample + 1].expand(count, *leaf.shape[1:])
+                if coordinates is not None and alone:
+                    targets = torch.arange(first, first + count).reshape(-1, *[1] * (leaf.dim() - 1))
+                    tainted = torch.where((coordinates[:1] == targets).to(leaf.device), math.nan, tainted)
+                elif coordinates is not None:
+                    tainted = torch.where((coordinates == first).to(leaf.device), math.nan, tainted)
+                replaced[position] = tainted
             yield replaced, [value[sample : sample + 1] for value in values] if alone else values, first
 
 
 def complete_pattern(
     point: ProbePoint, where: Coordinates, found: scipy.sparse.csr_array, generator: torch.Generator, moving: bool
 ) -> tuple[scipy.sparse.csr_array, int, str]:
-    """Add to a pattern what is seen outside of it at several points; tell how many entries, and what was looked at.
+    """Add to a pattern what is seen outside of it at several points; return also how many entries, and how.
 
     A gradient of several rows tells that one of them reaches a column, not which: then all of them are taken to.
 
@@ -92,8 +90,8 @@ def complete_pattern(
         where: its coordinates.
         found: the pattern, (m, n).
         generator: of other points, rows, columns and cotangents.
-        moving: whether outputs may not move either when inputs do that can't reach them; where it follows from the
-            operators that these have no derivative, they may.
+        moving: add also what new values move, besides what gradients show. Not for a pattern that follows from the
+            operators: where it has no entry, values may move without a derivative.
     """
     before, points = found.nnz, 0
     for turn, scale in ((0, 0.0), *enumerate(SCALES)):

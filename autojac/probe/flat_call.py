@@ -1,4 +1,4 @@
-"""A call as the probe sees it, and what is known of its arguments."""
+"""A call as the probe gets it, and what is known of its arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlatCall(NamedTuple):
         fn: maps (leaves, kwargs) to a tuple of tensors.
         leaves, kwargs: the point.
         differentiated: indices of the leaves to differentiate.
-        sandbox: how to evaluate without a trace.
+        sandbox: how to evaluate without side effects.
     """
 
     fn: Any

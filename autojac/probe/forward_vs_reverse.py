@@ -1,7 +1,7 @@
-"""Do forward and reverse mode agree? Where they don't, a finite difference tells whom it sides with.
+"""Whether forward and reverse mode agree; where they don't, which of them a finite difference confirms.
 
 Reverse mode's answer is the one that is returned: it is what autograd gives, and what a custom backward, `detach` or a
-`no_grad` region means. But a difference may as well be a wrong formula, so it is told.
+`no_grad` region means. But a difference may as well be a wrong formula, so the user is warned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARGIN = 10.0
 ROUNDED = 1e-3
 """A difference that shrinks to less than this share in float64 is rounding; one of formulas stays as it is."""
 SMALLER = 0.1
-"""What of a point, and of noise besides it, another one is made of at which less is saturated."""
+"""Factor on a point and on noise around it that gives another point, at which less is saturated."""
 SIDES = 0.1
 """A finite difference takes a side if it is this much nearer to one than to the other."""
 
@@ -42,22 +42,21 @@ def compare_modes(call: FlatCall, seed: int) -> tuple[str, str | None, dict[int,
     generator = torch.Generator().manual_seed(seed)
     points = [call.leaves[position].detach() for position in call.differentiated]
     directions = [noise(point, generator) for point in points]
-
     try:
-        values, pushed = _push(call, points, directions)
+        values, tangents = _push(call, points, directions)
     except Exception as error:  # an operator or a custom Function without a forward formula
         return f"modes: not compared, forward mode raises {type(error).__name__}", None, {}
     cotangents = balanced_noise(values, generator)
-    # all pulls before a block is left: what puts buffers back is a change to what the graph has saved
+    # all pulls inside the block: leaving it restores buffers, and that changes what the graph has saved
     with call.sandbox():
         pullback = Pullback(call.of_differentiated, points, differentiable=False)
-        pulled = pullback.pull(pullback.recorded, cotangents)
-        if not all(bool(part.isfinite().all()) for part in (*values, *pushed, *pulled)):
+        gradients = pullback.pull(pullback.recorded, cotangents)
+        if not all(bool(part.isfinite().all()) for part in (*values, *tangents, *gradients)):
             return "modes: not compared, something is not finite here", None, {}
-        zero = {output: tangent.detach() == 0 for output, tangent in enumerate(pushed)}
+        zero = {output: tangent.detach() == 0 for output, tangent in enumerate(tangents)}
         flat = {o: mask for o, mask in zero.items() if bool(mask.any()) and _is_flat(pullback, o, mask, generator)}
-        forward, size = _product(cotangents, pushed)
-        reverse, other_size = _product(pulled, directions)
+        forward, size = _product(cotangents, tangents)
+        reverse, other_size = _product(gradients, directions)
         gap, allowed = abs(forward - reverse), MARGIN * max(size, other_size)
         allowed *= max(tolerance(tensor.dtype) for tensor in (*values, *points))
         if gap > allowed:
@@ -66,10 +65,10 @@ def compare_modes(call: FlatCall, seed: int) -> tuple[str, str | None, dict[int,
     if gap <= allowed:
         return "modes: forward and reverse mode agree along a random direction", None, flat
     double = _gap_in_double(call, points, directions, cotangents)
-    rounded = (
+    is_rounding = (
         double < ROUNDED * gap if math.isfinite(double) else gap < _rounding(values, points, cotangents, directions)
     )
-    if rounded:
+    if is_rounding:
         return "modes: forward and reverse mode differ by rounding alone", None, flat
     difference, kind = _finite_difference(call, points, directions, cotangents)
     return *_disagreement(difference, kind, forward, reverse), flat
@@ -85,10 +84,10 @@ def _disagreement(difference: float, kind: str, forward: float, reverse: float) 
     sides = {"forward": abs(difference - forward), "reverse": abs(difference - reverse)}
     nearer, farther = sorted(sides, key=lambda mode: sides[mode])
     clear = sides[nearer] < SIDES * sides[farther]
-    sided = f"agrees with {nearer} mode" if clear else f"agrees with neither ({difference:.3g})"
+    verdict = f"agrees with {nearer} mode" if clear else f"agrees with neither ({difference:.3g})"
     line = (
         f"forward and reverse mode disagree: along a random direction {forward:.3g} and {reverse:.3g}. "
-        f"A finite difference in {kind} {sided}"
+        f"A finite difference in {kind} {verdict}"
     )
     advice = (
         "The Jacobian is reverse mode's, as autograd gives it. If func has a no_grad region or a Function with a "
@@ -116,22 +115,21 @@ def flat_elsewhere(call: FlatCall, elements: Mapping[int, Tensor], seed: int) ->
         SMALLER * (call.leaves[position].detach() + noise(call.leaves[position], generator))
         for position in call.differentiated
     ]
-
     try:
-        _, pushed = _push(call, points, [noise(point, generator) for point in points])
-        found = {output: mask & (pushed[output].detach() == 0) for output, mask in elements.items()}
+        _, tangents = _push(call, points, [noise(point, generator) for point in points])
+        flat = {output: mask & (tangents[output].detach() == 0) for output, mask in elements.items()}
     except Exception:  # func may refuse another point, or return another shape there, which says nothing
         return dict(elements)
-    return {output: mask for output, mask in found.items() if bool(mask.any())}
+    return {output: mask for output, mask in flat.items() if bool(mask.any())}
 
 
 def _push(
     call: FlatCall, points: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     # func may ask whether its input requires grad: every evaluation says that it does
-    asking = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
+    inputs = [point.clone(memory_format=torch.contiguous_format).requires_grad_() for point in points]
     with call.sandbox(), torch.enable_grad():
-        return push_dual_plainly(call.of_differentiated, asking, directions)
+        return push_dual_plainly(call.of_differentiated, inputs, directions)
 
 
 def _rounding(
@@ -152,15 +150,15 @@ def _gap_in_double(
         return float("inf")
     points, directions, cotangents = ([t.double() for t in some] for some in (points, directions, cotangents))
     try:
-        _, pushed = _push(call, points, directions)
+        _, tangents = _push(call, points, directions)
         with call.sandbox():
             pullback = Pullback(call.of_differentiated, points, differentiable=False)
-            pulled = pullback.pull(
+            gradients = pullback.pull(
                 pullback.recorded, [u.to(y.dtype) for u, y in zip(cotangents, pullback.recorded, strict=True)]
             )
     except Exception:  # weights of another dtype
         return float("inf")
-    return abs(_product(cotangents, pushed)[0] - _product(pulled, directions)[0])
+    return abs(_product(cotangents, tangents)[0] - _product(gradients, directions)[0])
 
 
 def _finite_difference(
@@ -169,16 +167,16 @@ def _finite_difference(
     """Return uᵀJv by a central difference, in float64 where func takes that, and the dtype's name."""
     for dtype in (torch.float64, points[0].dtype):
         step = torch.finfo(dtype).eps ** (1 / 3) * max(1.0, *(float(p.abs().amax()) for p in points if p.numel()))
-        moved = []
+        outputs = []
         try:
             for sign in (1, -1):
-                shifted = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
-                inputs = [x.requires_grad_() for x in shifted]
+                displaced = [p.to(dtype) + sign * step * v.to(dtype) for p, v in zip(points, directions, strict=True)]
+                inputs = [x.requires_grad_() for x in displaced]
                 with call.sandbox(), torch.enable_grad():
-                    moved.append([y.detach() for y in call.of_differentiated(*inputs)])
+                    outputs.append([y.detach() for y in call.of_differentiated(*inputs)])
         except Exception:  # weights of another dtype
             continue
-        slopes = [(a.double() - b.double()) / (2 * step) for a, b in zip(*moved, strict=True)]
+        slopes = [(a.double() - b.double()) / (2 * step) for a, b in zip(*outputs, strict=True)]
         return _product(cotangents, slopes)[0], str(dtype).removeprefix("torch.")
     return float("nan"), "any dtype"
 

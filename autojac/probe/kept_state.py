@@ -32,25 +32,25 @@ def observe_kept_state(
     It has none if it only filled a cache, or initialised itself: then a second call sets nothing.
 
     Raises:
-        RandomnessError: if its outputs hang on a number that it keeps.
+        RandomnessError: if its outputs depend on a number that it keeps.
     """
     later = Sandbox(sandbox.captured)
     with sandbox():
         first = evaluate()
-        held = Snapshot(sandbox.kept)
+        snapshot = Snapshot(sandbox.kept)
         restore_random_state(sandbox.state)
         try:
             with later():
                 second = evaluate()
-        except Exception:  # what a call after this one raises is no matter of this one; it hangs on what was kept
+        except Exception:  # a later call may fail by what this one keeps
             return (KEEPS,), later.written
         other = unlike(first, second)
-        changed, harmless = held.find_changes(), later.written or not other
+        changed, harmless = snapshot.find_changes(), later.written or not other
         if not changed and harmless:
             return (), later.written
         if harmless:
             return (KEEPS,), later.written
-        if not changed or not held.exchanged(Tensor):
+        if not changed or not snapshot.exchanged(Tensor):
             raise RandomnessError(UNLIKE)
         # a running mean that is replaced instead of written
         return (KEEPS, UPDATES_BUFFERS), later.written

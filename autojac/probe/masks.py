@@ -26,7 +26,7 @@ def split_masks(batch: int, count: int, generator: torch.Generator) -> list[Tens
 def masks_within(
     point: ProbePoint, generator: torch.Generator, budget_s: float, cost: float
 ) -> tuple[list[Tensor], str]:
-    """Return masks that a layer can afford at the price of one evaluation, and how to call them."""
+    """Return the masks that a layer can afford at the cost of one evaluation, and their name in the evidence."""
     device = point.leaves[0].device
     exact = index_masks(point.batch)
     affordable = int(budget_s / cost)

@@ -28,18 +28,18 @@ def generators_of_func(evaluate: Evaluate, generators: Sequence[str]) -> tuple[s
     """
     if not generators or threading.active_count() == 1:
         return tuple(generators)
-    found: dict[str, bool] = {}
+    draws: dict[str, bool] = {}
     if "cpu" in generators or "cuda" in generators:
-        found["cpu"] = found["cuda"] = _torch_draws(evaluate)
+        draws["cpu"] = draws["cuda"] = _torch_draws(evaluate)
     if "python" in generators:
-        found["python"] = _python_draws(evaluate)
+        draws["python"] = _python_draws(evaluate)
     if "numpy" in generators:
-        found["numpy"] = _numpy_draws(evaluate)
-    return tuple(name for name in generators if found[name])
+        draws["numpy"] = _numpy_draws(evaluate)
+    return tuple(name for name in generators if draws[name])
 
 
 class _Operators(MonitoredMode):
-    """Sees the operators of this thread that draw from a generator of the process."""
+    """A mode that notices operators of this thread that draw from a generator of the process."""
 
     def __init__(self) -> None:
         super().__init__(watched=False)
@@ -57,37 +57,37 @@ def _torch_draws(evaluate: Evaluate) -> bool:
     try:
         with operators:
             evaluate()
-    except Exception:  # it can't run under a mode: then what moved is all there is to see
+    except Exception:  # func can't run under a mode: then only the generator tells
         return True
     return operators.draw
 
 
 def _python_draws(evaluate: Evaluate) -> bool:
-    found = []
+    calls = []
 
-    def called(frame: Any, event: str, function: Any) -> None:
+    def note_draw(frame: Any, event: str, function: Any) -> None:
         if event == "c_call" and getattr(function, "__self__", None) is random._inst:
-            found.append(function)
+            calls.append(function)
 
     profiler = sys.getprofile()
-    sys.setprofile(called)
+    sys.setprofile(note_draw)
     try:
         evaluate()
     finally:
         sys.setprofile(profiler)
-    return bool(found)
+    return bool(calls)
 
 
 def _numpy_draws(evaluate: Evaluate) -> bool:
-    """Check whether it moves in each evaluation and rests between them: its methods call no hook."""
+    """Check whether NumPy's generator moves in each evaluation and rests between them: its methods call no hook."""
     for _ in range(LOOKS):
-        before, begun = random_state(("numpy",)), time.perf_counter()
+        before, start = random_state(("numpy",)), time.perf_counter()
         evaluate()
-        after, lasted = random_state(("numpy",)), time.perf_counter() - begun
+        after, seconds = random_state(("numpy",)), time.perf_counter() - start
         if not generators_drawn_from(before, after):
             return False
         # a thread that draws all the time draws while func rests
-        time.sleep(max(lasted, 1e-3))
+        time.sleep(max(seconds, 1e-3))
         if generators_drawn_from(after, random_state(("numpy",))):
             return False
     return True

@@ -26,35 +26,35 @@ from autojac.graph.analysis import flow_of
 from autojac.graph.batch_axis.states import State
 from autojac.graph.ir import Graph
 from autojac.graph.recorder import FunctionRecording, record
-from autojac.probe.cancelling import SLIGHT, Env, Look, PossibleCoupling, exceeds, outside_of, rounding
+from autojac.probe.cancelling import SLIGHT, Env, PossibleCoupling, SampleChange, exceeds, outside_of, rounding
 from autojac.probe.sample_pairs import SCALES, ProbePoint, along
 
 SHRINKS = 2.0**-23
-"""What passes between samples in float64 is at most this share of what does in float32: 64 times the ratio of eps."""
+"""Rounding that passes between samples in float64 is at most this share of that in float32: 64 ratios of eps."""
 PASSES = 16
 """Evaluations, each mask and point, that are counted on: gradients, and the operators one by one, in two precisions."""
 CONSTANTS_MOVE = 0.3
 
 
-class Run(NamedTuple):
-    """A graph in one precision: its operators and constants, and the leaves at their point."""
+class GraphInPrecision(NamedTuple):
+    """A graph with its constants, and the leaves of a point, in one precision."""
 
     graph: Graph
     leaves: tuple[Tensor, ...]
 
-    def all(self, leaves: Sequence[Tensor], numbers: Sequence[int]) -> Env:
+    def tensors(self, leaves: Sequence[Tensor], numbers: Sequence[int]) -> Env:
         """Return every tensor of the graph, for these leaves."""
-        given = dict(zip(self.graph.inputs, leaves, strict=True))
-        found = dict(zip(numbers, self.graph.run(numbers, given), strict=True))
-        if not all(bool(tensor.isfinite().all()) for tensor in found.values() if tensor.is_floating_point()):
+        values = dict(zip(self.graph.inputs, leaves, strict=True))
+        tensors = dict(zip(numbers, self.graph.run(numbers, values), strict=True))
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point()):
             raise PossibleCoupling
-        return found
+        return tensors
 
     def pullback(self, inputs: Sequence[int]) -> Pullback:
         def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
             leaves = {**dict(enumerate(self.leaves)), **dict(zip(inputs, tensors, strict=True))}
-            given = {number: leaves[position] for position, number in enumerate(self.graph.inputs)}
-            return self.graph.run(self.graph.outputs, given)
+            values = {number: leaves[position] for position, number in enumerate(self.graph.inputs)}
+            return self.graph.run(self.graph.outputs, values)
 
         return Pullback(bound, [self.leaves[position] for position in inputs], differentiable=False)
 
@@ -69,24 +69,24 @@ def is_only_rounding(
         masks: samples to change.
         cost: seconds of one evaluation.
         generator: of other values and points.
-        budget_s: seconds after which nothing more is looked at, and nothing cleared.
+        budget_s: seconds after which the answer is no.
     """
     if cost * PASSES * (1 + len(SCALES)) * len(masks) > budget_s:
         return False
 
-    def look() -> None:
-        _look_at(point, masks, 1.0, generator, moving=False)
+    def check() -> None:
+        _require_rounding(point, masks, 1.0, generator, moving=False)
         for turn, scale in enumerate(SCALES):
-            _look_at(point.at_other_point(turn, scale, generator), masks, scale, generator, moving=True)
+            _require_rounding(point.at_other_point(turn, scale, generator), masks, scale, generator, moving=True)
 
     try:
-        within(budget_s, look)
-    except (Exception, TimeoutError):  # also whatever func raises: what can't be looked at is not cleared
+        within(budget_s, check)
+    except (Exception, TimeoutError):  # also whatever func raises
         return False
     return True
 
 
-def _look_at(
+def _require_rounding(
     there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator, moving: bool
 ) -> None:
     """Raise `PossibleCoupling` unless what passes between samples vanishes with the precision or cancels."""
@@ -108,25 +108,25 @@ def _look_at(
     moves = []
     for mask in masks:
         _pull(*pullbacks, mask, generator)
-        moved = dataclasses.replace(there, leaves=low.leaves).with_inputs_moved(scale, generator, mask).leaves
-        moves.append(moved)
+        changed = dataclasses.replace(there, leaves=low.leaves).with_inputs_moved(scale, generator, mask).leaves
+        moves.append(changed)
         if graph.reads_data:
             # Python may have read what the other samples are
-            seen = [new.to(old.dtype) for new, old in zip(moved, there.leaves, strict=True)]
-            if not _same(graph, _record(there, seen)[1]):
+            as_passed = [new.to(old.dtype) for new, old in zip(changed, there.leaves, strict=True)]
+            if not _same(graph, _record(there, as_passed)[1]):
                 raise PossibleCoupling
     noisy = _noise(low, states, numbers, masks, moves)
-    base = high.all(high.leaves, numbers)
+    base = high.tensors(high.leaves, numbers)
     scales = {number: rounding(tensor) for number, tensor in base.items()}
     for mask, leaves in zip(masks, moves, strict=True):
-        after = high.all([_in_dtype(leaf, torch.float64) for leaf in leaves], numbers)
+        after = high.tensors([_in_dtype(leaf, torch.float64) for leaf in leaves], numbers)
         outside = {number: outside_of(states.get(number), base[number], mask) for number in numbers}
         reached = {n: exceeds(base[n], after[n], scales[n] + SHRINKS * noisy[n]) & outside[n] for n in numbers}
         if any(bool(reached[number].any()) for number in graph.outputs):
             raise PossibleCoupling
-        look = Look(states, base, after, scales, outside, reached)
+        change = SampleChange(states, base, after, scales, outside, reached)
         for operation in high.graph.operations:
-            look.require_cancelling(operation)
+            change.require_cancelling(operation)
 
 
 def _record(there: ProbePoint, leaves: Sequence[Tensor]) -> tuple[FunctionRecording, Graph]:
@@ -146,17 +146,17 @@ def _same(graph: Graph, other: Graph) -> bool:
 
 
 def _noise(
-    run: Run,
+    run: GraphInPrecision,
     states: Mapping[int, State],
     numbers: Sequence[int],
     masks: Sequence[Tensor],
     moves: Sequence[Sequence[Tensor]],
 ) -> Env:
-    """Return for each coordinate of each tensor the most that it moves with samples that are none of its own."""
-    base = run.all(run.leaves, numbers)
+    """Return for each coordinate of each tensor how far it moves at most when other samples do."""
+    base = run.tensors(run.leaves, numbers)
     most: dict[int, Tensor] = {}
     for mask, leaves in zip(masks, moves, strict=True):
-        for number, tensor in run.all(leaves, numbers).items():
+        for number, tensor in run.tensors(leaves, numbers).items():
             change = (tensor.double() - base[number].double()).abs() * outside_of(states.get(number), tensor, mask)
             change = change.amax(0) if change.dim() and len(change) else change
             most[number] = torch.maximum(change, most.get(number, change))
@@ -185,7 +185,7 @@ def _another(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor + CONSTANTS_MOVE * size * noise(tensor, generator)
 
 
-def _in_precision(graph: Graph, constants: Env, leaves: Sequence[Tensor], dtype: torch.dtype) -> Run:
+def _in_precision(graph: Graph, constants: Env, leaves: Sequence[Tensor], dtype: torch.dtype) -> GraphInPrecision:
     operations = tuple(
         dataclasses.replace(
             operation,
@@ -194,9 +194,9 @@ def _in_precision(graph: Graph, constants: Env, leaves: Sequence[Tensor], dtype:
         )
         for operation in graph.operations
     )
-    held = {number: _in_dtype(tensor, dtype) for number, tensor in constants.items()}
-    graph = dataclasses.replace(graph, operations=operations, constants=held)
-    return Run(graph, tuple(_in_dtype(leaf, dtype) for leaf in leaves))
+    cast = {number: _in_dtype(tensor, dtype) for number, tensor in constants.items()}
+    graph = dataclasses.replace(graph, operations=operations, constants=cast)
+    return GraphInPrecision(graph, tuple(_in_dtype(leaf, dtype) for leaf in leaves))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -34,7 +34,7 @@ WORTH = 0.75
 
 @dataclass(frozen=True)
 class SampleGraph:
-    """Who depends on whom.
+    """Which samples depend on which.
 
     Attributes:
         pattern: (batch, batch), true at (b, c) if output b may depend on sample c, and on the diagonal; None if that
@@ -61,8 +61,15 @@ class SampleGraph:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A boolean (batch, batch) matrix, or None; how it was found or why not; whether it is worth looking further."""
+class _Matrix:
+    """The result of one way to a sample graph.
+
+    Attributes:
+        samples: boolean (batch, batch) matrix; None where there is none.
+        line: how it was found, or why not.
+        depends_on_arguments: as of `SampleGraph`.
+        final: no other way is worth trying.
+    """
 
     samples: Any
     line: str
@@ -87,90 +94,90 @@ def find_sample_graph(
         classes: a coloring of the graph must have fewer, and nothing is probed for it; by default fewer than there
             are samples.
     """
-    found = _follow(analysis, point, generator)
-    if classes is not None and found.samples is not None and most_classes(found.samples) >= classes:
-        found = _Found(None, "more passes than another way")
-    probed = classes is None and found.samples is None and not found.final
-    if probed:
-        found = _probe(point, generator, budget_s, found.line)
-    if found.samples is None:
-        return SampleGraph(None, None, f"samples: no graph, {found.line}")
-    pattern = Pattern.of(found.samples)
+    matrix = _follow(analysis, point, generator)
+    if classes is not None and matrix.samples is not None and most_classes(matrix.samples) >= classes:
+        matrix = _Matrix(None, "more passes than another way")
+    is_probed = classes is None and matrix.samples is None and not matrix.final
+    if is_probed:
+        matrix = _probe(point, generator, budget_s, matrix.line)
+    if matrix.samples is None:
+        return SampleGraph(None, None, f"samples: no graph, {matrix.line}")
+    pattern = Pattern.of(matrix.samples)
     wrong = contradiction(point, pattern, generator, budget_s)
     if wrong is not None:
         return SampleGraph(None, None, f"samples: no graph, {wrong}")
     degrees = np.diff(pattern.starts) - 1
-    line = f"samples: a graph of {degrees.mean():.1f} neighbours, at most {degrees.max()}, {found.line}"
-    suspect = probed and _nan_escapes(point, pattern, generator)
+    line = f"samples: a graph of {degrees.mean():.1f} neighbours, at most {degrees.max()}, {matrix.line}"
+    suspect = is_probed and _nan_escapes(point, pattern, generator)
     if suspect:
         line += "; but NaN spreads further"
-    return SampleGraph(pattern, _kind(pattern), line, found.depends_on_arguments, suspect, not probed)
+    return SampleGraph(pattern, _kind(pattern), line, matrix.depends_on_arguments, suspect, not is_probed)
 
 
-def _follow(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Generator) -> _Found:
+def _follow(analysis: GraphAnalysis, point: ProbePoint, generator: torch.Generator) -> _Matrix:
     """Return the graph by what is known of each operator."""
     if analysis.flow is None:
-        return _Found(None, str(analysis.reason), final=False)
-    found, data = _follow_at(analysis.flow.graph.key, point)
-    if found.samples is not None and data:
+        return _Matrix(None, str(analysis.reason), final=False)
+    matrix, data = _follow_at(analysis.flow.graph.key, point)
+    if matrix.samples is not None and data:
         # Python may have chosen the neighbours, or the operators, by the values
-        found = dataclasses.replace(found, depends_on_arguments=True)
+        matrix = dataclasses.replace(matrix, depends_on_arguments=True)
         for scale in SCALES:
             try:
                 other, _ = _follow_at(None, point.with_inputs_moved(scale, generator))
             except Exception:  # whatever func raises at values that its user never passes
                 continue
-            if other.samples is None or (other.samples != found.samples).nnz:
-                return _Found(None, "who depends on whom changes with the values")
-    return found
+            if other.samples is None or (other.samples != matrix.samples).nnz:
+                return _Matrix(None, "who depends on whom changes with the values")
+    return matrix
 
 
-def _follow_at(key: int | None, point: ProbePoint) -> tuple[_Found, bool]:
-    """Return the same at one point; and whether Python saw values of the data."""
+def _follow_at(key: int | None, point: ProbePoint) -> tuple[_Matrix, bool]:
+    """Return the graph at one point, and whether Python reads values of the data."""
     # scipy takes 0.2 s to import
     from autojac.graph.dependence.propagation import propagate
 
     with point.sandbox():
         graph = record(point.fn, point.leaves, point.kwargs, point.inputs).graph
     if graph is None or (key is not None and graph.key != key):
-        return _Found(None, "func runs other operators from call to call", final=False), False
-    own = torch.arange(point.batch)
+        return _Matrix(None, "func runs other operators from call to call", final=False), False
+    numbers = torch.arange(point.batch)
     columns = [
-        own.reshape(-1, *[1] * (leaf.dim() - 1)) if position in point.inputs else None
+        numbers.reshape(-1, *[1] * (leaf.dim() - 1)) if position in point.inputs else None
         for position, leaf in enumerate(point.leaves)
     ]
     flow = propagate(graph, point.leaves, columns, point.batch, follow_values=True)
     count = len(graph.operations)
     lost = [f"{name} (operator {place} of {count})" for place, name in flow.losses.items()]
     if flow.value_dependent:
-        return _Found(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
+        return _Matrix(None, f"the values decide who depends on whom, at {lost[-1]}"), graph.reads_data
     drawn, follows = _origins(graph, flow.selectors, point)
     if drawn:
-        return _Found(None, "who depends on whom is drawn at random"), graph.reads_data
+        return _Matrix(None, "who depends on whom is drawn at random"), graph.reads_data
     samples = flow.samples()
     if samples is None or not _worth(samples):
         line = f"all may depend on all after {lost[0]}" if lost else "most depend on most"
-        return _Found(None, line, final=False), graph.reads_data
+        return _Matrix(None, line, final=False), graph.reads_data
     names = [graph.operations[place].name for place in flow.followed]
     where = f"{', '.join(dict.fromkeys(names)) or 'views'} in {count} operators"
-    return _Found(samples, f"followed through {where}", follows), graph.reads_data
+    return _Matrix(samples, f"followed through {where}", follows), graph.reads_data
 
 
 def _origins(graph: Graph, selectors: Collection[int], point: ProbePoint) -> tuple[bool, bool]:
-    """Tell whether what chose the neighbours was drawn at random, and whether another call may bring other values."""
+    """Return whether what selects the neighbours was drawn at random, and whether it may differ in another call."""
     from autojac.graph.dependence.propagation import roots
 
-    found = roots(graph, selectors)
-    given = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
+    origins = roots(graph, selectors)
+    passed = {id(value) for value in pytree.tree_leaves(point.kwargs) if isinstance(value, Tensor)}
     follows = False
-    for number in found:
+    for number in origins:
         constant = graph.constants.get(number)
-        # captured integers belong to what a plan is filed under
-        follows |= constant is None or id(constant) in given or constant.is_floating_point()
-    return bool(found & graph.drawn), follows
+        # captured integers are part of a plan's key
+        follows |= constant is None or id(constant) in passed or constant.is_floating_point()
+    return bool(origins & graph.drawn), follows
 
 
-def _probe(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Found:
+def _probe(point: ProbePoint, generator: torch.Generator, budget_s: float, line: str) -> _Matrix:
     """Return the graph by index-coded cotangents at several points, until two in a row show nothing new."""
     coded = CodedCotangents(point, generator, deadline(budget_s))
     quiet_turns = 0
@@ -181,19 +188,19 @@ def _probe(point: ProbePoint, generator: torch.Generator, budget_s: float, line:
             more = coded.complete_at(there)
         except Exception as error:  # whatever func raises when it is differentiated or moved
             if scale is None:
-                return _Found(None, f"{line}, and probing it raises {type(error).__name__}")
+                return _Matrix(None, f"{line}, and probing it raises {type(error).__name__}")
             continue
         if more is None:
             if scale is not None and coded.refusal == "derivatives are not finite":
                 coded.refusal = ""
                 continue
-            return _Found(None, f"{line}, and {coded.refusal}")
+            return _Matrix(None, f"{line}, and {coded.refusal}")
         if not _worth(coded.known):
-            return _Found(None, f"{line}, and most depend on most")
+            return _Matrix(None, f"{line}, and most depend on most")
         quiet_turns = quiet_turns + 1 if turn and not more else 0
         if turn >= len(SCALES) and quiet_turns >= 2:
-            return _Found(coded.known, f"by {coded.passes} index-coded probes at {turn + 1} points ({line})", True)
-    return _Found(None, f"{line}, and who depends on whom changes from point to point")
+            return _Matrix(coded.known, f"by {coded.passes} index-coded probes at {turn + 1} points ({line})", True)
+    return _Matrix(None, f"{line}, and who depends on whom changes from point to point")
 
 
 def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generator, budget_s: float) -> str | None:
@@ -266,7 +273,7 @@ def _worth(samples: Any) -> bool:
 
 def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:
     """Return `grouped` if samples fall into classes, each of which depends on all of its class and on no other."""
-    # who is named by the first of their neighbours
+    # a class is named by the first neighbour of its samples
     named = pattern.columns[pattern.starts[:-1]]
     inside = np.array_equal(named[pattern.rows], named[pattern.columns])
     sizes = np.bincount(named, minlength=len(named))

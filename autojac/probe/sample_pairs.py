@@ -44,9 +44,11 @@ Evaluate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one layer says: `coupled` is None where the layer can't be applied.
+    """What one layer says.
 
-    `share` is that of the largest gradient which was seen to leak.
+    Attributes:
+        coupled: None where the layer can't be applied.
+        share: the gradient that was seen to leak, relative to the largest.
     """
 
     layer: str
@@ -66,7 +68,7 @@ class ProbePoint:
         inputs: indices of the differentiated leaves that carry the batch.
         sides: indices of the other leaves that carry the batch.
         batch: number of samples.
-        sandbox: how to evaluate without a trace.
+        sandbox: how to evaluate without side effects.
         limit_s: seconds after which an evaluation at other values is given up: a loop may never converge there.
     """
 
@@ -126,26 +128,25 @@ class ProbePoint:
 
 
 def time_one_call(point: ProbePoint) -> float:
-    """Return the seconds of one evaluation.
-
-    Next to none among several ranks, where no clock may decide how many evaluations there are.
-    """
+    """Return the seconds of one evaluation; next to none among several ranks, where no clock may decide anything."""
     start = work_clock.clock.working_s()
     point.values({})
     return 1e-9 if several() else max(work_clock.clock.working_s() - start, 1e-7)
 
 
-def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, generator: torch.Generator) -> Verdict:
-    """Pull random cotangents inside the mask; the gradient outside must vanish."""
+def gradient_layer(point: ProbePoint, masks: Sequence[Tensor], name: str, generator: torch.Generator) -> Verdict:
+    """Pull random cotangents inside each mask; the gradient outside must vanish.
 
+    `name` says in the evidence which masks these are, as it does in the other layers.
+    """
     with point.sandbox():
-        return cotangent_verdict(point.pullback(), [True] * len(point.inputs), masks, called, generator)
+        return cotangent_verdict(point.pullback(), [True] * len(point.inputs), masks, name, generator)
 
 
 def cotangent_verdict(
-    pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], called: str, generator: torch.Generator
+    pullback: Pullback, carriers: Sequence[bool], masks: Sequence[Tensor], name: str, generator: torch.Generator
 ) -> Verdict:
-    """Pull them through a graph that exists already; its inputs carry the batch on axis 0 where `carriers` says so."""
+    """Do what `gradient_layer` does on a graph that exists; inputs carry the batch where `carriers` says so."""
     layer = "random cotangents"
     values = pullback.recorded
     # zero times an infinite derivative is NaN in the sample itself: that says nothing of other samples
@@ -170,16 +171,16 @@ def cotangent_verdict(
                     layer,
                     True,
                     f"{layer}: coupled, a gradient of {share:.1g} of the largest leaks to "
-                    f"other samples (pass {passes} of {called})",
+                    f"other samples (pass {passes} of {name})",
                     share,
                 )
-    return Verdict(layer, False, f"{layer}: no sample reaches another ({called})")
+    return Verdict(layer, False, f"{layer}: no sample reaches another ({name})")
 
 
 def value_layer(
     point: ProbePoint,
     masks: Sequence[Tensor],
-    called: str,
+    name: str,
     generator: torch.Generator,
     leaves: Sequence[int],
     scales: Sequence[float] = SCALES,
@@ -208,10 +209,10 @@ def value_layer(
     if refused == len(scales) * len(masks):
         return Verdict(layer, None, f"{layer}: not applicable, func refuses other values")
     sizes = ", ".join(f"{scale:g}" for scale in scales)
-    return Verdict(layer, False, f"{layer}: no output moves at scales {sizes} ({called})")
+    return Verdict(layer, False, f"{layer}: no output moves at scales {sizes} ({name})")
 
 
-def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Sequence[Tensor] | None = None) -> Verdict:
+def nan_layer(point: ProbePoint, masks: Sequence[Tensor], name: str, base: Sequence[Tensor] | None = None) -> Verdict:
     """Put NaN inside the mask; outputs outside must gain none. `base` are the outputs at the point, where known."""
     layer = "NaN taint"
     base = point.values({}) if base is None else base
@@ -223,7 +224,7 @@ def nan_layer(point: ProbePoint, masks: Sequence[Tensor], called: str, base: Seq
         for after, before in zip(changed, base, strict=True):
             if after.shape != before.shape or bool((after.isnan() & ~before.isnan())[~mask].any()):
                 return Verdict(layer, True, f"{layer}: coupled, NaN spreads to other samples")
-    return Verdict(layer, False, f"{layer}: NaN stays in its sample ({called})")
+    return Verdict(layer, False, f"{layer}: NaN stays in its sample ({name})")
 
 
 def along(samples: Tensor, like: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ def step(leaf: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def _start(leaf: Tensor, turn: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Return another point to change samples at: noise for floats; for masks the given one, then none set, then all.
+    """Return another point to change samples at: noise for floats; a mask as it is, then none set, then all set.
 
     A float with infinities is a mask that is added.
     """

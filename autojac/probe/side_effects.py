@@ -28,7 +28,7 @@ Flat = Any
 PROPORTIONAL = 0.2
 """How far, relatively, outputs may be from moving in proportion to a small step; rounding takes some of it."""
 ROUNDED_ULPS = 4.0
-"""Movements of an output up to this many units of its rounding are no evidence."""
+"""Changes of an output up to this many units of its rounding are no evidence."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class FirstCall:
     values: tuple[Tensor, ...]
     effects: tuple[str, ...]
     moved: tuple[str, ...] = ()
-    """Random generators that moved meanwhile, by func's drawing or another thread's."""
+    """Random generators that were drawn from meanwhile, by func or by another thread."""
     ran: tuple[CodeType, ...] = ()
-    """The code that ran, but for Python's and torch's own."""
+    """The code that ran, except Python's and torch's."""
     unlisted: str = ""
-    """What it read that nobody can compare, such as a clock or a generator of its own; empty if nothing was seen."""
+    """What it read that can't be compared, such as a clock or a generator of its own; empty if nothing was seen."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,26 @@ def first_call(
     sandbox: Sandbox,
     earlier: EarlierValues | None = None,
 ) -> FirstCall:
-    """Call func once, without a trace, and see what it returns and does.
+    """Call func once, without side effects that stay, and observe what it returns and does.
 
     Args:
         fn, leaves, kwargs, differentiated: the call.
-        sandbox: puts back what is known that func may set.
-        earlier: takes note of what else it may set, before it does.
+        sandbox: restores what func is known to set.
+        earlier: records the values of what else it may set, before it does.
 
     Raises:
         MutationError: if func writes into an argument.
         OutputError: if an output is no real floating-point tensor with the batch on axis 0.
     """
-    with sandbox(), Monitor() as monitor, RunMonitor(earlier) as watched:
+    with sandbox(), Monitor() as monitor, RunMonitor(earlier) as run:
         before = random_state()
         values, _ = evaluate_once(fn, leaves, kwargs, differentiated)
         generators = generators_drawn_from(before, random_state())
     check_outputs(values)
     exchanges = monitor.exchanges or sandbox.exchanged
-    done = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
+    effects = (UPDATES_BUFFERS if sandbox.written else "", DRAWS if generators else "", EXCHANGES if exchanges else "")
     return FirstCall(
-        tuple(value.detach() for value in values), tuple(filter(None, done)), generators, watched.ran, watched.reason
+        tuple(value.detach() for value in values), tuple(filter(None, effects)), generators, run.ran, run.reason
     )
 
 
@@ -123,7 +123,7 @@ def observe(
         RandomnessError: if equal inputs and equal random state give different outputs.
         OutputError: if the outputs move with the inputs and no graph leads there.
     """
-    second, nodes = _second(first, call, recording)
+    second, nodes = _call_again(first, call, recording)
     cut = without_graph_to(second, nodes)
     moving = moving_with(*call, dict.fromkeys(cut)) if cut else ()
     if moving and len(cut) == len(second):
@@ -135,14 +135,14 @@ def observe(
         )
     does = f"func {' and '.join(first.effects)}" if first.effects else "no side effect seen"
     kernels = special_kernels(second, reached)
-    named = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
-    uses = f", it {'may use' if reached else 'uses'} {' and '.join(named)}" if named else ""
+    names = [f"a fused {kernel}" if kernel == ATTENTION else kernel for kernel in kernels]
+    uses = f", it {'may use' if reached else 'uses'} {' and '.join(names)}" if names else ""
     return SideEffects(
         first.values, first.effects, kernels, f"side effects: two calls agree, inputs unchanged, {does}{uses}", moving
     )
 
 
-def _second(
+def _call_again(
     first: FirstCall, call: FlatCall, recording: FunctionRecording | None
 ) -> tuple[Sequence[Tensor], Sequence[Any]]:
     """Return the outputs of a second call, which must agree with the first, and the graph's nodes of its inputs."""
@@ -158,7 +158,7 @@ def _second(
 
 
 def without_graph_to(values: Sequence[Tensor], nodes: Sequence[Any]) -> tuple[int, ...]:
-    """Return which values no path of the autograd graph joins to the nodes."""
+    """Return which values have no path in the autograd graph to any of the nodes."""
     wanted = set(nodes)
     # an output may be an input itself
     return tuple(number for number, value in enumerate(values) if not _leads(node_of(value), wanted))
@@ -202,23 +202,23 @@ def moving_with(
             values: Sequence[Tensor] = fn(moved, kwargs)
         return {n: values[n].detach()[... if mask is None else mask] for n, mask in elements.items()}
 
-    given = max(torch.finfo(leaves[position].dtype).eps for position in differentiated)
-    found: set[int] = set()
+    eps_of_inputs = max(torch.finfo(leaves[position].dtype).eps for position in differentiated)
+    proportional: set[int] = set()
     try:
         here = at(0.0)
         # func may round to float32 in between, where a step for float64 is lost
         coarse = {torch.finfo(dtype).eps for dtype in (*(value.dtype for value in here.values()), torch.float32)}
-        for size in sorted({max(given, eps) ** 0.5 for eps in (given, *coarse)}):
+        for size in sorted({max(eps_of_inputs, eps) ** 0.5 for eps in (eps_of_inputs, *coarse)}):
             whole = at(size)
             if all(torch.equal(whole[number], value) for number, value in here.items()):
                 continue
             half, back = at(size / 2), at(-size)
-            found |= {n for n in elements if _proportional(here[n], half[n], whole[n], back[n])}
-            if len(found) == len(elements):
+            proportional |= {n for n in elements if _proportional(here[n], half[n], whole[n], back[n])}
+            if len(proportional) == len(elements):
                 break
     except Exception:  # func may refuse what lies near its input, which says nothing
         pass
-    return tuple(sorted(found))
+    return tuple(sorted(proportional))
 
 
 def _proportional(here: Tensor, half: Tensor, whole: Tensor, back: Tensor) -> bool:

@@ -39,24 +39,26 @@ def couples_values_only(
         point: the function, at arguments where no gradient leaks.
         masks: samples to change.
         generator: of other values and points.
-        budget_s: seconds after which nothing more is looked at, and nothing cleared.
+        budget_s: seconds after which the answer is no.
     """
     if len(masks) > FEWEST_SPLITS:
         device = masks[0].device
         masks = [mask.to(device) for mask in split_masks(point.batch, FEWEST_SPLITS, generator)]
 
-    def look() -> None:
+    def check() -> None:
         for turn, scale in enumerate(SCALES):
-            _look_at(point.at_other_point(turn, scale, generator), masks, scale, generator)
+            _require_no_derivative(point.at_other_point(turn, scale, generator), masks, scale, generator)
 
     try:
-        within(budget_s, look)
-    except (Exception, TimeoutError):  # also whatever func raises: what can't be looked at is not cleared
+        within(budget_s, check)
+    except (Exception, TimeoutError):  # also whatever func raises
         return False
     return True
 
 
-def _look_at(there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator) -> None:
+def _require_no_derivative(
+    there: ProbePoint, masks: Sequence[Tensor], scale: float, generator: torch.Generator
+) -> None:
     """Raise `Derivative` if one is seen where other samples change by `scale`."""
     base = _values(there, masks, generator)
     worst, way = 0.0, None

@@ -16,20 +16,19 @@ REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.
 
 def broadcasts(graph: fx.Graph) -> None:
     """Give operators that repeat their arguments by themselves what is not repeated yet, and repeat the result."""
-    sweep(graph, _once)
+    sweep(graph, _strip_repeats)
 
 
-def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _strip_repeats(editor: Editor, node: fx.Node) -> fx.Node | None:
     lean: dict[fx.Node, fx.Node] = {}
-    for tensor, value in _slices_wanted(node):
+    for tensor, value in _slices(node):
         if value.shape != tensor.meta["value"].shape:
             made = editor.narrow(node, tensor, value)
             if made is not None:
                 lean[tensor] = made
     if not lean:
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: lean.get(s, s))
-    once = editor.make(node, node.target, *args, **kwargs)
+    once = editor.remake(node, lean)
     if once is None:
         return None
     shape = node.meta["value"].shape
@@ -43,7 +42,7 @@ def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
     )
 
 
-def _slices_wanted(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
+def _slices(node: fx.Node) -> Iterator[tuple[fx.Node, Tensor]]:
     """Yield for each argument the smallest slice that suffices; the full result is a broadcast of what it gives."""
     if acts_by_entry(node) and node.target is not aten.clone.default:
         for source in filter(has_entries, node.all_input_nodes):

@@ -30,10 +30,10 @@ def cat_writes(graph: fx.Graph) -> None:
     for storage in sorted(editor.unsteady):
         nodes = homes.get(storage, [])
         if nodes and facts(nodes[0]).kind is Kind.FACTORY and nodes[0].meta["storage"] == storage:
-            _together(editor, storage, nodes)
+            _concatenate(editor, storage, nodes)
 
 
-def _together(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
+def _concatenate(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
     room, writes = nodes[0], [node for node in nodes if storage in node.meta["writes"]]
     last = nodes.index(writes[-1])
     parts = [_part(room, write) for write in writes]
@@ -82,8 +82,8 @@ def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None
     source: Any = write.args[1]
     if not has_entries(source):
         return None
-    whole, held = room.meta["value"], source.meta["value"]
-    if (held.dtype, held.device) != (whole.dtype, whole.device) or not whole.dim():
+    whole, value = room.meta["value"], source.meta["value"]
+    if (value.dtype, value.device) != (whole.dtype, whole.device) or not whole.dim():
         return None
     if target is room:
         axis, start, end = 0, 0, whole.size(0)
@@ -93,4 +93,4 @@ def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None
     else:
         return None
     shape = [*whole.shape[:axis], end - start, *whole.shape[axis + 1 :]]
-    return (axis, start, end, source) if start >= 0 and list(held.shape) == shape else None
+    return (axis, start, end, source) if start >= 0 and list(value.shape) == shape else None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
@@ -27,7 +24,7 @@ def column_major(graph: fx.Graph) -> None:
     """
     copied: dict[fx.Node, fx.Node] = {}
 
-    def by_column(editor: Editor, node: fx.Node) -> fx.Node | None:
+    def rule(editor: Editor, node: fx.Node) -> fx.Node | None:
         left, right = node.args
         if not (has_entries(left) and has_entries(right)):
             return None
@@ -38,15 +35,15 @@ def column_major(graph: fx.Graph) -> None:
         if rows.t().is_contiguous():
             return _transpose_product(editor, node, left, right)
         if right not in copied:
-            made: Any = editor.make(node, aten.t.default, right)
-            made = made and editor.make(node, aten.clone.default, made, memory_format=torch.contiguous_format)
-            made = made and editor.make(node, aten.t.default, made)
-            if made is None:
+            view = editor.make(node, aten.t.default, right)
+            transposed = view and editor.copy(node, view)
+            columns = transposed and editor.make(node, aten.t.default, transposed)
+            if columns is None:
                 return None
-            copied[right] = made
+            copied[right] = columns
         return editor.make(node, aten.mm.default, left, copied[right])
 
-    sweep(graph, by_column, {aten.mm.default})
+    sweep(graph, rule, {aten.mm.default})
 
 
 def _transpose_product(editor: Editor, node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:

@@ -21,14 +21,14 @@ def drop_copies(graph: fx.Graph) -> None:
     A copy that puts entries into another order is left out only if a single operator reads it, as others would each
     gather the entries again; one that repeats entries, if all that read it do so one by one.
     """
-    sweep(graph, _original, COPIES | RESHAPES)
+    sweep(graph, _drop, COPIES | RESHAPES)
 
 
-def _streams(user: fx.Node) -> bool:
+def _reads_one_by_one(user: fx.Node) -> bool:
     return acts_by_entry(user) or (facts(user).kind is Kind.REDUCTION and facts(user).any_layout)
 
 
-def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _drop(editor: Editor, node: fx.Node) -> fx.Node | None:
     origin: Any = node.args[0] if node.args else None
     if not has_entries(origin):
         return None
@@ -40,7 +40,7 @@ def _original(editor: Editor, node: fx.Node) -> fx.Node | None:
             # it has been repeated
             return None
         alike = layout_of(ours) == layout_of(right) or len(editor.users) == 1
-        return origin if alike or (overlapping(ours) and all(map(_streams, editor.users))) else None
+        return origin if alike or (overlapping(ours) and all(map(_reads_one_by_one, editor.users))) else None
     if node.target in RESHAPES and origin.target in RESHAPES and editor.free(origin):
         before: Any = origin.args[0]
         if not shares(origin.meta["value"], before):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ LONGEST_CHAIN = 8
 """How far views of views are looked through."""
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 """Operators of the kind `view`, which some layouts don't permit."""
-
-
 Rule = Callable[["Editor", fx.Node], "fx.Node | None"]
 
 
@@ -64,9 +62,17 @@ class Editor:
         """Return the entries of a node in another shape, by a view if its layout permits one."""
         if list(source.meta["value"].shape) == list(shape):
             return source
-        return self.make(at, aten.view.default, source, list(shape)) or self.make(
-            at, aten.reshape.default, source, list(shape)
-        )
+        targets = aten.view.default, aten.reshape.default
+        return next(filter(None, (self.make(at, target, source, list(shape)) for target in targets)), None)
+
+    def copy(self, at: fx.Node, source: fx.Node) -> fx.Node | None:
+        """Return a copy of a node whose entries lie in the order of its axes."""
+        return self.make(at, aten.clone.default, source, memory_format=torch.contiguous_format)
+
+    def remake(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+        """Return a node's operator with other nodes in the place of some of its arguments."""
+        args, kwargs = _substitute(node, instead)
+        return self.make(node, node.target, *args, **kwargs)
 
     def same(self, wanted: Tensor, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """Return one of the nodes that is `wanted`."""
@@ -110,8 +116,7 @@ class Editor:
                 here = self._absorb(node)
                 self.users = node.users
                 if (targets is None or here.target in targets) and self.free(here):
-                    found = rule(self, here)
-                    here = found if found is not None else here
+                    here = rule(self, here) or here
                 if here is not node:
                     self._replace(node, here)
         self._clear()
@@ -163,15 +168,13 @@ class Editor:
 
     def _absorb(self, node: fx.Node) -> fx.Node:
         """Return a node with better arguments: the same one if its own layout stays as it is."""
-        if not self.better:
-            return node
         changed = {source: self.better[source] for source in node.all_input_nodes if source in self.better}
         if not changed:
             return node
         if not is_layout_independent(node, changed):
             self._conform(node, changed)
             return node
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: changed.get(source, source))
+        args, kwargs = _substitute(node, changed)
         if node.meta["writes"] or not isinstance(node.meta["value"], Tensor):
             if node.meta["writes"] or self._alike(node, args, kwargs):
                 node.args, node.kwargs = args, kwargs
@@ -198,16 +201,15 @@ class Editor:
 
     def _alike(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
         """Check whether each part of an operator with several results keeps its layout, in memory of its own."""
-        parts = _run(node.target, args, kwargs)
+        parts: Any = _run(node.target, args, kwargs)
         if not isinstance(parts, (tuple, list)):
             return False
-        found: Sequence[Any] = parts
         for user in node.users:
             place: Any = user.args[1] if user.target is operator.getitem else 0
-            if user.target is not operator.getitem or not isinstance(found[place], Tensor):
+            if user.target is not operator.getitem or not isinstance(parts[place], Tensor):
                 return False
             old = user.meta["value"]
-            if layout_of(old) != layout_of(found[place]) or any(shares(old, s) for s in node.all_input_nodes):
+            if layout_of(old) != layout_of(parts[place]) or any(shares(old, s) for s in node.all_input_nodes):
                 return False
         return True
 
@@ -217,7 +219,7 @@ class Editor:
             if node.target in PLACED or old.target is aten.clone.default or aliases(old):
                 continue
             if old.meta["value"].is_contiguous():
-                copy = self.make(node, aten.clone.default, new, memory_format=torch.contiguous_format)
+                copy = self.copy(node, new)
                 if copy is not None and layout_of(copy.meta["value"]) == layout_of(old.meta["value"]):
                     node.replace_input_with(old, copy)
 
@@ -226,7 +228,7 @@ class Editor:
         for old in output.all_input_nodes:
             new = self.better.get(old)
             if new is not None and not new.meta["value"].is_contiguous() and old.meta["value"].is_contiguous():
-                new = self.make(output, aten.clone.default, new, memory_format=torch.contiguous_format)
+                new = self.copy(output, new)
                 if new is not None:
                     new.meta["phase"] = old.meta["phase"]
             if new is not None:
@@ -269,6 +271,10 @@ def chain(editor: Editor, node: fx.Node) -> list[fx.Node]:
     if found and found[-1].meta["role"] != "constant" and overlapping(found[-1].meta["value"]):
         return []
     return found[::-1]
+
+
+def _substitute(node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> Any:
+    return fx.node.map_arg((node.args, node.kwargs), lambda source: instead.get(source, source))
 
 
 def _storage(value: Tensor, sources: Sequence[fx.Node]) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from autojac.replay.passes.editor import Editor, aten, sweep
@@ -15,10 +14,10 @@ RANK = 12
 
 def empty_parts(graph: fx.Graph) -> None:
     """Concatenate no parts without entries, such as the cache of a transformer before its first token."""
-    sweep(graph, _without_empty, {aten.cat.default})
+    sweep(graph, _drop_empty, {aten.cat.default})
 
 
-def _without_empty(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _drop_empty(editor: Editor, node: fx.Node) -> fx.Node | None:
     parts, whole = node.args[0], node.meta["value"]
     if not isinstance(parts, (list, tuple)) or not all(map(has_entries, parts)):
         return None
@@ -26,5 +25,5 @@ def _without_empty(editor: Editor, node: fx.Node) -> fx.Node | None:
     if not left or len(left) == len(parts) or any(part.meta["value"].dtype != whole.dtype for part in left):
         return None
     if len(left) == 1:
-        return editor.make(node, aten.clone.default, left[0], memory_format=torch.contiguous_format)
+        return editor.copy(node, left[0])
     return editor.make(node, aten.cat.default, left, *node.args[1:])

@@ -15,10 +15,10 @@ RANK = 85
 
 def equal_terms(graph: fx.Graph) -> None:
     """Compute xy + xy as (2x)y, where x is the smaller factor, and (b + pxy) + qxy as b + (p + q)xy."""
-    sweep(graph, _once, {aten.addcmul.default})
+    sweep(graph, _combine, {aten.addcmul.default})
 
 
-def _once(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _combine(editor: Editor, node: fx.Node) -> fx.Node | None:
     arguments: Sequence[Any] = node.args
     term, factors, number = arguments[0], arguments[1:], _number(node)
     if number is None or not has_entries(term) or not editor.free(term):

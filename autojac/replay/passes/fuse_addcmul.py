@@ -17,10 +17,10 @@ MOST = 1000.0
 
 def fuse_addcmul(graph: fx.Graph) -> None:
     """Compute b + a * (c * x * y), c a number, by `addcmul`: two passes through memory in the place of four."""
-    sweep(graph, _together, {aten.add.Tensor})
+    sweep(graph, _fuse, {aten.add.Tensor})
 
 
-def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.kwargs or len(node.args) != 2:
         return None
     arguments: Sequence[Any] = node.args
@@ -29,22 +29,22 @@ def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
             continue
         factors: Sequence[Any] = product.args
         if all(_is_like(part, node.meta["value"]) for part in (other, *factors)):
-            factors, number = _apart(editor, node, factors)
+            factors, number = _split_off_number(editor, node, factors)
             return editor.make(node, aten.addcmul.default, other, *factors, value=number)
     return None
 
 
-def _apart(editor: Editor, node: fx.Node, factors: Sequence[Any]) -> tuple[Sequence[Any], float]:
+def _split_off_number(editor: Editor, node: fx.Node, factors: Sequence[Any]) -> tuple[Sequence[Any], float]:
     """Return factors, and a number that one of them, or a factor of that, was multiplied by; 1 if none was."""
     for factor, rest in (factors, factors[::-1]):
         if (number := _number(editor, factor)) is not None:
             return (factor.args[0], rest), number
         if not _read_once(editor, factor, aten.mul.Tensor):
             continue
-        for scaled, beside in (factor.args, factor.args[::-1]):
+        for scaled, other in (factor.args, factor.args[::-1]):
             number = _number(editor, scaled)
-            if number is not None and _is_like(beside, node.meta["value"]) and _is_like(scaled, node.meta["value"]):
-                made = editor.make(node, aten.mul.Tensor, scaled.args[0], beside)
+            if number is not None and _is_like(other, node.meta["value"]) and _is_like(scaled, node.meta["value"]):
+                made = editor.make(node, aten.mul.Tensor, scaled.args[0], other)
                 if made is not None:
                     return (made, rest), number
     return factors, 1

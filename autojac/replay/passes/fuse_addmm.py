@@ -16,10 +16,10 @@ LEAST_ENTRIES = 2**13
 
 def fuse_addmm(graph: fx.Graph) -> None:
     """Add to a product as it is made: a vector to each row, which vmap takes apart, or what skips a layer."""
-    sweep(graph, _together, {aten.add.Tensor})
+    sweep(graph, _fuse, {aten.add.Tensor})
 
 
-def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.kwargs or len(node.args) != 2:
         return None
     for vector, rows in (node.args, node.args[::-1]):
@@ -36,13 +36,13 @@ def _together(editor: Editor, node: fx.Node) -> fx.Node | None:
         if right.numel() == ours.numel() and added.dtype == right.dtype == ours.dtype:
             if rows is not product and rows.target not in (aten.view.default, aten._unsafe_view.default):
                 continue
-            addend = vector if added.shape == ours.shape[-1:] else _matrix(editor, node, vector, ours)
+            addend = vector if added.shape == ours.shape[-1:] else _as_matrix(editor, node, vector, ours)
             made = addend and editor.make(node, aten.addmm.default, addend, *product.args)
             return made and editor.reshape(node, made, list(right.shape))
     return None
 
 
-def _matrix(editor: Editor, node: fx.Node, addend: fx.Node, product: Tensor) -> fx.Node | None:
+def _as_matrix(editor: Editor, node: fx.Node, addend: fx.Node, product: Tensor) -> fx.Node | None:
     """Return what is added to a product entry by entry, as a matrix of its shape; None where that takes a copy."""
     value = addend.meta["value"]
     if value.shape != node.meta["value"].shape or value.numel() < LEAST_ENTRIES or not value.is_contiguous():

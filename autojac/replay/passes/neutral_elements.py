@@ -31,7 +31,7 @@ def neutral_elements(graph: fx.Graph) -> None:
     """Leave out products with constant ones and sums with constant zeros, whose other factor or term is the result."""
     known: dict[tuple[fx.Node, int], bool] = {}
 
-    def filled(value: Any, number: int) -> bool:
+    def is_filled(value: Any, number: int) -> bool:
         if not isinstance(value, fx.Node):
             return isinstance(value, (int, float, complex)) and value == number
         if value.meta["role"] not in ("constant", "literal") or not has_entries(value):
@@ -47,7 +47,7 @@ def neutral_elements(graph: fx.Graph) -> None:
         number, places = KEEPERS[node.target]
         for place in places:
             other: Any = node.args[1 - place]
-            if isinstance(other, fx.Node) and filled(node.args[place], number):
+            if isinstance(other, fx.Node) and is_filled(node.args[place], number):
                 return _keep(editor, node, other)
         return None
 

@@ -32,10 +32,10 @@ def one_hot_products(graph: fx.Graph) -> None:
     Columns in the place of W @ S likewise. Where W is not finite, S @ W has NaN wherever S multiplies that by zero, and
     W's rows have not: they are the derivative, which has no such terms.
     """
-    sweep(graph, _product, PRODUCTS)
+    sweep(graph, _select_rows, PRODUCTS)
 
 
-def _product(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _select_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
     left, right = node.args
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     if has_entries(left) and has_entries(right):
@@ -51,9 +51,9 @@ def _product(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape: list[int]) -> fx.Node | None:
     """Return seed @ factor, of that shape, for a seed of one-hot rows."""
-    held = factor.meta["value"]
-    batch: tuple[int, ...] = tuple(held.shape[:-2])
-    shared = bool(batch) and (held.stride(0) == 0 or held.size(0) == 1)
+    value = factor.meta["value"]
+    batch: tuple[int, ...] = tuple(value.shape[:-2])
+    shared = bool(batch) and (value.stride(0) == 0 or value.size(0) == 1)
     if batch and not shared and seed.stride(0) != 0:
         return None
     rows = _rows(seed if shared or not batch else seed[0])
@@ -61,23 +61,23 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
         return None
     one: fx.Node | None = factor
     if shared:
-        held, batch = held[0], ()
-        one = editor.narrow(node, factor, held)
-    if one is not None and rows.many != held.size(-2):
+        value, batch = value[0], ()
+        one = editor.narrow(node, factor, value)
+    if one is not None and rows.many != value.size(-2):
         one = editor.make(node, aten.slice.Tensor, one, len(batch), rows.first, rows.first + rows.many)
     # axes along which nothing repeats itself stay where they are
     kept = [(size, own) for size, own in ((rows.times, 1), (rows.many, rows.many), (rows.each, 1)) if size > 1]
     lean, wide = [own for _, own in kept], [size for size, _ in kept]
     if one is not None and lean != wide and rows.many > 1 and one.meta["value"].stride(-1) != 1:
-        if node.meta["value"].numel() * held.size(-2) < LEAST_WORK:
+        if node.meta["value"].numel() * value.size(-2) < LEAST_WORK:
             return None
         # rows that are repeated are worth having entry by entry: operators lay out what they make as their first factor
-        one = editor.make(node, aten.clone.default, one, memory_format=torch.contiguous_format)
+        one = editor.copy(node, one)
         if one is not None:
             one.meta["wanted"] = True
     if one is not None and lean != wide:
-        one = editor.reshape(node, one, [*batch, *lean, held.size(-1)])
-        one = one and editor.make(node, aten.expand.default, one, [*batch, *wide, held.size(-1)])
+        one = editor.reshape(node, one, [*batch, *lean, value.size(-1)])
+        one = one and editor.make(node, aten.expand.default, one, [*batch, *wide, value.size(-1)])
     return one and editor.reshape(node, one, shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, sweep
 from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 78
@@ -22,10 +22,10 @@ def row_major(graph: fx.Graph) -> None:
     (50, 1, 256) of a transpose times (128, 256), copied, 11 ms on one thread, with the transpose copied before 1.1 ms;
     times (50, 128, 256) 6.1 and 1.2 ms.
     """
-    sweep(graph, _by_rows)
+    sweep(graph, _copy_across)
 
 
-def _by_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _copy_across(editor: Editor, node: fx.Node) -> fx.Node | None:
     right = node.meta["value"]
     if not acts_by_entry(node) or right.device.type != "cpu" or right.numel() < LEAST_ENTRIES:
         return None
@@ -40,11 +40,10 @@ def _by_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
         if made is None:
             return None
         along[source] = made
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: along.get(source, source))
-    return editor.make(node, node.target, *args, **kwargs)
+    return editor.remake(node, along)
 
 
 def _copy(editor: Editor, at: fx.Node, source: fx.Node) -> fx.Node | None:
     if source.meta["role"] == "constant":
         return editor.constant(source.meta["value"].clone(memory_format=torch.contiguous_format))
-    return editor.make(at, aten.clone.default, source, memory_format=torch.contiguous_format)
+    return editor.copy(at, source)

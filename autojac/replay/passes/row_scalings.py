@@ -37,13 +37,15 @@ def row_scalings(graph: fx.Graph) -> None:
 
     def rule(editor: Editor, node: fx.Node) -> fx.Node | None:
         if node.target is aten.mm.default:
-            return _apart(editor, node, slopes)
-        return _side_by_side(editor, node) if node.target is aten.stack.default else _blocks(editor, node, slopes)
+            return _scale_rows(editor, node, slopes)
+        if node.target is aten.stack.default:
+            return _merge_products(editor, node)
+        return _compute_blocks(editor, node, slopes)
 
     sweep(graph, rule, {aten.mm.default, aten.stack.default, aten.permute.default})
 
 
-def _apart(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
+def _scale_rows(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     """Scale the rows of the second factor in the place of the columns of the first."""
     scaled = _find_scaled(editor, node, node.args[0], slopes)
     if scaled is None or scaled.row.meta["value"].dim() != 1:
@@ -53,7 +55,7 @@ def _apart(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     return weights and editor.make(node, aten.mm.default, scaled.slope, weights)
 
 
-def _side_by_side(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _merge_products(editor: Editor, node: fx.Node) -> fx.Node | None:
     """Multiply by all matrices at a time what is multiplied by each of them, and laid side by side."""
     parts: Any = node.args[0]
     right = node.meta["value"]
@@ -67,7 +69,7 @@ def _side_by_side(editor: Editor, node: fx.Node) -> fx.Node | None:
     return product and editor.reshape(node, product, list(right.shape))
 
 
-def _blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
+def _compute_blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     """Return samples' blocks (B, m, n), permuted from those of rows (m, B, n), by one product for all rows."""
     if node.args[1] != [1, 0, 2]:
         return None
@@ -86,8 +88,8 @@ def _blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
     if row.shape != (count, 1, row.size(-1)):
         return None
     columns = editor.make(node, aten.permute.default, scaled.row, [2, 0, 1])
-    beside = editor.make(node, aten.unsqueeze.default, factor, 1)
-    weights = columns and beside and editor.make(node, aten.mul.Tensor, columns, beside)
+    factor_columns = editor.make(node, aten.unsqueeze.default, factor, 1)
+    weights = columns and factor_columns and editor.make(node, aten.mul.Tensor, columns, factor_columns)
     whole = weights and editor.make(node, aten.reshape.default, weights, [row.size(-1), count * size])
     made = whole and editor.make(node, aten.mm.default, scaled.slope, whole)
     return made and editor.reshape(node, made, [batch, count, size])

@@ -14,21 +14,21 @@ MOVES |= {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alia
 
 def sink_views(graph: fx.Graph) -> None:
     """Reshape the result rather than the arguments, so that views before an operator meet those after it."""
-    sweep(graph, _sunk)
+    sweep(graph, _sink)
 
 
-def _sunk(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _sink(editor: Editor, node: fx.Node) -> fx.Node | None:
     if not acts_by_entry(node) or not any(acts_by_entry(u) or source(editor, u) is not None for u in editor.users):
         return None
     tensors = [s for s in node.all_input_nodes if has_entries(s)]
     if len(tensors) != len(node.all_input_nodes):
         return None
     if len(tensors) == 1:
-        return _after(editor, node, tensors[0])
-    return _after_all(editor, node, tensors) or _slim(editor, node, tensors)
+        return _sink_below_one(editor, node, tensors[0])
+    return _sink_below_all(editor, node, tensors) or _drop_thin_axes(editor, node, tensors)
 
 
-def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
+def _sink_below_one(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
     """Write f(view(x)) as view(f(x))."""
     origin = source(editor, moved)
     if (
@@ -38,34 +38,31 @@ def _after(editor: Editor, node: fx.Node, moved: fx.Node) -> fx.Node | None:
         or origin.meta["value"].numel() != moved.meta["value"].numel()
     ):
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: origin if s is moved else s)
-    made = editor.make(node, node.target, *args, **kwargs)
+    made = editor.remake(node, {moved: origin})
     return made and editor.make(node, moved.target, made, *moved.args[1:], **moved.kwargs)
 
 
-def _after_all(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
+def _sink_below_all(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
     """Write f(view(x), view(y)) as view(f(x, y)) where both are reshaped alike; constants and scalars fit in."""
     shaped = [tensor for tensor in tensors if tensor.meta["value"].dim()]
     moved = [tensor for tensor in shaped if tensor.target is aten.view.default]
-    origins = [source(editor, tensor) for tensor in moved]
-    shapes = {tuple(origin.meta["value"].shape) for origin in origins if origin is not None}
+    instead = {tensor: origin for tensor in moved if (origin := source(editor, tensor)) is not None}
+    shapes = {tuple(origin.meta["value"].shape) for origin in instead.values()}
     if (
         len(shapes) != 1
-        or None in origins
+        or len(instead) < len(moved)
         or len({tensor.meta["value"].shape for tensor in shaped}) != 1
         # what stays a view for others would be one more
         or not all(acts_by_entry(user) for tensor in moved for user in tensor.users)
     ):
         return None
-    instead = dict(zip(moved, origins, strict=True))
     for tensor in shaped:
         if tensor not in instead:
             constant = _constant(editor, tensor, *shapes)
             if constant is None:
                 return None
             instead[tensor] = constant
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: instead.get(s, s))
-    made = editor.make(node, node.target, *args, **kwargs)
+    made = editor.remake(node, instead)
     return made and editor.reshape(node, made, list(node.meta["value"].shape))
 
 
@@ -79,7 +76,7 @@ def _constant(editor: Editor, node: fx.Node, shape: tuple[int, ...]) -> fx.Node 
         return None
 
 
-def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
+def _drop_thin_axes(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | None:
     """Write f of views with an axis of length 1 as such a view of f without that axis."""
     shape = node.meta["value"].shape
     thin = [axis for axis, size in enumerate(shape) if size == 1]
@@ -97,6 +94,5 @@ def _slim(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx.Node | No
             if made is None or made.target is aten.reshape.default:
                 return None
             lean[tensor] = made
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda s: lean.get(s, s))
-    made = editor.make(node, node.target, *args, **kwargs)
+    made = editor.remake(node, lean)
     return made and editor.reshape(node, made, list(shape))

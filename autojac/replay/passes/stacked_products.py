@@ -17,10 +17,10 @@ def stacked_products(graph: fx.Graph) -> None:
 
     Last of all, since other passes know `mm` only.
     """
-    sweep(graph, _whole, RESHAPES)
+    sweep(graph, _fuse, RESHAPES)
 
 
-def _whole(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
     product: Any = node.args[0]
     if not has_entries(product) or product.target is not aten.mm.default or len(product.users) != 1:
         return None

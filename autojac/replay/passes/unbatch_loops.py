@@ -14,10 +14,10 @@ RANK = 25
 
 def unbatch_loops(graph: fx.Graph) -> None:
     """Undo the loops in which `is_grads_batched` runs operators that it can't batch, with a stack of their results."""
-    sweep(graph, _at_once, {aten.stack.default})
+    sweep(graph, _unbatch, {aten.stack.default})
 
 
-def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _unbatch(editor: Editor, node: fx.Node) -> fx.Node | None:
     if len(node.args) > 1 and node.args[1] != 0:
         return None
     parts: Any = node.args[0]
@@ -30,25 +30,25 @@ def _at_once(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     args = list(first.args)
     for place, arguments in enumerate(zip(*(part.args for part in parts), strict=True)):
-        whole = _whole(editor, arguments)
+        whole = _find_whole(editor, arguments)
         if whole is not None:
             # with fewer axes, its first one would meet another one of the result
             if whole.meta["value"].dim() != node.meta["value"].dim():
                 return None
             args[place] = whole
-        elif any(argument is not arguments[0] for argument in arguments) or _tall(arguments[0], node):
+        elif any(argument is not arguments[0] for argument in arguments) or _has_too_many_axes(arguments[0], node):
             return None
     made = editor.make(node, first.target, *args, **first.kwargs)
     right = node.meta["value"]
     return made if made and (made.meta["value"].shape, made.meta["value"].dtype) == (right.shape, right.dtype) else None
 
 
-def _tall(argument: Any, node: fx.Node) -> bool:
+def _has_too_many_axes(argument: Any, node: fx.Node) -> bool:
     """Check whether an argument of all parts has so many axes that it is not one for each of them."""
     return isinstance(argument, fx.Node) and argument.meta["value"].dim() >= node.meta["value"].dim()
 
 
-def _whole(editor: Editor, parts: tuple[Any, ...]) -> fx.Node | None:
+def _find_whole(editor: Editor, parts: tuple[Any, ...]) -> fx.Node | None:
     """Return what the parts are all entries of, along its first axis and in their order."""
     if not all(isinstance(part, fx.Node) and part.target is aten.select.int and editor.free(part) for part in parts):
         return None

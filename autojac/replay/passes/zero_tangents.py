@@ -26,9 +26,9 @@ def zero_tangents(graph: fx.Graph) -> None:
     made_up: set[fx.Node] = set()
 
     def rule(editor: Editor, node: fx.Node) -> fx.Node | None:
-        if _made_up(node) or (node.target in VIEWS and node.args[0] in made_up):
+        if _is_made_up(node) or (node.target in VIEWS and node.args[0] in made_up):
             made_up.add(node)
-        elif _nothing(node, made_up):
+        elif _is_zero(node, made_up):
             value = node.meta["value"]
             scalar = editor.make(node, aten.zeros.default, [], dtype=value.dtype, device=value.device)
             zero = editor.make(node, aten.expand.default, scalar, list(value.shape)) if scalar is not None else None
@@ -36,13 +36,13 @@ def zero_tangents(graph: fx.Graph) -> None:
                 made_up.add(zero)
             return zero
         elif node.target in SUMS and made_up.intersection(node.args[:2]):
-            return _other(editor, node, made_up)
+            return _keep_other_term(editor, node, made_up)
         return None
 
     sweep(graph, rule)
 
 
-def _nothing(node: fx.Node, made_up: set[fx.Node]) -> bool:
+def _is_zero(node: fx.Node, made_up: set[fx.Node]) -> bool:
     """Check whether each term of a product has a factor that is not there."""
     if node.target is aten.convolution.default:
         return bool(made_up.intersection(node.args[:2])) and (node.args[2] is None or node.args[2] in made_up)
@@ -50,7 +50,7 @@ def _nothing(node: fx.Node, made_up: set[fx.Node]) -> bool:
     return product and bool(made_up.intersection(node.all_input_nodes))
 
 
-def _made_up(node: fx.Node) -> bool:
+def _is_made_up(node: fx.Node) -> bool:
     if node.target is not aten.expand.default:
         return False
     scalar: Any = node.args[0]
@@ -58,16 +58,16 @@ def _made_up(node: fx.Node) -> bool:
     return scalar.target is aten.zeros.default and not scalar.args[0] and "pin_memory" not in scalar.kwargs
 
 
-def _other(editor: Editor, node: fx.Node, made_up: set[fx.Node]) -> fx.Node | None:
+def _keep_other_term(editor: Editor, node: fx.Node, made_up: set[fx.Node]) -> fx.Node | None:
     first, second = node.args[:2]
     if second in made_up:
-        kept: Any = first
+        term: Any = first
     elif node.target is aten.add.Tensor and not node.kwargs:
-        kept = second
+        term = second
     else:
         return None
-    if not isinstance(kept, fx.Node) or kept.meta["value"].dtype != node.meta["value"].dtype:
+    if not isinstance(term, fx.Node) or term.meta["value"].dtype != node.meta["value"].dtype:
         return None
-    if layout_of(kept.meta["value"]) == layout_of(node.meta["value"]):
-        return kept
-    return editor.make(node, aten.expand.default, kept, list(node.meta["value"].shape))
+    if layout_of(term.meta["value"]) == layout_of(node.meta["value"]):
+        return term
+    return editor.make(node, aten.expand.default, term, list(node.meta["value"].shape))

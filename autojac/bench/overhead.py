@@ -75,7 +75,7 @@ def _time_calls(workload: Workload, settings: Settings) -> list[list[float]]:
     replaying = find_replayer(compute)
     bound = replaying.bound
     assert bound is not None
-    captured = bound.captured if bound.kept is None else bound.kept()
+    captured = bound.captured if bound.hoisted is None else bound.hoisted()
     forward, steady = bound.trace.forward, replaying.function_state.is_unchanged
     shortest, rounds = settings.shortest_s / FINER, FINER * settings.rounds
     until = measure.clock.now() + settings.race_s

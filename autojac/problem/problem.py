@@ -47,6 +47,11 @@ class Result(NamedTuple):
     aux: Any = None
     rest: tuple[Any, ...] = ()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The values, then the Jacobians by output and input."""
+        return [*self.values, *itertools.chain.from_iterable(self.jacobians)]
+
 
 Compute = Callable[[Sequence[Tensor], Mapping[str, Any]], Result]
 

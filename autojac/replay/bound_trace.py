@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autojac.replay.hoisting import Kept
+from autojac.replay.hoisting import HoistedInputs
 from autojac.replay.outcomes import same_values
 from autojac.replay.trace import Trace
 
@@ -19,22 +19,22 @@ class BoundTrace:
     Attributes:
         trace: the programs.
         captured: the tensors.
-        given: how many tensors a call brings.
+        argument_count: how many tensors a call passes.
         version: the count of changes of the function's state when it was bound.
         state: the number of the state that was traced.
-        unchanged: checks whether what the function reads is as it was then.
+        is_unchanged: checks whether what the function reads is as it was then.
         read: tensors whose values Python has read, each with these values.
-        kept: returns the captured tensors with values that are reused from call to call; None where there are none.
+        hoisted: returns the captured tensors and what is computed from them alone; None where nothing is hoisted.
     """
 
     trace: Trace
     captured: tuple[Tensor, ...]
-    given: int
+    argument_count: int
     version: int
     state: int
-    unchanged: Callable[[], bool]
+    is_unchanged: Callable[[], bool]
     read: tuple[tuple[Tensor, Tensor], ...] = ()
-    kept: Kept | None = None
+    hoisted: HoistedInputs | None = None
 
     @property
     def reads_the_same(self) -> bool:

@@ -1,4 +1,4 @@
-"""A flat graph as a Python function: one call an operator, each intermediate result given up after its last use."""
+"""A flat graph as a Python function: one call per operator, each intermediate result released after its last use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.overwriting import name_of, overwritten, writes_into
+from autojac.replay.overwriting import find_overwritable, name_of, writes_into
 from autojac.torch_internals import BelowAutograd, OpOverload
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -59,7 +59,7 @@ class _Writer:
         self.scope: dict[str, Any] = {"__name__": __name__}
         self.names: dict[fx.Node, str] = {node: f"x{place}" for place, node in enumerate(inputs)}
         self.header = ", ".join(self.names.values())
-        self.kept: dict[int, str] = {}
+        self.bound: dict[int, str] = {}
         self.over: dict[fx.Node, fx.Node] = {}
 
     def function(self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], copied: Sequence[int]) -> Run:
@@ -70,8 +70,8 @@ class _Writer:
             last.pop(node, None)
         dying: dict[int, list[str]] = {}
         lines = []
-        # a compiler finds out by itself
-        self.over = overwritten(nodes, outputs) if self.below else {}
+        # a compiler decides that by itself
+        self.over = find_overwritable(nodes, outputs) if self.below else {}
         for place, node in enumerate(nodes):
             lines.append(f"{self.define(node, place)} = {self.call(node)}")
             dying[place] = []
@@ -92,8 +92,8 @@ class _Writer:
             indent *= 2
         source += "".join(f"{indent}{line}\n" for line in lines)
         exec(compile(source, FILENAME, "exec"), self.scope)
-        made: Run = self.scope["program"]
-        return made
+        program: Run = self.scope["program"]
+        return program
 
     def define(self, node: fx.Node, place: int) -> str:
         self.names[node] = f"v{place}"
@@ -129,9 +129,9 @@ class _Writer:
         return self.keep(value, "k")
 
     def keep(self, value: Any, kind: str) -> str:
-        name = self.kept.get(id(value))
+        name = self.bound.get(id(value))
         if name is None:
-            name = self.kept[id(value)] = f"{kind}{len(self.kept)}"
+            name = self.bound[id(value)] = f"{kind}{len(self.bound)}"
             self.scope[name] = value
         return name
 
@@ -141,7 +141,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def callable_of(target: Any) -> Any:
-    """Return what to call for an operator: without Python between, where torch offers that."""
+    """Return what to call for an operator: without Python in between where torch offers that."""
     if not isinstance(target, OpOverload):
         return target
     name = name_of(target)

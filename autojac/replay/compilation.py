@@ -50,27 +50,27 @@ def lower(run: Run, strict: bool, repeatable: bool) -> Run:
         strict: raise what the compiler raises; the program itself runs from then on otherwise.
         repeatable: whether the program does nothing but return, so that it may run after a compiled run that failed.
     """
-    made: Run | None = None
+    compiled: Run | None = None
     lock = threading.Lock()
 
     def program(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal made
-        if made is None:
+        nonlocal compiled
+        if compiled is None:
             with lock:
-                made = made or _compile_if_possible(run, inputs, strict, repeatable)
-        return tuple(made(*inputs))
+                compiled = compiled or _compile_if_possible(run, inputs, strict, repeatable)
+        return tuple(compiled(*inputs))
 
     return program
 
 
 def _compile_if_possible(run: Run, inputs: tuple[torch.Tensor, ...], strict: bool, repeatable: bool) -> Run:
     try:
-        made = _run_inductor(run, [x.detach() for x in inputs])
+        compiled = _run_inductor(run, [x.detach() for x in inputs])
     except Exception:  # whatever a compiler raises
         if strict:
             raise
         return run
-    return _Attempt(run, made, strict) if repeatable else made
+    return _Attempt(run, compiled, strict) if repeatable else compiled
 
 
 class _Attempt:
@@ -91,9 +91,9 @@ class _Attempt:
         except Exception:
             if self.strict or self.next is self.program:
                 raise
-        made = self.program(*inputs)
+        outputs = self.program(*inputs)
         self.next = self.program
-        return made
+        return outputs
 
 
 def _run_inductor(run: Run, inputs: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -21,7 +21,7 @@ from autojac.replay.trace import ProgramInputs
 WARM_UPS = 3
 """Runs before the capture, in which libraries set themselves up."""
 MOST_MOVES = 3
-"""Captures in close succession that held tensors cause by other memory; those of the last one are copied from then on.
+"""Captures in close succession because captured tensors moved; those that moved last are copied from then on.
 
 A copy is one launch, and a capture several runs.
 """
@@ -46,7 +46,7 @@ def capture_on_first_call(run: Run, inputs: ProgramInputs) -> Run:
     """
     if inputs.written:
         raise UnsupportedError("it writes into a tensor that func is given or holds, and a capture takes several runs")
-    return _CapturedProgram(run, inputs.held)
+    return _CapturedProgram(run, inputs.captured)
 
 
 def record_kernels(run: Run, arguments: Sequence[Tensor]) -> RecordedKernels:
@@ -70,12 +70,12 @@ class _CapturedProgram:
 
     Args:
         run: the program.
-        held: positions of the inputs that func holds.
+        captured: positions of the inputs that func holds.
     """
 
-    def __init__(self, run: Run, held: Sequence[int]) -> None:
+    def __init__(self, run: Run, captured: Sequence[int]) -> None:
         self.run = run
-        self.held = set(held)
+        self.captured = set(captured)
         self.lock = threading.Lock()
         self.kernels: RecordedKernels | None = None
         # where the kernels read what is held: no tensor, since what counts is where a call has it
@@ -90,8 +90,8 @@ class _CapturedProgram:
         with self.lock:
             moved = [at for at, place in self.places.items() if _place(arguments[at]) != place]
             kernels = self._capture(arguments, moved) if self.kernels is None or moved else self.kernels
-            for at, own in self.copies.items():
-                own.copy_(arguments[at])
+            for at, copy in self.copies.items():
+                copy.copy_(arguments[at])
             kernels.replay()
             self.replays += 1
             return tuple(output.clone() for output in kernels.outputs)
@@ -100,18 +100,18 @@ class _CapturedProgram:
         self.moves = bool(moved) + (self.moves if self.replays <= STEADY_REPLAYS else 0)
         self.replays = 0
         if self.moves >= MOST_MOVES:
-            self.held.difference_update(moved)
-        static = {at: arguments[at].detach() for at in self.held if arguments[at].layout is torch.strided}
+            self.captured.difference_update(moved)
+        static = {at: arguments[at].detach() for at in self.captured if arguments[at].layout is torch.strided}
         copies = {at: x.detach().clone() for at, x in enumerate(arguments) if at not in static}
         homes = {tensor.untyped_storage().data_ptr() for tensor in static.values()}
 
-        def apart(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             # a view of what is held would be read after that has other memory
             return tuple(y.clone() if _is_within(y, homes) else y for y in self.run(*inputs))
 
         inputs = [static[at] if at in static else copies[at] for at in range(len(arguments))]
         with torch.no_grad():
-            kernels = record_kernels(apart, inputs)
+            kernels = record_kernels(run, inputs)
         self.places = {at: _place(tensor) for at, tensor in static.items()}
         self.kernels, self.copies = kernels, copies
         return kernels

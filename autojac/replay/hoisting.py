@@ -1,8 +1,8 @@
-"""What a program computes from captured tensors alone, kept from call to call while those stay as they are.
+"""Hoisting: what a program computes from captured tensors alone is reused while those stay as they are.
 
 Views of a parameter show its numbers whatever they become, so they are made again only when it gets other memory.
 Results are made again when a number differs: `p.data.mul_(2)` moves no version counter, so versions would not do.
-Comparing costs something itself, and where it costs more than computing, results are not kept.
+Comparing costs something itself, and where it costs more than computing, results are not hoisted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from autojac.replay.passes.ordering import immovable_operators
 
 ROUNDS = 5
 WORTHWHILE = 2.0
-"""How many times dearer than comparing it must be to compute what is kept."""
+"""How many times as long as comparing captured tensors it must take to compute what is hoisted."""
+HoistedInputs = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Hoist:
 
     Attributes:
         views, results: from the captured tensors to what it hands to the rest, views first.
-        memory: positions, among the captured tensors, of those whose memory is shown by what is kept.
+        memory: positions, among the captured tensors, of those whose memory the views show.
         sources: positions of what `results` are computed from.
     """
 
@@ -40,7 +41,7 @@ class Hoist:
 
 
 class Part(NamedTuple):
-    """A part of a graph that can be kept: its programs, and the nodes that it hands to the rest.
+    """A part of a graph that can be hoisted: its programs, and the nodes that it hands to the rest.
 
     The programs are what lasts: nodes lead to every tensor of the recorded run.
     """
@@ -50,14 +51,14 @@ class Part(NamedTuple):
 
 
 def hoist_part(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> Part | None:
-    """Return the part of a graph that can be kept; None if there is none.
+    """Return the part of a graph that can be hoisted; None if there is none.
 
     Args:
         graph: what is run in each call.
         captured: the nodes of captured tensors.
         wanted: the outputs of the graph.
     """
-    views, results = _find_kept(graph, captured)
+    views, results = _find_hoistable(graph, captured)
     if not views and not results:
         return None
     if results and not _pays(captured, views, results):
@@ -74,7 +75,7 @@ def hoist_part(graph: fx.Graph, captured: Sequence[fx.Node], wanted: Sequence[fx
     return Part(hoist, (*handed[0], *handed[1]))
 
 
-def _find_kept(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+def _find_hoistable(graph: fx.Graph, captured: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return views of captured tensors, and results that depend on captured tensors and constants alone."""
     unsteady = immovable_operators(graph)
     faces = {node for node in captured if node.meta["value"].layout == torch.strided}
@@ -131,11 +132,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return best
 
 
-Kept = Callable[[], tuple[Tensor, ...]]
+def hoisted_inputs(hoist: Hoist, captured: Sequence[Tensor]) -> HoistedInputs:
+    """Return a function that returns the captured tensors and what is hoisted, computed again where that is needed.
 
-
-def kept_values(hoist: Hoist, captured: Sequence[Tensor]) -> Kept:
-    """Return what gives the captured tensors and what is kept: all that the rest of a program reads besides arguments.
+    These are all that the rest of a program reads besides arguments.
 
     Args:
         hoist: the programs.
@@ -144,23 +144,23 @@ def kept_values(hoist: Hoist, captured: Sequence[Tensor]) -> Kept:
     shown = tuple(captured[place] for place in hoist.memory)
     sources = tuple(captured[place] for place in hoist.sources)
 
-    def made() -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
+    def compute() -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
         memory = list(map(Tensor.data_ptr, shown))
         copies = tuple(tensor.detach().clone() for tensor in sources)
         with torch.no_grad():
-            found = hoist.views(*captured)
+            values = hoist.views(*captured)
             if hoist.results is not None:
-                found += hoist.results(*captured)
-        return (*captured, *found), memory, copies
+                values += hoist.results(*captured)
+        return (*captured, *values), memory, copies
 
-    state = made()
+    state = compute()
 
-    def kept() -> tuple[Tensor, ...]:
+    def inputs() -> tuple[Tensor, ...]:
         nonlocal state
         values, memory, copies = state
         # nan is not equal to itself: then it is computed again
         if list(map(Tensor.data_ptr, shown)) != memory or (copies and not all(map(torch.equal, copies, sources))):
-            state = values, _, _ = made()
+            state = values, _, _ = compute()
         return values
 
-    return kept
+    return inputs

@@ -23,7 +23,7 @@ ELSEWHERE = object()
 HANDED: Homes = frozenset([ELSEWHERE])
 
 
-def overwritten(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+def find_overwritable(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Return for operators of a program the argument that their result may be written over.
 
     That is memory which the program itself has asked for, laid out as the result is, and read by nothing later.
@@ -38,15 +38,15 @@ def overwritten(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx
         for shown in (node, *node.all_input_nodes):
             last |= dict.fromkeys(homes.get(shown, ()), place)
     last |= dict.fromkeys(HANDED.union(*(homes.get(node, ()) for node in outputs)), math.inf)
-    found = {}
+    overwritable = {}
     for place, node in enumerate(nodes):
         for argument in _candidates(node):
-            own = homes.get(argument, HANDED)
+            memory = homes.get(argument, HANDED)
             others = (homes.get(source, HANDED) for source in node.all_input_nodes if source is not argument)
-            if all(last[home] <= place for home in own) and all(map(own.isdisjoint, others)):
-                found[node] = argument
+            if all(last[home] <= place for home in memory) and all(map(memory.isdisjoint, others)):
+                overwritable[node] = argument
                 break
-    return found
+    return overwritable
 
 
 def _homes(nodes: Sequence[fx.Node]) -> dict[fx.Node, Homes]:
@@ -55,8 +55,8 @@ def _homes(nodes: Sequence[fx.Node]) -> dict[fx.Node, Homes]:
     for node in nodes:
         views = _may_show(node)
         shown = [s for s in node.all_input_nodes if views or (has_entries(node) and shares(node.meta["value"], s))]
-        own: Homes = frozenset() if shown else frozenset([node])
-        homes[node] = own.union(*(homes.get(source, HANDED) for source in shown))
+        memory: Homes = frozenset() if shown else frozenset([node])
+        homes[node] = memory.union(*(homes.get(source, HANDED) for source in shown))
     return homes
 
 

@@ -1,4 +1,4 @@
-"""A traced method at work: replayed while nothing that it read has changed, traced again when something has."""
+"""Serve calls of a traced method: replay it while nothing that it read has changed, and trace it again otherwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autojac.guards.function_state import MOST_STATES, FunctionState
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.bound_trace import BoundTrace
 from autojac.replay.codegen import work_of
-from autojac.replay.hoisting import kept_values
+from autojac.replay.hoisting import hoisted_inputs
 from autojac.replay.outcomes import OtherOutcomeError, Score, same_values
 from autojac.replay.trace import Lower, Trace
 from autojac.replay.tracer import Prepare, arrange, find_unfixed_argument, trace_method
@@ -30,12 +30,12 @@ CALLS_A_TRACE = 200
 
 @dataclass
 class Replayer:
-    """What `Replay` prepares: calls are served by the trace, or by the method itself where there can be none.
+    """What `Replay` prepares: serves calls by a trace, or by the method itself where there can be none.
 
     Attributes:
         problem: what is computed.
-        recorded: prepares the method as it is recorded.
-        served: prepares it as it serves calls itself.
+        prepare_recorded: prepares the method as it is recorded.
+        prepare_eager: prepares it as it serves calls itself.
         function_state: of the problem's function.
         without: passes to leave out.
         lower: what to make of the programs.
@@ -43,8 +43,8 @@ class Replayer:
     """
 
     problem: Problem
-    recorded: Prepare
-    served: Prepare
+    prepare_recorded: Prepare
+    prepare_eager: Prepare
     function_state: FunctionState
     without: tuple[str, ...] = ()
     lower: Lower | None = None
@@ -71,7 +71,7 @@ class Replayer:
             return None
         if kwargs or len(leaves) > 1 or not leaves[0].is_contiguous():
             given: Sequence[Tensor] = arrange(leaves, kwargs)
-            if kwargs and (len(given) != bound.given or find_unfixed_argument(kwargs)):
+            if kwargs and (len(given) != bound.argument_count or find_unfixed_argument(kwargs)):
                 return None
         else:
             given = leaves
@@ -88,14 +88,16 @@ class Replayer:
         The caller has seen that no dispatch mode is on: it shows in how tensors dispatch.
         """
         bound = self.bound
-        if bound is None or bound.version != self.function_state.version or function_modes() or not bound.unchanged():
+        if bound is None or bound.version != self.function_state.version or function_modes():
+            return None
+        if not bound.is_unchanged():
             return None
         if bound.trace.pulls or bound.read or self.threads is not None:
             return self._run_program(bound, leaves, leaves, {}) if bound.reads_the_same else None
         # the same without calls in between, which small programs would feel
         self.calls += 1
         try:
-            return bound.trace.forward(*leaves, *(bound.captured if bound.kept is None else bound.kept()))
+            return bound.trace.forward(*leaves, *(bound.captured if bound.hoisted is None else bound.hoisted()))
         except Exception as error:
             self._note_break(error)
             return None
@@ -134,7 +136,7 @@ class Replayer:
     def _unchanged_trace(self) -> BoundTrace | None:
         """The bound trace, while what func reads is as it was traced; None otherwise."""
         bound = self.bound
-        if bound is None or bound.version != self.function_state.version or not bound.unchanged():
+        if bound is None or bound.version != self.function_state.version or not bound.is_unchanged():
             return None
         return bound if bound.reads_the_same else None
 
@@ -166,7 +168,7 @@ class Replayer:
                 torch.set_num_threads(self.threads)
             if bound.trace.pulls:
                 return self._connect(bound, given, leaves, kwargs)
-            return bound.trace.forward(*given, *(bound.captured if bound.kept is None else bound.kept()))
+            return bound.trace.forward(*given, *(bound.captured if bound.hoisted is None else bound.hoisted()))
         except Exception as error:
             self._note_break(error)
             return None
@@ -212,7 +214,7 @@ class Replayer:
                 )
             with torch.enable_grad(), outside_autocast():
                 result = self.eager(leaves, kwargs)
-            return [*result.values, *(J for row in result.jacobians for J in row)], inputs
+            return result.tensors, inputs
 
         programs = Programs(trace.forward, trace.outputs, trace.constant, trace.pulls, recompute)
         return by_programs(programs, inputs)
@@ -221,11 +223,11 @@ class Replayer:
     def eager(self) -> Compute:
         """The method itself, without replay."""
         if self._eager is None:
-            self._eager = self.served(self.problem)
+            self._eager = self.prepare_eager(self.problem)
         return self._eager
 
     def _refresh(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> BoundTrace | None:
-        """Find or make a trace for the current state of func; return None where there can't be one, or not yet."""
+        """Bind a trace, a new one if need be, to func's current state; None where there can't be one, or not yet."""
         function_state = self.function_state
         with function_state.lock:
             state = function_state.settle()
@@ -240,10 +242,10 @@ class Replayer:
                 return None
             read = tuple((state.tensors[place], values) for place, values in trace.read)
             captured = tuple(state.tensors[place] for place in trace.captured)
-            given = len(arrange(leaves, kwargs))
-            kept = None if trace.hoist is None else kept_values(trace.hoist, captured)
+            count = len(arrange(leaves, kwargs))
+            hoisted = None if trace.hoist is None else hoisted_inputs(trace.hoist, captured)
             self.bound = BoundTrace(
-                trace, captured, given, function_state.version, state.number, state.guard.is_unchanged, read, kept
+                trace, captured, count, function_state.version, state.number, state.guard.is_unchanged, read, hoisted
             )
             self._known[state.number] = self.bound
             for number in sorted(self._known)[:-MOST_STATES]:
@@ -256,8 +258,8 @@ class Replayer:
             return None
         self.traces += 1
         try:
-            trace = trace_method(
-                self.problem, self.recorded, self.function_state, leaves, kwargs, self.without, self.lower
+            return trace_method(
+                self.problem, self.prepare_recorded, self.function_state, leaves, kwargs, self.without, self.lower
             )
         except Exception as error:
             self._refused.add(state)
@@ -265,4 +267,3 @@ class Replayer:
                 raise
             self.function_state.traces.append(f"replay: not possible, {error}")
             return None
-        return trace

@@ -1,8 +1,8 @@
-"""What one run does, operator by operator, below autograd and every transform: a flat graph that can run again.
+"""Record what one run does, operator by operator, below autograd and every transform: a flat graph that can run again.
 
-A tape takes down any computation, torch.func's transforms and autograd's own backward passes included, because it sits
-beneath them, where only plain tensors and aten operators are left. It writes verbatim: in the order in which operators
-ran, in-place ones as they are. What may be changed about that is for others to find out (`autojac.replay.passes`).
+A tape records any computation, torch.func's transforms and autograd's own backward passes included, because it sits
+below them, where only plain tensors and aten operators are left. It records verbatim: operators in the order in which
+they ran, in-place ones as they are. What may be simplified is decided by `autojac.replay.passes`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Role = Literal["given", "captured", "unknown", "literal", "constant", "operator"
 
 
 class Tape(Capture):
-    """Takes down what runs under it as an `fx.Graph` of aten operators.
+    """Records what runs under it as an `fx.Graph` of aten operators.
 
     Every node has in its `meta`: `role`; `value`, the tensor it stood for, whose content is that of the end of the run;
     `storage`, the same for all that share memory; `order`, when it ran; `phase`, counted up by whoever runs several
@@ -90,23 +90,23 @@ class Tape(Capture):
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         nodes = pytree.tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
-        tells = self._look(func, name, args, nodes)
+        tells = self._inspect(func, name, args, nodes)
         try:
-            made = call(func, args, kwargs)
+            result = call(func, args, kwargs)
         except Exception:
             # who catches it takes another way where the operator succeeds
             self.refuse(f"the operator {name} fails as it runs")
             raise
-        parts = made if isinstance(made, (tuple, list)) else (made,)
+        parts = result if isinstance(result, (tuple, list)) else (result,)
         if tells and not (self.repeatable and self.phase == 0 and all(map(is_guarded, parts))):
             self.refuse(f"{name} reads values of a tensor in Python, so a recording may not hold for other inputs")
         if self.reason:
-            return made
+            return result
         checks = not func._schema.returns
         if not checks and not any(isinstance(part, Tensor) for part in parts):
             if tells:
-                self._require(require_outcome, func, made, *nodes[0], **nodes[1])
-            return made
+                self._require(require_outcome, func, result, *nodes[0], **nodes[1])
+            return result
         # what is written out in the code is made again in each run, and may be written into
         node = self.graph.call_function(torch.ops.aten.clone.default if name in LITERALS else func, *nodes)
         self._describe(node, "operator", None)
@@ -116,19 +116,19 @@ class Tape(Capture):
         self._written |= node.meta["writes"]
         if name in LITERALS:
             # torch gives the very tensor back
-            self._nodes.pop(id(made), None)
-        if isinstance(made, Tensor):
-            self._outcome(node, made)
+            self._nodes.pop(id(result), None)
+        if isinstance(result, Tensor):
+            self._bind(node, result)
         else:
             for place, part in enumerate(parts):
                 if isinstance(part, Tensor) and id(part) not in self._nodes:
                     item = self.graph.call_function(operator.getitem, (node, place))
                     self._describe(item, "operator", None)
-                    self._outcome(item, part)
+                    self._bind(item, part)
         for part in parts if tells else ():
             self._require(require_shape, tuple(part.shape), self.node(part))
             self._counted.add(only_mask(name, nodes, self._written))
-        return made
+        return result
 
     def give(self, tensor: Tensor) -> None:
         """Take a tensor for an argument of what follows."""
@@ -141,7 +141,7 @@ class Tape(Capture):
         if known is None and id(tensor) in self._captured:
             return self._enter(tensor, "captured")
         if known is None:
-            known = self._face(tensor)
+            known = self._find_alias(tensor)
         if known is None:
             # one that is known to be zero is made in places that nobody sees
             known = self._enter(tensor, "literal" if tensor._is_zerotensor() else "unknown")
@@ -167,7 +167,7 @@ class Tape(Capture):
         node.meta["draws"] = True
         self.guarded = True
 
-    def _look(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
+    def _inspect(self, func: Any, name: str, args: Any, nodes: Any) -> bool:
         """Refuse what no program can do, and mark literals.
 
         Returns:
@@ -185,7 +185,7 @@ class Tape(Capture):
             sources: list[fx.Node] = [n for n in pytree.tree_leaves(nodes) if isinstance(n, fx.Node)]
             read: set[fx.Node] = set()
             # `is_set_to` asks for the memory, and no values tell of that
-            if name != "is_set_to" and all(self._certain(node, read) for node in sources):
+            if name != "is_set_to" and all(self._is_certain(node, read) for node in sources):
                 captured = [node.meta["value"] for node in read if node.meta["role"] == "captured"]
                 self.read |= {id(tensor): tensor.detach().clone() for tensor in captured if id(tensor) not in self.read}
             else:
@@ -196,8 +196,8 @@ class Tape(Capture):
             self.refuse("it draws from a random generator of its own")
         return tells
 
-    def _certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
-        """Check whether a tensor is the same in every run: made of literals, numbers and small captured tensors alone.
+    def _is_certain(self, node: fx.Node, seen: set[fx.Node]) -> bool:
+        """Check whether a tensor is the same in every run: made of literals, numbers and small captured ones alone.
 
         Replays compare the values of these in each call.
         """
@@ -214,7 +214,7 @@ class Tape(Capture):
         seen.add(node)
         # what was written into is not looked through
         calm = not node.meta.get("draws") and not node.meta.get("writes")
-        return calm and all(self._certain(source, seen) for source in node.all_input_nodes)
+        return calm and all(self._is_certain(source, seen) for source in node.all_input_nodes)
 
     def _enter(self, tensor: Tensor, role: Role) -> fx.Node:
         node = self.graph.create_node("placeholder", f"given_{len(self._nodes)}")
@@ -223,12 +223,12 @@ class Tape(Capture):
         if first is not None:
             first.prepend(node)
         self._describe(node, role, tensor)
-        self._outcome(node, tensor)
+        self._bind(node, tensor)
         if role in ("given", "captured"):
             self._external.add(_storage(tensor))
         return node
 
-    def _face(self, tensor: Tensor) -> fx.Node | None:
+    def _find_alias(self, tensor: Tensor) -> fx.Node | None:
         """Return another object for memory that is known, which no operator has shown: a saved tensor, say."""
         sharing = self.sharing.get(_storage(tensor), ())
         if not sharing:
@@ -242,14 +242,14 @@ class Tape(Capture):
             places = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
             source = self.graph.call_function(torch.ops.aten.as_strided.default, (source, *places))
             self._describe(source, "operator", None)
-        self._outcome(source, tensor, new=not alike)
+        self._bind(source, tensor, new=not alike)
         return source
 
     def _describe(self, node: fx.Node, role: Role, value: Tensor | None) -> None:
         node.meta |= {"role": role, "value": value, "storage": None, "writes": frozenset(), "draws": False}
         node.meta |= {"order": len(self.graph.nodes), "phase": self.phase}
 
-    def _outcome(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
+    def _bind(self, node: fx.Node, tensor: Tensor, new: bool = True) -> None:
         """Note that a tensor is what a node stands for; one that is known already was written into, and stays."""
         before, now = self.homes.get(id(tensor)), home(tensor)
         if before is None or before[:2] == now[:2]:

@@ -14,23 +14,24 @@ from autojac.autodiff.program_function import PullProgram
 from autojac.autodiff.tolerance import disagreement
 from autojac.errors import UnsupportedError
 from autojac.replay.codegen import Run, emit, operators_of
-from autojac.replay.hoisting import Hoist, Part, hoist_part, kept_values
+from autojac.replay.hoisting import Hoist, Part, hoist_part, hoisted_inputs
+from autojac.replay.passes.node_facts import overlapping
 
 
 class ProgramInputs(NamedTuple):
     """What is known of a program's inputs.
 
     Attributes:
-        held: positions of those that func holds, such as parameters and buffers; the others come with each call.
+        captured: positions of what func holds, such as parameters and buffers; the others come with each call.
         written: whether an operator writes into some of them.
     """
 
-    held: range
+    captured: range
     written: bool
 
 
 Lower = Callable[[Run, ProgramInputs], Run]
-Unseen = Callable[[], AbstractContextManager[None]]
+Sandboxed = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Trace:
         outputs: how many there are, values first.
         captured: where each captured tensor stands among those of the function's state.
         pulls: what pulls cotangents of the outputs back.
-        hoist: what is kept from call to call; the forward program takes it after the inputs.
+        hoist: what is computed from captured tensors alone; the forward program takes it after the inputs.
         read: tensors of the function's state whose values Python has read: where each stands, and its values.
         constant: positions of the outputs that have no derivative.
     """
@@ -100,44 +101,46 @@ class RecordedGraph:
     cotangents: Sequence[Sequence[fx.Node]]
     sources: Sequence[int]
 
-    def trace(self, captured: Sequence[int], unseen: Unseen, keep: bool = True, lower: Lower | None = None) -> Trace:
+    def trace(
+        self, captured: Sequence[int], in_sandbox: Sandboxed, hoists: bool = True, lower: Lower | None = None
+    ) -> Trace:
         """Return programs that do what was recorded, checked against it in one run.
 
         Args:
             captured: as in `Trace`.
-            unseen: a context in which a run starts from the state that the recorded one did, and leaves no trace.
-            keep: whether to hoist what depends on captured tensors alone.
+            in_sandbox: a context in which a run starts from the state that the recorded one did, and leaves no trace.
+            hoists: whether to hoist what depends on captured tensors alone.
             lower: what to make of each program, such as compiling it.
         """
         inputs = [tensor.detach() for _, tensor in self.inputs]
         if any(node.op == "call_function" and node.meta["draws"] for node in self.graph.nodes):
             # a compiler draws other numbers, and from a generator of its own
             lower = None
-        aside = None
+        hoisted = None
         given = len(inputs) - len(captured)
-        if keep and not self.pulls and lower is None:
-            aside = hoist_part(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
-        if aside is not None:
-            inputs = [*inputs[:given], *kept_values(aside.hoist, inputs[given:])()]
-        made = self._programs(captured, (), aside)
+        if hoists and not self.pulls and lower is None:
+            hoisted = hoist_part(self.graph, [node for node, _ in self.inputs[given:]], self._ends[: len(self.outputs)])
+        if hoisted is not None:
+            inputs = [*inputs[:given], *hoisted_inputs(hoisted.hoist, inputs[given:])()]
+        trace = self._programs(captured, (), hoisted)
         with torch.no_grad():
-            with unseen():
-                found = made.forward(*inputs)
+            with in_sandbox():
+                outputs = trace.forward(*inputs)
             lasting = [*inputs, *self._constants()]
-            apart = _sharing(found, made.outputs, lasting)
-            if apart or lower is not None:
-                made = self._programs(captured, apart, aside, lower)
-                with unseen():
-                    found = made.forward(*inputs)
-                if _sharing(found, made.outputs, lasting):
+            aliased = _sharing(outputs, trace.outputs, lasting)
+            if aliased or lower is not None:
+                trace = self._programs(captured, aliased, hoisted, lower)
+                with in_sandbox():
+                    outputs = trace.forward(*inputs)
+                if _sharing(outputs, trace.outputs, lasting):
                     raise UnsupportedError("Inductor returned aliased outputs")
-            self._check(found, self.outputs)
-            left = found[made.outputs :]
-            for pull, program in zip(self.pulls, made.pulls, strict=True):
-                with unseen():
-                    pulled = program.run(*inputs, *left, *(c.detach() for c in pull.cotangents))
+            self._check(outputs, self.outputs)
+            saved = outputs[trace.outputs :]
+            for pull, program in zip(self.pulls, trace.pulls, strict=True):
+                with in_sandbox():
+                    pulled = program.run(*inputs, *saved, *(c.detach() for c in pull.cotangents))
                 self._check(pulled, [g for g in pull.gradients if g is not None])
-        return made
+        return trace
 
     @property
     def _ends(self) -> Sequence[fx.Node]:
@@ -146,8 +149,8 @@ class RecordedGraph:
         ends: Sequence[fx.Node] = last.args[0]
         return ends
 
-    def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        for one, other in zip(found, expected, strict=False):
+    def _check(self, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for one, other in zip(tensors, expected, strict=False):
             if differs(one, other):
                 raise UnsupportedError("its recorded operators, run again, give other numbers than the recorded run")
 
@@ -155,26 +158,26 @@ class RecordedGraph:
         return [node.meta["value"] for node in self.graph.nodes if node.meta.get("role") in ("constant", "literal")]
 
     def _programs(
-        self, captured: Sequence[int], apart: Sequence[int], aside: Part | None, lower: Lower | None = None
+        self, captured: Sequence[int], aliased: Sequence[int], hoisted: Part | None, lower: Lower | None = None
     ) -> Trace:
-        """Return the programs; `apart` lists outputs to copy, since they share memory with what outlives the call."""
+        """Return the programs; `aliased` lists outputs to copy, which share memory with what outlives the call."""
         results, gradients = self._ends[: len(self.outputs)], iter(self._ends[len(self.outputs) :])
         nodes = [node for node in self.graph.nodes if node.op == "call_function"]
         early = [node for node in nodes if node.meta["phase"] == 0]
         inputs = [node for node, _ in self.inputs]
         parts = []
-        left: dict[fx.Node, None] = {}
+        saved: dict[fx.Node, None] = {}
         for phase, pull in enumerate(self.pulls, 1):
             pulled = [next(gradients) if g is not None else None for g in pull.gradients]
             ending = [node for node in pulled if node is not None]
             part = list(_closure(nodes, ending, phase))
             needed = [*ending, *(source for node in part for source in node.all_input_nodes)]
-            left |= dict.fromkeys(n for n in needed if n.op == "call_function" and n.meta["phase"] == 0)
+            saved |= dict.fromkeys(n for n in needed if n.op == "call_function" and n.meta["phase"] == 0)
             parts.append((pull, part, ending, [p for p, g in zip(self.sources, pulled, strict=True) if g is not None]))
 
         written = frozenset[int]().union(*(node.meta["writes"] for node in nodes))
         of_inputs = ProgramInputs(
-            held=range(len(inputs) - len(captured), len(inputs)),
+            captured=range(len(inputs) - len(captured), len(inputs)),
             written=any(node.meta["storage"] in written for node in inputs),
         )
 
@@ -183,17 +186,18 @@ class RecordedGraph:
 
         pulls = tuple(
             PullProgram(
-                program([*inputs, *left, *nodes_of], ending, part),
+                program([*inputs, *saved, *nodes_of], ending, part),
                 pull.outputs,
                 tuple(c.stride() for c in pull.cotangents),
                 tuple(given),
             )
             for (pull, part, ending, given), nodes_of in zip(parts, self.cotangents, strict=True)
         )
-        kept = aside.nodes if aside is not None else ()
-        forward = program([*inputs, *kept], [*results, *left], _leading(early, [*results, *left], kept), copied=apart)
+        known = hoisted.nodes if hoisted is not None else ()
+        ends = [*results, *saved]
+        forward = program([*inputs, *known], ends, _leading(early, ends, known), copied=aliased)
         constant = tuple(place for place, y in enumerate(self.outputs) if not y.requires_grad)
-        return Trace(forward, len(results), tuple(captured), pulls, constant, aside and aside.hoist)
+        return Trace(forward, len(results), tuple(captured), pulls, constant, hoisted and hoisted.hoist)
 
 
 def differs(one: Tensor, other: Tensor) -> bool:
@@ -221,13 +225,13 @@ def _leading(nodes: Sequence[fx.Node], ends: Sequence[fx.Node], given: Sequence[
     return [node for node in nodes if node in wanted and node not in known]
 
 
-def _sharing(found: Sequence[Tensor], outputs: int, lasting: Sequence[Tensor]) -> list[int]:
+def _sharing(results: Sequence[Tensor], count: int, lasting: Sequence[Tensor]) -> list[int]:
     """Return positions of the outputs that share memory with something before them, or with what outlives the call."""
-    left = found[outputs:]
+    saved = results[count:]
     return [
         place
-        for place, y in enumerate(found[:outputs])
-        if _shares(y, [*lasting, *found[:place], *(tensor for tensor in left if tensor is not y)])
+        for place, y in enumerate(results[:count])
+        if _shares(y, [*lasting, *results[:place], *(tensor for tensor in saved if tensor is not y)])
     ]
 
 
@@ -235,8 +239,8 @@ def _shares(one: Tensor, lasting: Sequence[Tensor]) -> bool:
     """Check whether writing into a tensor changes others, which outlive the call, or entries of its own."""
     if one.layout != torch.strided:
         return False
-    if any(step == 0 and size > 1 for step, size in zip(one.stride(), one.shape, strict=True)):
+    if overlapping(one):
         return True
     home = one.untyped_storage().data_ptr()
-    kept = (t for t in lasting if t.layout == torch.strided and not t._is_zerotensor())
-    return one.numel() > 0 and any(t.untyped_storage().data_ptr() == home for t in kept)
+    strided = (t for t in lasting if t.layout == torch.strided and not t._is_zerotensor())
+    return one.numel() > 0 and any(t.untyped_storage().data_ptr() == home for t in strided)

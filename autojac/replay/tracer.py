@@ -1,10 +1,9 @@
-"""One run of a method, traced: what it computes, and what a loss may pull back through that."""
+"""Trace one run of a method: what it computes, and what a loss may pull back through that."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ def trace_method(
 
     Args:
         problem: what it computes.
-        prepare: the method's own.
+        prepare: prepares the method.
         function_state: of the problem's function.
         leaves, kwargs: the call.
         without: passes of `autojac.replay.passes` to leave out.
@@ -65,18 +64,18 @@ def trace_method(
     """
     start = time.perf_counter()
     state = function_state.present
-    reason = state.guard.reason or find_unfixed_argument(kwargs) or _of_own_class(leaves, kwargs)
+    reason = state.guard.reason or find_unfixed_argument(kwargs) or _name_subclass(leaves, kwargs)
     if reason:
         raise UnsupportedError(reason)
     if KEEPS in problem.structure.effects:
         alone = Keywords.of(kwargs, random_state=None, aux=None)
-        with _unseen(state.tensors, problem), torch.no_grad():
+        with _open_sandbox(state.tensors, problem), torch.no_grad():
             leave_write_only(lambda: problem.fn(leaves, alone), problem.places, function_state)
         state = function_state.present
-    run = _Run(problem, state.tensors, leaves, kwargs)
+    run = _RecordedRun(problem, state.tensors, leaves, kwargs)
     random = random_state(TORCHS)
     try:
-        with _unseen(run.captured, problem):
+        with _open_sandbox(run.captured, problem):
             compute = run.record(prepare)
             if function_state.cover(run.ran):
                 # it may hold more tensors than were known
@@ -88,21 +87,21 @@ def trace_method(
             changed = function_state.refresh()
             if function_state.version != before:
                 raise UnsupportedError(f"func changes what it reads as it runs: {changed or 'it exchanges a tensor'}")
-            recorded, captured, ran = run.finish(compute)
+            recorded, captured, count = run.finish(compute)
             simplify(recorded.graph, set(without) - {"hoist"})
     finally:
         if run.tape.draws and not problem.generators:
             # func draws now, and did not when the plan was made
             problem = dataclasses.replace(problem, generators=TORCHS)
             restore_random_state(random)
-    with _unseen(run.captured, problem):
+    with _open_sandbox(run.captured, problem):
         run.compare(compute)
-    unseen = functools.partial(_unseen, run.captured, problem)
-    trace = recorded.trace(captured, unseen, "hoist" not in without, lower)
+    in_sandbox = functools.partial(_open_sandbox, run.captured, problem)
+    trace = recorded.trace(captured, in_sandbox, "hoist" not in without, lower)
     trace = dataclasses.replace(trace, read=run.read)
     left = sum(node.op == "call_function" for node in recorded.graph.nodes)
     spent = 1e3 * (time.perf_counter() - start)
-    function_state.traces.append(f"replay: {left} operators left of {ran}, traced in {spent:.3g} ms")
+    function_state.traces.append(f"replay: {left} operators left of {count}, traced in {spent:.3g} ms")
     return trace
 
 
@@ -121,7 +120,7 @@ def find_unfixed_argument(kwargs: Mapping[str, Any]) -> str:
     return ""
 
 
-def _of_own_class(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> str:
+def _name_subclass(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> str:
     """Say which tensor among the arguments may run operators its own way, as no program does."""
     kinds = (own_class(value) for value in (*leaves, *pytree.tree_leaves(kwargs)) if isinstance(value, Tensor))
     kind = next(filter(None, kinds), "")
@@ -129,7 +128,7 @@ def _of_own_class(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
+def _open_sandbox(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
     """Leave random state and buffers as they were, fire no hook, and say nothing."""
     buffers = [tensor for tensor in captured if not tensor.requires_grad]
     trained = [tensor for tensor in captured if tensor.requires_grad and tensor.is_leaf]
@@ -141,8 +140,8 @@ def _unseen(captured: Sequence[Tensor], problem: Problem) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-class _Run:
-    """The run, with tensors of its own: an argument may be given twice, or be captured as well."""
+class _RecordedRun:
+    """A run of the method on tensors of its own: an argument may be passed twice, or be captured as well."""
 
     def __init__(
         self, problem: Problem, captured: Sequence[Tensor], leaves: Sequence[Tensor], kwargs: Mapping[str, Any]
@@ -170,19 +169,19 @@ class _Run:
         """
         evaluations: list[None] = []
         compute = prepare(dataclasses.replace(self.problem, fn=_count_evaluations(self.problem.fn, evaluations)))
-        with gc_disabled(), RunMonitor() as watched, self.tape:
+        with gc_disabled(), RunMonitor() as monitor, self.tape:
             result = compute(self.leaves, self.kwargs)
-            self.outputs = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
+            self.outputs = result.tensors
             self.values = len(result.values)
         if self.problem.differentiable:
             self._pull()
         self.tape.finish()
-        reason = watched.reason or self.tape.reason
+        reason = monitor.reason or self.tape.reason
         if self.problem.structure.draws and len(evaluations) > 1:
             reason = reason or "it evaluates func several times, each time from the same random state"
-        if watched.repeated and self.tape.draws:
+        if monitor.repeated and self.tape.draws:
             reason = reason or "it draws random numbers again from an earlier state, as checkpointing does"
-        self.ran, self.reason = watched.ran, reason
+        self.ran, self.reason = monitor.ran, reason
         return compute
 
     @property
@@ -195,7 +194,7 @@ class _Run:
         )
 
     def _pull(self) -> None:
-        """Record VJPs of Jacobians and of values apart: most losses look at one of them only."""
+        """Record VJPs of Jacobians and of values separately: most losses look at one of them only."""
         self.sources = [t for t in (*self.given, *self.captured) if t.requires_grad and self.tape.knows(t)]
         if any(tensor.grad_fn is not None for tensor in self.sources):
             raise UnsupportedError("func holds a tensor that was computed from others which require grad")
@@ -212,9 +211,7 @@ class _Run:
 
     def compare(self, compute: Compute) -> None:
         """Require that the recorded run gave what an unrecorded one gives: some code takes another way."""
-        result = compute(self.leaves, self.kwargs)
-        plain = [*result.values, *itertools.chain.from_iterable(result.jacobians)]
-        for one, other in zip(self.outputs, plain, strict=True):
+        for one, other in zip(self.outputs, compute(self.leaves, self.kwargs).tensors, strict=True):
             if differs(one, other):
                 raise UnsupportedError("it gives something else when it is recorded than when it is not")
 
@@ -226,37 +223,34 @@ class _Run:
         output.meta = {"role": "output", "order": len(graph.nodes), "writes": frozenset(), "draws": False}
         captured = [node.meta["value"] for node in graph.nodes if node.meta["role"] == "captured"]
         unknown = [node for node in graph.nodes if node.meta["role"] == "unknown"]
-        own = self._own_tensors(compute) if unknown else set()
-        for node in unknown:
-            self._own(node, own)
+        if unknown:
+            self._take_constants(unknown, compute)
         inputs = [(self.tape.node(tensor), tensor) for tensor in (*self.given, *captured)]
         cotangents = [[self.tape.node(c) for c in pull.cotangents] for pull in self.pulls]
         position = {id(tensor): place for place, (_, tensor) in enumerate(inputs)}
         sources = [position[id(tensor)] for tensor in self.sources]
-        ran = sum(node.op == "call_function" for node in graph.nodes)
+        count = sum(node.op == "call_function" for node in graph.nodes)
         recorded = RecordedGraph(graph, inputs, self.outputs, self.pulls, cotangents, sources)
-        return recorded, [place_of[id(tensor)] for tensor in captured], ran
+        return recorded, [place_of[id(tensor)] for tensor in captured], count
 
-    def _own_tensors(self, compute: Compute) -> set[int]:
+    def _take_constants(self, nodes: Sequence[fx.Node], compute: Compute) -> None:
+        """Take tensors that no operator has made for constants of the method, or refuse those of unknown origin."""
         assert self.problem.function_state is not None
         # what func reaches is known already, and may be as much as a whole program
-        return {id(tensor) for tensor in captures(compute, without=(self.problem.function_state.func,)).tensors}
-
-    @staticmethod
-    def _own(node: fx.Node, own: set[int]) -> None:
-        """Take a tensor that no operator has made for the method's own, or refuse it where nobody knows its origin."""
-        value: Tensor = node.meta["value"]
-        if id(value) not in own and not hasattr(value, LASTING):
-            raise UnsupportedError(
-                f"it reads a tensor of shape {tuple(value.shape)} that is not reachable from func's closures, globals "
-                "or attributes"
-            )
-        node.meta["role"] = "constant"
+        known = {id(tensor) for tensor in captures(compute, without=(self.problem.function_state.func,)).tensors}
+        for node in nodes:
+            value: Tensor = node.meta["value"]
+            if id(value) not in known and not hasattr(value, LASTING):
+                raise UnsupportedError(
+                    f"it reads a tensor of shape {tuple(value.shape)} that is not reachable from func's closures, "
+                    "globals or attributes"
+                )
+            node.meta["role"] = "constant"
 
 
 def _count_evaluations(fn: Flat, evaluations: list[None]) -> Flat:
-    def counted(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def count_and_evaluate(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         evaluations.append(None)
         return fn(leaves, kwargs)
 
-    return counted
+    return count_and_evaluate

@@ -26,12 +26,12 @@ def leave_write_only(evaluate: Callable[[], Any], places: Sequence[Any], functio
     Raises:
         UnsupportedError: if some of what a call sets may be read in a later one.
     """
-    held = Snapshot(places)
+    before = Snapshot(places)
     evaluate()
     guard = function_state.present.guard
     names: list[str] = []
     spots: list[Spot] = []
-    for place, key in held.differences():
+    for place, key in before.differences():
         named = {} if key is None or isinstance(place, BufferMapping) else guard.spots_of(place, key)
         if not named or not isinstance(key, str):
             raise UnsupportedError(f"func changes {_name_place(place, key)} that it keeps from call to call")

@@ -168,7 +168,7 @@ def test_what_has_other_memory_in_every_call_is_copied(recorder: Recorder) -> No
 def test_what_has_other_memory_now_and_then_is_not_copied(recorder: Recorder) -> None:
     weights = [torch.full((2,), float(turn), device=recorder.device) for turn in range(2 * MOST_MOVES)]
     x = torch.ones(2, device=recorder.device)
-    program = capture_on_first_call(lambda x, w: (x + w,), ProgramInputs(held=range(1, 2), written=False))
+    program = capture_on_first_call(lambda x, w: (x + w,), ProgramInputs(captured=range(1, 2), written=False))
     for w in weights:
         for _ in range(STEADY_REPLAYS + 1):
             compare(program(x, w)[0], x + w)
@@ -179,7 +179,7 @@ def test_what_has_other_memory_now_and_then_is_not_copied(recorder: Recorder) ->
 @torch.no_grad()
 def test_another_tensor_in_the_same_memory_is_read_there(recorder: Recorder) -> None:
     x, w = (torch.ones(6, device=recorder.device) for _ in range(2))
-    program = capture_on_first_call(lambda x, w: (x + w,), ProgramInputs(held=range(1, 2), written=False))
+    program = capture_on_first_call(lambda x, w: (x + w,), ProgramInputs(captured=range(1, 2), written=False))
     program(x, w)
     compare(program(x, w.mul_(3).view(6))[0], torch.full_like(x, 4.0))
     assert len(recorder.captures) == 1
@@ -207,7 +207,7 @@ def test_a_held_tensor_may_be_the_argument_too(recorder: Recorder) -> None:
 @torch.no_grad()
 def test_no_output_of_a_capture_lies_in_held_memory(recorder: Recorder) -> None:
     x, w = at(recorder.device), at(recorder.device)
-    program = capture_on_first_call(lambda x, w: (w.t(), x * w), ProgramInputs(held=range(1, 2), written=False))
+    program = capture_on_first_call(lambda x, w: (w.t(), x * w), ProgramInputs(captured=range(1, 2), written=False))
     for _ in range(2):
         view, product = program(x, w)
         compare((view, product), (w.t(), x * w))

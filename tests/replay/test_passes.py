@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from autojac.methods.base import build
 from autojac.replay import tracer
 from autojac.replay.codegen import emit
-from autojac.replay.overwriting import overwritten
+from autojac.replay.overwriting import find_overwritable
 from autojac.replay.passes import passes, simplify
 from autojac.replay.passes.node_facts import has_entries, layout_of, shares
 from autojac.replay.tape import Tape
@@ -839,7 +839,7 @@ def overwrites(func: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> int:
         compare(given, before)
         compare(run(*given), func(*given))
     *nodes, output = (node for node in graph.nodes if node.op != "placeholder")
-    return len(overwritten(nodes, output.args[0]))  # type: ignore[arg-type]
+    return len(find_overwritable(nodes, output.args[0]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

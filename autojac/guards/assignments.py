@@ -1,7 +1,6 @@
 """Restore the attributes, containers and variables that func sets.
 
-Otherwise a module that keeps its last result would be left with that of a probe, or with a tensor of a transform that
-has ended.
+Without that, a module that keeps its last result would keep that of a probe, or a tensor of a transform that has ended.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class AttributeMapping(MutableMapping[str, Any]):
         self.names = names
 
     def __getitem__(self, name: str) -> Any:
-        if isinstance(self.owner, type):  # as it is there: a function, and no method
+        if isinstance(self.owner, type):  # a function, where getattr would give a method
             return vars(self.owner)[name]
         try:
             return getattr(self.owner, name)
@@ -77,7 +76,7 @@ class AttributeMapping(MutableMapping[str, Any]):
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        # of an instance past a class that is frozen, or that does more as it sets
+        # of an instance, bypass a class that is frozen or has a `__setattr__` of its own
         (setattr if isinstance(self.owner, type) else object.__setattr__)(self.owner, name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -134,7 +133,7 @@ class Snapshot:
             copy = _copy(place)
             self.places.append(place)
             self.copies.append(copy)
-            # one that the call before has made is reached in no other way
+            # a container that an earlier call has put there is reached in no other way
             todo += [value for value in _values(copy) if type(value) in CONTAINERS]
 
     def find_changes(self) -> list[Any]:
@@ -143,19 +142,19 @@ class Snapshot:
 
     def differences(self) -> list[tuple[Any, Any]]:
         """Return each place and key that holds another object now; the key is None where a place has no keys."""
-        found: list[tuple[Any, Any]] = []
+        differences: list[tuple[Any, Any]] = []
         for place, copy in zip(self.places, self.copies, strict=True):
             if _same(copy, _copy(place)):
                 continue
             if not isinstance(copy, dict):
-                found.append((place, None))
+                differences.append((place, None))
                 continue
             keys = dict.fromkeys((*copy, *place))
-            found += [(place, key) for key in keys if copy.get(key, MISSING) is not place.get(key, MISSING)]
-        return found
+            differences += [(place, key) for key in keys if copy.get(key, MISSING) is not place.get(key, MISSING)]
+        return differences
 
     def exchanged(self, kind: type) -> bool:
-        """Check whether every change is one object of a kind, or a nest of such, in place of another."""
+        """Check whether every change replaces an object of a kind, or a nest of such, by another."""
         return all(
             isinstance(copy, dict)
             and copy.keys() == place.keys()
@@ -170,14 +169,14 @@ class Snapshot:
         )
 
     def without_graph(self) -> None:
-        """Detach tensors that have come into the places since."""
+        """Detach the tensors that were put into the places since then."""
         known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
         for place in self.find_changes():
             if isinstance(place, MutableSet):
                 continue
             for at, value in place.items() if isinstance(place, Mapping) else enumerate(place):
                 tensors, shape = pytree.tree_flatten(value)
-                numbers = [value if id(value) in known else _numbers(value) for value in tensors]
+                numbers = [value if id(value) in known else _without_graph(value) for value in tensors]
                 if not all(map(operator.is_, tensors, numbers)):
                     place[at] = pytree.tree_unflatten(numbers, shape)
 
@@ -214,7 +213,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    # a float that is another object has been set again, and may be another number at another input
+    # a float that is another object was set again, and may differ for another input
     return one is other or (type(one) not in (float, complex) and _alike(one, other))
 
 
@@ -223,7 +222,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def replace_contents(place: Any, copy: Any) -> None:
-    """Let a place hold what a copy of its contents has."""
+    """Set the contents of a place to those of a copy."""
     if isinstance(place, MutableMapping):
         for name in [name for name in place if name not in copy]:
             del place[name]
@@ -239,7 +238,7 @@ def replace_contents(place: Any, copy: Any) -> None:
         place.extend(copy)
 
 
-def _numbers(value: Any) -> Any:
+def _without_graph(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
         return value
     try:
@@ -249,9 +248,7 @@ def _numbers(value: Any) -> Any:
 
 
 def leaving(
-    compute: Callable[..., Any],
-    places: Sequence[Any],
-    plainly: Callable[..., Any] | None,
+    compute: Callable[..., Any], places: Sequence[Any], plainly: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     """Wrap a computation so that it leaves in `places` what one plain call of func leaves.
 
@@ -261,14 +258,14 @@ def leaving(
         plainly: makes the plain call; None where func sets nothing any more in a plain call.
     """
 
-    def left(leaves: Any, kwargs: Mapping[str, Any]) -> Any:
-        held = Snapshot(places)
+    def run(leaves: Any, kwargs: Mapping[str, Any]) -> Any:
+        snapshot = Snapshot(places)
         try:
             result = compute(leaves, kwargs)
         finally:
-            held.restore()
+            snapshot.restore()
         if plainly is not None:
             plainly(leaves, kwargs)
         return result
 
-    return left
+    return run

@@ -15,7 +15,7 @@ from autojac.guards.escapes import ESCAPES, HISTORY
 _GLOBAL: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _VALUE: Final = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "IMPORT_FROM"})
 _STATE: Final = ESCAPES | HISTORY
-# what looks up names that are computed as the code runs
+# functions and attributes that look up names which are computed as the code runs
 _DYNAMIC: Final = frozenset({"getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"})
 
 
@@ -44,8 +44,8 @@ class NamesUsed:
     state: str
 
 
-class ByIdentity:
-    """A code object as a key: equal code is not the same code, and hashing it takes long."""
+class CodeKey:
+    """A code object as a key by identity: equal code is not the same code, and hashing code takes long."""
 
     def __init__(self, code: types.CodeType) -> None:
         self.code = code
@@ -54,16 +54,16 @@ class ByIdentity:
         return id(self.code)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByIdentity) and other.code is self.code
+        return isinstance(other, CodeKey) and other.code is self.code
 
 
 def names_used(code: types.CodeType) -> NamesUsed:
     """Return the names that a code object looks up."""
-    return _names_used(ByIdentity(code))
+    return _names_used(CodeKey(code))
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_used(key: ByIdentity) -> NamesUsed:
+def _names_used(key: CodeKey) -> NamesUsed:
     codes = tuple(_nested_code(key.code))
     scope: set[str] = set()
     attributes: set[str] = set()
@@ -97,8 +97,8 @@ def _names_used(key: ByIdentity) -> NamesUsed:
 
 def _is_called(step: dis.Instruction) -> bool:
     """Check whether what is looked up is called next: the lowest bit says so, for attributes from Python 3.12."""
-    flagged = step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_ATTR" and sys.version_info >= (3, 12))
-    return flagged and bool((step.arg or 0) & 1)
+    has_flag = step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_ATTR" and sys.version_info >= (3, 12))
+    return has_flag and bool((step.arg or 0) & 1)
 
 
 def _nested_code(code: types.CodeType) -> Iterator[types.CodeType]:

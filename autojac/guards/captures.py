@@ -103,11 +103,11 @@ class _Reach(Walk):
     def collect(self, func: Callable[..., Any]) -> Captures:
         """Walk over a callable, and return what was met."""
         self.visit(func)
-        # the skeleton of an ensemble is on the meta device: nothing to read, to train or to put back
+        # the skeleton of an ensemble is on the meta device: nothing to read, train or restore
         tensors = tuple(tensor for tensor in self.tensors if not tensor.is_meta)
         require_initialized(tensors)
-        found = tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places)
-        return Captures(*found, wrappers=tuple(self.wrappers))
+        lists = tuple(self.modules), tensors, self.opaque, self.compiled, tuple(self.places)
+        return Captures(*lists, wrappers=tuple(self.wrappers))
 
     def _dispatch(self, obj: Any, kind: type) -> None:
         if hasattr(kind, "__autojac_rests__"):
@@ -156,7 +156,7 @@ class _Reach(Walk):
 
 
 class _Survey(_Reach):
-    """The same, with a digest of everything that is met."""
+    """A walk that also digests everything it meets."""
 
     def __init__(self) -> None:
         super().__init__()

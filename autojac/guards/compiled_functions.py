@@ -1,4 +1,4 @@
-"""torch's compiler around autojac, and inside of what is differentiated."""
+"""torch's compiler: keeping it out of autojac, and running compiled parts of func eagerly."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _stance: list[Any] = []
 
 
 def opaque(function: F) -> F:
-    """Keep the compiler out of a function and of all that it calls: where compiled code meets it, it runs as it is.
+    """Keep the compiler out of a function and of all that it calls: compiled code calls it as it is.
 
-    `torch.compiler.disable` would import the compiler (1 s) and cost each call 2 µs; what it marks is marked here. A
-    torch that has other marks compiles what it can, which is slow and right.
+    `torch.compiler.disable` would import the compiler (1 s) and cost each call 2 µs; this sets the same marks. A torch
+    that has other marks compiles what it can, which is slow and right.
     """
-    marked: Any = function
-    marked._torchdynamo_disable = True
-    marked._torchdynamo_disable_msg = "autojac plans, measures and checks while it runs"
-    skip_when_compiling(marked.__code__)
+    untyped: Any = function
+    untyped._torchdynamo_disable = True
+    untyped._torchdynamo_disable_msg = "autojac plans, measures and checks while it runs"
+    skip_when_compiling(untyped.__code__)
     return function
 
 
@@ -48,13 +48,13 @@ def opaque_methods(kind: K) -> K:
 def is_compiled(func: Any) -> bool:
     """Check whether a function or module runs through torch.compile when it is called."""
     if isinstance(func, torch.nn.Module):
-        # a module that is compiled in place keeps what its call was compiled to
+        # a module that is compiled in place holds its compiled call in an attribute
         return type(func).__module__ == COMPILED_HOME or vars(func).get("_compiled_call_impl") is not None
     return isinstance(func, types.FunctionType) and "_torchdynamo_orig_callable" in vars(func)
 
 
 def original(func: Any) -> Any:
-    """Return what torch.compile was given; a function or module that it did not make is returned as it is."""
+    """Return what torch.compile was given; a function or module that is not compiled is returned as it is."""
     while is_compiled(func):
         if isinstance(func, types.FunctionType):
             func = vars(func)["_torchdynamo_orig_callable"]
@@ -68,8 +68,8 @@ def original(func: Any) -> Any:
 def eagerly(func: Callable[P, T]) -> Callable[P, T]:
     """Return a function that runs what its compiled parts were compiled from.
 
-    A compiled backward runs once, has no derivative, and no transform goes through it; and what autojac tries would
-    count among what its owner compiled it for. torch knows one stance for all threads.
+    A compiled backward runs once, has no derivative and supports no transform; and what autojac tries would count
+    towards the recompilations of its owner. torch has one stance for all threads.
     """
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,6 +1,6 @@
-"""What variables, classes and containers of packages held before the code ran that may set them.
+"""What variables, classes and containers of packages held before code ran that may set them.
 
-Where a package keeps something, such as a count of its calls, is known once its code has run. By then it is set.
+Where a package keeps something, such as a count of its calls, is only known once its code has run and has set it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class EarlierValues:
 
     def __init__(self) -> None:
         self._classes: set[type] = set()
-        self._held: list[Snapshot] = []
+        self._snapshots: list[Snapshot] = []
 
     def note(self, frame: types.FrameType) -> None:
-        """Keep what a frame that starts may set in its module, and in the classes of its first argument."""
+        """Save what a frame that starts may set in its module, and in the classes of its first argument."""
         scope, code = frame.f_globals, frame.f_code
         places: list[Any] = []
         if is_installed(scope.get("__name__")) and (names := names_used(code).scope):
@@ -36,9 +36,9 @@ class EarlierValues:
                     places.append(AttributeMapping(kind, functools.partial(own_names, kind)))
                     places += [value for value in vars(kind).values() if type(value) in CONTAINERS]
         if places:
-            self._held.append(Snapshot(places))
+            self._snapshots.append(Snapshot(places))
 
     def restore(self) -> None:
-        """Put everything back, what was kept first in the end."""
-        for held in reversed(self._held):
-            held.restore()
+        """Restore everything; the oldest snapshot last."""
+        for snapshot in reversed(self._snapshots):
+            snapshot.restore()

@@ -30,7 +30,7 @@ _NUMBERS: Final = frozenset({"item", "__float__", "__int__", "__index__", "__boo
 AS_OPERATORS: Final = frozenset({"item", "tolist"})
 """Those of `ESCAPES` that a `Monitor` makes visible as operators, where it can."""
 MOST_LISTED: Final = 256
-"""Entries of a tensor of which `tolist` is taken apart, one read for each."""
+"""Entries up to which a tensor's `tolist` is replaced by an operator for each entry."""
 READ_BELOW: Final[Mapping[str, tuple[tuple[int, str], ...]]] = {
     "tensor_split": ((1, "tensor_indices_or_sections"),),
     "_pack_padded_sequence": ((1, "lengths"),),
@@ -51,7 +51,7 @@ _PYTHON: Final = DispatchKey.Python
 
 
 class Monitor(TorchFunctionMode):
-    """Notices, while it is entered, what dispatch modes can't see.
+    """A mode that notices what dispatch modes can't see.
 
     Attributes:
         escaped: the first of `ESCAPES` that was called; empty if none was.
@@ -93,7 +93,7 @@ class Monitor(TorchFunctionMode):
 
     @property
     def literal(self) -> str:
-        """The function that makes a literal now, of values of tensors perhaps; empty if it is Python data alone.
+        """The function that is creating a literal, perhaps from values of tensors; empty if it has Python data alone.
 
         torch reads tensors among the elements of a list in C++, and then lifts the result as it does any literal.
         """
@@ -101,31 +101,31 @@ class Monitor(TorchFunctionMode):
             return ""
         name, args, kwargs = self._running
         if name in ("__getitem__", "__setitem__"):
-            # tensors side by side are an index each; those in a list become one tensor
+            # tensors in a tuple are an index each; those in a list become one tensor
             args = args[1] if isinstance(args[1], tuple) else args[1:2]
             args = [part for part in args if not isinstance(part, Tensor)]
         # code of the user's may run in a backward pass, and is not seen there
-        unseen = name in _BACKWARD or any(_holds_tensor(value) for value in (*args, *kwargs.values()))
-        return name if unseen else ""
+        may_hold_tensors = name in _BACKWARD or any(_holds_tensor(value) for value in (*args, *kwargs.values()))
+        return name if may_hold_tensors else ""
 
 
 def _tensors_read_below(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors of integers that a function of `READ_BELOW` reads."""
     if name == "sparse_coo_tensor" and (len(args) > 2 or kwargs.get("size") is not None):
         return []  # the size follows from the indices only where it is not given
-    found = [kwargs.get(key, args[at] if at < len(args) else None) for at, key in READ_BELOW.get(name, ())]
-    return [one for one in found if isinstance(one, Tensor) and not one.is_floating_point()]
+    arguments = [kwargs.get(key, args[at] if at < len(args) else None) for at, key in READ_BELOW.get(name, ())]
+    return [one for one in arguments if isinstance(one, Tensor) and not one.is_floating_point()]
 
 
 def reads_unseen(scripted: Any) -> str:
-    """Return what a scripted function or module calls that reads tensors in C++, where no mode sees it; or nothing."""
+    """Return which function that reads tensors in C++, unseen by modes, scripted code calls; empty if none."""
     graph = getattr(scripted, "inlined_graph", None)  # absent where there is no forward
     kinds = ("prim::tolist", *(f"aten::{name}" for name in READ_BELOW))
     return next((k.partition("::")[2] for k in kinds if graph is not None and graph.findAllNodes(k)), "")
 
 
 def _shows(tensor: Tensor) -> bool:
-    """Run an operator that tells Python all values of a tensor of integers; return False where none can."""
+    """Read all values of a tensor of integers by an operator, which modes see; return False where none can."""
     if not _is_readable(tensor):
         return False
     now = tensor.detach()
@@ -133,19 +133,19 @@ def _shows(tensor: Tensor) -> bool:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Check whether what an operator reads of a tensor is seen by dispatch modes, as plain values."""
+    """Check whether dispatch modes see an operator that reads a tensor, and the values that it reads."""
     if tensor.layout != torch.strided or tensor.is_nested or excluded_keys().has(_PYTHON):
         return False
     return not is_wrapped_by_transform(tensor)
 
 
 def _to_list(tensor: Tensor) -> Any:
-    """Return what `tolist` does, by an operator for each entry."""
+    """Return what `tolist` returns, by an operator for each entry."""
     return [_to_list(part) for part in tensor.detach().unbind()] if tensor.dim() else tensor.item()
 
 
 def _holds_tensor(value: Any, inside: bool = False) -> bool:
-    """Check whether a number in a nest of sequences may come from a tensor."""
+    """Check whether a number inside a nest of sequences may come from a tensor."""
     if isinstance(value, Tensor):
         return inside
     if isinstance(value, _FIXED):
@@ -166,20 +166,20 @@ def _caller() -> str:
 
 
 def _hands_on(frame: types.FrameType) -> bool:
-    """Check whether a frame is that of a mode, such as `NoData`, which gives a call to the next one."""
+    """Check whether a frame belongs to a mode, such as `NoData`, which passes a call on to the next one."""
     return frame.f_code.co_name == "__torch_function__" or frame.f_globals.get("__name__") == "torch.overrides"
 
 
 class DataAssignedError(UnsupportedError):
-    """Function assigns a transform's tensor to the `data` of a plain one, which torch lets pass and then crashes on."""
+    """Function assigns a transform's tensor to the `data` of a plain one, which torch accepts and then crashes on."""
 
 
 class NoData(TorchFunctionMode):
-    """Raises `DataAssignedError` before torch does what it can't undo."""
+    """A mode that raises `DataAssignedError` before such an assignment."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assigned = getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data"
-        if assigned and is_wrapped_by_transform(args[1]) and not is_wrapped_by_transform(args[0]):
+        sets_data = getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data"
+        if sets_data and is_wrapped_by_transform(args[1]) and not is_wrapped_by_transform(args[0]):
             raise DataAssignedError("func assigns to .data, which torch.func's transforms can't do")
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -187,11 +187,11 @@ class NoData(TorchFunctionMode):
 def without_data(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function, to be called by a transform, that refuses to assign to `.data`."""
 
-    def refusing(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         with NoData():
             return fn(*args)
 
-    return refusing
+    return run
 
 
 class MonitoredMode(TorchDispatchMode):
@@ -224,7 +224,7 @@ class MonitoredMode(TorchDispatchMode):
 
 
 def home(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what stands behind a tensor's object: Python may put something else there, and no operator tells."""
+    """Return what identifies a tensor's memory and layout, which Python may exchange without any operator."""
     if tensor.layout != torch.strided or tensor._is_zerotensor():
         return (tensor._cdata,)
     try:

@@ -50,15 +50,15 @@ class FunctionPlaces(Walk):
 
     Args:
         ran: the code of installed packages that ran.
-        narrow: whether packages of the user's are followed like installed ones, as far as they ran. Much in them may
-            be out of a guard's sight that no call of the function comes to.
+        narrow: whether packages of the user's are followed like installed ones, as far as they ran. They may contain
+            much that no guard can list and no call of the function uses.
 
     Attributes:
         places: the places, each once.
         codes: the code of the functions that were followed.
         reason: why there may be more than the places; empty if there is not.
         settable: where packages that ran may set something: variables, attributes of classes, containers.
-        called: a human-readable name of each object, by its id.
+        labels: a human-readable name of each object, by its id.
         backwards: the code of derivatives that autograd may run in threads of its own, where nothing watches.
     """
 
@@ -70,14 +70,14 @@ class FunctionPlaces(Walk):
         self.places: list[Place] = []
         self._codes: dict[int, types.CodeType] = {}
         self.reason = ""
-        self.called: dict[int, str] = {}
+        self.labels: dict[int, str] = {}
         self.settable: list[Any] = []
         self.backwards: list[types.CodeType] = []
         self._known: set[tuple[int, type]] = set()
         self._scope: types.FunctionType | None = None
 
     def refuse(self, reason: str) -> None:
-        """Keep the first reason why the places are not everything that is read."""
+        """Record why the places are not everything that is read; the first reason counts."""
         self.reason = self.reason or reason
 
     def _place(self, place: Place) -> None:
@@ -91,10 +91,10 @@ class FunctionPlaces(Walk):
             self.places.append(Members(place.owner, place.name))
         for name, value in zip(*place.read(), strict=True):
             if type(value) not in SCALARS:
-                self.called.setdefault(id(value), place.label(name))
+                self.labels.setdefault(id(value), place.label(name))
 
     def _function(self, function: types.FunctionType) -> None:
-        if "_torchdynamo_orig_callable" in vars(function):  # its original counts; that it runs, a run shows
+        if "_torchdynamo_orig_callable" in vars(function):  # the original counts; a run shows whether it runs
             super()._function(function)
             return
         if function is os.getenv:
@@ -114,7 +114,7 @@ class FunctionPlaces(Walk):
 
     @property
     def codes(self) -> tuple[types.CodeType, ...]:
-        """The code of each of the user's functions, also where two are equal, as those of a cell that ran twice."""
+        """The code of each of the user's functions; equal code counts twice, as that of a cell that ran twice."""
         return tuple(self._codes.values())
 
     def _code(self, code: types.CodeType) -> None:
@@ -126,34 +126,36 @@ class FunctionPlaces(Walk):
         assert function is not None
         uses = names_used(function.__code__)
         scope = function.__globals__
-        stranger: Any = function  # not every release of the type stubs knows what a function calls its builtins
-        builtins: dict[str, Any] = stranger.__builtins__
+        untyped: Any = function  # not every release of the type stubs knows `__builtins__`
+        builtins: dict[str, Any] = untyped.__builtins__
         if uses.scope and self._is_package(scope.get("__name__")):
             self._place(Attributes(scope, f"{scope['__name__']}.{{}}"))
             if isinstance(scope, dict):
                 self.settable.append(VariableMapping(scope, uses.scope))
-                self.settable += [held for name in uses.scope if type(held := scope.get(name)) in CONTAINERS]
+                self.settable += [reached for name in uses.scope if type(reached := scope.get(name)) in CONTAINERS]
         elif uses.scope:
             self._place(Names(scope, "global {}", uses.scope))
-        if found := tuple(name for name in uses.scope if name not in scope and name in builtins):
-            self._place(Names(builtins, "builtin {}", found))
-        held = [scope[name] for name in uses.scope if name in scope and not _shows_in_runs(scope[name], name, uses)]
-        held += [value for value in cell_contents(function) if isinstance(value, types.ModuleType)]
-        for name in found:
+        if builtin_names := tuple(name for name in uses.scope if name not in scope and name in builtins):
+            self._place(Names(builtins, "builtin {}", builtin_names))
+        reached = [scope[name] for name in uses.scope if name in scope and not _shows_in_runs(scope[name], name, uses)]
+        reached += [value for value in cell_contents(function) if isinstance(value, types.ModuleType)]
+        for name in builtin_names:
             if name in uses.values and isinstance(builtins[name], types.BuiltinFunctionType):
                 self.refuse(c_reason(builtins[name]))
-        held += [builtins[name] for name in found if not is_core(getattr(builtins[name], "__module__", "builtins"))]
+        reached += [
+            builtins[name] for name in builtin_names if not is_core(getattr(builtins[name], "__module__", "builtins"))
+        ]
         # a package has names such as `storage` and `_version` for much else
         if uses.state and (uses.state in ("grad", "grad_fn") or not is_installed(scope.get("__name__"))):
             self.refuse(f"{function.__name__} reads values of a tensor or of its gradient ({uses.state})")
-        if "methodcaller" in uses.attributes and (hidden := ESCAPES & uses.attributes):
-            self.refuse(f"{function.__name__} may read values of a tensor ({min(hidden)})")
+        if "methodcaller" in uses.attributes and (escapes := ESCAPES & uses.attributes):
+            self.refuse(f"{function.__name__} may read values of a tensor ({min(escapes)})")
         for name in _imported_modules(uses, scope):
             # one that is not there yet is listed as absent
             self._place(Names(sys.modules, "module {}", (name,)))
             if name in sys.modules:
-                held.append(sys.modules[name])
-        for value in held:
+                reached.append(sys.modules[name])
+        for value in reached:
             if isinstance(value, types.ModuleType):
                 self._used_module(value, uses, ())
             else:
@@ -166,20 +168,20 @@ class FunctionPlaces(Walk):
         core, installed = is_core(home), self._is_package(home)
         if is_inside(home, ("torch.backends",)) and type(module) is not types.ModuleType:
             self._flags(module, uses)
-        kept = module.__dict__
+        scope = module.__dict__
         if uses.dynamic and not core:
             self._whole_module(module)
             if not installed:
                 return
         # a name that is not there yet matters where it may be asked for, as by hasattr
-        asked = uses.dynamic or not (core or installed)
-        looked = tuple(sorted(name for name in uses.attributes if name in kept or asked))
+        may_be_asked_for = uses.dynamic or not (core or installed)
+        names = tuple(sorted(name for name in uses.attributes if name in scope or may_be_asked_for))
         if installed:
-            self._place(Attributes(kept, f"{home}.{{}}"))
-        elif looked:
-            self._place(Names(kept, f"{home}.{{}}", looked))
-        for name in looked:
-            value = kept.get(name)
+            self._place(Attributes(scope, f"{home}.{{}}"))
+        elif names:
+            self._place(Names(scope, f"{home}.{{}}", names))
+        for name in names:
+            value = scope.get(name)
             if value is os.environ or value is os.getenv:
                 self._environment()
             elif isinstance(value, types.ModuleType):
@@ -197,7 +199,7 @@ class FunctionPlaces(Walk):
         self._place(Items(vars(os.environ)["_data"], "environment variable {}"))
 
     def _flags(self, module: Any, uses: NamesUsed) -> None:
-        """List flags of torch's that are attributes of a module and properties of its class."""
+        """List torch's flags that look like attributes of a module and are properties of its class."""
         for name in sorted(uses.attributes & vars(type(module)).keys()):
             if not name.startswith("__"):
                 self.places.append(Fields(module, f"{module.__name__}.{{}}", ((name, operator.attrgetter(name)),)))
@@ -208,13 +210,13 @@ class FunctionPlaces(Walk):
                 self.refuse(f"it holds the module {module.__name__}, which shows the state of the process")
             self._place(Callables(module.__dict__, f"{module.__name__}.{{}}"))
             return
-        kept = module.__dict__
-        names = sorted(name for name in kept if not (name.startswith("__") and name.endswith("__")))
+        scope = module.__dict__
+        names = sorted(name for name in scope if not (name.startswith("__") and name.endswith("__")))
         if self._is_package(module.__name__):
-            names = [name for name in names if self._may_be_used(name, kept[name])]
-        self._place(Attributes(kept, f"{module.__name__}.{{}}"))
+            names = [name for name in names if self._may_be_used(name, scope[name])]
+        self._place(Attributes(scope, f"{module.__name__}.{{}}"))
         for name in names:
-            self.visit(kept[name])
+            self.visit(scope[name])
 
     def _may_be_used(self, name: str, value: Any) -> bool:
         """Check whether an attribute of a package's module or class may be looked up by what ran."""

@@ -49,8 +49,8 @@ class Guard:
     Args:
         func: the callable.
         ran: the code of installed packages that runs in a call, and is followed.
-        ignored: what a call sets and none reads.
-        seen: all code that ran. Where something in a package of the user's can't be listed, only these are followed.
+        ignored: the spots that calls set and none reads.
+        seen: all code that ran. Where something in a package of the user's can't be listed, only this code is followed.
 
     Attributes:
         reason: why not everything that `func` reads can be listed, as a sentence; empty if it can. What can be listed
@@ -92,13 +92,13 @@ class Guard:
         """
         owner = getattr(place, "place", getattr(place, "owner", place))
         owners = {id(owner), id(class_dict(owner)) if isinstance(owner, type) else 0}
-        found = {one.spot(key): one.label(key) for one in self._places if id(one.owner) in owners and "{}" in one.name}
+        spots = {one.spot(key): one.label(key) for one in self._places if id(one.owner) in owners and "{}" in one.name}
         for one in self._places if isinstance(owner, types.CellType) else ():
             names = one.names if isinstance(one, Cells) else ()
-            found |= {
+            spots |= {
                 one.spot(name): one.label(name) for cell, name in zip(one.owner, names, strict=False) if cell is owner
             }
-        return found
+        return spots
 
     def class_of(self, place: Any) -> type | None:
         """Return the class of the object whose attributes a place holds, or the class itself; None if unknown."""
@@ -108,7 +108,7 @@ class Guard:
         return next((type(one) for one in objects if getattr(one, "__dict__", None) is place), None)
 
     def is_unchanged_besides(self, spots: Collection[Spot]) -> Callable[[], bool]:
-        """Return what tells whether everything but these spots is from now on what it is now."""
+        """Return a check whether everything but these spots still is what it is now."""
         if not spots:
             return self.is_unchanged
         places = [rest for place in self._places if (rest := place.without(spots)) is not None]
@@ -124,12 +124,12 @@ class Guard:
         try:
             now = versions_of(self._places, self._restless)
             unmoved = {number for number, version in now.items() if version == self._versions.get(number)}
-            # the order of an OrderedDict may have moved where its entries have not
+            # the order of an OrderedDict may change where its entries do not
             readings = [
                 one for one in self._readings if not isinstance(one[0], Items) or id(one[0].owner) not in unmoved
             ]
             change = _Comparison(self._names, self._metadata).of(readings)
-            # a tensor that was exchanged must have been so everywhere
+            # an exchanged tensor must be exchanged everywhere
             return _Comparison(self._names, self._metadata).of(self._readings) if change.tensors else change
         except RuntimeError:  # another thread is writing there
             return Change("something that another thread is changing", {})
@@ -155,17 +155,17 @@ class Guard:
         self.backwards = tuple(reached.backwards)
         places = [(place, place.without(self._ignored)) for place in reached.places]
         self._places = tuple(rest for _, rest in places if rest is not None)
-        # a result of the last call would be kept alive, with its graph
-        left = {id(value) for place, rest in places if rest is not place for value in place.read()[1]}
-        left -= {id(value) for _, rest in places if isinstance(rest, PartialPlace) for value in rest.read()[1]}
-        self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors if id(tensor) not in left}.values())
-        self._names = reached.called
+        # else the guard would keep the result of the last call alive, with its graph
+        unwatched = {id(value) for place, rest in places if rest is not place for value in place.read()[1]}
+        unwatched -= {id(value) for _, rest in places if isinstance(rest, PartialPlace) for value in rest.read()[1]}
+        self.tensors = tuple({id(tensor): tensor for tensor in reached.tensors if id(tensor) not in unwatched}.values())
+        self._names = reached.labels
         self._writes: dict[int, int] = {}
         self._restless: set[int] = set()
         self._compile()
 
     def _note_writes(self) -> None:
-        """Find the dicts that are written to again and again without effect, as by a setting that is put back."""
+        """Find the dicts that are written to repeatedly without effect, as by a setting that is restored."""
         for number, version in versions_of(self._places, self._restless).items():
             if version != self._versions.get(number, version):
                 self._writes[number] = self._writes.get(number, 0) + 1
@@ -206,13 +206,13 @@ class _Comparison:
         return Change("", swapped, _NOWHERE, self._exchanged)
 
     def _place(self, place: Place, keys: list[Any], values: list[Any]) -> None:
-        now, found = place.read()
-        differing = [old for old, new in zip(keys, now, strict=False) if not alike(old, new)]
-        differing += max(keys, now, key=len)[min(len(keys), len(now)) :]
-        if differing:
-            self._differs(place.label(differing[0]), place.spot(), place.owner)
+        now, new_values = place.read()
+        changed_keys = [old for old, new in zip(keys, now, strict=False) if not alike(old, new)]
+        changed_keys += max(keys, now, key=len)[min(len(keys), len(now)) :]
+        if changed_keys:
+            self._differs(place.label(changed_keys[0]), place.spot(), place.owner)
             return
-        for key, old, new in zip(keys, values, found, strict=True):
+        for key, old, new in zip(keys, values, new_values, strict=True):
             if id(old) in self._known and type(new) is type(old):  # isinstance might run the object's code
                 if not self._swap(old, new):
                     self._differs(place.label(key), place.spot(key), place.owner)

@@ -18,11 +18,8 @@ from autojac.guards.places import ABSENT, Bytes, Fields, FixedTensor, Items
 from autojac.guards.provenance import is_core
 
 _LOGGERS: Final = (("disabled level", operator.attrgetter("disable")),)
-
-
 MOST_BYTES: Final = 4096
-"""A larger NumPy array is not compared in every call; up to this size it is, with a copy."""
-
+"""Size up to which a NumPy array is copied and compared in every call."""
 _PLAIN_NUMPY: Final = ("ufunc", "_ArrayFunctionDispatcher")
 
 
@@ -30,7 +27,7 @@ class LibraryPlaces(FunctionPlaces):
     """What functions hold and look up, and objects of Python's library whose state is not in attributes."""
 
     def _of_python(self, obj: Any, kind: type) -> bool:
-        """List such an object; return whether it is one."""
+        """List an object of Python's library; return whether it is one."""
         if isinstance(obj, contextvars.ContextVar):
             self._place(Fields(obj, f"{{}} of {obj.name}", (("value", _in_context),)))
             self.visit(_in_context(obj))
@@ -41,7 +38,7 @@ class LibraryPlaces(FunctionPlaces):
         elif isinstance(obj, logging.Logger):
             self._logger(obj)
         elif kind.__module__ == "pybind11_builtins":
-            pass  # what stands behind functions made in C++ holds nothing else
+            pass  # behind functions made in C++, without other state
         elif isinstance(obj, functools._lru_cache_wrapper):
             self._list_cache(obj)
         else:
@@ -57,19 +54,19 @@ class LibraryPlaces(FunctionPlaces):
             elif obj.nbytes > MOST_BYTES:
                 self.refuse(f"it holds an array of numpy's of {obj.nbytes} bytes; make it a tensor")
             else:
-                self._place(Bytes(obj, self.called.get(id(obj), "array")))
+                self._place(Bytes(obj, self.labels.get(id(obj), "array")))
         elif kind.__name__ not in _PLAIN_NUMPY and not hasattr(kind, "dtype") and "dtypes" not in kind.__module__:
             self._instance(obj, kind)
 
     def _thread_local(self, obj: threading.local, kind: type) -> None:
-        """List what an object holds for this thread; in another it holds another dict, which is a change."""
+        """List what an object holds for this thread; another thread sees another dict, which is a change."""
         state = _of_thread(obj)
         self._place(Fields(obj, "{} of a thread-local object", (("class", type), ("state", _of_thread))))
         self._place(Items(state, f"attribute {{}} of {kind.__name__}"))
         self._walk_named("thread-local", kind=kind, state=dict(state))
 
     def _logger(self, logger: logging.Logger) -> None:
-        """List what decides whether a logger writes a line; where the lines go is nobody's result."""
+        """List what decides whether a logger writes a line; where lines go affects no result."""
         self._place(Fields(logger.manager, "{} of all loggers", _LOGGERS))
         self._class(type(logger))
         above: Any = logger

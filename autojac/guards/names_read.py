@@ -1,4 +1,4 @@
-"""Where code reads a name: an attribute or a variable that it sets and never reads has no influence on later calls."""
+"""Where code reads a name: an attribute or variable that code sets and never reads does not affect later calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Final
 
 import torch
 
-from autojac.guards.bytecode import ByIdentity, names_used, strings_in
+from autojac.guards.bytecode import CodeKey, names_used, strings_in
 from autojac.guards.provenance import is_core
 
 _READS: Final = (
     *("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM", "LOAD_DEREF"),
     *("LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_NAME"),
 )
-# what may read any attribute, whatever its name
+# functions and attributes that may read any name
 _ALL: Final = frozenset(
     {"vars", "__dict__", "attrgetter", "__getattribute__", "globals", "locals", "eval", "exec", "methodcaller"}
 )
@@ -30,13 +30,13 @@ ANY: Final = ""
 def lines_read(code: types.CodeType) -> Mapping[str, int]:
     """Return the lines in which a code object reads names, by name; strings that could be names count as such.
 
-    Not counted: what a counter reads to count on, as in `self.calls += 1`.
+    Not counted: what a counter reads to be incremented, as in `self.calls += 1`.
     """
-    return _lines_read(ByIdentity(code))
+    return _lines_read(CodeKey(code))
 
 
 def own_code(kind: type) -> Iterator[types.CodeType]:
-    """Return the code of torch's and Python's own classes among a class and its bases.
+    """Yield the code of torch's and Python's own classes among a class and its bases.
 
     Left out is that of `torch.nn.Module`, which reads nothing but the fields that each module has, `MODULE_FIELDS`.
     """
@@ -46,8 +46,8 @@ def own_code(kind: type) -> Iterator[types.CodeType]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _lines_read(key: ByIdentity) -> Mapping[str, int]:
-    found: dict[str, int] = {}
+def _lines_read(key: CodeKey) -> Mapping[str, int]:
+    lines: dict[str, int] = {}
     uses = names_used(key.code)
     for code in uses.codes:
         steps, line = list(dis.get_instructions(code)), code.co_firstlineno
@@ -57,12 +57,12 @@ def _lines_read(key: ByIdentity) -> Mapping[str, int]:
             if not step.opname.startswith(_READS) or not isinstance(step.argval, str):
                 continue
             if step.argval in _ALL or (step.argval in _BY_NAME and not _is_constant(steps[at + 1 :])):
-                found.setdefault(ANY, line)
+                lines.setdefault(ANY, line)
             elif not _counts(steps, at):
-                found.setdefault(step.argval, line)
+                lines.setdefault(step.argval, line)
         for name in strings_in(code.co_consts):
-            found.setdefault(name, code.co_firstlineno)
-    return MappingProxyType(found)
+            lines.setdefault(name, code.co_firstlineno)
+    return MappingProxyType(lines)
 
 
 def _is_constant(steps: Sequence[dis.Instruction]) -> bool:
@@ -76,14 +76,14 @@ def _is_constant(steps: Sequence[dis.Instruction]) -> bool:
 
 
 def _counts(steps: Sequence[dis.Instruction], at: int) -> bool:
-    """Check whether what is read is a number that is counted on and stored where it was: `name += 1`."""
+    """Check whether what is read is a number that is incremented and stored where it was: `name += 1`."""
     name, after = steps[at].argval, [step for step in steps[at + 1 : at + 5] if step.opname != "NOP"]
     if len(after) < 3 or after[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
         return False
     if type(after[0].argval) not in (int, float) or after[1].opname != "BINARY_OP" or "=" not in after[1].argrepr:
         return False
     if steps[at].opname == "LOAD_ATTR":
-        copied = at > 0 and steps[at - 1].opname == "COPY" and steps[at - 1].arg == 1
-        swapped = len(after) > 3 and after[2].opname == "SWAP" and after[3].opname == "STORE_ATTR"
-        return copied and swapped and after[3].argval == name
+        is_copied = at > 0 and steps[at - 1].opname == "COPY" and steps[at - 1].arg == 1
+        is_stored = len(after) > 3 and after[2].opname == "SWAP" and after[3].opname == "STORE_ATTR"
+        return is_copied and is_stored and after[3].argval == name
     return after[2].opname == "STORE_GLOBAL" and after[2].argval == name

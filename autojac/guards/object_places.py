@@ -39,7 +39,6 @@ from autojac.torch_internals import pytree
 
 MOST_ITEMS: Final = 10_000
 """A longer container is compared in every call like any other, but nothing is replayed."""
-
 _PARTS: Final = tuple((name, operator.attrgetter(name)) for name in ("func", "args", "keywords"))
 _TENSORS: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _HOOKS_OF_ALL: Final = [
@@ -62,7 +61,7 @@ _FIXED_TYPE: Final = 1 << 8
 _LOCKS: Final = ("lock", "RLock")
 _FUNCTION: Final = "torch.autograd.function.Function"
 _DERIVATIVES: Final = ("backward", "vjp", "jvp")
-"""What autograd calls of a Function."""
+"""The methods of a Function that autograd calls."""
 
 
 class ObjectPlaces(LibraryPlaces):
@@ -80,7 +79,7 @@ class ObjectPlaces(LibraryPlaces):
         self._place(Fields(torch, "{}", (("default dtype", _default_dtype),)))
         self._place(Items(pytree.SUPPORTED_NODES, "pytree node {}"))
         self._library_class(Tensor)
-        # not by `_place`, which would take note of what thousands of functions are called
+        # not by `_place`, which would label thousands of functions
         self.places += [Callables(vars(module), name) for module, name in _OF_ALL_CODE]
         self.visit(func)
         for referent in self._weak:  # grows meanwhile
@@ -121,7 +120,7 @@ class ObjectPlaces(LibraryPlaces):
         elif isinstance(obj, enum.Enum):
             self._instance(obj, kind)
         elif isinstance(obj, functools.partial):
-            self._place(Fields(obj, f"{{}} of {self.called.get(id(obj), 'a partial')}", _PARTS))
+            self._place(Fields(obj, f"{{}} of {self.labels.get(id(obj), 'a partial')}", _PARTS))
             self._place(Items(vars(obj), "attribute {} of a partial"))
             self._walk_named("partial", function=obj.func, args=obj.args, keywords=obj.keywords)
             self.visit(vars(obj))
@@ -150,14 +149,14 @@ class ObjectPlaces(LibraryPlaces):
             super()._module(module)
             return
         name = kind.__name__
-        kept = vars(module)
-        self._place(Items(kept, f"attribute {{}} of {name}"))
+        state = vars(module)
+        self._place(Items(state, f"attribute {{}} of {name}"))
         self._place(Fields(module, f"{{}} of {name}", (("class", type), *self._own_fields(kind))))
         for field, label in (("_parameters", "parameter"), ("_buffers", "buffer"), ("_modules", "module")):
-            self._place(Items(kept[field], f"{label} {{}} of {name}"))
+            self._place(Items(state[field], f"{label} {{}} of {name}"))
         for hooks in HOOKS:
-            if kept.get(hooks) is not None:
-                self._place(Items(kept[hooks], "hook"))
+            if state.get(hooks) is not None:
+                self._place(Items(state[hooks], "hook"))
         for base in kind.__mro__[:-1]:
             if is_core(base.__module__):
                 self._library_class(base)
@@ -173,8 +172,8 @@ class ObjectPlaces(LibraryPlaces):
 
     def _class(self, kind: type) -> None:
         if not is_core(kind.__module__) and any(f"{b.__module__}.{b.__name__}" == _FUNCTION for b in kind.__mro__):
-            found = [inspect.unwrap(getattr(kind, name)) for name in _DERIVATIVES]
-            self.backwards += [one.__code__ for one in found if not is_core(one.__module__)]
+            derivatives = [inspect.unwrap(getattr(kind, name)) for name in _DERIVATIVES]
+            self.backwards += [one.__code__ for one in derivatives if not is_core(one.__module__)]
         if isinstance(kind, abc.ABCMeta):
             self._place(Fields(abc, "{}", (("what is registered with abstract classes", _registrations),)))
         if kind.__module__ in _BY_CONTEXT:
@@ -202,8 +201,8 @@ class ObjectPlaces(LibraryPlaces):
             return every
         self.settable.append(AttributeMapping(kind, functools.partial(own_names, kind)))
         self.settable += [value for _, value in every if type(value) in CONTAINERS]
-        unwrapped = (staticmethod, classmethod, property, functools.cached_property, functools.partialmethod)
-        return [one for one in every if isinstance(one[1], unwrapped) or self._may_be_used(*one)]
+        wrappers = (staticmethod, classmethod, property, functools.cached_property, functools.partialmethod)
+        return [one for one in every if isinstance(one[1], wrappers) or self._may_be_used(*one)]
 
     def _library_class(self, kind: type) -> None:
         if not kind.__flags__ & _FIXED_TYPE:
@@ -221,7 +220,7 @@ class ObjectPlaces(LibraryPlaces):
         super()._c_callable(obj)
 
     def _container(self, obj: Any, kind: type) -> None:
-        name = self.called.get(id(obj), kind.__name__)
+        name = self.labels.get(id(obj), kind.__name__)
         if (size := len(contents(obj))) > MOST_ITEMS:
             self.refuse(f"it holds a {kind.__name__} of {size} elements; make it a tensor")
         if isinstance(obj, dict):

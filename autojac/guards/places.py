@@ -53,7 +53,7 @@ class Place:
         return id(self.owner), type(self), key if type(key) is str else None
 
     def without(self, spots: Collection[Spot]) -> Place | None:
-        """Return what is left of the place without some spots; None if that is nothing."""
+        """Return the rest of the place without some spots; None if nothing is left."""
         owner, kind, whole = self.spot()
         keys = {key for number, other, key in spots if number == owner and other is kind}
         if whole in keys:
@@ -62,7 +62,7 @@ class Place:
 
 
 class Items(Place):
-    """A dict and everything in it that counts."""
+    """All entries of a dict."""
 
     def read(self) -> tuple[list[Any], list[Any]]:
         return list(dict.keys(self.owner)), list(dict.values(self.owner))
@@ -77,7 +77,7 @@ class Attributes(Items):
 
 
 class Callables(Items):
-    """The functions in a library's module, which may be replaced; what it imports when asked is left out."""
+    """The functions in a library's module, which may be replaced; what it imports lazily is left out."""
 
     def read(self) -> tuple[list[Any], list[Any]]:
         items = [(key, value) for key, value in dict.items(self.owner) if isinstance(value, _FUNCTIONS)]
@@ -180,28 +180,28 @@ def _content(cell: types.CellType) -> Any:
 
 
 def cell_contents(function: types.FunctionType) -> list[Any]:
-    """Return the variables of a function's closure."""
+    """Return the contents of a function's closure, `ABSENT` where a variable is not assigned yet."""
     return [_content(cell) for cell in function.__closure__ or ()]
 
 
 def state_reader(kind: type) -> Callable[[Any], Any] | None:
-    """Return a reader of instances' dicts past `__getattribute__`; None where a class has no dict or makes one up."""
+    """Return a reader of instances' dicts that bypasses `__getattribute__`; None where there is no plain dict."""
     for base in kind.__mro__:
-        found = vars(base).get("__dict__")
-        if found is not None:
-            plain = isinstance(found, (types.GetSetDescriptorType, types.MemberDescriptorType))
-            return found.__get__ if plain else None
+        descriptor = vars(base).get("__dict__")
+        if descriptor is not None:
+            plain = isinstance(descriptor, (types.GetSetDescriptorType, types.MemberDescriptorType))
+            return descriptor.__get__ if plain else None
     return None
 
 
 def slot_readers(kind: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
     """Return readers of the slots of instances of a class; an empty slot reads as absent."""
-    found: dict[str, Callable[[Any], Any]] = {}
+    readers: dict[str, Callable[[Any], Any]] = {}
     for base in kind.__mro__:
         for name, descriptor in vars(base).items():
             if isinstance(descriptor, types.MemberDescriptorType) and name != "__dict__":
-                found.setdefault(name, functools.partial(_slot, descriptor))
-    return tuple(found.items())
+                readers.setdefault(name, functools.partial(_slot, descriptor))
+    return tuple(readers.items())
 
 
 def _slot(descriptor: types.MemberDescriptorType, obj: Any) -> Any:
@@ -213,8 +213,8 @@ def _slot(descriptor: types.MemberDescriptorType, obj: Any) -> Any:
 
 def class_dict(kind: type) -> dict[str, Any]:
     """Return the dict behind a class, of which `vars` gives a proxy only."""
-    (found,) = (item for item in gc.get_referents(vars(kind)) if type(item) is dict)
-    return found
+    (scope,) = (item for item in gc.get_referents(vars(kind)) if type(item) is dict)
+    return scope
 
 
 def hidden_state(kind: type) -> bool:

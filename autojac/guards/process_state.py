@@ -1,4 +1,4 @@
-"""What all threads of a process share, and planning must not leave changed: warnings filters and the environment."""
+"""What all threads of a process share and planning must restore: warnings filters and the environment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ IGNORED = r"(?#autojac).*"
 COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """A variable that torch's compiler sets to its own default when it is imported."""
 LIBRARIES = ("sympy", "the matrix subclass")
-"""What tells the filters that SymPy and SciPy add when they are imported: a category's module, or a message."""
-
+"""What identifies the filters that SymPy and SciPy add when they are imported: a category's module, or a message."""
 OPTUNA = "optuna"
 """A library, and its logger, whose level is set when it is imported."""
 
@@ -27,10 +26,10 @@ _users: list[int] = []
 
 @contextmanager
 def ignore_warnings() -> Iterator[None]:
-    """Ignore all warnings meanwhile.
+    """Ignore all warnings.
 
-    `warnings.catch_warnings` puts back a list of filters: of two threads that overlap, the one that leaves last puts
-    back what the other one had set, for good. Here one filter is added and taken away.
+    `warnings.catch_warnings` restores a list of filters: of two threads that overlap, the one that leaves last restores
+    what the other one had set, for good. This adds one filter and removes it.
     """
     thread = threading.get_ident()
     with _lock:
@@ -47,7 +46,7 @@ def ignore_warnings() -> Iterator[None]:
 
 @contextmanager
 def restore_process_state() -> Iterator[None]:
-    """Undo what the libraries that are imported meanwhile change for the whole process."""
+    """Undo what libraries that are imported in the block change for the whole process."""
     before, cache = list(warnings.filters), os.environ.get(COMPILER_CACHE)
     level = 0 if OPTUNA in sys.modules else getattr(logging.root.manager.loggerDict.get(OPTUNA), "level", 0)
     try:
@@ -60,9 +59,9 @@ def restore_process_state() -> Iterator[None]:
             os.environ.pop(COMPILER_CACHE, None)
 
 
-def _drop(chosen: Callable[[Any], bool]) -> None:
-    # what a filter that ignores has ignored is written down nowhere, so no cache has to be told
-    for entry in [entry for entry in warnings.filters if chosen(entry)]:
+def _drop(is_dropped: Callable[[Any], bool]) -> None:
+    # a filter that ignores leaves nothing in the registries of warnings, so these need no reset
+    for entry in [entry for entry in warnings.filters if is_dropped(entry)]:
         with suppress(ValueError):  # another thread has put other filters in place
             warnings.filters.remove(entry)  # type: ignore[attr-defined]
 

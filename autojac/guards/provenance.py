@@ -20,7 +20,7 @@ from autojac.torch_internals import CUSTOM_OPERATOR, CUSTOM_OPERATOR_FUNCTIONS
 _LIBRARY_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 CORE_PACKAGES: Final = frozenset({"torch", "torchgen", "functorch", "numpy", "einops", "opt_einsum", "autojac"})
-"""Packages that no guard follows, as it follows none of Python's own: what they compute, their arguments decide."""
+"""Packages that no guard follows, nor Python's own: what they compute depends on their arguments alone."""
 
 # `_backward_cls` of an autograd.Function carries a number counted up per process.
 UNSTABLE: Final = frozenset({"_backward_cls", "_abc_impl"})
@@ -80,20 +80,20 @@ def library_version(module_name: str | None) -> str:
 
 
 def followed_fields(kind: type) -> tuple[str, ...]:
-    """Return the attributes that hold the user's code in a library's wrapper that keeps caches besides."""
+    """Return the attributes that hold the user's code in a library's wrapper, which holds caches as well."""
     return _FOLLOWED.get(f"{kind.__module__}.{kind.__qualname__}", ())
 
 
 def source_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """Return code and constants of a ScriptModule or GraphModule, whose class says nothing; None for other modules."""
+    """Return code and constants of a ScriptModule or GraphModule, whose class has no code; None for other modules."""
     if any(base.__module__ == "torch.fx.graph_module" for base in type(module).__mro__):
         return str(module.code), {}
     if not isinstance(module, torch.jit.ScriptModule):
         return None
     graph = getattr(module, "inlined_graph", None)  # absent where there is no forward
     source = "" if graph is None else _MANGLED.sub("", graph.str(False))
-    kept = getattr(module, "_concrete_type", None)
-    names = sorted(set(kept.get_attributes()) - {"training"}) if kept is not None else []
+    concrete_type = getattr(module, "_concrete_type", None)
+    names = sorted(set(concrete_type.get_attributes()) - {"training"}) if concrete_type is not None else []
     return source, {name: getattr(module, name) for name in names}
 
 
@@ -104,7 +104,7 @@ def code_names(code: types.CodeType) -> set[str]:
 
 
 def slots(kind: type) -> tuple[str, ...]:
-    """Return the names of the values that instances of a class keep outside `__dict__`."""
+    """Return the names of the slots of a class."""
     names = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
     flat = chain.from_iterable((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
     return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))

@@ -29,9 +29,9 @@ _C_MODULES: Final = TRUSTED | _words(
     """_operator _functools _collections _abc _heapq _bisect _statistics _struct _typing _warnings _sre _weakref
     _contextvars"""
 )
-# What torch itself calls for its own ends.
+# Packages that torch itself calls.
 _OF_TORCH: Final = _words("sympy mpmath networkx triton jinja2 markupsafe filelock fsspec typing_extensions setuptools")
-# Whoever calls the latter is looked at where it is called.
+# Of the latter, `RunMonitor` judges the caller.
 _ALLOWED: Final = (("_pickle", "dumps"), ("sys", "_getframe"))
 _HARMLESS: Final = _words(
     """abs all any ascii bin callable chr delattr dir divmod format getattr hasattr hex isinstance issubclass iter len
@@ -52,13 +52,13 @@ _STATE_FUNCTIONS: Final = _words(
     current_stream synchronize elapsed_time utilization from_file fromfile load loadtxt genfromtxt memmap
     get_printoptions set_printoptions frombuffer geterr seterr geterrcall seterrcall getbufsize setbufsize errstate"""
 )
-# Flags of the process that torch's own functions tell; those that follow belong to what a plan is filed under.
+# Functions of torch that return flags of the process; the flags in `_KEYED` are part of a plan's key.
 _FLAG: Final = re.compile(r"_?get_.*|_?(is|are)_.*_enabled(_only)?|_?is_warn_.*|.*_sdp_enabled")
 _KEYED: Final = _words("is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_default_dtype")
 _OF_FLAGS: Final = _words("torch torch._C torch.amp.autocast_mode torch.autograd.anomaly_mode")
 # How the environment is read, which guards list.
 _ENVIRONMENT: Final = _words("getenv __getitem__ __iter__ __len__ encode decode encodekey check_str")
-# What code tells compilers, or asks because of them.
+# Functions that tell a compiler something, or ask about one.
 _OF_COMPILERS: Final = _words("is_current_stream_capturing mark_static_address mark_dynamic maybe_mark_dynamic")
 _RANDOM: Final = ("torch.random", "torch.cuda.random", "torch.mps", "torch.xpu.random")
 _VALUES: Final = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range, slice, type(None))
@@ -72,7 +72,7 @@ def package(name: str) -> str:
 
 
 def frame_reason(home: str, name: str) -> str:
-    """Say why a Python function of a library, called by the user's code, may give something else next time.
+    """Return why a Python function of a library may give something else next time; empty if it can't.
 
     Args:
         home: the module whose globals the function uses.
@@ -102,12 +102,12 @@ def tells_compilers(name: str) -> bool:
 
 
 def serves_torch(home: str) -> bool:
-    """Check whether torch calls a package for its own ends."""
+    """Check whether torch itself calls a package."""
     return package(home) in _OF_TORCH
 
 
 def seeds(home: str, name: str) -> bool:
-    """Check whether a function sets or shows where random numbers start."""
+    """Check whether a function sets or returns a seed of random numbers."""
     return is_inside(home, _RANDOM) and name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed")
 
 
@@ -124,18 +124,18 @@ def is_inside(home: str, packages: Iterable[str]) -> bool:
 def unseen(home: str, value: Any) -> bool:
     """Check whether a part of a library's module may be used unseen by a profile function, or change by itself."""
     if is_inside(home, ("numpy.random",)):
-        # what comes of one without entropy of its own differs between equal calls, which is looked at
+        # one without a fixed seed differs between equal calls, which the probe notices
         return getattr(value, "__name__", "") != "SeedSequence"
     if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
         return False
     if isinstance(value, (dict, list, set, deque)):
         return package(home) not in ("torch", "functorch", "numpy", "autojac")
-    seen = (types.FunctionType, types.BuiltinFunctionType, type, *_VALUES)
-    return package(home) not in TRUSTED and not isinstance(value, seen)
+    visible = (types.FunctionType, types.BuiltinFunctionType, type, *_VALUES)
+    return package(home) not in TRUSTED and not isinstance(value, visible)
 
 
 def c_reason(function: Any) -> str:
-    """Say why a function written in C, called by the user's code, may give something else next time."""
+    """Return why a function written in C may give something else next time; empty if it can't."""
     name = function.__name__
     owner = getattr(function, "__self__", None)
     home = getattr(function, "__module__", None)
@@ -145,9 +145,9 @@ def c_reason(function: Any) -> str:
         owner_type = getattr(function, "__objclass__", None)
         return "" if owner_type is None else _method(owner_type, name)
     if isinstance(owner, type):
-        made = owner.__module__
-        safe = package(made) in _C_MODULES or not (is_core(made) or is_made_in_c(owner))
-        return "" if safe and name != "__subclasses__" else f"it calls {name} of {made}.{owner.__name__}"
+        module = owner.__module__
+        safe = package(module) in _C_MODULES or not (is_core(module) or is_made_in_c(owner))
+        return "" if safe and name != "__subclasses__" else f"it calls {name} of {module}.{owner.__name__}"
     return _method(type(owner), name)
 
 

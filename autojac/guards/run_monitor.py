@@ -29,12 +29,12 @@ from autojac.torch_internals import COMPILER, PYTREE_HOME, TENSOR_HOME, TRANSFOR
 class RunMonitor:
     """A context in which every call of the thread is checked against what guards can compare.
 
-    It sees the frames of Python functions and the calls of C functions from Python that is neither Python's own nor
-    torch's, the function's own code in the following. What C calls by itself (`map(time.time, ...)`) shows no frame:
-    guards look at functions that are passed as values.
+    It sees the frames of Python functions, and the calls of C functions from code that is neither Python's nor torch's:
+    the function's own code, below. What C calls by itself (`map(time.time, ...)`) has no frame: guards inspect
+    functions that are passed as values.
 
     Args:
-        earlier: takes note of what the function's code may set, before it runs.
+        earlier: saves what the function's code may set, before it runs.
 
     Attributes:
         reason: why the run read something that no guard can list; empty if it did not.
@@ -83,8 +83,8 @@ class RunMonitor:
         code = frame.f_code
         if id(code) in self._own:
             return
-        kept = self._frames.get(id(code))
-        if kept is None:
+        verdict = self._frames.get(id(code))
+        if verdict is None:
             home = _home(frame)
             if self._is_own(home, frame):
                 if self._is_logged(frame):
@@ -96,8 +96,8 @@ class RunMonitor:
                 return
             if not is_core(home):  # torch's, this time
                 return
-            kept = self._frames[id(code)] = (code, *_verdict(home, code))
-        _, callers, reason = kept
+            verdict = self._frames[id(code)] = (code, *_verdict(home, code))
+        _, callers, reason = verdict
         if reason and not self.reason and callers(self, frame.f_back):
             self.reason = reason
 
@@ -114,7 +114,7 @@ class RunMonitor:
         owner = getattr(function, "__self__", None)
         name = function.__name__
         if id(frame.f_code) not in self._own:
-            # whoever calls them, the code of torch included
+            # whoever calls these, torch included
             if name in ESCAPES - AS_OPERATORS and isinstance(owner, Tensor) and package(_home(frame)) != "autojac":
                 self.reason = f"it reads values of a tensor ({name})"
             return
@@ -133,7 +133,7 @@ class RunMonitor:
         return caller is not None and id(caller.f_code) in self._own
 
     def by_others(self, caller: types.FrameType | None) -> bool:
-        """Check whether a frame belongs to neither torch nor autojac, which see to it themselves."""
+        """Check whether a frame belongs to neither torch nor autojac, which are trusted here."""
         return caller is not None and _counts(caller)
 
     def by_any(self, caller: types.FrameType | None) -> bool:
@@ -146,14 +146,14 @@ class RunMonitor:
         return self.by_user(caller)
 
     def _is_patch(self, frame: types.FrameType) -> bool:
-        """Check whether a package has put what runs in place of a function by which torch's transforms work."""
+        """Check whether a package has replaced a function of torch's transforms by the one that runs."""
         caller, code = frame.f_back, frame.f_code
         while caller is not None and _home(caller) == PYTREE_HOME:
             caller = caller.f_back
         if caller is None or id(caller.f_code) in self._patches:
             return caller is not None
-        named = caller.f_globals.get(code.co_name) if is_inside(_home(caller), (TRANSFORMS_HOME,)) else None
-        return isinstance(named, types.FunctionType) and named.__code__ is code
+        original = caller.f_globals.get(code.co_name) if is_inside(_home(caller), (TRANSFORMS_HOME,)) else None
+        return isinstance(original, types.FunctionType) and original.__code__ is code
 
     def _is_logged(self, frame: types.FrameType) -> bool:
         """Check whether a frame handles a line that is logged, which no result depends on."""
@@ -161,7 +161,7 @@ class RunMonitor:
         return caller is not None and (package(_home(caller)) == "logging" or id(caller.f_code) in self._logging)
 
     def _is_imported(self, caller: types.FrameType | None) -> bool:
-        """Check whether a frame is part of what is imported meanwhile."""
+        """Check whether a frame is part of an import."""
         while caller is not None and caller is not self._outside:
             if _home(caller).startswith("importlib."):
                 return True

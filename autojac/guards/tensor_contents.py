@@ -1,4 +1,4 @@
-"""Notice tensor contents that no check has seen: of index tensors, masks, adjacency matrices, constant matrices."""
+"""Notice contents of index tensors, masks, adjacency and constant matrices that no check has seen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 MOST_CONTENTS = 4096
-"""Contents remembered, the most recent ones: 16 bytes each, so that the batches of an epoch need one check each."""
+"""The most recent contents to remember, 16 bytes each, so that each batch of an epoch is checked once."""
 SMALL = 1 << 12
-"""Bytes up to which a tensor is read in every call: what is written through `.data` or NumPy moves no version."""
+"""Bytes up to which a tensor is read in every call: writes through `.data` or NumPy don't change its version."""
 
 _State = tuple[int, int, torch.Size, tuple[int, ...]]
 
@@ -69,25 +69,25 @@ def _state(tensor: Tensor) -> _State | None:
 
 def _digest(tensor: Tensor) -> bytes:
     """Return a digest of type, shape and entries; of a sparse matrix the stored entries and where they are."""
-    found = hashlib.blake2b(f"{tensor.dtype} {tensor.layout} {tensor.shape}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{tensor.dtype} {tensor.layout} {tensor.shape}".encode(), digest_size=16)
     if tensor.is_meta:
-        return found.digest()
+        return digest.digest()
     try:
         for part in dense_parts(tensor):
-            found.update(_bytes(part))
+            digest.update(_bytes(part))
     except (RuntimeError, TypeError, NotImplementedError):  # wrapped by a transform, or quantized: there are no bytes
         return b""
-    return found.digest()
+    return digest.digest()
 
 
 def _bytes(tensor: Tensor) -> bytes:
     # of a copy: memory that NumPy has seen can't be resized any more, and func or the user may want to
-    copied = tensor.detach().clone()
+    copy = tensor.detach().clone()
     try:
-        found: bytes = copied.numpy(force=True).tobytes()
+        data: bytes = copy.numpy(force=True).tobytes()
     except TypeError:  # a type that numpy lacks
-        found = copied.contiguous().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
-    return found
+        data = copy.contiguous().reshape(-1).view(torch.uint8).numpy(force=True).tobytes()
+    return data
 
 
 def dense_parts(tensor: Tensor) -> Sequence[Tensor]:

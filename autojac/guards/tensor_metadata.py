@@ -17,7 +17,7 @@ MODES = 4
 
 
 def describe_metadata(tensor: Tensor) -> tuple[Any, ...]:
-    """Return everything but the values that a trace takes from a tensor that it reads as an input."""
+    """Return everything but the values that a trace depends on in a tensor."""
     strides = tensor.stride() if tensor.layout is torch.strided else ()
     kind = type(tensor), tensor.dtype, tensor.device, tensor.layout
     bits = tensor.requires_grad, tensor.is_conj(), tensor.is_neg(), tensor.is_inference()
@@ -69,15 +69,16 @@ class Metadata:
 def metadata_check(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
     """Return a check in C that tensors have the metadata of these, in the current modes; None where torch has none.
 
-    False says nothing: a tensor given twice, say, is never alike. Another number of tensors is a `TypeError`.
+    False says nothing: a tensor that occurs twice, say, never passes. Another number of tensors is a `TypeError`.
     """
     if tensor_guards is None or any(tensor.layout is not torch.strided for tensor in tensors):
         return None
     try:
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-        made = tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        check: Callable[..., bool] = made.check
+        check: Callable[..., bool] = tensor_guards(
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+        ).check
         return check if check(*tensors) else None
     except (AttributeError, TypeError, SystemError, RuntimeError):
         return None

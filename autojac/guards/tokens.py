@@ -72,12 +72,12 @@ def reduce(obj: Any) -> Any:
 
 
 def sort_key(item: Any) -> str:
-    """Return what the elements of a set are sorted by within a type, the same in every process."""
+    """Return a key that sorts elements of one type in a set alike in every process."""
     return repr(item) if type(item) in SCALARS else str(getattr(item, "__qualname__", ""))
 
 
 def contents(obj: Any) -> list[Any]:
-    """Return what a container holds, pairs for a mapping, whatever a subclass makes of that."""
+    """Return what a container holds, pairs for a mapping, without the code of subclasses."""
     if isinstance(obj, types.MappingProxyType):
         return list(obj.items())
     if isinstance(obj, dict):

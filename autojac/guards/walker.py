@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from autojac.guards.places import ABSENT, cell_contents
 from autojac.guards.provenance import (
     UNSTABLE,
     code_names,
@@ -183,20 +184,17 @@ class Walk:
             self._globals(code_names(code), function.__globals__)
             self._walk_named("defaults", args=function.__defaults__, keywords=function.__kwdefaults__)
             self._mapping("attributes", sorted(vars(function).items()))
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        for name, value in zip(code.co_freevars, cell_contents(function), strict=False):
             self.emit("cell", name)
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            self.visit(value)
+            if value is not ABSENT:
+                self.visit(value)
 
     def _follows(self, function: types.FunctionType) -> bool:
-        """Check whether a function counts by its code, and not by its name and version."""
+        """Check whether a function counts by its code, not by its name and version."""
         return not is_library(function.__globals__.get("__name__"))
 
     def _follows_class(self, kind: type) -> bool:
-        """Check whether a class counts by what it holds, and not by its name and version."""
+        """Check whether a class counts by its attributes, not by its name and version."""
         return not is_library(kind.__module__)
 
     def _attributes(self, kind: type) -> Iterable[tuple[str, Any]]:
@@ -282,8 +280,8 @@ class Walk:
             return
         self.emit("instance")
         self.visit(kind)
-        held = {name: getattr(obj, name) for name in slots(kind) if hasattr(obj, name)}
-        self._mapping("state", sorted({**held, **(state or {})}.items(), key=lambda item: str(item[0])))
+        in_slots = {name: getattr(obj, name) for name in slots(kind) if hasattr(obj, name)}
+        self._mapping("state", sorted({**in_slots, **(state or {})}.items(), key=lambda item: str(item[0])))
 
     def _walk_reduced(self, obj: Any, kind: type) -> None:
         # operator.itemgetter, re.Pattern, Decimal, ...: what pickle would write is all they hold.

@@ -63,7 +63,7 @@ def known_threads() -> None:
 def known_machine() -> Iterator[None]:
     # the order of candidates follows from it, and would follow from how busy the machine is
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autojac.planning.search.calibrate.measured_machine", lambda device, threads: DEFAULT)
+        patch.setattr("autojac.planning.search.calibrate.measured_machine", lambda device, threads, large: DEFAULT)
         yield
 
 

@@ -26,7 +26,7 @@ from autojac.methods.base import Method, build_if_known
 from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.search import calibrate
 from autojac.planning.search.corrections import corrections_from
-from autojac.problem.machine import DEFAULT, Machine
+from autojac.problem.machine import DEFAULT, SIZES, Machine
 from autojac.store.keys import Key, environment_key, operation_key
 from autojac.store.uninterruptible import run_uninterrupted
 
@@ -128,13 +128,14 @@ class PlanRepository:
         operation = operation_key(_name(self.func).__qualname__, digest, signature, chosen)
         return operation, environment_key(signature.leaves[0].device)
 
-    def machine(self, env: Key, device: str, measure: bool = False) -> Machine:
+    def machine(self, env: Key, device: str, largest: float | None = None) -> Machine:
         """Return the constants of the cost model, corrected by the store's trials; the store is asked once a process.
 
         Args:
             env: the environment's key.
             device: a torch device.
-            measure: measure the machine if that was not done yet, in a fraction of a second, and store the result.
+            largest: measure the machine for operators that move so many bytes at most, where that was not done yet, in
+                a tenth of a second, and store the result; None measures nothing.
         """
         threads = str(torch.get_num_threads())
         known = _machines.setdefault(self.store, {})
@@ -145,8 +146,8 @@ class PlanRepository:
             known[env, ""] = dataclasses.replace(DEFAULT, corrections=corrections_from(self.store.predictions(env)))
         found, corrected = known[env, threads], known[env, ""]
         assert corrected is not None
-        if found is None and measure:
-            found = known[env, threads] = calibrate.measured_machine(device, threads)
+        if largest is not None and (found is None or not found.has_measured(largest)):
+            found = known[env, threads] = calibrate.measured_machine(device, threads, largest > SIZES[1])
             others = self.store.environment(env) or {}
             self.store.save_environment(env, {**others, threads: found.to_json()})
         return dataclasses.replace(found or DEFAULT, corrections=corrected.corrections)

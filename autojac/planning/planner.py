@@ -18,6 +18,7 @@ from autojac.errors import SearchError, StructureChangedWarning, warn
 from autojac.guards.process_state import restore_process_state
 from autojac.methods.base import Method, build, build_if_known, registry
 from autojac.methods.pull import Pull
+from autojac.methods.support.costs import largest_move
 from autojac.planning import progress
 from autojac.planning.call import Call, not_overwritten
 from autojac.planning.check_schedule import CheckSchedule
@@ -36,7 +37,6 @@ from autojac.planning.search.optimize import PriorKnowledge, SearchResult
 from autojac.planning.search.trial import SearchPoint
 from autojac.probe import ProbeResult
 from autojac.problem.empty_events import without_empty_parts
-from autojac.problem.machine import DEFAULT
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import find_unfixed_argument
 
@@ -175,10 +175,11 @@ class Planner:
         """
         call, report, found, start = probed
         structure, device = found.structure, str(call.leaves[0].device)
-        # ranks must decide alike, whatever their machines
-        machine = DEFAULT if several() else self.repository.machine(report.keys[1], device, effort != "estimate")
-        problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
+        problem = self.builder.problem(call, report, structure, found.batched, found.analysis)
         require_room(problem)
+        if not several():  # ranks must decide alike, whatever their machines
+            largest = None if effort == "estimate" else largest_move(problem)
+            problem = dataclasses.replace(problem, machine=self.repository.machine(report.keys[1], device, largest))
         search = functools.partial(
             optimize.search,
             point=self.point(call, report),
@@ -195,7 +196,7 @@ class Planner:
                     raise
                 # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
-                problem = self.builder.problem(call, report, structure, found.batched, found.analysis, machine)
+                problem = self.builder.problem(call, report, structure, found.batched, found.analysis, problem.machine)
                 won = search(without_empty_parts(problem), progress=show)
                 self._tell_of_missed_entries(structure)
         plan = _plan_of(won, structure, found, effort, goal, measure.clock.now() - start)

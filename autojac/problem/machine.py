@@ -26,6 +26,7 @@ class Machine:
         dual_s: an operator on dual numbers.
         rates: bytes per second of operators that move `SIZES`.
         flops_per_s: of a product of matrices.
+        largest: bytes of the largest operator whose rate was measured; those of larger ones are guessed from it.
         corrections: how many times longer than predicted methods took, by their kinds; "" stands for all others.
 
     The default constants are those of a server's core, of 2023.
@@ -38,6 +39,7 @@ class Machine:
     dual_s: float = 9e-5
     rates: tuple[float, ...] = (6e10, 2.5e10, 5e9)
     flops_per_s: float = 6e10
+    largest: float = float(SIZES[-1])
     corrections: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def host_only(self) -> Machine:
@@ -61,6 +63,10 @@ class Machine:
         before = min(int(place), len(SIZES) - 2)
         share = place - before
         return float(self.rates[before] ** (1 - share) * self.rates[before + 1] ** share)
+
+    def has_measured(self, size: float) -> bool:
+        """Check whether nothing is guessed about operators that move so many bytes."""
+        return min(size, SIZES[-1]) <= self.largest
 
     def correction(self, kind: str) -> float:
         """Return how many times longer than predicted methods of a kind take, as far as is known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -145,22 +146,43 @@ def test_corrections_decide_the_order_of_candidates_and_what_is_hopeless() -> No
 # what is known of a machine
 
 
+class Turns(measure.Clock):
+    """One by which each call takes what `seconds` says of how many were timed before."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
+        run()
+        self.calls += 1
+        return self.seconds(self.calls)
+
+
 def test_a_machine_is_measured_by_few_operators_and_no_clock_of_the_search() -> None:
-    class Turns(measure.Clock):
-        def __init__(self) -> None:
-            self.calls = 0
-
-        def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
-            run()
-            self.calls += 1
-            return 1e-3
-
-    clock = Turns()
+    clock = Turns(lambda turn: 1e-2)
     machine = calibrate.measure_machine(torch.device("cpu"), clock)
-    assert clock.calls == 9 * calibrate.TURNS
-    assert machine.plain_s == machine.dual_s == 1e-3 / calibrate.OPERATORS
-    assert machine.rates == tuple(size / 1e-3 for size in SIZES)
-    assert machine.flops_per_s == 2 * calibrate.ROWS * calibrate.SIDE**2 / 1e-3
+    assert clock.calls == 8 * 2  # two long timings that agree are enough
+    assert machine.plain_s == machine.dual_s == 1e-2 / calibrate.OPERATORS
+    assert machine.rates[:2] == tuple(size / 1e-2 for size in SIZES[:2])
+    assert machine.flops_per_s == 2 * calibrate.ROWS * calibrate.SIDE**2 / 1e-2
+    assert [machine.has_measured(size) for size in (1, SIZES[1], SIZES[1] + 1, 2 * SIZES[2])] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    machine = calibrate.measure_large_operators(machine, torch.device("cpu"), clock)
+    assert clock.calls == 9 * 2
+    assert machine.rates == tuple(size / 1e-2 for size in SIZES)
+    assert machine.has_measured(2 * SIZES[2])
+    assert Machine.from_json(machine.to_json()) == machine
+
+
+@pytest.mark.parametrize("seconds", [lambda turn: 1e-6, lambda turn: 1.0 / turn], ids=["short", "unsteady"])
+def test_timings_that_are_short_or_differ_are_repeated(seconds: Callable[[int], float]) -> None:
+    clock = Turns(seconds)
+    calibrate.measure_large_operators(DEFAULT, torch.device("cpu"), clock)
+    assert clock.calls == calibrate.TURNS
 
 
 @pytest.fixture
@@ -168,9 +190,9 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A machine that is fast in all things; how often it was measured."""
     times: list[str] = []
 
-    def measured(device: str, threads: str) -> Machine:
-        times.append(f"{device} {threads}")
-        return dataclasses.replace(DEFAULT, plain_s=7e-7)
+    def measured(device: str, threads: str, large: bool) -> Machine:
+        times.append(f"{device} {threads}{' large' * large}")
+        return dataclasses.replace(DEFAULT, plain_s=7e-7, largest=float(SIZES[2 if large else 1]))
 
     monkeypatch.setattr(calibrate, "measured_machine", measured)
     return times
@@ -193,6 +215,13 @@ def test_a_search_measures_the_machine_once_and_stores_it_and_an_estimate_reads_
     repository = PlanRepository(func, Options.from_keywords({"store": PlanStore(place)}))
     assert repository.machine(env, "cpu").plain_s == 7e-7
     assert measuring == [f"cpu {threads}"]
+
+
+def test_large_operators_are_measured_when_a_search_first_may_run_one(measuring: list[str]) -> None:
+    func, store, threads = net(3, 8, 2), PlanStore(":memory:"), torch.get_num_threads()
+    for size in (8, 20_000, 30_000, 8):
+        AutoJacobian(func, store=store).tune(torch.randn(size, 3), budget_s=0.05)
+    assert measuring == [f"cpu {threads}", f"cpu {threads} large"]
 
 
 def test_an_estimate_is_corrected_by_the_trials_of_other_functions(tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def push_cost(problem: Problem, count: int, step: int, engine: str) -> float:
     return host + passes * machine.seconds(work) + count / step * machine.seconds(work, step)
 
 
+def largest_move(problem: Problem) -> float:
+    """Predict how many bytes a single operator of any method moves at most: one that takes all seeds in one pass."""
+    apart = problem.structure.independent and not problem.shared_input
+    count = max(problem.in_size, problem.out_size) * (1 if apart else problem.batch)
+    return max(count * 2.0 ** max(problem.work.moved, default=0), RESULT_MOVES * problem.result_bytes)
+
+
 def chunk_sizes(problem: Problem, count: int, depth: int) -> list[int | None]:
     """Return chunks worth trying for `count` seeds: all in one pass, and powers of four below, as memory allows."""
     room = problem.memory_limit - problem.result_bytes

@@ -22,32 +22,65 @@ SEEDS = 4
 ROWS, SIDE = 2048, 256
 """Rows of the tall matrix, and its columns, whose product with a square one is timed, as seeds of a batch make them."""
 TURNS = 5
-"""Timings of which the fastest counts."""
+"""Timings, at most, of which the fastest counts."""
+CLOSE = 0.05
+"""A timing that differs from the fastest so far by no more than this share confirms it: load never makes one faster."""
+LONG_S = 4e-3
+"""Seconds of timings that are enough if they agree: a burst of load may slow several shorter ones alike."""
 
 
 @functools.cache
-def measured_machine(device: str, threads: str) -> Machine:
-    """Return what `measure_machine` finds, once per process; `threads` says for how many, and is torch's number."""
+def measured_machine(device: str, threads: str, large: bool) -> Machine:
+    """Return what is measured of a machine, once per process.
+
+    Args:
+        device: where.
+        threads: for how many; it is torch's number.
+        large: measure operators that move more than `SIZES[1]` bytes too, which takes as long as all the rest.
+    """
+    if large:
+        return measure_large_operators(measured_machine(device, threads, False), torch.device(device))
     return measure_machine(torch.device(device))
 
 
 def measure_machine(device: torch.device, clock: measure.Clock | None = None) -> Machine:
-    """Measure what operators, bytes and flops take on a device, by so many threads as torch has now.
+    """Measure what operators, bytes within caches, and flops take on a device, by so many threads as torch has now.
 
     Args:
         device: where.
         clock: what to measure by; true time by default, not what tests put in the place of a search's clock.
     """
+    fastest = _make_timer(clock, device)
+    with torch.enable_grad():
+        constants = {**_host_seconds(device, fastest), "flops_per_s": _flops_per_s(device, fastest)}
+        small, middle = (_rate(device, fastest, size) for size in SIZES[:2])
+    rates = (small, middle, middle * DEFAULT.rates[2] / DEFAULT.rates[1])
+    return dataclasses.replace(DEFAULT, **constants, rates=rates, largest=float(SIZES[1]))
+
+
+def measure_large_operators(machine: Machine, device: torch.device, clock: measure.Clock | None = None) -> Machine:
+    """Measure what was only guessed so far: the rate of operators whose tensors fit into no cache."""
+    rate = _rate(device, _make_timer(clock, device), SIZES[2])
+    return dataclasses.replace(machine, rates=(*machine.rates[:2], rate), largest=float(SIZES[2]))
+
+
+def _make_timer(clock: measure.Clock | None, device: torch.device) -> Callable[..., float]:
+    """Return what times a computation, until two timings agree on the fastest."""
     clock = measure.Clock() if clock is None else clock
 
     def fastest(run: measure.Run, calls: int = 1) -> float:
         run()  # what a process does once
-        return max(min(clock.per_call(run, device, calls) for _ in range(TURNS)), 1e-9)
+        best = spent = clock.per_call(run, device, calls)
+        for _ in range(TURNS - 1):
+            other = clock.per_call(run, device, calls)
+            spent += other
+            is_confirmed = abs(other - best) <= CLOSE * best
+            best = min(best, other)
+            if is_confirmed and spent * calls >= LONG_S:
+                break
+        return max(best, 1e-9)
 
-    with torch.enable_grad():
-        host = _host_seconds(device, fastest)
-        constants: dict[str, Any] = {**host, "flops_per_s": _flops_per_s(device, fastest)}
-        return dataclasses.replace(DEFAULT, **constants, rates=_rates(device, fastest))
+    return fastest
 
 
 def _host_seconds(device: torch.device, fastest: Callable[..., float]) -> dict[str, Any]:
@@ -77,14 +110,11 @@ def _host_seconds(device: torch.device, fastest: Callable[..., float]) -> dict[s
     }
 
 
-def _rates(device: torch.device, fastest: Callable[..., float]) -> tuple[float, ...]:
-    """Return the bytes per second of a map that reads two tensors and makes a third."""
-    rates = []
-    for size in SIZES:
-        one, other = torch.ones(2, size // 12, device=device)
-        calls = max(SIZES[1] // size, 1)
-        rates.append(size / fastest(lambda one=one, other=other: one * other, calls))
-    return tuple(rates)
+def _rate(device: torch.device, fastest: Callable[..., float], size: int) -> float:
+    """Return the bytes per second of a map that reads two tensors and writes a third, `size` bytes in all."""
+    # what a process's first large results cost, for pages that it never had, is no matter of the rate
+    one, other, result = torch.ones(3, size // 12, device=device)
+    return size / fastest(lambda: torch.mul(one, other, out=result), max(SIZES[1] // size, 1))
 
 
 def _flops_per_s(device: torch.device, fastest: Callable[..., float]) -> float:

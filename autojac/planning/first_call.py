@@ -28,7 +28,7 @@ from autojac.probe.random_generators import generators_of_func
 from autojac.probe.side_effects import FirstCall, evaluate_once
 from autojac.problem.layouts import require_columns, require_layout
 from autojac.problem.problem import Flat
-from autojac.problem.randomness import redrawn, repeat_draws
+from autojac.problem.randomness import repeat_draws, restart_draws
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
             "into eval mode"
         )
     if randomness == "different":
-        return redrawn(layout.fn), first
+        return restart_draws(layout.fn), first
     batched = layout.batched_leaves(guess_batched(leaves, len(first.values[0])))
     fn = repeat_draws(layout.fn, batched, tuple(sandbox.state))
     alike = _first_call(fn, call, sandbox)

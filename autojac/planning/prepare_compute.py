@@ -18,7 +18,7 @@ from autojac.guards.assignments import Snapshot, leaving
 from autojac.methods.base import Method
 from autojac.problem.empty_events import with_empty_parts
 from autojac.problem.problem import Compute, Problem, Result
-from autojac.problem.randomness import leaving_state
+from autojac.problem.randomness import restore_draws
 from autojac.replay.replayer import Replayer
 from autojac.torch_internals import pytree
 
@@ -31,7 +31,7 @@ def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Com
     if UPDATES_BUFFERS in effects:
         return compute  # func runs as it is, and once
     if DRAWS_ALIKE in effects or KEEPS in effects:
-        compute = leaving_state(compute, problem.generators)
+        compute = restore_draws(compute, problem.generators)
         return leaving(compute, problem.places, functools.partial(_call_plainly, layout, KEEPS in effects))
     return compute
 

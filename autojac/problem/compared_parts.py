@@ -57,7 +57,7 @@ class ComparedParts:
     Attributes:
         weights: for each output, such that each of its coordinates counts alike.
         rows: (output, row, what is pulled).
-        kept: for each output its projections, if they are kept.
+        known: for each output its projections, if they are kept.
         scaled: pairs of projections whose samples differ by factors, of samples that are taken for apart.
     """
 
@@ -81,7 +81,7 @@ class ComparedParts:
         self.weights = [balance([value])[0] for value in self.values]
         self.rows = self._rows(extent.rows, alone)
         with pullback.without_graph():
-            self.kept = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
+            self.known = [list(self._projections(output)) for output in range(len(self.values))] if keep else []
             self.scaled = list(self._scale())
 
     def expect(self, projection: Projection, position: int) -> Tensor:
@@ -98,7 +98,7 @@ class ComparedParts:
         )
         projections = (
             self.evidence.says(self.places.pick(one, position, projection), position, projection)
-            for projection in itertools.chain.from_iterable(self.kept)
+            for projection in itertools.chain.from_iterable(self.known)
             for position, one in enumerate(projection.pulled)
             if bool(projection.cotangent.any())
         )
@@ -106,7 +106,7 @@ class ComparedParts:
 
     def projections(self, output: int) -> Iterable[Projection]:
         """Return random projections of one output's Jacobian."""
-        return self.kept[output] if self.kept else self._projections(output)
+        return self.known[output] if self.known else self._projections(output)
 
     def _projections(self, output: int) -> Iterator[Projection]:
         value, layout = self.values[output], self.problem.layout
@@ -120,9 +120,9 @@ class ComparedParts:
         for samples, coordinates in itertools.product(some, places):
             cotangent = _alone(self._noise(output), samples)
             if coordinates is not None:
-                kept = torch.zeros_like(value[0]).flatten()
-                kept[list(coordinates)] = 1
-                cotangent = cotangent * kept.view_as(value[0])
+                mask = torch.zeros_like(value[0]).flatten()
+                mask[list(coordinates)] = 1
+                cotangent = cotangent * mask.view_as(value[0])
             cotangent = self.evidence.mask_cotangent(output, cotangent)
             yield Projection(samples, coordinates, cotangent, self.pullback(output, cotangent))
 

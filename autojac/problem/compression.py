@@ -15,7 +15,8 @@ from torch import Tensor
 
 from autojac.core.pattern import Indices, Marks, Pattern
 from autojac.problem.problem import Problem
-from autojac.sparse.colorings import Colorings, Side, is_read_from_rows
+from autojac.sparse.bicoloring import is_read_from_rows
+from autojac.sparse.colorings import Colorings, Side
 from autojac.sparse.star_coloring import is_symmetric, is_within_reach, mirrored_reading, star
 
 PartOfJacobian = Literal["all", "blocks", "diagonals"]
@@ -81,8 +82,8 @@ class Colors:
             if samples is None:
                 made.append(seed.expand(stop - start, *tensor.shape))
                 continue
-            own = samples[numbers // self.width]
-            made.append(own.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
+            chosen = samples[numbers // self.width]
+            made.append(chosen.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
         return made
 
     def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -102,11 +103,11 @@ def colors_of(problem: Problem, side: Side) -> Colors:
     samples = structure.samples if problem.batch > 1 else None
     alike = samples is None and not structure.independent
     features = None if structure.sparsity is None else structure.sparsity.features
-    kept: PartOfJacobian = "blocks" if problem.layout in ("blocks", "diagonal") else "all"
+    part: PartOfJacobian = "blocks" if problem.layout in ("blocks", "diagonal") else "all"
     if problem.layout == "diagonal" and len(problem.outputs) == len(problem.inputs) == 1:
-        kept = "diagonals"
+        part = "diagonals"
     count = problem.out_size if side == "rows" else problem.in_size
-    return problem.colorings.derive(_colors, side, samples, features, kept, count, problem.batch if alike else 1)
+    return problem.colorings.derive(_colors, side, samples, features, part, count, problem.batch if alike else 1)
 
 
 def _colors(
@@ -114,7 +115,7 @@ def _colors(
     side: Side,
     samples: Pattern | None,
     features: Pattern | None,
-    kept: PartOfJacobian,
+    part: PartOfJacobian,
     count: int,
     batch: int,
 ) -> Colors:
@@ -124,19 +125,18 @@ def _colors(
         colorings: makes and keeps them.
         side: rows or columns.
         samples, features: the patterns; all for None of the features.
-        kept: of blocks of each sample only, samples of one color must not reach each other, but may reach the same; of
-            the diagonals of blocks, the same holds for features.
+        part: where only each sample's block is asked for, samples of one color must not reach each other, but may
+            reach the same ones; where only diagonals of blocks are, the same goes for features.
         count: number of features.
         batch: number of samples that are coupled all with all, without a graph.
     """
-    grouped: Indices | None = np.arange(batch, dtype=np.int32) if batch > 1 else None
+    sample_colors: Indices | None = np.arange(batch, dtype=np.int32) if batch > 1 else None
     if samples is not None:
-        grouped = colorings.apart(samples) if kept != "all" else colorings.orthogonal(samples, side)
+        sample_colors = colorings.apart(samples) if part != "all" else colorings.orthogonal(samples, side)
     if features is None:
-        return Colors(side, grouped, np.arange(count, dtype=np.int32))
-    return Colors(
-        side, grouped, colorings.apart(features) if kept == "diagonals" else colorings.orthogonal(features, side)
-    )
+        return Colors(side, sample_colors, np.arange(count, dtype=np.int32))
+    colors = colorings.apart(features) if part == "diagonals" else colorings.orthogonal(features, side)
+    return Colors(side, sample_colors, colors)
 
 
 def both_sides(problem: Problem) -> tuple[Colors, Colors, Marks]:
@@ -165,8 +165,7 @@ def mirrored_rows(problem: Problem) -> tuple[Colors, Marks] | None:
         return None
     if sparsity is None or sparsity.features is None or len(problem.outputs) > 1 or len(problem.inputs) > 1:
         return None
-    found: tuple[Colors, Marks] | None = problem.colorings.derive(_color_mirrored_rows, sparsity.features)
-    return found
+    return problem.colorings.derive(_color_mirrored_rows, sparsity.features)
 
 
 def _color_mirrored_rows(colorings: Colorings, features: Pattern) -> tuple[Colors, Marks] | None:
@@ -209,6 +208,6 @@ def describe_colors(problem: Problem) -> list[str]:
     samples = 1 if problem.structure.independent else problem.batch
     plain = {"rows": problem.out_size * samples, "columns": problem.in_size * samples}
     sides: tuple[Side, Side] = ("rows", "columns")
-    found = [f"{colors_of(problem, side).count} of {plain[side]} {side}" for side in sides]
+    counts = [f"{colors_of(problem, side).count} of {plain[side]} {side}" for side in sides]
     cost = f", found in {1e3 * problem.colorings.seconds:.3g} ms" if problem.colorings.seconds else ""
-    return [f"colors: passes for {' or '.join(found)}{cost}"]
+    return [f"colors: passes for {' or '.join(counts)}{cost}"]

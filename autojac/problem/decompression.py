@@ -22,38 +22,26 @@ class Decompress(Protocol):
     def __call__(self, compressed: Sequence[Tensor]) -> Tensor: ...
 
 
-def decompressor(
-    problem: Problem,
-    sides: Sequence[Colors],
-    output: int,
-    position: int,
-    from_rows: Marks | None,
-    swapped: Marks | None,
-) -> Decompress:
-    """Prepare the reading of one Jacobian.
+def decompressors(
+    problem: Problem, sides: Sequence[Colors], from_rows: Marks | None = None, swapped: Marks | None = None
+) -> list[list[Decompress]]:
+    """Prepare the reading of all Jacobians, by output and input.
 
     Args:
         problem: its layout says what is read.
         sides: the colors that were pulled, pushed, or both.
-        output, position: which Jacobian.
         from_rows: for each entry of the pattern inside a sample whether it is read from the side of the rows,
             (entries,) bool; needed where there are two sides.
         swapped: for each entry of a symmetric Jacobian whether its mirror image is read, (entries,) bool.
     """
-    if problem.structure.independent or problem.layout in ("blocks", "diagonal"):
-        return _OwnBlocks(problem, sides, (output, position), from_rows, swapped)
-    assert len(sides) == 1
-    return _WholeBatch(problem, sides[0], output, position)
 
+    def prepare(output: int, position: int) -> Decompress:
+        if problem.structure.independent or problem.layout in ("blocks", "diagonal"):
+            return _OwnBlocks(problem, sides, (output, position), from_rows, swapped)
+        assert len(sides) == 1
+        return _WholeBatch(problem, sides[0], output, position)
 
-def decompressors(
-    problem: Problem, sides: Sequence[Colors], from_rows: Marks | None = None, swapped: Marks | None = None
-) -> list[list[Decompress]]:
-    """Prepare the reading of all Jacobians, by output and input; the arguments are those of `decompressor`."""
-    return [
-        [decompressor(problem, sides, output, position, from_rows, swapped) for position in problem.inputs]
-        for output in range(len(problem.outputs))
-    ]
+    return [[prepare(output, position) for position in problem.inputs] for output in range(len(problem.outputs))]
 
 
 class _OwnBlocks:

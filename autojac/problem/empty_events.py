@@ -49,32 +49,32 @@ def with_empty_parts(problem: Problem, prepare: Callable[[Problem], Compute]) ->
         return _zeros_alone(problem)
     if inner is problem:
         return prepare(problem)
-    compute, kept = prepare(inner), inner.fn
-    assert isinstance(kept, NonEmptyOutputs)
+    compute, fn = prepare(inner), inner.fn
+    assert isinstance(fn, NonEmptyOutputs)
     outputs = _with_elements(problem)
 
-    def whole(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        found = compute(leaves, kwargs)
-        values = dict(zip(outputs, found.values, strict=True))
+    def compute_all(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+        result = compute(leaves, kwargs)
+        values = dict(zip(outputs, result.values, strict=True))
         jacobians = {
             (index, position): jacobian
-            for index, row in zip(outputs, found.jacobians, strict=True)
+            for index, row in zip(outputs, result.jacobians, strict=True)
             for position, jacobian in zip(inner.inputs, row, strict=True)
         }
         for index, event in enumerate(problem.outputs):
             if index not in values:
-                like, dtype = found.values[0], kept.dtypes[index]
+                like, dtype = result.values[0], fn.dtypes[index]
                 values[index] = like.new_empty((problem.batch, *event), dtype=dtype)
             for position in problem.inputs:
                 if (index, position) not in jacobians:
                     jacobians[index, position] = leaves[position].new_zeros(problem.jacobian_shape(index, position))
         order = range(len(problem.outputs))
-        return found._replace(
+        return result._replace(
             values=tuple(values[index] for index in order),
             jacobians=tuple(tuple(jacobians[index, position] for position in problem.inputs) for index in order),
         )
 
-    return whole
+    return compute_all
 
 
 def _with_elements(problem: Problem) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where rows, projections and blocks of a Jacobian are found in each layout, to hold them against plain VJPs."""
+"""Where rows, projections and blocks of a Jacobian are found in each layout, to check them against plain VJPs."""
 
 from __future__ import annotations
 

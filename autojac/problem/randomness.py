@@ -21,22 +21,22 @@ from autojac.problem.problem import Compute, Flat, Result
 def from_one_state(compute: Compute, generators: Sequence[str] = GENERATORS) -> Compute:
     """Return a computation, all evaluations of which draw alike from these generators."""
 
-    def same(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+    def compute_alike(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         given = kwargs.random_state if isinstance(kwargs, Keywords) else None
         return compute(leaves, Keywords.of(kwargs, random_state=given or random_state(generators)))
 
-    return same
+    return compute_alike
 
 
-def redrawn(fn: Flat) -> Flat:
+def restart_draws(fn: Flat) -> Flat:
     """Return a flat function for `randomness="different"`: it draws for the whole batch, as a plain call does."""
 
-    def with_same_numbers(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def evaluate(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if isinstance(kwargs, Keywords) and kwargs.random_state is not None:
             restore_random_state(kwargs.random_state)
         return fn(leaves, kwargs)
 
-    return with_same_numbers
+    return evaluate
 
 
 def repeat_draws(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = GENERATORS) -> Flat:
@@ -48,28 +48,27 @@ def repeat_draws(fn: Flat, batched: Sequence[bool], generators: Sequence[str] = 
         generators: those that it draws from.
     """
 
-    def one_by_one(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def evaluate(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         state = kwargs.random_state if isinstance(kwargs, Keywords) else None
         state = random_state(generators) if state is None else state
         samples = next(len(leaf) for leaf, has in zip(leaves, batched, strict=True) if has)
         parts = []
         for b in range(samples):
             restore_random_state(state)
-            parts.append(
-                fn([leaf[b : b + 1] if has else leaf for leaf, has in zip(leaves, batched, strict=True)], kwargs)
-            )
+            sample = [leaf[b : b + 1] if has else leaf for leaf, has in zip(leaves, batched, strict=True)]
+            parts.append(fn(sample, kwargs))
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
-    return one_by_one
+    return evaluate
 
 
-def leaving_state(compute: Compute, generators: Sequence[str]) -> Compute:
+def restore_draws(compute: Compute, generators: Sequence[str]) -> Compute:
     """Return a computation that sets generators back, so that a plain call that follows draws the same numbers."""
 
-    def back(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+    def compute_and_restore(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         state = random_state(generators)
         result = compute(leaves, kwargs)
         restore_random_state(state)
         return result
 
-    return back
+    return compute_and_restore

@@ -253,7 +253,7 @@ class Reference:
     @property
     def decides(self) -> bool:
         """Whether a missing entry as large as the derivatives compared would be seen, and not be taken for rounding."""
-        for output, projections in enumerate(self.parts.kept):
+        for output, projections in enumerate(self.parts.known):
             size = max(seeds.size(self.problem.outputs[output]), 1)
             for position, floor in enumerate(self.floors[output]):
                 compared = [self.parts.expect(projection, position) for projection in projections]

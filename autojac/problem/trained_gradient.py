@@ -87,13 +87,13 @@ class GradientReference:
         return [relative for _, relative in own_rounding(known.pull, known.rows, self.parts.generator)]
 
     def _compare(self, found: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]) -> str | None:
-        for mine, theirs, own in zip(found, right, slacks, strict=True):
+        for mine, theirs, relative in zip(found, right, slacks, strict=True):
             counted = torch.isfinite(theirs)
             if not self.parts.evidence.whole:
                 # zero times what is NaN elsewhere
                 counted &= torch.isfinite(mine)
             one, other = zero_uncounted(None if bool(counted.all()) else counted, mine, theirs)
-            slack = max(own, *(self.slack(output, other) for output in range(len(self.parts.values))))
+            slack = max(relative, *(self.slack(output, other) for output in range(len(self.parts.values))))
             error = disagreement(one.reshape(1, -1), other.reshape(1, -1), floor=_magnitude_floor(right), slack=slack)
             if error is not None:
                 return f"the gradient through J is off by {error:.1g} relative"
@@ -121,16 +121,11 @@ class TrainedRows:
     slacks: Sequence[float] = ()
 
     def pull(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradient through some rows in the places of these."""
+        """Return the gradient through some rows in the places of these, added up within each group of sources."""
         pairs = zip(rows, weights, strict=True)
         total = torch.stack([(row.reshape(1, -1) * weight).sum() for row, weight in pairs]).sum()
-        return _gradients(total, self.sources)
-
-
-def _gradients(scalar: Tensor, sources: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Return gradients of a scalar, added up within each group of sources."""
-    parts = iter(gradient(scalar, list(itertools.chain(*sources))))
-    return [torch.stack([next(parts) for _ in group]).sum(0) for group in sources]
+        parts = iter(gradient(total, list(itertools.chain(*self.sources))))
+        return [torch.stack([next(parts) for _ in group]).sum(0) for group in self.sources]
 
 
 def _magnitude_floor(gradients: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Colorings of patterns: which rows, columns or samples can share a seed, kept once they are known."""
+"""Colorings of patterns: which rows, columns or samples can share a seed, each computed once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from autojac.errors import OptionError
 from autojac.sparse.bicoloring import both, collision_free, is_read_from_rows
 from autojac.sparse.greedy_coloring import fewest
 
-__all__ = ["Backing", "Colorings", "Side", "apart", "both", "is_read_from_rows", "orthogonal"]
-
 Side = Literal["rows", "columns"]
 Arrays = Mapping[str, Indices]
 T = TypeVar("T")
-KEPT: Final = 64
-"""Colorings that a process keeps at hand."""
+MOST_KNOWN: Final = 64
+"""Colorings that a process keeps in memory."""
 
 
 def orthogonal(pattern: Pattern, side: Side) -> Indices:
@@ -66,18 +64,18 @@ def apart(graph: Pattern) -> Indices:
     ends, edges = np.concatenate([low, high]), np.tile(np.arange(len(low), dtype=np.int32), 2)
     ones = np.ones(len(ends), dtype=np.int8)
     # a sample holds its edges, and neighbours share one
-    held = scipy.sparse.csr_array((ones, (ends, edges)), shape=(count, max(1, len(low))))
-    return np.maximum(fewest(held), 0)
+    incidence = scipy.sparse.csr_array((ones, (ends, edges)), shape=(count, max(1, len(low))))
+    return np.maximum(fewest(incidence), 0)
 
 
 class Backing(Protocol):
     """Where colorings outlive the process; a `PlanStore` is one."""
 
     def coloring(self, key: str) -> Arrays | None:
-        """Return the arrays kept under a key; None if there are none."""
+        """Return the arrays stored under a key; None if there are none."""
 
     def save_coloring(self, key: str, arrays: Arrays) -> None:
-        """Keep arrays under a key."""
+        """Store arrays under a key."""
 
 
 class Colorings:
@@ -101,13 +99,13 @@ class Colorings:
         key = (make, *arguments)
         if key not in self._derived:
             self._derived[key] = make(self, *arguments)
-            while len(self._derived) > KEPT:
+            while len(self._derived) > MOST_KNOWN:
                 self._derived.popitem(last=False)
-        made: T = self._derived[key]
-        return made
+        derived: T = self._derived[key]
+        return derived
 
     def orthogonal(self, pattern: Pattern, side: Side) -> Indices:
-        """Return what the function of this name does."""
+        """Color the rows (or columns) as the function of this name does."""
         size = pattern.shape[side == "columns"]
 
         def is_right(colors: Arrays) -> bool:
@@ -119,33 +117,32 @@ class Colorings:
         return self._find(pattern, side, {side: size}, lambda: {side: orthogonal(pattern, side)}, is_right)[side]
 
     def apart(self, graph: Pattern) -> Indices:
-        """Return what the function of this name does."""
+        """Color samples as the function of this name does."""
 
-        def is_right(found: Arrays) -> bool:
-            colors = found["samples"]
+        def is_right(arrays: Arrays) -> bool:
+            colors = arrays["samples"]
             low, high = _edges(graph)
             return bool((colors >= 0).all() and (colors[low] != colors[high]).all())
 
-        made = self._find(graph, "apart", {"samples": graph.shape[0]}, lambda: {"samples": apart(graph)}, is_right)
-        return made["samples"]
+        sizes = {"samples": graph.shape[0]}
+        return self._find(graph, "apart", sizes, lambda: {"samples": apart(graph)}, is_right)["samples"]
 
     def both(self, pattern: Pattern) -> tuple[Indices, Indices]:
-        """Return what the function of this name does."""
+        """Color rows and columns together as the function of this name does."""
 
-        def made() -> Arrays:
-            rows, columns = both(pattern)
-            return {"rows": rows, "columns": columns}
+        def make() -> Arrays:
+            return dict(zip(("rows", "columns"), both(pattern), strict=True))
 
-        def is_right(found: Arrays) -> bool:
+        def is_right(arrays: Arrays) -> bool:
             try:
-                is_read_from_rows(pattern, found["rows"], found["columns"])
+                is_read_from_rows(pattern, arrays["rows"], arrays["columns"])
             except ValueError:
                 return False
             return True
 
         sizes = {"rows": pattern.shape[0], "columns": pattern.shape[1]}
-        found = self._find(pattern, "both", sizes, made, is_right)
-        return found["rows"], found["columns"]
+        colors = self._find(pattern, "both", sizes, make, is_right)
+        return colors["rows"], colors["columns"]
 
     def _find(
         self,
@@ -158,9 +155,9 @@ class Colorings:
         key = f"{pattern.key}:{kind}"
         known = self._known.get(key)
         if known is None:
-            kept = self._backing.coloring(key) if self._backing is not None else None
-            if kept is not None and _are_colors(kept, sizes) and is_right(kept):
-                known = kept
+            stored = self._backing.coloring(key) if self._backing is not None else None
+            if stored is not None and _are_colors(stored, sizes) and is_right(stored):
+                known = stored
             else:
                 start = time.perf_counter()
                 known = make()
@@ -168,7 +165,7 @@ class Colorings:
                 if self._backing is not None:
                     self._backing.save_coloring(key, known)
             self._known[key] = known
-            if len(self._known) > KEPT:
+            if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
         return known
 

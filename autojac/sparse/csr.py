@@ -48,23 +48,24 @@ class Entries:
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
         """Return the entries of some dense rows (c, columns), of which the first is number `start`."""
         first, last = (int(self.pattern.starts[number]) for number in (start, start + len(rows)))
-        _, own, columns = self.indices(rows.device)
-        return rows[own[first:last] - start, columns[first:last]]
+        _, numbers, columns = self.indices(rows.device)
+        return rows[numbers[first:last] - start, columns[first:last]]
 
     def row(self, values: Tensor, row: int) -> Tensor:
         """Return one row of the matrix, dense."""
-        start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
-        _, _, columns = self.indices(values.device)
-        blank = values.new_zeros(self.pattern.shape[1])
-        return blank.index_put((columns[start:stop],), values[start:stop])
+        entries, columns = self._of_row(row, values.device)
+        return values.new_zeros(self.pattern.shape[1]).index_put((columns,), values[entries])
 
     def stored_columns(self, row: int, device: torch.device) -> Tensor:
         """Return which columns of a row are stored: (columns,) bool."""
-        start, stop = (int(end) for end in self.pattern.starts[row : row + 2])
-        _, _, columns = self.indices(device)
-        blank = torch.zeros(self.pattern.shape[1], dtype=torch.bool, device=device)
-        blank[columns[start:stop]] = True
-        return blank
+        stored = torch.zeros(self.pattern.shape[1], dtype=torch.bool, device=device)
+        stored[self._of_row(row, device)[1]] = True
+        return stored
+
+    def _of_row(self, row: int, device: torch.device) -> tuple[slice, Tensor]:
+        """Return where the entries of a row are among all, and their columns."""
+        entries = slice(*(int(end) for end in self.pattern.starts[row : row + 2]))
+        return entries, self.indices(device)[2][entries]
 
     def pull(self, values: Tensor, cotangent: Tensor) -> Tensor:
         """Return a cotangent (rows,) times the matrix."""
@@ -134,6 +135,6 @@ def to_scipy(jacobian: Tensor) -> scipy.sparse.csr_array:
         raise InputError(
             f"a sparse CSR tensor was expected, got one stored as {jacobian.layout}. Compute it with layout='sparse'"
         )
-    held = jacobian.detach()
-    parts = (held.values(), held.col_indices(), held.crow_indices())
-    return scipy.sparse.csr_array(tuple(part.cpu().numpy() for part in parts), shape=tuple(held.shape))
+    matrix = jacobian.detach()
+    parts = (matrix.values(), matrix.col_indices(), matrix.crow_indices())
+    return scipy.sparse.csr_array(tuple(part.cpu().numpy() for part in parts), shape=tuple(matrix.shape))

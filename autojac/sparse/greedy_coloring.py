@@ -19,7 +19,7 @@ ENTRIES: Final = 20_000_000
 """Entries that repeated passes may look at in all, at 0.3 µs each."""
 PASSES: Final = 24
 STALE: Final = 6
-"""Passes without a color less after which no more are made."""
+"""Passes in a row without a color less after which the coloring is taken as it is."""
 CHUNK: Final = 1 << 16
 
 
@@ -38,9 +38,9 @@ def fewest(holdings: scipy.sparse.csr_array, thorough: bool = True) -> Indices:
     Returns:
         Color of each node: (nodes,), int32; -1 for nodes that hold nothing.
     """
-    held = np.diff(holdings.indptr)
-    colors = np.full(len(held), -1, dtype=np.int32)
-    active = np.flatnonzero(held)
+    counts = np.diff(holdings.indptr)
+    colors = np.full(len(counts), -1, dtype=np.int32)
+    active = np.flatnonzero(counts)
     if not len(active):
         return colors
     sharers = np.bincount(holdings.indices, minlength=holdings.shape[1]).astype(np.int64)
@@ -94,14 +94,14 @@ def _by_conflicts(nodes: scipy.sparse.csr_array) -> Iterator[Indices]:
         some = slice(start, start + 16 * CHUNK)
         graph.extend_from_edge_list(list(zip(edges.row[some].tolist(), edges.col[some].tolist(), strict=True)))
     strategies = rustworkx.ColoringStrategy
-    yield _list_neighbours(rustworkx.graph_greedy_color(graph, strategy=strategies.Saturation), count)
+    yield _to_array(rustworkx.graph_greedy_color(graph, strategy=strategies.Saturation), count)
     if edges.nnz <= ENTRIES // 10:
-        yield _list_neighbours(rustworkx.graph_greedy_color(graph, strategy=strategies.Degree), count)
-        cores = _list_neighbours(rustworkx.core_number(graph), count)
+        yield _to_array(rustworkx.graph_greedy_color(graph, strategy=strategies.Degree), count)
+        cores = _to_array(rustworkx.core_number(graph), count)
         yield greedy(nodes, np.argsort(-cores, kind="stable"))
 
 
-def _list_neighbours(values: Any, count: int) -> Indices:
+def _to_array(values: Any, count: int) -> Indices:
     return np.fromiter((values[node] for node in range(count)), dtype=np.int32, count=count)
 
 

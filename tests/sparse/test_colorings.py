@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from autojac.core.pattern import Pattern
 from autojac.errors import OptionError
 from autojac.sparse import colorings
-from autojac.sparse.colorings import Colorings, apart, both, is_read_from_rows, orthogonal
+from autojac.sparse.bicoloring import both, is_read_from_rows
+from autojac.sparse.colorings import Colorings, apart, orthogonal
 from autojac.sparse.greedy_coloring import fewest
 
 Matrix = np.ndarray

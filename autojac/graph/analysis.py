@@ -1,4 +1,4 @@
-"""What the graph of one call shows, found when first asked and kept: whether a cut exists, and how the batch runs."""
+"""What the graph of one call shows, computed when first asked for: whether a cut exists, and how the batch runs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class GraphAnalysis:
     """The graph of a call, without its tensors.
 
     Attributes:
+        state: what another call may change without a trace in its graph; empty if nothing.
         branches: as of `Structure`; "perhaps" as long as the call was not made, or where it can't be watched.
         pass_bytes: what one plain evaluation and one VJP take at their peak; 0 as long as that is not known.
 
@@ -95,7 +96,7 @@ class GraphAnalysis:
         return isinstance(recording, str) or bool(custom_functions(recording.values))
 
     @functools.cached_property
-    def found(self) -> BatchFlow | str:
+    def flow_or_reason(self) -> BatchFlow | str:
         """How the batch runs through the graph; or why there is none, as a sentence."""
         recording = self.recording
         if isinstance(recording, str):
@@ -109,13 +110,13 @@ class GraphAnalysis:
         if self.batched != tuple(batched):
             self.batched = tuple(batched)
             self._chains.clear()
-            for known in ("found", "read_pool", "least_pool"):
+            for known in ("flow_or_reason", "read_pool", "least_pool"):
                 vars(self).pop(known, None)
 
     def let_go(self) -> None:
         """Release the tensors of the call, once its graph is followed."""
         if isinstance(vars(self).get("recording"), FunctionRecording):
-            assert self.found is not None  # made while there are tensors
+            assert self.flow_or_reason is not None  # made while there are tensors
             vars(self)["recording"] = "the tensors of the call are gone"
         self.captured = ()
 
@@ -140,8 +141,8 @@ class GraphAnalysis:
     def lines(self, rows: int) -> list[str]:
         """Return the cuts in human-readable form, for so many elements of one sample's outputs."""
         lines = []
-        if self._chains and (found := self.chain(recursive=True) or self.chain()) is not None:
-            lines += [self._line(product, product is found.tree) for product in products(found.tree)]
+        if self._chains and (chain := self.chain(recursive=True) or self.chain()) is not None:
+            lines += [self._line(product, product is chain.tree) for product in products(chain.tree)]
         if "read_pool" in vars(self) and self.read_pool is not None:
             passes = f"{rows} + {self.read_pool.size} passes instead of {rows * self.batch}"
             lines.append(f"cut: samples meet in {self.meeting_place}: {passes}")
@@ -184,7 +185,7 @@ class GraphAnalysis:
 
     @property
     def flow(self) -> BatchFlow | None:
-        return None if isinstance(self.found, str) else self.found
+        return None if isinstance(self.flow_or_reason, str) else self.flow_or_reason
 
     @functools.cached_property
     def work(self) -> Work | None:
@@ -194,7 +195,7 @@ class GraphAnalysis:
     @property
     def reason(self) -> str | None:
         """Why there is no graph."""
-        return self.found if isinstance(self.found, str) else None
+        return self.flow_or_reason if isinstance(self.flow_or_reason, str) else None
 
     def chain(self, recursive: bool = False, forward: bool = True) -> Accumulation | None:
         """Return the chain rule through cuts, by `accumulate`; None if it has no cut, or none that one had not."""
@@ -204,8 +205,8 @@ class GraphAnalysis:
             self._chains[key] = None
             if flow is not None:
                 ends = inputs_of(flow.graph, self.differentiated)
-                found = accumulate(flow, ends, recursive=recursive, forward=forward)
-                self._chains[key] = None if recursive and found == self.chain(False, forward) else found
+                chain = accumulate(flow, ends, recursive=recursive, forward=forward)
+                self._chains[key] = None if recursive and chain == self.chain(False, forward) else chain
         return self._chains[key]
 
     @functools.cached_property

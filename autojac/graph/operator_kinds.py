@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+import torch
+
 
 class Kind(enum.Enum):
     """What an operator does to the entries of the tensors that it reads."""
@@ -50,3 +52,5 @@ class Axes(enum.Enum):
 
 MOVING = frozenset({Kind.VIEW, Kind.AXES, Kind.MOVE})
 """Kinds that move entries without looking at any."""
+MASKS = (torch.bool, torch.uint8)
+"""Dtypes of indices that take the entries where they are set."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from autojac.autodiff.pullback import is_custom
 from autojac.graph.ir import Graph, Operation
 from autojac.graph.operator_facts import facts_of, names_with
-from autojac.graph.operator_kinds import Kind
+from autojac.graph.operator_kinds import MASKS, Kind
 from autojac.torch_internals import DispatchKey, ForceDispatchKeys, excluded_keys, included_keys
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def traits(func: Any) -> tuple[str, tuple[int | str, ...], bool]:
-    """Name of an operator, the arguments that it writes into, and whether it draws random numbers."""
+    """Return an operator's name, the arguments that it writes into, and whether it draws random numbers."""
     schema = func._schema
     written = tuple(
         argument.name if argument.kwarg_only else place
@@ -76,7 +76,7 @@ def reads_data(func: Any, args: Sequence[Any]) -> bool:
         return True
     # a mask takes as many entries as are set
     indices = args[1] if traits(func)[0] in ("index", "_unsafe_index") and len(args) > 1 else ()
-    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    return any(isinstance(index, Tensor) and index.dtype in MASKS for index in indices)
 
 
 def makes_shapes(func: Any) -> bool:

@@ -149,7 +149,7 @@ class Method(ABC):
             # its program draws as one run of func does, and runs no transform
             return compute
         if self.uses_transforms and not problem.trial:
-            compute = _or_plainly(problem, compute)
+            compute = _with_plain_fallback(problem, compute)
         if problem.structure.branches == "by values" and self.repeats_func:
             compute = leave_once(problem, compute)
         elif problem.places and self.repeats_func:
@@ -159,8 +159,7 @@ class Method(ABC):
 
     def prepare_layout(self, problem: Problem) -> Compute:
         """Prepare for the layout asked for."""
-        apart = problem.layout == "sparse" and not self.makes_sparse
-        return _from_blocks(problem, self.prepare) if apart else self.prepare(problem)
+        return _prepare_layout(problem, self.prepare, self.makes_sparse)
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
@@ -254,11 +253,11 @@ def build_if_known(spec: Mapping[str, Any]) -> Method | None:
         return None
 
 
-def _or_plainly(problem: Problem, compute: Compute) -> Compute:
+def _with_plain_fallback(problem: Problem, compute: Compute) -> Compute:
     """Return a computation by transforms, or by a loop of plain VJPs where func starts to assign to `.data`."""
     loop: list[Compute] = []
 
-    def either(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+    def compute_either(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         try:
             return compute(leaves, kwargs)
         except DataAssignedError:
@@ -266,29 +265,29 @@ def _or_plainly(problem: Problem, compute: Compute) -> Compute:
                 raise
         if not loop:
             kind = seeds_for(problem)
-            mode = ReverseMode(kind)
-            apart = problem.layout == "sparse" and kind == "shared"
-            loop.append(_from_blocks(problem, mode.prepare) if apart else mode.prepare(problem))
+            loop.append(_prepare_layout(problem, ReverseMode(kind).prepare, makes_sparse=kind == "identity"))
         return loop[0](leaves, kwargs)
 
-    return either
+    return compute_either
 
 
-def _from_blocks(problem: Problem, prepare: Callable[[Problem], Compute]) -> Compute:
-    """Return the entries of a sparse Jacobian, taken out of blocks."""
+def _prepare_layout(problem: Problem, prepare: Callable[[Problem], Compute], makes_sparse: bool) -> Compute:
+    """Prepare for the layout asked for; a sparse Jacobian is taken out of blocks where nothing makes it directly."""
+    if problem.layout != "sparse" or makes_sparse:
+        return prepare(problem)
     compute = prepare(dataclasses.replace(problem, layout="blocks"))
     places = [
         [DeviceIndices(problem.patterns(output, position)[1].places) for position in problem.inputs]
         for output in range(len(problem.outputs))
     ]
 
-    def taken(blocks: Tensor, kept: DeviceIndices) -> Tensor:
+    def take(blocks: Tensor, stored: DeviceIndices) -> Tensor:
         rows = blocks.reshape(problem.batch, -1)
-        return rows.reshape(-1) if len(kept.tensor) == rows.shape[1] else rows[:, kept.on(rows.device)].reshape(-1)
+        return rows.reshape(-1) if len(stored.tensor) == rows.shape[1] else rows[:, stored.on(rows.device)].reshape(-1)
 
-    def sparse(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+    def compute_sparse(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         result = compute(leaves, kwargs)
         pairs = zip(result.jacobians, places, strict=True)
-        return result._replace(jacobians=tuple(tuple(map(taken, row, kept)) for row, kept in pairs))
+        return result._replace(jacobians=tuple(tuple(map(take, row, stored)) for row, stored in pairs))
 
-    return sparse
+    return compute_sparse

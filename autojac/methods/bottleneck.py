@@ -34,7 +34,7 @@ from autojac.problem.problem import Compute, Problem
 LEAST_WIDTH = 4
 """Below so many rows and columns no cut pays for being looked for."""
 Factor = dict[tuple[int, int], Tensor]
-"""For each target and source of a way (B, elements of the target, elements of the source)."""
+"""For each target and source (B, elements of the target, elements of the source)."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +159,21 @@ class _Accumulator:
         self.base = dict(base)
         self.values = {number: self.base[number] for number in (graph.inputs[position] for position in problem.inputs)}
 
-    def factor(self, way: AccumulationTree) -> Factor:
-        if isinstance(way, JacobianSweep):
-            return self._pull(way) if way.mode == "pull" else self._push(way)
-        if isinstance(way, ChainProduct):
+    def factor(self, tree: AccumulationTree) -> Factor:
+        if isinstance(tree, JacobianSweep):
+            return self._pull(tree) if tree.mode == "pull" else self._push(tree)
+        if isinstance(tree, ChainProduct):
             # first, because it leaves the values at which the later one starts
-            early = self.factor(way.early)
-            return self._product(way, self.factor(way.late), early)
-        return {pair: blocks for part in way.parts for pair, blocks in self.factor(part).items()}
+            early = self.factor(tree.early)
+            return self._product(tree, self.factor(tree.late), early)
+        return {pair: blocks for part in tree.parts for pair, blocks in self.factor(part).items()}
 
-    def _product(self, way: ChainProduct, late: Factor, early: Factor) -> Factor:
+    def _product(self, tree: ChainProduct, late: Factor, early: Factor) -> Factor:
         # one product over all tensors of the cut: adding up several would cost a pass over the Jacobian each
-        left = {t: _join([late[t, h] for h in way.cut], 2) for t in way.targets if t not in way.cut}
-        right = {s: _join([early[h, s] for h in way.cut], 1) for s in way.sources}
+        left = {t: _join([late[t, h] for h in tree.cut], 2) for t in tree.targets if t not in tree.cut}
+        right = {s: _join([early[h, s] for h in tree.cut], 1) for s in tree.sources}
         made = {(t, s): left[t] @ right[s].to(left[t].dtype) for t in left for s in right}
-        return made | {(t, s): early[t, s] for t in way.targets if t in way.cut for s in right}
+        return made | {(t, s): early[t, s] for t in tree.targets if t in tree.cut for s in right}
 
     def _pull(self, sweep: JacobianSweep) -> Factor:
         sources, wanted = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]

@@ -135,23 +135,23 @@ class Statistics(Method):
             ]
             for event, row in zip(problem.outputs, blocks, strict=True)
         ]
-        for felt, reached in pieces:
+        for dg_ds, ds_dx in pieces:
             for output, event in enumerate(problem.outputs):
                 for order, position in enumerate(problem.inputs):
-                    through = self._through(problem, felt[output], reached[order], event, position)
+                    through = self._through(problem, dg_ds[output], ds_dx[order], event, position)
                     jacobians[output][order] = jacobians[output][order] + through
         return tuple(tuple(row) for row in jacobians)
 
     @staticmethod
-    def _through(problem: Problem, felt: Tensor, reached: Tensor, event: tuple[int, ...], position: int) -> Tensor:
+    def _through(problem: Problem, dg_ds: Tensor, ds_dx: Tensor, event: tuple[int, ...], position: int) -> Tensor:
         """Return what comes by way of some elements of s: ∂g/∂s (k, B, m) times ∂s/∂x (k, B, *in)."""
         leaf = problem.leaves[position]
-        reached = reached.reshape(*reached.shape[: 1 + leaf.batched], -1)
-        felt = felt.to(reached.dtype)
+        ds_dx = ds_dx.reshape(*ds_dx.shape[: 1 + leaf.batched], -1)
+        dg_ds = dg_ds.to(ds_dx.dtype)
         if problem.layout == "diagonal":
-            return torch.einsum("kbm,kbm->bm" if leaf.batched else "kbm,km->bm", felt, reached)
+            return torch.einsum("kbm,kbm->bm" if leaf.batched else "kbm,km->bm", dg_ds, ds_dx)
         if not leaf.batched:
-            return torch.einsum("kbm,kn->bmn", felt, reached).reshape(problem.batch, *event, *leaf.shape)
+            return torch.einsum("kbm,kn->bmn", dg_ds, ds_dx).reshape(problem.batch, *event, *leaf.shape)
         if problem.layout == "full":
-            return torch.einsum("kbm,kcn->bmcn", felt, reached).reshape(problem.batch, *event, *leaf.shape)
-        return torch.einsum("kbm,kbn->bmn", felt, reached).reshape(problem.batch, *event, *leaf.event_shape)
+            return torch.einsum("kbm,kcn->bmcn", dg_ds, ds_dx).reshape(problem.batch, *event, *leaf.shape)
+        return torch.einsum("kbm,kbn->bmn", dg_ds, ds_dx).reshape(problem.batch, *event, *leaf.event_shape)

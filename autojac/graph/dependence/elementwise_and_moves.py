@@ -13,10 +13,9 @@ from torch import Tensor
 from autojac.graph.dependence.context import Constant, DependenceContext, Result, Unknown
 from autojac.graph.dependence.index_sets import MOST_ELEMENTS, IndexSets, compress_index
 from autojac.graph.ir import Value
-from autojac.graph.operator_kinds import MOVING, Axes, Kind
+from autojac.graph.operator_kinds import MASKS, MOVING, Axes, Kind
 from autojac.torch_internals import OpOverload
 
-_MASKS = (torch.bool, torch.uint8)
 WORTH_NARROWING = 1000
 """Elements below which it costs less to move all than to find out along which axes one slice suffices."""
 
@@ -138,7 +137,7 @@ def gathering(context: DependenceContext) -> Result:
     dims = state.index.dim()
     if not isinstance(chosen, Value):
         parts = [(axis, part) for axis, part in enumerate(chosen) if part is not None]
-        if any(context.graph.dtypes[part.number] in _MASKS for _, part in parts):
+        if any(context.graph.dtypes[part.number] in MASKS for _, part in parts):
             return None
         return _anywhere(context, value, state, [axis for axis, part in parts if not context.select(part)])
     axis = context[facts.along] % max(dims, 1) if isinstance(facts.along, str) else facts.along
@@ -219,9 +218,9 @@ def _run(
     chosen, spread = set(context.selector_numbers()), context.facts.kind is Kind.POINTWISE
     dtype = next(iter(given.values())).dtype
 
-    def filled(value: Any) -> Any:
+    def fill(value: Any) -> Any:
         if not isinstance(value, Value):
-            return [filled(part) for part in value] if isinstance(value, (tuple, list)) else value
+            return [fill(part) for part in value] if isinstance(value, (tuple, list)) else value
         number, shape = value.number, graph.shapes[value.number]
         if number in given:
             return given[number]
@@ -238,13 +237,13 @@ def _run(
 
     if not isinstance(operation.target, OpOverload):
         # a copy into a tensor: the source in the target's shape
-        return [filled(operation.args[0]).expand(operation.args[1])]
+        return [fill(operation.args[0]).expand(operation.args[1])]
     arguments = {}
     for argument in operation.target._schema.arguments:
         value = context.arguments.get(argument.name, argument.default_value)
         # what fills gaps depends on nothing
         number = not fillers and argument.name in context.facts.fillers and not isinstance(value, Value)
-        arguments[argument.name] = 0 if number else filled(value)
+        arguments[argument.name] = 0 if number else fill(value)
     positional = [arguments.pop(a.name) for a in operation.target._schema.arguments if not a.kwarg_only]
     made = operation.target(*positional, **arguments)
     parts = made if operation.many else [made]

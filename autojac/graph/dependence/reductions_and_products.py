@@ -18,12 +18,12 @@ MOST_PRODUCT = 10_000_000
 def of_first(rule: Callable[[DependenceContext, Value, IndexSets], Result]) -> Callable[[DependenceContext], Result]:
     """Make a rule for operators where inputs stand behind the first argument alone."""
 
-    def checked(context: DependenceContext) -> Result:
+    def rule_of_first(context: DependenceContext) -> Result:
         sets = context.sets()
         alone = len(sets) == 1 and sets[0][0] == context.operation.args[0]
         return rule(context, *sets[0]) if alone else None
 
-    return checked
+    return rule_of_first
 
 
 def keeping_axes(context: DependenceContext) -> list[IndexSets]:

@@ -97,7 +97,7 @@ def push(
 
 
 def of_one_input(bound: Bound, inputs: Sequence[Tensor], position: int) -> Bound:
-    """Return the function of one input alone, the others held."""
+    """Return the function of one input alone, the others fixed."""
     return lambda tensor: bound(*inputs[:position], tensor, *inputs[position + 1 :])
 
 

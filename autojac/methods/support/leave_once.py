@@ -18,7 +18,7 @@ def leave_once(problem: Problem, compute: Compute) -> Compute:
     # what func keeps in each call is left by a plain call already
     leaves_more = KEEPS not in problem.structure.effects
 
-    def left(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
+    def compute_and_leave(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         captured = () if problem.function_state is None else problem.function_state.present.tensors
         sandbox = Sandbox([tensor for tensor in captured if not tensor.requires_grad], None, problem.places)
         restore = sandbox.save()
@@ -31,4 +31,4 @@ def leave_once(problem: Problem, compute: Compute) -> Compute:
                 problem.fn(leaves, kwargs)
         return result
 
-    return left
+    return compute_and_leave

@@ -27,17 +27,17 @@ def _by_vjps(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Factors:
     def factor(x: Tensor, y: Tensor, order: int) -> Tensor:
         derivative = function
         for _ in range(order):
-            derivative = _once(derivative)
+            derivative = _differentiate(derivative)
         return derivative(x)[0]
 
     return factor
 
 
-def _once(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _differentiate(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     def derivative(x: Tensor) -> tuple[Tensor, ...]:
         (value,), pull = functional_vjp(function, (x,))
-        found: tuple[Tensor, ...] = pull((torch.ones_like(value),))
-        return found
+        pulled: tuple[Tensor, ...] = pull((torch.ones_like(value),))
+        return pulled
 
     return derivative
 
@@ -70,8 +70,8 @@ def _horner(polynomial: Sequence[float], y: Tensor) -> Tensor:
 
 def _cycle(x: Tensor, y: Tensor, order: int, start: int) -> Tensor:
     place = (start + order) % 4
-    found = torch.sin(x) if place % 2 == 0 else torch.cos(x)
-    return -found if place > 1 else found
+    value = torch.sin(x) if place % 2 == 0 else torch.cos(x)
+    return -value if place > 1 else value
 
 
 def _tanh(x: Tensor, y: Tensor, order: int) -> Tensor:

@@ -55,11 +55,11 @@ class SharedStatistics:
 
         pulls_s = puller(gather, xs, self.engine, problem.differentiable) if pool.tensors else None
         s = () if pulls_s is None else pulls_s.values
-        held = {**base, **dict(zip(pool.without_derivative, graph.run(pool.without_derivative, base), strict=True))}
+        fixed = {**base, **dict(zip(pool.without_derivative, graph.run(pool.without_derivative, base), strict=True))}
         carriers = [order for order, position in enumerate(problem.inputs) if problem.leaves[position].batched]
         own = [xs[order] for order in carriers]
         weights = [w.expand(batch, *w.shape) for w in graph.run(pool.weights, base)]
-        local = pool.as_function_of(graph, held, [numbers[order] for order in carriers], copies=self.local == "copies")
+        local = pool.as_function_of(graph, fixed, [numbers[order] for order in carriers], copies=self.local == "copies")
         if self.local == "push":
             blocks, parts = self._push(local, own, s), []
         else:
@@ -79,13 +79,13 @@ class SharedStatistics:
                 for start, stop in seeds.spans(tensor.numel(), self.step):
                     elements = seeds.identity(tuple(tensor.shape), start, stop, tensor)
                     assert pulls_s is not None
-                    reached = pulls_s.one(number, elements)
+                    ds_dx = pulls_s.one(number, elements)
                     if self.local == "copies":
                         rows = [part[len(own) + len(weights) + number] for part in parts]
-                        felt = [part.reshape(*part.shape[:2], -1)[..., start:stop].permute(2, 1, 0) for part in rows]
+                        dg_ds = [part.reshape(*part.shape[:2], -1)[..., start:stop].permute(2, 1, 0) for part in rows]
                     else:
-                        felt = [part.reshape(*part.shape[:2], -1) for part in push(number, elements)]
-                    yield felt, reached
+                        dg_ds = [part.reshape(*part.shape[:2], -1) for part in push(number, elements)]
+                    yield dg_ds, ds_dx
 
         return blocks, through()
 
@@ -109,17 +109,17 @@ class SharedStatistics:
 
     def _blocks(self, rows: Sequence[Tensor], event: tuple[int, ...], base: Mapping[int, Tensor]) -> list[Tensor]:
         """Make the blocks of every input from rows (m, B, *shape) of inputs with a batch and of copies of weights."""
-        problem, taken = self.problem, iter(rows)
+        problem, rest = self.problem, iter(rows)
         blocks: list[Tensor | None] = []
         for position in problem.inputs:
             leaf = problem.leaves[position]
             blocks.append(
-                next(taken).movedim(0, 1).reshape(problem.batch, *event, *leaf.event_shape) if leaf.batched else None
+                next(rest).movedim(0, 1).reshape(problem.batch, *event, *leaf.event_shape) if leaf.batched else None
             )
         for number in self.pool.weights:
-            felt = next(taken).movedim(0, 1).flatten(0, 1)
-            for order, found in self._back(number, felt, base):
-                part = found.reshape(problem.batch, *event, *found.shape[1:])
+            cotangents = next(rest).movedim(0, 1).flatten(0, 1)
+            for order, pulled in self._pull_to_inputs(number, cotangents, base):
+                part = pulled.reshape(problem.batch, *event, *pulled.shape[1:])
                 before = blocks[order]
                 blocks[order] = part if before is None else before + part
         return [
@@ -129,26 +129,27 @@ class SharedStatistics:
             for position, block in zip(problem.inputs, blocks, strict=True)
         ]
 
-    def _back(self, number: int, felt: Tensor, base: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _pull_to_inputs(
+        self, number: int, cotangents: Tensor, base: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Return cotangents of what is read of weights, (c, *shape), as those of the inputs that it is made of."""
         graph = self.graph
         order_of = {
             graph.inputs[p]: order for order, p in enumerate(self.problem.inputs) if not self.problem.leaves[p].batched
         }
         if number in order_of:
-            yield order_of[number], felt
+            yield order_of[number], cotangents
             return
-        made_of = {
-            source for place in graph.find_needed((number,), frozenset()) for source in graph.operations[place].sources
-        }
-        reached = [n for n in order_of if n in made_of]
+        needed = (graph.operations[place] for place in graph.find_needed((number,), frozenset()))
+        made_of = {source for operation in needed for source in operation.sources}
+        weights = [n for n in order_of if n in made_of]
 
         def read(*given: Tensor) -> tuple[Tensor, ...]:
-            return graph.run((number,), {**base, **dict(zip(reached, given, strict=True))})
+            return graph.run((number,), {**base, **dict(zip(weights, given, strict=True))})
 
         engine: Engine = "vmap" if self.engine == "vmap" else "batched"
-        pulls = puller(read, [base[n] for n in reached], engine, self.problem.differentiable)
-        yield from zip((order_of[n] for n in reached), pulls.one(0, felt), strict=True)
+        pulls = puller(read, [base[n] for n in weights], engine, self.problem.differentiable)
+        yield from zip((order_of[n] for n in weights), pulls.one(0, cotangents), strict=True)
 
 
 def _coordinates(value: Tensor) -> Tensor:

@@ -67,12 +67,7 @@ class TaylorMode:
 
     def term(self, output: int, term: Term) -> Tensor:
         """Return a sum of derivatives of an output."""
-        total: Tensor | None = None
-        for row in self.wanted.of(term):
-            found = self._row(output, row)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+        return functools.reduce(torch.add, (self._row(output, row) for row in self.wanted.of(term)))
 
     def _row(self, output: int, row: int | None) -> Tensor:
         value, series = self.env[output], self.series.get(output)
@@ -112,23 +107,19 @@ class TaylorMode:
 
     def _join(self, linear: dict[int, CarriedPart], extra: Sequence[tuple[int, Tensor]]) -> dict[int, CarriedPart]:
         """Return parts from the linear ones and what is added to single rows."""
-        sums: dict[int, Tensor] = {}
-        for row, part in extra:
-            sums[row] = sums[row] + part if row in sums else part
         joined = dict(linear)
-        for order in sorted({self.wanted.order(row) for row in sums}):
+        for order in sorted({self.wanted.order(row) for row, _ in extra}):
             known = linear.get(order)
-            rows = tuple(sorted({*(known.rows if known else ()), *(r for r in sums if self.wanted.order(r) == order)}))
-            pieces = []
-            for row in rows:
-                own = known.values[known.rows.index(row)] if known and row in known.rows else None
-                more = sums.get(row)
-                pieces.append(own + more if own is not None and more is not None else more if own is None else own)
-            whole = [piece for piece in pieces if piece is not None]
-            if len(whole) == 1:
-                joined[order] = CarriedPart(rows, whole[0].unsqueeze(0))
-            else:
-                joined[order] = CarriedPart(rows, torch.stack(torch.broadcast_tensors(*whole)))
+            pieces = {} if known is None else {row: known.values[place] for place, row in enumerate(known.rows)}
+            sums: dict[int, Tensor] = {}
+            for row, part in extra:
+                if self.wanted.order(row) == order:
+                    sums[row] = sums[row] + part if row in sums else part
+            pieces |= {row: pieces[row] + part if row in pieces else part for row, part in sums.items()}
+            rows = tuple(sorted(pieces))
+            parts = [pieces[row] for row in rows]
+            values = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(torch.broadcast_tensors(*parts))
+            joined[order] = CarriedPart(rows, values)
         return joined
 
 

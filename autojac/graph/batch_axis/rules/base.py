@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from autojac.graph.batch_axis.states import RuleContext, State
+from autojac.graph.batch_axis.states import BatchAxis, Meets, RuleContext, State
 from autojac.graph.operator_facts import OPERATORS
 from autojac.graph.operator_kinds import Axes
 
@@ -29,3 +29,10 @@ def register(key: Axes | str) -> Callable[[Rule], Rule]:
         return rule
 
     return keep
+
+
+def only_state(found: set[BatchAxis]) -> BatchAxis:
+    """Return how all tensors that carry the batch do so; samples meet where they do so in several ways."""
+    if len(found) != 1:
+        raise Meets(MEET)
+    return found.pop()

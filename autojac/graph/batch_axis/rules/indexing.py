@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
-from autojac.graph.batch_axis.rules.base import MEET, register
+from autojac.graph.batch_axis.rules.base import MEET, only_state, register
 from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.ir import Value
-from autojac.graph.operator_kinds import Axes
+from autojac.graph.operator_kinds import MASKS, Axes
 
 
 @register("embedding")
@@ -44,11 +42,7 @@ def index_select(context: RuleContext) -> State:
 @register("index")
 def indexing(context: RuleContext) -> State:
     """Follow x[..., index, ...] with one index tensor of integers."""
-    indices = context["indices"]
-    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(used) != 1 or context.graph.dtypes[used[0][1].number] in (torch.bool, torch.uint8):
-        raise BatchAxisLost("it takes entries by several indices or by a mask")
-    (axis, index) = used[0]
+    axis, index = _only_index(context, "takes")
     own, by = context.state(context["self"]), context.state(index)
     if isinstance(own, BatchAxis) and isinstance(by, BatchAxis):
         raise Meets(MEET)
@@ -60,6 +54,14 @@ def indexing(context: RuleContext) -> State:
     return own._replace(axis=own.axis + (len(context.shape(index)) - 1 if axis < own.axis else 0))
 
 
+def _only_index(context: RuleContext, does: str) -> tuple[int, Value]:
+    """Return the axis and the tensor of the one index; several, and masks, are not followed."""
+    used = [(axis, index) for axis, index in enumerate(context["indices"]) if index is not None]
+    if len(used) != 1 or context.graph.dtypes[used[0][1].number] in MASKS:
+        raise BatchAxisLost(f"it {does} entries by several indices or by a mask")
+    return used[0]
+
+
 WRITES = "it writes samples by index"
 
 
@@ -68,10 +70,7 @@ def index_add(context: RuleContext) -> State:
     """Put slices of the source to places along `dim`; the batch lies on one other axis of both tensors."""
     if isinstance(context.state(context["index"]), BatchAxis):
         raise BatchAxisLost(WRITES)
-    found = {state for _, state in context.carriers()}
-    if len(found) != 1:
-        raise Meets(MEET)
-    state = found.pop()
+    state = only_state({state for _, state in context.carriers()})
     if context["dim"] % max(1, len(context.out)) == state.axis:
         raise BatchAxisLost(WRITES)
     return state
@@ -80,10 +79,7 @@ def index_add(context: RuleContext) -> State:
 @register("index_put _unsafe_index_put _index_put_impl")
 def index_put(context: RuleContext) -> State:
     """Follow x[..., index, ...] = values with one index tensor of integers, the same for all samples."""
-    used = [(axis, index) for axis, index in enumerate(context["indices"]) if index is not None]
-    if len(used) != 1 or context.graph.dtypes[used[0][1].number] in (torch.bool, torch.uint8):
-        raise BatchAxisLost("it writes entries by several indices or by a mask")
-    (axis, index) = used[0]
+    axis, index = _only_index(context, "writes")
     own, source = context.state(context["self"]), context.state(context["values"])
     found = {own} if isinstance(own, BatchAxis) else set()
     if isinstance(source, BatchAxis):
@@ -96,6 +92,4 @@ def index_put(context: RuleContext) -> State:
         found.add(source._replace(axis=at))
     if isinstance(context.state(index), BatchAxis) or axis in {state.axis for state in found}:
         raise BatchAxisLost(WRITES)
-    if len(found) != 1:
-        raise Meets(MEET)
-    return found.pop()
+    return only_state(found)

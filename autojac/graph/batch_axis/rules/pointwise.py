@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autojac.graph.batch_axis.rules.base import MEET, register
-from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State
+from autojac.graph.batch_axis.rules.base import only_state, register
+from autojac.graph.batch_axis.states import BatchAxisLost, RuleContext, State
 from autojac.graph.operator_kinds import Axes
 
 
@@ -17,9 +17,7 @@ def pointwise(context: RuleContext) -> State:
         if shape[state.axis] != context.out[axis]:
             raise BatchAxisLost("the batch is broadcast")
         found.add(state._replace(axis=axis))
-    if len(found) > 1:
-        raise Meets(MEET)
-    return found.pop()
+    return only_state(found)
 
 
 @register(Axes.KEPT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.graph.batch_axis.rules.base import MEET, register
+from autojac.graph.batch_axis.rules.base import MEET, only_state, register
 from autojac.graph.batch_axis.states import BatchAxis, BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.operator_facts import facts_of
 from autojac.graph.operator_kinds import Axes
@@ -54,6 +54,4 @@ def distances(context: RuleContext) -> State:
         if behind == 1:
             raise Meets("it sums over the batch")
         found.add(state._replace(axis=dims - (points if behind == 2 else behind)))
-    if len(found) > 1:
-        raise Meets(MEET)
-    return found.pop()
+    return only_state(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autojac.graph.batch_axis.rules.base import MEET, register
+from autojac.graph.batch_axis.rules.base import MEET, only_state, register
 from autojac.graph.batch_axis.states import BatchAxisLost, Meets, RuleContext, State
 from autojac.graph.operator_kinds import Axes
 
@@ -45,19 +45,15 @@ def _without_axis(context: RuleContext, reason: str) -> State:
 
 @register("cat")
 def cat(context: RuleContext) -> State:
-    found = {state for _, state in context.carriers()}
-    axis = context["dim"] % len(context.out)
-    if len(found) > 1 or axis in {state.axis for state in found}:
+    state = only_state({state for _, state in context.carriers()})
+    if context["dim"] % len(context.out) == state.axis:
         raise Meets(MEET)
-    return found.pop()
+    return state
 
 
 @register("stack")
 def stack(context: RuleContext) -> State:
-    found = {state for _, state in context.carriers()}
-    if len(found) > 1:
-        raise Meets(MEET)
-    state = found.pop()
+    state = only_state({state for _, state in context.carriers()})
     return state._replace(axis=state.axis + (context["dim"] % len(context.out) <= state.axis))
 
 

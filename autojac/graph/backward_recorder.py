@@ -19,17 +19,17 @@ def record_backward(pull: Callable[[Sequence[Tensor]], Sequence[Tensor]], cotang
     with recorder:
         gradients = tuple(pull(cotangents))
     recorder.finish()
-    outputs = [recorder.numbers.get(id(gradient)) for gradient in gradients]
-    found = tuple(number for number in outputs if number is not None)
+    numbers = [recorder.numbers.get(id(gradient)) for gradient in gradients]
+    outputs = tuple(number for number in numbers if number is not None)
     stale = any(id(gradient) in recorder.stale for gradient in gradients)
-    if recorder.reason or stale or len(found) < len(gradients):
+    if recorder.reason or stale or len(outputs) < len(gradients):
         return None
     notes = recorder.shapes, recorder.dtypes, recorder.reads_data
-    whole = Graph(tuple(recorder.operations), recorder.inputs, found, {}, *notes)
-    kept = tuple(whole.operations[place] for place in whole.find_needed(found, frozenset(recorder.inputs)))
-    read = {number for operation in kept for number in operation.sources}
+    whole = Graph(tuple(recorder.operations), recorder.inputs, outputs, {}, *notes)
+    operations = tuple(whole.operations[place] for place in whole.find_needed(outputs, frozenset(recorder.inputs)))
+    read = {number for operation in operations for number in operation.sources}
     constants = {number: tensor for number, tensor in recorder.constants.items() if number in read}
-    return Graph(kept, recorder.inputs, found, constants, *notes)
+    return Graph(operations, recorder.inputs, outputs, constants, *notes)
 
 
 class BackwardRecorder(Recorder):
@@ -37,7 +37,7 @@ class BackwardRecorder(Recorder):
 
     def _capture(self, tensor: Tensor) -> None:
         """Number a tensor that was saved; it may be another face of others that were, but of no gradient."""
-        places = {number: operation for operation in self.operations for number in operation.made}
+        places = {number: operation for operation in self.operations for number in operation.results}
         waiting = [self.numbers[id(other)] for other in self._sharing_with(tensor)]
         seen: set[int] = set()
         while waiting:

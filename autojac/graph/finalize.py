@@ -25,7 +25,7 @@ class Notes(Protocol):
     constants: dict[int, Tensor]
     operations: list[Operation]
     marks: dict[int, str]
-    made: list[tuple[int, Tensor]]
+    tensors: list[tuple[int, Tensor]]
     numbers: dict[int, int]
     stale: set[int]
     written: dict[int, str]
@@ -61,8 +61,8 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
     operations, unseen = _reconnect(notes)
     connected = {index for index, tensor in notes.current() if tensor.requires_grad}
     whole = Graph(tuple(operations), notes.inputs, tuple(outputs), {}, notes.shapes, notes.dtypes, notes.reads_data)
-    kept = [operations[place] for place in whole.find_needed(outputs, frozenset(notes.inputs))]
-    read = {index for operation in kept for index in operation.sources} | set(outputs)
+    needed = [operations[place] for place in whole.find_needed(outputs, frozenset(notes.inputs))]
+    read = {index for operation in needed for index in operation.sources} | set(outputs)
     if read & unseen:
         raise UnsupportedError("autograd brings back a tensor that was not seen before")
     for index in read & notes.written.keys():
@@ -75,7 +75,7 @@ def graph_of(notes: Notes, values: Sequence[Tensor], inputs: Sequence[Tensor]) -
         if tensor.grad_fn is not None and reaches(tensor, inputs):
             raise UnsupportedError(f"a tensor {notes.shapes[index]} comes from where no operator was seen")
     drawn = frozenset(notes.written)
-    return dataclasses.replace(whole, operations=tuple(kept), constants=constants, marks=notes.marks, drawn=drawn)
+    return dataclasses.replace(whole, operations=tuple(needed), constants=constants, marks=notes.marks, drawn=drawn)
 
 
 def _reconnect(notes: Notes) -> tuple[list[Operation], set[int]]:
@@ -90,23 +90,23 @@ def _reconnect(notes: Notes) -> tuple[list[Operation], set[int]]:
     unseen: set[int] = set()
     for operation in notes.operations:
         if operation.target is aten.detach.default:
-            own, source = operation.outputs[0], operation.sources[0]
-            assert own is not None
-            sources[own] = source
-            if own in functions:
-                while functions.get(source) is not functions[own] and source in sources:
+            copy, source = operation.outputs[0], operation.sources[0]
+            assert copy is not None
+            sources[copy] = source
+            if copy in functions:
+                while functions.get(source) is not functions[copy] and source in sources:
                     source = sources[source]
-                if functions.get(source) is functions[own]:
+                if functions.get(source) is functions[copy]:
                     operations.append(Operation(aten.alias.default, (Value(source),), {}, operation.outputs))
                     continue
-                unseen.add(own)
+                unseen.add(copy)
         operations.append(operation)
     return operations, unseen
 
 
 def _require_plain(notes: Notes, values: Sequence[Tensor]) -> None:
     """Refuse what differentiates otherwise than its operators do."""
-    for _, tensor in notes.made:
+    for _, tensor in notes.tensors:
         if tensor.grad_fn is not None and tensor._backward_hooks:
             raise UnsupportedError("func hangs a hook on a tensor, which may change gradients")
     for node in autograd_nodes(values):

@@ -24,7 +24,7 @@ class Operation:
     Attributes:
         target: the aten overload.
         args, kwargs: as it was called, tensors as `Value`.
-        outputs: numbers of the tensors that it made; None in the place of anything else.
+        outputs: numbers of the tensors that it returned; None in the place of anything else.
         many: whether it returns a tuple.
         detached: no gradient flows through it: it ran under `no_grad`.
     """
@@ -47,15 +47,15 @@ class Operation:
         return tuple(references((self.args, tuple(self.kwargs.values()))))
 
     @functools.cached_property
-    def made(self) -> tuple[int, ...]:
-        """Numbers of the tensors that it made."""
+    def results(self) -> tuple[int, ...]:
+        """Numbers of the tensors that it returned."""
         return tuple(number for number in self.outputs if number is not None)
 
     def __call__(self, env: Mapping[int, Tensor]) -> Sequence[Any]:
         """Return what it returns, one entry for each of `outputs`."""
         kwargs = {name: _fill(value, env) for name, value in self.kwargs.items()}
-        made = self.target(*_fill(self.args, env), **kwargs)
-        parts = made if self.many else (made,)
+        result = self.target(*_fill(self.args, env), **kwargs)
+        parts = result if self.many else (result,)
         return [part.detach() if isinstance(part, Tensor) else part for part in parts] if self.detached else parts
 
 
@@ -65,7 +65,7 @@ class BoundOperation:
     def __init__(self, graph: Graph, operation: Operation) -> None:
         self.graph = graph
         self.operation = operation
-        self.made = operation.made
+        self.results = operation.results
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class BoundOperation:
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the first output."""
-        return self.graph.shapes[self.made[0]]
+        return self.graph.shapes[self.results[0]]
 
     def axes(self, name: str, dims: int) -> set[int]:
         """Return a `dim` argument as a set of axes from the front; all where it names none."""
@@ -135,7 +135,7 @@ class Graph:
     @functools.cached_property
     def producers(self) -> dict[int, int]:
         """For each tensor that was computed the position of its operator."""
-        return {index: place for place, operation in enumerate(self.operations) for index in operation.made}
+        return {index: place for place, operation in enumerate(self.operations) for index in operation.results}
 
     def find_needed(self, wanted: Sequence[int], given: frozenset[int]) -> list[int]:
         """Return positions of the operators that lead from the given tensors to those wanted."""
@@ -164,10 +164,10 @@ class Graph:
         for place in self.find_needed(wanted, frozenset(given)):
             operation = self.operations[place]
             if special is not None and place in special:
-                made: Sequence[Any] = special[place](env)
+                parts: Sequence[Any] = special[place](env)
             else:
-                made = operation(env)
-            for index, part in zip(operation.outputs, made, strict=False):
+                parts = operation(env)
+            for index, part in zip(operation.outputs, parts, strict=False):
                 if index is not None and index not in given:
                     env[index] = part
         return tuple(env[index] for index in wanted)

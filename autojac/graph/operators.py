@@ -97,7 +97,7 @@ def functional(
     """Return an in-place operator as one that makes a tensor; None if there is none."""
     args, kwargs = seen
     if name == "copy_":
-        return Operation(_copied, (args[1], list(shape), dtype), {}, (after,), False, detached)
+        return Operation(_COPY_VALUE, (args[1], list(shape), dtype), {}, (after,), False, detached)
     target = _out_of_place(func, name)
     return None if target is None else Operation(target, args, kwargs, (after,), False, detached)
 
@@ -129,7 +129,7 @@ class _CopyValue:
         return source.to(dtype).expand(shape)
 
 
-_copied = _CopyValue()
+_COPY_VALUE = _CopyValue()
 
 
 def forward_once(graph: Graph) -> tuple[str, ...]:
@@ -139,13 +139,13 @@ def forward_once(graph: Graph) -> tuple[str, ...]:
 
 def autograd_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
     todo = [value.grad_fn for value in values if value.grad_fn is not None]
-    found = set(todo)
+    seen = set(todo)
     while todo:
         node = todo.pop()
         yield node
         for following in map(operator.itemgetter(0), node.next_functions):
-            if following is not None and following not in found:
-                found.add(following)
+            if following is not None and following not in seen:
+                seen.add(following)
                 todo.append(following)
 
 

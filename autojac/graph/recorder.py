@@ -2,7 +2,7 @@
 
 A graph is recorded again in each call, below autograd and alongside it: the call is the user's own, its side effects
 happen once, its branch and its constants are those of the moment. So no trace is ever stale, and what is learned from
-one is kept by the structure of the graph (`Graph.key`), not by the function.
+one is remembered by the structure of the graph (`Graph.key`), not by the function.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class FunctionRecording:
         """
         if self.graph is None:
             return 0
-        held = sum(size for memory, size in self.memory if not memory.expired())
+        saved = sum(size for memory, size in self.memory if not memory.expired())
         cotangents = sum(value.numel() * value.element_size() for value in self.values)
-        return held + cotangents + 2 * max((size for _, size in self.memory), default=0)
+        return saved + cotangents + 2 * max((size for _, size in self.memory), default=0)
 
 
 def record(
@@ -129,7 +129,7 @@ class Recorder(Capture):
         self.marks: dict[int, str] = {}
         self.named = named
         self.owners: dict[int, int] = {}
-        self.made: list[tuple[int, Tensor]] = []
+        self.tensors: list[tuple[int, Tensor]] = []
         self.numbers: dict[int, int] = {}
         self.passing: set[int] = set()
         self.apart: list[set[int]] = []
@@ -156,13 +156,13 @@ class Recorder(Capture):
         count = len(self.shapes)
         several, made = decompose(self, name, func, args, kwargs)
         if not several:
-            made = self._one(func, name, written, draws, args, kwargs)
+            made = self._write_one(func, name, written, draws, args, kwargs)
         if self.named:
             owner = running_module(record.__code__)
             self.owners |= dict.fromkeys(range(count, len(self.shapes)), owner)
         return made
 
-    def _one(
+    def _write_one(
         self, func: Any, name: str, written: Sequence[int | str], draws: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         seen = self.to_value(args), {key: self.to_value(value) for key, value in kwargs.items()}
@@ -207,15 +207,15 @@ class Recorder(Capture):
         """Return the memory that was allocated, each piece once, and its bytes."""
         strided = [
             (index, tensor.untyped_storage())
-            for index, tensor in self.made
+            for index, tensor in self.tensors
             if id(tensor) in self.homes and tensor.layout == torch.strided
         ]
         given = {storage._cdata for index, storage in strided if index in self.inputs or index in self.constants}
-        found: dict[int, tuple[StorageWeakRef, int]] = {}
+        pieces: dict[int, tuple[StorageWeakRef, int]] = {}
         for _, storage in strided:
-            if storage._cdata not in given and storage._cdata not in found:
-                found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return tuple(found.values())
+            if storage._cdata not in given and storage._cdata not in pieces:
+                pieces[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return tuple(pieces.values())
 
     def number(self, tensor: Tensor) -> int:
         """Return a number for the tensor's value as it is now."""
@@ -223,7 +223,7 @@ class Recorder(Capture):
         self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
         self.numbers[id(tensor)] = index
         self.settle(tensor)
-        self.made.append((index, tensor))
+        self.tensors.append((index, tensor))
         return index
 
     def symbol(self, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -296,4 +296,4 @@ class Recorder(Capture):
 
     def current(self) -> Iterator[tuple[int, Tensor]]:
         """Return the tensors whose value is still the one that has the number."""
-        return ((index, tensor) for index, tensor in self.made if self.numbers[id(tensor)] == index)
+        return ((index, tensor) for index, tensor in self.tensors if self.numbers[id(tensor)] == index)

@@ -41,11 +41,11 @@ class Work:
         for operation in graph.operations:
             kind = facts_of(operation.target).kind
             if fixed.issuperset(operation.sources):
-                fixed.update(operation.made)
+                fixed.update(operation.results)
             if kind in MOVES_NOTHING:
                 continue
             read = [number for number in operation.sources if number not in fixed]
-            size = sum(_bytes(graph, number) for number in (*read, *operation.made))
+            size = sum(_bytes(graph, number) for number in (*read, *operation.results))
             moved[round(math.log2(max(size, 1)))] += SLOW.get(kind, 1.0) * size
             flops += SLOW.get(kind, 1.0) * _flops(graph, operation)
         return cls(len(graph.operations), dict(moved), flops)
@@ -57,7 +57,7 @@ def _bytes(graph: Graph, number: int) -> int:
 
 def _flops(graph: Graph, operation: Operation) -> float:
     """Return the flops of a product or a convolution: two for each result and each term that is summed in it."""
-    kind, made = facts_of(operation.target).kind, operation.made
+    kind, made = facts_of(operation.target).kind, operation.results
     if kind not in (Kind.PRODUCT, Kind.CONVOLUTION) or not made or len(operation.sources) < 2:
         return 0.0
     results = math.prod(graph.shapes[made[0]])

@@ -73,7 +73,7 @@ class SampleChange(NamedTuple):
         Each argument that carries it moves, alone, all that NaN in its place would reach; and where the result stays,
         there are several.
         """
-        results = operation.made
+        results = operation.results
         meets_batch = any(not isinstance(self.states.get(number), BatchAxis) for number in results)
         arguments = [
             number

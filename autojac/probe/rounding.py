@@ -169,7 +169,7 @@ def _numbers(graph: Graph) -> tuple[int, ...]:
         raise PossibleCoupling
     numbers = dict.fromkeys((*graph.inputs, *graph.constants))
     for operation in graph.operations:
-        numbers.update(dict.fromkeys(operation.made))
+        numbers.update(dict.fromkeys(operation.results))
     dtypes = {graph.dtypes[number] for number in numbers}
     dtypes = {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
     if dtypes not in ({torch.float32}, {torch.float64}):

@@ -107,7 +107,7 @@ class BatchFlow:
         """The shared tensors that operators along the batch read, in the order in which they were made."""
         read: set[int] = set()
         for operation in self.graph.operations:
-            if any(isinstance(self.states.get(y), BatchAxis) for y in operation.made):
+            if any(isinstance(self.states.get(y), BatchAxis) for y in operation.results):
                 read.update(number for number in operation.sources if self.states.get(number) == SHARED)
         return tuple(sorted(read))
 
@@ -117,7 +117,7 @@ class BatchFlow:
         tainted = {number for number, state in self.states.items() if state == SHARED}
         for operation in self.graph.operations:
             if not tainted.isdisjoint(operation.sources):
-                tainted.update(operation.made)
+                tainted.update(operation.results)
         return frozenset(
             number for number, state in self.states.items() if isinstance(state, BatchAxis) and number not in tainted
         )
@@ -172,7 +172,7 @@ def propagate_batch_axis(
             if number is not None:
                 state = made[index] if isinstance(made, list) else made
                 assert state is None or state == SHARED or isinstance(state, BatchAxis)
-                states[number] = _sound(graph, number, state, batch)
+                states[number] = _check_size(graph, number, state, batch)
     return BatchFlow(graph, batch, states, losses, meets, start)
 
 
@@ -187,7 +187,7 @@ def _share(context: RuleContext) -> State:
     return SHARED
 
 
-def _sound(graph: Graph, number: int, state: State, batch: int) -> State:
+def _check_size(graph: Graph, number: int, state: State, batch: int) -> State:
     """Return the state, if the tensor's size allows it: some operators also return seeds or counters."""
     if isinstance(state, BatchAxis):
         shape = graph.shapes[number]

@@ -128,36 +128,36 @@ def accumulate(
         return None
     levels = LEVELS if len(planner.alive) <= MOST_TO_CUT_AGAIN else 1
     direct = planner.sweep(tuple(inputs), targets)
-    way: AccumulationTree = planner.product(tuple(inputs), targets, 0) or direct
+    tree: AccumulationTree = planner.product(tuple(inputs), targets, 0) or direct
     if recursive:
-        best = planner.way(tuple(inputs), targets, levels)
-        way = best if best.cost < GAIN * way.cost else way
-    if not list(products(way)):
+        best = planner.find(tuple(inputs), targets, levels)
+        tree = best if best.cost < GAIN * tree.cost else tree
+    if not list(products(tree)):
         return None
-    ends = {number for sweep in sweeps(way) for number in (*sweep.sources, *sweep.targets)}
-    found = {number: flow.states.get(number) for number in ends}
+    ends = {number for sweep in sweeps(tree) for number in (*sweep.sources, *sweep.targets)}
+    known = {number: state for number in ends if isinstance(state := flow.states.get(number), BatchAxis)}
     # an output that the flow has lost is known to be independent in another way, with the batch in front
-    states = {number: state if isinstance(state, BatchAxis) else BatchAxis(0) for number, state in found.items()}
+    states = {number: known.get(number, BatchAxis(0)) for number in ends}
     seed = max(direct.cost, 1) / max(direct.passes, 1)
-    width = max(flow.width(product.cut) for product in products(way))
-    return Accumulation(way, states, sum(sweep.cost for sweep in sweeps(way)) / seed, width)
+    width = max(flow.width(product.cut) for product in products(tree))
+    return Accumulation(tree, states, sum(sweep.cost for sweep in sweeps(tree)) / seed, width)
 
 
-def sweeps(way: AccumulationTree) -> Iterator[JacobianSweep]:
+def sweeps(tree: AccumulationTree) -> Iterator[JacobianSweep]:
     """Return the leaves of a tree of cuts."""
-    if isinstance(way, JacobianSweep):
-        yield way
+    if isinstance(tree, JacobianSweep):
+        yield tree
     else:
-        for part in (way.late, way.early) if isinstance(way, ChainProduct) else way.parts:
+        for part in (tree.late, tree.early) if isinstance(tree, ChainProduct) else tree.parts:
             yield from sweeps(part)
 
 
-def products(way: AccumulationTree) -> Iterator[ChainProduct]:
+def products(tree: AccumulationTree) -> Iterator[ChainProduct]:
     """Return its cuts, the outer ones first."""
-    if isinstance(way, ChainProduct):
-        yield way
-    if not isinstance(way, JacobianSweep):
-        for part in (way.late, way.early) if isinstance(way, ChainProduct) else way.parts:
+    if isinstance(tree, ChainProduct):
+        yield tree
+    if not isinstance(tree, JacobianSweep):
+        for part in (tree.late, tree.early) if isinstance(tree, ChainProduct) else tree.parts:
             yield from products(part)
 
 
@@ -169,24 +169,24 @@ class _Planner:
         self.forward = forward
         self.alive = differentiable_paths(flow.graph, inputs)
         self.operations = [op for op in flow.graph.operations if passes_derivatives(op)]
-        self._ways: dict[tuple[Ends, Ends, int], AccumulationTree] = {}
-        self._found: dict[tuple[Ends, Ends, Ends], frozenset[int]] = {}
+        self._trees: dict[tuple[Ends, Ends, int], AccumulationTree] = {}
+        self._paths: dict[tuple[Ends, Ends, Ends], frozenset[int]] = {}
 
-    def way(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
+    def find(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
         key = sources, targets, levels
-        if key not in self._ways:
-            self._ways[key] = self._cheapest(sources, targets, levels)
-        return self._ways[key]
+        if key not in self._trees:
+            self._trees[key] = self._search(sources, targets, levels)
+        return self._trees[key]
 
-    def _cheapest(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
+    def _search(self, sources: Ends, targets: Ends, levels: int) -> AccumulationTree:
         best: AccumulationTree = self.sweep(sources, targets)
         if not levels:
             return best
         options: list[AccumulationTree | None] = [self.product(sources, targets, levels - 1)]
         if 1 < len(targets) <= MOST_PARTS:
-            options.append(Stacked(sources, targets, tuple(self.way(sources, (t,), levels) for t in targets)))
+            options.append(Stacked(sources, targets, tuple(self.find(sources, (t,), levels) for t in targets)))
         if 1 < len(sources) <= MOST_PARTS:
-            options.append(Stacked(sources, targets, tuple(self.way((s,), targets, levels) for s in sources)))
+            options.append(Stacked(sources, targets, tuple(self.find((s,), targets, levels) for s in sources)))
         for option in options:
             if option is not None and option.cost < GAIN * best.cost:
                 best = option
@@ -222,15 +222,14 @@ class _Planner:
         # a derivative does not run into a source, which is given
         links = [(one, other) for one, other in edges(self.flow.graph, between) if other not in sources]
         starts, goals = ([n for n in ends if n in between] for ends in (sources, targets))
-        found = minimum_cut(links, capacities, starts, goals)
-        if not found or self.flow.width(found) >= narrowest:
+        cut = tuple(minimum_cut(links, capacities, starts, goals) or ())
+        if not cut or self.flow.width(cut) >= narrowest:
             return None
-        cut = tuple(found)
         multiplication = (
             self.flow.width(sources) * self.flow.width(targets) * (1 + self.flow.width(cut) / PRODUCTS_A_MOVE)
         )
         return ChainProduct(
-            sources, targets, cut, self.way(cut, targets, levels), self.way(sources, cut, levels), multiplication
+            sources, targets, cut, self.find(cut, targets, levels), self.find(sources, cut, levels), multiplication
         )
 
     def _capacity(self, number: int) -> float:
@@ -243,17 +242,17 @@ class _Planner:
     def _between(self, sources: Ends, targets: Ends, given: Ends = ()) -> frozenset[int]:
         """Return the tensors on paths from sources to targets that run into no source and nothing given."""
         key = sources, targets, given
-        if key not in self._found:
+        if key not in self._paths:
             closed = {*sources, *given}
             reached, wanted = set(sources), set(targets)
             for op in self.operations:
                 if not reached.isdisjoint(op.sources):
-                    reached.update(n for n in op.made if n in self.alive and n not in closed)
+                    reached.update(n for n in op.results if n in self.alive and n not in closed)
             for op in reversed(self.operations):
-                if any(n in wanted and n not in closed for n in op.made):
+                if any(n in wanted and n not in closed for n in op.results):
                     wanted.update(op.sources)
-            self._found[key] = frozenset(reached & wanted)
-        return self._found[key]
+            self._paths[key] = frozenset(reached & wanted)
+        return self._paths[key]
 
     def _moves(self, sources: Ends, targets: Ends, given: Ends = ()) -> float:
         """Return what one seed from sources to targets moves, for one sample."""
@@ -262,7 +261,7 @@ class _Planner:
             sum(
                 work(self.flow.graph, op)
                 for op in self.operations
-                if any(n in on_path and n not in sources for n in op.made) and not on_path.isdisjoint(op.sources)
+                if any(n in on_path and n not in sources for n in op.results) and not on_path.isdisjoint(op.sources)
             )
             / self.flow.batch
         )

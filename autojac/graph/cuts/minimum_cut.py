@@ -21,9 +21,9 @@ def passes_derivatives(operation: Operation) -> bool:
 def differentiable_paths(graph: Graph, inputs: Collection[int]) -> set[int]:
     """Return the tensors that a derivative in the inputs can reach."""
     found = set(inputs)
-    for operation in graph.operations:
-        if passes_derivatives(operation) and not found.isdisjoint(operation.sources):
-            found.update(n for n in operation.made if graph.dtypes[n].is_floating_point or graph.dtypes[n].is_complex)
+    for op in graph.operations:
+        if passes_derivatives(op) and not found.isdisjoint(op.sources):
+            found.update(n for n in op.results if graph.dtypes[n].is_floating_point or graph.dtypes[n].is_complex)
     return found
 
 
@@ -31,7 +31,7 @@ def edges(graph: Graph, alive: Collection[int]) -> Iterator[tuple[int, int]]:
     """Return the edges from each tensor to those that operators make of it, as far as derivatives run."""
     for operation in graph.operations:
         if passes_derivatives(operation):
-            for output in operation.made:
+            for output in operation.results:
                 if output in alive:
                     yield from ((source, output) for source in operation.sources if source in alive)
 

@@ -30,8 +30,8 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
     that of the operator in every graph of one key: it is given the one to run, whose numbers are those of its call.
     """
     read = [number for number in dict.fromkeys(operation.sources) if number in tensors]
-    made = [s for number in operation.made if isinstance(s := flow.states[number], BatchAxis)]
-    if len(made) < len(operation.made):
+    made = [s for number in operation.results if isinstance(s := flow.states[number], BatchAxis)]
+    if len(made) < len(operation.results):
         return None
     if SPREAD in made:
         return _over_axes(flow, operation, read)
@@ -42,7 +42,7 @@ def per_sample_form(flow: BatchFlow, operation: Operation, tensors: Collection[i
     if not carried or SPREAD in carried.values():
         return None
     results = [None if number is None else (made.pop(0), flow.graph.shapes[number]) for number in operation.outputs]
-    if not _slices(flow, _of_one(operation, flow.batch), carried, results):
+    if not _slices(flow, _for_one_sample(operation, flow.batch), carried, results):
         return None
     return functools.partial(_map, flow.batch, tuple(read), carried, results)
 
@@ -70,7 +70,7 @@ def _slice_shape(shape: tuple[int, ...], state: BatchAxis) -> tuple[int, ...]:
     return (*shape[: state.axis], state.outer * state.inner, *shape[state.axis + 1 :])
 
 
-def _of_one(operation: Operation, batch: int) -> Operation:
+def _for_one_sample(operation: Operation, batch: int) -> Operation:
     counted = facts_of(operation.target).batch_size
     if not counted:
         return operation
@@ -81,7 +81,7 @@ def _of_one(operation: Operation, batch: int) -> Operation:
 
 def _as_broadcast(flow: BatchFlow, operation: Operation, number: int) -> tuple[int, ...] | None:
     """Return a shared tensor's shape as it is broadcast, if the operator does so along the batch."""
-    output = operation.made[0]
+    output = operation.results[0]
     state = flow.states[output]
     if not isinstance(state, BatchAxis) or state[1:] != (1, 1) or not _broadcasts(operation):
         return None
@@ -103,7 +103,7 @@ def _over_axes(flow: BatchFlow, operation: Operation, read: Sequence[int]) -> Pe
     """Return the operator, reading copies, where several axes together tell samples apart and it broadcasts."""
     if len(operation.outputs) > 1 or not _broadcasts(operation):
         return None
-    output = operation.made[0]
+    output = operation.results[0]
     states = [along.states[output] for along in flow.axes]
     places = [state.axis for state in states if isinstance(state, BatchAxis) and state[1:] == (1, 1)]
     if len(set(places)) < len(states):
@@ -141,26 +141,26 @@ def _map(
     env: Env,
 ) -> Sequence[Any]:
     numbers = (*carried, *copied)
-    operation = _of_one(operation, batch)
-    parts = [_samples_in_front(env[number], state, batch) for number, state in carried.items()]
+    operation = _for_one_sample(operation, batch)
+    parts = [_move_samples_to_front(env[number], state, batch) for number, state in carried.items()]
     parts += [env[number] for number in copied]
 
-    def one(*sample: Tensor) -> list[Tensor]:
+    def run_sample(*sample: Tensor) -> list[Tensor]:
         made = operation(ChainMap(dict(zip(numbers, sample, strict=True)), dict(env)))
         return [part for part, state in zip(made, results, strict=True) if state is not None]
 
-    made = iter(vmap(one)(*parts))
-    return [None if result is None else _samples_back(next(made), result[0]) for result in results]
+    made = iter(vmap(run_sample)(*parts))
+    return [None if result is None else _restore_samples(next(made), result[0]) for result in results]
 
 
-def _samples_in_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
+def _move_samples_to_front(tensor: Tensor, state: BatchAxis, batch: int) -> Tensor:
     """Return (…, outer·B·inner, …) as (B, …, outer·inner, …)."""
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis, (state.outer, batch, state.inner))
     return apart.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
 
 
-def _samples_back(tensor: Tensor, state: BatchAxis) -> Tensor:
+def _restore_samples(tensor: Tensor, state: BatchAxis) -> Tensor:
     axis = state.axis
     apart: Tensor = tensor.unflatten(axis + 1, (state.outer, state.inner))
     return apart.movedim(0, axis + 1).flatten(axis, axis + 2)

@@ -52,11 +52,10 @@ class SharedTensors:
         special = {place: functools.partial(form, graph.operations[place]) for place, form in forms.items()}
         numbers = (*inputs, *self.weights, *self.tensors)
 
-        def local(*given: Tensor) -> tuple[Tensor, ...]:
-            own = dict(zip(numbers, given, strict=True))
-            return graph.run(graph.outputs, {**base, **own}, special)
+        def evaluate(*given: Tensor) -> tuple[Tensor, ...]:
+            return graph.run(graph.outputs, {**base, **dict(zip(numbers, given, strict=True))}, special)
 
-        return local
+        return evaluate
 
 
 def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> SharedTensors | None:
@@ -67,7 +66,7 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
         inputs: numbers of the differentiated inputs.
         least: look upstream of where they are read for fewer elements.
     """
-    flow = _weights_shared(flow, inputs)
+    flow = _share_weights(flow, inputs)
     if flow.lost_output:
         flow = flow.together
     graph = flow.graph
@@ -96,7 +95,7 @@ def find_shared_tensors(flow: BatchFlow, inputs: Sequence[int], least: bool) -> 
     )
 
 
-def _weights_shared(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
+def _share_weights(flow: BatchFlow, inputs: Sequence[int]) -> BatchFlow:
     """Return the flow in which differentiated inputs without a batch are tensors that samples share."""
     weights = [number for number in inputs if flow.states[number] is None]
     if not weights:
@@ -111,7 +110,7 @@ def _shared_tensors_met(flow: BatchFlow, alive: Collection[int]) -> set[int]:
     for operation in flow.graph.operations:
         for source in operation.sources:
             if source in found or (source in alive and isinstance(flow.states.get(source), BatchAxis)):
-                found.update(n for n in operation.made if n in alive and flow.states.get(n) == SHARED)
+                found.update(n for n in operation.results if n in alive and flow.states.get(n) == SHARED)
     return found
 
 
@@ -123,7 +122,7 @@ def _forms(flow: BatchFlow, tensors: Collection[int]) -> dict[int, PerSampleForm
     """Return for each operator along the batch that reads some of the tensors its form that takes copies."""
     found = {}
     for place, operation in enumerate(flow.graph.operations):
-        along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.made)
+        along = any(isinstance(flow.states.get(y), BatchAxis) for y in operation.results)
         if along and not set(tensors).isdisjoint(operation.sources):
             form = per_sample_form(flow, operation, tensors)
             if form is None:

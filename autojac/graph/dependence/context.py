@@ -150,7 +150,7 @@ class DependenceContext(BoundOperation):
             each = made if isinstance(made, list) else [made] * len(self.operation.outputs)
             pairs = zip(self.operation.outputs, each, strict=False)
             return [self._axis(y, state, length) for y, state in pairs if y is not None]
-        return [None] * len(self.made)
+        return [None] * len(self.results)
 
     def _axis(self, number: int, state: object, length: int) -> int | None:
         if not isinstance(state, BatchAxis) or (state.outer, state.inner) != (1, 1):

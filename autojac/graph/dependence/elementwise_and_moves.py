@@ -83,7 +83,7 @@ def _move(context: DependenceContext, matrix: Any, given: Mapping[int, Tensor]) 
     if not _is_view(context):
         shape, elements = context.graph.shapes[next(iter(given))], sum(index.numel() for index in given.values())
         if context.facts.kind is not Kind.POINTWISE:
-            results = sum(math.prod(context.graph.shapes[number]) for number in context.made)
+            results = sum(math.prod(context.graph.shapes[number]) for number in context.results)
             elements += results // max(math.prod(shape[axis] for axis in narrow), 1)
         context.algebra.spend(elements, MOST_ELEMENTS)
         # every operator takes doubles, and they are exact
@@ -169,11 +169,11 @@ def placing(context: DependenceContext) -> Result:
     picked = pick(places)
     total: IndexSets | None = None
     if isinstance(own, IndexSets):
-        kept = own.index
+        index = own.index
         if facts.overwrites and not given.get("accumulate") and given.get("reduce") is None:
-            kept = kept.expand(wide).clone(memory_format=torch.contiguous_format)
-            kept.reshape(-1)[picked.reshape(-1)] = 0
-        total = IndexSets(own.matrix, kept)
+            index = index.expand(wide).clone(memory_format=torch.contiguous_format)
+            index.reshape(-1)[picked.reshape(-1)] = 0
+        total = IndexSets(own.matrix, index)
     if isinstance(other, IndexSets):
         read = other.index
         if facts.axes is Axes.INDEXED:
@@ -206,7 +206,7 @@ def _run(
 ) -> list[Tensor]:
     """Run an operator on numbers of sets.
 
-    All other tensors become zero, the empty set, and so do fillers unless they are kept.
+    All other tensors become zero, the empty set, and so do fillers unless they are asked for.
 
     Args:
         context: the operator.

@@ -168,7 +168,7 @@ class SetAlgebra:
         return self._unite(starts, codes % width, source, shape)
 
     def unite_along(self, source: IndexSets, axes: Collection[int]) -> IndexSets:
-        """Return the union along some axes, which are kept with length 1."""
+        """Return the union along some axes, which then have length 1."""
         shape = tuple(source.index.shape)
         if all(shape[axis] == 1 for axis in axes):
             return source
@@ -180,8 +180,8 @@ class SetAlgebra:
         first[:, 1:] = lines[:, 1:] != lines[:, :-1]
         # an empty set in front
         starts = np.concatenate([np.zeros(2, dtype=np.int64), first.sum(1).cumsum(0).numpy()])
-        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-        return self._unite(starts, lines[first].numpy(), source, kept)
+        lengths = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        return self._unite(starts, lines[first].numpy(), source, lengths)
 
     def _unite(self, starts: Any, rows: Any, source: IndexSets, shape: Sequence[int]) -> IndexSets:
         """Return one set for each element of a tensor: the union of some rows of a matrix."""

@@ -163,7 +163,7 @@ def propagate(
         for place, operation in enumerate(graph.operations):
             context = DependenceContext(graph, operation, states, constant, algebra, follow_values)
             try:
-                states.update(zip(context.made, _results(context), strict=True))
+                states.update(zip(context.results, _results(context), strict=True))
             except TooLarge as error:
                 flow.refusal, flow.losses[place] = str(error), operation.name
                 break
@@ -179,20 +179,20 @@ def _note(flow: DependenceFlow, place: int, context: DependenceContext) -> None:
         flow.losses[place] = context.operation.name
         flow.value_dependent |= context.value_dependent or context.facts.by_value
     elif context.facts.kind is not Kind.VIEW and any(
-        isinstance(state := flow.states[number], IndexSets) and not any(_alike(state, one) for one in read)
-        for number in context.made
+        isinstance(state := flow.states[number], IndexSets) and not any(_are_alike(state, one) for one in read)
+        for number in context.results
     ):
         flow.followed.append(place)
 
 
-def _alike(one: IndexSets, other: IndexSets) -> bool:
+def _are_alike(one: IndexSets, other: IndexSets) -> bool:
     """Check whether sets are the same but for where their axes are."""
     return one.matrix is other.matrix and torch.equal(one.index.squeeze(), other.index.squeeze())
 
 
 def _results(context: DependenceContext) -> Sequence[State]:
     """Return what is known of the results of an operator."""
-    count, facts = len(context.made), context.facts
+    count, facts = len(context.results), context.facts
     if facts.kind is Kind.FACTORY:
         return [Constant()] * count
     if not any(isinstance(context.states[number], IndexSets) for number in context.operation.sources):
@@ -205,16 +205,16 @@ def _results(context: DependenceContext) -> Sequence[State]:
         made = None if whole else RULES.get(facts.kind, keeping_axes)(context)
         made = keeping_axes(context) if made is None else made
         each = [made] * count if isinstance(made, IndexSets) else made
-        return [_fitting(context, *pair) for pair in zip(each, context.made, strict=True)]
+        return [_fit(context, *pair) for pair in zip(each, context.results, strict=True)]
     except TooLarge:
         raise
     except Exception:  # an operator in a form that its rule does not foresee
-        return [_fitting(context, context.everything(), number) for number in context.made]
+        return [_fit(context, context.everything(), number) for number in context.results]
 
 
 def _without_inputs(context: DependenceContext) -> Sequence[State]:
     """Return what is known of the results of an operator that no input stands behind."""
-    count = len(context.made)
+    count = len(context.results)
     known = all(isinstance(context.states[number], Constant) for number in context.operation.sources)
     if known and (context.follow_values or not traits(context.operation.target)[2]):
         return [Constant()] * count
@@ -224,7 +224,7 @@ def _without_inputs(context: DependenceContext) -> Sequence[State]:
         return [Unknown()] * count
 
 
-def _fitting(context: DependenceContext, sets: IndexSets, number: int) -> State:
+def _fit(context: DependenceContext, sets: IndexSets, number: int) -> State:
     """Return the state of a result: integers have no derivative, and axes that sets lack in front have length 1."""
     dtype, shape = context.graph.dtypes[number], context.graph.shapes[number]
     if not (context.follow_values or dtype.is_floating_point or dtype.is_complex):

@@ -28,10 +28,10 @@ def of_first(rule: Callable[[DependenceContext, Value, IndexSets], Result]) -> C
 
 def keeping_axes(context: DependenceContext) -> list[IndexSets]:
     """Keep the axes that the rules of the batch axis keep; along all others each result reads everything."""
-    totals: list[IndexSets | None] = [None] * len(context.made)
+    totals: list[IndexSets | None] = [None] * len(context.results)
     for value, state in context.sets():
         places = {axis: context.kept_axis(value, axis) for axis in state.axes}
-        for output, number in enumerate(context.made):
+        for output, number in enumerate(context.results):
             kept = {axis: place for axis in places if (place := places[axis][output]) is not None}
             mixed = context.unite_along(state, [axis for axis in places if axis not in kept])
             order = sorted(kept, key=kept.__getitem__)
@@ -62,8 +62,8 @@ def mixing(context: DependenceContext) -> Result:
     assert total is not None
     if len(context.out) == dims:
         return total
-    kept = [size for axis, size in enumerate(total.index.shape) if axis not in axes]
-    return IndexSets(total.matrix, total.index.reshape(kept))
+    lengths = [size for axis, size in enumerate(total.index.shape) if axis not in axes]
+    return IndexSets(total.matrix, total.index.reshape(lengths))
 
 
 def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[DependenceContext], Result]:
@@ -80,10 +80,10 @@ def behind(lead: int | Callable[[DependenceContext, int], int]) -> Callable[[Dep
             index = mixed.index.reshape(mixed.index.shape[:count])
             total = context.algebra.union(total, IndexSets(mixed.matrix, index))
         assert total is not None
-        kept, shapes = shared.pop(), [context.graph.shapes[number] for number in context.made]
-        if shared or any(shape[: len(kept)] != kept for shape in shapes):
+        front, shapes = shared.pop(), [context.graph.shapes[number] for number in context.results]
+        if shared or any(shape[: len(front)] != front for shape in shapes):
             return None
-        lengths = [(*total.index.shape, *[1] * (len(shape) - len(kept))) for shape in shapes]
+        lengths = [(*total.index.shape, *[1] * (len(shape) - len(front))) for shape in shapes]
         return [IndexSets(total.matrix, total.index.reshape(one)) for one in lengths]
 
     return rule
@@ -155,8 +155,8 @@ def _entries(context: DependenceContext, value: Value) -> Tensor | None:
         if tensor.layout != torch.strided:
             context.select(value)
             entries = tensor.detach().to_sparse_coo().coalesce()
-            kept: Tensor = entries.indices() if context.follow_values else entries.indices()[:, entries.values() != 0]
-            return kept.cpu()
+            places: Tensor = entries.indices() if context.follow_values else entries.indices()[:, entries.values() != 0]
+            return places.cpu()
     nonzero = context.nonzero(value)
     return None if nonzero is None else nonzero.nonzero().mT
 

@@ -50,7 +50,7 @@ class TaylorMode:
         self.needed: dict[int, set[int]] = {number: set(asked) for number in graph.outputs}
         for place in reversed(self.places):
             operation = graph.operations[place]
-            rows = wanted.into(set().union(*(self.needed.get(n, set()) for n in operation.made)))
+            rows = wanted.into(set().union(*(self.needed.get(n, set()) for n in operation.results)))
             for number in operation.sources:
                 self.needed.setdefault(number, set()).update(rows)
 

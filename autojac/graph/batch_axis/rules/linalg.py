@@ -22,7 +22,7 @@ def matrices(context: RuleContext) -> State:
     if len(found) != 1 or len(ranks) != 1:
         raise Meets(MEET)
     state = found.pop()
-    shapes = [context.graph.shapes[number] for number in context.made]
+    shapes = [context.graph.shapes[number] for number in context.results]
     length = state.outer * context.batch * state.inner
     if any(len(shape) <= state.axis or shape[state.axis] != length for shape in shapes):
         raise BatchAxisLost("the batch is part of the matrix")

@@ -309,7 +309,7 @@ def test_a_wrong_coloring_is_made_again(spoil: Callable[[Matrix], Matrix], made:
 
 
 def test_a_process_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch, made: list[str]) -> None:
-    monkeypatch.setattr(colorings, "KEPT", 2)
+    monkeypatch.setattr(colorings, "MOST_KNOWN", 2)
     known = Colorings()
     patterns = [Pattern.diagonal(size) for size in (1, 2, 3)]
     for pattern in (*patterns, patterns[2], patterns[0]):

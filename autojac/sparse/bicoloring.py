@@ -37,9 +37,9 @@ def both(pattern: Pattern) -> tuple[Indices, Indices]:
     matrix = pattern.scipy()
     transposed = matrix.T.tocsr()
     columns, rows = fewest(transposed), fewest(matrix)
-    best = (_uncolored(pattern.shape[0]), columns)
+    best = (_no_colors(pattern.shape[0]), columns)
     if rows.max(initial=-1) < columns.max(initial=-1):
-        best = (rows, _uncolored(pattern.shape[1]))
+        best = (rows, _no_colors(pattern.shape[1]))
     if _total(best) <= 2:
         return best
     fewest_before = _total(best)
@@ -94,7 +94,7 @@ def collision_free(colors: Indices, places: Indices, size: int) -> np.ndarray[tu
     return answer
 
 
-def _uncolored(size: int) -> Indices:
+def _no_colors(size: int) -> Indices:
     return np.full(size, -1, dtype=np.int32)
 
 
@@ -104,7 +104,7 @@ def _total(colors: tuple[Indices, Indices]) -> int:
 
 def _color(matrix: scipy.sparse.csr_array, peeled: Indices, thorough: bool) -> tuple[Indices, Indices]:
     """Return colors of the peeled rows, and of the columns of the others."""
-    rows = _uncolored(matrix.shape[0])
+    rows = _no_colors(matrix.shape[0])
     rows[peeled] = fewest(matrix[peeled], thorough)
     rest = np.ones(matrix.shape[0], dtype=bool)
     rest[peeled] = False

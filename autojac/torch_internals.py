@@ -190,6 +190,11 @@ def dual_level() -> int:
     return level
 
 
+def may_transform() -> bool:
+    """Check whether a transform is open, or a dual level, in whatever thread."""
+    return innermost_transform() is not None or _dual_numbers._current_level >= 0
+
+
 def set_dual_level(level: int) -> None:
     """Set what torch takes for the open dual level."""
     _dual_numbers._current_level = level

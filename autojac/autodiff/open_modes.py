@@ -22,6 +22,7 @@ from autojac.torch_internals import (
     innermost_transform,
     is_forward_grad_enabled,
     is_profiling,
+    may_transform,
     open_transforms,
     saved_tensors_hooks,
     set_dual_level,
@@ -36,10 +37,10 @@ forward_lock = threading.RLock()
 def transforming() -> bool:
     """Check whether the caller is inside a torch.func transform or a level of dual numbers."""
     # while torch.compile traces, the innermost interpreter is never None: what it traces may not probe either
+    if not may_transform():
+        return False
     if innermost_transform() is not None:
         return True
-    if dual_level() < 0:
-        return False
     with forward_lock:  # it may be another thread's, which opened it here and is about to close it
         return dual_level() >= 0
 

@@ -44,6 +44,7 @@ _FIELDS: Final = {
     "defaults": "__defaults__",
     "keyword defaults": "__kwdefaults__",
     "attributes": "__dict__",
+    "default dtype": "get_default_dtype()",
 }
 # gone, or another thread is writing there
 _UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError, TypeError)
@@ -70,7 +71,7 @@ def checker(
     for place, keys, values in read():
         draft.place(place, keys, values, versions)
     if words:
-        draft.terms.append(f"{draft.constant(words.unchanged)}()")
+        draft.memory_words()
     if draft.empty:
         draft.terms.append(f"not any({draft.constant(tuple(draft.empty))})")
     if draft.dicts:
@@ -213,6 +214,11 @@ class _Draft:
 
     def _look(self, place: Place, keys: list[Any], values: list[Any]) -> None:
         self.terms.append(f"{self.constant(functools.partial(_same, place, keys, values))}()")
+
+    def memory_words(self) -> None:
+        words = self.words
+        parts = self.constant(words.memory), self.constant(words.where), self.variable(words.known)
+        self.terms.append("({}[{}].tobytes() == {} or ".format(*parts) + f"{self.constant(words.only_other_names)}())")
 
     def tensors(self, metadata: Metadata) -> None:
         tensors, again = self.constant(metadata.tensors), self.constant(metadata.same)

@@ -35,7 +35,16 @@ Stores = Callable[[], Iterator[tuple[Any, int]]]
 
 
 class MemoryWords:
-    """Words of live objects, and whether they are what they were."""
+    """Words of live objects, and whether they are what they were.
+
+    Attributes:
+        memory, where: an array, and where in it the words are. A compiled check compares them without a call.
+        known: a cell with the words as they were, as bytes.
+    """
+
+    memory: npt.NDArray[Any]
+    where: npt.NDArray[np.intp]
+    known: types.CellType
 
     def __init__(self) -> None:
         self._owners: list[Any] = []
@@ -66,29 +75,25 @@ class MemoryWords:
 
     def note(self) -> None:
         """Compare with the words as they are at this moment."""
-        self._where = np.array(self._indices, dtype=np.intp)
+        self.where = np.array(self._indices, dtype=np.intp)
         memory = _memory()
         # one that has nothing to show is never asked
-        self._memory = self._where if memory is None else memory
-        self._words = self._memory[self._where]
-        self._bytes = self._words.tobytes()
+        self.memory = self.where if memory is None else memory
+        self._words = self.memory[self.where]
+        self.known = types.CellType(self._words.tobytes())
 
     def expect(self, scope: dict[str, Any], name: str, value: Any) -> None:
         """Take writes to a dict whose version is compared for no change as long as a name in it has its value."""
         self._names.setdefault(self._known[id(scope), NAMES], []).append((scope, name, value))
 
-    def unchanged(self) -> bool:
-        """Check whether all words are what they were."""
-        return self._memory[self._where].tobytes() == self._bytes or self._only_other_names()
-
-    def _only_other_names(self) -> bool:
+    def only_other_names(self) -> bool:
         """Check whether nothing has moved but versions of dicts in which the names that count have their values."""
-        words = self._memory[self._where]
+        words = self.memory[self.where]
         for index in np.flatnonzero(words != self._words).tolist():
             names = self._names.get(index)
             if names is None or any(dict.get(scope, name, ABSENT) is not value for scope, name, value in names):
                 return False
-        self._words, self._bytes = words, words.tobytes()
+        self._words, self.known.cell_contents = words, words.tobytes()
         return True
 
 

@@ -13,7 +13,7 @@ from autojac.core.module_function import ModuleFunction
 from autojac.guards.tensor_metadata import metadata_check
 from autojac.planning.prepared_plan import FastPath, PreparedPlan
 from autojac.replay.replayer import Replayer
-from autojac.torch_internals import global_state_guard
+from autojac.torch_internals import global_state_guard, may_transform
 
 TryReplay = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
 
@@ -57,7 +57,7 @@ def fast_path(plan: PreparedPlan, args: Sequence[Any]) -> FastPath:
 
     def serve(args: tuple[Any, ...]) -> tuple[Any, Any] | None:
         # first of all: torch.compile must not trace what follows
-        if transforming() or len(args) != count:
+        if (may_transform() and transforming()) or len(args) != count:
             return None
         given = (*held, *args) if held else args
         if not same(*given) or not steady() or (differentiable and hooked()):

@@ -7,10 +7,11 @@ Comparing costs something itself, and where it costs more than computing, result
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +23,8 @@ ROUNDS = 5
 WORTHWHILE = 2.0
 """How many times as long as comparing captured tensors it must take to compute what is hoisted."""
 HoistedInputs = Callable[[], tuple[Tensor, ...]]
+# torch's own metaclass makes looking it up in the class slower than calling it
+_data_ptr: Final = Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -144,23 +147,41 @@ def hoisted_inputs(hoist: Hoist, captured: Sequence[Tensor]) -> HoistedInputs:
     shown = tuple(captured[place] for place in hoist.memory)
     sources = tuple(captured[place] for place in hoist.sources)
 
-    def compute() -> tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]:
-        memory = list(map(Tensor.data_ptr, shown))
+    def compute() -> tuple[Tensor, ...]:
+        memory = list(map(_data_ptr, shown))
         copies = tuple(tensor.detach().clone() for tensor in sources)
         with torch.no_grad():
             values = hoist.views(*captured)
             if hoist.results is not None:
                 values += hoist.results(*captured)
-        return (*captured, *values), memory, copies
-
-    state = compute()
-
-    def inputs() -> tuple[Tensor, ...]:
-        nonlocal state
-        values, memory, copies = state
-        # nan is not equal to itself: then it is computed again
-        if list(map(Tensor.data_ptr, shown)) != memory or (copies and not all(map(torch.equal, copies, sources))):
-            state = values, _, _ = compute()
+        values = (*captured, *values)
+        # in one store: another thread may read it
+        state[:] = [(values, memory, copies)]
         return values
 
+    def are_equal(copies: Sequence[Tensor]) -> bool:
+        # nan is not equal to itself: then it is computed again
+        return all(map(torch.equal, copies, sources))
+
+    state: list[tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]] = []
+    compute()
+    inputs: HoistedInputs = _compile_comparison(len(shown))(state, compute, are_equal, _data_ptr, *shown)
     return inputs
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_comparison(count: int) -> Callable[..., HoistedInputs]:
+    """Compile what compares where so many tensors have their memory: a loop over two takes twice as long."""
+    names = [f"t{place}" for place in range(count)]
+    terms = [f"data_ptr({name}) == memory[{place}]" for place, name in enumerate(names)]
+    lines = [
+        f"def outer({', '.join(['state', 'compute', 'are_equal', 'data_ptr', *names])}):",
+        " def inputs():",
+        "  values, memory, copies = state[0]",
+        f"  return values if {' and '.join([*terms, '(not copies or are_equal(copies))'])} else compute()",
+        " return inputs",
+    ]
+    scope: dict[str, Any] = {"__name__": __name__}
+    exec(compile("\n".join(lines), "<autojac hoisting>", "exec"), scope)
+    outer: Callable[..., HoistedInputs] = scope["outer"]
+    return outer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,24 @@ def test_calls_alike_take_the_short_way(long_ways: list[int], grad: bool) -> Non
         compare((y, again_J), (func(z), J))
         assert J.requires_grad == y.requires_grad == grad
     assert not long_ways
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_calls_alike_run_six_functions_of_python_besides_the_program_whatever_func_holds(layers: int) -> None:
+    parts = [part for _ in range(layers) for part in (nn.Linear(3, 3), nn.Tanh())]
+    model, x = nn.Sequential(*parts).double().requires_grad_(False), points()
+    jac = forced(model, (x,), PULL, verify="never")
+    right = jacobian_blocks(model, (x,), 0)
+    for _ in range(2):
+        compare(jac(x), right)
+    ran: list[str] = []
+    sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        J = jac(x)
+    finally:
+        sys.setprofile(None)
+    compare(J, right)
+    assert ran == ["__call__", "serve", "may_transform", "try_replay", "unchanged", "inputs", "program"]
 
 
 @contextlib.contextmanager

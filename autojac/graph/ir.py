@@ -86,9 +86,9 @@ class BoundOperation:
         """Shape of the first output."""
         return self.graph.shapes[self.results[0]]
 
-    def axes(self, name: str, dims: int) -> set[int]:
-        """Return a `dim` argument as a set of axes from the front; all where it names none."""
-        given = self.arguments.get(name)
+    def axes(self, dims: int) -> set[int]:
+        """Return the argument `dim` or `dims` as a set of axes from the front; all where it names none."""
+        given = self.arguments.get("dim", self.arguments.get("dims"))
         if given is None or (isinstance(given, (list, tuple)) and not given):
             return set(range(dims))
         return {axis % dims for axis in (given if isinstance(given, (list, tuple)) else [given])}

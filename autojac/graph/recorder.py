@@ -219,9 +219,7 @@ class Recorder(Capture):
 
     def number(self, tensor: Tensor) -> int:
         """Return a number for the tensor's value as it is now."""
-        index = len(self.shapes)
-        self.shapes[index], self.dtypes[index] = tuple(tensor.shape), tensor.dtype
-        self.numbers[id(tensor)] = index
+        index = self.numbers[id(tensor)] = self.symbol(tensor.shape, tensor.dtype)
         self.settle(tensor)
         self.tensors.append((index, tensor))
         return index

@@ -81,15 +81,15 @@ class Bottleneck(Method):
         for first in (cls(cuts=cuts, sides=sides) for sides in ("either", "pull") for cuts in ("one", "several")):
             if first.unsupported(problem) is not None:
                 continue
-            found = first._find(problem)
-            assert found is not None
+            accumulation = first._find(problem)
+            assert accumulation is not None
             if first.sides == "pull":
                 if depth or (problem.differentiable and problem.forward_once(recorded=True)):
                     yield from (dataclasses.replace(first, engine=engine) for engine in ("vmap", "loop"))
                 continue
             for engine in ("vmap", "batched", "loop") if depth else ("vmap", "batched"):
                 yield dataclasses.replace(first, engine=engine)
-                if found.width > 16:
+                if accumulation.width > 16:
                     yield dataclasses.replace(first, engine=engine, chunk=16)
 
     def _find(self, problem: Problem) -> Accumulation | None:
@@ -97,22 +97,22 @@ class Bottleneck(Method):
         return analysis.chain(self.cuts == "several", self.sides == "either") if analysis is not None else None
 
     def cost(self, problem: Problem) -> float:
-        found = self._find(problem)
-        if found is None:
+        accumulation = self._find(problem)
+        if accumulation is None:
             return float("inf")
-        machine, passes = problem.machine, sum(sweep.passes for sweep in sweeps(found.tree))
+        machine, passes = problem.machine, sum(sweep.passes for sweep in sweeps(accumulation.tree))
         # each sweep runs a part of func, and multiplies: one operator at every cut
-        share = found.seeds / max(passes, 1)
-        products = 2 * problem.result_bytes / problem.item_bytes * found.width / machine.flops_per_s
+        share = accumulation.seeds / max(passes, 1)
+        products = 2 * problem.result_bytes / problem.item_bytes * accumulation.width / machine.flops_per_s
         swept = share * pull_cost(problem, passes, self._step(passes), self.engine)
         return cutting_cost(problem) + swept + products
 
     def workspace(self, problem: Problem) -> int:
-        found = self._find(problem)
-        if found is None:
+        accumulation = self._find(problem)
+        if accumulation is None:
             return 0
-        factors = problem.item_bytes * problem.batch * found.width * (problem.in_size + problem.out_size)
-        return factors + max(self._step(sweep.passes) for sweep in sweeps(found.tree)) * problem.seed_bytes
+        factors = problem.item_bytes * problem.batch * accumulation.width * (problem.in_size + problem.out_size)
+        return factors + max(self._step(sweep.passes) for sweep in sweeps(accumulation.tree)) * problem.seed_bytes
 
     def _step(self, count: int) -> int:
         return 1 if self.engine == "loop" else min(self.chunk or count, count) or 1
@@ -125,10 +125,10 @@ class Bottleneck(Method):
         return by_cut(problem, find, functools.partial(self._jacobians, problem), "shared")
 
     def _jacobians(
-        self, problem: Problem, graph: Graph, found: Accumulation, leaves: Sequence[Tensor]
+        self, problem: Problem, graph: Graph, accumulation: Accumulation, leaves: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], ...]:
         base = dict(zip(graph.inputs, leaves, strict=True))
-        factor = _Accumulator(self, problem, graph, found, base).factor(found.tree)
+        factor = _Accumulator(self, problem, graph, accumulation, base).factor(accumulation.tree)
         jacobians = []
         for output, event in zip(graph.outputs, problem.outputs, strict=True):
             row = []
@@ -149,13 +149,13 @@ class _Accumulator:
     """Multiplies out the chain rule over one recorded call."""
 
     def __init__(
-        self, method: Bottleneck, problem: Problem, graph: Graph, found: Accumulation, base: Mapping[int, Tensor]
+        self, method: Bottleneck, problem: Problem, graph: Graph, accumulation: Accumulation, base: Mapping[int, Tensor]
     ) -> None:
         self.method = method
         self.batch = problem.batch
         self.differentiable = problem.differentiable
         self.graph = graph
-        self.states = found.states
+        self.states = accumulation.states
         self.base = dict(base)
         self.values = {number: self.base[number] for number in (graph.inputs[position] for position in problem.inputs)}
 
@@ -177,9 +177,9 @@ class _Accumulator:
 
     def _pull(self, sweep: JacobianSweep) -> Factor:
         sources, wanted = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
-        found = self._trivial(sweep)
+        factors = self._trivial(sweep)
         if not wanted:
-            return found
+            return factors
         # functorch pulls through all targets of one function, even with nothing but zeros
         for group in [[t] for t in wanted] if self.method.engine == "vmap" else [wanted]:
             pulls = puller(self._between(sources, group), self._at(sources), self.method.engine, self.differentiable)
@@ -187,36 +187,36 @@ class _Accumulator:
             for order, target in enumerate(group):
                 rows = self._each(functools.partial(pulls.one, order), pulls.values[order], target)
                 for source, part in zip(sources, rows, strict=True):
-                    found[target, source] = by_sample(part, self.states[source], self.batch).transpose(0, 1)
-        return found
+                    factors[target, source] = by_sample(part, self.states[source], self.batch).transpose(0, 1)
+        return factors
 
     def _push(self, sweep: JacobianSweep) -> Factor:
         sources, targets = sweep.sources, [t for t in sweep.targets if t not in sweep.sources]
-        found = self._trivial(sweep)
+        factors = self._trivial(sweep)
         if not targets:
-            return found
+            return factors
         engine: Engine = "loop" if self.method.engine == "loop" else "vmap"
         given = self._at(sources)
         push = pusher(self._between(sources, targets), given, engine)
         for order, source in enumerate(sources):
             columns = self._each(functools.partial(push, order), given[order], source)
             for target, part in zip(targets, columns, strict=True):
-                found[target, source] = by_sample(part, self.states[target], self.batch).permute(1, 2, 0)
-        return found
+                factors[target, source] = by_sample(part, self.states[target], self.batch).permute(1, 2, 0)
+        return factors
 
     def _trivial(self, sweep: JacobianSweep) -> Factor:
         """Return the derivatives of sources that are targets as well."""
-        found: Factor = {}
+        factors: Factor = {}
         for target in set(sweep.targets) & set(sweep.sources):
             size = self.values[target].numel() // self.batch
             for source in sweep.sources:
                 like = self.values[source]
                 if source == target:
                     eye = torch.eye(size, dtype=like.dtype, device=like.device)
-                    found[target, source] = eye.expand(self.batch, size, size)
+                    factors[target, source] = eye.expand(self.batch, size, size)
                 else:
-                    found[target, source] = like.new_zeros(1).expand(self.batch, size, like.numel() // self.batch)
-        return found
+                    factors[target, source] = like.new_zeros(1).expand(self.batch, size, like.numel() // self.batch)
+        return factors
 
     def _at(self, tensors: Sequence[int]) -> list[Tensor]:
         """Return their values, computed where no sweep has left them."""

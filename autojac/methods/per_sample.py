@@ -103,5 +103,5 @@ class PerSample(Method):
     ) -> Iterator[Tensor]:
         for position, blocks in zip(problem.inputs, row, strict=True):
             # forward mode gives the output's dtype
-            own = blocks.to(leaves[position].dtype)
-            yield from_blocks(problem.layout, own, event, problem.leaves[position].batched)
+            cast = blocks.to(leaves[position].dtype)
+            yield from_blocks(problem.layout, cast, event, problem.leaves[position].batched)

@@ -72,10 +72,9 @@ class Replicate(Method):
             bound, inputs = bind(problem, tiled, kwargs)
             sweep = self._reverse if self.mode == "reverse" else self._forward
             values, jacobians = sweep(problem, bound, inputs)
-            own = tuple(value[: problem.batch] for value in values)
             rows = zip(jacobians, problem.outputs, strict=True)
             return Result(
-                own,
+                tuple(value[: problem.batch] for value in values),
                 tuple(
                     tuple(from_blocks(problem.layout, blocks, event, batched=True) for blocks in row)
                     for row, event in rows
@@ -123,8 +122,8 @@ class Replicate(Method):
         """Yield for each event its seeds (count, B, *event): one-hot in its own replicas, zero in the others."""
         before, total = 0, sum(map(seeds.size, events))
         for event, tensor in zip(events, like, strict=True):
-            own = seeds.shared_seeds(event, batch, tensor)
-            after = total - before - len(own)
-            zeros = [own.new_zeros(1, *own.shape[1:]).expand(length, *own.shape[1:]) for length in (before, after)]
-            yield torch.cat([zeros[0], own, zeros[1]]) if len(events) > 1 else own
-            before += len(own)
+            ones = seeds.shared_seeds(event, batch, tensor)
+            after = total - before - len(ones)
+            zeros = [ones.new_zeros(1, *ones.shape[1:]).expand(length, *ones.shape[1:]) for length in (before, after)]
+            yield torch.cat([zeros[0], ones, zeros[1]]) if len(events) > 1 else ones
+            before += len(ones)

@@ -56,17 +56,17 @@ class Statistics(Method):
         unrecorded = why_unrecorded(problem)
         if unrecorded:
             return unrecorded
-        found = self._find(problem)
-        if found is None:
+        shared = self._find(problem)
+        if shared is None:
             return "samples meet elsewhere than in tensors that all of them share"
-        return self._obstacle(found) or super().unsupported(problem)
+        return self._obstacle(shared) or super().unsupported(problem)
 
-    def _obstacle(self, found: SharedTensors) -> str | None:
-        if self.local == "copies" and found.copied is None:
+    def _obstacle(self, shared: SharedTensors) -> str | None:
+        if self.local == "copies" and shared.copied is None:
             return "a shared tensor is used by an operator that takes no copy of it for each sample"
-        if self.local == "push" and found.weights:
+        if self.local == "push" and shared.weights:
             return "an input is shared by all samples, and pushing its elements would take as many passes"
-        if found.weights_only is None:
+        if shared.weights_only is None:
             return "an input that is shared is used by an operator that takes no copy of it for each sample"
         return None
 
@@ -89,22 +89,23 @@ class Statistics(Method):
 
     def passes(self, problem: Problem) -> int:
         """Return how many seeds are pulled and pushed."""
-        found = self._find(problem)
-        size = found.size if found is not None else problem.out_size * problem.batch
+        shared = self._find(problem)
+        size = shared.size if shared is not None else problem.out_size * problem.batch
         if self.local == "copies":
             return problem.out_size + size
         return (problem.in_size if self.local == "push" else problem.out_size) + 2 * size
 
     def cost(self, problem: Problem) -> float:
         count = self.passes(problem)
-        step = 1 if self.engine == "loop" else min(self.chunk, count)
-        return cutting_cost(problem) + pull_cost(problem, count, step, self.engine)
+        return cutting_cost(problem) + pull_cost(problem, count, self._step(count), self.engine)
 
     def workspace(self, problem: Problem) -> int:
         count = self.passes(problem)
-        step = 1 if self.engine == "loop" else min(self.chunk, count)
         local = problem.item_bytes * problem.batch * problem.out_size * count if self.local == "copies" else 0
-        return local + step * problem.seed_bytes
+        return local + self._step(count) * problem.seed_bytes
+
+    def _step(self, count: int) -> int:
+        return 1 if self.engine == "loop" else min(self.chunk, count)
 
     def prepare(self, problem: Problem) -> Compute:
         find = functools.partial(self.find_shared, differentiable=problem.differentiable)
@@ -114,8 +115,8 @@ class Statistics(Method):
         """Return the pool of a graph, if this method's way applies to it."""
         if differentiable and self.pushes and forward_once(flow.graph):
             return None
-        found = find_shared_tensors(flow, inputs, least=self.local != "copies")
-        return found if found is not None and self._obstacle(found) is None else None
+        shared = find_shared_tensors(flow, inputs, least=self.local != "copies")
+        return shared if shared is not None and self._obstacle(shared) is None else None
 
     def sharing(
         self, problem: Problem, graph: Graph, shared: SharedTensors, leaves: Sequence[Tensor]

@@ -58,8 +58,8 @@ class Places:
         size = seeds.size(self.problem.outputs[output])
         if self.problem.layout == "sparse":
             return pulled.reshape(-1)
-        kept = pulled[row // size] if self.blockwise(position) else pulled
-        return kept.reshape(-1)[row % size] if self.problem.layout == "diagonal" else kept
+        part = pulled[row // size] if self.blockwise(position) else pulled
+        return part.reshape(-1)[row % size] if self.problem.layout == "diagonal" else part
 
     def pick(self, pulled: Tensor, position: int, projection: Projection) -> Tensor:
         """Return what a projection's VJP gave where the projection lives, one row per sample."""

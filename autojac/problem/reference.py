@@ -97,9 +97,9 @@ class Reference:
         A projection of the whole batch is pulled all the same.
         """
         problem, structure = self.problem, self.problem.structure
-        own = problem.layout in ("blocks", "diagonal") and not problem.shared_input and problem.originals is None
-        known = structure.assurance == "proved" and structure.independent and structure.sliceable
-        return own and known and not structure.effects and problem.batch >= LARGE_BATCH
+        blockwise = problem.layout in ("blocks", "diagonal") and not problem.shared_input and problem.originals is None
+        proved = structure.assurance == "proved" and structure.independent and structure.sliceable
+        return blockwise and proved and not structure.effects and problem.batch >= LARGE_BATCH
 
     def _alone(self, leaves: Sequence[Tensor], kwargs: Mapping[str, Any], samples: Sequence[int]) -> Pullback | None:
         """Evaluate func on some of the samples; None where so few give other values, or none."""
@@ -204,14 +204,14 @@ class Reference:
     def _check_rows(self, result: Result) -> str | None:
         for output, row, pulled in self.parts.rows:
             for position, (whole, one) in enumerate(zip(result.jacobians[output], pulled, strict=True)):
-                own = self.places.row(whole, output, row, position)
+                computed = self.places.row(whole, output, row, position)
                 expected = self.places.keep(one, output, row, position)
-                own, expected = self.evidence.row(own, expected, position)
+                computed, expected = self.evidence.row(computed, expected, position)
                 # an entry of the diagonal is as exact as the row that it is part of
                 scale = one.new_tensor([largest(one)]) if self.problem.layout == "diagonal" else None
                 floor = self.floors[output][position] / float(self.parts.weights[output].flatten()[row])
                 slack = self._slack(output, expected)
-                error = disagreement(own[None], expected[None], scale, floor, slack)
+                error = disagreement(computed[None], expected[None], scale, floor, slack)
                 if error is not None:
                     return f"row {row} of output {output} is off by {error:.1g} relative to plain reverse mode"
         return None

@@ -53,11 +53,11 @@ class GradientReference:
             self.parts.places.row(result.jacobians[output][position], output, row, position)
             for output, row, position in known.where
         ]
-        found = known.pull(rows, known.weights)
-        wrong = self._compare(found, known.right, [1.0] * len(found))
+        gradients = known.pull(rows, known.weights)
+        wrong = self._compare(gradients, known.right, [1.0] * len(gradients))
         if wrong is not None:
             # as for J itself; a derivative of it may be less precise than it is
-            wrong = self._compare(found, known.right, known.slacks or self._slacks(known))
+            wrong = self._compare(gradients, known.right, known.slacks or self._slacks(known))
         return wrong
 
     def _differentiate(self) -> TrainedRows | None:
@@ -65,12 +65,12 @@ class GradientReference:
         where, rows, weights = [], [], []
         for output, row, pulled in self.parts.rows:
             for position, one in enumerate(pulled):
-                kept = self.parts.places.keep(one, output, row, position)
-                if bool(torch.isfinite(kept).all()):
+                part = self.parts.places.keep(one, output, row, position)
+                if bool(torch.isfinite(part).all()):
                     where.append((output, row, position))
-                    rows.append(kept.reshape(1, -1))
-                    scale = self.parts.weights[output].flatten()[row].to(kept)
-                    weights.append(seeds.noise(kept.reshape(1, -1), self.parts.generator) * scale)
+                    rows.append(part.reshape(1, -1))
+                    scale = self.parts.weights[output].flatten()[row].to(part)
+                    weights.append(seeds.noise(part.reshape(1, -1), self.parts.generator) * scale)
         if not self.sources or not rows or self.trains_nothing:
             return None
         known = TrainedRows(self.sources, where, rows, weights)
@@ -86,8 +86,8 @@ class GradientReference:
     def _slacks(self, known: TrainedRows) -> list[float]:
         return [relative for _, relative in own_rounding(known.pull, known.rows, self.parts.generator)]
 
-    def _compare(self, found: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]) -> str | None:
-        for mine, theirs, relative in zip(found, right, slacks, strict=True):
+    def _compare(self, gradients: Sequence[Tensor], right: Sequence[Tensor], slacks: Sequence[float]) -> str | None:
+        for mine, theirs, relative in zip(gradients, right, slacks, strict=True):
             counted = torch.isfinite(theirs)
             if not self.parts.evidence.whole:
                 # zero times what is NaN elsewhere

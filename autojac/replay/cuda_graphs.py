@@ -78,7 +78,7 @@ class _CapturedProgram:
         self.captured = set(captured)
         self.lock = threading.Lock()
         self.kernels: RecordedKernels | None = None
-        # where the kernels read what is held: no tensor, since what counts is where a call has it
+        # where the kernels read captured tensors: no tensor, since what counts is where a call has it
         self.places: dict[int, tuple[Any, ...]] = {}
         self.copies: dict[int, Tensor] = {}
         self.moves = self.replays = 0
@@ -106,7 +106,7 @@ class _CapturedProgram:
         homes = {tensor.untyped_storage().data_ptr() for tensor in static.values()}
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            # a view of what is held would be read after that has other memory
+            # a view of a captured tensor would be read after that has other memory
             return tuple(y.clone() if _is_within(y, homes) else y for y in self.run(*inputs))
 
         inputs = [static[at] if at in static else copies[at] for at in range(len(arguments))]

@@ -62,8 +62,8 @@ def only_mask(name: str, nodes: Any, written: Container[int]) -> object:
 
     Of others, and of masks that are written into, something that is equal to nothing else.
     """
-    found = [n for n in nodes[0][1] if isinstance(n, fx.Node)] if name in ("index", "_unsafe_index") else []
-    return found[0] if len(found) == 1 and found[0].meta["storage"] not in written else object()
+    masks = [n for n in nodes[0][1] if isinstance(n, fx.Node)] if name in ("index", "_unsafe_index") else []
+    return masks[0] if len(masks) == 1 and masks[0].meta["storage"] not in written else object()
 
 
 class Score:

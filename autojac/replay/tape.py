@@ -41,7 +41,7 @@ class Tape(Capture):
     Args:
         given: the tensors that stand for the arguments of the run, no two of them the same object.
         captured: the tensors that the function holds. Those that it reads become part of the graph.
-        most_bytes: what may be held; nothing is freed while the tape runs.
+        most_bytes: what may stay allocated; nothing is freed while the tape runs.
         repeatable: whether a program may break off where Python would take another way, and func run instead.
 
     Attributes:

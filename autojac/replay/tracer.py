@@ -206,8 +206,8 @@ class _RecordedRun:
                 for cotangent in cotangents:
                     self.tape.give(cotangent)
                 with self.tape:
-                    found = pull_back([self.outputs[place] for place in places], self.sources, cotangents)
-                self.pulls.append(RecordedVjp(places, cotangents, tuple(found)))
+                    gradients = pull_back([self.outputs[place] for place in places], self.sources, cotangents)
+                self.pulls.append(RecordedVjp(places, cotangents, tuple(gradients)))
 
     def compare(self, compute: Compute) -> None:
         """Require that the recorded run gave what an unrecorded one gives: some code takes another way."""

@@ -44,12 +44,8 @@ class RuleContext(BoundOperation):
 
     def carriers(self) -> list[tuple[Value, BatchAxis]]:
         """Return the tensors that carry the batch."""
-        found = []
-        for number in dict.fromkeys(self.operation.sources):
-            state = self.states.get(number)
-            if isinstance(state, BatchAxis):
-                found.append((Value(number), state))
-        return found
+        numbers = dict.fromkeys(self.operation.sources)
+        return [(Value(number), state) for number in numbers if isinstance(state := self.states.get(number), BatchAxis)]
 
     def only(self) -> tuple[tuple[int, ...], BatchAxis]:
         """Return the shape and state of the one tensor that carries the batch, which must be the first argument."""

@@ -77,12 +77,8 @@ class DependenceContext(BoundOperation):
 
     def sets(self) -> list[tuple[Value, IndexSets]]:
         """Return the tensors that depend on inputs."""
-        found = []
-        for number in dict.fromkeys(self.operation.sources):
-            state = self.states[number]
-            if isinstance(state, IndexSets):
-                found.append((Value(number), state))
-        return found
+        numbers = dict.fromkeys(self.operation.sources)
+        return [(Value(number), state) for number in numbers if isinstance(state := self.states[number], IndexSets)]
 
     def selector_numbers(self) -> list[int]:
         """Return the tensors whose values say which entries are read."""

@@ -92,13 +92,12 @@ class DependenceFlow:
 
     def outputs(self) -> list[IndexSets]:
         """Return the sets behind the elements of each output."""
-        none = singles(self.count)
-        found = []
+        none, sets = singles(self.count), []
         for number in self.graph.outputs:
             state, dims = self.states[number], len(self.graph.shapes[number])
             nothing = IndexSets(none, torch.zeros([1] * dims, dtype=torch.int64))
-            found.append(state if isinstance(state, IndexSets) else nothing)
-        return found
+            sets.append(state if isinstance(state, IndexSets) else nothing)
+        return sets
 
     def samples(self) -> scipy.sparse.csr_array | None:
         """Return the samples behind each sample of the outputs, itself included; None if there are too many.

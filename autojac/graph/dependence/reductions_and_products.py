@@ -56,7 +56,7 @@ def mixing(context: DependenceContext) -> Result:
     if len(shapes) > 1:
         return None
     dims = len(shapes.pop())
-    axes = sorted(context.axes("dim" if "dim" in context.arguments else "dims", dims))
+    axes = sorted(context.axes(dims))
     for _, state in context.sets():
         total = context.algebra.union(total, context.unite_along(state, axes))
     assert total is not None

@@ -134,9 +134,9 @@ class ReverseMode:
                 yield start, stop, pulls.one(output, cotangents, last=final and stop == count)
 
         if problem.layout == "sparse":
-            kept = [problem.entries(output, position) for position in problem.inputs]
+            stored = [problem.entries(output, position) for position in problem.inputs]
             pieces = [
-                [entries.of_rows(rows.flatten(1), start) for entries, rows in zip(kept, pulled, strict=True)]
+                [entries.of_rows(rows.flatten(1), start) for entries, rows in zip(stored, pulled, strict=True)]
                 for start, _, pulled in pulled_rows()
             ]
             return tuple(map(torch.cat, zip(*pieces, strict=True)))

@@ -242,8 +242,8 @@ def _forms(
             derivative = _along(derivative, flat[start : start + len(at)])
         return derivative(*at)
 
-    found: Sequence[Tensor] = vmap(one)(*(rows for direction in directions for rows in direction))
-    return found
+    forms: Sequence[Tensor] = vmap(one)(*(rows for direction in directions for rows in direction))
+    return forms
 
 
 def _along(

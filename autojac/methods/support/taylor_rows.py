@@ -45,13 +45,13 @@ class CarriedRows:
     @classmethod
     def for_terms(cls, terms: Sequence[Term]) -> CarriedRows:
         """Return the rows that lead to sums of derivatives."""
-        found: dict[Term, None] = {}
+        rows: dict[Term, None] = {}
         for term in terms:
             if _collapses(term):
-                found |= {((column,),): None for columns in term for column in columns} | {term: None}
+                rows |= {((column,),): None for columns in term for column in columns} | {term: None}
             else:
-                found |= {(part,): None for columns in term for part in parts(columns) if part}
-        keys = tuple(sorted(found, key=lambda term: (len(term[0]), len(term) > 1, term)))
+                rows |= {(part,): None for columns in term for part in parts(columns) if part}
+        keys = tuple(sorted(rows, key=lambda term: (len(term[0]), len(term) > 1, term)))
         place = {key: number for number, key in enumerate(keys)}
         splits = []
         for key in keys:

@@ -28,13 +28,12 @@ def passes() -> dict[str, Pass]:
 
 @cache
 def _schedule() -> tuple[tuple[str, Pass], ...]:
-    found = []
+    ranked = []
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         rank = getattr(module, "RANK", ())
-        found += [(place, info.name) for place in (rank if isinstance(rank, tuple) else (rank,))]
-    modules = {name: importlib.import_module(f"{__name__}.{name}") for _, name in found}
-    return tuple((name, getattr(modules[name], name)) for _, name in sorted(found))
+        ranked += [(place, info.name, module) for place in (rank if isinstance(rank, tuple) else (rank,))]
+    return tuple((name, getattr(module, name)) for _, name, module in sorted(ranked, key=lambda entry: entry[:2]))
 
 
 def simplify(graph: fx.Graph, without: Iterable[str] = ()) -> None:

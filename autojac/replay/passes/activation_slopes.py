@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 72
@@ -42,7 +42,7 @@ def activation_slopes(graph: fx.Graph) -> None:
         slope = editor.make(node, node.target, one, *node.args[1:], **node.kwargs)
         return slope and editor.make(node, aten.mul.Tensor, gradient, slope)
 
-    sweep(graph, rule, SLOPES)
+    Editor(graph).sweep(rule, SLOPES)
 
 
 def _question(node: fx.Node) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import acts_by_entry, has_entries, narrow_repeats
 
 RANK = 70
@@ -16,7 +16,7 @@ REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.
 
 def broadcasts(graph: fx.Graph) -> None:
     """Give operators that repeat their arguments by themselves what is not repeated yet, and repeat the result."""
-    sweep(graph, _strip_repeats)
+    Editor(graph).sweep(_strip_repeats)
 
 
 def _strip_repeats(editor: Editor, node: fx.Node) -> fx.Node | None:

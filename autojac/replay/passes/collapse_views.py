@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, chain, sweep
+from autojac.replay.passes.editor import Editor, chain
 from autojac.replay.passes.node_facts import narrow_repeats
 
 RANK = (60, 92)
@@ -12,7 +12,7 @@ RANK = (60, 92)
 
 def collapse_views(graph: fx.Graph) -> None:
     """Look at memory in another way in one step, or not at all where all of it is looked at."""
-    sweep(graph, _collapse)
+    Editor(graph).sweep(_collapse)
 
 
 def _collapse(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import has_entries
 
 RANK = 90
@@ -43,7 +43,7 @@ def column_major(graph: fx.Graph) -> None:
             copied[right] = columns
         return editor.make(node, aten.mm.default, left, copied[right])
 
-    sweep(graph, rule, {aten.mm.default})
+    Editor(graph).sweep(rule, {aten.mm.default})
 
 
 def _transpose_product(editor: Editor, node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
+from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten
 from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = (35, 62)
@@ -18,7 +18,7 @@ def diag_embed(graph: fx.Graph) -> None:
     On CPUs, which write zeros faster than they multiply by them. Where v is not finite, identity * v is NaN off the
     diagonal, and the derivative, which this is, is zero there.
     """
-    sweep(graph, _embed, {aten.mul.Tensor, aten.permute.default})
+    Editor(graph).sweep(_embed, {aten.mul.Tensor, aten.permute.default})
 
 
 def _embed(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from autojac.graph.operator_kinds import Kind
-from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
+from autojac.replay.passes.editor import RESHAPES, Editor, aten
 from autojac.replay.passes.node_facts import acts_by_entry, facts, has_entries, layout_of, overlapping, shares
 
 RANK = 40
@@ -21,7 +21,7 @@ def drop_copies(graph: fx.Graph) -> None:
     A copy that puts entries into another order is left out only if a single operator reads it, as others would each
     gather the entries again; one that repeats entries, if all that read it do so one by one.
     """
-    sweep(graph, _drop, COPIES | RESHAPES)
+    Editor(graph).sweep(_drop, COPIES | RESHAPES)
 
 
 def _reads_one_by_one(user: fx.Node) -> bool:

@@ -53,6 +53,10 @@ class Editor:
             return False
         return is_known(node.target) and not (self.unsteady and storages_of(node) & self.unsteady)
 
+    def is_read_once(self, node: Any, target: Any) -> bool:
+        """Check whether a node is an operator's and free, and is left out once its only reader is."""
+        return has_entries(node) and node.target is target and len(node.users) == 1 and self.free(node)
+
     def make(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
         """Return a new node before `at`, in its phase; None if the operator can't do that."""
         value = _try_to_compute(target, args, kwargs)
@@ -107,7 +111,7 @@ class Editor:
         return node
 
     def sweep(self, rule: Rule, targets: Container[Any] | None = None) -> None:
-        """Ask a rule for something better in the place of each free node, from the first to the last."""
+        """Ask a rule for something better in the place of each free node, or of those of some operators alone."""
         for node in list(self.graph.nodes):
             if node.op == "output":
                 self._end(node)
@@ -241,11 +245,6 @@ class Editor:
             if node in stale and not node.users and not (node.meta["writes"] or node.meta["draws"]):
                 stale.update(s for s in node.all_input_nodes if s.op == "call_function")
                 self.graph.erase_node(node)
-
-
-def sweep(graph: fx.Graph, rule: Rule, targets: Container[Any] | None = None) -> None:
-    """Ask a rule for something better in the place of each node that may be replaced, or of those operators alone."""
-    Editor(graph).sweep(rule, targets)
 
 
 def source(editor: Editor, node: fx.Node) -> fx.Node | None:

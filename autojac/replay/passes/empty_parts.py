@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import has_entries
 
 RANK = 12
@@ -14,7 +14,7 @@ RANK = 12
 
 def empty_parts(graph: fx.Graph) -> None:
     """Concatenate no parts without entries, such as the cache of a transformer before its first token."""
-    sweep(graph, _drop_empty, {aten.cat.default})
+    Editor(graph).sweep(_drop_empty, {aten.cat.default})
 
 
 def _drop_empty(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 85
@@ -15,7 +15,7 @@ RANK = 85
 
 def equal_terms(graph: fx.Graph) -> None:
     """Compute xy + xy as (2x)y, where x is the smaller factor, and (b + pxy) + qxy as b + (p + q)xy."""
-    sweep(graph, _combine, {aten.addcmul.default})
+    Editor(graph).sweep(_combine, {aten.addcmul.default})
 
 
 def _combine(editor: Editor, node: fx.Node) -> fx.Node | None:

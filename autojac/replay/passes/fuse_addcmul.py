@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import PRECISE, has_entries
 
 RANK = 66
@@ -17,7 +17,7 @@ MOST = 1000.0
 
 def fuse_addcmul(graph: fx.Graph) -> None:
     """Compute b + a * (c * x * y), c a number, by `addcmul`: two passes through memory in the place of four."""
-    sweep(graph, _fuse, {aten.add.Tensor})
+    Editor(graph).sweep(_fuse, {aten.add.Tensor})
 
 
 def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -25,7 +25,7 @@ def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     arguments: Sequence[Any] = node.args
     for product, other in (arguments, arguments[::-1]):
-        if not has_entries(other) or not _read_once(editor, product, aten.mul.Tensor):
+        if not has_entries(other) or not editor.is_read_once(product, aten.mul.Tensor):
             continue
         factors: Sequence[Any] = product.args
         if all(_is_like(part, node.meta["value"]) for part in (other, *factors)):
@@ -39,7 +39,7 @@ def _split_off_number(editor: Editor, node: fx.Node, factors: Sequence[Any]) -> 
     for factor, rest in (factors, factors[::-1]):
         if (number := _number(editor, factor)) is not None:
             return (factor.args[0], rest), number
-        if not _read_once(editor, factor, aten.mul.Tensor):
+        if not editor.is_read_once(factor, aten.mul.Tensor):
             continue
         for scaled, other in (factor.args, factor.args[::-1]):
             number = _number(editor, scaled)
@@ -52,17 +52,12 @@ def _split_off_number(editor: Editor, node: fx.Node, factors: Sequence[Any]) -> 
 
 def _number(editor: Editor, node: Any) -> float | None:
     """Return the number that a node multiplies a tensor by; None where it does something else."""
-    scales = _read_once(editor, node, aten.mul.Scalar) or _read_once(editor, node, aten.mul.Tensor)
+    scales = editor.is_read_once(node, aten.mul.Scalar) or editor.is_read_once(node, aten.mul.Tensor)
     if not scales or not isinstance(node.args[1], (int, float)):
         return None
     number: float = node.args[1]
     modest = 1 / MOST <= abs(number) <= MOST
     return number if modest and _is_like(node.args[0], node.meta["value"]) else None
-
-
-def _read_once(editor: Editor, node: Any, target: Any) -> bool:
-    """Check whether a node is some operator's, and is left out once its only reader is."""
-    return has_entries(node) and node.target is target and len(node.users) == 1 and editor.free(node)
 
 
 def _is_like(node: Any, value: Tensor) -> bool:

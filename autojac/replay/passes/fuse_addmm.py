@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import Editor, aten, source, sweep
+from autojac.replay.passes.editor import Editor, aten, source
 from autojac.replay.passes.node_facts import has_entries
 
 RANK = (58, 65)
@@ -16,7 +16,7 @@ LEAST_ENTRIES = 2**13
 
 def fuse_addmm(graph: fx.Graph) -> None:
     """Add to a product as it is made: a vector to each row, which vmap takes apart, or what skips a layer."""
-    sweep(graph, _fuse, {aten.add.Tensor})
+    Editor(graph).sweep(_fuse, {aten.add.Tensor})
 
 
 def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -28,10 +28,10 @@ def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
         product: Any = rows
         if product.target is not aten.mm.default and len(rows.users) == 1:
             product = source(editor, rows)
-        if product is None or product.target is not aten.mm.default or len(product.users) != 1:
+        if not editor.is_read_once(product, aten.mm.default):
             continue
         ours, right, added = product.meta["value"], node.meta["value"], vector.meta["value"]
-        if not editor.free(product) or ours.shape[-1:] != right.shape[-1:]:
+        if ours.shape[-1:] != right.shape[-1:]:
             continue
         if right.numel() == ours.numel() and added.dtype == right.dtype == ours.dtype:
             if rows is not product and rows.target not in (aten.view.default, aten._unsafe_view.default):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
+from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten
 from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = 20
@@ -51,7 +51,7 @@ def neutral_elements(graph: fx.Graph) -> None:
                 return _keep(editor, node, other)
         return None
 
-    sweep(graph, rule, KEEPERS)
+    Editor(graph).sweep(rule, KEEPERS)
 
 
 def _keep(editor: Editor, node: fx.Node, other: fx.Node) -> fx.Node | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten, sweep
+from autojac.replay.passes.editor import MOST_ENTRIES, Editor, aten
 from autojac.replay.passes.node_facts import has_entries, narrow_repeats
 
 RANK = 30
@@ -32,7 +32,7 @@ def one_hot_products(graph: fx.Graph) -> None:
     Columns in the place of W @ S likewise. Where W is not finite, S @ W has NaN wherever S multiplies that by zero, and
     W's rows have not: they are the derivative, which has no such terms.
     """
-    sweep(graph, _select_rows, PRODUCTS)
+    Editor(graph).sweep(_select_rows, PRODUCTS)
 
 
 def _select_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -44,8 +44,8 @@ def _select_rows(editor: Editor, node: fx.Node) -> fx.Node | None:
         if right.meta["role"] == "constant":
             factor = editor.make(node, aten.transpose.int, left, -2, -1)
             turned = list(node.meta["value"].mT.shape)
-            found = factor and _rows_of(editor, node, right.meta["value"].mT, factor, turned)
-            return editor.make(node, aten.transpose.int, found, -2, -1) if found is not None else None
+            rows = factor and _rows_of(editor, node, right.meta["value"].mT, factor, turned)
+            return rows and editor.make(node, aten.transpose.int, rows, -2, -1)
     return None
 
 
@@ -66,8 +66,8 @@ def _rows_of(editor: Editor, node: fx.Node, seed: Tensor, factor: fx.Node, shape
     if one is not None and rows.many != value.size(-2):
         one = editor.make(node, aten.slice.Tensor, one, len(batch), rows.first, rows.first + rows.many)
     # axes along which nothing repeats itself stay where they are
-    kept = [(size, own) for size, own in ((rows.times, 1), (rows.many, rows.many), (rows.each, 1)) if size > 1]
-    lean, wide = [own for _, own in kept], [size for size, _ in kept]
+    axes = [pair for pair in ((rows.times, 1), (rows.many, rows.many), (rows.each, 1)) if pair[0] > 1]
+    lean, wide = [length for _, length in axes], [size for size, _ in axes]
     if one is not None and lean != wide and rows.many > 1 and one.meta["value"].stride(-1) != 1:
         if node.meta["value"].numel() * value.size(-2) < LEAST_WORK:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, sweep
+from autojac.replay.passes.editor import Editor
 from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 78
@@ -22,7 +22,7 @@ def row_major(graph: fx.Graph) -> None:
     (50, 1, 256) of a transpose times (128, 256), copied, 11 ms on one thread, with the transpose copied before 1.1 ms;
     times (50, 128, 256) 6.1 and 1.2 ms.
     """
-    sweep(graph, _copy_across)
+    Editor(graph).sweep(_copy_across)
 
 
 def _copy_across(editor: Editor, node: fx.Node) -> fx.Node | None:

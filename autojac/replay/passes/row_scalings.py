@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from autojac.replay.passes import activation_slopes
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import PRECISE, has_entries, narrow_repeats
 
 RANK = 76
@@ -42,7 +42,7 @@ def row_scalings(graph: fx.Graph) -> None:
             return _merge_products(editor, node)
         return _compute_blocks(editor, node, slopes)
 
-    sweep(graph, rule, {aten.mm.default, aten.stack.default, aten.permute.default})
+    Editor(graph).sweep(rule, {aten.mm.default, aten.stack.default, aten.permute.default})
 
 
 def _scale_rows(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | None:
@@ -59,10 +59,10 @@ def _merge_products(editor: Editor, node: fx.Node) -> fx.Node | None:
     """Multiply by all matrices at a time what is multiplied by each of them, and laid side by side."""
     parts: Any = node.args[0]
     right = node.meta["value"]
-    if len(parts) < 2 or node.args[1:] != (1,) or any(part.target is not aten.mm.default for part in parts):
+    if len(parts) < 2 or node.args[1:] != (1,) or not all(editor.is_read_once(p, aten.mm.default) for p in parts):
         return None
     first = parts[0].args[0]
-    if any(part.args[0] is not first or len(part.users) != 1 or not editor.free(part) for part in parts):
+    if any(part.args[0] is not first for part in parts):
         return None
     whole = editor.make(node, aten.cat.default, [part.args[1] for part in parts], 1)
     product = whole and editor.make(node, aten.mm.default, first, whole)
@@ -75,11 +75,11 @@ def _compute_blocks(editor: Editor, node: fx.Node, slopes: Slopes) -> fx.Node | 
         return None
     stack: Any = node.args[0]
     product: Any = stack.args[0] if _is_view(editor, stack) else None
-    if not has_entries(product) or product.target is not aten.mm.default or len(product.users) != 1:
+    if not editor.is_read_once(product, aten.mm.default):
         return None
     rows: Any = product.args[0]
     batch, count, size = node.meta["value"].shape
-    if not editor.free(product) or not _is_view(editor, rows) or rows.args[0].meta["value"].dim() != 3:
+    if not _is_view(editor, rows) or rows.args[0].meta["value"].dim() != 3:
         return None
     scaled = _find_scaled(editor, node, rows.args[0], slopes)
     if scaled is None or rows.args[0].meta["value"].shape[:2] != (count, batch):

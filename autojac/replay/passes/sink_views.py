@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, source, sweep
+from autojac.replay.passes.editor import Editor, aten, source
 from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 50
@@ -14,7 +14,7 @@ MOVES |= {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alia
 
 def sink_views(graph: fx.Graph) -> None:
     """Reshape the result rather than the arguments, so that views before an operator meet those after it."""
-    sweep(graph, _sink)
+    Editor(graph).sweep(_sink)
 
 
 def _sink(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -86,11 +86,11 @@ def _drop_thin_axes(editor: Editor, node: fx.Node, tensors: list[fx.Node]) -> fx
     for tensor in tensors:
         value = tensor.meta["value"]
         before = len(shape) - value.dim()
-        own = [axis - before for axis in thin if axis >= before]
-        if own:
+        gone = [axis - before for axis in thin if axis >= before]
+        if gone:
             if source(editor, tensor) is None:
                 return None
-            made = editor.reshape(node, tensor, [n for axis, n in enumerate(value.shape) if axis not in own])
+            made = editor.reshape(node, tensor, [n for axis, n in enumerate(value.shape) if axis not in gone])
             if made is None or made.target is aten.reshape.default:
                 return None
             lean[tensor] = made

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import RESHAPES, Editor, aten, sweep
+from autojac.replay.passes.editor import RESHAPES, Editor, aten
 from autojac.replay.passes.node_facts import has_entries, layout_of
 
 RANK = 95
@@ -17,15 +17,15 @@ def stacked_products(graph: fx.Graph) -> None:
 
     Last of all, since other passes know `mm` only.
     """
-    sweep(graph, _fuse, RESHAPES)
+    Editor(graph).sweep(_fuse, RESHAPES)
 
 
 def _fuse(editor: Editor, node: fx.Node) -> fx.Node | None:
     product: Any = node.args[0]
-    if not has_entries(product) or product.target is not aten.mm.default or len(product.users) != 1:
+    if not editor.is_read_once(product, aten.mm.default):
         return None
     rows, factor = product.args
-    if not editor.free(product) or not has_entries(rows) or rows.target not in RESHAPES or not editor.free(rows):
+    if not has_entries(rows) or rows.target not in RESHAPES or not editor.free(rows):
         return None
     stack: Any = rows.args[0]
     right, whole = node.meta["value"], stack.meta["value"]

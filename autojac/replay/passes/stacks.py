@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import has_entries
 
 RANK = 75
@@ -14,7 +14,7 @@ RANK = 75
 
 def stacks(graph: fx.Graph) -> None:
     """Stack what was given an axis to be concatenated along, where a permutation puts that axis afterwards."""
-    sweep(graph, _stack, {aten.cat.default, aten.permute.default})
+    Editor(graph).sweep(_stack, {aten.cat.default, aten.permute.default})
 
 
 def _stack(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -35,7 +35,7 @@ def _stack(editor: Editor, node: fx.Node) -> fx.Node | None:
     if node.target is aten.permute.default:
         stack: Any = node.args[0]
         axes: Any = [axis % node.meta["value"].dim() for axis in node.args[1]]  # type: ignore[union-attr]
-        if stack.target is aten.stack.default and len(stack.users) == 1 and editor.free(stack):
+        if editor.is_read_once(stack, aten.stack.default):
             axis = stack.args[1] if len(stack.args) > 1 else 0
             others = [a for a in axes if a != axis % len(axes)]
             if others == sorted(others):

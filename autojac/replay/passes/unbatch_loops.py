@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import acts_by_entry, has_entries
 
 RANK = 25
@@ -14,7 +14,7 @@ RANK = 25
 
 def unbatch_loops(graph: fx.Graph) -> None:
     """Undo the loops in which `is_grads_batched` runs operators that it can't batch, with a stack of their results."""
-    sweep(graph, _unbatch, {aten.stack.default})
+    Editor(graph).sweep(_unbatch, {aten.stack.default})
 
 
 def _unbatch(editor: Editor, node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from autojac.replay.passes.editor import Editor, aten, sweep
+from autojac.replay.passes.editor import Editor, aten
 from autojac.replay.passes.node_facts import facts, layout_of
 
 RANK = 5
@@ -39,7 +39,7 @@ def zero_tangents(graph: fx.Graph) -> None:
             return _keep_other_term(editor, node, made_up)
         return None
 
-    sweep(graph, rule)
+    Editor(graph).sweep(rule)
 
 
 def _is_zero(node: fx.Node, made_up: set[fx.Node]) -> bool:

@@ -11,8 +11,7 @@ from autojac.graph.operator_kinds import Axes
 def reduction(context: RuleContext) -> State:
     """Follow a reduction over axes other than the batch's."""
     shape, state = context.only()
-    name = "dim" if "dim" in context.arguments else "dims"
-    gone = context.axes(name, len(shape)) if name in context.arguments else set(range(len(shape)))
+    gone = context.axes(len(shape))
     if state.axis in gone:
         raise Meets("it reduces over the batch")
     if context.arguments.get("keepdim"):
@@ -24,7 +23,7 @@ def reduction(context: RuleContext) -> State:
 def inside(context: RuleContext) -> State:
     """Follow an operator along one or more other axes, which keep their place (and maybe not their length)."""
     shape, state = context.only()
-    if state.axis in context.axes("dim" if "dim" in context.arguments else "dims", len(shape)):
+    if state.axis in context.axes(len(shape)):
         raise Meets(MEET)
     return state
 

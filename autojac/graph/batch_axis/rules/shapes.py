@@ -42,7 +42,7 @@ def unsqueeze(context: RuleContext) -> State:
 @register("squeeze")
 def squeeze(context: RuleContext) -> State:
     shape, state = context.only()
-    gone = context.axes("dim", len(shape)) if "dim" in context.arguments else set(range(len(shape)))
+    gone = context.axes(len(shape))
     return state._replace(axis=state.axis - sum(shape[axis] == 1 and axis < state.axis for axis in gone))
 
 

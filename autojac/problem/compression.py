@@ -76,7 +76,7 @@ class Colors:
             numbers = torch.arange(start, stop, device=tensor.device)
             kind = tensor.device, tensor.dtype
             if kind not in self._masks:
-                self._masks[kind] = self._of(tensor)
+                self._masks[kind] = self._one_hot_colors(tensor)
             samples, features = self._masks[kind]
             seed = features[numbers % self.width, first:last].view(stop - start, 1, *tensor.shape[1:])
             if samples is None:
@@ -86,7 +86,7 @@ class Colors:
             made.append(chosen.view(stop - start, len(tensor), *[1] * (tensor.dim() - 1)) * seed)
         return made
 
-    def _of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _one_hot_colors(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return one-hot colors (colors, B) of samples and (colors, features) of features, like a tensor."""
         samples = None if self.sample_colors is None else _one_hot(self.sample_colors, self.groups, tensor)
         return samples, _one_hot(self.feature_colors, self.width, tensor)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from autojac.problem.compression import Colors, DeviceIndices
 from autojac.problem.layouts import embed
 from autojac.problem.problem import Problem
 
-
-class Decompress(Protocol):
-    """From compressed tensors, (seeds, B, *event) for each side, to the Jacobian of one output and input."""
-
-    def __call__(self, compressed: Sequence[Tensor]) -> Tensor: ...
+Decompress = Callable[[Sequence[Tensor]], Tensor]
+"""From compressed tensors, (seeds, B, *event) for each side, to the Jacobian of one output and input."""
 
 
 def decompressors(

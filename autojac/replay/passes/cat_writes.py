@@ -34,47 +34,47 @@ def cat_writes(graph: fx.Graph) -> None:
 
 
 def _concatenate(editor: Editor, storage: int, nodes: list[fx.Node]) -> None:
-    room, writes = nodes[0], [node for node in nodes if storage in node.meta["writes"]]
+    buffer, writes = nodes[0], [node for node in nodes if storage in node.meta["writes"]]
     last = nodes.index(writes[-1])
-    parts = [_part(room, write) for write in writes]
+    parts = [_part(buffer, write) for write in writes]
     targets = {write.args[0] for write in writes}
-    if not has_entries(room) or not room.meta["value"].is_contiguous() or None in parts:
+    if not has_entries(buffer) or not buffer.meta["value"].is_contiguous() or None in parts:
         return
     # nothing looks at it before it is full, and the slices are there for the writes alone
-    if any(node is not room and node not in targets and node not in writes for node in nodes[: last + 1]):
+    if any(node is not buffer and node not in targets and node not in writes for node in nodes[: last + 1]):
         return
-    if any(set(target.users) - set(writes) for target in targets - {room} if isinstance(target, fx.Node)):
+    if any(set(target.users) - set(writes) for target in targets - {buffer} if isinstance(target, fx.Node)):
         return
     slices: list[tuple[int, int, int, fx.Node]] = sorted(part for part in parts if part is not None)
-    axis, many = slices[0][0], room.meta["value"].dim() and room.meta["value"].size(slices[0][0])
+    axis, many = slices[0][0], buffer.meta["value"].dim() and buffer.meta["value"].size(slices[0][0])
     ends = [0, *(end for _, _, end, _ in slices)]
     if any(part[0] != axis for part in slices) or [start for _, start, _, _ in slices] != ends[:-1] or ends[-1] != many:
         return
     sources = [source for *_, source in slices]
-    if any(storages_of(source) & editor.unsteady or source.meta["phase"] > room.meta["phase"] for source in sources):
+    if any(storages_of(source) & editor.unsteady or source.meta["phase"] > buffer.meta["phase"] for source in sources):
         return
-    if any(write.meta["phase"] != room.meta["phase"] or write.users for write in writes):
+    if any(write.meta["phase"] != buffer.meta["phase"] or write.users for write in writes):
         return
-    _replace(editor, room, writes, sources, axis)
+    _replace(editor, buffer, writes, sources, axis)
 
 
-def _replace(editor: Editor, room: fx.Node, writes: list[fx.Node], sources: list[fx.Node], axis: int) -> None:
+def _replace(editor: Editor, buffer: fx.Node, writes: list[fx.Node], sources: list[fx.Node], axis: int) -> None:
     whole = editor.make(writes[-1], aten.cat.default, sources, axis)
-    if whole is None or layout_of(whole.meta["value"]) != layout_of(room.meta["value"]):
+    if whole is None or layout_of(whole.meta["value"]) != layout_of(buffer.meta["value"]):
         return
     # the memory of the recorded run has the same content, and views of it are there already
-    whole.meta |= {"value": room.meta["value"], "storage": room.meta["storage"]}
+    whole.meta |= {"value": buffer.meta["value"], "storage": buffer.meta["storage"]}
     targets = {write.args[0] for write in writes}
     for write in writes:
         editor.graph.erase_node(write)
-    for target in targets - {room}:
+    for target in targets - {buffer}:
         assert isinstance(target, fx.Node)
         editor.graph.erase_node(target)
-    room.replace_all_uses_with(whole)
-    editor.graph.erase_node(room)
+    buffer.replace_all_uses_with(whole)
+    editor.graph.erase_node(buffer)
 
 
-def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
+def _part(buffer: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None:
     """Return axis, start and end of the slice that is written, and what is written; None for other writes."""
     if write.target is not aten.copy_.default:
         return None
@@ -82,12 +82,12 @@ def _part(room: fx.Node, write: fx.Node) -> tuple[int, int, int, fx.Node] | None
     source: Any = write.args[1]
     if not has_entries(source):
         return None
-    whole, value = room.meta["value"], source.meta["value"]
+    whole, value = buffer.meta["value"], source.meta["value"]
     if (value.dtype, value.device) != (whole.dtype, whole.device) or not whole.dim():
         return None
-    if target is room:
+    if target is buffer:
         axis, start, end = 0, 0, whole.size(0)
-    elif target.target is aten.slice.Tensor and target.args[0] is room and len(target.args) == 4:
+    elif target.target is aten.slice.Tensor and target.args[0] is buffer and len(target.args) == 4:
         _, axis, start, end = target.args
         axis, end = axis % whole.dim(), min(end, whole.size(axis))
     else:

@@ -11,7 +11,7 @@ RANK = (60, 92)
 
 
 def collapse_views(graph: fx.Graph) -> None:
-    """Look at memory in another way in one step, or not at all where all of it is looked at."""
+    """Replace a chain of views by one view of its origin, or by the origin itself where that is the same."""
     Editor(graph).sweep(_collapse)
 
 

@@ -1,4 +1,4 @@
-"""Entry by entry, whatever the shape: operators look at their arguments before these are reshaped."""
+"""Pointwise operators before reshapes: they run on what views are views of, and the result is reshaped."""
 
 from __future__ import annotations
 

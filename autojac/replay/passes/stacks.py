@@ -13,7 +13,7 @@ RANK = 75
 
 
 def stacks(graph: fx.Graph) -> None:
-    """Stack what was given an axis to be concatenated along, where a permutation puts that axis afterwards."""
+    """Concatenate parts of length one by `stack`, along the axis where a permutation that follows puts them."""
     Editor(graph).sweep(_stack, {aten.cat.default, aten.permute.default})
 
 

@@ -1,4 +1,4 @@
-"""How good stored plans are: raced again with their rivals, in fresh interleaved races on the machine at hand."""
+"""How good stored plans are: fresh interleaved races with their rivals, on the machine at hand."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ RIVALS = 6
 """How many of the fastest candidates of a plan's search are raced with it."""
 RACES = {"estimate": 3, "quick": 5, "measure": 9, "exhaustive": 15}
 ROUNDS = 5
-"""Rounds of each race: another method's win in all of them is no chance."""
+"""Rounds of each race: another method hardly wins all of them by chance."""
 
 
 @dataclass(frozen=True)
 class RaceResult:
-    """What fresh races of a plan and its rivals have shown.
+    """The result of fresh races of a plan and its rivals.
 
     Attributes:
         batch: number of samples.
@@ -96,12 +96,12 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
 def _rivals(trials: Iterable[Trial], method: Method) -> list[Method]:
     """Return the fastest candidates of a search; what a compiler makes takes part only where it is the plan."""
     timed = sorted((t for t in trials if t.state == "complete" and t.seconds), key=lambda t: t.seconds or 0.0)
-    found: list[Method] = []
+    rivals: list[Method] = []
     for trial in timed:
         rival = build_if_known(trial.method)
         if rival is not None and (not rival.compiles or rival == method):
-            found.append(rival)
-    return found[:RIVALS]
+            rivals.append(rival)
+    return rivals[:RIVALS]
 
 
 def _race(session: SearchSession, rivals: Sequence[Method], method: Method, end: float | None) -> RaceResult:
@@ -122,7 +122,7 @@ def _race(session: SearchSession, rivals: Sequence[Method], method: Method, end:
             flips += any(race.is_faster(rival, method) for rival in race.samples if rival != method)
         if end is not None and measure.clock.now() > end:
             break
-    times = {rival: statistics.median(found) for rival, found in seconds.items()}
+    times = {rival: statistics.median(samples) for rival, samples in seconds.items()}
     ranked = sorted(times, key=lambda rival: (times[rival], repr(rival)))
     return RaceResult(
         session.problem.batch,
@@ -149,6 +149,6 @@ def _at_smallest(
 
 
 def rank_accuracy(searches: Iterable[Sequence[Trial]]) -> tuple[float | None, int]:
-    """Return the median rank correlation of predicted and measured times over searches, and how many could tell."""
-    found = [value for trials in searches if (value := rank_correlation(trials)) is not None]
-    return (statistics.median(found) if found else None), len(found)
+    """Return the median rank correlation of predicted and measured times over searches, and how many have one."""
+    correlations = [value for trials in searches if (value := rank_correlation(trials)) is not None]
+    return (statistics.median(correlations) if correlations else None), len(correlations)

@@ -1,4 +1,4 @@
-"""One call of a function, described once for all that looks its plan up, makes it, runs it or checks it."""
+"""One call of a function, described once for everything that finds, makes, runs or checks its plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 class CallKey(NamedTuple):
-    """What a plan in use is filed under: all that may make one call need another plan than the next.
+    """The key of a plan in use: all by which one call may need another plan than the next.
 
     Attributes:
         arguments, keywords: shape, dtype, device, `requires_grad` and a class of its own of tensors, values of the
@@ -42,11 +42,11 @@ class CallKey(NamedTuple):
         """Return the key of a call of a function that reaches `captured`; part of every call."""
         grad = torch.is_grad_enabled()
         try:
-            found = [(x.shape, x.dtype, x.device, x.requires_grad) if type(x) is Tensor else describe(x) for x in args]
+            kinds = [(x.shape, x.dtype, x.device, x.requires_grad) if type(x) is Tensor else describe(x) for x in args]
         except RuntimeError:  # a nested tensor has no shape
-            found = list(map(describe, args))
+            kinds = list(map(describe, args))
         return cls(
-            tuple(found),
+            tuple(kinds),
             describe_keywords(kwargs) if kwargs else (),
             grad,
             grad and any(map(_requires_grad, captured.tensors)),
@@ -55,7 +55,7 @@ class CallKey(NamedTuple):
 
 
 def describe_keywords(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Describe each keyword argument as far as it counts for the choice of a plan."""
+    """Describe each keyword argument as far as the choice of a plan depends on it."""
     return tuple([(name, describe(value)) for name, value in kwargs.items()])
 
 
@@ -65,11 +65,11 @@ class Call:
 
     Attributes:
         args, kwargs: as the function gets them.
-        key: what its plan is filed under.
+        key: of its plan.
         layout: how its arguments become flat tensors, and its flat results a nest again.
         leaves: the tensors among its positional arguments, batch first.
         keywords: its keyword arguments, with the non-tensor positional ones.
-        captured: what the function reaches besides.
+        captured: what the function reaches besides its arguments.
     """
 
     args: Sequence[Any]
@@ -100,22 +100,22 @@ class Call:
         return dataclasses.replace(self, key=self.key._replace(grad=False))
 
     def detach(self) -> Call:
-        """Return the call with tensors of its own, so that probing and tuning fire no hook of the caller's."""
+        """Return the call with new leaves, so that probing and tuning fire no hook of the caller's."""
         return dataclasses.replace(self, leaves=detach_leaves(self.leaves))
 
 
 def detach_leaves(leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return leaves of their own that share the values, and require grad where these do."""
+    """Return new leaves that share the values, and require grad where these do."""
     return tuple(leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves)
 
 
 def find_trained_tensors(captured: Captures, keywords: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the tensors besides the inputs that a loss on a differentiable Jacobian trains."""
-    passed = find_settable_places(passed_values(keywords))[1]
-    return tuple(tensor for tensor in (*captured.tensors, *passed) if tensor.requires_grad)
+    arguments = find_settable_places(passed_values(keywords))[1]
+    return tuple(tensor for tensor in (*captured.tensors, *arguments) if tensor.requires_grad)
 
 
 def not_overwritten(trained: Sequence[Tensor], written: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return those that a call does not overwrite: what was computed there before has no gradient any more."""
+    """Return those that a call does not overwrite: an overwritten tensor gets no gradient any more."""
     overwritten = {id(tensor) for tensor in written if tensor.grad_fn is not None}
     return tuple(tensor for tensor in trained if id(tensor) not in overwritten)

@@ -1,4 +1,4 @@
-"""A check of one call: its Jacobian against a VJP of func itself, and what follows where they differ."""
+"""A check of one call: its Jacobian against a VJP of func itself, and a new plan where they differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autojac.problem.problem import Result
 
 
 class CheckOutcome(NamedTuple):
-    """What a plan gave, why it is wrong if it is, and whether only the gradient through it is."""
+    """The result of a plan, why it is wrong (if it is), and whether only the gradient through it is."""
 
     result: Result | None
     wrong: str | None
@@ -41,7 +41,7 @@ class Check:
         plans: of the function.
         plan: computes the call.
         call: the call.
-        difference: what was seen to have changed. Arguments are free to, and nobody is warned.
+        difference: what was seen to have changed; of a change of arguments nobody is warned.
     """
 
     def __init__(self, plans: PlansInUse, plan: PreparedPlan, call: Call, difference: Difference = UNCHANGED) -> None:
@@ -51,7 +51,7 @@ class Check:
         self.difference = difference
         self.own_leaves = detach_leaves(call.leaves)
         self.updates_buffers = UPDATES_BUFFERS in plan.problem.structure.effects
-        # what a search has just found was checked with its gradient
+        # the search that has just found the plan checked its gradient too
         first_use = plan.is_fresh and plan.schedule.calls == 1
         self.trains = plan.problem.differentiable and not hooked() and not first_use
         self.modules = plans.captured.modules
@@ -73,7 +73,7 @@ class Check:
             return self._replace(f"func {' and '.join(keeps)} now", False, undo)
         result, wrong, only_gradient = self._compare(reference, sandbox)
         if not reference.says:
-            # no verdict: the next call is checked in the place of this one
+            # no verdict: check the next call instead of this one
             plan.schedule.check_next_call()
             if result is None:
                 undo()
@@ -90,20 +90,20 @@ class Check:
         return self._replace(str(wrong), only_gradient, undo)
 
     def _sandbox(self) -> Sandbox:
-        """Return what evaluates func from the state in which this call found it."""
+        """Return a sandbox that evaluates func from the state in which this call found it."""
         buffers = self.plans.buffers() if self.updates_buffers else ()
         if self.difference.what != "function":
             return self.plan.sandbox.now(None, buffers)
-        # what has changed may draw now, and may set something, such as a flag that it was given and takes back
+        # a changed func may draw now, and may set something, such as a flag that it sets and resets
         sandbox = self.plan.sandbox.now(GENERATORS, buffers)
         settable = self.plans.planner.function_state.present.guard.settable
         return Sandbox(sandbox.captured, sandbox.state, (*self.call.captured.places, *settable), sandbox.trained)
 
     def _keeps(self, sandbox: Sandbox) -> tuple[str, ...]:
-        """Return what func does besides returning since it has changed, by what an evaluation has set.
+        """Return the side effects that a changed func has now, by what an evaluation has set.
 
         Raises:
-            RandomnessError: if its outputs hang on what it keeps.
+            RandomnessError: if its outputs depend on what it keeps.
         """
         if not sandbox.kept or KEEPS in self.plan.problem.structure.effects:
             return ()
@@ -113,13 +113,13 @@ class Check:
         return tuple(effect for effect in effects if effect not in self.plan.problem.structure.effects)
 
     def _reference(self, sandbox: Sandbox) -> tuple[AnyReference, bool]:
-        """Evaluate func; tell whether it was seen to read nothing but what the guard compares."""
+        """Evaluate func; return also whether it was seen to read nothing but what the guard compares."""
         plan, keywords = self.plan, self.call.keywords
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
-        reached = find_trained_tensors(self.plans.current_captures(), keywords) if self.trains else ()
+        trained = find_trained_tensors(self.plans.current_captures(), keywords) if self.trains else ()
         # what no guard can list, such as a clock, is seen while func runs
         monitor = RunMonitor() if plan.may_rest else None
-        # nor is it func that runs the finalizers of what happens to be collected meanwhile
+        # func must not be blamed for finalizers of what happens to be collected meanwhile
         with silent(self.modules), gc_disabled(), monitor or nullcontext():
             reference = reference_for(
                 problem,
@@ -127,7 +127,7 @@ class Check:
                 keywords,
                 sandbox,
                 extent=Extent(rows=1, seed=plan.schedule.calls, thorough=bool(self.difference.what)),
-                trained=not_overwritten(reached, plan.written),
+                trained=not_overwritten(trained, plan.written),
             )
         function_state = self.plans.planner.function_state
         is_listed = monitor is not None and not (
@@ -136,14 +136,14 @@ class Check:
         return reference, is_listed and self._wrappers_rest()
 
     def _wrappers_rest(self) -> bool:
-        """Check whether wrappers inside func need no checks either: a program of the whole would never make them."""
+        """Check whether wrappers inside func need no checks either: a recording of func would run none of them."""
         return all(wrapper.__autojac_rests__() for wrapper in self.plans.current_captures().wrappers)
 
     def _compare(self, reference: AnyReference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""
         result: Result | None = None
         only_gradient = False
-        # no evaluation may come after the one that is returned: its graph may hold what func writes into
+        # no evaluation may follow the one that is returned: its graph may hold what func writes into
         gradient_first = bool(self.plan.written or self.updates_buffers)
         try:
             with isolate_saved_tensors():
@@ -163,7 +163,7 @@ class Check:
         return CheckOutcome(result, wrong, only_gradient)
 
     def _gradient_error(self, reference: AnyReference, sandbox: Sandbox) -> str | None:
-        """Say why the gradient through J is wrong, by a run of its own: the graph that the caller gets is not used."""
+        """Return why the gradient through J is wrong, by another run: the graph that the caller gets stays unused."""
         with sandbox(), without_hooks(reference.trained), silent(self.plans.captured.modules):
             return reference.check_gradient(self.plan.run(self.own_leaves, self.call.keywords))
 
@@ -190,13 +190,13 @@ class Check:
     def _replace(self, wrong: str, only_gradient: bool, undo: Callable[[], None]) -> tuple[PreparedPlan, Result]:
         """Replace a plan that was wrong by one that holds, and compute the call again."""
         call, plans, last = self.call, self.plans, self.plan.schedule.last_check
-        # the wrong run does not count; put back now, what func writes into stays as the graph of the next run saves it
-        # but for what the forward of data-parallel modules has told the other ranks
+        # the wrong run does not count. Its writes are undone now, so that what the graph of the next run saves stays;
+        # what the forward of data-parallel modules has sent to other ranks can't be undone
         with silent(self.modules):
             undo()
             with plans.lock:
-                renewed = plans.describe(call.args, call.kwargs)
-                plan = plans.planner.recover(self.plan, renewed, wrong, structure=not only_gradient)
+                described = plans.describe(call.args, call.kwargs)
+                plan = plans.planner.recover(self.plan, described, wrong, structure=not only_gradient)
                 plans.keep(call, plan)
                 if plan.contents is not None:
                     plan.contents.accept(plan.contents.digest(call))
@@ -212,7 +212,7 @@ class Check:
                 return plan, plan.run(call.leaves, call.keywords)
 
     def _plan_again(self) -> tuple[PreparedPlan, Result]:
-        """Plan where something can be verified, after a plan that was made where nothing could."""
+        """Replace a plan that was made where nothing could be verified, as something can be now."""
         plan = self.plans.plan_again(self.call)
         plan.schedule.calls = 1
         if plan.is_provisional:
@@ -220,7 +220,7 @@ class Check:
         return Check(self.plans, plan, self.call).run()
 
     def _warn_untrained(self, reference: AnyReference, result: Result) -> None:
-        """Warn, once, where parameters train and the Jacobian has no graph to them: a backward of func's makes none."""
+        """Warn once where parameters train and the Jacobian has no graph, as a backward of func's records none."""
         plans = self.plans
         if plans.has_warned_untrained or any(J.requires_grad for row in result.jacobians for J in row):
             return

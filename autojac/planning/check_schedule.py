@@ -14,7 +14,7 @@ EARLY_CHECKS = 10
 """Checks come at calls 1, 2, 4, ... up to 2 to this power, then at every multiple of `CHECK_EVERY`."""
 CHECK_EVERY = 1000
 MOST_NUMBERS = 32
-"""Calls with Python floats that no call before had are checked this many times."""
+"""How many calls with new Python floats are checked."""
 
 
 @dataclass
@@ -24,10 +24,10 @@ class CheckSchedule:
     Attributes:
         calls: how many it has served.
         last_check, next_check: calls by their number; 0 where none was checked yet.
-        next_step: the call before which a search goes on a step; infinite where there is none.
+        next_step: the call before which a search takes its next step; infinite where there is none.
         is_off: no call is ever checked.
         numbers: the Python floats of calls that were checked, which signatures leave out; None where none may decide.
-        contents: what objects among the arguments of these calls held besides, as `contents_of` gives it.
+        contents: hashes of what objects among the arguments of these calls held, as `contents_of` returns them.
     """
 
     calls: int = 0
@@ -39,15 +39,15 @@ class CheckSchedule:
     contents: set[int] = field(default_factory=set)
 
     def is_due(self, keywords: Mapping[str, Any]) -> bool:
-        """Check whether the call under way is to be checked."""
+        """Check whether the current call is to be checked."""
         return self.calls >= self.next_check or (bool(keywords) and self._has_new_contents(keywords))
 
     def turn_off(self) -> None:
-        """Check no call any more."""
+        """Stop checking calls."""
         self.next_check, self.is_off, self.numbers = math.inf, True, None
 
     def check_next_call(self) -> None:
-        """Check the next call, as the one under way gave no verdict."""
+        """Check the next call, as the current one gave no verdict."""
         self.next_check = min(self.next_check, self.calls + 1)
 
     def schedule_next_check(self, every_call: bool, may_fail: bool) -> None:
@@ -55,7 +55,7 @@ class CheckSchedule:
 
         Args:
             every_call: check the next call already.
-            may_fail: the plan assumes what another call may refute.
+            may_fail: another call may refute what the plan assumes.
         """
         calls = self.last_check = self.calls
         if every_call:

@@ -34,7 +34,7 @@ class ContentsWatch:
         self.constants = tuple(tensor for tensor in captured.tensors if not tensor.requires_grad)
 
     def refresh(self, captured: Captures) -> bool:
-        """Watch what func reaches now if it has changed since; tell whether it has."""
+        """Watch what func reaches now if that has changed; return whether it has."""
         function_state = self._problem.function_state
         if function_state is None or self._version == function_state.version:
             return False
@@ -66,7 +66,7 @@ class ContentsWatch:
     def arguments(self) -> tuple[int, ...]:
         """The arguments by position whose values may decide what couples with what.
 
-        A float that carries the batch and goes with its sample, as slices show, is like an input: left to the schedule.
+        Scheduled checks cover a float that carries the batch and belongs to its sample, as slices show, like an input.
         """
         structure, leaves = self._problem.structure, self._problem.leaves
         return tuple(

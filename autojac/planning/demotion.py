@@ -1,4 +1,4 @@
-"""A plan that ran out of memory gives way to one that takes less: slower, and right."""
+"""Replacing a plan that ran out of memory by a slower one that takes less."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
 
     Args:
         plans: of the function.
-        plan: what ran out of memory.
+        plan: the one that ran out of memory.
         call: the call.
     """
     problem, planner = without_empty_parts(plan.problem), plans.planner
@@ -39,36 +39,35 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
             continue
         if call.leaves[problem.inputs[0]].device.type != "cpu":
             torch.accelerator.empty_cache()
-        chosen = dataclasses.replace(plan.plan, method=method.spec(), seconds=None, memory_bytes=None, source="demoted")
+        stored = dataclasses.replace(plan.plan, method=method.spec(), seconds=None, memory_bytes=None, source="demoted")
         try:
             with silent(call.captured.modules):
-                made = planner.make(call.detach(), plan, plan.problem, chosen, method)
-                made.run(call.leaves, call.keywords)
-        except Exception as error:  # what it raises besides is found out by a check, of the next one
+                smaller_plan = planner.make(call.detach(), plan, plan.problem, stored, method)
+                smaller_plan.run(call.leaves, call.keywords)
+        except Exception as error:
             if not is_out_of_memory(error):
                 return None
             continue
-        made.keys = None  # no plan of its own in the store, to be refuted or replaced
-        plans.keep(call, made)
-        took = (
-            "" if plan.plan.memory_bytes is None else f", which took {format_bytes(plan.plan.memory_bytes)} when tuned"
-        )
+        smaller_plan.keys = None  # no plan of its own in the store, to be refuted or replaced
+        plans.keep(call, smaller_plan)
+        peak = plan.plan.memory_bytes
+        took = "" if peak is None else f", which took {format_bytes(peak)} when tuned"
         warn(
             f"{planner.repository.function_name}: memory ran out in the plan {plan.plan}{took}. In use from now on: "
-            f"{expression(chosen.method)}, which takes less memory and more time. Pass memory_limit=, so that the "
+            f"{expression(stored.method)}, which takes less memory and more time. Pass memory_limit=, so that the "
             "search leaves room for what else is on the device",
             PerformanceWarning,
         )
-        return made
+        return smaller_plan
     return None
 
 
 def smaller(problem: Problem, plan: Plan) -> Iterator[Method]:
     """Yield methods that take less memory than a plan: the fastest first of those measured, then smaller chunks."""
-    own = plan.memory_bytes or 0
-    known = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
-    measured = [trial for trial in known if (trial.memory_bytes or 0) < own]
-    for trial in sorted(measured, key=lambda trial: trial.seconds or 0.0):
+    peak = plan.memory_bytes or 0
+    comparable = (trial for trial in plan.trials if trial.seconds is not None and trial.memory_bytes is not None)
+    fitting = [trial for trial in comparable if (trial.memory_bytes or 0) < peak]
+    for trial in sorted(fitting, key=lambda trial: trial.seconds or 0.0):
         if (method := build_if_known(trial.method)) is not None:
             yield method
     method = build(plan.method)

@@ -38,8 +38,8 @@ def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
     """
     signature, plan = prepared.signature, prepared.plan
     trials = plan.trials or (repository.trials(prepared.keys) if prepared.keys else ())
-    made = "derivatives by columns" if prepared.problem.of else f"{signature.layout} Jacobian"
-    lines = [f"{repository.function_name}: {_arguments(signature)} -> {made} of B = {signature.batch}"]
+    result = "derivatives by columns" if prepared.problem.of else f"{signature.layout} Jacobian"
+    lines = [f"{repository.function_name}: {_arguments(signature)} -> {result} of B = {signature.batch}"]
     if signature.differentiable:
         lines[0] += ", differentiable"
     lines.append(f"plan: {plan}")
@@ -52,16 +52,16 @@ def explanation(prepared: PreparedPlan, repository: PlanRepository) -> str:
 
 
 def _gain_lines(plan: Plan) -> list[str]:
-    """Say what a call takes, and what that gains over torch's default."""
+    """Say how long a call takes, and what that gains over torch's default."""
     lines = []
     if plan.seconds is not None:
         lines.append(f"  {format_seconds(plan.seconds)} a call, {format_bytes(plan.memory_bytes)} at its peak")
     if plan.seconds and plan.default_seconds:
         ratio = plan.default_seconds / plan.seconds
         lines.append(f"  torch's default takes {format_seconds(plan.default_seconds)}: {ratio:.3g} times as long")
-        saved = plan.default_seconds - plan.seconds
-        if saved > 0:
-            lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / saved) + 1} calls")
+        gain = plan.default_seconds - plan.seconds
+        if gain > 0:
+            lines.append(f"  tuning has paid for itself after {int(plan.tuning_seconds / gain) + 1} calls")
     if plan.jitter is not None and plan.jitter > LARGE_JITTER:
         lines.append(
             f"  timings varied by {plan.jitter:.0%} in the last comparison: smaller differences say nothing. Tune "
@@ -76,9 +76,9 @@ def _search_lines(prepared: PreparedPlan, trials: Sequence[Trial]) -> list[str]:
         return []
     plan = prepared.plan
     tried = [trial for trial in trials if not _is_untried(trial)]
-    timed = [trial for trial in trials if trial.seconds is not None]
-    heading = f"candidates: {len(timed)} of {len(trials)} timed"
-    if (agreement := rank_correlation(timed)) is not None:
+    with_time = [trial for trial in trials if trial.seconds is not None]
+    heading = f"candidates: {len(with_time)} of {len(trials)} timed"
+    if (agreement := rank_correlation(with_time)) is not None:
         heading += f"; rank correlation of predicted and measured times {agreement:.2f}"
     lines = [heading, *(_row(trial) for trial in sorted(tried, key=lambda trial: _rank(trial, plan)))]
     untried = [expression(trial.method) for trial in trials if _is_untried(trial)]
@@ -110,7 +110,7 @@ def _is_untried(trial: Trial) -> bool:
 
 
 def _graph_lines(problem: Problem) -> list[str]:
-    """Say what the graph of a call shows, and what of it was colored and traced."""
+    """Say what the graph of a call shows, and how it was colored and traced."""
     lines = problem.analysis.lines(problem.out_size) if problem.analysis is not None else []
     lines += describe_colors(problem)
     return lines + (problem.function_state.lines() if problem.function_state is not None else [])

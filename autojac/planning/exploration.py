@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 SHARE = 0.2
 """What all exploring for a signature may cost, as a share of what its calls have cost."""
 FIRST_STEP_S, FIRST_STEP_CALLS = 0.02, 1
-"""Seconds, and calls, that the first step is taken to cost: it runs func and lists the candidates."""
+"""Seconds, and calls, that the first step is expected to cost: it runs func and lists the candidates."""
 ADOPT_BELOW = 0.9
 """A candidate that was timed below this share of the plan in use is compared with it immediately."""
 HELD_UP = 4.0
 """A call that takes more than so many times the fastest one was held up by something else."""
 HUNG = 20.0
-"""A candidate that takes so many times as long as the best one, and `LEAST_S` at least, is given up."""
+"""A candidate that takes so many times as long as the best one, but at least `LEAST_S`, is given up."""
 FIRST_LIMIT_S = 60.0
 """The same where no candidate was timed yet."""
 MOST_FAILURES = 3
@@ -43,7 +43,7 @@ logger = logging.getLogger("autojac")
 
 
 class Exploration:
-    """What is still to be found out about a plan in use, and what its calls have paid for that.
+    """The unfinished search behind a plan in use, and what its calls have paid for it.
 
     Args:
         prior: what is known already, the method of the plan in use included.
@@ -70,8 +70,6 @@ class Exploration:
         self._expected: float | None = None
         self._forget_times()
 
-    # --- what the calls pay
-
     def _forget_times(self) -> None:
         self._fastest = self._per_call = math.inf
         self._timed, self._count = 0.0, 0
@@ -93,7 +91,7 @@ class Exploration:
 
     @property
     def _trial_s(self) -> float:
-        """The seconds of the plan in use in its trial, infinite where it had none: calls that are timed take longer."""
+        """The seconds of the plan in use in its trial, infinite without one; timed calls take longer than that."""
         trial = None if self.race is None else self.race.session.trials.get(self.method)
         return math.inf if trial is None or trial.seconds is None else trial.seconds
 
@@ -106,10 +104,10 @@ class Exploration:
         """Return the call before which the next step is due, by the calls' cost so far; infinite when all is over."""
         if self.is_over:
             return math.inf
-        missing = (self.spent + self.expected_s) / SHARE - self.earned
-        if missing <= 0:
+        shortfall = (self.spent + self.expected_s) / SHARE - self.earned
+        if shortfall <= 0:
             return self._calls + 1
-        return self._calls + 1 + math.ceil(missing / self._per_call) if self._per_call else math.inf
+        return self._calls + 1 + math.ceil(shortfall / self._per_call) if self._per_call else math.inf
 
     @property
     def expected_s(self) -> float:
@@ -118,7 +116,7 @@ class Exploration:
 
     @contextmanager
     def charging_first_call(self) -> Iterator[None]:
-        """Count the first call by a plan that was found: its check and its recording are spent on the search too."""
+        """Charge the search for the first call by a plan that it found, which is checked and recorded."""
         start = measure.clock.working_s()
         yield
         if self.race is not None:
@@ -132,8 +130,6 @@ class Exploration:
             f"may become {SHARE:.0%} of the {self.earned:.2g} s that calls have taken"
         )
 
-    # --- one step
-
     def take_step(self, problem: Callable[[], Problem], point: SearchPoint) -> Method | None:
         """Do the next step at a point; return a method to use from now on, if one was found to be faster.
 
@@ -146,7 +142,7 @@ class Exploration:
         start = measure.clock.working_s()
         try:
             if self.race is None:
-                # which candidates there are, and so what the first look takes, is known only now
+                # the candidates, and so the time of the first look, are known only now
                 self.race = start_race(problem(), point, self.effort, self.prior)
                 self._time_by_calls(self.race)
                 return None
@@ -176,7 +172,7 @@ class Exploration:
         return race.expected_s(step) + follows
 
     def _time_by_calls(self, race: CandidateRace) -> None:
-        """Take the plan in use for timed, where its calls have been: without a backward, and by a device that waits."""
+        """Record the calls' time as the trial of the plan in use, without a backward, and on a CPU."""
         session = race.session
         if session.problem.differentiable or session.device.type != "cpu" or self.method in session.trials:
             return
@@ -193,7 +189,7 @@ class Exploration:
             self.is_over = race.next_step() is None
             return self._adopt(step.method)
         if not race.session_of(step).reference.says:
-            return None  # nothing can be compared with anything here: a later call will do
+            return None  # no derivative is finite here, so nothing can be compared: wait for another call
         if self._challenger is not None:
             challenger, self._challenger = self._challenger, None
             self._beaten.add(challenger)
@@ -210,7 +206,7 @@ class Exploration:
         if self._challenger is not None:
             return Step("duel", self._challenger)
         step = race.next_step()
-        # what has won is used at the end, and rather than after a compiler
+        # the winner is used at the end, and before waiting for a compiler
         if (step is None or step.compiles) and (winner := race.winner()) not in (None, self.method):
             return Step("adopt", winner)
         return step

@@ -1,4 +1,4 @@
-"""The first evaluation of a call, which leaves no trace and tells what the call needs."""
+"""The first evaluation of a call: without side effects that stay, it shows what the call needs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from autojac.problem.randomness import repeat_draws, restart_draws
 
 @dataclass(frozen=True)
 class FirstCallReport:
-    """What the first call of func has shown.
+    """What the first call of func shows.
 
     Attributes:
         fn: the flat function, drawing random numbers as the user asked.
         first: its values and side effects.
-        sandbox: how to evaluate it without a trace.
+        sandbox: how to evaluate it without side effects.
         signature, keys: of the call.
         guess: which leaves carry the batch, as declared or by their shapes.
     """
@@ -65,13 +65,13 @@ def inspect_first_call(
     keys: Callable[[Signature], Keys],
     settable: Callable[[Sequence[CodeType]], Sequence[Any]],
 ) -> FirstCallReport:
-    """Call func once, without a trace, and report what that shows.
+    """Call func once, without side effects that stay, and report what that shows.
 
     Args:
         call: the call.
         options: what of randomness and layouts is asked for.
-        keys: gives the keys that plans for a signature are filed under.
-        settable: gives the places in which code of installed packages may set something.
+        keys: returns the keys of plans for a signature.
+        settable: returns the places in which code of installed packages may set something.
 
     Raises:
         InputError, OutputError, MutationError, RandomnessError: where there is no such Jacobian.
@@ -89,7 +89,7 @@ def inspect_first_call(
         first = _undrawn(call, sandbox)
     _require_unwritten(passed, sandbox)
     if sandbox.converted:
-        # for good, as by the plain call that this call stands for: the next one shows what else func does
+        # a conversion stays, as after a plain call: the next evaluation shows what else func does
         sandbox = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
         first = _undrawn(call, sandbox)
     if sandbox.kept:
@@ -105,7 +105,7 @@ def inspect_first_call(
         differentiable = any(value.requires_grad for value in values)
     signature, guess = _signature(call, first, options.layout, differentiable)
     require_columns(signature, options.of)
-    # the tensors that func writes into are few: only these are saved around later evaluations
+    # func writes into few tensors: later evaluations save these alone
     return FirstCallReport(fn, first, sandbox.closer(sandbox.state), signature, guess, keys(signature))
 
 
@@ -128,12 +128,12 @@ def _require_unwritten(passed: Sequence[Tensor], sandbox: Sandbox) -> None:
 
 
 def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
-    """Call func for the first time, and set back the generators that it draws from, which the sandbox then knows."""
+    """Call func, and reset the generators that it draws from, which become the sandbox's state."""
     fn, loaded = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
     first = _first_call(fn, call, sandbox, earlier)
     if not loaded and "numpy.random" in sys.modules:
-        # func may have drawn from what it has just imported, and whose state was not known before
+        # func may have drawn from the generator that it has just imported, whose state was not saved
         restore_random_state({name: state[name] for name in first.moved})
         state = random_state()
         first = _first_call(fn, call, sandbox, earlier)
@@ -153,21 +153,19 @@ def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None)
 def _report_kept(call: Call, first: FirstCall, sandbox: Sandbox) -> tuple[FirstCall, Sandbox]:
     """Report a call that keeps something, and return the sandbox for later ones.
 
-    A cache is filled and a module initialised for good, as by the plain call that this call stands for.
+    A filled cache and an initialised module stay, as after a plain call.
     """
-    fn, leaves, kwargs = call.layout.fn, call.leaves, call.keywords
-    found, written = observe_kept_state(
-        lambda: evaluate_once(fn, leaves, kwargs, call.layout.differentiated)[0], sandbox
-    )
-    if found:
-        return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *found)))), sandbox
-    # what each call writes is left to the call that makes the Jacobian
+    fn, leaves, kwargs, positions = call.layout.fn, call.leaves, call.keywords, call.layout.differentiated
+    effects, written = observe_kept_state(lambda: evaluate_once(fn, leaves, kwargs, positions)[0], sandbox)
+    if effects:
+        return dataclasses.replace(first, effects=tuple(dict.fromkeys((*first.effects, *effects)))), sandbox
+    # undo what each call writes: the call that computes the Jacobian writes it
     with Sandbox(written)():
         fn(leaves, kwargs)
     later = Sandbox(sandbox.captured, None, sandbox.places, sandbox.trained)
     before, first = first, _undrawn(call, later)
     if not before.moved and unlike(before.values, first.values):
-        # what it has kept, such as a flag, changes its result
+        # the state that it has kept, such as a flag, changes its result
         raise RandomnessError(UNLIKE)
     later.kept = list(sandbox.kept)
     if later.state:
@@ -196,15 +194,15 @@ def _drawing(call: Call, first: FirstCall, sandbox: Sandbox, randomness: Randomn
 
 def _first_call(fn: Flat, call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
     layout, leaves = call.layout, call.leaves
-    said = layout.batched_leaves([False] * len(leaves))
-    lengths = {leaf.shape[0] for leaf, has in zip(leaves, said, strict=True) if has}
+    declared = layout.batched_leaves([False] * len(leaves))
+    lengths = {leaf.shape[0] for leaf, has in zip(leaves, declared, strict=True) if has}
     if len(lengths) > 1:
         raise InputError(
             f"in_dims says that arguments share a batch, but they have {sorted(lengths)} samples. Pass equal numbers, "
             "or None in in_dims for what all samples share"
         )
-    guessed = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
-    lengths |= {leaves[position].shape[0] for position in guessed}
+    undeclared = [p for p in layout.differentiated if not layout.declared[p] and leaves[p].dim()]
+    lengths |= {leaves[position].shape[0] for position in undeclared}
     try:
         first = first_call(fn, leaves, call.keywords, layout.differentiated, sandbox, earlier)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Planning apart from the caller: no hook of theirs fires, no mode of theirs sees it, and other ranks hear nothing."""
+"""Isolation of planning from the caller's hooks and modes, and from other ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _planning: ContextVar[bool] = ContextVar("planning", default=False)
 
 @contextmanager
 def mark_planning() -> Iterator[bool]:
-    """Mark that a plan is being made; tell whether another one was already."""
+    """Mark that a plan is being made; yield whether another one was already."""
     token = _planning.set(True)
     inside = bool(token.old_value is not Token.MISSING and token.old_value)
     try:
@@ -34,7 +34,7 @@ def mark_planning() -> Iterator[bool]:
 
 @contextmanager
 def isolate_planning(call: Call, trained: Sequence[Tensor]) -> Iterator[bool]:
-    """Keep what is tried from the caller's hooks, modes and other ranks; tell whether a plan was being made."""
+    """Isolate planning from the caller's hooks, modes and other ranks; yield whether a plan was being made already."""
     with (
         outside_autocast(),
         without_hooks(trained),

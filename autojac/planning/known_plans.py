@@ -16,7 +16,7 @@ from autojac.planning.same_code import hint_for
 
 
 class KnownPlans:
-    """What a call may be answered with, or a search begin with.
+    """Plans that may serve a call, and what a search may start from.
 
     Args:
         repository: the function's stored plans.
@@ -29,18 +29,18 @@ class KnownPlans:
         self._neighbours: dict[Signature, tuple[int, Plan]] = {}
 
     def plan(self, report: FirstCallReport, force: bool) -> Plan | None:
-        """Return the plan so far, whatever it is worth: of a neighbouring shape, unless `force` is set, or stored."""
+        """Return the best plan known: of a neighbouring shape, unless `force` is set, or stored."""
         neighbour = None if force else self._neighbour(report.signature)
         return neighbour or self.repository.find(report.keys)
 
     def _neighbour(self, signature: Signature) -> Plan | None:
         """Return the plan of a batch of the same bucket or a larger one: the last partial batch never searches."""
-        known = self._neighbours.get(signature.without_batch())
-        if known is None or bucket(signature.batch) > bucket(known[0]):
+        entry = self._neighbours.get(signature.without_batch())
+        if entry is None or bucket(signature.batch) > bucket(entry[0]):
             return None
-        if known[1].structure.samples is not None and signature.batch != known[0]:
+        if entry[1].structure.samples is not None and signature.batch != entry[0]:
             return None  # a graph of samples belongs to its batch
-        return dataclasses.replace(known[1], source="neighbour")
+        return dataclasses.replace(entry[1], source="neighbour")
 
     def remember(self, signature: Signature, plan: Plan) -> None:
         """Serve calls of the same shapes and no more samples by this plan."""
@@ -53,22 +53,21 @@ class KnownPlans:
         self._neighbours.clear()
 
     def is_too_poor(self, plan: Plan, wanted: Effort) -> bool:
-        """Check whether a plan must be searched for before a call is answered."""
+        """Check whether a better plan must be searched for before the call is served."""
         if self.options.on_miss in ("error", "online") or pinned_store() is not None:
             return False
         return effort_rank(plan.effort) < effort_rank(wanted) or (wanted != "estimate" and not plan.finished)
 
     def require_allowed(self, report: FirstCallReport, force: bool) -> None:
         """Raise `PlanMissError` where no plan may be made."""
+        shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
         if pinned_store() is not None:
-            shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
             raise PlanMissError(
                 f"the plans of {self.repository.description} are pinned, and none is for arguments {shapes} on this "
                 "machine. Nothing is searched while plans are pinned: unpin them by autojac.pin(None), tune, and pin "
                 "them again"
             )
         if self.options.on_miss == "error" and not force:
-            shapes = ", ".join(f"{leaf.shape} {leaf.dtype}" for leaf in report.signature.leaves)
             raise PlanMissError(
                 f"no plan is stored for arguments {shapes} in {self.repository.description}, and on_miss='error' "
                 "forbids making one. Tune ahead with jac.tune(x), for what another method computes by with "
@@ -88,9 +87,9 @@ class KnownPlans:
 
     def hints(self, keys: Keys | None) -> list[Method]:
         """Return methods that won on other devices, for other shapes, or for other constants in the same code."""
-        found = dict.fromkeys([] if keys is None else self.repository.hints(keys))
-        found |= dict.fromkeys(hint_for(self.repository.func))
+        methods = dict.fromkeys([] if keys is None else self.repository.hints(keys))
+        methods |= dict.fromkeys(hint_for(self.repository.func))
         for _, plan in self._neighbours.values():
             if (method := build_if_known(plan.method)) is not None:
-                found.setdefault(method)
-        return list(found)
+                methods.setdefault(method)
+        return list(methods)

@@ -34,7 +34,7 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
         planner: of the function.
         prepared: the plan.
         call: the call before which there is time for it.
-        buffers: what func may write into now.
+        buffers: the tensors that func may write into now.
     """
     exploration = prepared.exploration
     assert exploration is not None
@@ -61,19 +61,19 @@ def explore(planner: Planner, prepared: PreparedPlan, call: Call, buffers: Seque
 
         start, before = measure.clock.working_s(), exploration.spent
         better = exploration.take_step(problem, point)
-        made = _after_step(planner, prepared, call, exploration, better)
-        # what is stored and prepared again is paid for as well
+        replacement = _after_step(planner, prepared, call, exploration, better)
+        # storing and preparing the plan are paid for as well
         exploration.spent = before + max(measure.clock.working_s() - start, 0.0)
         if exploration.is_over:
-            (made or prepared).exploration = None
+            (replacement or prepared).exploration = None
             prepared.schedule.next_step = math.inf
-        return made
+        return replacement
 
 
 def _after_step(
     planner: Planner, prepared: PreparedPlan, call: Call, exploration: Exploration, better: Method | None
 ) -> PreparedPlan | None:
-    """Keep what a step of a search has found out, and return the plan by which it replaces the one in use."""
+    """Store what a step of a search has shown, and return the plan that replaces the one in use."""
     race, plan = exploration.race, prepared.plan
     if race is None:
         return None
@@ -81,19 +81,19 @@ def _after_step(
     if trial is None or trial.state != "complete":
         return None
     finished = exploration.is_over and race.next_step() is None
-    found = result_of(race, finished)
+    result = result_of(race, finished)
     plan = dataclasses.replace(
         plan,
         method=exploration.method.spec(),
         effort=exploration.effort,
         seconds=trial.seconds,
-        default_seconds=found.default_seconds,
+        default_seconds=result.default_seconds,
         memory_bytes=trial.memory_bytes,
         tuning_seconds=plan.tuning_seconds if better is None else exploration.spent,
         source="search",
-        trials=found.trials,
+        trials=result.trials,
         finished=finished,
-        jitter=found.jitter,
+        jitter=result.jitter,
     )
     if prepared.keys is not None:
         planner.repository.save(prepared.keys, plan)
@@ -106,6 +106,6 @@ def _after_step(
         planner.repository.function_name, plan, prepared.schedule.calls, exploration.spent, trial.seconds or 0.0,
         prepared.plan,
     )  # fmt: skip
-    made = planner.make(call, prepared, prepared.problem, plan, better)
-    made.exploration, made.is_fresh = exploration, True
-    return made
+    replacement = planner.make(call, prepared, prepared.problem, plan, better)
+    replacement.exploration, replacement.is_fresh = exploration, True
+    return replacement

@@ -61,12 +61,12 @@ def pinned_store() -> PlanStore | None:
     """Return the store whose plans are pinned, by a call of `pin` or by the environment; None where none are."""
     if _HERE in _pinned:
         return _pinned[_HERE]
-    told = os.environ.get(VARIABLE)
-    if not told:
+    place = os.environ.get(VARIABLE)
+    if not place:
         return None
-    if told not in _pinned:
-        _pinned[told] = _open(told)
-    return _pinned[told]
+    if place not in _pinned:
+        _pinned[place] = _open(place)
+    return _pinned[place]
 
 
 def _open(plans: PlanStore | str | os.PathLike[str]) -> PlanStore:
@@ -81,7 +81,7 @@ def _open(plans: PlanStore | str | os.PathLike[str]) -> PlanStore:
 
 
 def _digest(store: PlanStore) -> str:
-    """Return a hash of what decides how calls are computed: of each plan its keys, method and structure."""
+    """Return a hash of all that decides how calls are computed: each plan's keys, method and structure."""
     rows = sorted(
         json.dumps([row.op.digest, row.env.digest, row.plan.method, row.plan.structure.to_json()], sort_keys=True)
         for row in store.listing()

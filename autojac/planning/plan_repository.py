@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from autojac.store import PlanStore
 
 Keys = tuple[Key, Key]
-"""What a plan is filed under: the operation, and the environment that it was tuned in."""
+"""The keys of a plan in the store: of the operation, and of the environment that it was tuned in."""
 
 _shared: dict[Any, PlanStore] = {}
 _machines: WeakKeyDictionary[PlanStore, dict[tuple[Key, str], Machine | None]] = WeakKeyDictionary()
-"""What stores say of environments, by the number of threads; with "" for it, by what trials there are corrected."""
+"""For each store and environment the machine by the number of threads, and under "" the corrections by its trials."""
 
 
 class PlanRepository:
@@ -65,7 +65,7 @@ class PlanRepository:
 
     @cached_property
     def _own_store(self) -> PlanStore:
-        # an import that Ctrl-C breaks off leaves SQLAlchemy half loaded for good
+        # an import that Ctrl-C interrupts would leave SQLAlchemy half loaded for the rest of the process
         with gc_disabled():
             run_uninterrupted(functools.partial(importlib.import_module, "autojac.store.store"))
         from autojac.store import PlanStore
@@ -91,8 +91,8 @@ class PlanRepository:
 
     def hints(self, keys: Keys) -> list[Method]:
         """Return methods that won on other devices, to be tried first."""
-        found = (build_if_known(plan.method) for plan in self.store.hints(keys[0]))
-        return [method for method in found if method is not None]
+        methods = (build_if_known(plan.method) for plan in self.store.hints(keys[0]))
+        return [method for method in methods if method is not None]
 
     def trials(self, keys: Keys) -> tuple[Trial, ...]:
         """Return what became of every candidate in the search that made the stored plan."""
@@ -110,26 +110,26 @@ class PlanRepository:
         self.store.save_coloring(key, arrays)
 
     def refute(self, keys: Keys, reason: str) -> None:
-        """Never find a plan again, unless plans are pinned: then each process finds out for itself."""
+        """Never find a plan again, unless plans are pinned: then each process refutes it by itself."""
         if pinned_store() is None:
             self.store.refute(*keys, reason)
 
     def keys(self, signature: Signature, digest: str = "") -> Keys:
-        """Return what a plan is filed under: the function, by a digest or as it is now, the call, and the device."""
+        """Return the keys of a plan: by the function (its digest, by default as it is now), the call and the device."""
         options = self.options
         declared = options.declared
-        chosen = {
+        settings = {
             "memory_limit": parse_bytes(options.memory_limit),
             "randomness": options.randomness,
             "coupling": None if declared is None else declared.to_json(),
         }
         digest = digest or fingerprint(self.func, options.version)
         # Without the module: what a script defines as `__main__`, others import by the name of its file.
-        operation = operation_key(_name(self.func).__qualname__, digest, signature, chosen)
+        operation = operation_key(_name(self.func).__qualname__, digest, signature, settings)
         return operation, environment_key(signature.leaves[0].device)
 
     def machine(self, env: Key, device: str, largest: float | None = None) -> Machine:
-        """Return the constants of the cost model, corrected by the store's trials; the store is asked once a process.
+        """Return the constants of the cost model, corrected by the store's trials; each process asks the store once.
 
         Args:
             env: the environment's key.
@@ -138,23 +138,23 @@ class PlanRepository:
                 a tenth of a second, and store the result; None measures nothing.
         """
         threads = str(torch.get_num_threads())
-        known = _machines.setdefault(self.store, {})
-        if (env, threads) not in known:
+        machines = _machines.setdefault(self.store, {})
+        if (env, threads) not in machines:
             stored = (self.store.environment(env) or {}).get(threads)
-            known[env, threads] = Machine.from_json(stored) if isinstance(stored, dict) else None
-        if (env, "") not in known:
-            known[env, ""] = dataclasses.replace(DEFAULT, corrections=corrections_from(self.store.predictions(env)))
-        found, corrected = known[env, threads], known[env, ""]
+            machines[env, threads] = Machine.from_json(stored) if isinstance(stored, dict) else None
+        if (env, "") not in machines:
+            machines[env, ""] = dataclasses.replace(DEFAULT, corrections=corrections_from(self.store.predictions(env)))
+        machine, corrected = machines[env, threads], machines[env, ""]
         assert corrected is not None
-        if largest is not None and (found is None or not found.has_measured(largest)):
-            found = known[env, threads] = calibrate.measured_machine(device, threads, largest > SIZES[1])
+        if largest is not None and (machine is None or not machine.has_measured(largest)):
+            machine = machines[env, threads] = calibrate.measured_machine(device, threads, largest > SIZES[1])
             others = self.store.environment(env) or {}
-            self.store.save_environment(env, {**others, threads: found.to_json()})
-        return dataclasses.replace(found or DEFAULT, corrections=corrected.corrections)
+            self.store.save_environment(env, {**others, threads: machine.to_json()})
+        return dataclasses.replace(machine or DEFAULT, corrections=corrected.corrections)
 
 
 def function_name(func: Callable[..., Any]) -> str:
-    """Return a human-readable name: where a function is defined, a class, or what a sequence or a partial holds."""
+    """Return a human-readable name of a function, by where it is defined or what it is composed of."""
     if isinstance(func, ModuleFunction):
         return f"{function_name(func.module)} in its parameters"
     if isinstance(func, ComposedFunction):

@@ -1,4 +1,4 @@
-"""The way from a call to a prepared plan: known from the store or a neighbouring shape, or searched and stored."""
+"""From a call to a prepared plan: known from the store or a neighbouring shape, or searched and stored."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 from autojac.replay.tracer import find_unfixed_argument
 
-registry()  # found when autojac is imported, so that no first Jacobian waits for it
+registry()  # fill it when autojac is imported, so that no first Jacobian waits for it
 
 
 class ProbedCall(NamedTuple):
-    """A call, what its first evaluation and the probing have shown, and when planning began, by the search's clock."""
+    """A call, the results of its first evaluation and of the probe, and when planning began, by the search's clock."""
 
     call: Call
     report: FirstCallReport
-    found: ProbeResult
+    probe: ProbeResult
     start: float
 
 
@@ -88,31 +88,30 @@ class Planner:
             if report.is_empty:
                 return self._empty(call, report)
             if inside or several():
-                # func calls another AutoJacobian, and this is its turn within the other's search: times would say
-                # nothing; to several ranks they would say different things, and these would evaluate func unequally
-                # often
+                # within the search of an AutoJacobian whose func calls this one, times say nothing; on several ranks
+                # they differ, and the ranks would evaluate func unequally often
                 effort = "estimate"
             start = measure.clock.now()
             wanted = effort or ("estimate" if self.options.on_miss == "estimate" else self.options.effort)
             before = self.known.plan(report, force)
             if before is not None and not force and not self.known.is_too_poor(before, wanted):
-                known = self._apply(call, report, before)
-                if known is not None:
-                    return self._explore(known, before, wanted)
+                prepared = self._apply(call, report, before)
+                if prepared is not None:
+                    return self._explore(prepared, before, wanted)
                 before = None
             self.known.require_allowed(report, force)
             online = self.options.on_miss == "online" and effort is None and wanted != "estimate"
-            found = self.builder.probe(call, report, "estimate" if online else wanted)
-            probed = ProbedCall(call, report, found, start)
+            result = self.builder.probe(call, report, "estimate" if online else wanted)
+            probed = ProbedCall(call, report, result, start)
             if not online:
                 return self._search(probed, wanted, budget_s, before)
-            made = self._search(probed, "estimate", budget_s, before, goal=wanted)
-            return self._explore(made, made.plan, wanted)
+            estimated = self._search(probed, "estimate", budget_s, before, goal=wanted)
+            return self._explore(estimated, estimated.plan, wanted)
 
     def recover(self, plan: PreparedPlan, call: Call, reason: str, structure: bool = True) -> PreparedPlan:
-        """Return a plan in place of one that was just caught being wrong.
+        """Return a plan in place of one that a check has refuted.
 
-        The structure is probed again at this input. Where that still sees no coupling the guard is believed, unless it
+        The structure is probed again at this input. Where that still sees no coupling the check is believed, unless it
         found J right and the gradient through it wrong, which says nothing of the `structure`.
         """
         with mark_planning(), restore_process_state(), silent(call.captured.modules), outside_autocast():
@@ -121,15 +120,15 @@ class Planner:
                 self.repository.refute(plan.keys, reason)
             self.known.clear()
             report = self.builder.inspect(call)
-            found = self.builder.probe(call, report)
-            same = found.structure.sparsity == plan.problem.structure.sparsity is not None
-            if structure and (found.structure.independent or same):
-                found = dataclasses.replace(found, structure=found.structure.refute(f"guard: {reason}"))
-            made = self._search(ProbedCall(call, report, found, start), "estimate")
-            return self._explore(made, made.plan, self.options.effort)
+            result = self.builder.probe(call, report)
+            same = result.structure.sparsity == plan.problem.structure.sparsity is not None
+            if structure and (result.structure.independent or same):
+                result = dataclasses.replace(result, structure=result.structure.refute(f"guard: {reason}"))
+            prepared = self._search(ProbedCall(call, report, result, start), "estimate")
+            return self._explore(prepared, prepared.plan, self.options.effort)
 
     def _explore(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
-        """Let the search for a plan that is not the best known to be go on while it is used."""
+        """Let the search behind a plan that may not be the best go on while it is used."""
         unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
         explores = self.options.on_miss == "online" and wanted != "estimate" and pinned_store() is None
         if explores and unfinished and not prepared.is_provisional:
@@ -147,7 +146,7 @@ class Planner:
         if plan.structure.branches:
             report.sandbox.widen()
         if not set(report.first.effects) <= set(plan.structure.effects):
-            return None  # it may have been chosen for what func then did not do
+            return None  # it was chosen when func had fewer side effects
         problem = self.builder.problem(call, report, plan.structure, plan.batched, analysis)
         if not plan.structure.fits(problem.batch, problem.out_size, problem.in_size):
             return None
@@ -168,14 +167,14 @@ class Planner:
         """Make a plan, and store it.
 
         Args:
-            probed: the call, and what is known of it.
+            probed: the call, and what is known about it.
             effort, budget_s: of the search.
             before: the plan so far. Only a faster one replaces it, and a search that was not finished goes on.
             goal: effort of the search that will go on from here.
         """
-        call, report, found, start = probed
-        structure, device = found.structure, str(call.leaves[0].device)
-        problem = self.builder.problem(call, report, structure, found.batched, found.analysis)
+        call, report, result, start = probed
+        structure, device = result.structure, str(call.leaves[0].device)
+        problem = self.builder.problem(call, report, structure, result.batched, result.analysis)
         require_room(problem)
         if not several():  # ranks must decide alike, whatever their machines
             largest = None if effort == "estimate" else largest_move(problem)
@@ -190,22 +189,23 @@ class Planner:
         )
         with progress.reporter(effort) as show, _explaining(self.options):
             try:
-                won = search(without_empty_parts(problem), progress=show)
+                outcome = search(without_empty_parts(problem), progress=show)
             except SearchError as error:
                 if structure.sparsity is None:
                     raise
-                # a sparse matrix holds what its pattern has: where that misses an entry no method can be right
+                # no method can be right where the pattern of a sparse matrix misses an entry
                 structure = structure.without_patterns(f"patterns: they miss entries ({error.reasons})")
-                problem = self.builder.problem(call, report, structure, found.batched, found.analysis, problem.machine)
-                won = search(without_empty_parts(problem), progress=show)
+                machine = problem.machine
+                problem = self.builder.problem(call, report, structure, result.batched, result.analysis, machine)
+                outcome = search(without_empty_parts(problem), progress=show)
                 self._tell_of_missed_entries(structure)
-        plan = _plan_of(won, structure, found, effort, goal, measure.clock.now() - start)
-        if won.verified:
+        plan = _plan_of(outcome, structure, result, effort, goal, measure.clock.now() - start)
+        if outcome.verified:
             self.repository.save(report.keys, plan)
             self.known.remember(report.signature, plan)
-        made = self.make(call, report, problem, plan, won.method)
-        made.is_fresh, made.is_provisional = won.verified, not won.verified
-        return made
+        prepared = self.make(call, report, problem, plan, outcome.method)
+        prepared.is_fresh, prepared.is_provisional = outcome.verified, not outcome.verified
+        return prepared
 
     @staticmethod
     def point(call: Call, report: FirstCallReport) -> SearchPoint:
@@ -224,23 +224,23 @@ class Planner:
     def make(
         self, call: Call, report: FirstCallReport | PreparedPlan, problem: Problem, plan: Plan, method: Method
     ) -> PreparedPlan:
-        """Prepare a plan for calls like this one; what stays the same is a report's, or another plan's."""
+        """Prepare a plan for calls like this one, with the signature and sandbox of a report or of another plan."""
         compute = prepare_compute(call.layout, problem, method)
         if problem.analysis is not None:
             problem.analysis.close()
         compute = leave_no_graph(compute, problem, report.sandbox)
-        made = PreparedPlan(call.layout, problem, plan, compute, report.signature, report.sandbox, report.keys)
-        made.pushes = problem.differentiable and method.pushes
+        prepared = PreparedPlan(call.layout, problem, plan, compute, report.signature, report.sandbox, report.keys)
+        prepared.pushes = problem.differentiable and method.pushes
         structure = problem.structure
         reads_pattern = structure.sparsity is not None and (method.trusts_zeros or problem.layout == "sparse")
         if structure.assumes and (structure.depends_on_arguments or reads_pattern):
-            made.contents = ContentsWatch(problem, call.captured)
+            prepared.contents = ContentsWatch(problem, call.captured)
         # ranks must evaluate func equally often, whatever their guards see
-        fixed = not (find_unfixed_argument(call.keywords) or made.contents or made.pushes or several())
-        made.is_proved = fixed and structure.assurance == "proved"
+        is_fixed = not (find_unfixed_argument(call.keywords) or prepared.contents or prepared.pushes or several())
+        prepared.is_proved = is_fixed and structure.assurance == "proved"
         if structure.assumes and find_unfixed_argument(call.keywords):
-            made.schedule.numbers = set()
-        return made
+            prepared.schedule.numbers = set()
+        return prepared
 
     def _empty(self, call: Call, report: FirstCallReport) -> PreparedPlan:
         """Return the plan for a Jacobian without elements."""
@@ -254,22 +254,22 @@ class Planner:
 
 
 def _plan_of(
-    won: SearchResult, structure: Structure, found: ProbeResult, effort: Effort, goal: Effort | None, seconds: float
+    outcome: SearchResult, structure: Structure, probe: ProbeResult, effort: Effort, goal: Effort | None, seconds: float
 ) -> Plan:
-    """Return the plan for what a search has found; it goes on as one of effort `goal` where there is one."""
+    """Return the plan for a search's result; with a `goal` its search goes on with that effort."""
     return Plan(
-        won.method.spec(),
+        outcome.method.spec(),
         structure,
-        found.batched,
+        probe.batched,
         goal or effort,
-        won.seconds,
-        won.default_seconds,
-        won.memory_bytes,
+        outcome.seconds,
+        outcome.default_seconds,
+        outcome.memory_bytes,
         seconds,
         "estimate" if effort == "estimate" else "search",
-        won.trials,
-        won.finished and goal is None,
-        won.jitter,
+        outcome.trials,
+        outcome.finished and goal is None,
+        outcome.jitter,
     )
 
 

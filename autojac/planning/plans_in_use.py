@@ -38,7 +38,7 @@ class PlansInUse:
     Attributes:
         planner: makes plans.
         fast_path: serves calls like the last one.
-        alone: held during a call: no other thread calls or inspects a module while its parameters are put aside.
+        alone: held during a call: no other thread calls or inspects a module while its parameters are replaced.
         lock: held while a plan is made.
         has_warned_untrained: the user knows already that the Jacobian trains nothing.
     """
@@ -69,16 +69,16 @@ class PlansInUse:
     def observe(self) -> int | None:
         """Notice before a call whether the function has changed; return the kind of its state if that is known."""
         function_state = self.planner.function_state
-        state, moved = function_state.observe() if self._observes else (None, False)
-        # a call may have changed the function itself, which was taken for no change after it
-        moved = moved or self._version != function_state.version
-        if moved or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
+        state, may_differ = function_state.observe() if self._observes else (None, False)
+        # a call may have changed the function itself, which `absorb` has accepted
+        may_differ = may_differ or self._version != function_state.version
+        if may_differ or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
             # it may hold other tensors now, which require grad
             self._captured, self._version = None, function_state.version
         return state
 
     def absorb(self, plan: PreparedPlan) -> None:
-        """Take what a call has changed of the function itself for no change, until it is seen to change nothing."""
+        """Accept what a call has changed in the function itself, until a call changes nothing."""
         function_state = self.planner.function_state
         if function_state.is_new and not plan.schedule.is_off:
             plan.checked_states.add(function_state.absorb())
@@ -93,8 +93,8 @@ class PlansInUse:
 
     def current_captures(self) -> Captures:
         """Return what the function reaches now, without a walk if the guard has seen all unchanged in this call."""
-        listed = self._observes and self.planner.function_state.is_complete
-        return self.captured if listed else captures(self.func)
+        is_listed = self._observes and self.planner.function_state.is_complete
+        return self.captured if is_listed else captures(self.func)
 
     def recapture(self) -> Captures:
         """Remember what the function reaches now for the next call, and return it."""
@@ -137,7 +137,7 @@ class PlansInUse:
             plan.schedule.turn_off()
         before = self._plans.get(call.key)
         if before is not None:
-            # whoever still has it checks its next call, and so takes the long way to what is in use now
+            # a thread that still uses it checks its next call, and so arrives at the plan that is in use now
             before.schedule.next_check = 0
         self._plans[call.key] = plan
         self.fast_path = no_fast_path
@@ -146,7 +146,7 @@ class PlansInUse:
         return plan
 
     def explore(self, plan: PreparedPlan, call: Call) -> bool:
-        """Take a step of the search behind a plan, unless another thread does; tell whether there is a better plan."""
+        """Take a step of the search behind a plan, unless another thread does; return whether it found a better one."""
         if is_observed() or pinned_store() is not None or not self._exploring.acquire(blocking=False):
             return False
         try:
@@ -160,15 +160,15 @@ class PlansInUse:
             self._exploring.release()
 
     def buffers(self) -> list[Tensor]:
-        """Return what the function may write into now, buffers that were put in the place of others included."""
+        """Return the tensors that the function may write into now, replaced buffers included."""
         return [tensor for tensor in self.current_captures().tensors if not tensor.requires_grad]
 
     def _make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[PreparedPlan, Call]:
         with self.lock:
-            # the function may hold others than the key was made from
-            found = survey(self.func, self.options.version)
-            self._captured = dataclasses.replace(found, digest="")  # which may be another at the next call
-            call = self.planner.builder.describe(found, args, kwargs)
+            # the function may have changed since the key was computed
+            captured = survey(self.func, self.options.version)
+            self._captured = dataclasses.replace(captured, digest="")  # which may be another at the next call
+            call = self.planner.builder.describe(captured, args, kwargs)
             plan = self._plans.get(call.key)
             if plan is None:
                 is_first = not self._plans

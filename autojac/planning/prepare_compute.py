@@ -1,4 +1,4 @@
-"""A method made ready to serve calls: with what func returns as aux, and with what a plain call leaves behind."""
+"""Preparing a method to serve calls: with func's aux, and with the side effects of a plain call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autojac.torch_internals import pytree
 
 
 def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Compute:
-    """Make a method ready for a whole problem, parts without elements and aux included."""
+    """Prepare a method for a whole problem, parts without elements and aux included."""
     keep_freed_memory()
     compute = _with_aux(layout, problem, with_empty_parts(problem, method.prepare_call), method.runs_func_plainly)
     effects = problem.structure.effects
@@ -37,25 +37,25 @@ def prepare_compute(layout: CallLayout, problem: Problem, method: Method) -> Com
 
 
 def leave_no_graph(compute: Compute, problem: Problem, sandbox: Sandbox) -> Compute:
-    """Detach what func writes or sets after each call, as a call of func leaves it that records no graph."""
+    """Detach what func writes or sets in each call, as a call of func without a graph leaves it."""
     writes = sandbox.written or UPDATES_BUFFERS in problem.structure.effects
     if not writes or problem.differentiable or isinstance(compute, Replayer):
         return compute
 
     def compute_and_detach(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
         plain = [tensor for tensor in sandbox.written if not tensor.requires_grad]
-        held = Snapshot(sandbox.kept)
+        snapshot = Snapshot(sandbox.kept)
         try:
             return compute(leaves, kwargs)
         finally:
             without_graph(plain)
-            held.without_graph()
+            snapshot.without_graph()
 
     return compute_and_detach
 
 
 def _call_plainly(layout: CallLayout, keeps: bool, leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
-    """Call func for what it leaves behind."""
+    """Call func for its side effects."""
     with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
         layout.fn(leaves, kwargs)
 
@@ -64,21 +64,21 @@ def _with_aux(layout: CallLayout, problem: Problem, compute: Compute, plain: boo
     """Add to each result what func returned as aux.
 
     Args:
-        layout: knows how func returns it.
+        layout: tells how func returns it.
         problem, compute: what is computed.
-        plain: whether func runs once and as it is. If not, it sees tensors that stand for others, and runs once more.
+        plain: whether func runs once and as it is. If not, it sees a transform's tensors, and runs once more.
     """
     if not layout.returns_more:
         return compute
 
     def compute_with_aux(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> Result:
-        collected: list[Any] = []
-        collecting = Keywords.of(kwargs, aux=collected)
-        result = compute(leaves, collecting if plain else kwargs)
+        collector: list[Any] = []
+        with_collector = Keywords.of(kwargs, aux=collector)
+        result = compute(leaves, with_collector if plain else kwargs)
         if not plain:
             with torch.set_grad_enabled(problem.differentiable):
-                layout.fn(leaves, collecting)
-        aux, rest = collected[-1]
+                layout.fn(leaves, with_collector)
+        aux, rest = collector[-1]
         aux = aux if problem.differentiable else pytree.tree_map_only(Tensor, Tensor.detach, aux)
         return result._replace(aux=aux, rest=tuple(rest))
 

@@ -43,7 +43,7 @@ UNCHANGED = Difference("")
 
 
 class AstrayError(RuntimeError):
-    """Values that func reads send it another way than the recorded one, which is to be looked into."""
+    """Func reads values that lead to another branch than the recorded one, so the call must be checked."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class PreparedPlan:
 
     Attributes:
         layout, problem, signature, sandbox: of the calls that it serves.
-        plan, keys: what was chosen, and what it is stored under; None where it is not stored.
+        plan, keys: what was chosen, and its keys in the store; None where it is not stored.
         compute: computes the Jacobian.
         schedule: when to check it.
         contents: the values that its structure was read from; None where none decide.
@@ -63,7 +63,7 @@ class PreparedPlan:
         is_fresh: a search in this process has just found the plan.
         is_provisional: it was made where no derivative is finite, so that nothing could be verified.
         is_doubtful: what decides the structure has changed, and no check since could tell whether it still holds.
-        fast_path: serves calls like one that was served; None where nobody has looked yet.
+        fast_path: serves calls like one that was served; None before it was asked for.
         factors: computes the Jacobian as factors, once that was asked for.
         exploration: the search that goes on while the plan is used.
     """
@@ -120,7 +120,7 @@ class PreparedPlan:
         checkpointing's compute func again at every backward, even under vmap.
 
         Raises:
-            AstrayError: if func, which has not run then, goes a way on which nothing was checked yet; not by default.
+            AstrayError: with `unless_astray`, before func runs, if func would take a branch that no check has seen.
         """
         compute = self.run_plainly if hooked() else self.compute
         with outside_autocast():
@@ -140,7 +140,7 @@ class PreparedPlan:
         return self._loop(leaves, keywords)
 
     def assuming_nothing(self) -> PreparedPlan:
-        """Return what serves a call whose structure is in doubt: a loop of one plain VJP for each row."""
+        """Return a plan for a call whose structure is in doubt: a loop of one plain VJP per row."""
         structure = self.problem.structure.refute("in doubt: derivatives here are as small as rounding")
         problem = dataclasses.replace(self.problem, structure=structure)
         compute = prepare_compute(self.layout, problem, Pull.suiting(problem, "loop"))
@@ -171,10 +171,10 @@ class PreparedPlan:
         return function_state is not None and function_state.is_complete
 
     def diff(self, call: Call, state: int | None) -> Difference:
-        """Return what differs from the calls checked so far, of what the plan was made from.
+        """Return which of the plan's assumptions differ from the calls checked so far.
 
         Args:
-            call: the call under way.
+            call: the current call.
             state: the kind of the state of what func reads; None if it was not compared.
         """
         changed = False

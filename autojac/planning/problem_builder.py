@@ -30,7 +30,7 @@ PROBE_BUDGET_S = {"estimate": 0.5, "quick": 1.0, "measure": 5.0, "exhaustive": 3
 
 
 class ProblemBuilder:
-    """Describes calls of one function, finds out what couples with what, and states the problem that methods solve.
+    """Describes calls of one function, probes what couples with what, and states the problem that methods solve.
 
     Args:
         func: the user's function.
@@ -60,10 +60,10 @@ class ProblemBuilder:
         return Call(args, kwargs, CallKey.of(args, kwargs, captured), layout, leaves, keywords, captured)
 
     def inspect(self, call: Call) -> FirstCallReport:
-        """Call func once, without a trace."""
+        """Call func once, without side effects that stay."""
 
         def keys(signature: Signature) -> Keys:
-            # a first call may have set what the function computes with, as lazy modules do
+            # a first call may have changed the function's state, as lazy modules do
             unchanged = self.function_state.is_complete and self.function_state.is_unchanged()
             return self.repository.keys(signature, call.captured.digest if unchanged else "")
 
@@ -74,7 +74,7 @@ class ProblemBuilder:
         return inspect_first_call(call, self.options, keys, settable)
 
     def probe(self, call: Call, report: FirstCallReport, effort: Effort = "quick") -> ProbeResult:
-        """Find out what couples with what."""
+        """Probe what couples with what."""
         layout = call.layout
         flat = FlatCall(report.fn, call.leaves, call.keywords, layout.differentiated, report.sandbox)
         kernels: tuple[str, ...] = ()
@@ -84,21 +84,21 @@ class ProblemBuilder:
         recording = analysis.recording
         if analysis.branches:
             report.sandbox.widen()
-        seen = observe(report.first, flat, kernels, None if isinstance(recording, str) else recording)
-        known = self._batched_arguments.setdefault(layout.context, {})
-        found = examine(
+        effects = observe(report.first, flat, kernels, None if isinstance(recording, str) else recording)
+        roles = self._batched_arguments.setdefault(layout.context, {})
+        result = examine(
             flat,
-            seen,
-            Roles(report.guess, layout.declared, known),
+            effects,
+            Roles(report.guess, layout.declared, roles),
             declared=self.options.declared,
             budget_s=PROBE_BUDGET_S[effort],
             analysis=analysis,
         )
         analysis.let_go()
         if report.signature.batch > 1:
-            known.update(enumerate(found.batched))
-        self._warn(found)
-        return found
+            roles.update(enumerate(result.batched))
+        self._warn(result)
+        return result
 
     def problem(
         self,
@@ -146,11 +146,11 @@ class ProblemBuilder:
             call.captured,
         )
 
-    def _warn(self, found: ProbeResult) -> None:
-        """Tell the user what was found that they may not expect."""
-        if found.cut:
-            parts = [f"{'' if whole else 'some entries of '}output {n}" for n, whole in sorted(found.cut.items())]
-            verb = "moves" if all(found.cut.values()) else "move"
+    def _warn(self, result: ProbeResult) -> None:
+        """Warn of derivatives that the user may not expect."""
+        if result.cut:
+            parts = [f"{'' if whole else 'some entries of '}output {n}" for n, whole in sorted(result.cut.items())]
+            verb = "moves" if all(result.cut.values()) else "move"
             message = (
                 f"{' and '.join(parts)} of func {verb} with the inputs, but autograd finds no derivative there: the "
                 "Jacobian is zero there, as torch's would be. Does func go through NumPy, .item(), .detach() or "
@@ -158,5 +158,5 @@ class ProblemBuilder:
                 "no derivative"
             )
             warn(f"{self.repository.function_name}: {message}", NoGraphWarning)
-        if found.notice is not None:
-            warn(f"{self.repository.function_name}: {found.notice}", ModesDisagreeWarning)
+        if result.notice is not None:
+            warn(f"{self.repository.function_name}: {result.notice}", ModesDisagreeWarning)

@@ -1,4 +1,4 @@
-"""Whether a Jacobian itself has room, before anybody looks for a method to compute it."""
+"""Whether a Jacobian itself fits the memory limit, before a method is searched for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _fitting(problem: Problem) -> Iterator[str]:
         unknown = layout == "sparse" and features is None
         if layout == problem.layout or unknown or (layout == "diagonal" and not square):
             continue
-        taken = dataclasses.replace(problem, layout=layout).result_bytes
-        if taken <= problem.memory_limit:
+        needed = dataclasses.replace(problem, layout=layout).result_bytes
+        if needed <= problem.memory_limit:
             holds = "every entry that can be nonzero" if complete[layout] else "a part of them only"
-            yield f"'{layout}' takes {format_bytes(taken)} and holds {holds}"
+            yield f"'{layout}' takes {format_bytes(needed)} and holds {holds}"

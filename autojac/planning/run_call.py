@@ -71,7 +71,7 @@ def leaving_in_arguments(plan: PreparedPlan, call: Call) -> Iterator[None]:
 
     Args:
         plan: serves the call.
-        call: found, as the plain call would find it, what func has kept so far.
+        call: described before it is served, with the arguments as the plain call would find them.
     """
     settable = call.settable
     if settable is None:
@@ -81,7 +81,7 @@ def leaving_in_arguments(plan: PreparedPlan, call: Call) -> Iterator[None]:
     restore = sandbox.save()
     yield
     if settable.are_changed or SETS_ARGUMENTS in plan.problem.structure.effects:
-        # what else the plain call leaves is left already
+        # the other side effects of the plain call were left already
         with sandbox(), outside_autocast(), settable.keeping():
             restore()
             call.layout.fn(call.leaves, call.keywords)
@@ -108,44 +108,44 @@ def _serve(plans: PlansInUse, plan: PreparedPlan, call: Call, state: int | None)
     """Compute a call by its plan, checked where that is due; None if there is a better plan now."""
     schedule = plan.schedule
     if (capture := open_capture()) is not None:
-        # a check reads values, which no recording holds; what is recorded is compared with calls that are checked
+        # a check reads values, which would end the recording; recordings are compared with calls that are checked
         run = plan.run_plainly if isinstance(capture, Recorder) else plan.run
         return plan, run(call.leaves, call.keywords)
     difference = UNCHANGED if schedule.is_off else plan.diff(call, state)
     if difference.what or schedule.is_due(call.keywords):
-        found_by = None if schedule.last_check else plan.exploration
-        with nullcontext() if found_by is None else found_by.charging_first_call():
+        search = None if schedule.last_check else plan.exploration
+        with nullcontext() if search is None else search.charging_first_call():
             plan, result = Check(plans, plan, call, difference).run()
         plan.checked_states.add(-1 if state is None else state)
         plans.absorb(plan)
         return plan, result
     if plan.exploration is not None and schedule.calls >= schedule.next_step and plans.explore(plan, call):
-        # by the plan that was found to be faster, which is checked at its first use
+        # look up the faster plan, which is checked at its first use
         return None
-    found: Result | None = None
+    served: Result | None = None
     try:
-        found = _run_timed(plan, call) if plan.exploration is not None else _run_unchecked(plan, call)
-    except RuntimeError as error:  # other shapes, another way, or the plan fails: all are looked into
+        served = _run_timed(plan, call) if plan.exploration is not None else _run_unchecked(plan, call)
+    except RuntimeError as error:  # other shapes, another branch, or the plan fails: check the call
         is_stop = type(error).__module__ == "torch.utils.checkpoint"
         if schedule.is_off or is_stop or is_out_of_memory(error):
             raise
-    if found is None or not plan.fits(found):
-        plan, found = Check(plans, plan, call).run()
+    if served is None or not plan.fits(served):
+        plan, served = Check(plans, plan, call).run()
     elif not call.keywords:
         if plan.fast_path is None:
             plan.fast_path = fast_path(plan, call.args)
         plans.fast_path = plan.fast_path
     plans.absorb(plan)
-    return plan, found
+    return plan, served
 
 
 def _run_unchecked(plan: PreparedPlan, call: Call) -> Result:
-    """Run a plan, unless the call is to be checked after all: before func runs, which would leave something twice."""
+    """Run a plan, or raise `AstrayError` before func runs, where the call is to be checked after all."""
     return plan.run(call.leaves, call.keywords, not plan.schedule.is_off)
 
 
 def _run_timed(plan: PreparedPlan, call: Call) -> Result:
-    """Run a plan, and count what that takes towards the search that goes on behind it."""
+    """Run a plan, and credit the search that goes on behind it with the time."""
     exploration, schedule = plan.exploration, plan.schedule
     assert exploration is not None
     start = measure.clock.start(HOST)  # a device is not waited for: what comes next may not need the result yet
@@ -160,28 +160,28 @@ def _run_inside_transform(
 ) -> tuple[PreparedPlan, Result]:
     """Compute inside a caller's transform by torch.func's own VJP, since not every plan composes with every transform.
 
-    Nothing can be probed, timed or checked there, where tensors stand for many or carry tangents.
+    Nothing can be probed, timed or checked there, where tensors are batched or carry tangents.
     """
     if plans.options.layout == "sparse":
         raise UnsupportedError(
             "a torch.func transform or forward mode is active, in which torch makes no sparse "
             "matrices. Wrap the function with layout='blocks' or 'full' for use there"
         )
-    reach = captures(plans.func)
-    layout = plans.planner.builder.layout(reach, args)
+    captured = captures(plans.func)
+    layout = plans.planner.builder.layout(captured, args)
     leaves = layout.leaves(args)
-    # a structure holds for one kind of call: other flags or keywords may couple what these do not
-    named, flags = describe_keywords(kwargs), current_flags(reach.modules)
+    # a structure holds for one kind of call: other flags or keywords may couple samples
+    keywords_key, flags = describe_keywords(kwargs), current_flags(captured.modules)
     for key, plan in plans.items():
         problem = plan.problem
         shapes = [leaf.event_shape for leaf in problem.leaves]
-        same = key.keywords == named and key.flags == flags and plan.layout.context == layout.context
+        same = key.keywords == keywords_key and key.flags == flags and plan.layout.context == layout.context
         if same and len(leaves) == len(shapes) and not plan.is_provisional:
             events = [tuple(x.shape[leaf.batched :]) for x, leaf in zip(leaves, problem.leaves, strict=True)]
             if events == shapes:
                 batch = next(len(x) for x, leaf in zip(leaves, problem.leaves, strict=True) if leaf.batched)
-                composed = dataclasses.replace(problem.resize(batch), differentiable=True)
-                compute = prepare_compute(plan.layout, composed, Pull.suiting(composed, "vmap"))
+                resized = dataclasses.replace(problem.resize(batch), differentiable=True)
+                compute = prepare_compute(plan.layout, resized, Pull.suiting(resized, "vmap"))
                 keywords = plan.layout.keywords(args, kwargs)
                 with outside_autocast():
                     result = compute(leaves, keywords)

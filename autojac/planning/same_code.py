@@ -1,6 +1,6 @@
-"""Functions of the same code with other constants, such as a lambda made again in each step of a loop.
+"""Functions of the same code with other constants, such as a lambda that each step of a loop creates again.
 
-Each is another function, probed and planned on its own. They start from each other's plans, and the user is told which
+Each is another function, probed and planned separately. They start from each other's plans, and the user is told which
 value should rather be an argument.
 """
 
@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autojac.errors import PerformanceWarning, warn
+from autojac.guards.places import cell_contents
 from autojac.methods.base import Method
 
 TOLD_AT = 5
-"""A warning comes when so many functions of the same code have needed a plan, each with another value."""
+"""How many functions of the same code, each with another value, need a plan before the user is warned."""
 MOST_CODES = 256
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-"""Kinds of values that would do as arguments."""
+"""Types of values that could be arguments."""
 
 
 @dataclass
@@ -30,7 +31,7 @@ class SameCode:
     Attributes:
         values: what the last one held: variables of its closure, defaults, arguments of a partial.
         changes: how often another value was met, by name.
-        method: what the last one was computed by.
+        method: by which the last one was computed.
         is_told: the user was told.
     """
 
@@ -44,10 +45,10 @@ _codes: OrderedDict[types.CodeType, SameCode] = OrderedDict()
 
 
 def hint_for(func: Callable[..., Any]) -> list[Method]:
-    """Return what the last function of the same code was computed by."""
+    """Return the method by which the last function of the same code was computed."""
     code, _ = _code_and_values(func)
-    known = None if code is None else _codes.get(code)
-    return [] if known is None or known.method is None else [known.method]
+    same = None if code is None else _codes.get(code)
+    return [] if same is None or same.method is None else [same.method]
 
 
 def note_plan(func: Callable[..., Any], name: str, method: Method) -> None:
@@ -61,21 +62,21 @@ def note_plan(func: Callable[..., Any], name: str, method: Method) -> None:
     code, values = _code_and_values(func)
     if code is None:
         return
-    known = _codes.setdefault(code, SameCode())
+    same = _codes.setdefault(code, SameCode())
     _codes.move_to_end(code)
     while len(_codes) > MOST_CODES:
         _codes.popitem(last=False)
-    differing = [key for key, value in values.items() if key in known.values and _differs(known.values[key], value)]
-    known.values, known.method = values, method
+    differing = [key for key, value in values.items() if key in same.values and _differs(same.values[key], value)]
+    same.values, same.method = values, method
     for key in differing:
-        known.changes[key] = known.changes.get(key, 1) + 1
-    often = [key for key, count in known.changes.items() if count >= TOLD_AT]
-    if often and not known.is_told:
-        known.is_told = True
-        listed = " and ".join(f"`{key}`" for key in often)
+        same.changes[key] = same.changes.get(key, 1) + 1
+    frequent = [key for key, count in same.changes.items() if count >= TOLD_AT]
+    if frequent and not same.is_told:
+        same.is_told = True
+        names = " and ".join(f"`{key}`" for key in frequent)
         warn(
-            f"{name}: {TOLD_AT} functions of this code were wrapped, each with another value of {listed}, and each is "
-            f"probed and planned again. Wrap the function once, outside of the loop, and pass {listed} as an argument: "
+            f"{name}: {TOLD_AT} functions of this code were wrapped, each with another value of {names}, and each is "
+            f"probed and planned again. Wrap the function once, outside of the loop, and pass {names} as an argument: "
             "jac(x, value)",
             PerformanceWarning,
         )
@@ -94,11 +95,7 @@ def _code_and_values(func: Callable[..., Any]) -> tuple[types.CodeType | None, d
     if not isinstance(func, types.FunctionType):
         return None, {}
     code = func.__code__
-    for name, cell in zip(code.co_freevars, func.__closure__ or (), strict=True):
-        try:
-            values[name] = cell.cell_contents
-        except ValueError:  # it is empty so far
-            continue
+    values |= dict(zip(code.co_freevars, cell_contents(func), strict=True))
     names = code.co_varnames[: code.co_argcount]
     defaults = func.__defaults__ or ()
     values |= dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (func.__kwdefaults__ or {})

@@ -16,15 +16,15 @@ ENOUGH = 30
 With 3 the medians of 14 workloads led to worse first choices on 10 others (1.20 times the best instead of 1.19).
 """
 LARGEST = 10.0
-"""No method is corrected by more than so many times: what took that long was held up, or is another problem."""
+"""The largest correction: what took longer than that was held up, or is another problem."""
 
 
 def correction_kind(spec: Mapping[str, Any]) -> str:
     """Return the kind by which a method is corrected: what goes around what, by which engine or mode."""
     inner = spec.get("inner")
-    own = str(spec.get("engine") or spec.get("mode") or "")
-    nested = correction_kind(inner) if isinstance(inner, Mapping) else ""
-    return "/".join(part for part in (str(spec["method"]), own, nested) if part)
+    engine = str(spec.get("engine") or spec.get("mode") or "")
+    inside = correction_kind(inner) if isinstance(inner, Mapping) else ""
+    return "/".join(part for part in (str(spec["method"]), engine, inside) if part)
 
 
 def corrections_from(trials: Iterable[Trial]) -> dict[str, float]:
@@ -39,10 +39,10 @@ def corrections_from(trials: Iterable[Trial]) -> dict[str, float]:
             ratios[correction_kind(trial.method)].append(math.log(trial.seconds / trial.predicted))
     if not ratios:
         return {}
-    overall = statistics.median(ratio for found in ratios.values() for ratio in found)
+    overall = statistics.median(ratio for of_kind in ratios.values() for ratio in of_kind)
     medians = {
-        kind: (len(found) * statistics.median(found) + ENOUGH * overall) / (len(found) + ENOUGH)
-        for kind, found in ratios.items()
+        kind: (len(of_kind) * statistics.median(of_kind) + ENOUGH * overall) / (len(of_kind) + ENOUGH)
+        for kind, of_kind in ratios.items()
     }
     most = math.log(LARGEST)
     return {kind: math.exp(min(max(value, -most), most)) for kind, value in {"": overall, **medians}.items()}

@@ -12,13 +12,13 @@ from autojac.planning.search.trial import SHORTEST_S, SearchSession
 
 MOST_ROUNDS = {"estimate": 5, "quick": 15, "measure": 31, "exhaustive": 61}
 ENOUGH_ROUNDS = 5
-"""Rounds after which a winner that has won them all is taken: by chance it would have in one case of 32."""
+"""Rounds after which a candidate that has won them all is the winner: by chance one in 32 cases."""
 NOISE = 0.02
 """Paired differences below this share are noise, and what stands stays."""
 CLEARLY = 0.8
-"""A ratio of times that noise does not make in several rounds."""
+"""A ratio of times that noise does not reach in several rounds."""
 COMPILER_MARGIN = 0.1
-"""The share by which a method must win for which every process has to wait for a compiler."""
+"""The share by which a method must win if every process has to wait for its compiler."""
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Comparison:
             if method in close:
                 return method
         near = [m for m in seconds if not m.may_load_compiler and seconds[m] < (1 + COMPILER_MARGIN) * seconds[best]]
-        chosen = near if best.may_load_compiler and near else close
-        return min(chosen, key=lambda method: (memory.get(method) or 0, seconds[method], repr(method)))
+        eligible = near if best.may_load_compiler and near else close
+        return min(eligible, key=lambda method: (memory.get(method) or 0, seconds[method], repr(method)))
 
     def is_faster(self, one: Method, other: Method) -> bool:
         """Check whether `one` beats `other` in paired rounds by more than noise."""

@@ -68,7 +68,7 @@ class Looks:
         return None if self.scout is None else next(self._on_slice(self.scout), None)
 
     def next(self) -> Method | None:
-        """Return the next candidate to look at, compilers apart; None where all that are worth it had their look."""
+        """Return the next candidate to look at, compilers aside; None where all worth a look had one."""
         return next(self._upcoming(), None)
 
     def next_compiled(self) -> Method | None:
@@ -99,11 +99,11 @@ class Looks:
         yield from self._in_order(self.session, space)
 
     def _in_order(self, session: SearchSession, space: Sequence[Method]) -> Iterator[Method]:
-        """Yield what has had no look in a session: what is right most surely, then flat programs, then all others."""
+        """Yield the candidates without a look in a session: the safest ones, then flat programs, then all others."""
         known = session.trials
         eager = [m for m in space if without_replay(m) == m]
         programs = self._promising_programs(session, [m for m in space if without_replay(m) != m])
-        # of a batch that is not worth a race on a slice, chunks hardly ever win
+        # for a batch too small for a race on a slice, chunks hardly ever win
         programs.sort(key=lambda m: isinstance(m, BatchChunk))
         defaults = [m for m in self.defaults[:1] if m in space]
         # what a user would write comes before the first recording, which may take as long as there is
@@ -123,7 +123,7 @@ class Looks:
         return [m for m in flat if predicted[m] <= reach]
 
     def predict_s(self, session: SearchSession, method: Method) -> float:
-        """Return the seconds that the cost model says, as corrected; it is asked again at each step."""
+        """Return the seconds by the corrected cost model, computed once: each step asks for them again."""
         known = self._predicted[session is self.session]
         if method not in known:
             known[method] = predicted_seconds(session.problem, method)
@@ -135,7 +135,7 @@ class Looks:
         fastest = [m for m in self.by_time(self.space) if not (m.compiles or isinstance(m, Threads))]
         for method in fastest[:THREADED]:
             single = Threads(1, method)
-            # by what is predicted too: threads that wait for each other on a busy machine take many times as long
+            # predicted times count too: threads that wait for each other on a busy machine take many times as long
             seconds = min(self.time(method), method.cost(self.session.problem))
             if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
                 yield single
@@ -165,8 +165,6 @@ class Looks:
             self._proposed = self._proposer.ask(known)
         return self._proposed
 
-    # a slice of a large batch
-
     def _scout(self) -> SearchSession | None:
         problem = self.session.problem
         structure = problem.structure
@@ -176,7 +174,7 @@ class Looks:
         return SearchSession(problem.resize(SLICE), self.session.effort)
 
     def at(self, point: SearchPoint | None) -> None:
-        """Look at the next candidates at this point; None lets go of it."""
+        """Look at the next candidates at this point; None releases it."""
         self.session.at(point)
         if self.scout is not None:
             roles = self.session.problem.leaves
@@ -243,16 +241,16 @@ def _form_turn(method: Method, whole: float, chunked: float) -> int:
 
 def _can_record(session: SearchSession) -> bool:
     """Check whether func can be recorded, as far as is known."""
-    tried = [trial for m, trial in session.trials.items() if m.makes_flat_programs and not m.compiles]
-    failed = any(trial.state in ("infeasible", "rejected") for trial in tried)
-    return not failed or any(trial.seconds is not None for trial in tried)
+    programs = [trial for m, trial in session.trials.items() if m.makes_flat_programs and not m.compiles]
+    has_failure = any(trial.state in ("infeasible", "rejected") for trial in programs)
+    return not has_failure or any(trial.seconds is not None for trial in programs)
 
 
 def _is_surpassed(session: SearchSession, method: Method) -> bool:
-    """Check whether a method's flat program is known: the same operators, and less between them."""
+    """Check whether a method's flat program was tried: the same operators with less overhead."""
     programs = [session.trials.get(Replay(m)) for m in (method, twin_by_autograd(method)) if m is not None]
-    known = any(trial is not None and trial.state in ("complete", "pruned", "skipped") for trial in programs)
-    return known and session.effort != "exhaustive"
+    is_tried = any(trial is not None and trial.state in ("complete", "pruned", "skipped") for trial in programs)
+    return is_tried and session.effort != "exhaustive"
 
 
 def of_one_chunk(method: Method) -> Method:

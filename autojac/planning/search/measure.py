@@ -25,7 +25,7 @@ class Timing:
 
 
 class Start(NamedTuple):
-    """When something was started: by the wall, by this thread's work, and how often it had waited for something."""
+    """When something was started, by the wall and by this thread's work, and how often the thread had waited."""
 
     device: torch.device
     waits: int | None
@@ -37,7 +37,7 @@ class Clock(WorkClock):
     """The time by which searches measure and decide. Tests put another one in its place."""
 
     def start(self, device: torch.device) -> Start:
-        """Return the moment from which `since` counts, when the device has done what was asked of it."""
+        """Return the moment from which `since` counts, once the device is idle."""
         synchronize(device)
         waits = _waits() if device.type == "cpu" else None
         return Start(device, waits, time.thread_time(), time.perf_counter())
@@ -49,7 +49,7 @@ class Clock(WorkClock):
         """
         synchronize(start.device)
         seconds, worked = time.perf_counter() - start.seconds, time.thread_time() - start.worked
-        # a thread that never waited for anything was stopped in all the time in which it did not work
+        # a thread that never waited was stopped by the system whenever it did not work
         return min(seconds, worked) if start.waits is not None and start.waits == _waits() else seconds
 
     def per_call(self, run: Run, device: torch.device, calls: int) -> float:
@@ -73,7 +73,7 @@ def _waits() -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it; a CPU always has."""
+    """Wait until the device is idle; a CPU computes in the calling thread."""
     if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.synchronize(device)
 

@@ -16,12 +16,12 @@ from autojac.core.garbage import gc_disabled
 from autojac.planning.search.measure import Run, synchronize
 
 FATAL = 3
-"""The severity in torch's C++ code of what ends the process."""
+"""The severity of fatal errors in torch's C++ code."""
 CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""Where Linux tells a container's memory limit and what it has taken of it, in versions 2 and 1 of control groups."""
+"""Where Linux tells a container's memory limit and its usage, in versions 2 and 1 of control groups."""
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
@@ -53,21 +53,21 @@ def _cpu_peak(run: Run) -> int:
     if results is None:
         return 0
     events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for _, size in sorted(events, key=lambda event: event[0]):
-        held += size
-        peak = max(peak, held)
+        allocated += size
+        peak = max(peak, allocated)
     return peak
 
 
 @contextmanager
 def _silent_profiler() -> Iterator[None]:
-    """Keep torch from saying on standard error that the profiler starts, or sees memory go that was there before it.
+    """Silence two messages of the profiler on standard error: that it starts, and that earlier memory is freed.
 
-    Neither goes through Python. The one reads a variable of the environment at the process's first profile, the other
-    a variable of torch's own library.
+    Neither goes through Python. The first depends on a variable of the environment at the process's first profile, the
+    second on a variable of torch's library.
     """
-    known = os.environ.get("KINETO_LOG_LEVEL")
+    variable = os.environ.get("KINETO_LOG_LEVEL")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     level, usual = _log_level()
     level.value = FATAL
@@ -75,7 +75,7 @@ def _silent_profiler() -> Iterator[None]:
         yield
     finally:
         level.value = usual
-        if known is None:
+        if variable is None:
             os.environ.pop("KINETO_LOG_LEVEL", None)
 
 
@@ -83,7 +83,7 @@ def _silent_profiler() -> Iterator[None]:
 def _log_level() -> tuple[ctypes.c_int, int]:
     """Return the variable of the least severity that torch's C++ code logs, and its usual value.
 
-    A variable of our own where torch's library does not export it.
+    An unrelated variable where torch's library does not export it.
     """
     level = ctypes.c_int()
     with suppress(OSError, ValueError, StopIteration):
@@ -106,8 +106,8 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return min(_system_bytes(), *_cgroup_bytes())
     free, _ = torch.accelerator.get_memory_info(device)
-    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return int(free + held)
+    unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(free + unused)
 
 
 def _system_bytes() -> int:
@@ -117,7 +117,7 @@ def _system_bytes() -> int:
 
 
 def _cgroup_bytes() -> Iterator[int]:
-    """Return what the container's memory limit leaves, where there is one."""
+    """Yield what the container's memory limit leaves, where there is one."""
     for limit, usage in CGROUP_LIMITS:
         with suppress(OSError, ValueError):
             yield max(int(Path(limit).read_text()) - int(Path(usage).read_text()), 0)

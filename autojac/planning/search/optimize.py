@@ -30,8 +30,7 @@ CALLS_OF_QUICK = 30
 COMPARED_SHARE = 0.3
 """Share of the budget that is kept for timing longer, and for the last comparison."""
 FAR_AHEAD = 3.0
-"""A hint that the cost model takes for so many times slower than its own first choice is not tried first."""
-
+"""A hint that is predicted to be so many times slower than the cost model's first choice is not tried first."""
 LAST_RESORT = Pull("identity")
 """One plain VJP per row: right for whatever runs under autograd."""
 
@@ -55,7 +54,7 @@ NOTHING = PriorKnowledge()
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The outcome of a search.
 
     Attributes:
         method: the fastest right method.
@@ -94,7 +93,7 @@ def search(
         budget_s: seconds for all since `begun`, overshot by one candidate's run at most; the effort's own by default.
         prior: what is known already.
         progress: called after each trial.
-        begun: when planning began, by the search's clock: what was probed is paid for as well. Now by default.
+        begun: when planning began, by the search's clock: the budget pays for the probe too. Now by default.
 
     Raises:
         SearchError: if no candidate gives the right Jacobian within the limits.
@@ -114,9 +113,9 @@ def search(
 
 
 def _plain_loop(session: SearchSession) -> SearchResult:
-    """Return what is slow and safe, until there is something that a faster method can be compared with."""
-    found = _first_right(session, [Pull.suiting(session.problem, "loop")])
-    return dataclasses.replace(found, verified=False)
+    """Return the plain loop, until a reference is finite that faster methods can be compared with."""
+    result = _first_right(session, [Pull.suiting(session.problem, "loop")])
+    return dataclasses.replace(result, verified=False)
 
 
 def start_race(
@@ -146,7 +145,7 @@ def start_race(
 
 
 def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Method]) -> None:
-    """Take over what an earlier search has found out, but for what it had no time for."""
+    """Take over the trials of an earlier search, except those that it had no time for."""
     for trial in known:
         method = build_if_known(trial.method)
         if method is None or trial.state == "skipped":
@@ -156,7 +155,7 @@ def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Meth
 
 
 def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> bool:
-    """Run a race until it is decided or its time is up; tell which.
+    """Run a race until it is decided or its time is up; return whether it is decided.
 
     Args:
         race: the race.
@@ -176,14 +175,14 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
             step = race.next_step(looks=False)
         if step is None or now > session.end:
             return not race.looks.find_untried(compilers=session.effort != "quick")
-        waited = measure.clock.waiting_s()
+        waited_before = measure.clock.waiting_s()
         race.take(step)
         if adapts:
             trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
-            # a recording that comes to nothing may take as long as all others together, and a busy machine leaves time
-            # for half the candidates, and for other ones in each search
-            failed = trial is not None and trial.state == "infeasible"
-            lost = measure.clock.now() - now if failed else measure.clock.waiting_s() - waited
+            # neither a recording that fails, which may take as long as all others together, nor a busy machine may
+            # decide how many candidates are tried
+            has_failed = trial is not None and trial.state == "infeasible"
+            lost = measure.clock.now() - now if has_failed else measure.clock.waiting_s() - waited_before
             start = min(start + lost, latest)
 
 
@@ -224,7 +223,7 @@ def _pass_bytes(problem: Problem, point: SearchPoint) -> int:
     try:
         with sandbox():
             return memory.peak_bytes(one_pass, leaves[problem.inputs[0]].device) or 0
-    except Exception:  # sizes of inputs and outputs have to do; the candidates find out what is wrong
+    except Exception:  # estimate by the sizes of inputs and outputs; candidates will show what is wrong
         return 0
 
 
@@ -238,7 +237,7 @@ def _first_right(session: SearchSession, space: Sequence[Method]) -> SearchResul
 
 
 def _settle(race: CandidateRace) -> None:
-    """Make sure that something has won that is right and within the memory limit, however short the budget."""
+    """Find a winner that is right and within the memory limit, however short the budget."""
     candidates_left = iter([*race.defaults, *race.looks.space, LAST_RESORT])
     while (winner := race.winner()) is None or not race.fits_memory(winner):
         if winner is not None:
@@ -250,15 +249,15 @@ def _settle(race: CandidateRace) -> None:
 
 
 def _limit_s(method: Method) -> float:
-    """Return the limit where any right method will do; none for the last resort, which the user would write too."""
+    """Return the time limit where any right method will do; none for the last resort, which a user would write too."""
     return math.inf if method == LAST_RESORT else PATIENCE_S
 
 
 def _nothing_found(session: SearchSession) -> SearchError:
     reasons = [f"{trial.method['method']}: {trial.reason}" for trial in session.trials.values()]
-    listed = "; ".join(itertools.islice(dict.fromkeys(reasons), 6)) or "there is no candidate"
+    text = "; ".join(itertools.islice(dict.fromkeys(reasons), 6)) or "there is no candidate"
     return SearchError(
-        f"no method gives the right Jacobian within the limits ({listed}). Raise memory_limit if memory is what lacks; "
+        f"no method gives the right Jacobian within the limits ({text}). Raise memory_limit if memory is what lacks; "
         "otherwise check by torch.autograd.gradcheck that func has the derivatives that it claims",
-        listed,
+        text,
     )

@@ -15,7 +15,7 @@ from autojac.methods.base import Method
 from autojac.planning.search.space import choose, path_of
 
 MOST_ASKS = 30
-"""Proposals of candidates that are known already after which the cost model's order decides."""
+"""Proposals of known candidates in a row after which the cost model's order decides."""
 
 
 class Proposer:
@@ -41,17 +41,17 @@ class Proposer:
         self._told.add(method)
         with _quiet_optuna():
             self._study.enqueue_trial(path_of(self._space, method))
-            asked = self._study.ask()
-            choose(self._space, asked.suggest_categorical)
-            self._finish(asked, trial)
+            proposal = self._study.ask()
+            choose(self._space, proposal.suggest_categorical)
+            self._finish(proposal, trial)
 
     def ask(self, known: Container[Method]) -> Method | None:
-        """Return a candidate that is not known yet; None where only known ones come to mind."""
+        """Return a candidate that is not known yet; None where only known ones are proposed."""
         with _quiet_optuna():
             for _ in range(MOST_ASKS):
-                asked = self._study.ask()
-                method = choose(self._space, asked.suggest_categorical)
-                self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                proposal = self._study.ask()
+                method = choose(self._space, proposal.suggest_categorical)
+                self._study.tell(proposal, state=optuna.trial.TrialState.FAIL)
                 if method not in known:
                     return method
         return None
@@ -68,17 +68,17 @@ def _quiet_optuna() -> Iterator[None]:
     """Silence what Optuna logs in this thread; its level, and what others log, belong to its own users."""
     thread = threading.get_ident()
 
-    def others(record: logging.LogRecord) -> bool:
+    def passes(record: logging.LogRecord) -> bool:
         return record.thread != thread or record.levelno >= logging.ERROR
 
-    # a filter holds for what is logged under a logger's own name alone
-    known = list(logging.root.manager.loggerDict.items())
-    loggers = [one for name, one in known if name.startswith("optuna") and isinstance(one, logging.Logger)]
+    # a logger's filters don't apply to its children
+    named = list(logging.root.manager.loggerDict.items())
+    loggers = [one for name, one in named if name.startswith("optuna") and isinstance(one, logging.Logger)]
     for logger in loggers:
-        logger.addFilter(others)
+        logger.addFilter(passes)
     try:
         with ignore_warnings():
             yield
     finally:
         for logger in loggers:
-            logger.removeFilter(others)
+            logger.removeFilter(passes)

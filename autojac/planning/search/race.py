@@ -75,7 +75,7 @@ class CandidateRace:
         self._racers: list[Method] | None = None
 
     def at(self, point: SearchPoint | None) -> CandidateRace:
-        """Make the next steps at this point; None lets go of it."""
+        """Make the next steps at this point; None releases it."""
         self.looks.at(point)
         return self
 
@@ -123,7 +123,7 @@ class CandidateRace:
             self.looks.look_on_slice(method)
         elif step.kind == "look":
             if step.costs_like == "load":
-                load_compiler()  # as a part of this step, and no part of the candidate's time
+                load_compiler()  # counts for this step, not for the candidate
             self.try_out(method)
         elif step.kind == "longer":
             look_longer(self.session, method)
@@ -137,7 +137,7 @@ class CandidateRace:
         return self._costs.expected_s(step, self._model_s(step))
 
     def adopting_s(self) -> float:
-        """Return the seconds that the first call takes by what is the fastest so far; 0 where there is none."""
+        """Return the seconds of the first call by the fastest candidate so far; 0 where there is none."""
         fastest = self.fastest()
         return 0.0 if fastest is None else self.expected_s(Step("adopt", fastest))
 
@@ -166,7 +166,7 @@ class CandidateRace:
         return max(self.looks.predict_s(session, method), next(filter(math.isfinite, others), 0.0))
 
     def try_out(self, method: Method, allowed_s: float | None = None) -> None:
-        """Look at a candidate, and let go of those that will hardly run again."""
+        """Look at a candidate, and release those that will hardly run again."""
         if method not in self.looks.space:
             self.looks.space.append(method)
         look(self.session, method, allowed_s)
@@ -176,7 +176,7 @@ class CandidateRace:
         self.choose_racers()
 
     def beats(self, challenger: Method, current: Method) -> bool:
-        """Compare a candidate with another one in a few rounds; tell whether it is faster, and fits the memory."""
+        """Compare a candidate with another one in a few rounds; return whether it is faster and fits the memory."""
         with self.counting(Step("duel", challenger)):
             return self.fits_memory(challenger) and self._wins(challenger, current)
 
@@ -203,8 +203,6 @@ class CandidateRace:
             self.choose_racers()
         return fits
 
-    # halving, and the last comparison
-
     def ranking(self) -> list[Method]:
         """Return the candidates that were timed, hopeless ones left out, the fastest first."""
         return self.looks.by_time(m for m, trial in self.session.trials.items() if is_timed(trial))
@@ -225,7 +223,7 @@ class CandidateRace:
         return None
 
     def choose_racers(self) -> None:
-        """Choose anew who takes part in the last comparison: something else is known now."""
+        """Choose again who takes part in the last comparison, as times have changed."""
         self._racers = None
 
     def racers(self) -> list[Method]:
@@ -235,14 +233,9 @@ class CandidateRace:
             racers = [m for m in timed[:FINALISTS] if self.looks.time(m) <= PRUNE_RATIO * self.looks.time(timed[0])]
             if racers and all(method.may_load_compiler for method in racers):
                 racers += [m for m in timed[FINALISTS:] if not m.may_load_compiler][:1]
-            for method in self.standing:
-                # what is far behind is known well enough
-                if (
-                    method in timed
-                    and method not in racers
-                    and self.looks.time(method) < PRUNE_RATIO * self.session.best
-                ):
-                    racers.append(method)
+            # what is far behind is known well enough
+            limit = PRUNE_RATIO * self.session.best
+            racers += [m for m in self.standing if m in timed and m not in racers and self.looks.time(m) < limit]
             self._racers = racers
             if set(self.comparison.samples) - set(racers) or set(racers) - set(self.comparison.samples):
                 self.comparison = Comparison()
@@ -253,8 +246,6 @@ class CandidateRace:
         """What stays within the noise: the plan so far, then torch's default that works."""
         default = next((m for m in self.defaults if math.isfinite(self.looks.time(m))), None)
         return [m for m in (self.incumbent, default) if m is not None]
-
-    # results
 
     def fastest(self) -> Method | None:
         """Return the candidate that was timed fastest so far."""
@@ -268,9 +259,7 @@ class CandidateRace:
         trials = self.session.trials
         if self.comparison.rounds:
             for method, timing in self.comparison.timings().items():
-                trials[method] = dataclasses.replace(
-                    trials[method], seconds=timing.seconds, dispersion=timing.dispersion
-                )
+                trials[method] = dataclasses.replace(trials[method], **vars(timing))
             return self.comparison.winner(self.standing, {m: trials[m].memory_bytes for m in racers})
         close = [m for m in self.standing if m in racers and self.looks.time(m) < UNSURE * self.looks.time(racers[0])]
         return close[0] if close else racers[0]

@@ -23,16 +23,16 @@ Pick = Callable[[str, Sequence[Any]], Any]
 
 def candidates(problem: Problem, depth: int) -> list[Method]:
     """List every supported method with the settings worth timing, the most promising first."""
-    found: dict[Method, None] = {}
+    methods: dict[Method, None] = {}
     for kind in registry().values():
         for method in kind.candidates(problem, depth):
             if method.unsupported(problem) is None:
-                found.setdefault(method)
-    return sorted(found, key=lambda method: predicted_seconds(problem, method))
+                methods.setdefault(method)
+    return sorted(methods, key=lambda method: predicted_seconds(problem, method))
 
 
 def predicted_seconds(problem: Problem, method: Method) -> float:
-    """Return what the cost model says of a method, corrected by what methods of its kind took before."""
+    """Return the seconds of a method by the cost model, corrected by what methods of its kind took before."""
     return method.cost(problem) * problem.machine.correction(correction_kind(method.spec()))
 
 
@@ -57,8 +57,8 @@ def without_replay(method: Method) -> Method:
     if method.makes_flat_programs:
         return without_replay(inner)
     around: Any = method
-    made: Method = dataclasses.replace(around, inner=without_replay(inner))
-    return made
+    replaced: Method = dataclasses.replace(around, inner=without_replay(inner))
+    return replaced
 
 
 def with_compiler(method: Method) -> Method | None:
@@ -70,8 +70,8 @@ def with_compiler(method: Method) -> Method | None:
     if compiled is None:
         return None
     around: Any = method
-    made: Method = dataclasses.replace(around, inner=compiled)
-    return made
+    replaced: Method = dataclasses.replace(around, inner=compiled)
+    return replaced
 
 
 def choose(methods: Sequence[Method], pick: Pick) -> Method:

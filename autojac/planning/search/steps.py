@@ -1,4 +1,4 @@
-"""What a race does next, and what that will take: known before it is begun, so that calls need not pay for it first."""
+"""The steps of a race and how long they will take: known in advance, so that calls can pay for a step before it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from autojac.replay.tape import MOST_OPERATORS
 COUNTING = Machine(1.0, 1.0, 1.0, 1.0, 1.0, rates=(math.inf,) * 3, flops_per_s=math.inf)
 """A machine that takes a second for each operator, however large: what a method takes on it counts its operators."""
 LOOK_S, RECORD_S, RECORD_OPERATOR_S = 0.02, 0.1, 5e-4
-"""Seconds that a look takes besides its runs; what a recording takes for itself, and for each operator."""
+"""Seconds of a look besides its runs; of a recording, and for each of its operators."""
 FORWARD_S = 0.3
-"""What the first transform of forward mode adds, for which torch loads its rules."""
+"""Seconds that the first transform of forward mode adds, for which torch loads its rules."""
 LOAD_S = 1.5
 """Seconds in which torch loads its compiler, once per process."""
 COMPILE_S, COMPILE_OPERATOR_S = 4.0, 0.1
-"""Seconds that compiling a program takes for itself, and for each operator."""
+"""Seconds of compiling a program, and for each of its operators."""
 RUN_S = 0.01
-"""What each other step takes besides the runs that it times."""
+"""Seconds of each other step besides the runs that it times."""
 LOOK_RUNS, MEMORY_RUNS, FIRST_CALL_RUNS = 8, 4, 6
 """Runs of a look, with its reference and its check; of a measured peak; and of the first call by another plan."""
 DUEL_ROUNDS = ENOUGH_ROUNDS + 2
-"""Rounds of a duel, with those that find out for how many calls it lasts, and whether either is right."""
+"""Rounds of a duel, with those that determine the block size, and check both."""
 FIRST_ROUND = 3
-"""How many rounds the first one takes the time of."""
+"""How many times as long as another round the first one takes."""
 PRIOR_WEIGHT = 0.5
-"""How much of what was dearer before still counts after each step."""
+"""How much of a higher cost of earlier steps still counts after each step."""
 
 
 class Step(NamedTuple):
-    """What a race does next.
+    """One step of a race.
 
     Attributes:
         kind: `slice` looks at a candidate on a slice of the batch, `look` on the batch; `longer` times it again,
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 class StepCosts:
-    """What steps take, as a multiple of what the model says: once, and then as the dearest of their kind lately."""
+    """The time of steps as a multiple of the model's: 1, then that of the most expensive recent step of the kind."""
 
     def __init__(self) -> None:
         self._times: dict[str, float] = {}
@@ -106,10 +106,10 @@ def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], firs
     count = operators(session, method)
     if step.costs_like == "compile":
         return COMPILE_S + COMPILE_OPERATOR_S * count
-    made = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
+    preparation = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
     if step.kind == "adopt":
-        return made + FIRST_CALL_RUNS * total
-    return made + LOOK_RUNS * total + FORWARD_S * _loads_rules(method) + LOAD_S * step.compiles
+        return preparation + FIRST_CALL_RUNS * total
+    return preparation + LOOK_RUNS * total + FORWARD_S * _loads_rules(method) + LOAD_S * step.compiles
 
 
 def operators(session: SearchSession, method: Method) -> float:

@@ -26,7 +26,7 @@ from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.replayer import Replayer
 
 SHORTEST_S = {"estimate": 2e-3, "quick": 2e-3, "measure": 5e-3, "exhaustive": 2e-2}
-"""How long a block of calls must last to be timed."""
+"""Seconds that a block of calls must last to be timed."""
 LOOKS = 3
 """Calls by which a candidate is first timed, one by one."""
 BLOCKS = 3
@@ -48,7 +48,7 @@ class SearchPoint(NamedTuple):
     Attributes:
         leaves, kwargs: the arguments.
         captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
-        sandbox: how to evaluate without a trace.
+        sandbox: how to evaluate without side effects.
     """
 
     leaves: Sequence[Tensor]
@@ -59,7 +59,7 @@ class SearchPoint(NamedTuple):
 
 @dataclass
 class SearchSession:
-    """All that is known of a problem's candidates, and the point where the next one is tried.
+    """The trials of a problem's candidates, and the point where the next one is tried.
 
     Attributes:
         problem: what candidates compute.
@@ -82,7 +82,7 @@ class SearchSession:
     _reference: AnyReference | None = None
 
     def at(self, point: SearchPoint | None) -> SearchSession:
-        """Try the next candidates at this point; None lets go of it."""
+        """Try the next candidates at this point; None releases it."""
         self._point, self._reference = point, None
         return self
 
@@ -127,7 +127,7 @@ class SearchSession:
         return trial
 
     def ready(self, method: Method) -> measure.Run | None:
-        """Return what runs a candidate as it is used; None, with the reason kept, if it is not right here."""
+        """Return a run of a candidate as it is used; None, with the reason recorded, if it is not right here."""
         compute = self.runs.get(method)
         if compute is None:
             right = attempt(self, method)
@@ -151,7 +151,7 @@ class Attempt:
 
 
 def attempt(session: SearchSession, method: Method, allowed_s: float | None = None) -> Attempt | None:
-    """Prepare a candidate, run it once and check the result; None, with the reason kept, if it fails.
+    """Prepare a candidate, run it once and check the result; return None, with the reason recorded, if it fails.
 
     Args:
         session: the search.
@@ -167,7 +167,7 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.prepare_call(problem)
         if method.makes_flat_programs:
-            compute(session.point.leaves, session.point.kwargs)  # what is made at the first run is no part of its time
+            compute(session.point.leaves, session.point.kwargs)  # the first run records; that is no part of its time
         start = time.perf_counter()
         result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)
@@ -201,7 +201,7 @@ def look(session: SearchSession, method: Method, allowed_s: float | None = None)
             return session.record(method, "skipped", reason=f"the same program as {expression(same.spec())}")
     run, best = as_used(session, right.compute), session.best
 
-    def timed() -> float:
+    def time_calls() -> float:
         # a run that alone outlasts the budget is not repeated
         if right.seconds > LONG_S and measure.clock.now() + right.seconds > session.end:
             return right.seconds
@@ -216,7 +216,7 @@ def look(session: SearchSession, method: Method, allowed_s: float | None = None)
 
     try:
         with session.point.sandbox(), ignore_warnings(), levels_restored():
-            seconds = within(max(session.allowed_s(method), 4 * right.seconds), timed)
+            seconds = within(max(session.allowed_s(method), 4 * right.seconds), time_calls)
     except Exception as error:
         return _fail(session, method, error)
     if seconds > PRUNE_RATIO * best:
@@ -237,13 +237,11 @@ def look_longer(session: SearchSession, method: Method) -> None:
     except Exception as error:
         _fail(session, method, error)
         return
-    session.trials[method] = dataclasses.replace(
-        session.trials[method], seconds=timing.seconds, dispersion=timing.dispersion
-    )
+    session.trials[method] = dataclasses.replace(session.trials[method], **vars(timing))
 
 
 def measure_memory(session: SearchSession, method: Method) -> bool:
-    """Measure a timed candidate's peak memory in a run of its own; tell whether it stays within the limit."""
+    """Measure a timed candidate's peak memory in another run; return whether it stays within the limit."""
     run = session.ready(method)
     if run is None:
         return False
@@ -282,7 +280,7 @@ def as_used(session: SearchSession, compute: Compute) -> measure.Run:
 
 
 def _fail(session: SearchSession, method: Method, error: Exception) -> Trial:
-    """Note that a candidate raised, and let go of what its frames and an accelerator's allocator still hold."""
+    """Record that a candidate raised, and release what its frames and an accelerator's allocator hold."""
     trial = session.record(method, "infeasible", reason=_first_line(error))
     error.__traceback__ = None
     if session.device.type != "cpu" and memory.is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Wrap a function: every call uses the plan that was tuned for it and is checked."""
+"""`AutoJacobian`: a function's Jacobians, each call by a plan that was tuned for it and is checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from autojac.api.flat_calls import BatchAxesChoice, CallsOverBatchAxes
 from autojac.api.low_rank_factors import LowRankJacobian, prepare_factors, require_one, without_sharing
 from autojac.api.method_plans import MethodPlans
 from autojac.api.over_batch_axes import OverBatchAxes
+from autojac.autodiff.derivative_terms import Terms
 from autojac.core.autocast import outside_autocast
 from autojac.core.call import outside_inference_mode
 from autojac.core.module_function import ModuleFunction, module_function
@@ -117,11 +118,11 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
         self.__setstate__({"func": func, "options": Options.from_keywords(options), "batch_dims": batch_dims})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle holds: the function and the options; plans are found again where stored."""
+        """Return what a copy or a pickle holds: the function and the options; stored plans are found again."""
         return {"func": self.func, "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a compiled function stays its owner's: what it was compiled from is differentiated
+        # of a compiled function the original is differentiated
         self.func: Callable[..., Any] = original(state["func"])
         self.options: Options = state["options"]
         self._plans = PlansInUse(self.func, self.options)
@@ -134,7 +135,7 @@ class AutoJacobian(MethodPlans, BatchAxesChoice):
         return f"AutoJacobian({name}, {count} plan{'' if count == 1 else 's'} in use)"
 
     def __autojac_reach__(self) -> dict[str, Any]:
-        """Return what another wrapper's fingerprint sees of this one: the plans found here change no result."""
+        """Return what another wrapper's fingerprint sees of this one; its plans change no result."""
         chosen = {name: getattr(self.options, name) for name in ("argnums", "in_dims", "layout", "has_aux")}
         return {"func": self.func, **chosen}
 
@@ -253,9 +254,19 @@ class _JacobianOverBatchAxes(OverBatchAxes, AutoJacobian):
         return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoJacobian:
-        made = AutoJacobian.__new__(AutoJacobian)
-        made.__setstate__({"func": func, "options": self.options.replace(in_dims=in_dims)})
-        return made
+        return jacobian_of(func, self.options.replace(in_dims=in_dims))
 
 
 AutoJacobian.over_batch_axes = _JacobianOverBatchAxes
+
+
+def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -> AutoJacobian:
+    """Return a wrapper with options that are checked already.
+
+    Args:
+        func, options: as of `AutoJacobian`.
+        terms: derivatives by columns to plan and compute instead of the Jacobian, stacked on the last axis.
+    """
+    wrapper = AutoJacobian.__new__(AutoJacobian)
+    wrapper.__setstate__({"func": func, "options": options.replace(of=terms)})
+    return wrapper

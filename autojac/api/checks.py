@@ -29,7 +29,7 @@ from autojac.sparse.csr import Entries
 @opaque
 def probe(func: Callable[..., Any], *args: Any, argnums: int | tuple[int, ...] = 0, in_dims: Any = "auto",
           batch_dims: int = 1, **kwargs: Any) -> Structure:  # fmt: skip
-    """Return what couples with what across the batch of a function, found without leaving a trace.
+    """Return what couples with what across the batch of a function, probed without side effects.
 
     Args:
         func: a function or module of tensors with the batch on axis 0.
@@ -65,8 +65,8 @@ def verify(jacobian: Any, func: Callable[..., Any], *args: Any, probes: int = 4,
     Raises:
         VerificationError: if the Jacobian is wrong, with what differs.
     """
-    given = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
-    builder, call, flattened = _describe(func, args, kwargs, Options.from_keywords(given), batch_dims)
+    options = {"argnums": argnums, "in_dims": in_dims, "layout": layout, "randomness": "different"}
+    builder, call, flattened = _describe(func, args, kwargs, Options.from_keywords(options), batch_dims)
     if flattened is not None:
         jacobian = flattened.flat_jacobian(jacobian, layout)
     call = call.without_grad()
@@ -110,32 +110,31 @@ def _wrong(jacobian: Any, builder: ProblemBuilder, call: Call, probes: int) -> s
         independent = dataclasses.replace(independent, known_entries=_entries_of(independent, result))
         values = tuple(tuple(matrix.values() for matrix in row) for row in result.jacobians)
         result = result._replace(jacobians=values)
-    reference = Reference(
-        independent, call.leaves, keywords, report.sandbox, extent=Extent(rows=probes + 2, every=True)
-    )
+    extent = Extent(rows=probes + 2, every=True)
+    reference = Reference(independent, call.leaves, keywords, report.sandbox, extent=extent)
     with report.sandbox():
         wrong = reference.check(result)
         coupled = wrong is not None and layout in ("blocks", "diagonal") and reference.check_shapes(result) is None
     if coupled:
         dense = dataclasses.replace(independent, structure=dataclasses.replace(structure, coupling="dense"))
-        reference = Reference(dense, call.leaves, keywords, report.sandbox, extent=Extent(rows=probes + 2, every=True))
+        reference = Reference(dense, call.leaves, keywords, report.sandbox, extent=extent)
         with report.sandbox():
             wrong = reference.check(result)
     return wrong
 
 
 def _entries_of(problem: Problem, result: Result) -> dict[tuple[int, int], Entries]:
-    """Return the entries that sparse Jacobians hold, whatever is known of the function."""
-    held = {}
+    """Return the entries that sparse Jacobians hold, whatever is known about the function."""
+    entries = {}
     for output, row in enumerate(result.jacobians):
         for position, matrix in zip(problem.inputs, row, strict=True):
             samples, features = (pattern.shape for pattern in problem.patterns(output, position))
             wanted = (samples[0] * features[0], samples[1] * features[1])
             if matrix.layout != torch.sparse_csr or tuple(matrix.shape) != wanted:
-                came = f"one stored as {matrix.layout} of shape {tuple(matrix.shape)}"
+                got = f"one stored as {matrix.layout} of shape {tuple(matrix.shape)}"
                 raise VerificationError(
-                    f"a sparse CSR Jacobian of shape {wanted} was expected, got {came}. Pass the layout that it has"
+                    f"a sparse CSR Jacobian of shape {wanted} was expected, got {got}. Pass the layout that it has"
                 )
             starts, columns = (part.cpu().numpy() for part in (matrix.crow_indices(), matrix.col_indices()))
-            held[output, position] = Entries(Pattern(wanted, starts, columns))
-    return held
+            entries[output, position] = Entries(Pattern(wanted, starts, columns))
+    return entries

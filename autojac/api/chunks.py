@@ -62,10 +62,10 @@ class Chunks(LinearSystems):
             array([[2., 0.],
                    [0., 2.]], dtype=float32)
         """
-        own = self._func_args(args, kwargs)
-        shapes, step = self._division(own, kwargs, bytes)
-        targets = None if out is None else _check_targets(out, self._jacobian_shapes(shapes), own, shapes)
-        parts = self._parts(own, kwargs, shapes, step)
+        func_args = self._func_args(args, kwargs)
+        shapes, step = self._division(func_args, kwargs, bytes)
+        targets = None if out is None else _check_targets(out, self._jacobian_shapes(shapes), func_args, shapes)
+        parts = self._parts(func_args, kwargs, shapes, step)
         if targets is None:
             return parts
         with torch.no_grad():
@@ -75,12 +75,12 @@ class Chunks(LinearSystems):
         return out
 
     def _division(self, args: Sequence[Any], kwargs: Mapping[str, Any], room: int | str) -> tuple[CallShapes, int]:
-        """Return the shapes of a call, and of how many samples the Jacobian takes that many bytes."""
+        """Return the shapes of a call, and how many samples have a Jacobian that fits into `room` bytes."""
         size = parse_bytes(room, "bytes")
         if size is None or self.options.layout == "sparse":
-            came = "bytes=None" if size is None else "layout='sparse', which holds no zeros"
+            got = "bytes=None" if size is None else "layout='sparse', which holds no zeros"
             raise OptionError(
-                f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {came}. Pass bytes='1GiB', or "
+                f"chunks expects a size and layout='blocks', 'full' or 'diagonal', got {got}. Pass bytes='1GiB', or "
                 "call jac(x) for the sparse Jacobian"
             )
         shapes = self._shapes(args, kwargs, probing=True)
@@ -96,15 +96,15 @@ class Chunks(LinearSystems):
     def _jacobian_shapes(self, shapes: CallShapes) -> list[tuple[int, ...]]:
         """Return the shape of each Jacobian, those of an output side by side."""
         assert shapes.batch is not None
-        found: list[tuple[int, ...]] = []
+        jacobians: list[tuple[int, ...]] = []
         for event in shapes.outputs:
-            for position, own in zip(shapes.differentiated, shapes.inputs, strict=True):
+            for position, columns in zip(shapes.differentiated, shapes.inputs, strict=True):
                 if self.options.layout == "diagonal":
-                    found.append((shapes.batch, prod(own)))
+                    jacobians.append((shapes.batch, prod(columns)))
                     continue
                 lead = (shapes.batch,) if self._is_whole and shapes.axes[position] is not None else ()
-                found.append((shapes.batch, *event, *lead, *own))
-        return found
+                jacobians.append((shapes.batch, *event, *lead, *columns))
+        return jacobians
 
     def _parts(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes, step: int
@@ -137,10 +137,9 @@ class Chunks(LinearSystems):
         """Return the rows of some samples, of the whole batch's Jacobian."""
         rows = []
         for event, cotangents in zip(shapes.outputs, self._row_seeds(args, shapes, start, stop), strict=True):
-            pulled = self._product(WeightedOutput, args, kwargs, cotangents, True)
-            pulled = pulled[0] if self.options.has_aux else pulled
+            vjps = self._without_aux(self._product(WeightedOutput, args, kwargs, cotangents, True))
             shape = (stop - start, *event)
-            rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflatten, shape), pulled))
+            rows.append(pytree.tree_map_only(Tensor, functools.partial(_unflatten, shape), vjps))
         return shapes.nested_outputs(rows)
 
     @staticmethod
@@ -174,12 +173,12 @@ def _unflatten(shape: tuple[int, ...], rows: Tensor) -> Tensor:
 
 def _slice(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: int) -> tuple[Any, ...]:
     """Return the arguments of some samples alone."""
-    taken = iter(axes)
+    remaining = iter(axes)
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        axis = next(taken)
+        axis = next(remaining)
         return value if axis is None else value.narrow(axis, start, stop - start)
 
     return tuple(pytree.tree_map(cut, tuple(args)))
@@ -188,7 +187,7 @@ def _slice(args: Sequence[Any], axes: Sequence[int | None], start: int, stop: in
 def _check_targets(
     out: Any, wanted: Sequence[tuple[int, ...]], args: Sequence[Any], shapes: CallShapes
 ) -> list[Tensor]:
-    """Return what is written into, as tensors that share its memory."""
+    """Return the parts of `out` as tensors that share its memory."""
     tensors = tensor_leaves(tuple(args))
     dtypes = [tensors[position].dtype for position in shapes.differentiated] * len(shapes.outputs)
     flat = [value for value in pytree.tree_leaves(out) if value is not None]
@@ -202,18 +201,18 @@ def _check_targets(
 
 def _target(target: Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     wanted = str(dtype).removeprefix("torch.")
-    came, name = None, str(getattr(target, "dtype", "")).removeprefix("torch.")
+    got, name = None, str(getattr(target, "dtype", "")).removeprefix("torch.")
     if isinstance(target, Tensor):
-        came = "one that requires grad" if target.requires_grad else None
+        got = "one that requires grad" if target.requires_grad else None
     elif not (hasattr(target, "flags") and hasattr(target, "__array__")):
-        came = kind_of(target)
+        got = kind_of(target)
     elif not target.flags.writeable:
-        came = "one that is read-only"
-    if came is None and (tuple(target.shape) != shape or name != wanted):
-        came = f"{name} of shape {tuple(target.shape)}"
-    if came is not None:
+        got = "one that is read-only"
+    if got is None and (tuple(target.shape) != shape or name != wanted):
+        got = f"{name} of shape {tuple(target.shape)}"
+    if got is not None:
         raise InputError(
-            f"out was expected to be a writable tensor or array of shape {shape} and dtype {wanted}, got {came}. "
+            f"out was expected to be a writable tensor or array of shape {shape} and dtype {wanted}, got {got}. "
             "Make one by torch.empty, or by numpy.memmap with mode='w+'"
         )
     return target if isinstance(target, Tensor) else torch.from_numpy(target)

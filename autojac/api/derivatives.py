@@ -8,11 +8,10 @@ from typing import Any, Self, Unpack
 
 import torch
 
-from autojac.api.autojacobian import AutoJacobian, require_function
+from autojac.api.autojacobian import jacobian_of, require_function
 from autojac.api.flat_calls import BatchAxesChoice
 from autojac.api.joined_columns import JoinedColumns, NamedColumn
 from autojac.api.over_batch_axes import PlannedOverBatchAxes
-from autojac.autodiff.derivative_terms import Terms
 from autojac.core import pytree
 from autojac.core.joined_arguments import position_of
 from autojac.core.options import Options, OptionValues
@@ -27,7 +26,7 @@ class Derivatives(BatchAxesChoice):
 
     Only what is asked for is computed, in one plan that shares what the derivatives have in common: nested reverse
     mode and Taylor mode compete, each also recorded as a flat program or compiled. The plan is found, verified
-    against plain nested `torch.autograd.grad` on a few samples, stored and watched as those of `AutoJacobian` are.
+    against plain nested `torch.autograd.grad` on a few samples, stored and checked as those of `AutoJacobian` are.
 
         >>> import torch
         >>> from autojac import Derivatives
@@ -81,9 +80,8 @@ class Derivatives(BatchAxesChoice):
                 "several as func names them: of=((), ('t',), ('x', 'x'))"
             )
         columns = _columns(of)
-        names = tuple(
-            dict.fromkeys(each.argument for part in columns for each in part if isinstance(each, NamedColumn))
-        )
+        named = (column for part in columns for column in part if isinstance(column, NamedColumn))
+        names = tuple(dict.fromkeys(column.argument for column in named))
         positions: Any = tuple(position_of(func, name) for name in names)
         chosen = Options.from_keywords({"argnums": positions or argnums, "in_dims": in_dims, **options})
         self.planned: Any = None
@@ -96,19 +94,19 @@ class Derivatives(BatchAxesChoice):
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> Derivatives:
         """Return the same derivatives of another function, by the same options, with one batch axis."""
-        made, options = Derivatives.__new__(Derivatives), self.planned.options
+        derivatives, options = Derivatives.__new__(Derivatives), self.planned.options
         if isinstance(self.planned, JoinedColumns):
-            made.planned = self.planned.replace(func, in_dims=in_dims)
+            derivatives.planned = self.planned.replace(func, in_dims=in_dims)
         else:
-            made.planned = jacobian_of(func, options.replace(in_dims=in_dims), options.of)
-        made.func, made.of = func, self.of
-        return made
+            derivatives.planned = jacobian_of(func, options.replace(in_dims=in_dims), options.of)
+        derivatives.func, derivatives.of = func, self.of
+        return derivatives
 
     def _without_search(self) -> Self:
         """Return the same derivatives by plans that are stored, or that the cost model chooses."""
-        made = copy.copy(self)
-        made.planned = self.planned._without_search()
-        return made
+        derivatives = copy.copy(self)
+        derivatives.planned = self.planned._without_search()
+        return derivatives
 
     def __repr__(self) -> str:
         return f"Derivatives{repr(self.planned).removeprefix('AutoJacobian')}".replace("(", f"(of={self.of}, ", 1)
@@ -153,18 +151,6 @@ class Derivatives(BatchAxesChoice):
         return text
 
 
-def jacobian_of(func: Callable[..., Any], options: Options, terms: Terms = ()) -> AutoJacobian:
-    """Return a wrapper with options that are checked already.
-
-    Args:
-        func, options: as of `AutoJacobian`.
-        terms: derivatives by columns to be planned and computed in the place of the Jacobian, stacked on the last axis.
-    """
-    made = AutoJacobian.__new__(AutoJacobian)
-    made.__setstate__({"func": func, "options": options.replace(of=terms)})
-    return made
-
-
 def _columns(of: Any) -> tuple[Any, ...]:
     """Return derivatives as sorted tuples of columns, all of them numbers, or all `NamedColumn`.
 
@@ -174,14 +160,14 @@ def _columns(of: Any) -> tuple[Any, ...]:
     expected = "of must be a sequence of tuples of columns, such as ((), (0,), (1,), (1, 1))"
     if not isinstance(of, (tuple, list)) or not all(isinstance(columns, (tuple, list)) for columns in of):
         raise OptionError(f"{expected}; got {of!r}")
-    found = [[_column(column, expected) for column in columns] for columns in of]
-    if not any(found):
+    parsed = [[_column(column, expected) for column in columns] for columns in of]
+    if not any(parsed):
         raise OptionError(f"{expected}; got {of!r}, which names no derivative. Call func itself for its value")
-    if len({type(column) for columns in found for column in columns}) > 1:
+    if len({type(column) for columns in parsed for column in columns}) > 1:
         raise OptionError(
             f"{expected}, or as ((), ('t',), ('x', 'x')) for several tensors; got both, {of!r}. Name all of them"
         )
-    return tuple(tuple(sorted(columns, key=_order)) for columns in found)
+    return tuple(tuple(sorted(columns, key=_order)) for columns in parsed)
 
 
 def _column(column: Any, expected: str) -> int | NamedColumn:

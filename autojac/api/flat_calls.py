@@ -20,7 +20,7 @@ from autojac.errors import InputError, OptionError, VerificationError
 
 
 class BatchAxesChoice:
-    """Lets a class of wrappers give instances of a class of their own for several batch axes.
+    """A base of wrapper classes whose constructor returns an instance of another class for several batch axes.
 
     Attributes:
         over_batch_axes: that class.
@@ -36,8 +36,8 @@ class BatchAxesChoice:
                 f"batch_dims={batch_dims} was expected for a wrapper of autojac's own class, got {cls.__name__}, which "
                 "is derived from it. Let it hold a wrapper instead"
             )
-        made: Self = object.__new__(cls.over_batch_axes)
-        return made
+        instance: Self = object.__new__(cls.over_batch_axes)
+        return instance
 
 
 def has_several_axes(batch_dims: Any) -> bool:
@@ -81,7 +81,7 @@ class FlattenedCall(NamedTuple):
         return pytree.tree_map_only(Tensor, lambda t: split_axis(t, axis, self.sizes), nest)
 
     def value(self, nest: Any) -> Any:
-        """Return func's value; what of it has no derivative never was flattened."""
+        """Return func's value; what has no derivative was never flattened."""
         return pytree.tree_map(lambda y: split_axis(y, 0, self.sizes) if is_differentiable(y) else y, nest)
 
     def loss(self, loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
@@ -89,7 +89,7 @@ class FlattenedCall(NamedTuple):
         return lambda outputs: loss(self.value(outputs))
 
     def like_inputs(self, nest: Any, several: bool = False, shared: bool = True) -> Any:
-        """Return what is nested as the inputs, of one or several vectors, with all batch axes.
+        """Return values nested as the inputs, for one or several vectors, with all batch axes.
 
         Args:
             nest: values for the differentiated tensors.
@@ -100,8 +100,8 @@ class FlattenedCall(NamedTuple):
             return self.lead(nest, int(several)) if shared else nest
         leaves, spec = pytree.tree_flatten(nest)
         inputs = iter(self.inputs)
-        led = [self.lead(t, int(several)) if isinstance(t, Tensor) and next(inputs) is not None else t for t in leaves]
-        return pytree.tree_unflatten(led, spec)
+        out = [self.lead(t, int(several)) if isinstance(t, Tensor) and next(inputs) is not None else t for t in leaves]
+        return pytree.tree_unflatten(out, spec)
 
     def jacobian(self, nest: Any, layout: str) -> Any:
         """Return a Jacobian with all batch axes; a sparse one stays the matrix that it is."""
@@ -111,8 +111,8 @@ class FlattenedCall(NamedTuple):
             return self.lead(nest)
         leaves, spec = pytree.tree_flatten(nest)
         numbers = iter(range(len(leaves)))
-        led = [self._full(t, next(numbers)) if isinstance(t, Tensor) else t for t in leaves]
-        return pytree.tree_unflatten(led, spec)
+        split = [self._full(t, next(numbers)) if isinstance(t, Tensor) else t for t in leaves]
+        return pytree.tree_unflatten(split, spec)
 
     def _full(self, jacobian: Tensor, number: int) -> Tensor:
         axes = self.inputs[number % len(self.inputs)]
@@ -137,8 +137,8 @@ class FlattenedCall(NamedTuple):
         count = len(self.sizes)
         axes = self.inputs[number % len(self.inputs)] if layout == "full" else None
         starts = (0,) if axes is None else (0, jacobian.dim() - axes - count)
-        found = {tuple(jacobian.shape[first : first + count]) for first in starts}
-        if found != {self.sizes} or (axes is not None and starts[-1] < count):
+        sizes = {tuple(jacobian.shape[first : first + count]) for first in starts}
+        if sizes != {self.sizes} or (axes is not None and starts[-1] < count):
             where = "in front" if axes is None else "in front and before the input's own"
             raise VerificationError(
                 f"a Jacobian with the batch axes {self.sizes} {where} was expected, got {tuple(jacobian.shape)}. Pass "
@@ -166,12 +166,10 @@ class FlattenedCall(NamedTuple):
         like: Any
         if self.argnums == ():
             like = self.wrapper._pick_differentiated(self.wrapper._func_args(self.args, {}))
+        elif isinstance(self.argnums, tuple):
+            like = tuple(self.given[n] for n in self.argnums)
         else:
-            like = (
-                tuple(self.given[n] for n in self.argnums)
-                if isinstance(self.argnums, tuple)
-                else self.given[self.argnums]
-            )
+            like = self.given[self.argnums]
         leaves, spec = pytree.tree_flatten(like)
         places = tuple(number for number, value in enumerate(leaves) if is_differentiable(value))
         nest = VectorNest(None if isinstance(like, Tensor) else spec, places)
@@ -192,7 +190,7 @@ class CallsOverBatchAxes:
     """The calls of a function whose batch has several axes.
 
     Args:
-        make: gives the wrapper of a function with one batch axis, and its in_dims.
+        make: returns the wrapper of a function with one batch axis, given its in_dims.
         func: the function.
         batch_dims: number of batch axes.
         options: `argnums`, `in_dims` and `has_aux` say how to read a call.
@@ -236,13 +234,13 @@ class CallsOverBatchAxes:
             key = spec, tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
         except RuntimeError as error:  # a nested tensor has no shape
             raise InputError(NESTED) from error
-        wrapper, grid, inputs = self._known.get(key) or self._understand(args, key)
+        wrapper, grid, inputs = self._known.get(key) or self._analyze(args, key)
         flattened = grid.flat_leaves(leaves)
         flat = tuple(flattened) if spec is None else pytree.tree_unflatten(flattened, spec)
         return FlattenedCall(wrapper, flat, grid.sizes, inputs, args, self.argnums)
 
-    def _understand(self, args: tuple[Any, ...], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
-        """Return what serves a call, how it is flattened, and the `inputs` of it."""
+    def _analyze(self, args: tuple[Any, ...], key: Any) -> tuple[Any, BatchGrid, tuple[int | None, ...]]:
+        """Return the wrapper that serves a call, how the call is flattened, and its `inputs`."""
         leaves, spec = pytree.tree_flatten(args)
         axes = iter(batch_axes(args, self.in_dims))
         groups = [[(x, next(axes)) for x in pytree.tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
@@ -254,31 +252,31 @@ class CallsOverBatchAxes:
         def carries(x: Tensor, axis: Axis) -> bool:
             return axis == 0 or (axis == AUTO and tuple(x.shape[:count]) == sizes)
 
-        found = [carries(*each) for each in every]
-        for (x, _), has_axes in zip(every, found, strict=True):
+        carriers = [carries(*each) for each in every]
+        for (x, _), has_axes in zip(every, carriers, strict=True):
             what, instead = not_dense(x)
             if has_axes and what:
                 raise InputError(
                     f"a dense tensor with batch axes was expected, got one that {what}. Pass {instead}, or None in "
                     "in_dims where all samples share it"
                 )
-        has = iter(found)
+        has = iter(carriers)
         grid = BatchGrid(sizes, tuple(isinstance(x, Tensor) and next(has) for x in leaves), self.options.has_aux)
-        which = grid.sizes, grid.carriers, spec
-        if which not in self._wrappers:
-            in_dims: Any = nested_axes(args, [0 if one else None for one in found])
+        place = grid.sizes, grid.carriers, spec
+        if place not in self._wrappers:
+            in_dims: Any = nested_axes(args, [0 if one else None for one in carriers])
             if isinstance(self.func, ModuleFunction):
-                self._wrappers[which] = self.make(self.func.over(grid), (None, in_dims))
+                self._wrappers[place] = self.make(self.func.over(grid), (None, in_dims))
             else:
-                self._wrappers[which] = self.make(FlattenedBatch(self.func, grid), in_dims)
+                self._wrappers[place] = self.make(FlattenedBatch(self.func, grid), in_dims)
         inputs = tuple(each[0].dim() - count if carries(*each) else None for each in differentiated)
-        self._known[key] = self._wrappers[which], grid, inputs
+        self._known[key] = self._wrappers[place], grid, inputs
         return self._known[key]
 
     def _sizes(
         self, tensors: Sequence[tuple[Tensor, Axis]], differentiated: Sequence[tuple[Tensor, Axis]]
     ) -> tuple[int, ...]:
-        """Return the sizes of the batch axes: of what is declared to have them, else of what is differentiated."""
+        """Return the sizes of the batch axes, by the tensors declared to have them, else by a differentiated one."""
         count = self.batch_dims
         declared = [x for x, axis in tensors if axis == 0]
         likely = [x for x, axis in (*differentiated, *tensors) if axis is not None and x.dim() >= count]

@@ -1,4 +1,4 @@
-"""The Jacobian of what was computed already: reverse mode through an existing graph."""
+"""The Jacobian of outputs that exist already: reverse mode through their graph."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _problem(
     create_graph: bool,
     limit: int | None,
 ) -> Problem:
-    """Return what is to be computed of all outputs."""
+    """Return the problem of the Jacobian of all outputs."""
     leaves = tuple(
         Leaf(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), has, True)
         for x, has in zip(sources, carriers, strict=True)
@@ -153,7 +153,7 @@ def _problem(
 
 
 def _with_elements(values: Sequence[Tensor]) -> Sequence[int]:
-    """Return the outputs that methods see, by their numbers: those with elements, if there are any."""
+    """Return the numbers of the outputs that methods get: those with elements, if there are any."""
     return [index for index, value in enumerate(values) if value.numel()] or range(len(values))
 
 
@@ -187,7 +187,7 @@ def _options(layout: Any, in_dims: Any, coupling: Any) -> Options:
 
 @functools.lru_cache(64)
 def _automatic(layout: str, coupling: str) -> Options:
-    """Check what most calls pass, once."""
+    """Check the options that most calls pass, once."""
     return Options.from_keywords({"layout": layout, "in_dims": AUTO, "coupling": coupling})
 
 

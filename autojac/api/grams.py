@@ -1,4 +1,4 @@
-"""Gram matrices, norms and singular values of Jacobians, which need not fit into memory for it."""
+"""Gram matrices, norms and singular values of Jacobians that need not fit into memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from autojac.errors import SearchError, UnsupportedError
 from autojac.planning.search.memory import available_bytes
 
 PART = 4
-"""What share of the memory limit a piece of a Jacobian may take: its seeds and what is made of it need room as well."""
-
-
+"""A piece of a Jacobian takes no more than one in so many parts of the memory limit: its seeds need room as well."""
 WORKSPACE = 2
 """Multiple of a Jacobian that computing it takes, as most methods join rows or blocks that they have."""
 
@@ -32,8 +30,8 @@ class _Pieces(NamedTuple):
 
     Attributes:
         kind: of product, along columns or with rows.
-        vectors: gives unit vectors number `start` to `stop`, nested as the product takes them.
-        spans: from which to which number a piece goes.
+        vectors: returns unit vectors number `start` to `stop`, nested as the product takes them.
+        spans: the first and last numbers of each piece.
         whole: the products are with the Jacobian of the whole batch.
         matrices: one per sample, or a single one.
     """
@@ -79,14 +77,14 @@ class Grams(Products):
         def of(matrices: Tensor) -> Tensor:
             return matrices @ matrices.mT if outer else matrices.mT @ matrices
 
-        def added(pieces: Iterator[Tensor]) -> Tensor:
+        def add_up(pieces: Iterator[Tensor]) -> Tensor:
             total: Tensor | float = 0.0
             for piece in pieces:  # (B, n, k), or (B, m, k)
                 total = total + piece @ piece.mT
             assert isinstance(total, Tensor)
             return total
 
-        return self._of_whole_matrix("gram", of, added, args, kwargs, columns=outer)
+        return self._of_whole_matrix("gram", of, add_up, args, kwargs, columns=outer)
 
     def norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Frobenius norm of each sample's Jacobian, exactly: no estimate from random vectors.
@@ -117,11 +115,11 @@ class Grams(Products):
             norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
             return norms
 
-        def added(pieces: Iterator[Tensor]) -> Tensor:
+        def add_up(pieces: Iterator[Tensor]) -> Tensor:
             total: Tensor = torch.linalg.vector_norm(torch.stack([of(piece) for piece in pieces]), dim=0)
             return total
 
-        return self._of_whole_matrix("norm", of, added, args, kwargs)
+        return self._of_whole_matrix("norm", of, add_up, args, kwargs)
 
     def singular_values(self, *args: Any, **kwargs: Any) -> Any:
         """Return the singular values of each sample's Jacobian, in descending order.
@@ -158,18 +156,18 @@ class Grams(Products):
         self,
         name: str,
         function: Callable[[Tensor], Tensor],
-        added: Callable[[Iterator[Tensor]], Tensor] | None,
+        add_up: Callable[[Iterator[Tensor]], Tensor] | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         columns: bool = False,
     ) -> Any:
-        """Return a function of the matrices, or of pieces of them that are `added` where the whole does not fit."""
+        """Return a function of the matrices, by `add_up` from pieces of them where the whole does not fit."""
         self._require_dense(name)
         own = self._func_args(args, kwargs)
         shapes = self._shapes(own, kwargs)
-        pieces = None if added is None else self._pieces(name, own, shapes, columns)
-        if added is not None and pieces is not None:
-            return self._in_pieces(added, own, kwargs, pieces)
+        pieces = None if add_up is None else self._pieces(name, own, shapes, columns)
+        if add_up is not None and pieces is not None:
+            return self._in_pieces(add_up, own, kwargs, pieces)
         plan, result = self._matrices_call(own, kwargs).run()
         value = function(as_one_matrix(plan.jacobian(result), shapes, self._is_whole))
         return self._beside_aux(value, result)
@@ -206,7 +204,7 @@ class Grams(Products):
     def _fits(self, size: int, shapes: CallShapes) -> bool:
         """Check whether a Jacobian of that many bytes can be formed within the memory limit."""
         limit = self._memory_limit(shapes)
-        # what can't be made in pieces is formed if it can be
+        # a function that can't be called repeatedly allows no pieces: form the Jacobian if it fits at all
         return WORKSPACE * size <= limit or (size <= limit and not shapes.is_repeatable)
 
     def _require_room(self, name: str, sizes: MatrixSizes, limit: int, columns: bool) -> None:
@@ -220,7 +218,7 @@ class Grams(Products):
 
     def _in_pieces(
         self,
-        added: Callable[[Iterator[Tensor]], Tensor],
+        add_up: Callable[[Iterator[Tensor]], Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         pieces: _Pieces,
@@ -237,5 +235,5 @@ class Grams(Products):
                 piece = torch.cat(parts, 1)
                 yield piece.squeeze(0) if pieces.whole else piece
 
-        value = added(each())
+        value = add_up(each())
         return (value, aux[0]) if self.options.has_aux else value

@@ -36,13 +36,13 @@ class GraphPlan:
     """How Jacobians of graphs of one shape are computed.
 
     Attributes:
-        problem: with what was found to couple.
-        method: agreed with plain VJPs.
+        problem: with the coupling that was found.
+        method: one that agreed with plain VJPs.
         is_proved: whether the method is right for all graphs of this shape: it assumes nothing, or the operators of a
             backward pass keep samples apart, whatever the graph has saved. Hooks on tensors inside are no part of
             the shape: so it is checked, if rarely, all the same. Others are checked by one VJP in each call.
         schedule: of checks.
-        seeds: kept from call to call.
+        seeds: reused by later calls.
     """
 
     problem: Problem
@@ -58,7 +58,7 @@ class GraphPlan:
             # a later call can't train through seeds of inference mode
             seeds = None if torch.is_inference_mode_enabled() else self.seeds
             result = self.method.of_graph(self.problem, pullback, seeds)
-        except Exception:  # memory, or a hook: whoever makes a new plan says what can't be done
+        except Exception:  # memory, or a hook: making a new plan reports what can't be done
             return None
         if self.is_proved and not self.schedule.is_due({}):
             return result
@@ -86,7 +86,7 @@ class GraphPlan:
 
 
 class GraphPlans:
-    """The plans of this process, by all that decides them, of a bounded number of nodes."""
+    """The plans of this process, by keys of all that decides them, for a bounded number of nodes."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, tuple[GraphPlan, int]] = OrderedDict()
@@ -97,13 +97,13 @@ class GraphPlans:
         return len(self._plans)
 
     def find(self, key: Hashable) -> GraphPlan | None:
-        """Return the plan for a key, which was used last now."""
+        """Return the plan for a key, and mark it as used last."""
         with self._lock:
-            found = self._plans.get(key)
-            if found is None:
+            entry = self._plans.get(key)
+            if entry is None:
                 return None
             self._plans.move_to_end(key)
-            return found[0]
+            return entry[0]
 
     def keep(self, key: Hashable, plan: GraphPlan, nodes: int) -> None:
         """Remember a plan in the place of the one before, if any."""
@@ -116,7 +116,7 @@ class GraphPlans:
                 self._nodes -= fewer
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all plans."""
         with self._lock:
             self._plans.clear()
             self._nodes = 0
@@ -133,7 +133,7 @@ def by_known_plan(key: Hashable, pullback: Pullback) -> Result | None:
 
 
 def by_new_plan(key: Hashable, problem: Problem, pullback: Pullback, shape: GraphShape, probing: bool) -> Result:
-    """Return the Jacobian of a graph by a plan that is made now, and remembered.
+    """Return the Jacobian of a graph by a new plan, and remember the plan.
 
     Args:
         key: what it is remembered by; None for nothing.
@@ -167,10 +167,10 @@ def _make(problem: Problem, pullback: Pullback, shape: GraphShape, probing: bool
             except Exception as error:  # is_grads_batched needs a vmap rule of every operator
                 wrong = f"{type(error).__name__}: {error}"
             if wrong is None:
-                proved = method.seeds == "identity" or problem.batch == 1
-                if not proved and not shape.is_opaque:
-                    proved = backward_keeps_apart(pullback, carriers, problem.batch)
-                plan = GraphPlan(problem, method, proved, CheckSchedule(calls=1))
+                is_proved = method.seeds == "identity" or problem.batch == 1
+                if not is_proved and not shape.is_opaque:
+                    is_proved = backward_keeps_apart(pullback, carriers, problem.batch)
+                plan = GraphPlan(problem, method, is_proved, CheckSchedule(calls=1))
                 plan._accept(reference)
                 return plan, result
             reasons.append(f"{method}: {wrong}")
@@ -207,8 +207,8 @@ def _dense(problem: Problem) -> Problem:
 
 
 def _methods(problem: Problem) -> Sequence[Pull]:
-    """Return those that need no func, the most promising first; the plain loop needs no rule of any operator."""
-    fitting = [m for m in Pull.candidates(problem, 0) if m.runs_func_plainly and m.unsupported(problem) is None]
-    allowed = [m for m in fitting if problem.result_bytes + m.workspace(problem) <= problem.memory_limit]
-    ranked = sorted(allowed, key=lambda method: method.cost(problem))
-    return [*ranked, *(method for method in fitting if method.engine == "loop" and method not in ranked)]
+    """Return the methods that need no func, the most promising first; the plain loop needs no operator's vmap rule."""
+    usable = [m for m in Pull.candidates(problem, 0) if m.runs_func_plainly and m.unsupported(problem) is None]
+    within_limit = [m for m in usable if problem.result_bytes + m.workspace(problem) <= problem.memory_limit]
+    ranked = sorted(within_limit, key=lambda method: method.cost(problem))
+    return [*ranked, *(method for method in usable if method.engine == "loop" and method not in ranked)]

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, Unpack, get_args
 
-from autojac.api.autojacobian import AutoJacobian, require_function
-from autojac.api.derivatives import jacobian_of
+from autojac.api.autojacobian import AutoJacobian, jacobian_of, require_function
 from autojac.api.flat_calls import BatchAxesChoice
 from autojac.api.method_plans import HINT, PlannedMethod
 from autojac.api.over_batch_axes import PlannedOverBatchAxes
@@ -20,7 +19,7 @@ from autojac.errors import OptionError, OutputError, UnsupportedError, require_c
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.problem.problem import Problem
 
-Made = Literal["hessian", "diagonal", "laplacian", "hvp"]
+PlannedDerivative = Literal["hessian", "diagonal", "laplacian", "hvp"]
 """What an `AutoHessian` has plans for."""
 
 
@@ -75,10 +74,10 @@ class AutoHessian(BatchAxesChoice):
             raise OptionError("a Hessian has no has_aux. Leave it out, and return the one output from func")
         self.layout = options.get("layout", "blocks")
         require_choice("layout", self.layout, ("blocks", "sparse"))
-        self._take_up(func, Options.from_keywords({"argnums": argnums, "in_dims": in_dims, **options}))
+        self._wrap(func, Options.from_keywords({"argnums": argnums, "in_dims": in_dims, **options}))
 
-    def _take_up(self, func: Callable[..., Any], chosen: Options) -> None:
-        """Make the wrappers for options that are checked already."""
+    def _wrap(self, func: Callable[..., Any], chosen: Options) -> None:
+        """Create the wrappers for options that are checked already."""
         inner = chosen.replace(layout="blocks", effort="estimate", on_miss="estimate", budget_s=None)
         self._gradient = jacobian_of(func, inner)
         self.func = self._gradient.func
@@ -90,16 +89,16 @@ class AutoHessian(BatchAxesChoice):
 
     def _of_one_axis(self, func: Callable[..., Any], in_dims: Any) -> AutoHessian:
         """Return the Hessians of another function, by the same options, with one batch axis."""
-        made = AutoHessian.__new__(AutoHessian)
-        made.layout = self.layout
-        made._take_up(func, self.planned.options.replace(in_dims=in_dims, symmetric=False))
-        return made
+        hessian = AutoHessian.__new__(AutoHessian)
+        hessian.layout = self.layout
+        hessian._wrap(func, self.planned.options.replace(in_dims=in_dims, symmetric=False))
+        return hessian
 
     def _without_search(self) -> Self:
         """Return the same Hessians by plans that are stored, or that the cost model chooses."""
-        made = copy.copy(self)
-        made.planned = self.planned._without_search()
-        return made
+        hessian = copy.copy(self)
+        hessian.planned = self.planned._without_search()
+        return hessian
 
     def __repr__(self) -> str:
         return f"AutoHessian({repr(self.planned).removeprefix('AutoJacobian(AutoJacobian of ')}"
@@ -152,8 +151,7 @@ class AutoHessian(BatchAxesChoice):
         Raises:
             InputError: if more than one tensor is differentiated in.
         """
-        found = self._laplacian(*args, **kwargs)
-        return pytree.tree_map(lambda stack: stack.squeeze(-1), found)
+        return pytree.tree_map(lambda stack: stack.squeeze(-1), self._laplacian(*args, **kwargs))
 
     def hvp(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Hessian times a vector, H_b v_b for each sample, without forming H.
@@ -181,13 +179,13 @@ class AutoHessian(BatchAxesChoice):
                 "scalar, or take the Hessians of all outputs by layout='blocks'"
             )
 
-    def _planned_method(self, of: Made) -> tuple[AutoJacobian, PlannedMethod]:
+    def _planned_method(self, of: PlannedDerivative) -> tuple[AutoJacobian, PlannedMethod]:
         """Return the wrapper that has the plans, and which of its methods they are of."""
-        require_choice("of", of, get_args(Made))
+        require_choice("of", of, get_args(PlannedDerivative))
         wrappers = {"diagonal": self._diagonals, "laplacian": self._laplacian}
         return wrappers.get(of, self.planned), "jvp" if of == "hvp" else "jacobian"
 
-    def plan(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> Plan:
+    def plan(self, *args: Any, of: PlannedDerivative = "hessian", **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none.
 
         Args:
@@ -201,7 +199,7 @@ class AutoHessian(BatchAxesChoice):
     def tune(
         self,
         *args: Any,
-        of: Made = "hessian",
+        of: PlannedDerivative = "hessian",
         effort: Effort | None = None,
         budget_s: float | None = None,
         **kwargs: Any,
@@ -210,7 +208,7 @@ class AutoHessian(BatchAxesChoice):
         wrapper, method = self._planned_method(of)
         return wrapper.tune(*args, of=method, effort=effort, budget_s=budget_s, **kwargs)
 
-    def explain(self, *args: Any, of: Made = "hessian", **kwargs: Any) -> str:
+    def explain(self, *args: Any, of: PlannedDerivative = "hessian", **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does; `of` is that of `plan`."""
         wrapper, method = self._planned_method(of)
         return wrapper.explain(*args, of=method, **kwargs).removesuffix(HINT)

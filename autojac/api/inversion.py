@@ -65,21 +65,21 @@ def solve(matrices: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
         reciprocals = diagonal.reciprocal()
         storable = reciprocals.abs() <= torch.finfo(stored).max
         return reciprocals.diag_embed(), ~(diagonal.isfinite() & storable).all(-1)
-    failed = matrices.new_zeros(matrices.shape[:-2], dtype=torch.bool)
+    has_failed = matrices.new_zeros(matrices.shape[:-2], dtype=torch.bool)
     rows = _scale(matrices, -1) if m == n else matrices.new_ones(1, 1)
     scaled = matrices * rows
     columns = _scale(scaled, -2)
     scaled = scaled * columns
     if upper or lower:
         identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device).expand_as(scaled)
-        solved = torch.linalg.solve_triangular(scaled, identity, upper=upper)
-        failed = scaled.diagonal(dim1=-2, dim2=-1).eq(0).any(-1)
+        inverse_of_scaled = torch.linalg.solve_triangular(scaled, identity, upper=upper)
+        has_failed = scaled.diagonal(dim1=-2, dim2=-1).eq(0).any(-1)
     elif m == n:
-        solved, info = torch.linalg.inv_ex(scaled)
-        failed = info.ne(0)
+        inverse_of_scaled, info = torch.linalg.inv_ex(scaled)
+        has_failed = info.ne(0)
     else:
         q, r = torch.linalg.qr(scaled)
-        solved = torch.linalg.solve_triangular(r, q.mT, upper=True)
-    inverses = columns.mT * solved * rows.mT
-    resolved = _norm(scaled) * _norm(solved) * (MARGIN * torch.finfo(matrices.dtype).eps) <= 1
-    return inverses, failed | ~resolved | ~(largest_of_each(inverses) <= torch.finfo(stored).max)
+        inverse_of_scaled = torch.linalg.solve_triangular(r, q.mT, upper=True)
+    inverses = columns.mT * inverse_of_scaled * rows.mT
+    is_resolved = _norm(scaled) * _norm(inverse_of_scaled) * (MARGIN * torch.finfo(matrices.dtype).eps) <= 1
+    return inverses, has_failed | ~is_resolved | ~(largest_of_each(inverses) <= torch.finfo(stored).max)

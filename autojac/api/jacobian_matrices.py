@@ -24,17 +24,15 @@ class MatrixSizes(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What all of them take."""
+        """Bytes of all of them."""
         return self.matrices * self.rows * self.columns * self.item_bytes
 
     @classmethod
     def of(cls, shapes: CallShapes, whole: bool) -> Self:
         """Return the sizes of one matrix per sample, or of a single one for the whole batch."""
         rows = sum(map(prod, shapes.outputs))
-        if shapes.batch is None:
-            return cls(1, rows, sum(map(prod, shapes.inputs)), shapes.item_bytes)
-        if not whole:
-            return cls(shapes.batch, rows, sum(map(prod, shapes.inputs)), shapes.item_bytes)
+        if shapes.batch is None or not whole:
+            return cls(prod(shapes.lead), rows, sum(map(prod, shapes.inputs)), shapes.item_bytes)
         each = zip(shapes.differentiated, shapes.inputs, strict=True)
         columns = sum(prod(shape) * (1 if shapes.axes[position] is None else shapes.batch) for position, shape in each)
         return cls(1, rows * shapes.batch, columns, shapes.item_bytes)
@@ -61,14 +59,14 @@ def one_hot_seeds(
 ) -> list[Tensor]:
     """Return unit vectors number `start` to `stop` as tangents of inputs or cotangents of outputs.
 
-    For one matrix per sample each of them is the same in all samples.
+    For one matrix per sample each of them repeats one vector for all samples.
     """
     events = shapes.inputs if columns else shapes.outputs
     axes: list[int | None] = [shapes.axes[p] for p in shapes.differentiated] if columns else [0] * len(events)
     tensors = tensor_leaves(tuple(args))
     chosen = [tensors[position] for position in shapes.differentiated]
     likes = chosen if columns else [chosen[0]] * len(events)
-    lead = () if shapes.batch is None else (shapes.batch,)
+    lead = shapes.lead
     sizes = [
         prod(event) * (prod(lead) if whole and axis is not None else 1)
         for event, axis in zip(events, axes, strict=True)

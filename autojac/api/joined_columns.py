@@ -20,7 +20,7 @@ from autojac.planning.plan_repository import function_name
 
 
 class NamedColumn(NamedTuple):
-    """A column of an argument; None of its only one."""
+    """A column of an argument; None for its only one."""
 
     argument: str
     column: int | None
@@ -40,7 +40,7 @@ class JoinedColumns:
         options: as of `AutoJacobian`, checked; `argnums` are the positions of the arguments in `names`.
         names: of the arguments that are differentiated.
         of: the derivatives.
-        make: gives the wrapper of a function with one differentiated tensor.
+        make: returns the wrapper of a function with one differentiated tensor.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class JoinedColumns:
         return {"func": self.func, "of": self.of, "names": self.names, "in_dims": self.options.in_dims}
 
     def replace(self, func: Callable[..., Any], **changes: Any) -> JoinedColumns:
-        """Return the same derivatives of another function, by options of which some are others."""
+        """Return the same derivatives of another function, with some options changed."""
         return JoinedColumns(func, self.options.replace(**changes), self.names, self.of, self._make)
 
     def _without_search(self) -> JoinedColumns:
@@ -93,7 +93,7 @@ class JoinedColumns:
         return wrapper.explain(*own, **kwargs)
 
     def _join(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[AutoJacobian, tuple[Any, ...]]:
-        """Return what serves a call, and its arguments with the differentiated ones joined, which lead."""
+        """Return the wrapper that serves a call, and its arguments: the joined ones, then the others."""
         positions = self.options.argnums
         assert isinstance(positions, tuple)
         if len(args) <= max(positions):
@@ -114,15 +114,15 @@ class JoinedColumns:
         key = tuple([(x.shape[1:], x.dtype) for x in inputs])
         others = [x for number, x in enumerate(args) if number not in positions]
         if len({len(x) for x in inputs}) > 1 or len({(x.dtype, x.device) for x in inputs}) > 1:
-            found = ", ".join(f"{name}: {tuple(x.shape)} {x.dtype}" for name, x in zip(self.names, inputs, strict=True))
+            got = ", ".join(f"{name}: {tuple(x.shape)} {x.dtype}" for name, x in zip(self.names, inputs, strict=True))
             raise InputError(
-                f"tensors that are differentiated in together share batch, dtype and device, got {found}. Convert "
+                f"tensors that are differentiated in together share batch, dtype and device, got {got}. Convert "
                 "them, or expand what all samples share"
             )
-        known = self._wrappers.get((key, len(args)))
-        if known is None:
-            known = self._wrappers[key, len(args)] = self._wrapper([tuple(x.shape[1:]) for x in inputs], len(args))
-        return known, (join_columns(inputs), *others)
+        wrapper = self._wrappers.get((key, len(args)))
+        if wrapper is None:
+            wrapper = self._wrappers[key, len(args)] = self._wrapper([tuple(x.shape[1:]) for x in inputs], len(args))
+        return wrapper, (join_columns(inputs), *others)
 
     def _wrapper(self, events: Sequence[tuple[int, ...]], count: int) -> AutoJacobian:
         positions, in_dims = self.options.argnums, self.options.in_dims

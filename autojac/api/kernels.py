@@ -1,4 +1,4 @@
-"""Kernels, Gauss-Newton products and gradient norms: what training wants of Jacobians in parameters."""
+"""Kernels, Gauss-Newton products and gradient norms, which training uses of Jacobians in parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autojac.api.chunks import Chunks
+from autojac.api.grams import PART
 from autojac.api.jacobian_matrices import MatrixSizes, as_one_matrix
 from autojac.api.planned_call import PlannedCall
 from autojac.api.product_arguments import CallShapes, checked_vectors
@@ -21,12 +22,9 @@ from autojac.core.nests import is_differentiable, tensor_leaves
 from autojac.core.product_functions import AlongTangents, WeightedOutput
 from autojac.errors import InputError, UnsupportedError
 
-PART = 4
-"""What share of the memory limit the Jacobian of a part may take."""
-
 
 class Kernels(Chunks):
-    """The methods of `AutoJacobian` that are mostly asked of Jacobians in parameters."""
+    """The methods of `AutoJacobian` that are mostly used for Jacobians in parameters."""
 
     def ntk(self, x: Any, y: Any = None, **kwargs: Any) -> Tensor:
         """Return J_b(x) J_c(y)ᵀ for all pairs of samples: of `of_parameters`, the empirical neural tangent kernel.
@@ -87,8 +85,8 @@ class Kernels(Chunks):
         """
         inputs, tangents = without_last(args, "ggn_product")
         own = self._func_args(inputs, kwargs)
-        pulled = self._product(WeightedOutput, own, kwargs, self._push(own, kwargs, tangents, loss), True)
-        return pulled[0] if self.options.has_aux else pulled
+        cotangents = self._push(own, kwargs, tangents, loss)
+        return self._without_aux(self._product(WeightedOutput, own, kwargs, cotangents, True))
 
     def _push(
         self, own: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, loss: Callable[[Any], Tensor] | None
@@ -96,13 +94,10 @@ class Kernels(Chunks):
         """Return H J v."""
         shapes = self._shapes(own, kwargs)
         shapes.require_repeatable("ggn_product")
-        pushed = self._product(AlongTangents, own, kwargs, tangents, True)
-        pushed = pushed[0] if self.options.has_aux else pushed
+        pushed = self._without_aux(self._product(AlongTangents, own, kwargs, tangents, True))
         if loss is None:
             return pushed
-        outputs = self.func(*own, **kwargs)
-        outputs = outputs[0] if self.options.has_aux else outputs
-        leaves, spec = pytree.tree_flatten(outputs)
+        leaves, spec = pytree.tree_flatten(self._without_aux(self.func(*own, **kwargs)))
         flat, vectors = list(filter(is_differentiable, leaves)), tensor_leaves(pushed)
 
         def of_flat(*ys: Tensor) -> Tensor:
@@ -144,8 +139,7 @@ class Kernels(Chunks):
         if room is not None:
             parts = call.wrapper.chunks(*call.args, bytes=room, **call.kwargs)
             return torch.cat([_norms(part) for _, part in parts])
-        pulled = call.wrapper(*call.args, **call.kwargs)
-        return _norms(pulled[0] if self.options.has_aux else pulled)
+        return _norms(self._without_aux(call.wrapper(*call.args, **call.kwargs)))
 
     def _gradients_call(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], cotangents: Any

@@ -1,4 +1,4 @@
-"""Damped least squares for batches of matrices, sparse matrices, and matrices that are known by their products."""
+"""Damped least squares for batches of matrices, sparse matrices, and matrices given by their products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Times = Callable[[Tensor], Tensor]
 System = tuple[Tensor, Tensor, Tensor]
 """Matrices (B, m, n), residuals (B, m) and λ (B, 1)."""
 MOST_STEPS = 10
-"""Steps of conjugate gradients at most, as a multiple of the unknowns: rounding delays what would end after one."""
+"""Steps of conjugate gradients at most, as a multiple of the unknowns: without rounding, one would suffice."""
 CONVERGED = 256
 """Multiple of eps that the gradient of a solution may be, relative to that of zero: what rounding leaves of it."""
 INVERSE_STEPS = 3
@@ -55,14 +55,14 @@ def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tenso
     shift = damping.expand(len(matrices))[:, None]
     tall = matrices.shape[1] >= matrices.shape[2]
     with torch.no_grad():
-        found = _solve(own, (matrices.detach(), residuals.detach(), shift.detach()), tall)
+        solution = _solve(own, (matrices.detach(), residuals.detach(), shift.detach()), tall)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (matrices, residuals, damping)):
         # a step of Newton's method from the solution, which has its derivatives of first and second order
-        A, error = _normal_matrix(matrices, shift, tall), _error(matrices, residuals, shift, found, tall)
-        found = found - torch.cholesky_solve(error[..., None], torch.linalg.cholesky_ex(A).L)[..., 0]
+        A, error = _normal_matrix(matrices, shift, tall), _error(matrices, residuals, shift, solution, tall)
+        solution = solution - torch.cholesky_solve(error[..., None], torch.linalg.cholesky_ex(A).L)[..., 0]
     if not tall:
-        found = -_times(matrices.mT, found)
-    return found.to(stored)
+        solution = -_times(matrices.mT, solution)
+    return solution.to(stored)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -75,19 +75,19 @@ def _normal_matrix(J: Tensor, shift: Tensor, tall: bool) -> Tensor:
     return A + shift[..., None] * torch.eye(A.shape[-1], dtype=J.dtype, device=J.device)
 
 
-def _error(J: Tensor, r: Tensor, shift: Tensor, found: Tensor, tall: bool) -> Tensor:
-    """Return what a solution misses the normal equations by."""
+def _error(J: Tensor, r: Tensor, shift: Tensor, solution: Tensor, tall: bool) -> Tensor:
+    """Return the residual of a solution in the normal equations."""
     if tall:
-        return _times(J.mT, _times(J, found) + r) + shift * found
-    return _times(J, _times(J.mT, found)) + shift * found - r
+        return _times(J.mT, _times(J, solution) + r) + shift * solution
+    return _times(J, _times(J.mT, solution)) + shift * solution - r
 
 
 def _solve(own: System, system: System, tall: bool) -> Tensor:
     """Return d with (JᵀJ + λI) d = -Jᵀr, or z with (JJᵀ + λI) z = r, of which d = -Jᵀz.
 
     Args:
-        own: J, r and λ as they were given.
-        system: the same, as they are computed with.
+        own: J, r and λ in their own dtype.
+        system: the same in the dtype of the computation.
         tall: there are as many rows as columns, or more.
     """
     J, r, shift = system
@@ -100,15 +100,15 @@ def _solve(own: System, system: System, tall: bool) -> Tensor:
     def solve(right: Tensor) -> Tensor:
         return scale * torch.cholesky_solve((scale * right)[..., None], factor)[..., 0]
 
-    found = -solve(error)
+    solution = -solve(error)
     if J.dtype == own[0].dtype:
-        found = found - solve(_error(J, r, shift, found, tall))
+        solution = solution - solve(_error(J, r, shift, solution, tall))
     pivots = factor.diagonal(dim1=1, dim2=2).amin(-1).square()
-    good = info.eq(0) & (pivots > torch.finfo(J.dtype).eps ** 0.5) & found.isfinite().all(-1)
+    good = info.eq(0) & (pivots > torch.finfo(J.dtype).eps ** 0.5) & solution.isfinite().all(-1)
     if not bool(good.all()):
         poor = torch.nonzero(~good)[:, 0]
-        found[poor] = _by_qr(own, scale, tall, poor).to(found.dtype)
-    return found
+        solution[poor] = _by_qr(own, scale, tall, poor).to(solution.dtype)
+    return solution
 
 
 def _by_qr(own: System, scale: Tensor, tall: bool, numbers: Tensor) -> Tensor:
@@ -176,14 +176,14 @@ def sparse_least_squares(entries: Entries, values: Tensor, residual: Tensor, dam
     from scipy.sparse.linalg import splu
 
     rows, columns = entries.pattern.shape
-    held, right, shift = values.detach(), residual.detach(), float(damping.detach())
-    for tensor, at in ((held, entries.pattern.rows), (right, np.arange(rows))):
+    detached, right, shift = values.detach(), residual.detach(), float(damping.detach())
+    for tensor, at in ((detached, entries.pattern.rows), (right, np.arange(rows))):
         wrong = ~tensor.isfinite().cpu().numpy()
         if wrong.any():
             flags = torch.zeros(samples, dtype=torch.bool)
             flags[torch.from_numpy(np.unique(at[wrong] // (rows // samples)).astype(np.int64))] = True
             raise refusal(torch.zeros_like(flags), flags, square=False)
-    exact = held.double().cpu().numpy()
+    exact = detached.double().cpu().numpy()
     J = csr_array((exact, entries.pattern.columns, entries.pattern.starts), shape=(rows, columns))
     A = (J.T @ J + shift * eye_array(columns)).tocsc()
     diagonal = A.diagonal()
@@ -198,29 +198,29 @@ def sparse_least_squares(entries: Entries, values: Tensor, residual: Tensor, dam
     except RuntimeError:  # exactly singular; moved a little, its null space stands out
         factor = None
     if factor is None or np.abs(factor.U.diagonal()).min() < columns * MARGIN * np.finfo(np.float64).eps:
-        moved = splu((scaled + 1e-10 * eye_array(columns)).tocsc())
+        shifted = splu((scaled + 1e-10 * eye_array(columns)).tocsc())
         vector = np.random.default_rng(0).standard_normal(columns)
         for _ in range(INVERSE_STEPS):
-            vector = moved.solve(vector / np.linalg.norm(vector))
+            vector = shifted.solve(vector / np.linalg.norm(vector))
         raise _singular(np.array([np.abs(vector).argmax() // per_sample]), samples)
 
     def solve(y: Tensor) -> Tensor:
         solution = scale * factor.solve(scale * y.detach().double().cpu().numpy())
         return torch.from_numpy(solution).to(y)
 
-    def error(values: Tensor, residual: Tensor, damping: Tensor, found: Tensor) -> Tensor:
-        return entries.pull(values, entries.push(values, found) + residual) + damping * found
+    def error(values: Tensor, residual: Tensor, damping: Tensor, d: Tensor) -> Tensor:
+        return entries.pull(values, entries.push(values, d) + residual) + damping * d
 
     with torch.no_grad():
         start = right.new_zeros(columns)
         for _ in range(2):
-            start = start - solve(error(held, right, damping.detach(), start))
+            start = start - solve(error(detached, right, damping.detach(), start))
     return attach_implicit_derivative(start, error(values, residual, damping, start), solve)
 
 
-def _singular(found: np.ndarray[Any, Any], samples: int) -> SingularJacobianError:
+def _singular(numbers: np.ndarray[Any, Any], samples: int) -> SingularJacobianError:
     flags = torch.zeros(samples, dtype=torch.bool)
-    flags[torch.from_numpy(found.astype(np.int64))] = True
+    flags[torch.from_numpy(numbers.astype(np.int64))] = True
     return refusal(flags, torch.zeros_like(flags), square=False)
 
 
@@ -250,29 +250,29 @@ def matrix_free_least_squares(times: Times, back: Times, residual: Tensor, dampi
         with torch.no_grad():
             return _conjugate_gradients(forth, again, None, y, damping.detach(), count)
 
-    def error(found: Tensor, r: Tensor, shift: Tensor) -> Tensor:
+    def error(solution: Tensor, r: Tensor, shift: Tensor) -> Tensor:
         """Return what a solution misses the normal equations by: of d, or for fewer rows than columns of d = -Jᵀz."""
         if wide:
-            return times(back(found)) + shift * found - r
-        return back(times(found) + r) + shift * found
+            return times(back(solution)) + shift * solution - r
+        return back(times(solution) + r) + shift * solution
 
     with torch.no_grad():
         r, shift = residual.detach(), damping.detach()
         if wide:
-            found = solve(r)
-            found = found - solve(error(found, r, shift))
+            solution = solve(r)
+            solution = solution - solve(error(solution, r, shift))
         else:
-            found = _conjugate_gradients(times, back, -r, None, shift, size)
+            solution = _conjugate_gradients(times, back, -r, None, shift, size)
     if torch.is_grad_enabled():
-        found = attach_implicit_derivative(found, error(found, residual, damping), solve)
-    return -back(found) if wide else found
+        solution = attach_implicit_derivative(solution, error(solution, residual, damping), solve)
+    return -back(solution) if wide else solution
 
 
 def _conjugate_gradients(
-    times: Times, back: Times, right: Tensor | None, given: Tensor | None, damping: Tensor, size: int
+    times: Times, back: Times, right: Tensor | None, normal_right: Tensor | None, damping: Tensor, size: int
 ) -> Tensor:
     """Return x with (JᵀJ + λI) x = Jᵀ right, or a `given` right-hand side."""
-    like = right if right is not None else given
+    like = right if right is not None else normal_right
     assert like is not None
     x = like.new_zeros(len(like), size)
     gradient = back(right) if right is not None else like
@@ -281,20 +281,20 @@ def _conjugate_gradients(
     for _ in range(MOST_STEPS * size + 1):
         if bool((gradient.norm(dim=1, keepdim=True) <= tolerance).all()):
             return x
-        moved = times(direction)
-        curvature = moved.square().sum(1, keepdim=True) + damping * direction.square().sum(1, keepdim=True)
+        image = times(direction)
+        curvature = image.square().sum(1, keepdim=True) + damping * direction.square().sum(1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0)
         x = x + step * direction
         if rest is not None:
-            rest = rest - step * moved
+            rest = rest - step * image
             gradient = back(rest) - damping * x
         else:
-            gradient = gradient - step * (back(moved) + damping * direction)
+            gradient = gradient - step * (back(image) + damping * direction)
         before, power = power, gradient.square().sum(1, keepdim=True)
         direction = gradient + torch.where(before > 0, power / before, 0) * direction
     poor = torch.nonzero((gradient.norm(dim=1, keepdim=True) > tolerance)[:, 0])[:, 0].tolist()
-    named = f"{', '.join(map(str, poor[:NAMED]))}{', ...' * (len(poor) > NAMED)}"
+    names = f"{', '.join(map(str, poor[:NAMED]))}{', ...' * (len(poor) > NAMED)}"
     raise SearchError(
         f"conjugate gradients were expected to converge in {MOST_STEPS * size} steps, but did not in "
-        f"{plural(len(poor), 'system')} ({named}). Pass damping, or raise memory_limit to have the Jacobian formed"
+        f"{plural(len(poor), 'system')} ({names}). Pass damping, or raise memory_limit to have the Jacobian formed"
     )

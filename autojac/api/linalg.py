@@ -162,14 +162,14 @@ def _inverse_push(matrices: Tensor, inverses: Tensor, tangent: Tensor) -> Tensor
     """
     m, n = matrices.shape[-2:]
     with outside_autocast():
-        pushed = -inverses @ tangent @ inverses
+        derivative = -inverses @ tangent @ inverses
         if m > n:
-            turned = inverses @ (inverses.mT @ tangent.mT)
-            pushed = pushed + turned - turned @ matrices @ inverses
+            term = inverses @ (inverses.mT @ tangent.mT)
+            derivative = derivative + term - term @ matrices @ inverses
         elif m < n:
-            turned = (tangent.mT @ inverses.mT) @ inverses
-            pushed = pushed + turned - inverses @ (matrices @ turned)
-    return pushed
+            term = (tangent.mT @ inverses.mT) @ inverses
+            derivative = derivative + term - inverses @ (matrices @ term)
+    return derivative
 
 
 def _inverse_pull(matrices: Tensor, inverses: Tensor, cotangent: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ def _slogdet_pull(matrices: Tensor, _: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def _slogdet_push(matrices: Tensor, _: Tensor, tangent: Tensor) -> Tensor:
-    pushed = (by_rule(matrices, INVERSE_OR_NAN).mT * tangent).sum(-1).sum(-1)
-    return torch.stack([torch.zeros_like(pushed), pushed], -1)
+    derivative = (by_rule(matrices, INVERSE_OR_NAN).mT * tangent).sum(-1).sum(-1)
+    return torch.stack([torch.zeros_like(derivative), derivative], -1)
 
 
 def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacobianError:
@@ -210,8 +210,8 @@ def refusal(singular: Tensor, not_finite: Tensor, square: bool) -> SingularJacob
         "look for a division by zero, or a root or logarithm at zero, where it is not finite",
     ]
     if singular.ndim:
-        found = [f"{_count(at)} {flaw} ({_name(at)})" for at, flaw in zip(samples, flaws, strict=True) if at]
-        count, _, rest = " and ".join(found).partition(" ")
+        flawed = [f"{_count(at)} {flaw} ({_name(at)})" for at, flaw in zip(samples, flaws, strict=True) if at]
+        count, _, rest = " and ".join(flawed).partition(" ")
         text = f"{count} of {singular.numel()} Jacobians {rest}"
     else:
         text = f"the Jacobian is {flaws[0] if samples[0] else flaws[1]}"

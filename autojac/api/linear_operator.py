@@ -44,7 +44,7 @@ class JacobianOperator(LinearOperator):  # type: ignore[misc]
     *out) to (B, *in). Nothing here carries a graph.
 
     Attributes:
-        form: `"sparse"`, `"low-rank"` or `"matrix-free"`: what it multiplies with.
+        form: `"sparse"`, `"low-rank"` or `"matrix-free"`: how it multiplies.
     """
 
     def __init__(self, linear_map: LinearMap) -> None:
@@ -102,33 +102,33 @@ class JacobianOperator(LinearOperator):  # type: ignore[misc]
 
 def of_entries(entries: Entries, values: Tensor, outputs: tuple[int, ...], inputs: tuple[int, ...]) -> LinearMap:
     """Return how a sparse Jacobian multiplies."""
-    held = values.detach()
+    detached = values.detach()
 
     def times(v: Tensor) -> Tensor:
-        return torch.stack([entries.push(held, one.flatten()).reshape(outputs) for one in v])
+        return torch.stack([entries.push(detached, one.flatten()).reshape(outputs) for one in v])
 
     def back(u: Tensor) -> Tensor:
-        return torch.stack([entries.pull(held, one.flatten()).reshape(inputs) for one in u])
+        return torch.stack([entries.pull(detached, one.flatten()).reshape(inputs) for one in u])
 
-    return LinearMap("sparse", times, back, outputs, inputs, held)
+    return LinearMap("sparse", times, back, outputs, inputs, detached)
 
 
 def of_factors(factors: LowRankJacobian) -> LinearMap:
     """Return how a block diagonal plus a product of low rank multiplies."""
-    held = LowRankJacobian(*(part.detach() for part in factors))
-    outputs, inputs = tuple(held.U.shape[:-1]), tuple(held.V.shape[1:])
+    detached = LowRankJacobian(*(part.detach() for part in factors))
+    outputs, inputs = tuple(detached.U.shape[:-1]), tuple(detached.V.shape[1:])
     batch = outputs[0]
-    blocks = held.D.reshape(batch, prod(outputs[1:]), prod(inputs[1:]))
-    U, V = held.U.reshape(prod(outputs), len(held.V)), held.V.reshape(len(held.V), prod(inputs))
+    blocks = detached.D.reshape(batch, prod(outputs[1:]), prod(inputs[1:]))
+    U, V = detached.U.reshape(prod(outputs), len(detached.V)), detached.V.reshape(len(detached.V), prod(inputs))
 
     def times(v: Tensor) -> Tensor:
         flat = v.reshape(len(v), -1)
-        own = torch.einsum("bmn,kbn->kbm", blocks, v.reshape(len(v), batch, -1))
-        return (own.reshape(len(v), -1) + flat @ V.T @ U.T).reshape(-1, *outputs)
+        per_sample = torch.einsum("bmn,kbn->kbm", blocks, v.reshape(len(v), batch, -1))
+        return (per_sample.reshape(len(v), -1) + flat @ V.T @ U.T).reshape(-1, *outputs)
 
     def back(u: Tensor) -> Tensor:
         flat = u.reshape(len(u), -1)
-        own = torch.einsum("bmn,kbm->kbn", blocks, u.reshape(len(u), batch, -1))
-        return (own.reshape(len(u), -1) + flat @ U @ V).reshape(-1, *inputs)
+        per_sample = torch.einsum("bmn,kbm->kbn", blocks, u.reshape(len(u), batch, -1))
+        return (per_sample.reshape(len(u), -1) + flat @ U @ V).reshape(-1, *inputs)
 
-    return LinearMap("low-rank", times, back, outputs, inputs, held.D)
+    return LinearMap("low-rank", times, back, outputs, inputs, detached.D)

@@ -32,7 +32,7 @@ class LinearSystems(Grams):
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
         """Return argmin ‖J_b d + r_b‖² + λ‖d‖² for each sample: a Gauss-Newton or Levenberg-Marquardt step.
 
-        Of the layout depends which Jacobian that is:
+        The layout decides which Jacobian that is:
 
         * blocks: each sample's own, by batched Cholesky factors, and QR for the samples that are ill-conditioned. Where
           it does not fit into the memory limit, by conjugate gradients on products with it.
@@ -72,8 +72,7 @@ class LinearSystems(Grams):
         inputs, residual = without_last(args, "solve")
         own = self._func_args(inputs, kwargs)
         shapes = self._shapes(own, kwargs)
-        lead = () if shapes.batch is None else (shapes.batch,)
-        wanted = [(*lead, *shape) for shape in shapes.outputs]
+        wanted = [(*shapes.lead, *shape) for shape in shapes.outputs]
         flat = checked_vectors(residual, shapes.outputs_nest, wanted, "r", several=False)[1]
         whole = self._is_whole or shapes.batch is None
         count = 1 if whole else int(shapes.batch or 0)
@@ -83,20 +82,19 @@ class LinearSystems(Grams):
         planned = self._solve_call(own, kwargs, shapes)
         if planned is None:
             step = self._by_products(own, kwargs, shapes, r, shift, aux)
-        elif self.options.layout == "sparse":
-            plan, result = planned.run()
-            values, problem = only(plan, result), plan.problem
-            entries = problem.entries(0, problem.inputs[0])
-            samples = problem.batch if problem.leaves[problem.inputs[0]].batched else 1
-            step = sparse_least_squares(entries, values, r[0], shift, samples)[None]
-            aux = [result.aux]
         else:
             plan, result = planned.run()
-            matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
-            step = least_squares(matrices[None] if whole else matrices, r, shift)
-            aux = [result.aux]
-        made = self._nested_inputs(own, _divide(step, shapes, whole))
-        return (made, aux[0]) if self.options.has_aux else made
+            aux.append(result.aux)
+            if self.options.layout == "sparse":
+                values, problem = only(plan, result), plan.problem
+                entries = problem.entries(0, problem.inputs[0])
+                samples = problem.batch if problem.leaves[problem.inputs[0]].batched else 1
+                step = sparse_least_squares(entries, values, r[0], shift, samples)[None]
+            else:
+                matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
+                step = least_squares(matrices[None] if whole else matrices, r, shift)
+        nested = self._nested_inputs(own, _divide(step, shapes, whole))
+        return (nested, aux[0]) if self.options.has_aux else nested
 
     def _solve_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes) -> PlannedCall | None:
         """Return the call for the Jacobian of a system; None where products have to do."""
@@ -150,7 +148,7 @@ class LinearSystems(Grams):
         with torch.no_grad():
             shapes = self._shapes(own, kwargs)
             require_one_pair(len(shapes.outputs), len(shapes.inputs))
-            lead = () if shapes.batch is None else (shapes.batch,)
+            lead = shapes.lead
             axis = shapes.axes[shapes.differentiated[0]]
             outputs, inputs = (*lead, *shapes.outputs[0]), (*(lead if axis is not None else ()), *shapes.inputs[0])
             if self.options.layout == "sparse":
@@ -167,9 +165,7 @@ class LinearSystems(Grams):
             def product(kind: type[ProductFunction], vectors: Tensor) -> Tensor:
                 moved = vectors.movedim(1, 1 + axis) if axis and kind is AlongTangents else vectors
                 nested = self._nested_inputs(own, [moved]) if kind is AlongTangents else shapes.nested_outputs([moved])
-                found = self._product(kind, point, kwargs, nested, True)
-                result: Tensor = tensor_leaves(found[0] if self.options.has_aux else found)[0]
-                return result
+                return tensor_leaves(self._without_aux(self._product(kind, point, kwargs, nested, True)))[0]
 
             times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeightedOutput))
             like = next(t for t in tensor_leaves(self._pick_differentiated(point)) if is_differentiable(t))
@@ -181,7 +177,6 @@ class LinearSystems(Grams):
     ) -> Tensor:  # fmt: skip
         """Return the step by conjugate gradients."""
         whole = self._is_whole or shapes.batch is None
-        lead = () if shapes.batch is None else (shapes.batch,)
 
         def product(kind: type[ProductFunction], vectors: Any) -> Tensor:
             found = self._product(kind, args, kwargs, vectors, whole)
@@ -197,7 +192,7 @@ class LinearSystems(Grams):
 
         def back(u: Tensor) -> Tensor:
             parts = u.split([prod(shape) * (shapes.batch or 1 if whole else 1) for shape in shapes.outputs], 1)
-            flat = [part.reshape(*lead, *shape) for part, shape in zip(parts, shapes.outputs, strict=True)]
+            flat = [part.reshape(*shapes.lead, *shape) for part, shape in zip(parts, shapes.outputs, strict=True)]
             return product(WeightedOutput, shapes.nested_outputs(flat))
 
         shift = shift if shift.dim() == 0 else shift[:, None]

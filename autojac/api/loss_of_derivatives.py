@@ -31,7 +31,7 @@ class LossOfDerivatives(nn.Module):
     Args:
         source: a wrapper that gives derivatives.
         loss: a function of these and of further arguments.
-        modules: what of func and loss holds parameters.
+        modules: the modules in func and loss, which hold the parameters.
     """
 
     def __init__(self, source: Any, loss: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
@@ -40,9 +40,9 @@ class LossOfDerivatives(nn.Module):
         self.trained = nn.ModuleList(modules)
 
     def forward(self, *args: Any) -> Tensor:
-        own = pytree.tree_map_only(Tensor, lambda x: x.squeeze(0), args)
-        with write_back_copies(args, own):
-            return self.value(*own).unsqueeze(0)
+        unbatched = pytree.tree_map_only(Tensor, lambda x: x.squeeze(0), args)
+        with write_back_copies(args, unbatched):
+            return self.value(*unbatched).unsqueeze(0)
 
     def value(self, x: Any, *rest: Any) -> Tensor:
         """Return the loss, with its graph."""

@@ -27,8 +27,8 @@ class LowRankJacobian(NamedTuple):
 
     Attributes:
         D: (B, *out, *in), each sample's own part.
-        U: (B, *out, k), how each sample feels the k shared numbers.
-        V: (k, B, *in), how each sample moves them.
+        U: (B, *out, k), the derivative of each sample in the k shared numbers.
+        V: (k, B, *in), the derivative of these in each sample.
     """
 
     D: Tensor
@@ -54,12 +54,12 @@ class LowRankJacobian(NamedTuple):
             )
         flat = tangent.reshape(batch, n)
         local = (self.D.reshape(batch, m, n) @ flat[..., None]).reshape(out)
-        moved = self.V.reshape(k, batch * n) @ flat.reshape(-1)
-        return local + self.U @ moved
+        shared = self.V.reshape(k, batch * n) @ flat.reshape(-1)
+        return local + self.U @ shared
 
 
 def prepare_factors(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str, Any]], LowRankJacobian]:
-    """Return what computes the factors for one kind of call, whose samples meet in shared statistics.
+    """Return a function that computes the factors for one kind of call, whose samples meet in shared statistics.
 
     Raises:
         InputError: if there are several outputs or inputs, or an input without a batch.
@@ -67,25 +67,25 @@ def prepare_factors(problem: Problem) -> Callable[[Sequence[Tensor], Mapping[str
     require_one(problem)
 
     def find(flow: BatchFlow, inputs: Sequence[int]) -> tuple[Statistics, SharedTensors] | None:
-        for way in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
-            shared = way.find_shared(flow, inputs, problem.differentiable)
+        for method in (Statistics("copies", "batched"), Statistics("mixed", "batched")):
+            shared = method.find_shared(flow, inputs, problem.differentiable)
             if shared is not None:
-                return way, shared
+                return method, shared
         return None
 
     batched = [leaf.batched for leaf in problem.leaves]
     cutter = RecordAndCut(problem.fn, problem.inputs, batched, problem.batch, find, problem.differentiable)
 
     def compute(leaves: Sequence[Tensor], kwargs: Mapping[str, Any]) -> LowRankJacobian:
-        recording, found = cutter(leaves, kwargs)
-        if found is None or recording.graph is None:
+        recording, cut = cutter(leaves, kwargs)
+        if cut is None or recording.graph is None:
             why = recording.reason or "samples meet elsewhere than in tensors that all of them share"
             raise UnsupportedError(f"this Jacobian has no factors: {why}. Ask for the blocks or for layout='full'")
-        way, shared = found
+        method, shared = cut
         try:
-            factors = _multiply_out(way, problem, recording.graph, shared, leaves)
+            factors = _multiply_out(method, problem, recording.graph, shared, leaves)
         except RuntimeError:  # an operator without a vmap rule
-            slow = dataclasses.replace(way, engine="loop")
+            slow = dataclasses.replace(method, engine="loop")
             factors = _multiply_out(slow, problem, recording.graph, shared, leaves)
         _check(factors, Pullback.of_graph(recording.values, recording.inputs, problem.differentiable))
         return factors if problem.differentiable else LowRankJacobian(*(part.detach() for part in factors))
@@ -117,17 +117,17 @@ def _multiply_out(
 ) -> LowRankJacobian:
     blocks, through = way.sharing(problem, graph, shared, leaves).pieces()
     pieces = list(through)
-    own = blocks[0][0]
+    diagonal = blocks[0][0]
     if not pieces:
-        return without_sharing(problem, own)
-    felt = torch.cat([left[0] for left, _ in pieces]).permute(1, 2, 0)
-    reached = torch.cat([right[0] for _, right in pieces])
-    felt = felt.reshape(problem.batch, *problem.outputs[0], felt.shape[-1])
-    return LowRankJacobian(own, felt.to(own.dtype), reached)
+        return without_sharing(problem, diagonal)
+    left_factors = torch.cat([left[0] for left, _ in pieces]).permute(1, 2, 0)
+    right_factors = torch.cat([right[0] for _, right in pieces])
+    left_factors = left_factors.reshape(problem.batch, *problem.outputs[0], left_factors.shape[-1])
+    return LowRankJacobian(diagonal, left_factors.to(diagonal.dtype), right_factors)
 
 
 def _check(factors: LowRankJacobian, pullback: Pullback) -> None:
-    """Check uᵀJ against a VJP: factors come straight from the graph, and no plan has been checked for them."""
+    """Check uᵀJ against a VJP, as no plan is checked for factors."""
     value = pullback.recorded[0]
     (u,) = balanced_noise([value], torch.Generator().manual_seed(0))
     expected = pullback(0, u)[0].detach()
@@ -135,9 +135,9 @@ def _check(factors: LowRankJacobian, pullback: Pullback) -> None:
     D, U, V = (part.detach() for part in factors)
     local = torch.einsum("bm,bmn->bn", rows, D.reshape(*rows.shape, -1))
     through = torch.einsum("bm,bmk->k", rows, U.reshape(*rows.shape, -1)) @ V.reshape(len(V), local.numel())
-    found = local + through.view_as(local)
-    scale = expected.detach().abs().amax().expand(len(found), 1) + local.abs()
-    error = disagreement(found.to(expected.dtype), expected.reshape(found.shape), scale)
+    actual = local + through.view_as(local)
+    scale = expected.detach().abs().amax().expand(len(actual), 1) + local.abs()
+    error = disagreement(actual.to(expected.dtype), expected.reshape(actual.shape), scale)
     if error is not None:
         raise VerificationError(
             f"the factors are off by {error:.1g} relative to a plain VJP, which is a fault of autojac's: please report "

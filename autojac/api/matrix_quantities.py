@@ -1,4 +1,4 @@
-"""What is made of a Jacobian: its inverse, determinant and trace."""
+"""Quantities of a Jacobian: its inverse, determinant, trace and factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from autojac.api.linalg import Slogdet, as_matrices, inverse, slogdet
+from autojac.api.linalg import as_matrices, inverse, slogdet
 from autojac.api.low_rank_factors import LowRankJacobian
 from autojac.api.planned_call import PlannedCall
 from autojac.core.options import Options
@@ -21,7 +21,7 @@ from autojac.problem.problem import Result
 
 
 class MatrixQuantities(ABC):
-    """The methods of `AutoJacobian` that go on from the Jacobian; each takes one output and one input."""
+    """The methods of `AutoJacobian` for quantities of one Jacobian, of one output in one input."""
 
     func: Callable[..., Any]
     options: Options
@@ -57,11 +57,7 @@ class MatrixQuantities(ABC):
             InputError: if there are several outputs or inputs.
             SingularJacobianError: naming the samples whose Jacobian is singular, rank-deficient or not finite.
         """
-
-        def inverted(matrices: Tensor, restore: Callable[[Tensor], Tensor]) -> Tensor:
-            return restore(inverse(matrices))
-
-        return self._of_matrices(inverted, args, kwargs)
+        return self._of_matrices(lambda matrices, restore: restore(inverse(matrices)), args, kwargs)
 
     def slogdet(self, *args: Any, **kwargs: Any) -> Any:
         """Return sign and logarithm of each sample's absolute Jacobian determinant, as a normalizing flow needs them.
@@ -76,11 +72,7 @@ class MatrixQuantities(ABC):
         Raises:
             InputError: if there are several outputs or inputs, or not as many rows as columns.
         """
-
-        def determined(matrices: Tensor, restore: Callable[[Tensor], Tensor]) -> Slogdet:
-            return slogdet(matrices)
-
-        return self._of_matrices(determined, args, kwargs)
+        return self._of_matrices(lambda matrices, _: slogdet(matrices), args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Return the trace of each sample's Jacobian: the divergence of a vector field. Only the diagonal is computed.
@@ -142,6 +134,9 @@ class MatrixQuantities(ABC):
 
     def _beside_aux(self, value: Any, result: Result) -> Any:
         return (value, result.aux) if self.options.has_aux else value
+
+    def _without_aux(self, result: Any) -> Any:
+        return result[0] if self.options.has_aux else result
 
     def _other(self, layout: Layout) -> Self:
         """Return the same wrapper for another layout, with plans of its own."""

@@ -1,4 +1,4 @@
-"""The plans behind what is made of a Jacobian: returned, searched for and explained."""
+"""The plans behind the methods of `AutoJacobian`: returned, searched for and explained."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PlannedMethod = Literal[
     "jacobian", "jvp", "vjp", "gram", "norm", "singular_values", "solve", "inverse", "slogdet", "trace", "factors",
     "chunks", "ggn_product", "gradient_norms",
 ]  # fmt: skip
-"""What an `AutoJacobian` has plans for: the Jacobian, and what its methods of these names compute by."""
+"""What an `AutoJacobian` has plans for: the Jacobian, and the computations behind its methods of these names."""
 HINT = (
     "\nhint: AutoHessian(func) plans second derivatives, and Derivatives(func, of=((), (0,), (1, 1))) computes only "
     "those by columns that are asked for"
 )
-"""What a Jacobian of a Jacobian is told."""
+"""Added to the explanation of a Jacobian of a Jacobian."""
 
 
 class MethodPlans(Kernels):
-    """The methods of `AutoJacobian` for the plans of the others."""
+    """The methods of `AutoJacobian` for the plans behind the other methods."""
 
     def plan(self, *args: Any, of: PlannedMethod = "jacobian", **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none.
@@ -88,7 +88,7 @@ class MethodPlans(Kernels):
     def _calls_behind(
         self, of: PlannedMethod, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Iterator[PlannedCall]:
-        """Yield the calls that a method computes by; a later one may follow from what an earlier one gives."""
+        """Yield the calls that a method computes by; a later one may depend on the result of an earlier one."""
         require_choice("of", of, get_args(PlannedMethod))
         chosen, kwargs = apart_from_own(of, kwargs)
         if of in LAST:

@@ -17,7 +17,7 @@ from autojac.planning.plan_repository import function_name
 
 
 class PlansOverBatchAxes:
-    """What wrappers of every kind do for several batch axes as the one does that sees a single axis."""
+    """The methods of all wrappers for several batch axes that forward to the wrapper with a single one."""
 
     func: Callable[..., Any]
     _calls: CallsOverBatchAxes
@@ -29,7 +29,7 @@ class PlansOverBatchAxes:
     def _flat_call(
         self, of: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[FlattenedCall, tuple[Any, ...], bool]:
-        """Return a call with one batch axis, what a method of its wrapper takes, and whether of several vectors."""
+        """Return a call with one batch axis, the arguments of a method of its wrapper, and whether several vectors."""
         if of is None or of not in LAST:
             call = self._calls.flat(args)
             return call, call.args, False
@@ -61,7 +61,7 @@ class PlansOverBatchAxes:
     def _call_behind(
         self, of: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[FlattenedCall, tuple[Any, ...], dict[str, Any]]:
-        """Return a call with one batch axis, and arguments and keywords of what tells of its plan."""
+        """Return a call with one batch axis, and the arguments and keywords of `plan`, `tune` and `explain` for it."""
         chosen, others = apart_from_own(of, kwargs)
         call, own, _ = self._flat_call(of, args, others)
         if chosen.get("loss") is not None:
@@ -83,16 +83,16 @@ class PlannedOverBatchAxes(PlansOverBatchAxes):
         return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
 
     def _without_search(self) -> Self:
-        made: Self = super()._without_search()  # type: ignore[misc]
-        made._calls = made._calls_over(self._calls.batch_dims)
-        return made
+        wrapper: Self = super()._without_search()  # type: ignore[misc]
+        wrapper._calls = wrapper._calls_over(self._calls.batch_dims)
+        return wrapper
 
     def __autojac_reach__(self) -> dict[str, Any]:
         return {**super().__autojac_reach__(), "batch_dims": self._calls.batch_dims}  # type: ignore[misc]
 
 
 class OverBatchAxes(PlansOverBatchAxes):
-    """The methods of a wrapper for several batch axes: those of one for a single axis, around which all are restored.
+    """The methods of a wrapper for several batch axes: those for a single axis, on flattened calls.
 
     What is a matrix of the whole batch stays one of the flattened batch: sparse Jacobians, `factors`, operators, and
     the Gram matrices of `layout="full"`. `chunks` counts samples as the flattened batch does.
@@ -108,22 +108,19 @@ class OverBatchAxes(PlansOverBatchAxes):
     def _is_one_matrix(self) -> bool:
         return self.options.layout in ("full", "sparse")
 
-    def _split(self, found: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Return a result apart from aux, in a tuple that is empty without one."""
-        return (found[0], (found[1],)) if self.options.has_aux else (found, ())
+    def _change(self, result: Any, change: Callable[[Any], Any]) -> Any:
+        """Return a changed result, with its aux as it is."""
+        return (change(result[0]), result[1]) if self.options.has_aux else change(result)
 
     def _call_flat(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, **given: Any) -> Any:
         """Return what a method of the flattened batch gives, per sample unless it is of the `whole` batch."""
         call = self._calls.flat(args)
-        found, aux = self._split(getattr(call.wrapper, name)(*call.args, **given, **kwargs))
-        led = found if whole else call.lead(found)
-        return (led, *aux) if aux else led
+        result = getattr(call.wrapper, name)(*call.args, **given, **kwargs)
+        return result if whole else self._change(result, call.lead)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._calls.flat(args)
-        found, aux = self._split(call.wrapper(*call.args, **kwargs))
-        jacobian = call.jacobian(found, self.options.layout)
-        return (jacobian, *aux) if aux else jacobian
+        return self._change(call.wrapper(*call.args, **kwargs), lambda J: call.jacobian(J, self.options.layout))
 
     def value_and_jacobian(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         call = self._calls.flat(args)
@@ -134,12 +131,13 @@ class OverBatchAxes(PlansOverBatchAxes):
         if self.options.layout != "full":
             return self._call_flat("inverse", args, kwargs, False)
         call = self._calls.flat(args)
-        found, aux = self._split(call.wrapper.inverse(*call.args, **kwargs))
-        outputs = len(call.shapes(kwargs).outputs[0])
-        # (B, *in, B, *out), or (*in, B, *out) for an input that all samples share
-        found = split_axis(found, found.dim() - outputs - 1, call.sizes)
-        inverse = found if call.inputs[:1] in ((), (None,)) else call.lead(found)
-        return (inverse, *aux) if aux else inverse
+
+        def split(inverse: Tensor) -> Any:
+            # (B, *in, B, *out), or (*in, B, *out) for an input that all samples share
+            inverse = split_axis(inverse, inverse.dim() - len(call.shapes(kwargs).outputs[0]) - 1, call.sizes)
+            return inverse if call.inputs[:1] in ((), (None,)) else call.lead(inverse)
+
+        return self._change(call.wrapper.inverse(*call.args, **kwargs), split)
 
     def slogdet(self, *args: Any, **kwargs: Any) -> Any:
         return self._call_flat("slogdet", args, kwargs, self.options.layout == "full")
@@ -170,23 +168,19 @@ class OverBatchAxes(PlansOverBatchAxes):
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
         call, own, several = self._flat_call("jvp", args, kwargs)
-        found, aux = self._split(call.wrapper.jvp(*own, **kwargs))
-        pushed = call.lead(found, int(several))
-        return (pushed, *aux) if aux else pushed
+        return self._change(call.wrapper.jvp(*own, **kwargs), lambda jvps: call.lead(jvps, int(several)))
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
         call, own, several = self._flat_call("vjp", args, kwargs)
-        found, aux = self._split(call.wrapper.vjp(*own, **kwargs))
-        pulled = call.like_inputs(found, several, not self._is_one_matrix)
-        return (pulled, *aux) if aux else pulled
+        per_sample = not self._is_one_matrix
+        return self._change(call.wrapper.vjp(*own, **kwargs), lambda u: call.like_inputs(u, several, per_sample))
 
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
         call, own, _ = self._flat_call("solve", args, kwargs)
         if isinstance(damping, Tensor) and damping.shape == call.sizes and not self._is_one_matrix:
             damping = damping.flatten()
-        found, aux = self._split(call.wrapper.solve(*own, damping=damping, **kwargs))
-        step = call.like_inputs(found, shared=not self._is_one_matrix)
-        return (step, *aux) if aux else step
+        result = call.wrapper.solve(*own, damping=damping, **kwargs)
+        return self._change(result, lambda step: call.like_inputs(step, shared=not self._is_one_matrix))
 
     def ntk(self, x: Any, y: Any = None, **kwargs: Any) -> Tensor:
         calls = [self._calls.flat(each if isinstance(each, tuple) else (each,)) for each in (x, y) if each is not None]

@@ -1,4 +1,4 @@
-"""A call of a wrapper that a plan is for: what methods compute by, and what is tuned and explained of them."""
+"""A call of a wrapper that has a plan: methods compute by such calls, tune and explain them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from autojac.problem.problem import Result
 
 
 class PlannedCall(NamedTuple):
-    """A call of a wrapper that a plan is for.
+    """A call of a wrapper that has a plan.
 
     Attributes:
-        wrapper: whose Jacobian is computed; that of a product is one of another function.
+        wrapper: whose Jacobian is computed; a product is the Jacobian of another function.
         args, kwargs: as the wrapper's function gets them.
     """
 
@@ -26,8 +26,8 @@ class PlannedCall(NamedTuple):
 
     def run(self) -> tuple[PreparedPlan, Result]:
         """Compute."""
-        computed: tuple[PreparedPlan, Result] = self.wrapper._run(self.args, self.kwargs)
-        return computed
+        outcome: tuple[PreparedPlan, Result] = self.wrapper._run(self.args, self.kwargs)
+        return outcome
 
     def prepare(self) -> PreparedPlan:
         """Return the plan; made now if there is none."""

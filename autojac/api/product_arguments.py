@@ -45,7 +45,7 @@ class VectorNest(NamedTuple):
 
 
 class CallShapes(NamedTuple):
-    """What the shapes of a product follow from.
+    """The facts of a call from which the shapes of products follow.
 
     Attributes:
         batch: number of samples; None for a function without a batch.
@@ -58,9 +58,8 @@ class CallShapes(NamedTuple):
         effects: what a call does besides returning a value.
         item_bytes: of an entry.
         device: of the inputs.
-        is_blind: func reads parameters past its arguments, so that nothing can be put in their place.
-        is_sliceable: samples are independent, and some of them alone are computed as they are among the others; False
-            where nobody has probed.
+        is_blind: func reads its parameters directly, not as arguments, so that nothing can replace them.
+        is_sliceable: samples are independent, and func of some of them is those samples of func; False without a probe.
     """
 
     batch: int | None
@@ -75,6 +74,11 @@ class CallShapes(NamedTuple):
     device: torch.device
     is_blind: bool
     is_sliceable: bool
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The number of samples as the first axis of each output; empty without a batch."""
+        return () if self.batch is None else (self.batch,)
 
     @property
     def outputs_nest(self) -> VectorNest:
@@ -92,11 +96,11 @@ class CallShapes(NamedTuple):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether several calls are as good as one."""
+        """Whether several calls have no more effects than one."""
         return not set(self.effects) - {KEEPS}
 
     def require_repeatable(self, what: str) -> None:
-        """Raise `UnsupportedError` if several calls are not as good as one."""
+        """Raise `UnsupportedError` if several calls have more effects than one."""
         if not self.is_repeatable:
             effects = [effect for effect in self.effects if effect != KEEPS]
             raise UnsupportedError(
@@ -106,7 +110,7 @@ class CallShapes(NamedTuple):
 
 
 def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool) -> CallShapes:
-    """Return the shapes of a call: those that are not declared are found as for a Jacobian.
+    """Return the shapes of a call; what is not declared is probed as for a Jacobian.
 
     Args:
         plans: of the function.
@@ -121,8 +125,8 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
             report = planner.builder.inspect(call)
             layout = call.layout
             undeclared = len(layout.axes) > 1 and AUTO in layout.axes
-            found = planner.builder.probe(call, report) if (probing or undeclared) and not report.is_empty else None
-            batched = report.guess if found is None else found.batched
+            probe = planner.builder.probe(call, report) if (probing or undeclared) and not report.is_empty else None
+            batched = report.guess if probe is None else probe.batched
             blind = isinstance(plans.func, ModuleFunction) and _reads_past(plans.func, call, report)
     if layout.unbatched:
         axes: tuple[int | None, ...] = (None,) * len(layout.axes)
@@ -142,12 +146,12 @@ def call_shapes(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any
         max(call.leaves[position].element_size() for position in order),
         call.leaves[order[0]].device,
         blind,
-        found is not None and found.structure.independent and found.structure.sliceable,
+        probe is not None and probe.structure.independent and probe.structure.sliceable,
     )
 
 
 def _reads_past(func: ModuleFunction, call: Call, report: FirstCallReport) -> bool:
-    """Check whether outputs depend on a module's own parameters where others have been put in their place."""
+    """Check whether outputs depend on a module's own parameters although others replace them."""
     with report.sandbox(), torch.enable_grad():
         values = [y for y in report.fn([leaf.detach() for leaf in call.leaves], call.keywords) if y.requires_grad]
     own = func.__autojac_originals__()
@@ -181,13 +185,12 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
     several, given = checked_vectors(vectors, nest, [tuple(x.shape) for x in flat], "v")
     axes = tuple(None if whole else shapes.axes[position] for position in shapes.differentiated)
     count = given[0].shape[:several]
-    lead = () if shapes.batch is None else (shapes.batch,)
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in flat])
     steps: list[Tensor] = []
     step_dims: list[int | None] = []
     for own in sorted({axis is not None for axis in axes}, reverse=True):
         with torch.inference_mode(False):
-            steps.append(flat[0].new_zeros((*lead[:own], *count), dtype=dtype))
+            steps.append(flat[0].new_zeros((*shapes.lead[:own], *count), dtype=dtype))
         step_dims.append(0 if own else None)
     dims = [None if axis is None else axis + several for axis in axes]
     return ProductVectors(tuple(steps), nest, several, (*step_dims, *dims), axes)
@@ -195,8 +198,8 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
 
 def cotangents(shapes: CallShapes, vectors: Any, whole: bool) -> ProductVectors:
     """Check the vectors that multiply a Jacobian from the left."""
-    lead = () if shapes.batch is None else (shapes.batch,)
-    several, given = checked_vectors(vectors, shapes.outputs_nest, [(*lead, *shape) for shape in shapes.outputs], "u")
+    wanted = [(*shapes.lead, *shape) for shape in shapes.outputs]
+    several, given = checked_vectors(vectors, shapes.outputs_nest, wanted, "u")
     dims = (None if whole else int(several),) * len(given)
     return ProductVectors((), shapes.outputs_nest, several, dims)
 
@@ -215,8 +218,8 @@ def checked_vectors(
         ) from error
     for tensor in flat:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            came = str(tensor.dtype) if isinstance(tensor, Tensor) else kind_of(tensor)
-            raise InputError(f"{name} was expected to hold floating-point tensors, got {came}. Convert it")
+            got = str(tensor.dtype) if isinstance(tensor, Tensor) else kind_of(tensor)
+            raise InputError(f"{name} was expected to hold floating-point tensors, got {got}. Convert it")
     more = ", or (k, ...) with several vectors along a first axis" if several else ""
     several = several and len(flat) > 0 and flat[0].dim() == len(wanted[0]) + 1
     count = flat[0].shape[:several]
@@ -231,12 +234,12 @@ def checked_vectors(
 
 def nested_axes(args: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
     """Return the axes of tensor arguments in the nests of the arguments, as `in_dims` has them."""
-    taken = iter(axes)
-    return tuple(pytree.tree_map(lambda value: next(taken) if isinstance(value, Tensor) else None, arg) for arg in args)
+    rest = iter(axes)
+    return tuple(pytree.tree_map(lambda value: next(rest) if isinstance(value, Tensor) else None, arg) for arg in args)
 
 
 def of_samples(coupling: Any) -> Any:
-    """Return what was declared of samples, without the patterns inside them: those of a product are others."""
+    """Return what was declared of samples, without the patterns inside them, which a product does not share."""
     if not isinstance(coupling, Structure) or coupling.sparsity is None:
         return coupling
     samples = coupling.samples

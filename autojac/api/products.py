@@ -30,7 +30,7 @@ from autojac.errors import OptionError, UnsupportedError, plural
 from autojac.planning.call import describe_keywords
 
 LAST = {"jvp": "v", "hvp": "v", "vjp": "u", "solve": "r", "ggn_product": "v", "gradient_norms": "u"}
-"""What follows func's arguments, as messages name it."""
+"""The vector that follows func's arguments, as messages name it."""
 OWN = {"gram": ("outer",), "solve": ("damping",), "ggn_product": ("loss",), "chunks": ("bytes", "out")}
 """Keywords of methods that func does not get."""
 
@@ -46,7 +46,7 @@ class Product:
         shapes: of the call.
         several_at: the axis of the result that runs over several vectors; None for a single one.
         is_formed: the Jacobian itself is computed, and multiplied.
-        reads_past: it pulls to a module's own parameters, in whose place nothing can be put.
+        reads_past: it is a gradient in a module's own parameters, which nothing can replace.
         is_summed: the product with the Jacobian of the whole batch is the sum of those with each sample's.
     """
 
@@ -60,7 +60,7 @@ class Product:
     reads_past: bool = False
 
     def of_jacobian(self, jacobian: Any) -> Any:
-        """Return the product from the Jacobian of the function made for it."""
+        """Return the product from the Jacobian of the function that `jacobian` wraps."""
         if len(self.steps) == 2:
             flat = tensor_leaves(jacobian)
             sums = [own + shared for own, shared in zip(flat[::2], flat[1::2], strict=True)]
@@ -70,8 +70,8 @@ class Product:
         return pytree.tree_map_only(Tensor, self._change, jacobian)
 
     def _change(self, part: Tensor) -> Tensor:
-        moved = part if self.several_at is None else part.movedim(self.several_at, 0)
-        return moved.sum(int(self.several_at is not None)) if self.is_summed else moved
+        vectors_first = part if self.several_at is None else part.movedim(self.several_at, 0)
+        return vectors_first.sum(int(self.several_at is not None)) if self.is_summed else vectors_first
 
 
 class Products(MatrixQuantities):
@@ -81,7 +81,7 @@ class Products(MatrixQuantities):
     _call_shapes: dict[Any, CallShapes]
 
     def __autojac_rests__(self) -> bool:
-        """Check whether no plan in use is ever checked again, so that what is recorded of a call needs no checks."""
+        """Check whether no plan in use is ever checked again, so that recordings of calls need no checks."""
         others = all(other.__autojac_rests__() for other in self._others.values())
         rest = [plan.rests for _, plan in self._plans.items()]
         return others and not self._products and bool(rest) and all(rest)
@@ -180,7 +180,7 @@ class Products(MatrixQuantities):
     def _prepare(
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
     ) -> Product:
-        """Return the product for such a call, made now if there is none."""
+        """Return the product for such a call, prepared now if there is none."""
         key = (kind, whole, *map(describe, (*args, vectors)), *describe_keywords(kwargs))
         product = self._products.get(key)
         if product is None:
@@ -196,37 +196,37 @@ class Products(MatrixQuantities):
         self, kind: type[ProductFunction], args: Sequence[Any], kwargs: Mapping[str, Any], vectors: Any, whole: bool
     ) -> Product:
         options, shapes = self.options, self._shapes(args, kwargs)
-        # a module that reads its parameters past the arguments is differentiated in these alone
-        summed = whole and shapes.is_blind and kind is WeightedOutput
-        whole = (whole and not summed) or shapes.batch is None
+        # a module that reads its parameters directly is differentiated in its own parameters alone
+        is_summed = whole and shapes.is_blind and kind is WeightedOutput
+        whole = (whole and not is_summed) or shapes.batch is None
         single = isinstance(options.argnums, int)
         argnums = self._argnums(args)
         numbers: tuple[int, ...]
         common = (self.func, argnums, options.has_aux, whole)
         if kind is AlongTangents:
-            made = tangents(shapes, self._pick_differentiated(args), vectors, whole)
-            function: ProductFunction = AlongTangents(*common, made.several, axes=made.axes)
-            numbers, several_at = tuple(range(len(made.steps))), -1
-            single = len(made.steps) == 1
+            facts = tangents(shapes, self._pick_differentiated(args), vectors, whole)
+            function: ProductFunction = AlongTangents(*common, facts.several, axes=facts.axes)
+            numbers, several_at = tuple(range(len(facts.steps))), -1
+            single = len(facts.steps) == 1
         else:
-            made = cotangents(shapes, vectors, whole)
-            function = WeightedOutput(*common, made.several, count=len(made.in_dims), reads_past=shapes.is_blind)
-            numbers, several_at = tuple(number + len(made.in_dims) for number in argnums), 0 if whole else 1
+            facts = cotangents(shapes, vectors, whole)
+            function = WeightedOutput(*common, facts.several, count=len(facts.in_dims), reads_past=shapes.is_blind)
+            numbers, several_at = tuple(number + len(facts.in_dims) for number in argnums), 0 if whole else 1
         chosen_options = dataclasses.replace(
             options,
             argnums=numbers[0] if single else numbers,
-            in_dims=None if whole else (*made.in_dims, *nested_axes(args, shapes.axes)),
+            in_dims=None if whole else (*facts.in_dims, *nested_axes(args, shapes.axes)),
             layout="blocks",
             coupling="auto" if whole else of_samples(options.coupling),
         )
         return Product(
             self._rewrap(function, chosen_options),
-            made.steps,
-            made.nest,
+            facts.steps,
+            facts.nest,
             shapes,
-            several_at if made.several else None,
+            several_at if facts.several else None,
             is_formed=kind is AlongTangents and shapes.is_blind,
-            is_summed=summed,
+            is_summed=is_summed,
             reads_past=kind is WeightedOutput and shapes.is_blind,
         )
 
@@ -246,7 +246,7 @@ class Products(MatrixQuantities):
         return pytree.tree_unflatten([next(given) if is_differentiable(value) else None for value in leaves], spec)
 
     def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool = False) -> CallShapes:
-        """Return what products follow from; func is called, without a trace, when it is first asked for."""
+        """Return the shapes of a call; the first time func is called for them, without side effects that stay."""
         if transforming():
             raise UnsupportedError(
                 "a torch.func transform or forward mode is active, in which nothing can be probed. Call products "
@@ -277,11 +277,8 @@ def times_parameters(rows: Sequence[Sequence[Tensor]], vectors: Sequence[Tensor]
     """Return the products of Jacobians in parameters, (B, *out, *param), with vectors (*param) or (k, *param)."""
 
     def times(J: Tensor, v: Tensor) -> Tensor:
-        if not several:
-            product: Tensor = torch.tensordot(J, v, v.dim())
-        else:
-            product = torch.tensordot(J, v.movedim(0, -1), v.dim() - 1).movedim(-1, 0)
-        return product
+        product: Tensor = torch.tensordot(J, v.movedim(0, -1) if several else v, v.dim() - several)
+        return product.movedim(-1, 0) if several else product
 
     products = ([times(J, v) for J, v in zip(row, vectors, strict=True)] for row in rows)
     return tuple(sum(parts[1:], parts[0]) for parts in products)

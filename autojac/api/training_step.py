@@ -91,7 +91,7 @@ class TrainingStep:
         inner = self.source if isinstance(self.source, AutoJacobian) else self.source.planned
         known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
-        # the step is what is improved while it is used, not the derivatives inside
+        # searches go on for the step as a whole, not for the derivatives inside
         self._inner = self.source._without_search()
         self._whole: AutoJacobian | None = None
         self._refused: dict[Any, str] = {}
@@ -184,9 +184,9 @@ class TrainingStep:
 
     def _stray(self) -> bool:
         reached = [captures(self.source.func), captures(self.loss)]
-        owned = {id(p) for found in reached for module in found.modules for p in module.parameters()}
-        tensors = itertools.chain.from_iterable(found.tensors for found in reached)
-        return any(t.requires_grad and id(t) not in owned for t in tensors)
+        ids = {id(p) for captured in reached for module in captured.modules for p in module.parameters()}
+        tensors = itertools.chain.from_iterable(captured.tensors for captured in reached)
+        return any(t.requires_grad and id(t) not in ids for t in tensors)
 
     def _wrapper(self, x: Any) -> AutoJacobian:
         """Return what plans the step: a Jacobian of one number, in all parameters."""
@@ -198,7 +198,7 @@ class TrainingStep:
         return self._whole
 
     def _settle(self, x: Any) -> None:
-        """Plan and check the derivatives, ahead of a step whose first call is watched, and which records no check."""
+        """Plan and check the derivatives before the first step, which is monitored and recorded without checks."""
         with torch.enable_grad():
             inputs = own_inputs(self._inner, x)
             if not self._inner.plan(*inputs).structure.effects:
@@ -218,26 +218,26 @@ class TrainingStep:
     def _targets(self, whole: AutoJacobian, args: Sequence[Any]) -> Sequence[tuple[str, Tensor]]:
         """Return the parameters that the loss leads back to, by name: a backward leaves the others without a gradient.
 
-        Found by a plain evaluation, without a trace, once for each plan and state of what func reads.
+        A plain evaluation without side effects tells, once for each plan and state of what func reads.
         """
         plans = whole._plans
         served, version = plans.fast_path, plans.planner.function_state.version
         if served is not no_fast_path and self._served == (served, version):
             return self._known
         assert isinstance(whole.func, ModuleFunction)
-        named = whole.func.parameters()
+        parameters = whole.func.parameters()
         plan, call = plans.look_up(whole._func_args(_lift(args), {}), {})
-        searched = plan.exploration is None and plan.plan.effort != "estimate"
-        if searched and not isinstance(plan.compute, Replayer):
+        is_searched = plan.exploration is None and plan.plan.effort != "estimate"
+        if is_searched and not isinstance(plan.compute, Replayer):
             self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
         at = id(plan), version
         if at not in self._reached:
             with plan.sandbox():
                 pullback = record_pullback(plan.problem, call.leaves, call.keywords, False)
-                found = pull_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
-            # the plan is kept, so that its id stays its own
-            self._reached = {at: (plan, [gradient is not None for gradient in found])}
-        self._known = [pair for pair, has in zip(named.items(), self._reached[at][1], strict=True) if has]
+                gradients = pull_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
+            # keep the plan alive, so that no other gets its id
+            self._reached = {at: (plan, [gradient is not None for gradient in gradients])}
+        self._known = [pair for pair, has in zip(parameters.items(), self._reached[at][1], strict=True) if has]
         self._served = served, version
         return self._known
 

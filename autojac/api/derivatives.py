@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 
 import torch
 
-from autojac.api.autojacobian import jacobian_of, require_function
+from autojac.api.autojacobian import AutoJacobian, jacobian_of, require_function
 from autojac.api.flat_calls import BatchAxesChoice
 from autojac.api.joined_columns import JoinedColumns, NamedColumn
 from autojac.api.over_batch_axes import PlannedOverBatchAxes
@@ -84,7 +84,7 @@ class Derivatives(BatchAxesChoice):
         names = tuple(dict.fromkeys(column.argument for column in named))
         positions: Any = tuple(position_of(func, name) for name in names)
         chosen = Options.from_keywords({"argnums": positions or argnums, "in_dims": in_dims, **options})
-        self.planned: Any = None
+        self.planned: AutoJacobian | JoinedColumns
         if names:
             self.planned = JoinedColumns(func, chosen, names, columns, jacobian_of)
         else:
@@ -137,18 +137,15 @@ class Derivatives(BatchAxesChoice):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for such a call; made now if there is none."""
-        plan: Plan = self.planned.plan(*args, **kwargs)
-        return plan
+        return self.planned.plan(*args, **kwargs)
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
         """Search for the best plan for such a call, as `AutoJacobian.tune` does."""
-        plan: Plan = self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
-        return plan
+        return self.planned.tune(*args, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Explain the plan, as `AutoJacobian.explain` does."""
-        text: str = self.planned.explain(*args, **kwargs)
-        return text
+        return self.planned.explain(*args, **kwargs)
 
 
 def _columns(of: Any) -> tuple[Any, ...]:

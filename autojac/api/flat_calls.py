@@ -75,7 +75,7 @@ class FlattenedCall(NamedTuple):
     argnums: int | tuple[int, ...]
 
     def lead(self, nest: Any, axis: int = 0) -> Any:
-        """Return results with all batch axes in the place of one."""
+        """Return results with all batch axes instead of one."""
         if isinstance(nest, Tensor):
             return split_axis(nest, axis, self.sizes)
         return pytree.tree_map_only(Tensor, lambda t: split_axis(t, axis, self.sizes), nest)
@@ -121,7 +121,7 @@ class FlattenedCall(NamedTuple):
         return split_axis(jacobian, 0, self.sizes)
 
     def flat_jacobian(self, nest: Any, layout: str) -> Any:
-        """Return a Jacobian with one batch axis in the place of several: the way back from `jacobian`.
+        """Return a Jacobian with one batch axis instead of several: the inverse of `jacobian`.
 
         Raises:
             VerificationError: if it has not these axes.

@@ -146,8 +146,8 @@ class Grams(Products):
         """
 
         def of(matrices: Tensor) -> Tensor:
-            computed = matrices.float() if matrices.dtype in HALVES else matrices
-            values: Tensor = torch.linalg.svdvals(computed)
+            widened = matrices.float() if matrices.dtype in HALVES else matrices
+            values: Tensor = torch.linalg.svdvals(widened)
             return values.to(matrices.dtype)
 
         return self._of_whole_matrix("singular_values", of, None, args, kwargs)
@@ -163,12 +163,12 @@ class Grams(Products):
     ) -> Any:
         """Return a function of the matrices, by `add_up` from pieces of them where the whole does not fit."""
         self._require_dense(name)
-        own = self._func_args(args, kwargs)
-        shapes = self._shapes(own, kwargs)
-        pieces = None if add_up is None else self._pieces(name, own, shapes, columns)
+        func_args = self._func_args(args, kwargs)
+        shapes = self._shapes(func_args, kwargs)
+        pieces = None if add_up is None else self._pieces(name, func_args, shapes, columns)
         if add_up is not None and pieces is not None:
-            return self._in_pieces(add_up, own, kwargs, pieces)
-        plan, result = self._matrices_call(own, kwargs).run()
+            return self._in_pieces(add_up, func_args, kwargs, pieces)
+        plan, result = self._matrices_call(func_args, kwargs).run()
         value = function(as_one_matrix(plan.jacobian(result), shapes, self._is_whole))
         return self._beside_aux(value, result)
 
@@ -182,10 +182,10 @@ class Grams(Products):
     def _pieces(self, name: str, args: Sequence[Any], shapes: CallShapes, columns: bool) -> _Pieces | None:
         """Return how a Jacobian is computed in pieces; None where it fits into the memory limit."""
         limit = self._memory_limit(shapes)
-        own = MatrixSizes.of(shapes, self._is_whole)
-        if self._fits(own.bytes, shapes):
+        sizes_of_result = MatrixSizes.of(shapes, self._is_whole)
+        if self._fits(sizes_of_result.bytes, shapes):
             return None
-        self._require_room(name, own, limit, columns)
+        self._require_room(name, sizes_of_result, limit, columns)
         shapes.require_repeatable("a Jacobian that does not fit into the memory limit")
         whole = self._is_whole or shapes.batch is None
         sizes = MatrixSizes.of(shapes, whole)
@@ -209,10 +209,10 @@ class Grams(Products):
 
     def _require_room(self, name: str, sizes: MatrixSizes, limit: int, columns: bool) -> None:
         side = sizes.rows if columns else sizes.columns
-        taken = sizes.matrices * side * side * sizes.item_bytes
-        if name == "gram" and taken > limit:
+        needed = sizes.matrices * side * side * sizes.item_bytes
+        if name == "gram" and needed > limit:
             raise SearchError(
-                f"the Gram matrices alone take {format_bytes(taken)}; {format_bytes(limit)} are allowed. Ask for "
+                f"the Gram matrices alone take {format_bytes(needed)}; {format_bytes(limit)} are allowed. Ask for "
                 f"gram(outer={not columns}) or norm(), for fewer samples, or raise memory_limit"
             )
 

@@ -106,7 +106,7 @@ class GraphPlans:
             return entry[0]
 
     def keep(self, key: Hashable, plan: GraphPlan, nodes: int) -> None:
-        """Remember a plan in the place of the one before, if any."""
+        """Remember a plan, instead of an earlier one for the key."""
         with self._lock:
             before = self._plans.pop(key, None)
             self._nodes += nodes - (before[1] if before else 0)

@@ -231,8 +231,8 @@ class _HessianOverBatchAxes(PlannedOverBatchAxes, AutoHessian):
         return call.lead(call.wrapper.laplacian(*call.args, **kwargs))
 
     def hvp(self, *args: Any, **kwargs: Any) -> Any:
-        call, own, several = self._flat_call("hvp", args, kwargs)
-        return call.lead(call.wrapper.hvp(*own, **kwargs), int(several))
+        call, flat_args, several = self._flat_call("hvp", args, kwargs)
+        return call.lead(call.wrapper.hvp(*flat_args, **kwargs), int(several))
 
 
 AutoHessian.over_batch_axes = _HessianOverBatchAxes

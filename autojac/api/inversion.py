@@ -17,7 +17,7 @@ shape, since the 1-norms grow with the size faster than the rounding does.
 
 def triangles(matrices: Tensor) -> tuple[bool, bool]:
     """Check whether every matrix is upper triangular, and whether every one is lower triangular."""
-    # reshape infers no -1 beside an axis of length 0
+    # reshape infers no -1 if another axis has length 0
     pattern = matrices.ne(0).reshape(prod(matrices.shape[:-2]), *matrices.shape[-2:]).any(0)
     below, above = torch.stack([pattern.tril(-1).any(), pattern.triu(1).any()]).tolist()
     return not below, not above

@@ -77,20 +77,20 @@ class JoinedColumns:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the derivatives, stacked on the last axis."""
-        wrapper, own = self._join(args, kwargs)
-        return wrapper(*own, **kwargs)
+        wrapper, joined_args = self._join(args, kwargs)
+        return wrapper(*joined_args, **kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        wrapper, own = self._join(args, kwargs)
-        return wrapper.plan(*own, **kwargs)
+        wrapper, joined_args = self._join(args, kwargs)
+        return wrapper.plan(*joined_args, **kwargs)
 
     def tune(self, *args: Any, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any) -> Plan:
-        wrapper, own = self._join(args, kwargs)
-        return wrapper.tune(*own, effort=effort, budget_s=budget_s, **kwargs)
+        wrapper, joined_args = self._join(args, kwargs)
+        return wrapper.tune(*joined_args, effort=effort, budget_s=budget_s, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
-        wrapper, own = self._join(args, kwargs)
-        return wrapper.explain(*own, **kwargs)
+        wrapper, joined_args = self._join(args, kwargs)
+        return wrapper.explain(*joined_args, **kwargs)
 
     def _join(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[AutoJacobian, tuple[Any, ...]]:
         """Return the wrapper that serves a call, and its arguments: the joined ones, then the others."""

@@ -52,8 +52,8 @@ class Kernels(Chunks):
             tensor([[ 6., 12.],
                     [12., 26.]])
         """
-        given = (x,) if y is None else (x, y)
-        return tangent_kernel([(self, each if isinstance(each, tuple) else (each,)) for each in given], kwargs)
+        arguments = (x,) if y is None else (x, y)
+        return tangent_kernel([(self, each if isinstance(each, tuple) else (each,)) for each in arguments], kwargs)
 
     def ggn_product(self, *args: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
         """Return JᵀH J v for the whole batch: a product with the generalized Gauss-Newton matrix, or the Fisher matrix.
@@ -84,20 +84,20 @@ class Kernels(Chunks):
             tensor([[48., 68.]])
         """
         inputs, tangents = without_last(args, "ggn_product")
-        own = self._func_args(inputs, kwargs)
-        cotangents = self._push(own, kwargs, tangents, loss)
-        return self._without_aux(self._product(WeightedOutput, own, kwargs, cotangents, True))
+        func_args = self._func_args(inputs, kwargs)
+        cotangents = self._push(func_args, kwargs, tangents, loss)
+        return self._without_aux(self._product(WeightedOutput, func_args, kwargs, cotangents, True))
 
     def _push(
-        self, own: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, loss: Callable[[Any], Tensor] | None
+        self, func_args: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, loss: Callable[[Any], Tensor] | None
     ) -> Any:
         """Return H J v."""
-        shapes = self._shapes(own, kwargs)
+        shapes = self._shapes(func_args, kwargs)
         shapes.require_repeatable("ggn_product")
-        pushed = self._without_aux(self._product(AlongTangents, own, kwargs, tangents, True))
+        pushed = self._without_aux(self._product(AlongTangents, func_args, kwargs, tangents, True))
         if loss is None:
             return pushed
-        leaves, spec = pytree.tree_flatten(self._without_aux(self.func(*own, **kwargs)))
+        leaves, spec = pytree.tree_flatten(self._without_aux(self.func(*func_args, **kwargs)))
         flat, vectors = list(filter(is_differentiable, leaves)), tensor_leaves(pushed)
 
         def of_flat(*ys: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ class _Side(NamedTuple):
 
     @classmethod
     def of(cls, jac: Kernels, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Side:
-        own = jac._func_args(args, kwargs)
-        shapes = jac._shapes(own, kwargs, probing=True)
+        func_args = jac._func_args(args, kwargs)
+        shapes = jac._shapes(func_args, kwargs, probing=True)
         if shapes.batch is None:
             raise InputError(
                 "ntk expects a function with a batch, whose samples it pairs, but in_dims=None says that there is "
                 "none. Call gram(x, outer=True) for the kernel of one"
             )
-        return cls(jac, own, kwargs, shapes, MatrixSizes.of(shapes, False))
+        return cls(jac, func_args, kwargs, shapes, MatrixSizes.of(shapes, False))
 
     def fitting(self, room: int) -> int:
         """Return how many samples' Jacobians fit into that many bytes, one at least."""

@@ -33,7 +33,7 @@ def least_squares(matrices: Tensor, residuals: Tensor, damping: Tensor) -> Tenso
     of iterative refinement with residuals of J itself (corrected seminormal equations: Björck, "Stability analysis of
     the method of seminormal equations for linear least squares problems", Linear Algebra Appl. 88 (1987)). On a CPU
     float32 is converted to float64 for it, which leaves nothing to refine. Samples whose factors are too
-    ill-conditioned by QR of [J; √λ I], in their own dtype, which also tells those that are singular.
+    ill-conditioned are solved by QR of [J; √λ I] in their own dtype, which also detects singular ones.
 
     Args:
         matrices: (B, m, n).
@@ -128,7 +128,7 @@ def _by_qr(own: System, scale: Tensor, tall: bool, numbers: Tensor) -> Tensor:
     columns = J.mT if tall else J
     count, size, rows = columns.shape
     is_damped = bool(shift.any())
-    # of a right side beside the columns R holds the product with Q, which so is never made
+    # with the right-hand side as another column, R holds its product with Q, which is never formed
     whole = J.new_zeros(count, size + tall, rows + is_damped * size)
     whole[:, :size, :rows] = columns
     if is_damped:

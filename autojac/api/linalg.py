@@ -53,8 +53,8 @@ def inverse(matrices: Tensor) -> Tensor:
         SingularJacobianError: some are singular or not finite; it names them by their index in the flattened `lead`.
     """
     _check(matrices, "inverse")
-    computed = matrices.float() if matrices.dtype in HALVES else matrices
-    return by_rule(computed, INVERSES[matrices.dtype]).to(matrices.dtype)
+    widened = matrices.float() if matrices.dtype in HALVES else matrices
+    return by_rule(widened, INVERSES[matrices.dtype]).to(matrices.dtype)
 
 
 def slogdet(matrices: Tensor) -> Slogdet:
@@ -81,8 +81,8 @@ def slogdet(matrices: Tensor) -> Slogdet:
             f"a determinant needs square Jacobians, these are {m} x {n}: let the function return as many numbers per "
             "sample as it takes, and with layout='full' as many per batch as it takes"
         )
-    computed = matrices.float() if matrices.dtype in HALVES else matrices
-    both = by_rule(computed, SLOGDET).to(matrices.dtype)
+    widened = matrices.float() if matrices.dtype in HALVES else matrices
+    both = by_rule(widened, SLOGDET).to(matrices.dtype)
     return Slogdet(both[..., 0].detach(), both[..., 1])
 
 

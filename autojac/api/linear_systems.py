@@ -70,8 +70,8 @@ class LinearSystems(Grams):
             tensor([[3., 4.]])
         """
         inputs, residual = without_last(args, "solve")
-        own = self._func_args(inputs, kwargs)
-        shapes = self._shapes(own, kwargs)
+        func_args = self._func_args(inputs, kwargs)
+        shapes = self._shapes(func_args, kwargs)
         wanted = [(*shapes.lead, *shape) for shape in shapes.outputs]
         flat = checked_vectors(residual, shapes.outputs_nest, wanted, "r", several=False)[1]
         whole = self._is_whole or shapes.batch is None
@@ -79,9 +79,9 @@ class LinearSystems(Grams):
         r = torch.cat([t.reshape(count, -1) for t in flat], 1)
         shift = _check_damping(damping, r, None if whole else count)
         aux: list[Any] = []
-        planned = self._solve_call(own, kwargs, shapes)
+        planned = self._solve_call(func_args, kwargs, shapes)
         if planned is None:
-            step = self._by_products(own, kwargs, shapes, r, shift, aux)
+            step = self._by_products(func_args, kwargs, shapes, r, shift, aux)
         else:
             plan, result = planned.run()
             aux.append(result.aux)
@@ -93,7 +93,7 @@ class LinearSystems(Grams):
             else:
                 matrices = as_one_matrix(plan.jacobian(result), shapes, self._is_whole)
                 step = least_squares(matrices[None] if whole else matrices, r, shift)
-        nested = self._nested_inputs(own, _divide(step, shapes, whole))
+        nested = self._nested_inputs(func_args, _divide(step, shapes, whole))
         return (nested, aux[0]) if self.options.has_aux else nested
 
     def _solve_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: CallShapes) -> PlannedCall | None:
@@ -144,27 +144,29 @@ class LinearSystems(Grams):
         # 0.2 s to import
         from autojac.api import linear_operator as operators
 
-        own = self._func_args(args, kwargs)
+        func_args = self._func_args(args, kwargs)
         with torch.no_grad():
-            shapes = self._shapes(own, kwargs)
+            shapes = self._shapes(func_args, kwargs)
             require_one_pair(len(shapes.outputs), len(shapes.inputs))
             lead = shapes.lead
             axis = shapes.axes[shapes.differentiated[0]]
             outputs, inputs = (*lead, *shapes.outputs[0]), (*(lead if axis is not None else ()), *shapes.inputs[0])
             if self.options.layout == "sparse":
-                plan, result = self._run(own, kwargs)
+                plan, result = self._run(func_args, kwargs)
                 entries = plan.problem.entries(0, plan.problem.inputs[0])
                 return operators.JacobianOperator(operators.of_entries(entries, only(plan, result), outputs, inputs))
             if axis is not None and self._fits(MatrixSizes.of(shapes, False).bytes, shapes):
                 blocks = self._other("blocks")
-                if PlannedCall(blocks, own, kwargs).prepare().plan.structure.coupling in ("independent", "statistics"):
+                coupling = PlannedCall(blocks, func_args, kwargs).prepare().plan.structure.coupling
+                if coupling in ("independent", "statistics"):
                     return operators.JacobianOperator(operators.of_factors(blocks.factors(*args, **kwargs)))
             shapes.require_repeatable("an operator that is matrix-free")
-            point = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(own))
+            point = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(func_args))
 
             def product(kind: type[ProductFunction], vectors: Tensor) -> Tensor:
-                moved = vectors.movedim(1, 1 + axis) if axis and kind is AlongTangents else vectors
-                nested = self._nested_inputs(own, [moved]) if kind is AlongTangents else shapes.nested_outputs([moved])
+                is_jvp = kind is AlongTangents
+                flat = [vectors.movedim(1, 1 + axis) if axis and is_jvp else vectors]
+                nested = self._nested_inputs(func_args, flat) if is_jvp else shapes.nested_outputs(flat)
                 return tensor_leaves(self._without_aux(self._product(kind, point, kwargs, nested, True)))[0]
 
             times, back = (functools.partial(product, kind) for kind in (AlongTangents, WeightedOutput))

@@ -139,7 +139,7 @@ class MatrixQuantities(ABC):
         return result[0] if self.options.has_aux else result
 
     def _other(self, layout: Layout) -> Self:
-        """Return the same wrapper for another layout, with plans of its own."""
+        """Return the same wrapper for another layout, with separate plans."""
         if layout == self.options.layout:
             return self
         if layout not in self._others:
@@ -147,7 +147,7 @@ class MatrixQuantities(ABC):
         return self._others[layout]
 
     def _rewrap(self, func: Callable[..., Any], options: Options) -> Self:
-        """Return a wrapper of the same kind, with plans of its own."""
+        """Return a wrapper of the same kind, with separate plans."""
         other = type(self).__new__(type(self))
         other.__setstate__({**self.__getstate__(), "func": func, "options": options})
         return other

@@ -90,28 +90,28 @@ class MethodPlans(Kernels):
     ) -> Iterator[PlannedCall]:
         """Yield the calls that a method computes by; a later one may depend on the result of an earlier one."""
         require_choice("of", of, get_args(PlannedMethod))
-        chosen, kwargs = apart_from_own(of, kwargs)
+        keywords, kwargs = apart_from_own(of, kwargs)
         if of in LAST:
             inputs, vectors = without_last(args, of)
-            yield from self._calls_with(of, self._func_args(inputs, kwargs), kwargs, vectors, chosen.get("loss"))
+            yield from self._calls_with(of, self._func_args(inputs, kwargs), kwargs, vectors, keywords.get("loss"))
             return
-        own, pieces = self._func_args(args, kwargs), None
+        func_args, pieces = self._func_args(args, kwargs), None
         if of == "jacobian" or (of == "norm" and self.options.layout == "sparse"):
-            yield PlannedCall(self, own, kwargs)
+            yield PlannedCall(self, func_args, kwargs)
         elif of in ("trace", "factors"):
-            yield PlannedCall(self._other("diagonal" if of == "trace" else "blocks"), own, kwargs)
+            yield PlannedCall(self._other("diagonal" if of == "trace" else "blocks"), func_args, kwargs)
         elif of == "chunks":
-            yield from self._calls_of_parts(own, kwargs, chosen.get("bytes", "1GiB"))
+            yield from self._calls_of_parts(func_args, kwargs, keywords.get("bytes", "1GiB"))
         else:
             if of in ("gram", "norm", "singular_values"):
                 self._require_dense(of)
             if of in ("gram", "norm"):
-                pieces = self._pieces(of, own, self._shapes(own, kwargs), chosen.get("outer", False))
+                pieces = self._pieces(of, func_args, self._shapes(func_args, kwargs), keywords.get("outer", False))
             if pieces is None:
-                yield self._matrices_call(own, kwargs)
+                yield self._matrices_call(func_args, kwargs)
             else:
                 vectors = pieces.vectors(*pieces.spans[0])
-                yield self._product_call(pieces.kind, own, kwargs, vectors, pieces.whole)[1]
+                yield self._product_call(pieces.kind, func_args, kwargs, vectors, pieces.whole)[1]
 
     def _calls_with(
         self,

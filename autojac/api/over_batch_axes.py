@@ -42,35 +42,35 @@ class PlansOverBatchAxes:
         return call, (*call.args, flat), several
 
     def plan(self, *args: Any, of: Any = None, **kwargs: Any) -> Plan:
-        call, own, chosen = self._call_behind(of, args, kwargs)
-        plan: Plan = call.wrapper.plan(*own, **chosen)
+        call, flat_args, keywords = self._call_behind(of, args, kwargs)
+        plan: Plan = call.wrapper.plan(*flat_args, **keywords)
         return plan
 
     def tune(
         self, *args: Any, of: Any = None, effort: Effort | None = None, budget_s: float | None = None, **kwargs: Any
     ) -> Plan:
-        call, own, chosen = self._call_behind(of, args, kwargs)
-        plan: Plan = call.wrapper.tune(*own, effort=effort, budget_s=budget_s, **chosen)
+        call, flat_args, keywords = self._call_behind(of, args, kwargs)
+        plan: Plan = call.wrapper.tune(*flat_args, effort=effort, budget_s=budget_s, **keywords)
         return plan
 
     def explain(self, *args: Any, of: Any = None, **kwargs: Any) -> str:
-        call, own, chosen = self._call_behind(of, args, kwargs)
-        text: str = call.wrapper.explain(*own, **chosen)
+        call, flat_args, keywords = self._call_behind(of, args, kwargs)
+        text: str = call.wrapper.explain(*flat_args, **keywords)
         return text
 
     def _call_behind(
         self, of: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[FlattenedCall, tuple[Any, ...], dict[str, Any]]:
         """Return a call with one batch axis, and the arguments and keywords of `plan`, `tune` and `explain` for it."""
-        chosen, others = apart_from_own(of, kwargs)
-        call, own, _ = self._flat_call(of, args, others)
-        if chosen.get("loss") is not None:
-            chosen["loss"] = call.loss(chosen["loss"])
-        return call, own, {**others, **chosen, **({} if of is None else {"of": of})}
+        keywords, others = apart_from_own(of, kwargs)
+        call, flat_args, _ = self._flat_call(of, args, others)
+        if keywords.get("loss") is not None:
+            keywords["loss"] = call.loss(keywords["loss"])
+        return call, flat_args, {**others, **keywords, **({} if of is None else {"of": of})}
 
 
 class PlannedOverBatchAxes(PlansOverBatchAxes):
-    """A wrapper for several batch axes whose one `AutoJacobian`, or what stands for it, is `planned`."""
+    """A wrapper for several batch axes whose plans are those of `planned`, an `AutoJacobian` or like one."""
 
     planned: Any
     _of_one_axis: Callable[[Callable[..., Any], Any], Any]
@@ -112,10 +112,10 @@ class OverBatchAxes(PlansOverBatchAxes):
         """Return a changed result, with its aux as it is."""
         return (change(result[0]), result[1]) if self.options.has_aux else change(result)
 
-    def _call_flat(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, **given: Any) -> Any:
+    def _call_flat(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool, **more: Any) -> Any:
         """Return what a method of the flattened batch gives, per sample unless it is of the `whole` batch."""
         call = self._calls.flat(args)
-        result = getattr(call.wrapper, name)(*call.args, **given, **kwargs)
+        result = getattr(call.wrapper, name)(*call.args, **more, **kwargs)
         return result if whole else self._change(result, call.lead)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,33 +167,33 @@ class OverBatchAxes(PlansOverBatchAxes):
         return self._call_flat("singular_values", args, kwargs, self._is_one_matrix)
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:
-        call, own, several = self._flat_call("jvp", args, kwargs)
-        return self._change(call.wrapper.jvp(*own, **kwargs), lambda jvps: call.lead(jvps, int(several)))
+        call, flat_args, several = self._flat_call("jvp", args, kwargs)
+        return self._change(call.wrapper.jvp(*flat_args, **kwargs), lambda jvps: call.lead(jvps, int(several)))
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
-        call, own, several = self._flat_call("vjp", args, kwargs)
+        call, flat_args, several = self._flat_call("vjp", args, kwargs)
         per_sample = not self._is_one_matrix
-        return self._change(call.wrapper.vjp(*own, **kwargs), lambda u: call.like_inputs(u, several, per_sample))
+        return self._change(call.wrapper.vjp(*flat_args, **kwargs), lambda u: call.like_inputs(u, several, per_sample))
 
     def solve(self, *args: Any, damping: float | Tensor = 0.0, **kwargs: Any) -> Any:
-        call, own, _ = self._flat_call("solve", args, kwargs)
+        call, flat_args, _ = self._flat_call("solve", args, kwargs)
         if isinstance(damping, Tensor) and damping.shape == call.sizes and not self._is_one_matrix:
             damping = damping.flatten()
-        result = call.wrapper.solve(*own, damping=damping, **kwargs)
+        result = call.wrapper.solve(*flat_args, damping=damping, **kwargs)
         return self._change(result, lambda step: call.like_inputs(step, shared=not self._is_one_matrix))
 
     def ntk(self, x: Any, y: Any = None, **kwargs: Any) -> Tensor:
         calls = [self._calls.flat(each if isinstance(each, tuple) else (each,)) for each in (x, y) if each is not None]
         pairs = tangent_kernel([(call.wrapper, call.args) for call in calls], kwargs)
-        led: Tensor = calls[0].lead(calls[-1].lead(pairs, 1))
-        return led
+        kernel: Tensor = calls[0].lead(calls[-1].lead(pairs, 1))
+        return kernel
 
     def ggn_product(self, *args: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
-        call, own, several = self._flat_call("ggn_product", args, kwargs)
-        product = call.wrapper.ggn_product(*own, loss=None if loss is None else call.loss(loss), **kwargs)
+        call, flat_args, several = self._flat_call("ggn_product", args, kwargs)
+        product = call.wrapper.ggn_product(*flat_args, loss=None if loss is None else call.loss(loss), **kwargs)
         return call.like_inputs(product, several, shared=False)
 
     def gradient_norms(self, *args: Any, **kwargs: Any) -> Tensor:
-        call, own, _ = self._flat_call("gradient_norms", args, kwargs)
-        norms: Tensor = call.lead(call.wrapper.gradient_norms(*own, **kwargs))
+        call, flat_args, _ = self._flat_call("gradient_norms", args, kwargs)
+        norms: Tensor = call.lead(call.wrapper.gradient_norms(*flat_args, **kwargs))
         return norms

@@ -90,8 +90,8 @@ class CallShapes(NamedTuple):
         """Return values for the outputs in their nest."""
         if self.nest is None:
             return flat[0]
-        given = iter(flat)
-        leaves = list(flat) if self.kept is None else [next(given) if has else None for has in self.kept]
+        values = iter(flat)
+        leaves = list(flat) if self.kept is None else [next(values) if has else None for has in self.kept]
         return pytree.tree_unflatten(leaves, self.nest)
 
     @property
@@ -188,10 +188,10 @@ def tangents(shapes: CallShapes, like: Any, vectors: Any, whole: bool) -> Produc
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in flat])
     steps: list[Tensor] = []
     step_dims: list[int | None] = []
-    for own in sorted({axis is not None for axis in axes}, reverse=True):
+    for per_sample in sorted({axis is not None for axis in axes}, reverse=True):
         with torch.inference_mode(False):
-            steps.append(flat[0].new_zeros((*shapes.lead[:own], *count), dtype=dtype))
-        step_dims.append(0 if own else None)
+            steps.append(flat[0].new_zeros((*shapes.lead[:per_sample], *count), dtype=dtype))
+        step_dims.append(0 if per_sample else None)
     dims = [None if axis is None else axis + several for axis in axes]
     return ProductVectors(tuple(steps), nest, several, (*step_dims, *dims), axes)
 

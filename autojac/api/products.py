@@ -159,9 +159,9 @@ class Products(MatrixQuantities):
         """Return a product with each sample's own Jacobian, or with that of the whole batch."""
         product, call = self._product_call(kind, args, kwargs, vectors, whole)
         if product.is_formed:
-            plan, computed = call.run()
-            along = times_parameters(computed.jacobians, product.nest.flat(vectors), product.several_at is not None)
-            return self._beside_aux(plan.layout.value(along, itertools.repeat(None)), computed)
+            plan, outcome = call.run()
+            along = times_parameters(outcome.jacobians, product.nest.flat(vectors), product.several_at is not None)
+            return self._beside_aux(plan.layout.value(along, itertools.repeat(None)), outcome)
         result = product.jacobian(*call.args, **kwargs)
         if self.options.has_aux:
             return product.of_jacobian(result[0]), result[1]
@@ -242,8 +242,8 @@ class Products(MatrixQuantities):
     def _nested_inputs(self, args: Sequence[Any], flat: Sequence[Any]) -> Any:
         """Return values for what is differentiated in its nest."""
         leaves, spec = pytree.tree_flatten(self._pick_differentiated(args))
-        given = iter(flat)
-        return pytree.tree_unflatten([next(given) if is_differentiable(value) else None for value in leaves], spec)
+        values = iter(flat)
+        return pytree.tree_unflatten([next(values) if is_differentiable(value) else None for value in leaves], spec)
 
     def _shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any], probing: bool = False) -> CallShapes:
         """Return the shapes of a call; the first time func is called for them, without side effects that stay."""
@@ -260,8 +260,8 @@ class Products(MatrixQuantities):
 
 def apart_from_own(method: str | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the keywords of a method, and those that are passed on to func."""
-    own = {name: value for name, value in kwargs.items() if name in OWN.get(method or "", ())}
-    return own, {name: value for name, value in kwargs.items() if name not in own}
+    keywords = {name: value for name, value in kwargs.items() if name in OWN.get(method or "", ())}
+    return keywords, {name: value for name, value in kwargs.items() if name not in keywords}
 
 
 def without_last(args: tuple[Any, ...], what: str) -> tuple[tuple[Any, ...], Any]:

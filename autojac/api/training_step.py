@@ -129,9 +129,9 @@ class TrainingStep:
         whole = self._wrapper(x)
         try:
             # hooks see what arrives at a parameter, once
-            lifted = _lift(args)
-            with torch.no_grad(), self._without_hooks(whole), write_back_copies(args, lifted):
-                value, gradients = whole.value_and_jacobian(*lifted)
+            unsqueezed = _lift(args)
+            with torch.no_grad(), self._without_hooks(whole), write_back_copies(args, unsqueezed):
+                value, gradients = whole.value_and_jacobian(*unsqueezed)
                 targets = self._targets(whole, args)
         except (SearchError, UnsupportedError) as error:
             self._refused[_key(args)] = str(error)

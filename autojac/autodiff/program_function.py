@@ -84,7 +84,7 @@ class _ByPrograms(torch.autograd.Function):
 def _arrange_cotangent(
     cotangent: Tensor | None, kind: tuple[torch.Size, torch.dtype, torch.device], strides: tuple[int, ...]
 ) -> Tensor:
-    """Return a cotangent in the memory layout that a program expects; zeros in the place of None."""
+    """Return a cotangent in the memory layout that a program expects; zeros for None."""
     if cotangent is not None and cotangent.stride() == strides:
         return cotangent
     shape, dtype, device = kind

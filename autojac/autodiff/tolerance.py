@@ -26,7 +26,7 @@ OFFSET = 1e-2
 def own_scale(values: Tensor, *, centered: bool = False) -> Tensor:
     """Return the scale of each element: its own size, or the median of its coordinate's over the samples if larger.
 
-    One scale for a whole tensor would hide small coordinates beside large ones, and all samples beside an outlier.
+    One scale for a whole tensor would hide small coordinates next to large ones, and all samples next to an outlier.
 
     Args:
         values: (B, *event).

@@ -83,6 +83,6 @@ class BatchGrid:
 
 
 def split_axis(tensor: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-    """Return a view with several axes in the place of one; `Tensor.unflatten` takes three times as long."""
+    """Return a view with several axes instead of one; `Tensor.unflatten` takes three times as long."""
     shape = tensor.shape
     return tensor.view((*shape[:axis], *sizes, *shape[axis + 1 :]))

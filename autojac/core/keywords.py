@@ -16,7 +16,7 @@ class Keywords(dict[str, Any]):
 
     Attributes:
         constants: the non-tensor positional arguments, by their index among the flat arguments.
-        aux: a list that collects what func returns besides its outputs; None where nobody asks for it.
+        aux: a list that collects what func returns besides its outputs; None where it is not asked for.
         random_state: the random state that every evaluation starts from; None for the current one.
         settable: what evaluations may set among the arguments; None where there is nothing.
     """

@@ -87,7 +87,7 @@ class ModuleFunction:
         select: picks what of the module's output is differentiated, and the whole is returned besides; None for all.
         names: patterns of the names of those to differentiate in, as `fnmatch` reads them; None for all that require
             grad.
-        grid: how the one batch axis of the arguments stands for several of the module's; None where it has one.
+        grid: how one batch axis of the arguments represents several of the module's; None where it has one.
 
     Attributes:
         lock: held while they are replaced, so that no other thread calls or inspects the module then.
@@ -113,7 +113,7 @@ class ModuleFunction:
         self.__init__(**state)  # type: ignore[misc]
 
     def over(self, grid: BatchGrid) -> ModuleFunction:
-        """Return the same function of arguments with one batch axis, in the place of the module's several."""
+        """Return the same function of arguments with one batch axis, instead of the module's several."""
         return ModuleFunction(self.module, self.names, self.select, grid)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def differentiated_places(args: Sequence[Any], chosen: Sequence[int]) -> list[tu
                 f"argument {number} is to be differentiated, but holds {what}; tensors were expected"
                 f"{', and ' + why if why else ''}. Pass tensors, or leave it out of argnums"
             )
-        # where nothing has a derivative, that is told of the tensors
+        # where nothing has a derivative, the error is about the tensors
         included = differentiable if any(differentiable) else tensors
         groups.append((spec, tuple(order[first + at] if has else None for at, has in enumerate(included))))
     return groups

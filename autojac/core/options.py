@@ -29,7 +29,7 @@ class Options:
     """Options of an `AutoJacobian`; its docstring explains them.
 
     Attributes:
-        of: the derivatives by input columns that are asked for in the place of a Jacobian; none for a Jacobian.
+        of: the derivatives by input columns that are asked for instead of a Jacobian; empty for a Jacobian.
         symmetric: the Jacobian of each sample is known to be symmetric, as that of a gradient is.
     """
 
@@ -107,7 +107,7 @@ class Options:
 
 
 class OptionValues(TypedDict, total=False):
-    """The options as keyword arguments of `of_parameters`, which has no `argnums` and an `in_dims` of its own."""
+    """The options as keyword arguments of `of_parameters`, which has no `argnums` and a separate `in_dims`."""
 
     layout: Layout
     has_aux: bool

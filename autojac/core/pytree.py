@@ -1,4 +1,4 @@
-"""Nests as `torch.func` has them, and besides these dataclasses that hold tensors and that nobody has registered.
+"""Nests as `torch.func` has them, and also unregistered dataclasses that hold tensors.
 
 The names are those of `torch.utils._pytree`, whose registry stays as its owner left it.
 """
@@ -114,7 +114,7 @@ def _holds_tensors(value: Any, above: tuple[Any, ...] = ()) -> bool:
 
 
 def with_records(tree: Any, every: bool = False) -> Any:
-    """Return a nest with `Record` in the place of dataclasses."""
+    """Return a nest with dataclasses wrapped in `Record`."""
     if _is_plain(tree):
         return tree
     return _record(tree, *of_torch.tree_flatten(tree), every)

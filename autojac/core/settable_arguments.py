@@ -106,7 +106,7 @@ class NestCopies:
                 del original[key]
 
     def _own(self, value: Any) -> Any:
-        """Return a value with the originals in the place of their copies."""
+        """Return a value with the originals instead of their copies."""
         originals = self._original
         if id(value) in originals:
             return originals[id(value)]

@@ -145,7 +145,7 @@ class _Limit:
 class _Watch:
     """The thread that watches all limits: starting one for each would cost more than most of what is watched.
 
-    Whoever adds or drops a limit changes it by single calls into C, since an exception may arrive between any two.
+    Adding and dropping limits consists of single calls into C, since an exception may arrive between any two.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._ended():
-            # who adds a limit from here on rings; whoever did before is seen
+            # a limit that is added from here on rings the bell; one added before is in the list
             self._until = math.inf
             now = monotonic()
             for limit, until in list(self.limits.items()):

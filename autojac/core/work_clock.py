@@ -1,4 +1,4 @@
-"""Time without what a thread has waited for a core that others had: a busy machine must not decide what is found."""
+"""Time without waiting for a core that others have: a busy machine must not change the outcome of a search."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 
 WAITED = "/proc/self/task/{}/schedstat"
-"""Where Linux tells how long a thread has run, and waited to run, in nanoseconds."""
+"""File in which Linux counts how long a thread has run, and waited to run, in nanoseconds."""
 
 READS, STOPPED_S = 3, 1e-4
 """How often two clocks are read until no more than so many seconds were lost between them."""

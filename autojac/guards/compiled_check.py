@@ -22,6 +22,7 @@ from autojac.guards.dict_versions import versions_of
 from autojac.guards.memory_words import CONTENT, LENGTH, NAMES, SIZES, VERSION, MemoryWords
 from autojac.guards.places import (
     ABSENT,
+    FUNCTION_FIELDS,
     Bytes,
     Cells,
     Fields,
@@ -39,13 +40,7 @@ from autojac.torch_internals import dict_version
 Reading = tuple[Place, list[Any], list[Any]]
 """A place with the keys and the values that it held."""
 
-_FIELDS: Final = {
-    "code": "__code__",
-    "defaults": "__defaults__",
-    "keyword defaults": "__kwdefaults__",
-    "attributes": "__dict__",
-    "default dtype": "get_default_dtype()",
-}
+_FIELDS: Final = FUNCTION_FIELDS | {"default dtype": "get_default_dtype()"}
 # gone, or another thread is writing there
 _UNREADABLE: Final = (LookupError, NameError, AttributeError, RuntimeError, TypeError)
 # the user may have changed Python's own

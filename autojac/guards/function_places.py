@@ -14,6 +14,7 @@ from autojac.guards.assignments import CONTAINERS, VariableMapping
 from autojac.guards.bytecode import NamesUsed, names_used
 from autojac.guards.escapes import ESCAPES
 from autojac.guards.places import (
+    FUNCTION_FIELDS,
     Attributes,
     Callables,
     Cells,
@@ -30,15 +31,7 @@ from autojac.guards.purity import c_reason, is_inside, unseen
 from autojac.guards.tokens import SCALARS
 from autojac.guards.walker import Walk
 
-_CODE: Final = tuple(
-    (name, operator.attrgetter(attribute))
-    for name, attribute in (
-        ("code", "__code__"),
-        ("defaults", "__defaults__"),
-        ("keyword defaults", "__kwdefaults__"),
-        ("attributes", "__dict__"),
-    )
-)
+_CODE: Final = tuple((name, operator.attrgetter(attribute)) for name, attribute in FUNCTION_FIELDS.items())
 _PROCESS: Final = frozenset({"sys", "os", "builtins", "gc", "time", "random"})
 
 
@@ -59,7 +52,7 @@ class FunctionPlaces(Walk):
         reason: why there may be more than the places; empty if there is not.
         settable: where packages that ran may set something: variables, attributes of classes, containers.
         labels: a human-readable name of each object, by its id.
-        backwards: the code of derivatives that autograd may run in threads of its own, where nothing watches.
+        backwards: the code of derivatives that autograd may run in other threads, which are not monitored.
     """
 
     def __init__(self, ran: Collection[types.CodeType] = (), narrow: bool = False) -> None:

@@ -34,8 +34,8 @@ class KnownState:
     """One state of what a function reads.
 
     Attributes:
-        guard: tells whether the function is in it.
-        number: tells it from others.
+        guard: checks whether the function is in it.
+        number: identifies it.
         kind: the number of the first state that differs from it in nothing but what changes all the time.
         tensors: what the function holds in it; they may be exchanged for others like them.
     """

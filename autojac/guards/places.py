@@ -23,6 +23,13 @@ PYTHON_CACHES: Final = frozenset(
 )
 """Names that Python writes into classes and modules by itself: copy, pickle, help() and warnings do."""
 
+FUNCTION_FIELDS: Final = {
+    "code": "__code__",
+    "defaults": "__defaults__",
+    "keyword defaults": "__kwdefaults__",
+    "attributes": "__dict__",
+}
+"""What a function holds besides its closure, by human-readable names."""
 _FUNCTIONS: Final = (types.FunctionType, types.BuiltinFunctionType)
 _BASES: Final = (list, tuple, set, frozenset, deque, OrderedDict)
 _PLAIN_C: Final = frozenset({object, dict, list, tuple, set, frozenset, deque, int, float, complex, str, bytes})

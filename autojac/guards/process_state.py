@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 IGNORED = r"(?#autojac).*"
-"""The message pattern of the filter that `ignore_warnings` sets: it matches everything, and is nobody else's."""
+"""The message pattern of the filter that `ignore_warnings` sets: it matches everything, and no other filter has it."""
 COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """A variable that torch's compiler sets to its own default when it is imported."""
 LIBRARIES = ("sympy", "the matrix subclass")

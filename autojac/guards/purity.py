@@ -97,7 +97,7 @@ def _of_state(home: str, name: str) -> bool:
 
 
 def tells_compilers(name: str) -> bool:
-    """Check whether a function of torch's tells a compiler something, or asks whether there is one."""
+    """Check whether a function of torch's informs a compiler, or asks whether there is one."""
     return name in _OF_COMPILERS
 
 

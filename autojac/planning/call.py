@@ -24,8 +24,7 @@ class CallKey(NamedTuple):
     """The key of a plan in use: all by which one call may need another plan than the next.
 
     Attributes:
-        arguments, keywords: shape, dtype, device, `requires_grad` and a class of its own of tensors, values of the
-            rest.
+        arguments, keywords: shape, dtype, device, `requires_grad` and subclass of tensors, values of the rest.
         grad: whether autograd records.
         trains: whether it records something that the function holds.
         flags: see `current_flags`.

@@ -41,7 +41,7 @@ class Check:
         plans: of the function.
         plan: computes the call.
         call: the call.
-        difference: what was seen to have changed; of a change of arguments nobody is warned.
+        difference: what was seen to have changed; a change of arguments causes no warning.
     """
 
     def __init__(self, plans: PlansInUse, plan: PreparedPlan, call: Call, difference: Difference = UNCHANGED) -> None:

@@ -23,7 +23,7 @@ from autojac.problem.problem import Problem
 
 
 def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | None:
-    """Return a plan that has room for a call, in the place of one that ran out of memory; None if there is none.
+    """Return a plan that has room for a call, instead of one that ran out of memory; None if there is none.
 
     It serves this process: where a plan is stored, another call may have more room.
 
@@ -48,7 +48,7 @@ def demote(plans: PlansInUse, plan: PreparedPlan, call: Call) -> PreparedPlan | 
             if not is_out_of_memory(error):
                 return None
             continue
-        smaller_plan.keys = None  # no plan of its own in the store, to be refuted or replaced
+        smaller_plan.keys = None  # it is not in the store, to be refuted or replaced
         plans.keep(call, smaller_plan)
         peak = plan.plan.memory_bytes
         took = "" if peak is None else f", which took {format_bytes(peak)} when tuned"

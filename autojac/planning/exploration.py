@@ -1,8 +1,8 @@
 """A search that goes on while its plan is used: one step before a call, whenever the calls so far have paid for it.
 
 The rule of the ski rental problem (Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", 1988): what is
-spent on exploring stays below a fixed share of what is spent anyway, so whoever calls once pays nothing, and whoever
-calls for ever soon has the best plan.
+spent on exploring stays below a fixed share of what calls cost anyway: a single call pays nothing, and repeated calls
+soon have the best plan.
 """
 
 from __future__ import annotations

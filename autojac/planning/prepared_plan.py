@@ -147,7 +147,7 @@ class PreparedPlan:
         return dataclasses.replace(self, problem=problem, compute=compute, _loop=None)
 
     def schedule_next_check(self, verify: Verify, is_listed: bool) -> None:
-        """Set when to check next: what was observed at some points is never trusted for good.
+        """Set when to check next: observations at some points are never trusted forever.
 
         A proof covers all inputs, and the guard notices a flag, a layer or a hook that Python changes later.
 

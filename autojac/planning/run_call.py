@@ -148,7 +148,7 @@ def _run_timed(plan: PreparedPlan, call: Call) -> Result:
     """Run a plan, and credit the search that goes on behind it with the time."""
     exploration, schedule = plan.exploration, plan.schedule
     assert exploration is not None
-    start = measure.clock.start(HOST)  # a device is not waited for: what comes next may not need the result yet
+    start = measure.clock.start(HOST)  # without waiting for a device: the caller may not need the result yet
     result = _run_unchecked(plan, call)
     exploration.credit(schedule.calls, measure.clock.since(start))
     schedule.next_step = exploration.next_call()

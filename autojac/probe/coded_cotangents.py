@@ -214,7 +214,7 @@ def spread_colors(known: Any, wide: int, random: np.random.Generator) -> Ints:
         score[:, wide:] = -np.arange(1, width - wide + 1)
         place = np.full(batch, -1)
         place[chosen] = np.arange(len(chosen))
-        taken = (place[one] >= 0) & (colors[other] >= 0)
-        score[place[one[taken]], colors[other[taken]]] = -np.inf
+        is_colored = (place[one] >= 0) & (colors[other] >= 0)
+        score[place[one[is_colored]], colors[other[is_colored]]] = -np.inf
         colors[chosen] = score.argmax(1)
     return colors

@@ -139,7 +139,7 @@ def check_declared(sparsity: Sparsity, batch: int, m: int, n: int) -> None:
 def _by_operators(
     point: ProbePoint, where: Coordinates, draws: bool, generator: torch.Generator
 ) -> tuple[scipy.sparse.csr_array | None, bool, str]:
-    """Return the pattern that follows from the operators, whether Python sees data, and how it is known or why not."""
+    """Return the pattern that follows from the operators, whether Python sees data, and how it was found or why not."""
     found, reads, how = _pattern_at(point, where, draws)
     if found is None or not reads:
         return found, False, how

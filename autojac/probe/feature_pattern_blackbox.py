@@ -83,7 +83,7 @@ def complete_pattern(
 ) -> tuple[scipy.sparse.csr_array, int, str]:
     """Add to a pattern what is seen outside of it at several points; return also how many entries, and how.
 
-    A gradient of several rows tells that one of them reaches a column, not which: then all of them are taken to.
+    A gradient of several rows shows that one of them reaches a column, not which one: all of them count.
 
     Args:
         point: the function, and where it is probed.

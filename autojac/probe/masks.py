@@ -1,4 +1,4 @@
-"""Which samples to change at a time, so that every pair of samples is told apart."""
+"""Which samples to change at a time, so that every pair of samples is separated."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pull(low: Pullback, high: Pullback, mask: Tensor, generator: torch.Generator) -> None:
-    """Pull random cotangents inside the mask: what comes out at samples outside must shrink."""
+    """Pull random cotangents inside the mask; raise `PossibleCoupling` unless gradients outside are rounding."""
     values = low.recorded
     weights = balance(values)
     cotangents = [

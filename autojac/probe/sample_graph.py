@@ -274,7 +274,7 @@ def _worth(samples: Any) -> bool:
 def _kind(pattern: Pattern) -> Literal["grouped", "sparse"]:
     """Return `grouped` if samples fall into classes, each of which depends on all of its class and on no other."""
     # a class is named by the first neighbour of its samples
-    named = pattern.columns[pattern.starts[:-1]]
-    inside = np.array_equal(named[pattern.rows], named[pattern.columns])
-    sizes = np.bincount(named, minlength=len(named))
-    return "grouped" if inside and np.array_equal(np.diff(pattern.starts), sizes[named]) else "sparse"
+    classes = pattern.columns[pattern.starts[:-1]]
+    inside = np.array_equal(classes[pattern.rows], classes[pattern.columns])
+    sizes = np.bincount(classes, minlength=len(classes))
+    return "grouped" if inside and np.array_equal(np.diff(pattern.starts), sizes[classes]) else "sparse"

@@ -96,15 +96,15 @@ class ProbePoint:
     def at_other_point(self, turn: int, scale: float, generator: torch.Generator) -> ProbePoint:
         """Return another point: what is read of other samples may depend on masks, indices and weights."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             return _start(tensor, turn, scale, generator)
 
-        leaves = [moved(leaf) for leaf in self.leaves]
+        leaves = [move(leaf) for leaf in self.leaves]
         for position in self.sides:
             if turn == len(SCALES) - 1 and not leaves[position].is_floating_point():
                 # other samples' indices, which are in range
                 leaves[position] = leaves[position].flip(0)
-        kwargs = pytree.tree_map_only(Tensor, moved, self.kwargs)
+        kwargs = pytree.tree_map_only(Tensor, move, self.kwargs)
         return dataclasses.replace(self, leaves=tuple(leaves), kwargs=kwargs)
 
     def with_inputs_moved(self, scale: float, generator: torch.Generator, mask: Tensor | None = None) -> ProbePoint:

@@ -30,7 +30,7 @@ def correction_kind(spec: Mapping[str, Any]) -> str:
 def corrections_from(trials: Iterable[Trial]) -> dict[str, float]:
     """Return for each kind of method how many times longer than predicted it took; "" stands for all other kinds.
 
-    The median of the logarithms, which a few trials beside a busy process do not move; that of a kind with few trials
+    The median of the logarithms, which a few trials next to a busy process do not move; that of a kind with few trials
     is drawn towards that of all.
     """
     ratios: dict[str, list[float]] = defaultdict(list)

@@ -199,7 +199,7 @@ class Looks:
         return trial.seconds * self.session.problem.batch / SLICE
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
-        """Yield what is raced on the slice: methods for all samples at once."""
+        """Yield the candidates that race on the slice: methods that take all samples in one pass."""
         kinds = dict.fromkeys(of_one_chunk(m) for m in self.space if not waits_for_compiler(m))
         yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
@@ -216,7 +216,7 @@ class Looks:
         )
 
     def _best_of_each_form(self) -> tuple[float, float]:
-        """Return the seconds of the fastest method for the whole batch at once, and of that for chunks of it."""
+        """Return the seconds of the fastest method for the whole batch in one pass, and of that for chunks of it."""
         times = {m: self.time(m) for m in self.session.trials}
         whole = min((time for m, time in times.items() if not isinstance(m, BatchChunk)), default=math.inf)
         return whole, min((time for m, time in times.items() if isinstance(m, BatchChunk)), default=math.inf)

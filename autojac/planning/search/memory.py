@@ -29,7 +29,7 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
 
     On an accelerator torch's peak statistics are reset.
     """
-    # garbage that goes meanwhile would count against the call; collecting it first takes up to 0.3 s
+    # garbage collected during the call would distort its peak; collecting it first takes up to 0.3 s
     with gc_disabled():
         return _cpu_peak(run) if device.type == "cpu" else _accelerator_peak(run, device)
 

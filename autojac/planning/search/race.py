@@ -194,7 +194,7 @@ class CandidateRace:
         return trial is not None and trial.state != "skipped"
 
     def fits_memory(self, method: Method) -> bool:
-        """Check whether a timed candidate stays within the memory limit, by a run of its own if that is not known."""
+        """Check whether a timed candidate stays within the memory limit, by another run if that is not known."""
         if method in self.weighed:
             return True
         self.weighed.add(method)

@@ -14,7 +14,7 @@ from autojac.api.joined_columns import JoinedColumns, NamedColumn
 from autojac.api.over_batch_axes import PlannedOverBatchAxes
 from autojac.core import pytree
 from autojac.core.joined_arguments import position_of
-from autojac.core.options import Options, OptionValues
+from autojac.core.options import OnMiss, Options, OptionValues
 from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, kind_of
 from autojac.guards.compiled_functions import opaque_methods
@@ -102,10 +102,10 @@ class Derivatives(BatchAxesChoice):
         derivatives.func, derivatives.of = func, self.of
         return derivatives
 
-    def _without_search(self) -> Self:
-        """Return the same derivatives by plans that are stored, or that the cost model chooses."""
+    def _replace_on_miss(self, on_miss: OnMiss) -> Self:
+        """Return the same derivatives where another value of `on_miss` says what to do without a plan."""
         derivatives = copy.copy(self)
-        derivatives.planned = self.planned._without_search()
+        derivatives.planned = self.planned._replace_on_miss(on_miss)
         return derivatives
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from autojac.api.over_batch_axes import PlannedOverBatchAxes
 from autojac.api.product_arguments import of_samples
 from autojac.core import pytree
 from autojac.core.call import outside_inference_mode
-from autojac.core.options import Options, OptionValues
+from autojac.core.options import OnMiss, Options, OptionValues
 from autojac.core.plan import Effort, Plan
 from autojac.errors import OptionError, OutputError, UnsupportedError, require_choice
 from autojac.guards.compiled_functions import opaque_methods
@@ -94,10 +94,10 @@ class AutoHessian(BatchAxesChoice):
         hessian._wrap(func, self.planned.options.replace(in_dims=in_dims, symmetric=False))
         return hessian
 
-    def _without_search(self) -> Self:
-        """Return the same Hessians by plans that are stored, or that the cost model chooses."""
+    def _replace_on_miss(self, on_miss: OnMiss) -> Self:
+        """Return the same Hessians where another value of `on_miss` says what to do without a plan."""
         hessian = copy.copy(self)
-        hessian.planned = self.planned._without_search()
+        hessian.planned = self.planned._replace_on_miss(on_miss)
         return hessian
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from autojac.api.autojacobian import AutoJacobian
 from autojac.autodiff.derivative_terms import Terms
 from autojac.core.batch_axes import AUTO
 from autojac.core.joined_arguments import JoinedArguments, join_columns
-from autojac.core.options import Options
+from autojac.core.options import OnMiss, Options
 from autojac.core.plan import Effort, Plan
 from autojac.errors import InputError, OptionError, kind_of, plural
 from autojac.guards.compiled_functions import original
@@ -71,9 +71,9 @@ class JoinedColumns:
         """Return the same derivatives of another function, with some options changed."""
         return JoinedColumns(func, self.options.replace(**changes), self.names, self.of, self._make)
 
-    def _without_search(self) -> JoinedColumns:
-        """Return the same derivatives by plans that are stored, or that the cost model chooses."""
-        return self.replace(self.func, on_miss="estimate")
+    def _replace_on_miss(self, on_miss: OnMiss) -> JoinedColumns:
+        """Return the same derivatives where another value of `on_miss` says what to do without a plan."""
+        return self.replace(self.func, on_miss=on_miss)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the derivatives, stacked on the last axis."""

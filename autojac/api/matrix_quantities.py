@@ -12,7 +12,7 @@ from torch import Tensor
 from autojac.api.linalg import as_matrices, inverse, slogdet
 from autojac.api.low_rank_factors import LowRankJacobian
 from autojac.api.planned_call import PlannedCall
-from autojac.core.options import Options
+from autojac.core.options import OnMiss, Options
 from autojac.core.signature import Layout
 from autojac.errors import InputError
 from autojac.planning.plans_in_use import PlansInUse
@@ -152,9 +152,9 @@ class MatrixQuantities(ABC):
         other.__setstate__({**self.__getstate__(), "func": func, "options": options})
         return other
 
-    def _without_search(self) -> Self:
-        """Return the same Jacobian by plans that are stored, or that the cost model chooses."""
-        return self._rewrap(self.func, self.options.replace(on_miss="estimate"))
+    def _replace_on_miss(self, on_miss: OnMiss) -> Self:
+        """Return the same Jacobian where another value of `on_miss` says what to do without a plan."""
+        return self._rewrap(self.func, self.options.replace(on_miss=on_miss))
 
 
 def only(plan: PreparedPlan, result: Result) -> Tensor:

@@ -11,7 +11,7 @@ from autojac.api.flat_calls import CallsOverBatchAxes, FlattenedCall
 from autojac.api.kernels import tangent_kernel
 from autojac.api.products import LAST, apart_from_own, without_last
 from autojac.core.batch_grid import split_axis
-from autojac.core.options import Options
+from autojac.core.options import OnMiss, Options
 from autojac.core.plan import Effort, Plan
 from autojac.planning.plan_repository import function_name
 
@@ -82,8 +82,8 @@ class PlannedOverBatchAxes(PlansOverBatchAxes):
     def _calls_over(self, batch_dims: int) -> CallsOverBatchAxes:
         return CallsOverBatchAxes(self._of_one_axis, self.func, batch_dims, self.planned.options)
 
-    def _without_search(self) -> Self:
-        wrapper: Self = super()._without_search()  # type: ignore[misc]
+    def _replace_on_miss(self, on_miss: OnMiss) -> Self:
+        wrapper: Self = super()._replace_on_miss(on_miss)  # type: ignore[misc]
         wrapper._calls = wrapper._calls_over(self._calls.batch_dims)
         return wrapper
 

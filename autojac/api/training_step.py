@@ -92,7 +92,8 @@ class TrainingStep:
         known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
         # searches go on for the step as a whole, not for the derivatives inside
-        self._inner = self.source._without_search()
+        self._inner = self.source._replace_on_miss("tune" if self._options["on_miss"] == "tune" else "estimate")
+        self._settled: set[Any] = set()
         self._whole: AutoJacobian | None = None
         self._refused: dict[Any, str] = {}
         self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
@@ -190,8 +191,10 @@ class TrainingStep:
 
     def _wrapper(self, x: Any) -> AutoJacobian:
         """Return what plans the step: a Jacobian of one number, in all parameters."""
-        if self._whole is None:
+        # a search of the derivatives comes before that of the step with them
+        if self._whole is None or (self._options["on_miss"] == "tune" and _key((x,)) not in self._settled):
             self._settle(x)
+        if self._whole is None:
             modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
             step = LossOfDerivatives(self._inner, self.loss, modules)
             self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)
@@ -203,6 +206,7 @@ class TrainingStep:
             inputs = own_inputs(self._inner, x)
             if not self._inner.plan(*inputs).structure.effects:
                 self._inner(*inputs)
+        self._settled.add(_key((x,)))
 
     def _without_hooks(self, whole: AutoJacobian) -> AbstractContextManager[None]:
         """Keep tensor hooks from firing while the gradients are computed."""

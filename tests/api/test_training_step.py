@@ -238,6 +238,16 @@ def test_a_search_of_a_whole_step_finds_one_program() -> None:
     compare(step(x, target), by_hand(copy.deepcopy(model), x, target))
 
 
+def test_a_search_before_the_first_step_is_one_of_its_derivatives_too() -> None:
+    model, store = network(), PlanStore(":memory:")
+    step = TrainingStep(model, loss, store=store, on_miss="tune", effort="quick", budget_s=0.5)
+    for batch in (4, 6):
+        x, target = points(batch, 3), points(batch, 2)
+        compare(step(x, target), by_hand(copy.deepcopy(model), x, target))
+    # besides, the search evaluates losses without a graph
+    assert [stored.plan.effort for stored in store.listing()].count("quick") == 4
+
+
 def refused(make: Callable[[], Any]) -> Sequence[Any]:
     with pytest.raises((OutputError, RandomnessError)) as caught:
         make()

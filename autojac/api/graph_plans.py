@@ -90,6 +90,7 @@ class GraphPlans:
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, tuple[GraphPlan, int]] = OrderedDict()
+        self._latest: tuple[GraphPlan, int] | None = None
         self._nodes = 0
         self._lock = threading.Lock()
 
@@ -102,7 +103,10 @@ class GraphPlans:
             entry = self._plans.get(key)
             if entry is None:
                 return None
-            self._plans.move_to_end(key)
+            # hashing a key takes long, and a loop asks for the same one
+            if entry is not self._latest:
+                self._plans.move_to_end(key)
+                self._latest = entry
             return entry[0]
 
     def keep(self, key: Hashable, plan: GraphPlan, nodes: int) -> None:
@@ -110,7 +114,7 @@ class GraphPlans:
         with self._lock:
             before = self._plans.pop(key, None)
             self._nodes += nodes - (before[1] if before else 0)
-            self._plans[key] = plan, nodes
+            self._plans[key] = self._latest = plan, nodes
             while self._nodes > MOST_NODES:
                 _, (_, fewer) = self._plans.popitem(last=False)
                 self._nodes -= fewer
@@ -119,7 +123,7 @@ class GraphPlans:
         """Forget all plans."""
         with self._lock:
             self._plans.clear()
-            self._nodes = 0
+            self._latest, self._nodes = None, 0
 
 
 known_graphs = GraphPlans()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 Edge = tuple[Any, int]
 Read = Callable[[Any], Sequence[Any]]
-GENERATED = re.compile(r"\w+Backward\d+|AccumulateGrad|CopyBackwards")
+LEAF = "AccumulateGrad"
+GENERATED = re.compile(rf"\w+Backward\d+|{LEAF}|CopyBackwards")
 """Nodes that torch generates from formulas: what they do follows from attributes that they show. Others, which are
 custom Functions in Python or C++ and writes into views, may do anything."""
 
@@ -26,7 +27,7 @@ class GraphShape(NamedTuple):
     Attributes:
         key: node by node its type, where its edges lead, the integers, flags and shapes that it holds; and where the
             outputs and inputs stand.
-        nodes: how many there are.
+        nodes: how many there are, without leaves that are no inputs.
         is_opaque: some node may depend on more than its attributes show.
         unused: inputs that no output leads back to, by their numbers.
     """
@@ -59,7 +60,10 @@ def graph_shape(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphSha
                 # once more, after all that it leads to
                 stack.append(node)
                 for target, _ in successors:
-                    if target is not None and target not in numbers:
+                    if target is None or target in numbers:
+                        continue
+                    # half of a graph's nodes are parameters: what ends there leads to no input
+                    if target in input_nodes or type(target).__name__ != LEAF:
                         stack.append(target)
                 continue
         leads_to_input = node in input_nodes
@@ -98,8 +102,13 @@ def _describe_node(node: Any) -> Hashable | None:
     if not is_generated:
         return None
     try:
-        described: list[Hashable] = [_freeze(value) for value in plain(node)]
-        described += [part if part is None else _describe_saved(part) for part in saved(node)]
+        described: list[Hashable] = [
+            # of a floating-point number its type only
+            float if type(value) is float else tuple(value) if type(value) is list else value
+            for value in plain(node)
+        ]
+        for part in saved(node):
+            described.append(_describe_saved(part))
     except (RuntimeError, TypeError, AttributeError):  # freed, packed by hooks, or a torch that does not show it
         return None
     for part in node._input_metadata:
@@ -134,13 +143,6 @@ def _reader(names: Sequence[str]) -> Read:
     if len(names) > 1:
         return operator.attrgetter(*names)
     return (lambda node: (getattr(node, names[0]),)) if names else (lambda node: ())
-
-
-def _freeze(value: Any) -> Hashable:
-    """Return an attribute's value, hashable; of a floating-point number only its type."""
-    if type(value) is float:
-        return float
-    return tuple(value) if type(value) is list else value
 
 
 def _describe_saved(saved: Any) -> Hashable:

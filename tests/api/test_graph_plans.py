@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -287,6 +288,18 @@ def test_a_training_step_takes_the_gradients_of_the_hand_written_one() -> None:
     compare(found, expected)
 
 
+def test_a_single_row_is_seen_through_one_view_where_it_is_trained() -> None:
+    net = network(1)
+    for _ in range(2):  # probed, and by the plan
+        x = points(5, 4)
+        J = jacobian_from(net(x), x, create_graph=True)
+        assert J.grad_fn is not None
+        (row, _), *_ = J.grad_fn.next_functions
+        assert "View" in type(J.grad_fn).__name__
+        assert not re.search("View|Squeeze|Stack|Select", type(row).__name__, re.IGNORECASE)
+        compare(J.detach(), jacobian_blocks(net, (x.detach(),)))
+
+
 def test_options_and_layouts_have_plans_of_their_own() -> None:
     x = points(4, 4)
     y = x.sin()
@@ -390,6 +403,9 @@ def test_shapes_of_graphs() -> None:
     assert shape(lambda x: doubled(x, 0)).is_opaque
     assert shape(lambda x: into_view(x, 0)).is_opaque
     assert shape(lambda x: checkpoint(torch.sin, x, use_reentrant=False)).is_opaque
+    weight = points(4, 4)
+    # a parameter is a leaf too, but no input
+    assert shape(lambda x: x * weight).nodes == 2
     x, unused = points(3), points(3)
     parts = x.expand(2, 3).unbind(0)
     # an input may be one of several results of a node, and only another be read

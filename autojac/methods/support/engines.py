@@ -53,6 +53,11 @@ class Pulls:
         pulled: Sequence[Tensor] = vmap(lambda seed: vjp((*zeros[:output], seed, *zeros[output + 1 :])))(cotangents)
         return pulled
 
+    def row(self, output: int, cotangent: Tensor, last: bool = False) -> Sequence[Tensor]:
+        """Pull a single (*output) of one output to one (*input) per input, through what autograd has recorded."""
+        assert self.pullback is not None
+        return self.pullback(output, cotangent, last=last)
+
     def all(self, cotangents: Sequence[Tensor], last: bool = False) -> Sequence[Tensor]:
         """Pull one (c, *output) per output, all outputs together."""
         if self.pullback is not None:

@@ -107,6 +107,11 @@ class ReverseMode:
         cotangents = made(output, event, problem.batch, pulls.values[output])
         final = output == len(pulls.values) - 1
         diagonal = problem.layout == "diagonal"
+        if count == 1 and self.engine == "loop" and not diagonal:
+            # neither stacked nor taken apart again: a training step pays for each view twice
+            only = [made.apart(row) for row in pulls.row(output, cotangents[0], last=final)]
+            each = [row.reshape(problem.batch, *event, *row.shape[1:]) for row in only]
+            return tuple([from_blocks(problem.layout, blocks, event, batched=True) for blocks in each])
         pulled = []
         for start, stop in seeds.spans(count, self.step):
             rows = pulls.one(output, cotangents[start:stop], last=final and stop == count)

@@ -10,6 +10,9 @@ from typing import Any
 from autojac.guards.places import Attributes, Callables, Items, Place, class_dict
 from autojac.torch_internals import dict_version
 
+STORES = 200
+"""Stores of a trial: bytecode is specialized after a dozen runs, or after 16, 32 or 64 more where that fails."""
+
 
 @functools.cache
 def change_counter(of_instances: bool) -> Callable[[dict[Any, Any]], int] | None:
@@ -45,7 +48,7 @@ def counts_changes(version: Callable[[Any], int], probe: Any) -> bool:
     store = types.FunctionType(_store.__code__.replace(), {})  # not specialized for another kind of object
     store(probe, 0)
     held = class_dict(probe) if isinstance(probe, type) else vars(probe)
-    for number in range(1000):
+    for number in range(STORES):
         before = version(held)
         store(probe, number + 1)
         stored = version(held)

@@ -750,6 +750,15 @@ def test_a_count_of_changes_that_misses_some_is_not_used() -> None:
 
     assert not dict_versions.counts_changes(misses_deletions, types.SimpleNamespace())
     assert not dict_versions.counts_changes(lambda kept: 0, types.SimpleNamespace())
+    counted: list[int] = [0]
+
+    def misses_late_stores(kept: dict[str, Any]) -> int:  # as one that is told of none by specialized bytecode
+        if kept.get("stored", 0) < 100:
+            counted.append(torch._C._dynamo.guards.dict_version(kept))
+        return counted[-1]
+
+    assert not dict_versions.counts_changes(misses_late_stores, types.ModuleType("probe"))
+    assert len(counted) > 100
 
 
 def test_changes_of_classes_and_modules_are_counted_on_every_python() -> None:

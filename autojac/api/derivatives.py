@@ -83,12 +83,12 @@ class Derivatives(BatchAxesChoice):
         named = (column for part in columns for column in part if isinstance(column, NamedColumn))
         names = tuple(dict.fromkeys(column.argument for column in named))
         positions: Any = tuple(position_of(func, name) for name in names)
-        chosen = Options.from_keywords({"argnums": positions or argnums, "in_dims": in_dims, **options})
+        checked = Options.from_keywords({"argnums": positions or argnums, "in_dims": in_dims, **options})
         self.planned: AutoJacobian | JoinedColumns
         if names:
-            self.planned = JoinedColumns(func, chosen, names, columns, jacobian_of)
+            self.planned = JoinedColumns(func, checked, names, columns, jacobian_of)
         else:
-            self.planned = jacobian_of(func, chosen, tuple((part,) for part in columns))
+            self.planned = jacobian_of(func, checked, tuple((part,) for part in columns))
         self.func = self.planned.func
         self.of = columns
 
@@ -187,7 +187,7 @@ class _DerivativesOverBatchAxes(PlannedOverBatchAxes, Derivatives):
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         call = self._calls.flat(args)
-        return tuple(call.lead(found) for found in call.wrapper(*call.args, **kwargs))
+        return tuple(call.lead(derivative) for derivative in call.wrapper(*call.args, **kwargs))
 
 
 Derivatives.over_batch_axes = _DerivativesOverBatchAxes

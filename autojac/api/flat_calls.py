@@ -177,12 +177,12 @@ class FlattenedCall(NamedTuple):
         if not self.inputs:
             return vectors, many
         last = len(self.sizes) - 1
-        flattened = iter(
+        with_one_axis = iter(
             v if axes is None else v.flatten(int(many), int(many) + last)
             for v, axes in zip(flat, self.inputs, strict=True)
         )
         return pytree.tree_unflatten(
-            [next(flattened) if at in places else None for at in range(len(leaves))], spec
+            [next(with_one_axis) if at in places else None for at in range(len(leaves))], spec
         ), many
 
 

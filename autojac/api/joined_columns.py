@@ -139,14 +139,14 @@ class JoinedColumns:
         starts = {name: sum(widths[:place]) for place, name in enumerate(self.names)}
         size = dict(zip(self.names, widths, strict=True))
 
-        def place(named: NamedColumn) -> int:
-            width = size[named.argument]
-            if (named.column is None and width != 1) or (named.column or 0) >= width:
+        def place(column: NamedColumn) -> int:
+            width = size[column.argument]
+            if (column.column is None and width != 1) or (column.column or 0) >= width:
                 raise InputError(
-                    f"the derivative by {named} was asked for, but a sample of {named.argument!r} has "
-                    f"{plural(width, 'column')}, counted from 0. Name one that there is, as ({named.argument!r}, 0)"
+                    f"the derivative by {column} was asked for, but a sample of {column.argument!r} has "
+                    f"{plural(width, 'column')}, counted from 0. Name one that there is, as ({column.argument!r}, 0)"
                 )
-            return starts[named.argument] + (named.column or 0)
+            return starts[column.argument] + (column.column or 0)
 
         terms = tuple((tuple(sorted(map(place, columns))),) for columns in self.of)
         func = JoinedArguments(self.func, positions, tuple(events))

@@ -94,11 +94,11 @@ class Kernels(Chunks):
         """Return H J v."""
         shapes = self._shapes(func_args, kwargs)
         shapes.require_repeatable("ggn_product")
-        pushed = self._without_aux(self._product(AlongTangents, func_args, kwargs, tangents, True))
+        jvps = self._without_aux(self._product(AlongTangents, func_args, kwargs, tangents, True))
         if loss is None:
-            return pushed
+            return jvps
         leaves, spec = pytree.tree_flatten(self._without_aux(self.func(*func_args, **kwargs)))
-        flat, vectors = list(filter(is_differentiable, leaves)), tensor_leaves(pushed)
+        flat, vectors = list(filter(is_differentiable, leaves)), tensor_leaves(jvps)
 
         def of_flat(*ys: Tensor) -> Tensor:
             given = iter(ys)

@@ -85,12 +85,12 @@ class TrainingStep:
             raise InputError(
                 f"the loss was expected to be a function, got {kind_of(loss)}. Pass one that returns a number"
             )
-        wrapped = isinstance(model, (AutoJacobian, Derivatives, AutoHessian))
-        self.source = model if wrapped else AutoJacobian(model, **options)
+        is_wrapper = isinstance(model, (AutoJacobian, Derivatives, AutoHessian))
+        self.source = model if is_wrapper else AutoJacobian(model, **options)
         self.loss = loss
         inner = self.source if isinstance(self.source, AutoJacobian) else self.source.planned
-        known = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
-        self._options: StepOptions = {**known, **options}  # type: ignore[typeddict-item]
+        defaults = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
+        self._options: StepOptions = {**defaults, **options}  # type: ignore[typeddict-item]
         # searches go on for the step as a whole, not for the derivatives inside
         self._inner = self.source._replace_on_miss("tune" if self._options["on_miss"] == "tune" else "estimate")
         self._settled: set[Any] = set()
@@ -184,9 +184,9 @@ class TrainingStep:
         return self._refused.get(_key(args), "") if self._refused else ""
 
     def _stray(self) -> bool:
-        reached = [captures(self.source.func), captures(self.loss)]
-        ids = {id(p) for captured in reached for module in captured.modules for p in module.parameters()}
-        tensors = itertools.chain.from_iterable(captured.tensors for captured in reached)
+        parts = [captures(self.source.func), captures(self.loss)]
+        ids = {id(p) for captured in parts for module in captured.modules for p in module.parameters()}
+        tensors = itertools.chain.from_iterable(captured.tensors for captured in parts)
         return any(t.requires_grad and id(t) not in ids for t in tensors)
 
     def _wrapper(self, x: Any) -> AutoJacobian:

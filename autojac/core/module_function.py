@@ -174,13 +174,13 @@ class ModuleFunction:
         return output if self.select is None else (pick(output, self.select), output)
 
 
-def _choose(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+def _choose(module: torch.nn.Module, parameters: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
     """Return the parameters that patterns name, by any of the names that tied ones have."""
     every = dict(module.named_parameters(remove_duplicate=False))
     ids: set[int] = set()
     for pattern in patterns:
         matches = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
-        usable = [id(every[name]) for name in matches if any(every[name] is p for p in found.values())]
+        usable = [id(every[name]) for name in matches if any(every[name] is p for p in parameters.values())]
         if not usable:
             what = f"{matches[0]}, which is frozen" if matches else f"nothing{nearest(pattern, every)}"
             raise InputError(
@@ -188,7 +188,7 @@ def _choose(module: torch.nn.Module, found: dict[str, Tensor], patterns: Sequenc
                 f"matches {what}. Pass names of named_parameters(), or patterns such as '*.weight'"
             )
         ids.update(usable)
-    return {name: parameter for name, parameter in found.items() if id(parameter) in ids}
+    return {name: parameter for name, parameter in parameters.items() if id(parameter) in ids}
 
 
 def module_function(module: torch.nn.Module, names: str | Sequence[str] | None = None) -> ModuleFunction:

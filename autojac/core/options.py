@@ -61,10 +61,10 @@ class Options:
         Raises:
             OptionError: for an unknown name or a value that is not accepted.
         """
-        known = cls.names()
+        names = cls.names()
         for name in given:
-            if name not in known:
-                raise OptionError(f"unknown option {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+            if name not in names:
+                raise OptionError(f"unknown option {name!r}{nearest(name, names)}; known are {', '.join(names)}")
         options = cls(**given)
         for name, accepted in (
             ("layout", get_args(Layout)),

@@ -150,8 +150,8 @@ class Sandbox:
             others: tensors that are saved too.
         """
         state = random_state(self.state if generators is None else generators)
-        known = {id(tensor) for tensor in self.captured}
-        captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in known)]
+        ids = {id(tensor) for tensor in self.captured}
+        captured = [*self.captured, *(tensor for tensor in others if id(tensor) not in ids)]
         sandbox = Sandbox(captured, state, self.places, self.trained)
         sandbox.written = [*self.written, *others]
         return sandbox

@@ -40,9 +40,9 @@ def pick(output: Any, select: Select) -> Any:
         elif name.isidentifier() and hasattr(part, name) and not callable(getattr(part, name)):
             part = getattr(part, name)
         else:
-            known = list(map(str, part)) if isinstance(part, Mapping) else [n for n in dir(part) if n[:1] != "_"]
+            names = list(map(str, part)) if isinstance(part, Mapping) else [n for n in dir(part) if n[:1] != "_"]
             raise OutputError(
                 f"select={select!r} was expected to pick a part of func's output, but {kind_of(part)} there has no "
-                f"{name!r}{nearest(name, known)}. Name keys, attributes and positions, joined by dots"
+                f"{name!r}{nearest(name, names)}. Name keys, attributes and positions, joined by dots"
             )
     return part

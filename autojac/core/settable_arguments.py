@@ -213,9 +213,9 @@ def find_settable_places(values: Iterable[Any]) -> tuple[list[Any], list[Tensor]
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, CALLABLES):
-            reached = captures(value)
-            places += reached.places
-            tensors += reached.tensors
+            captured = captures(value)
+            places += captured.places
+            tensors += captured.tensors
     return places, tensors
 
 
@@ -243,14 +243,14 @@ def _is_leaf(value: Any) -> bool:
 
 def _visit(values: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Yield each object that these are or lead to, always in the same order, with the places in it."""
-    known: dict[int, Any] = {}
+    visited: dict[int, Any] = {}
     todo = list(values)
     while todo:
         value = todo.pop()
         if type(value) not in SCALARS:
-            if id(value) in known:
+            if id(value) in visited:
                 continue
-            known[id(value)] = value
+            visited[id(value)] = value
         places: list[Any] = []
         if isinstance(value, (tuple, frozenset)):
             todo += value

@@ -124,12 +124,12 @@ class Snapshot:
     def __init__(self, places: Sequence[Any]) -> None:
         self.places: list[Any] = []
         self.copies: list[Any] = []
-        todo, known = list(reversed(places)), set()
+        todo, visited = list(reversed(places)), set()
         while todo:
             place = todo.pop()
-            if id(place) in known:
+            if id(place) in visited:
                 continue
-            known.add(id(place))
+            visited.add(id(place))
             copy = _copy(place)
             self.places.append(place)
             self.copies.append(copy)
@@ -170,13 +170,13 @@ class Snapshot:
 
     def without_graph(self) -> None:
         """Detach the tensors that were put into the places since then."""
-        known = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
+        before = {id(value) for copy in self.copies for value in (copy.values() if isinstance(copy, dict) else copy)}
         for place in self.find_changes():
             if isinstance(place, MutableSet):
                 continue
             for at, value in place.items() if isinstance(place, Mapping) else enumerate(place):
                 tensors, shape = pytree.tree_flatten(value)
-                numbers = [value if id(value) in known else _without_graph(value) for value in tensors]
+                numbers = [value if id(value) in before else _without_graph(value) for value in tensors]
                 if not all(map(operator.is_, tensors, numbers)):
                     place[at] = pytree.tree_unflatten(numbers, shape)
 

@@ -89,8 +89,8 @@ def audit_call(planner: Planner, call: Call, effort: Effort, budget_s: float | N
         rivals = _rivals(planner.repository.trials(report.keys), method)
         rivals = list(dict.fromkeys([method, *rivals, *default_methods(problem)[:1]]))
         end = None if budget_s is None else measure.clock.now() + budget_s
-        own = _race(session, rivals, method, end)
-        return Audit(plan, own, _at_smallest(session, rivals, method, end))
+        result = _race(session, rivals, method, end)
+        return Audit(plan, result, _at_smallest(session, rivals, method, end))
 
 
 def _rivals(trials: Iterable[Trial], method: Method) -> list[Method]:

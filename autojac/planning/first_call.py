@@ -129,10 +129,10 @@ def _require_unwritten(passed: Sequence[Tensor], sandbox: Sandbox) -> None:
 
 def _undrawn(call: Call, sandbox: Sandbox, earlier: EarlierValues | None = None) -> FirstCall:
     """Call func, and reset the generators that it draws from, which become the sandbox's state."""
-    fn, loaded = call.layout.fn, "numpy.random" in sys.modules
+    fn, had_numpy = call.layout.fn, "numpy.random" in sys.modules
     state = random_state()
     first = _first_call(fn, call, sandbox, earlier)
-    if not loaded and "numpy.random" in sys.modules:
+    if not had_numpy and "numpy.random" in sys.modules:
         # func may have drawn from the generator that it has just imported, whose state was not saved
         restore_random_state({name: state[name] for name in first.moved})
         state = random_state()

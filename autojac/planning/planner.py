@@ -129,12 +129,12 @@ class Planner:
 
     def _explore(self, prepared: PreparedPlan, plan: Plan, wanted: Effort) -> PreparedPlan:
         """Let the search behind a plan that may not be the best go on while it is used."""
-        unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
+        is_unfinished = not plan.finished or effort_rank(plan.effort) < effort_rank(wanted)
         explores = self.options.on_miss == "online" and wanted != "estimate" and pinned_store() is None
-        if explores and unfinished and not prepared.is_provisional:
+        if explores and is_unfinished and not prepared.is_provisional:
             trials = self.known.trials(prepared.keys, plan)
-            timed = [trial for trial in trials if trial.seconds is not None or trial.state != "complete"]
-            prior = PriorKnowledge(self.known.hints(prepared.keys), build(plan.method), timed)
+            prior_trials = [trial for trial in trials if trial.seconds is not None or trial.state != "complete"]
+            prior = PriorKnowledge(self.known.hints(prepared.keys), build(plan.method), prior_trials)
             prepared.exploration = Exploration(prior, wanted, self.options.budget_s)
         return prepared
 

@@ -63,7 +63,7 @@ class ProbeResult:
 
 def examine(
     call: FlatCall,
-    seen: SideEffects,
+    effects: SideEffects,
     roles: Roles,
     *,
     declared: Structure | None = None,
@@ -74,7 +74,7 @@ def examine(
 
     Args:
         call: the function and the point.
-        seen: what `observe` returned.
+        effects: what `observe` returned.
         roles: what is known of which leaves carry the batch.
         declared: coupling declared by the user; then nothing is probed for it.
         budget_s: seconds that each of the three pair layers may cost; beyond it, masks become fewer.
@@ -83,12 +83,12 @@ def examine(
     with torch.no_grad():
         leaves = tuple(leaf.detach() for leaf in call.leaves)
     call = call._replace(leaves=leaves)
-    where = _where(call, seen.values, roles, analysis)
+    where = _where(call, effects.values, roles, analysis)
     evidence_of_modes, notice, flat_outputs = compare_modes(where.compared, SEED)
-    cut = _without_derivative(where.compared, seen.cut, flat_outputs)
-    evidence = [seen.evidence, evidence_of_modes]
+    cut = _without_derivative(where.compared, effects.cut, flat_outputs)
+    evidence = [effects.evidence, evidence_of_modes]
     result = partial(ProbeResult, batched=where.batched, notice=notice, analysis=analysis, cut=cut)
-    values, differentiated = seen.values, call.differentiated
+    values, differentiated = effects.values, call.differentiated
     branches: Branches = "perhaps" if analysis is None else analysis.branches
     if declared is not None:
         if declared.sparsity is not None:
@@ -99,13 +99,13 @@ def examine(
                 if leaves[p].numel()
             ]
             check_declared(declared.sparsity, len(values[0]), sum(sizes), sum(events))
-        return result(_from_declaration(declared, seen, evidence, where.refusal is None, branches))
+        return result(_from_declaration(declared, effects, evidence, where.refusal is None, branches))
     generator = torch.Generator().manual_seed(SEED)
     point, structure = _coupling(call, values, where, analysis, generator, budget_s)
     structure = dataclasses.replace(
         structure,
-        effects=seen.effects,
-        kernels=seen.kernels,
+        effects=effects.effects,
+        kernels=effects.kernels,
         evidence=(*evidence, *structure.evidence),
         branches=branches,
     )
@@ -200,7 +200,7 @@ def _without_derivative(call: FlatCall, outputs: Sequence[int], flat: Mapping[in
 
 
 def _from_declaration(
-    declared: Structure, seen: SideEffects, evidence: Sequence[str], sliceable: bool, branches: Branches
+    declared: Structure, effects: SideEffects, evidence: Sequence[str], sliceable: bool, branches: Branches
 ) -> Structure:
     """Return the structure that the user declares, with what was seen of the function."""
     return Structure(
@@ -208,8 +208,8 @@ def _from_declaration(
         "declared",
         declared.sliceable and sliceable,
         False,
-        seen.effects,
-        seen.kernels,
+        effects.effects,
+        effects.kernels,
         (*declared.evidence, *evidence, f"coupling: declared {declared.coupling} by the user"),
         declared.sparsity,
         # nothing is proved of what the user promises

@@ -83,9 +83,9 @@ class CodedCotangents:
     def _pull(self, pullback: Pullback, weights: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Return the gradient of every sample, (batch, n), for cotangents scaled by `rows`."""
         self.passes += 1
-        scaled = [weight * along(rows, weight).to(weight.dtype) for weight in weights]
-        pulled = pullback.pull(pullback.recorded, scaled)
-        return torch.cat([gradient.reshape(self.point.batch, -1) for gradient in pulled], 1).cpu()
+        cotangents = [weight * along(rows, weight).to(weight.dtype) for weight in weights]
+        gradients = pullback.pull(pullback.recorded, cotangents)
+        return torch.cat([gradient.reshape(self.point.batch, -1) for gradient in gradients], 1).cpu()
 
     def _sparse(self, pullback: Pullback, weights: Sequence[Tensor]) -> bool:
         """Check whether some samples at random depend on few others."""

@@ -134,8 +134,8 @@ class PairProbe:
     def _of_coupled(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str]) -> Structure:
         """Return the structure where a layer saw samples reach each other."""
         point, (masks, _), patience = self.point, self.masks, PATIENCE * self.budget_s
-        moved = any(verdict.coupled for verdict in verdicts[:2])
-        slight = moved and not self.weights and not several() and _slight(verdicts, point)
+        moves = any(verdict.coupled for verdict in verdicts[:2])
+        slight = moves and not self.weights and not several() and _slight(verdicts, point)
         if slight and is_only_rounding(point, masks, self.cost, self.generator, patience):
             evidence.append(
                 "rounding: what reaches other samples vanishes with the precision, in float64 against float32, and "
@@ -143,7 +143,7 @@ class PairProbe:
                 "called on a part of the batch"
             )
             return Structure("independent", "observed", False, evidence=tuple(evidence), depends_on_arguments=True)
-        shape = self._shape(verdicts, refusal, evidence, moved)
+        shape = self._shape(verdicts, refusal, evidence, moves)
         # what NaN reaches may sleep for another reason, such as a weight that is zero
         awake = shape.coupling != "dense" or not _only_values(verdicts) or bool(verdicts[-1].coupled) or self.weights
         if awake or several() or self.cost * EVALUATIONS > patience:
@@ -215,10 +215,10 @@ class PairProbe:
             depends_on_arguments=not proof.any_values,
         )
 
-    def _shape(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str], moved: bool) -> Structure:
+    def _shape(self, verdicts: Sequence[Verdict], refusal: str | None, evidence: list[str], moves: bool) -> Structure:
         """Return how coupled samples are coupled.
 
-        `moved` if a gradient or a value was seen to reach another sample, and not NaN alone: matrix products in half
+        `moves` if a gradient or a value was seen to reach another sample, and not NaN alone: matrix products in half
         precision pad odd sizes with the next sample's numbers times zero.
         """
         coupling: Coupling = "dense"
@@ -237,7 +237,7 @@ class PairProbe:
                 if graph.pattern is not None and graph.kind is not None:
                     coupling, depends = graph.kind, graph.depends_on_arguments
                     sparsity = Sparsity(samples=graph.pattern)
-                    if graph.followed and graph.edgeless and not moved:
+                    if graph.followed and graph.edgeless and not moves:
                         coupling, sparsity, depends = "independent", None, True
                     else:
                         refusal = refusal or "samples are coupled"

@@ -90,25 +90,25 @@ def find_feature_pattern(
     if point.batch < 1 or min(where.m, where.n) < 2 or not all(value.is_floating_point() for value in values):
         return Features(None, "")
     try:
-        found, reads, how = _by_operators(small, where, draws, generator)
+        matrix, reads, how = _by_operators(small, where, draws, generator)
     except Dense as dense:
         return Features(None, f"features: dense, {dense}")
-    recorded = found is not None
-    if found is None and not how.startswith("too much"):
+    is_recorded = matrix is not None
+    if matrix is None and not how.startswith("too much"):
         reason = how
-        found, how = by_nan(small, where, values, sliceable, budget_s)
+        matrix, how = by_nan(small, where, values, sliceable, budget_s)
         how = f"{how} ({reason})"
-    if found is None:
+    if matrix is None:
         return Features(None, f"features: not found, {how}")
     places = where.m * where.n
-    if found.nnz > DENSEST * places:
-        return Features(None, f"features: dense, {found.nnz} of {places} entries may be nonzero {how}")
-    found, added, seen = complete_pattern(point, where, found, generator, moving=not recorded)
-    pattern = Pattern.of(found)
+    if matrix.nnz > DENSEST * places:
+        return Features(None, f"features: dense, {matrix.nnz} of {places} entries may be nonzero {how}")
+    matrix, added, looks = complete_pattern(point, where, matrix, generator, moving=not is_recorded)
+    pattern = Pattern.of(matrix)
     line = f"features: {pattern.count} of {places} entries may be nonzero {how}, "
-    line += f"of these {added} were added by {seen}" if added else f"no other by {seen}"
+    line += f"of these {added} were added by {looks}" if added else f"no other by {looks}"
     return Features(
-        pattern if pattern.density <= DENSEST else None, line, not added, reads or not recorded or bool(added)
+        pattern if pattern.density <= DENSEST else None, line, not added, reads or not is_recorded or bool(added)
     )
 
 

@@ -93,8 +93,8 @@ def _disagreement(difference: float, kind: str, forward: float, reverse: float) 
         "The Jacobian is reverse mode's, as autograd gives it. If func has a no_grad region or a Function with a "
         "gradient of its own, that is what it asks for; else one of torch's formulas is wrong"
     )
-    confirmed = clear and nearer == "reverse"
-    return f"modes: {line}", None if confirmed else f"{line}. {advice}"
+    is_confirmed = clear and nearer == "reverse"
+    return f"modes: {line}", None if is_confirmed else f"{line}. {advice}"
 
 
 def _is_flat(pullback: Pullback, output: int, elements: Tensor, generator: torch.Generator) -> bool:

@@ -219,8 +219,8 @@ def contradiction(point: ProbePoint, pattern: Pattern, generator: torch.Generato
                 changed = there.with_inputs_moved(scale, generator, mask).values({})
             except (Exception, TimeoutError):  # func may refuse values that its user never passes
                 continue
-            moved = _rows(changed, bases[scale])
-            if moved is None or bool((moved & ~allowed).any()):
+            has_moved = _rows(changed, bases[scale])
+            if has_moved is None or bool((has_moved & ~allowed).any()):
                 return f"outputs move beyond it when some samples change by {scale:g}"
             if work_clock.clock.working_s() > end:
                 return None
@@ -249,13 +249,13 @@ def _mask(pattern: Pattern, matrix: Any, generator: torch.Generator) -> tuple[Te
 
 def _rows(changed: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor | None:
     """Return the samples whose outputs differ beyond rounding; None if shapes do."""
-    moved = None
+    has_moved = None
     for after, before in zip(changed, base, strict=True):
         if after.shape != before.shape:
             return None
         rows = where_changed(after, before).reshape(len(before), -1).any(1).cpu()
-        moved = rows if moved is None else moved | rows
-    return moved
+        has_moved = rows if has_moved is None else has_moved | rows
+    return has_moved
 
 
 def most_classes(samples: Any) -> int:

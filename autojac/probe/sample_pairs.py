@@ -288,5 +288,5 @@ def where_changed(after: Tensor, before: Tensor) -> Tensor:
     """Return where values moved by more than rounding, each by its own scale."""
     finite = torch.isfinite(before)
     rounding = VALUE_NOISE * torch.finfo(before.dtype).eps * own_scale(before)
-    moved = torch.where(finite, after - before, 0).abs() > rounding
-    return moved | (finite != torch.isfinite(after))
+    has_moved = torch.where(finite, after - before, 0).abs() > rounding
+    return has_moved | (finite != torch.isfinite(after))

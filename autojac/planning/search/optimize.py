@@ -132,13 +132,13 @@ def start_race(
     defaults = default_methods(problem)
     space = list(dict.fromkeys([*candidates(problem, depth), *defaults]))
     if depth < 2:
-        dropped = hopeless(problem, space)
+        excluded = hopeless(problem, space)
         for method in space:
-            if method in dropped:
+            if method in excluded:
                 session.record(method, "skipped", reason="predicted to be far slower than the best")
         # compilers and fewer threads join for the best candidates only, which are not known yet
         later = [method for method in space if method.compiles or isinstance(method, Threads)]
-        space = [method for method in space if method not in dropped and method not in later]
+        space = [method for method in space if method not in excluded and method not in later]
     _recall(session, prior.trials, space)
     first = [method for method in prior.hints if method.unsupported(problem) is None]
     return CandidateRace(session, space, defaults, first, prior.incumbent).at(point)

@@ -100,9 +100,10 @@ class OverBatchAxes(PlansOverBatchAxes):
 
     options: Options
 
-    def __autojac_rests__(self) -> bool:
+    def __autojac_needs_no_check__(self) -> bool:
         """Check whether no plan in use is ever checked again."""
-        return bool(self._calls.wrappers) and all(wrapper.__autojac_rests__() for wrapper in self._calls.wrappers)
+        wrappers = self._calls.wrappers
+        return bool(wrappers) and all(wrapper.__autojac_needs_no_check__() for wrapper in wrappers)
 
     @property
     def _is_one_matrix(self) -> bool:

@@ -80,10 +80,10 @@ class Products(MatrixQuantities):
     _products: dict[Any, Product]
     _call_shapes: dict[Any, CallShapes]
 
-    def __autojac_rests__(self) -> bool:
+    def __autojac_needs_no_check__(self) -> bool:
         """Check whether no plan in use is ever checked again, so that recordings of calls need no checks."""
-        others = all(other.__autojac_rests__() for other in self._others.values())
-        rest = [plan.rests for _, plan in self._plans.items()]
+        others = all(other.__autojac_needs_no_check__() for other in self._others.values())
+        rest = [plan.needs_no_check for _, plan in self._plans.items()]
         return others and not self._products and bool(rest) and all(rest)
 
     def jvp(self, *args: Any, **kwargs: Any) -> Any:

@@ -110,7 +110,7 @@ class _Reach(Walk):
         return Captures(*lists, wrappers=tuple(self.wrappers))
 
     def _dispatch(self, obj: Any, kind: type) -> None:
-        if hasattr(kind, "__autojac_rests__"):
+        if hasattr(kind, "__autojac_needs_no_check__"):
             self.wrappers.append(obj)
         if isinstance(obj, (torch.jit.ScriptFunction, torch.jit.ScriptModule)) and reads_unseen(obj):
             self.opaque = True  # another call may run other operators

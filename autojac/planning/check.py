@@ -118,7 +118,7 @@ class Check:
         problem = dataclasses.replace(plan.problem, differentiable=self.trains)
         trained = find_trained_tensors(self.plans.current_captures(), keywords) if self.trains else ()
         # what no guard can list, such as a clock, is seen while func runs
-        monitor = RunMonitor() if plan.may_rest else None
+        monitor = RunMonitor() if plan.is_covered_by_guard else None
         # func must not be blamed for finalizers of what happens to be collected meanwhile
         with silent(self.modules), gc_disabled(), monitor or nullcontext():
             reference = reference_for(
@@ -133,11 +133,11 @@ class Check:
         is_listed = monitor is not None and not (
             monitor.reason or function_state.cover(monitor.ran) or function_state.why_uncovered(monitor.ran)
         )
-        return reference, is_listed and self._wrappers_rest()
+        return reference, is_listed and self._wrappers_need_no_check()
 
-    def _wrappers_rest(self) -> bool:
+    def _wrappers_need_no_check(self) -> bool:
         """Check whether wrappers inside func need no checks either: a recording of func would run none of them."""
-        return all(wrapper.__autojac_rests__() for wrapper in self.plans.current_captures().wrappers)
+        return all(wrapper.__autojac_needs_no_check__() for wrapper in self.plans.current_captures().wrappers)
 
     def _compare(self, reference: AnyReference, sandbox: Sandbox) -> CheckOutcome:
         """Compute the call, and compare the result and its gradient with the reference."""

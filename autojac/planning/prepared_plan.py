@@ -59,7 +59,7 @@ class PreparedPlan:
         checked_states: the states of func that it was checked in.
         pushes: the Jacobian is differentiable and made by forward mode, whose derivative depends on the operators.
         is_proved: it holds for all calls of this signature as long as what func reads is unchanged.
-        rests: no check is due: the plan is proved, and the guard compares everything that func reads.
+        needs_no_check: no check is due: the plan is proved, and the guard compares everything that func reads.
         is_fresh: a search in this process has just found the plan.
         is_provisional: it was made where no derivative is finite, so that nothing could be verified.
         is_doubtful: what decides the structure has changed, and no check since could tell whether it still holds.
@@ -80,7 +80,7 @@ class PreparedPlan:
     checked_states: set[int] = dataclasses.field(default_factory=set)
     pushes: bool = False
     is_proved: bool = False
-    rests: bool = False
+    needs_no_check: bool = False
     is_fresh: bool = False
     is_provisional: bool = False
     is_doubtful: bool = False
@@ -156,12 +156,12 @@ class PreparedPlan:
             is_listed: func was seen to read nothing but what the guard compares.
         """
         structure = self.problem.structure
-        self.rests = is_listed and self.may_rest
-        may_fail = not self.rests and (structure.assumes or self.pushes)
+        self.needs_no_check = is_listed and self.is_covered_by_guard
+        may_fail = not self.needs_no_check and (structure.assumes or self.pushes)
         self.schedule.schedule_next_check(verify == "always" or structure.needs_every_check, may_fail)
 
     @property
-    def may_rest(self) -> bool:
+    def is_covered_by_guard(self) -> bool:
         """Whether the plan needs no further check while the guard, which compares everything, sees no change."""
         return self.is_proved and self._guard_is_complete
 
@@ -182,7 +182,7 @@ class PreparedPlan:
             changed = state is not None and state not in self.checked_states
             if isinstance(self.compute, Replayer):
                 changed = self.compute.needs_retrace() or changed
-            changed = changed or (self.rests and not self._guard_is_complete)
+            changed = changed or (self.needs_no_check and not self._guard_is_complete)
         contents = self.contents
         if contents is None:
             return Difference("function") if changed else UNCHANGED

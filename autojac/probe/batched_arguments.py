@@ -18,6 +18,7 @@ from autojac.errors import InputError, OutputError
 from autojac.probe.flat_call import FlatCall, Roles
 
 MOST_AMBIGUOUS = 4
+"""Tensors that are tried as shared, in all combinations."""
 MOST_SAMPLES = 256
 """Samples on which a proof is compared with numbers."""
 HANG_S = 60.0

@@ -1,10 +1,10 @@
 """The sample graph of an opaque function, by index-coded cotangents.
 
-VJPs with cotangents r_b and code_b · r_b on a class of samples: where exactly one of them depends on sample c, the
-gradients there are in the ratio code_b, which names it (by two digits in float32); coordinates that disagree betray
-several. Classes are drawn at random such that no two of their samples are known to depend on the same one. Of a class
-in which nothing is mixed up all is known at this point; the samples of the others are put into other classes. Passes
-grow with the number of neighbours and with the logarithm of the batch.
+A class of samples is probed by VJPs with cotangents r_b and code_b · r_b. Where exactly one sample b of the class
+depends on sample c, the ratio of the gradients at c is code_b, which identifies b (by two digits in float32);
+coordinates whose ratios disagree show that several do. Classes are random, such that no two of their samples are known
+to depend on the same sample. A class without such collisions is complete at this point; the samples of the others are
+divided into new classes. Passes grow with the number of neighbours and with the logarithm of the batch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from autojac.probe.sample_pairs import GRADIENT_NOISE, ProbePoint, along
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 FIRST_CLASSES = 4
+"""Classes to begin with; they double as long as most gradients are of several samples."""
 MOST_ROUNDS = 60
+"""Rounds of new classes at a point, after which the graph is given up."""
 DIGIT_NOISE = 128.0
 """A digit is read if it is off by less than this many eps of the largest."""
 SLIGHT = 1e-5
+"""Relative deviation of coordinates from one digit that is always allowed."""
 READABLE = 0.1
 """Digits off by more than this can't be read."""
 MOST_PAIRS = 2e7
+"""Pairs of samples that depend on the same one, beyond which coloring them would take too long."""
 SAMPLED = 3
+"""Samples whose neighbours are counted first: if all depend on most others, there is no graph worth finding."""
 
 
 @dataclass

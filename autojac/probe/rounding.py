@@ -34,6 +34,7 @@ SHRINKS = 2.0**-23
 PASSES = 16
 """Evaluations, each mask and point, that are counted on: gradients, and the operators one by one, in two precisions."""
 CONSTANTS_MOVE = 0.3
+"""How far captured tensors are moved, relative to their entries."""
 
 
 class GraphInPrecision(NamedTuple):

@@ -27,7 +27,9 @@ from autojac.probe.coded_cotangents import CodedCotangents
 from autojac.probe.sample_pairs import SCALES, ProbePoint, where_changed
 
 MOST_MASKS = 4
+"""Random sets of samples to change at each scale, when a graph is checked."""
 MOST_TURNS = 5
+"""Pairs of points, after the first two, that are tried until two in a row show no new neighbours."""
 WORTH = 0.75
 """A coloring with more classes than this share of the samples saves nothing."""
 

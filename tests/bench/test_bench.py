@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -162,6 +163,12 @@ def test_only_ways_that_may_be_the_fastest_are_raced(monkeypatch: pytest.MonkeyP
     outcomes = race_with_best([own], ways, torch.device("cpu"), dataclasses.replace(SETTINGS, race_s=9.0), DEFAULT)
     assert {o.name: len(o.samples) for o in outcomes} == {"own": 3, "best": 3, "near": 3, "far": 0, DEFAULT: 3}
     assert outcomes[3].seconds == 9.0
+
+
+def test_a_race_of_long_calls_takes_enough_rounds_for_a_quartile() -> None:
+    calls: list[int] = []
+    table = measure.time_interleaved([lambda: calls.append(0)] * 2, torch.device("cpu"), 0.0, 15, until=-math.inf)
+    assert [len(samples) for samples in table] == [measure.LEAST_ROUNDS] * 2
 
 
 def test_training_steps_are_compared_by_the_gradients_they_leave() -> None:

@@ -15,6 +15,9 @@ from autojac.core.work_clock import WorkClock
 
 Run = Callable[[], Any]
 
+LEAST_ROUNDS = 3
+"""How many rounds a comparison takes, however long they last: fewer have no quartile."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -111,14 +114,15 @@ def time_interleaved(
 ) -> list[list[float]]:
     """Time each run in each round, in turn, so that drift affects all alike; return seconds per call.
 
-    Every other round goes backwards. Stops early, after a whole round, once the clock passes `until`.
+    Every other round goes backwards. Stops early once the clock passes `until`, after a whole round but not before
+    `LEAST_ROUNDS`: a single call may carry what is due now and then, such as the check of a plan.
     """
     calls = [block_size(run, device, shortest_s)[0] for run in runs]
     table: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
         for index, seconds in one_round(runs, device, calls, turn):
             table[index].append(seconds)
-        if clock.now() > until:
+        if turn + 1 >= LEAST_ROUNDS and clock.now() > until:
             break
     return table
 

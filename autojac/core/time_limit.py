@@ -27,10 +27,12 @@ SOON_S = 1e-3
 """Seconds after which to try again where nothing may be interrupted.
 
 What code that garbage collection runs raises is only printed, and a half-run import leaves a module broken for the
-rest of the process.
+rest of the process. In CPython 3.11 a thread that is being started still counts as the one that starts it: it would get
+the exception in its place, and end before it says that it runs, for which the other one waits.
 """
 IMPORTS: Final = "<frozen importlib._bootstrap>"
 """The file of the functions that import."""
+STARTS: Final = threading.Thread.start.__code__
 
 
 def within(seconds: float, run: Callable[[], T]) -> T:
@@ -95,11 +97,11 @@ class _Limit:
         return any(next(reversed(phases)) == "start" for phases in self._phases)
 
     @property
-    def importing(self) -> bool:
-        """Whether the thread runs an import."""
+    def importing_or_starting(self) -> bool:
+        """Whether the thread runs an import, or starts another thread."""
         frame = sys._current_frames().get(self.thread)
         while frame is not None:
-            if frame.f_code.co_filename == IMPORTS:
+            if frame.f_code is STARTS or frame.f_code.co_filename == IMPORTS:
                 return True
             frame = frame.f_back
         return False
@@ -114,7 +116,7 @@ class _Limit:
         with self.lock:
             if self.done:
                 return None
-            if self.collecting or self.importing:
+            if self.collecting or self.importing_or_starting:
                 return SOON_S
             self.raised = True
             self.throw(self.expired)

@@ -260,3 +260,27 @@ def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.Monkey
         hook.interrupt()
         endless()
     limit.stop()
+
+
+def test_the_start_of_a_thread_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new thread would get the exception, die, and leave the one that starts it waiting for good."""
+    limit = time_limit._Limit(KeyboardInterrupt)
+    answers: list[float | None] = []
+    # Python 3.13 has a function of its own
+    name = next(name for name in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, name))
+    begin = getattr(threading, name)
+
+    def begin_at_a_limit(*args: Any, **kwargs: Any) -> Any:
+        answers.append(limit.interrupt())
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(threading, name, begin_at_a_limit)
+    ran = threading.Event()
+    thread = threading.Thread(target=ran.set)
+    thread.start()
+    thread.join()
+    assert ran.is_set() and answers == [time_limit.SOON_S]
+    with pytest.raises(KeyboardInterrupt):
+        limit.interrupt()
+        endless()
+    limit.stop()

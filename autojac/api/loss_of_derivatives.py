@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from autojac.api.autojacobian import AutoJacobian
 from autojac.api.derivatives import Derivatives
 from autojac.api.joined_columns import JoinedColumns
+from autojac.api.over_batch_axes import PlansOverBatchAxes
+from autojac.api.planned_call import PlannedCall
 from autojac.core import pytree
 from autojac.core.settable_arguments import write_back_copies
 from autojac.errors import OutputError, kind_of
@@ -20,6 +22,20 @@ def own_inputs(source: Any, x: Any) -> tuple[Any, ...]:
     """Return the arguments that a wrapper gets for the first one of a step: several for derivatives in several."""
     several_tensors = isinstance(source, Derivatives) and isinstance(source.planned, JoinedColumns)
     return tuple(x) if several_tensors and isinstance(x, (tuple, list)) else (x,)
+
+
+def planned_call(source: Any, x: Any) -> PlannedCall:
+    """Return the call of the `AutoJacobian` behind a wrapper by which this computes derivatives at an argument."""
+    args = own_inputs(source, x)
+    if isinstance(source, PlansOverBatchAxes):
+        call = source._calls.flat(args)
+        source, args = call.wrapper, call.args
+    if not isinstance(source, AutoJacobian):
+        source = source.planned
+    if isinstance(source, JoinedColumns):
+        source, args = source._join(args, {})
+    behind: PlannedCall = next(source._calls_behind("jacobian", args, {}))
+    return behind
 
 
 class LossOfDerivatives(nn.Module):

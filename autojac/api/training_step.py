@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,24 +14,20 @@ from torch import Tensor
 from autojac.api.autojacobian import AutoJacobian, require_function
 from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
-from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs
+from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs, planned_call
+from autojac.api.whole_step import WholeStep, is_program
 from autojac.autodiff.open_modes import hooked, transforming
-from autojac.autodiff.pullback import accumulate_gradients, backward, pull_back
-from autojac.core import pytree
+from autojac.autodiff.pullback import accumulate_gradients, backward
 from autojac.core.call import describe
-from autojac.core.module_function import ModuleFunction
 from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan
 from autojac.core.ranks import several
-from autojac.core.sandbox import without_hooks
-from autojac.core.settable_arguments import find_settable_places, write_back_copies
+from autojac.core.settable_arguments import find_settable_places
 from autojac.errors import InputError, SearchError, UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
-from autojac.planning.fast_path import no_fast_path
 from autojac.planning.prepared_plan import PreparedPlan
-from autojac.problem.problem import record_pullback
-from autojac.replay.replayer import Replayer
+from autojac.planning.run_call import crediting
 
 
 class StepOptions(TypedDict, total=False):
@@ -46,6 +43,23 @@ class StepOptions(TypedDict, total=False):
     version: str
 
 
+@dataclass
+class _Progress:
+    """How far planning has come for steps of one signature.
+
+    Attributes:
+        is_settled: the derivatives are planned and checked, and the search for them is over.
+        is_whole: the step is computed as a whole, by one program or, where nothing is planned, by a backward.
+        refused: why there will be no program of the whole step; empty if there may be one.
+        apart_s: seconds of the fastest step so far by derivatives and a backward.
+    """
+
+    is_settled: bool = False
+    is_whole: bool = False
+    refused: str = ""
+    apart_s: float = math.inf
+
+
 @opaque_methods
 class TrainingStep:
     """One training step on a loss of derivatives: value and gradients in one plan, as one program where that pays.
@@ -54,7 +68,8 @@ class TrainingStep:
     `value.backward()` do, and leaves the gradients in `.grad` as these would: added to what is there, through tensor
     hooks, None where nothing leads. The optimizer is the caller's. Candidates are J with a backward, the whole step
     recorded as one flat program, and that program compiled; each is checked against plain autograd, timed, stored and
-    watched as plans of `AutoJacobian` are. What can't be planned as a whole is computed as J and a backward.
+    watched as plans of `AutoJacobian` are. A step is J and a backward until a program of the whole is found to be
+    faster, and where there is none: the search for J comes first, then that for the step with it.
 
         >>> import torch
         >>> from autojac import TrainingStep
@@ -91,15 +106,10 @@ class TrainingStep:
         inner = self.source if isinstance(self.source, AutoJacobian) else self.source.planned
         defaults = {name: getattr(inner.options, name) for name in StepOptions.__annotations__}
         self._options: StepOptions = {**defaults, **options}  # type: ignore[typeddict-item]
-        # searches go on for the step as a whole, not for the derivatives inside
-        self._inner = self.source._replace_on_miss("tune" if self._options["on_miss"] == "tune" else "estimate")
-        self._settled: set[Any] = set()
-        self._whole: AutoJacobian | None = None
-        self._refused: dict[Any, str] = {}
-        self._reached: dict[tuple[int, int], tuple[PreparedPlan, Sequence[bool]]] = {}
-        self._served: tuple[Any, int] | None = None
-        self._known: Sequence[tuple[str, Tensor]] = ()
-        self._unhooked: int | None = None
+        on_miss = self._options["on_miss"]
+        self._inner = self.source if inner.options.on_miss == on_miss else self.source._replace_on_miss(on_miss)
+        self._whole: WholeStep | None = None
+        self._progress: dict[Any, _Progress] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "loss": self.loss, "options": self._options}
@@ -125,21 +135,20 @@ class TrainingStep:
             InputError, MutationError, RandomnessError: where there are no such derivatives.
         """
         args = (x, *rest)
+        progress = self._progress_of(args)
         if self._reason(args):
             return self._plain(args)
-        whole = self._wrapper(x)
         try:
-            # hooks see what arrives at a parameter, once
-            unsqueezed = _lift(args)
-            with torch.no_grad(), self._without_hooks(whole), write_back_copies(args, unsqueezed):
-                value, gradients = whole.value_and_jacobian(*unsqueezed)
-                targets = self._targets(whole, args)
+            searched = None if progress.is_whole else self._advance(progress, args)
+            if not progress.is_whole or self._whole is None:
+                return self._step_apart(progress, args, searched)
+            value, gradients = self._whole.compute(args)
         except (SearchError, UnsupportedError) as error:
-            self._refused[_key(args)] = str(error)
+            progress.is_whole, progress.refused = False, str(error)
             return self._plain(args)
-        accumulate_gradients([(leaf, gradients[name].squeeze(0)) for name, leaf in targets])
-        total: Tensor = value.squeeze(0)
-        return total
+        progress.is_whole = self._whole.was_program
+        accumulate_gradients(gradients)
+        return value
 
     def plan(self, x: Any, *rest: Any) -> Plan:
         """Return the plan for such a step; made now if there is none.
@@ -147,8 +156,7 @@ class TrainingStep:
         Raises:
             SearchError, UnsupportedError: if there is none for the step as a whole.
         """
-        with torch.no_grad():
-            return self._wrapper(x).plan(*_lift((x, *rest)))
+        return self._settle(self._progress_of((x, *rest)), x).plan((x, *rest))
 
     def tune(self, x: Any, *rest: Any, effort: Effort | None = None, budget_s: float | None = None) -> Plan:
         """Search for the best plan for such a step: first the method for the derivatives, then the step with it.
@@ -158,106 +166,99 @@ class TrainingStep:
             effort, budget_s: of each of the two searches, as of `AutoJacobian.tune`.
         """
         self._inner.tune(*own_inputs(self._inner, x), effort=effort, budget_s=budget_s)
-        self._settle(x)
-        self._refused.pop(_key((x, *rest)), None)
-        with torch.no_grad():
-            return self._wrapper(x).tune(*_lift((x, *rest)), effort=effort, budget_s=budget_s)
+        progress = self._progress[_key((x, *rest))] = _Progress()
+        return self._settle(progress, x).tune((x, *rest), effort, budget_s)
 
     def explain(self, x: Any, *rest: Any) -> str:
         """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
-        reason = self._reason((x, *rest))
+        progress = self._progress_of((x, *rest))
+        reason = self._reason((x, *rest)) or progress.refused
+        if not reason and self._plan_to_improve(progress, x) is not None:
+            reason = "the search for the derivatives comes first, and goes on as steps are taken"
+        reason = reason or self._stray()
         if reason:
-            return f"derivatives, then a backward: {reason}\n{self.source.explain(*own_inputs(self.source, x))}"
-        with torch.no_grad():
-            return self._wrapper(x).explain(*_lift((x, *rest)))
+            return f"derivatives, then a backward: {reason}\n{self._inner.explain(*own_inputs(self._inner, x))}"
+        return self._settle(progress, x).explain((x, *rest))
 
     def _reason(self, args: Sequence[Any]) -> str:
-        """Return why a step can't be planned as a whole; empty if it can."""
+        """Return why this call can't be computed as a whole; empty if it can."""
         if several():
             return "several ranks reduce gradients in their own backward"
         if hooked() or transforming():
             return "a transform, or hooks on saved tensors, are to see the backward"
         if any(tensor.requires_grad for tensor in find_settable_places(args)[1]):
             return "an argument requires grad, which a backward would reach besides the parameters"
-        if self._whole is None and self._stray():
-            return "tensors outside of all modules require grad: make them parameters of a module to plan with them"
-        return self._refused.get(_key(args), "") if self._refused else ""
+        return ""
 
-    def _stray(self) -> bool:
+    def _stray(self) -> str:
+        """Return why no step of the model and loss can be computed as a whole; empty if it can."""
+        if self._whole is not None:
+            return ""
         parts = [captures(self.source.func), captures(self.loss)]
         ids = {id(p) for captured in parts for module in captured.modules for p in module.parameters()}
         tensors = itertools.chain.from_iterable(captured.tensors for captured in parts)
-        return any(t.requires_grad and id(t) not in ids for t in tensors)
+        if any(t.requires_grad and id(t) not in ids for t in tensors):
+            return "tensors outside of all modules require grad: make them parameters of a module to plan with them"
+        return ""
 
-    def _wrapper(self, x: Any) -> AutoJacobian:
-        """Return what plans the step: a Jacobian of one number, in all parameters."""
-        # a search of the derivatives comes before that of the step with them
-        if self._whole is None or (self._options["on_miss"] == "tune" and _key((x,)) not in self._settled):
-            self._settle(x)
+    def _progress_of(self, args: Sequence[Any]) -> _Progress:
+        return self._progress.setdefault(_key(args), _Progress())
+
+    def _plan_to_improve(self, progress: _Progress, x: Any) -> PreparedPlan | None:
+        """Return the plan for the derivatives while the search for a better one comes before that of the whole step."""
+        if progress.is_settled or self._options["on_miss"] != "online":
+            return None
+        with torch.enable_grad():
+            plan = planned_call(self._inner, x).prepare()
+        # a compiler has more to gain from the whole step
+        return None if plan.exploration is None or plan.exploration.compiles_next else plan
+
+    def _settle(self, progress: _Progress, x: Any) -> WholeStep:
+        """Plan and check the derivatives before the step with them, which is monitored and recorded without checks."""
+        if not progress.is_settled:
+            with torch.enable_grad():
+                inputs = own_inputs(self._inner, x)
+                if not self._inner.plan(*inputs).structure.effects:
+                    self._inner(*inputs)
+            progress.is_settled = True
         if self._whole is None:
-            modules = [*captures(self.source.func).modules, *captures(self.loss).modules]
-            step = LossOfDerivatives(self._inner, self.loss, modules)
-            self._whole = AutoJacobian.of_parameters(step, in_dims=0, **self._options)
+            self._whole = WholeStep(self._inner, self.loss, self._options)
         return self._whole
 
-    def _settle(self, x: Any) -> None:
-        """Plan and check the derivatives before the first step, which is monitored and recorded without checks."""
-        with torch.enable_grad():
-            inputs = own_inputs(self._inner, x)
-            if not self._inner.plan(*inputs).structure.effects:
-                self._inner(*inputs)
-        self._settled.add(_key((x,)))
+    def _advance(self, progress: _Progress, args: Sequence[Any]) -> PreparedPlan | None:
+        """Go on with planning; return the plan whose search the next step pays for, if it is computed apart."""
+        if progress.refused or self._stray():
+            return None
+        plan = self._plan_to_improve(progress, args[0])
+        if plan is not None:
+            return plan
+        plan = self._settle(progress, args[0]).find_plan(args)
+        is_faster = is_program(plan) and (plan.plan.seconds or 0.0) <= progress.apart_s
+        progress.is_whole = is_faster or plan.is_provisional
+        if progress.is_whole or plan.exploration is not None:
+            return plan
+        what = "known" if plan.plan.effort == "estimate" else "faster"
+        progress.refused = f"no program of the whole step was {what}"
+        return None
 
-    def _without_hooks(self, whole: AutoJacobian) -> AbstractContextManager[None]:
-        """Keep tensor hooks from firing while the gradients are computed."""
-        state = whole._plans.planner.function_state
-        if self._unhooked == state.version and state.is_unchanged():
-            return nullcontext()
-        assert isinstance(whole.func, ModuleFunction)
-        parameters = tuple(whole.func.parameters().values())
-        is_hooked = any(parameter._backward_hooks for parameter in parameters)
-        self._unhooked = None if is_hooked else state.version
-        return without_hooks(parameters)
-
-    def _targets(self, whole: AutoJacobian, args: Sequence[Any]) -> Sequence[tuple[str, Tensor]]:
-        """Return the parameters that the loss leads back to, by name: a backward leaves the others without a gradient.
-
-        A plain evaluation without side effects tells, once for each plan and state of what func reads.
-        """
-        plans = whole._plans
-        served, version = plans.fast_path, plans.planner.function_state.version
-        if served is not no_fast_path and self._served == (served, version):
-            return self._known
-        assert isinstance(whole.func, ModuleFunction)
-        parameters = whole.func.parameters()
-        plan, call = plans.look_up(whole._func_args(_lift(args), {}), {})
-        is_searched = plan.exploration is None and plan.plan.effort != "estimate"
-        if is_searched and not isinstance(plan.compute, Replayer):
-            self._refused[_key(args)] = f"no program of the whole step was faster than {plan.plan}"
-        at = id(plan), version
-        if at not in self._reached:
-            with plan.sandbox():
-                pullback = record_pullback(plan.problem, call.leaves, call.keywords, False)
-                gradients = pull_back(pullback.recorded, pullback.inputs, [torch.ones_like(pullback.recorded[0])])
-            # keep the plan alive, so that no other gets its id
-            self._reached = {at: (plan, [gradient is not None for gradient in gradients])}
-        self._known = [pair for pair, has in zip(parameters.items(), self._reached[at][1], strict=True) if has]
-        self._served = served, version
-        return self._known
+    def _step_apart(self, progress: _Progress, args: Sequence[Any], searched: PreparedPlan | None) -> Tensor:
+        """Compute derivatives, loss and backward one after the other, and credit a search with what they take."""
+        exploration = None if searched is None else searched.exploration
+        if searched is None or exploration is None:
+            return self._plain(args)
+        with crediting(searched):
+            value = self._plain(args)
+        if progress.is_settled and value.device.type == "cpu":  # elsewhere it has only begun
+            progress.apart_s = min(progress.apart_s, exploration.fastest_s)
+        return value
 
     def _plain(self, args: Sequence[Any]) -> Tensor:
-        """Compute derivatives, loss and backward one after the other."""
-        value = LossOfDerivatives(self.source, self.loss, ()).value(*args)
+        value = LossOfDerivatives(self._inner, self.loss, ()).value(*args)
         backward(value)
         return value.detach()
 
 
-def _lift(args: Sequence[Any]) -> Any:
-    """Return the arguments with the batch as one sample."""
-    if all(isinstance(x, Tensor) for x in args):
-        return tuple(x.unsqueeze(0) for x in args)
-    return pytree.tree_map_only(Tensor, lambda x: x.unsqueeze(0), tuple(args))
-
-
 def _key(args: Sequence[Any]) -> Any:
+    if all(isinstance(x, Tensor) for x in args):
+        return tuple([(x.shape, x.dtype, x.device) for x in args])
     return tuple(map(str, map(describe, args)))

@@ -53,6 +53,8 @@ class Exploration:
     Attributes:
         method: of the plan in use.
         spent, earned: seconds that exploring and that calls have cost so far.
+        fastest_s: seconds of the fastest call that was timed since the plan is in use.
+        compiles_next: what is left is to compile the best candidates.
     """
 
     def __init__(self, prior: PriorKnowledge, effort: Effort, budget_s: float | None) -> None:
@@ -63,15 +65,16 @@ class Exploration:
         self.budget_s = math.inf if budget_s is None else budget_s
         self.spent = self.earned = 0.0
         self.race: CandidateRace | None = None
-        self.is_over = False
+        self.is_over = self.compiles_next = False
         self._challenger: Method | None = None
         self._beaten: set[Method] = set()
         self._calls = self._failures = 0
         self._expected: float | None = None
+        self._fastest_around = math.inf
         self._forget_times()
 
     def _forget_times(self) -> None:
-        self._fastest = self._per_call = math.inf
+        self.fastest_s = self._per_call = math.inf
         self._timed, self._count = 0.0, 0
 
     def credit(self, calls: int, seconds: float) -> None:
@@ -81,12 +84,24 @@ class Exploration:
             calls: how many calls the plan has served.
             seconds: what the last of them took.
         """
-        self._fastest = min(self._fastest, seconds)
+        self.fastest_s = min(self.fastest_s, seconds)
         # a call that was held up by something else pays for no more than a few
-        self._timed += min(seconds, HELD_UP * self._fastest)
+        self._timed += min(seconds, HELD_UP * self.fastest_s)
         self._count += 1
         self._per_call = min(self._timed / self._count, self._trial_s)
         self.earned += seconds + max(calls - self._calls - 1, 0) * self._per_call
+        self._calls = calls
+
+    def credit_around(self, earned: float, calls: int, seconds: float) -> None:
+        """Count what a computation took of which the plan's last call was a part, instead of that call.
+
+        Args:
+            earned: before the computation.
+            calls: how many calls the plan has served.
+            seconds: of the computation, without exploring.
+        """
+        self._fastest_around = min(self._fastest_around, seconds)
+        self.earned = max(self.earned, earned + min(seconds, HELD_UP * self._fastest_around))
         self._calls = calls
 
     @property
@@ -107,12 +122,14 @@ class Exploration:
         shortfall = (self.spent + self.expected_s) / SHARE - self.earned
         if shortfall <= 0:
             return self._calls + 1
-        return self._calls + 1 + math.ceil(shortfall / self._per_call) if self._per_call else math.inf
+        if not 0 < self._per_call < math.inf:
+            return math.inf
+        return self._calls + 1 + math.ceil(shortfall / self._per_call)
 
     @property
     def expected_s(self) -> float:
         """The seconds that the next step will hardly exceed."""
-        return FIRST_STEP_S + FIRST_STEP_CALLS * self._fastest if self._expected is None else self._expected
+        return FIRST_STEP_S + FIRST_STEP_CALLS * self.fastest_s if self._expected is None else self._expected
 
     @contextmanager
     def charging_first_call(self) -> Iterator[None]:
@@ -155,16 +172,17 @@ class Exploration:
         finally:
             if self.race is not None:
                 self.race.at(None)
-                self._expected = self._expect(self.race)
+                step = self._next_step(self.race)
+                self._expected, self.compiles_next = self._expect(self.race, step), step is not None and step.compiles
             self.spent += max(measure.clock.working_s() - start, 0.0)
             if self.spent >= self.budget_s:
                 self.is_over = True
 
-    def _expect(self, race: CandidateRace) -> float:
+    def _expect(self, race: CandidateRace, step: Step | None) -> float:
         """Return the seconds that the next step will hardly exceed."""
         from autojac.planning.search.steps import Step
 
-        step, race.usual_s = self._next_step(race), self._usual_s
+        race.usual_s = self._usual_s
         if step is None:
             return 0.0
         # where a duel is won, the winner is prepared, and its first call checked
@@ -177,7 +195,7 @@ class Exploration:
         if session.problem.differentiable or session.device.type != "cpu" or self.method in session.trials:
             return
         if self._count:
-            session.record(self.method, "complete", seconds=self._fastest)
+            session.record(self.method, "complete", seconds=self.fastest_s)
 
     def _take(self, race: CandidateRace, point: SearchPoint) -> Method | None:
         race.at(point)

@@ -155,6 +155,38 @@ def _run_timed(plan: PreparedPlan, call: Call) -> Result:
     return result
 
 
+def find_plan(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PreparedPlan:
+    """Return the plan for a call that something else may serve, after a step of its search where one is due."""
+    with plans.alone:
+        while True:
+            plans.observe()
+            plan, call = plans.look_up(args, kwargs)
+            is_due = plan.exploration is not None and plan.schedule.calls + 1 >= plan.schedule.next_step
+            if not is_due or not plans.explore(plan, call):
+                return plan
+
+
+@contextmanager
+def crediting(plan: PreparedPlan) -> Iterator[None]:
+    """Credit the search behind a plan with a computation that contains a call by the plan, or that stands in for one.
+
+    Args:
+        plan: in use, with a search that goes on.
+    """
+    exploration, schedule = plan.exploration, plan.schedule
+    assert exploration is not None
+    calls, earned, spent = schedule.calls, exploration.earned, exploration.spent
+    start = measure.clock.start(HOST)
+    yield
+    seconds = max(measure.clock.since(start) - (exploration.spent - spent), 0.0)
+    if schedule.calls > calls:
+        exploration.credit_around(earned, schedule.calls, seconds)
+    else:
+        schedule.calls += 1
+        exploration.credit(schedule.calls, seconds)
+    schedule.next_step = exploration.next_call()
+
+
 def _run_inside_transform(
     plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[PreparedPlan, Result]:

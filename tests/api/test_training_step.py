@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
+from autojac.planning import exploration
+from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.replay.replayer import Replayer
 from harness import CallCounting, compare, in_use
@@ -56,17 +59,24 @@ def by(method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any) ->
     store = PlanStore(":memory:")
     maker = make(on_miss="estimate", store=store)
     plan = maker.plan(*args)
-    whole = maker._whole
-    assert whole is not None
+    assert maker._whole is not None
+    whole = maker._whole.wrapper
     keys = in_use(whole).keys
     assert keys is not None
     whole._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
     return make(on_miss="estimate", store=store)
 
 
-def program(step: TrainingStep, what: str = "compute") -> Any:
+def program(step: TrainingStep) -> Any:
     assert step._whole is not None
-    return getattr(in_use(step._whole), what)
+    return in_use(step._whole.wrapper).compute
+
+
+def serving(step: TrainingStep, *args: Any) -> PreparedPlan:
+    """The plan that serves a step: of the whole, or of the derivatives inside."""
+    assert step._whole is not None
+    is_whole = step._progress_of(args).is_whole
+    return in_use(step._whole.wrapper if is_whole else step._inner)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -273,30 +283,109 @@ def test_copies_and_names() -> None:
 
 def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "clock", CallCounting(tick=0.05))
+    monkeypatch.setattr(exploration, "SHARE", 5.0)
     model, x, target = network(), points(4, 3), points(4, 2)
     reference = copy.deepcopy(model)
     step = TrainingStep(model, loss, store=":memory:")
     by_hand(reference, x, target)
+    phases = []
     for _ in range(200):
         model.zero_grad()
         step(x, target)
         compare(gradients(model), gradients(reference))
-        if isinstance(program(step), Replayer):
+        phase = "apart" if step._whole is None else type(program(step)).__name__
+        phases += [phase] * (phases[-1:] != [phase])
+        if phase == "Replayer":
             break
-    assert isinstance(program(step), Replayer)
+    # the search for the derivatives comes first
+    assert any(isinstance(plan.compute, Replayer) for _, plan in step._inner._plans.items())
+    assert phases[0] == "apart"
+    assert phases[-1] == "Replayer"
+    assert step._progress_of((x, target)).is_whole
     assert "Jacobian of B = 1" in step.explain(x, target)
+
+
+def test_the_search_for_the_derivatives_is_paid_for_by_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = CallCounting(tick=1e-6)
+    monkeypatch.setattr(measure, "clock", clock)
+
+    def slow(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        clock.time += 1.0
+        return loss(y, J, target)
+
+    step = TrainingStep(network(), slow, store=":memory:")
+    for _ in range(5):
+        step(points(4, 3), points(4, 2))
+    searched = in_use(step._inner).exploration
+    assert searched is not None
+    assert 4.9 < searched.earned < 5.5
+    # most of what was found is adopted, and nothing is compiled, before the step is planned as a whole
+    for _ in range(100):
+        step(points(4, 3), points(4, 2))
+    assert step._whole is not None
+    assert searched.compiles_next or searched.is_over
+    assert searched.spent < exploration.SHARE * searched.earned
+
+
+SOURCES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], Callable[[], Any]]] = {
+    "Jacobian": (AutoJacobian, lambda y, J: J.square().mean(), lambda: points(4, 3)),
+    "two batch axes": (
+        lambda model, **options: AutoJacobian(model, batch_dims=2, **options),
+        lambda y, J: J.square().mean(),
+        lambda: points(2, 3, 3),
+    ),
+    "derivatives": (
+        lambda model, **options: Derivatives(model, ((), (0, 0)), **options),
+        lambda u, u_xx: (u * u_xx).mean(),
+        lambda: points(4, 3),
+    ),
+    "derivatives along two batch axes": (
+        lambda model, **options: Derivatives(model, ((), (0, 0)), batch_dims=2, **options),
+        lambda u, u_xx: (u * u_xx).mean(),
+        lambda: points(2, 3, 3),
+    ),
+    "derivatives in two tensors": (
+        lambda model, **options: Derivatives(
+            lambda t, x: model(torch.cat([t, x], 1)), of=((), ("t",), (("x", 1), ("x", 1))), **options
+        ),
+        lambda u, u_t, u_yy: (u_t - u * u_yy).square().mean(),
+        lambda: (points(4, 1), points(4, 2)),
+    ),
+    "Hessian": (
+        lambda model, **options: AutoHessian(lambda x: model(x).sum(1), **options),
+        lambda H: H.square().mean(),
+        lambda: points(4, 3),
+    ),
+}
+
+
+@pytest.mark.by_day(3)
+@pytest.mark.parametrize("source", SOURCES)
+def test_steps_are_right_in_all_phases_of_their_search(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", CallCounting(tick=1e-3))
+    monkeypatch.setattr(exploration, "SHARE", 50.0)
+    make, loss, inputs = SOURCES[source]
+    model, x = network(), inputs()
+    reference = copy.deepcopy(model)
+    value = TrainingStep(make(reference, **OPTIONS), loss)(x)
+    step = TrainingStep(make(model, store=":memory:"), loss)
+    assert "the search for the derivatives comes first" in step.explain(x)
+    for _ in range(60):
+        model.zero_grad()
+        compare(step(x), value)
+        compare(gradients(model), gradients(reference))
+    assert step._progress_of((x,)).is_settled
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_that_looks_at_none_of_its_data_is_checked_once(method: str) -> None:
     model, x, target = network(), points(4, 3), points(4, 2)
     step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
-    checked = []
-    for call in range(1, 10):
+    for _ in range(9):
         step(x, target)
-        schedule = program(step, "schedule")
-        checked += [call] * (schedule.last_check == schedule.calls)
-    assert checked == [1]
+        schedule = serving(step, x, target).schedule
+        # a check of the derivatives alone comes before one of the step
+        assert (schedule.last_check, schedule.next_check) == (1 if method == "one program" else 2, math.inf)
     # what changes is noticed, and checked
     model[1] = nn.Sigmoid()
     reference = copy.deepcopy(model)
@@ -312,10 +401,10 @@ def test_a_step_that_looks_at_its_data_is_checked_on() -> None:
         return value if float(value.detach()) < 1e9 else 2 * value
 
     model, x, target = network(), points(4, 3), points(4, 2)
-    step = TrainingStep(model, branching, **OPTIONS)
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, branching, **options), x, target)
     for _ in range(5):
         step(x, target)
-    assert program(step, "schedule").last_check == 4
+    assert serving(step, x, target).schedule.last_check == 4
 
 
 class Mixed(nn.Module):
@@ -330,14 +419,13 @@ class Mixed(nn.Module):
         return self.mix @ self.inner(x)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_checked_on_where_its_derivatives_are(method: str) -> None:
+def test_a_step_is_checked_on_where_its_derivatives_are() -> None:
     model, x, target = Mixed(), points(4, 3), points(4, 2)
-    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
     checked = []
     for call in range(1, 10):
         step(x, target)
-        schedule = program(step, "schedule")
+        schedule = serving(step, x, target).schedule
         checked += [call] * (schedule.last_check == schedule.calls)
     assert checked == [1, 2, 4, 8]
 

@@ -116,7 +116,8 @@ def resolve(path: str) -> Any:
     parts = path.split(".")
     found: Any = torch
     for depth, part in enumerate(parts[1:], start=2):
-        found = getattr(found, part, None) or sys.modules.get(".".join(parts[:depth]))
+        attribute = getattr(found, part, None)
+        found = sys.modules.get(".".join(parts[:depth])) if attribute is None else attribute
         if found is None:
             return None
     return found
@@ -139,6 +140,7 @@ set_vmap_fallback_warning: Callable[[bool], None] = _require(
     "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
 )
 is_profiling: Callable[[], bool] = _require("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
+_require("torch.autograd.profiler._is_profiler_enabled", "start no profiler beside that of another thread")
 function_modes: Callable[[], int] = _require(
     "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
 )
@@ -296,3 +298,8 @@ def compile_graph(graph: Any, inputs: Sequence[Any]) -> Callable[..., tuple[torc
         graph, inputs
     )
     return compiled
+
+
+def is_profiling_in_process() -> bool:
+    """Check whether a profiler runs in any thread; `is_profiling` tells of the current one only."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)

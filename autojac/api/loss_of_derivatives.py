@@ -70,7 +70,8 @@ class LossOfDerivatives(nn.Module):
             else:
                 parts = (self.source(x),)
             value = self.loss(*parts, *rest)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
-            raise OutputError(f"a loss returns one number, got {what}. Reduce it, as by .mean(), before it is returned")
-        return value.reshape(())
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
+                message = f"a loss returns one number, got {got}. Reduce it, as by .mean(), before it is returned"
+                raise OutputError(message)
+            return value.reshape(())

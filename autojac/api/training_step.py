@@ -18,14 +18,16 @@ from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs, plann
 from autojac.api.whole_step import WholeStep, is_program
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward
-from autojac.core.call import describe
+from autojac.core.call import describe, outside_inference_mode
 from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan
 from autojac.core.ranks import several
 from autojac.core.settable_arguments import find_settable_places
+from autojac.core.signature import Signature
 from autojac.errors import InputError, SearchError, UnsupportedError, kind_of
 from autojac.guards.captures import captures
 from autojac.guards.compiled_functions import opaque_methods
+from autojac.guards.function_state import FunctionState
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.run_call import crediting
 
@@ -43,20 +45,26 @@ class StepOptions(TypedDict, total=False):
     version: str
 
 
+MOST_SIGNATURES = 256
+"""How many kinds of steps are remembered."""
+
+
 @dataclass
 class _Progress:
     """How far planning has come for steps of one signature.
 
     Attributes:
-        is_settled: the derivatives are planned and checked, and the search for them is over.
         is_whole: the step is computed as a whole, by one program or, where nothing is planned, by a backward.
         refused: why there will be no program of the whole step; empty if there may be one.
-        apart_s: seconds of the fastest step so far by derivatives and a backward.
+        refused_in: the state of what func reads, and its version, for which it was refused; None where it is for good.
+        signature: of the plan for the whole step, which depends on the model's flags as well.
+        apart_s: seconds of the fastest step by derivatives and a backward since there is such a plan.
     """
 
-    is_settled: bool = False
     is_whole: bool = False
     refused: str = ""
+    refused_in: tuple[FunctionState, int] | None = None
+    signature: Signature | None = None
     apart_s: float = math.inf
 
 
@@ -110,6 +118,7 @@ class TrainingStep:
         self._inner = self.source if inner.options.on_miss == on_miss else self.source._replace_on_miss(on_miss)
         self._whole: WholeStep | None = None
         self._progress: dict[Any, _Progress] = {}
+        self._settled: set[Any] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "loss": self.loss, "options": self._options}
@@ -134,6 +143,9 @@ class TrainingStep:
             OutputError: if the loss is not one number.
             InputError, MutationError, RandomnessError: where there are no such derivatives.
         """
+        if torch.is_inference_mode_enabled():
+            with outside_inference_mode((x, *rest), {}) as (args, _):
+                return self(*args)
         args = (x, *rest)
         progress = self._progress_of(args)
         if self._reason(args):
@@ -156,7 +168,7 @@ class TrainingStep:
         Raises:
             SearchError, UnsupportedError: if there is none for the step as a whole.
         """
-        return self._settle(self._progress_of((x, *rest)), x).plan((x, *rest))
+        return self._settle(x).plan((x, *rest))
 
     def tune(self, x: Any, *rest: Any, effort: Effort | None = None, budget_s: float | None = None) -> Plan:
         """Search for the best plan for such a step: first the method for the derivatives, then the step with it.
@@ -166,19 +178,21 @@ class TrainingStep:
             effort, budget_s: of each of the two searches, as of `AutoJacobian.tune`.
         """
         self._inner.tune(*own_inputs(self._inner, x), effort=effort, budget_s=budget_s)
-        progress = self._progress[_key((x, *rest))] = _Progress()
-        return self._settle(progress, x).tune((x, *rest), effort, budget_s)
+        self._settled.discard(_key((x,)))
+        plan = self._settle(x).tune((x, *rest), effort, budget_s)
+        self._progress.pop(_key((x, *rest)), None)
+        return plan
 
     def explain(self, x: Any, *rest: Any) -> str:
         """Explain the plan for such a step, or say why it is computed as derivatives and a backward."""
         progress = self._progress_of((x, *rest))
         reason = self._reason((x, *rest)) or progress.refused
-        if not reason and self._plan_to_improve(progress, x) is not None:
+        if not reason and self._plan_to_improve(x) is not None:
             reason = "the search for the derivatives comes first, and goes on as steps are taken"
         reason = reason or self._stray()
         if reason:
             return f"derivatives, then a backward: {reason}\n{self._inner.explain(*own_inputs(self._inner, x))}"
-        return self._settle(progress, x).explain((x, *rest))
+        return self._settle(x).explain((x, *rest))
 
     def _reason(self, args: Sequence[Any]) -> str:
         """Return why this call can't be computed as a whole; empty if it can."""
@@ -202,43 +216,54 @@ class TrainingStep:
         return ""
 
     def _progress_of(self, args: Sequence[Any]) -> _Progress:
+        if len(self._progress) > MOST_SIGNATURES:  # as by a counter among the arguments
+            self._progress.clear()
+            self._settled.clear()
         return self._progress.setdefault(_key(args), _Progress())
 
-    def _plan_to_improve(self, progress: _Progress, x: Any) -> PreparedPlan | None:
+    def _plan_to_improve(self, x: Any) -> PreparedPlan | None:
         """Return the plan for the derivatives while the search for a better one comes before that of the whole step."""
-        if progress.is_settled or self._options["on_miss"] != "online":
+        if self._options["on_miss"] != "online":
             return None
         with torch.enable_grad():
             plan = planned_call(self._inner, x).prepare()
         # a compiler has more to gain from the whole step
         return None if plan.exploration is None or plan.exploration.compiles_next else plan
 
-    def _settle(self, progress: _Progress, x: Any) -> WholeStep:
+    def _settle(self, x: Any) -> WholeStep:
         """Plan and check the derivatives before the step with them, which is monitored and recorded without checks."""
-        if not progress.is_settled:
+        if (key := _key((x,))) not in self._settled:
             with torch.enable_grad():
                 inputs = own_inputs(self._inner, x)
                 if not self._inner.plan(*inputs).structure.effects:
                     self._inner(*inputs)
-            progress.is_settled = True
+            self._settled.add(key)
         if self._whole is None:
             self._whole = WholeStep(self._inner, self.loss, self._options)
         return self._whole
 
     def _advance(self, progress: _Progress, args: Sequence[Any]) -> PreparedPlan | None:
         """Go on with planning; return the plan whose search the next step pays for, if it is computed apart."""
+        if progress.refused and progress.refused_in is not None:
+            state, version = progress.refused_in
+            if state.version != version:
+                progress.refused = ""
         if progress.refused or self._stray():
             return None
-        plan = self._plan_to_improve(progress, args[0])
+        plan = self._plan_to_improve(args[0])
         if plan is not None:
             return plan
-        plan = self._settle(progress, args[0]).find_plan(args)
+        plan = self._settle(args[0]).find_plan(args)
+        if progress.signature != plan.signature:
+            progress.signature, progress.apart_s = plan.signature, math.inf
         is_faster = is_program(plan) and (plan.plan.seconds or 0.0) <= progress.apart_s
         progress.is_whole = is_faster or plan.is_provisional
         if progress.is_whole or plan.exploration is not None:
             return plan
-        what = "known" if plan.plan.effort == "estimate" else "faster"
-        progress.refused = f"no program of the whole step was {what}"
+        what = "is known" if plan.plan.effort == "estimate" else "was faster"
+        progress.refused = f"no program of the whole step {what}"
+        state = planned_call(self._inner, args[0]).wrapper._plans.planner.function_state
+        progress.refused_in = state, state.version
         return None
 
     def _step_apart(self, progress: _Progress, args: Sequence[Any], searched: PreparedPlan | None) -> Tensor:
@@ -248,7 +273,7 @@ class TrainingStep:
             return self._plain(args)
         with crediting(searched):
             value = self._plain(args)
-        if progress.is_settled and value.device.type == "cpu":  # elsewhere it has only begun
+        if progress.signature == searched.signature and value.device.type == "cpu":  # elsewhere it has only begun
             progress.apart_s = min(progress.apart_s, exploration.fastest_s)
         return value
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
+from autojac.api import training_step
 from autojac.planning import exploration
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
@@ -374,7 +375,80 @@ def test_steps_are_right_in_all_phases_of_their_search(source: str, monkeypatch:
         model.zero_grad()
         compare(step(x), value)
         compare(gradients(model), gradients(reference))
-    assert step._progress_of((x,)).is_settled
+    assert step._settled
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_where_the_caller_records_no_graph(method: str, mode: Callable[[], Any]) -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = by(METHODS[method], lambda **options: TrainingStep(model, loss, **options), x, target)
+    for _ in range(3):
+        with mode():
+            value = step(x, target)
+        compare(value, by_hand(reference, x, target))
+        compare(gradients(model), gradients(reference))
+
+
+class Regularized(nn.Module):
+    """A network that computes far less in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.regularized = network(), 40
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        for _ in range(self.regularized if self.training else 0):
+            y = y + 0.01 * y.tanh()
+        return y
+
+
+def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", CallCounting(tick=1e-3))
+    monkeypatch.setattr(exploration, "SHARE", 50.0)
+    model, x, target = Regularized(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, store=":memory:", budget_s=0.5)
+    step.tune(x, target)
+    for training in (True, False, True):
+        model.train(training)
+        for _ in range(30):
+            step(x, target)
+        progress = step._progress_of((x, target))
+        assert progress.is_whole or not training
+        assert not progress.refused or not training
+
+
+def test_a_refusal_holds_until_the_model_changes() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, **OPTIONS)
+    step(x, target)
+    progress = step._progress_of((x, target))
+    assert "no program of the whole step is known" in step.explain(x, target)
+    assert progress.refused
+    version = progress.refused_in
+    step(x, target)
+    assert progress.refused_in == version
+    model[1] = nn.Sigmoid()
+    reference = copy.deepcopy(model)
+    for _ in range(2):
+        reference.zero_grad()
+        model.zero_grad()
+        compare(step(x, target), by_hand(reference, x, target))
+        compare(gradients(model), gradients(reference))
+    assert progress.refused_in != version
+
+
+def test_a_counter_among_the_arguments_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "MOST_SIGNATURES", 3)
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = TrainingStep(model, lambda y, J, target, count: loss(y, J, target) + 0 * count, **OPTIONS)
+    for count in range(6):
+        compare(step(x, target, count), by_hand(reference, x, target))
+        compare(gradients(model), gradients(reference))
+        assert len(step._progress) <= 4
 
 
 @pytest.mark.parametrize("method", METHODS)

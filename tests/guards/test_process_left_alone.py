@@ -81,6 +81,48 @@ def test_memory_that_was_there_before_is_freed_without_a_word(capfd: pytest.Capt
     assert capfd.readouterr().err == ""
 
 
+PROFILES = """
+import threading, torch
+from autojac.planning.search.memory import peak_bytes
+
+def measure(size):
+    for _ in range(30):
+        assert peak_bytes(lambda: torch.rand(size).sin().cos(), torch.device("cpu")) >= 8 * size
+
+threads = [threading.Thread(target=measure, args=(1000 * k,)) for k in (1, 2, 3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("measured")
+"""
+
+
+def test_threads_measure_memory_one_after_the_other() -> None:
+    done = subprocess.run([sys.executable, "-c", PROFILES], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("measured\n", 0)
+
+
+def test_no_memory_is_measured_beside_the_profiler_of_another_thread() -> None:
+    profiling, measured = threading.Event(), threading.Event()
+
+    def profile() -> None:
+        with torch.autograd.profiler.profile():
+            profiling.set()
+            measured.wait(60)
+
+    thread = threading.Thread(target=profile)
+    thread.start()
+    profiling.wait(60)
+    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune", budget_s=0.2)
+    x = torch.rand(4, 3)
+    compare(jac(x), torch.diag_embed(x.cos()))
+    assert peak_bytes(x.sin, x.device) is None
+    measured.set()
+    thread.join()
+    assert jac.plan(x).memory_bytes is None
+
+
 def test_two_threads_that_ignore_warnings_leave_no_filter() -> None:
     entered, left = threading.Event(), threading.Event()
 

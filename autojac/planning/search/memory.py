@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.autograd.profiler import profile
 
 from autojac.core.garbage import gc_disabled
 from autojac.planning.search.measure import Run, synchronize
+from autojac.torch_internals import is_profiling_in_process
 
 FATAL = 3
 """The severity of fatal errors in torch's C++ code."""
@@ -22,12 +24,14 @@ CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """Where Linux tells a container's memory limit and its usage, in versions 2 and 1 of control groups."""
+_profiling = threading.Lock()
+"""Held while torch's profiler runs: there is one for the process, and two threads that start it crash the process."""
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Return the peak memory of one call, beyond what was allocated before it; None where a device can't tell.
+    """Return the peak memory of one call, beyond what was allocated before it; None where that can't be told.
 
-    On an accelerator torch's peak statistics are reset.
+    On a CPU torch's profiler tells, unless another thread uses it. On an accelerator torch's peak statistics are reset.
     """
     # garbage collected during the call would distort its peak; collecting it first takes up to 0.3 s
     with gc_disabled():
@@ -46,9 +50,12 @@ def _accelerator_peak(run: Run, device: torch.device) -> int | None:
     return torch.accelerator.max_memory_allocated(device) - before
 
 
-def _cpu_peak(run: Run) -> int:
-    with _silent_profiler(), profile(profile_memory=True) as recorded:
-        run()
+def _cpu_peak(run: Run) -> int | None:
+    with _profiling:
+        if is_profiling_in_process():
+            return None
+        with _silent_profiler(), profile(profile_memory=True) as recorded:
+            run()
     results = recorded.kineto_results
     if results is None:
         return 0

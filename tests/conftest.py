@@ -15,11 +15,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 from autojac.problem.machine import DEFAULT
+
+# a busy machine may hold up any example
+hypothesis.settings.register_profile("autojac", deadline=None)
+hypothesis.settings.load_profile("autojac")
 
 # at its first use it loads modules that register types with pytree, which a guard notices: the next call traces anew
 torch.testing.assert_close(torch.ones(1), torch.ones(1))

@@ -178,7 +178,7 @@ def flat_result(case: Case, parts: Any, several: int, whole: bool) -> Tensor:
     return torch.cat([t.reshape(several or 1, *(() if whole else (case.batch,)), -1) for t in leaves], -1)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases(), several=st.sampled_from([0, 2]), whole=st.booleans())
 def test_products(case: Case, several: int, whole: bool) -> None:
     jac = wrapped(case, "full" if whole else "blocks")
@@ -190,7 +190,7 @@ def test_products(case: Case, several: int, whole: bool) -> None:
     compare(pulled, torch.einsum("...mn,k...m->k...n", matrix, rows_of(case, u, several, whole)))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases(), whole=st.booleans())
 def test_grams_norms_singular_values_and_steps(case: Case, whole: bool) -> None:
     jac = wrapped(case, "full" if whole else "blocks")
@@ -207,7 +207,7 @@ def test_grams_norms_singular_values_and_steps(case: Case, whole: bool) -> None:
     compare(flat_result(case, step, 0, whole)[0], right, 1e-8)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(case=cases(), layout=st.sampled_from(["blocks", "full", "sparse"]))
 def test_operators_of_the_whole_batch(case: Case, layout: str) -> None:
     case = Case(dataclasses.replace(case.func, outs=case.func.outs[:1], nest="tensor"), case.args[:1], False)
@@ -219,7 +219,7 @@ def test_operators_of_the_whole_batch(case: Case, layout: str) -> None:
     assert operator.shape == tuple(matrix.shape)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases(), limit=st.sampled_from([None, "2KiB"]))
 def test_training_products_in_parts_or_not(case: Case, limit: str | None) -> None:
     jac, matrix, J = wrapped(case, memory_limit=limit), case.whole(), case.blocks()
@@ -237,7 +237,7 @@ def half_squares(outputs: Any) -> Tensor:
     return sum((y.square().sum() for y in Case.floats(outputs)), torch.zeros((), dtype=torch.float64)) / 2
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases(), layout=st.sampled_from(["blocks", "full", "diagonal"]), size=st.integers(1, 700))
 def test_chunks(case: Case, layout: str, size: int) -> None:
     """Parts are of the flattened batch."""
@@ -255,7 +255,7 @@ def test_chunks(case: Case, layout: str, size: int) -> None:
         compare(torch.cat([part[number] for part in parts]).reshape(J.shape), J)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases(square=True), whole=st.booleans())
 def test_what_is_made_of_square_jacobians(case: Case, whole: bool) -> None:
     jac = wrapped(case, "full" if whole else "blocks")
@@ -272,7 +272,7 @@ def test_what_is_made_of_square_jacobians(case: Case, whole: bool) -> None:
         compare((factors @ v.flatten(0, case.func.dims - 1)).flatten(), case.whole() @ v.flatten())
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(case=cases(), layout=st.sampled_from(["blocks", "full"]), used=st.booleans(), pickled=st.booleans())
 def test_copies_of_wrappers(case: Case, layout: str, used: bool, pickled: bool) -> None:
     jac, u = wrapped(case, layout), case.vectors(case.outputs(*case.args), 0)

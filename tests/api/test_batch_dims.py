@@ -191,7 +191,7 @@ class Coupled:
         return y.flatten(self.dims).sum(-1) if self.scalar else y
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_shapes(data: st.DataObject) -> None:
     dims = data.draw(st.integers(1, 3), "batch axes")

@@ -189,7 +189,7 @@ class Slotted2:
     x: Any
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     nest=st.recursive(
         st.sampled_from(["tensor", "ids", "name", None, 3]),

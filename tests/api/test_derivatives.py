@@ -126,7 +126,7 @@ def test_second_derivatives_run_through_the_results() -> None:
 
 
 @given(batch=st.integers(1, 4), width=st.integers(1, 3), data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_any_derivatives_of_any_shape(batch: int, width: int, data: Any) -> None:
     column = st.integers(0, width - 1)
     of = data.draw(st.lists(st.lists(column, max_size=2).map(tuple), min_size=1, max_size=3).filter(any))

@@ -120,7 +120,7 @@ def test_laplacians_are_trained_through() -> None:
 
 
 @given(batch=st.integers(1, 3), event=st.sampled_from([(), (2,), (2, 1), (1,)]), tail=st.sampled_from([(), (1,), (2,)]))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_any_shape(batch: int, event: tuple[int, ...], tail: tuple[int, ...]) -> None:
     def func(x: Tensor) -> Tensor:
         powers = (x.reshape(batch, -1) ** 3).prod(1)
@@ -224,7 +224,7 @@ def graph_energy(x: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
 @given(
     size=st.integers(3, 12), density=st.floats(0.05, 0.5), decades=st.sampled_from([0, 4, 8]), seed=st.integers(0, 99)
 )
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 def test_small_entries_keep_all_digits_beside_large_ones(size: int, density: float, decades: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     edges = (torch.rand(size, size, generator=generator).triu(1) < density).triu(1).nonzero().T

@@ -223,7 +223,7 @@ def nests(draw: st.DrawFn) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int |
 
 
 @given(nests())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_any_nest_of_axes(drawn: tuple[tuple[Any, ...], tuple[Any, ...], list[int | None]]) -> None:
     args, in_dims, axes = drawn
 

@@ -65,7 +65,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.lists(st.integers(1, 4), max_size=2),
     n=st.integers(1, 7),
@@ -86,7 +86,7 @@ def test_square_matrices_are_inverted(batch: list[int], n: int, structure: str, 
     torch.testing.assert_close(logabsdet, expected.logabsdet.to(dtype), atol=8 * torch.finfo(dtype).eps, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.lists(st.integers(1, 3), max_size=2),
     m=st.integers(1, 6),
@@ -225,7 +225,7 @@ def test_zeros_must_be_shared_by_all_samples() -> None:
     torch.testing.assert_close(slogdet(matrices).logabsdet, torch.linalg.slogdet(matrices).logabsdet)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.sampled_from([(2, 2), (4, 4), (4, 3), (3, 4)]),
     structure=st.sampled_from(["dense", "diagonal", "lower", "upper"]),
@@ -260,7 +260,7 @@ def test_flawed_samples_are_named(
     assert (caught.value.singular, caught.value.not_finite) == (singular, not_finite)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(2, 24),
     rank=st.integers(1, 23),

@@ -377,7 +377,7 @@ def test_blocks_under_batch_statistics_are_exact(name: str, grad: bool) -> None:
 
 
 @given(batch=st.integers(2, 40), n=st.integers(1, 5), hidden=st.integers(1, 5), m=st.integers(1, 5), deep=st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_batch_norm_networks_of_any_shape_are_exact(batch: int, n: int, hidden: int, m: int, deep: bool) -> None:
     middle: list[nn.Module] = [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.SiLU()] if deep else []
     net = nn.Sequential(nn.Linear(n, hidden), nn.BatchNorm1d(hidden), nn.Tanh(), *middle, nn.Linear(hidden, m)).double()

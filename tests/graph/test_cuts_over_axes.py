@@ -91,7 +91,7 @@ def test_weights_are_pulled_as_copies(flat: bool) -> None:
         compare(J, right, 1e-11)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_statistics_over_any_axes(data: st.DataObject) -> None:
     lead = tuple(data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=3), "batch"))

@@ -19,7 +19,7 @@ def reached(links: list[tuple[int, int]], sources: list[int], without: set[int])
     return found
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_no_cut_is_smaller(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 7))

@@ -709,7 +709,7 @@ def holders(thing: Any) -> list[Any]:
     return []
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.recursive(SCALARS, nested, max_leaves=8), st.data())
 def test_any_change_of_something_nested_is_noticed(thing: Any, data: st.DataObject) -> None:
     root = [thing]

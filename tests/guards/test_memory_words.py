@@ -98,7 +98,7 @@ def test_a_store_is_noticed_and_nothing_else(name: str) -> None:
     assert unchanged(words)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from("+-=c"), max_size=12), st.sampled_from([dict, OrderedDict]))
 def test_a_container_is_empty_where_its_word_says_so(steps: list[str], kind: type) -> None:
     held, numbers, few = kind(), list[int](), set[int]()

@@ -26,7 +26,6 @@ from oracle import jacobian_full
 from parts import KINDS
 
 QUIET = {
-    "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
     "print_blob": True,
 }

@@ -203,7 +203,7 @@ def without(pattern: Pattern, entry: int) -> Pattern:
     return Pattern.of(kept)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @given(data=st.data(), layout=st.sampled_from(["blocks", "full", "sparse", "diagonal"]))
 def test_a_pattern_that_misses_an_entry_is_caught(data: st.DataObject, layout: str) -> None:
@@ -218,7 +218,7 @@ def test_a_pattern_that_misses_an_entry_is_caught(data: st.DataObject, layout: s
     torch.testing.assert_close(found.reshape(arranged(wholes, layout)[0].shape), arranged(wholes, layout)[0])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @pytest.mark.filterwarnings("ignore::autojac.StructureChangedWarning")
 @given(data=st.data(), layout=st.sampled_from(["blocks", "full", "sparse"]))
 def test_a_sample_graph_that_misses_an_edge_is_caught(data: st.DataObject, layout: str) -> None:

@@ -131,7 +131,7 @@ def test_estimates_and_ranks_of_a_group_never_explore(
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_exploring_costs_a_fifth_of_the_calls_but_for_what_nobody_foresaw_and_no_slower_plan_comes(
     net: nn.Module, seed: int
 ) -> None:

@@ -176,7 +176,7 @@ def test_coupling_that_hides_is_replayed_right_or_not_at_all(name: str) -> None:
 
 
 @given(r=st.randoms(use_true_random=False), batch=st.sampled_from([2, 3, 4, 6]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_random_programs_are_proved_only_if_their_samples_are_apart(r: random.Random, batch: int) -> None:
     """Operators on axes, indices and shapes, with every size equal to the batch that can be."""
     made = program(r, batch)

@@ -372,7 +372,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
     batch=st.integers(1, 3),

@@ -57,7 +57,7 @@ def test_rounding_is_not_coupling(dtype: torch.dtype) -> None:
 
 
 @given(batch=st.integers(2, 300), data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_one_coupled_pair_is_always_found(batch: int, data: st.DataObject) -> None:
     reads = data.draw(st.integers(0, batch - 1))
     source = data.draw(st.integers(0, batch - 1).filter(lambda i: i != reads))
@@ -70,7 +70,7 @@ def test_one_coupled_pair_is_always_found(batch: int, data: st.DataObject) -> No
 
 
 @given(batch=st.integers(2, 600))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_index_masks_separate_every_ordered_pair(batch: int) -> None:
     masks = torch.stack(index_masks(batch))
     assert len(masks) == 2 * (batch - 1).bit_length()

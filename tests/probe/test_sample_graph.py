@@ -457,7 +457,7 @@ def programs(draw: st.DrawFn) -> tuple[Func, int]:
 
 
 @given(programs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_followed_contains_what_any_point_shows(program: tuple[Func, int]) -> None:
     func, batch = program
     x = points((batch, 2))
@@ -471,7 +471,6 @@ def test_what_is_followed_contains_what_any_point_shows(program: tuple[Func, int
 
 
 @given(st.lists(st.sampled_from([1, 2, 3]), max_size=5), st.data())
-@settings(deadline=None)
 def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.DataObject) -> None:
     def shape() -> list[int]:
         cuts = sorted(data.draw(st.sets(st.integers(0, len(factors)))))
@@ -489,7 +488,6 @@ def test_views_keep_what_stands_behind_each_entry(factors: list[int], data: st.D
 
 
 @given(st.integers(1, 40), st.integers(0, 80), st.integers(1, 12), st.integers(0, 9))
-@settings(deadline=None)
 def test_no_class_has_two_samples_with_one_neighbour(batch: int, entries: int, wide: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     matrix = np.zeros((batch, batch), dtype=bool)

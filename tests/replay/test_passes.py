@@ -334,7 +334,7 @@ steps = st.tuples(st.sampled_from([*UNARY, *BINARY, "hold"]), *(st.integers(0, 7
 programs = st.lists(steps, min_size=1, max_size=14)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(programs)
 def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
     checked(program, ())
@@ -342,7 +342,7 @@ def test_all_passes_leave_the_results_as_they_are(program: list[Step]) -> None:
 
 @pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(programs)
 def test_each_pass_alone_leaves_the_results_as_they_are(name: str, program: list[Step]) -> None:
     checked(program, [other for other in NAMES if other != name])
@@ -350,7 +350,7 @@ def test_each_pass_alone_leaves_the_results_as_they_are(name: str, program: list
 
 @pytest.mark.by_day(2, 1)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(programs)
 def test_all_passes_but_one_leave_the_results_as_they_are(name: str, program: list[Step]) -> None:
     checked(program, [name])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autojac.core.pattern import Pattern
@@ -62,7 +62,6 @@ def holds_orthogonal(matrix: Matrix, colors: Matrix, side: str) -> None:
 
 
 @given(matrices())
-@settings(deadline=None)
 def test_no_two_rows_or_columns_of_a_color_meet(matrix: Matrix) -> None:
     for side in ("rows", "columns"):
         colors = orthogonal(Pattern.of(matrix), side)
@@ -72,7 +71,6 @@ def test_no_two_rows_or_columns_of_a_color_meet(matrix: Matrix) -> None:
 
 
 @given(matrices(square=True))
-@settings(deadline=None)
 def test_no_sample_reaches_another_of_its_color(matrix: Matrix) -> None:
     colors = apart(Pattern.of(matrix))
     assert colors.dtype == np.int32
@@ -94,7 +92,6 @@ def read_back(values: Matrix, pattern: Pattern, rows: Matrix, columns: Matrix) -
 
 
 @given(matrices())
-@settings(deadline=None)
 def test_every_entry_is_read_from_its_row_or_its_column(matrix: Matrix) -> None:
     pattern = Pattern.of(matrix)
     rows, columns = both(pattern)

@@ -26,7 +26,7 @@ def arrowhead(size: int) -> Pattern:
 
 
 @given(size=st.integers(1, 12), density=st.floats(0, 0.6), seed=st.integers(0, 99), diagonal=st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_entry_is_read_right(size: int, density: float, seed: int, diagonal: bool) -> None:
     pattern = symmetric(size, density, seed, diagonal)
     colors = star(pattern)
@@ -43,7 +43,7 @@ def test_every_entry_is_read_right(size: int, density: float, seed: int, diagona
 
 
 @given(size=st.integers(1, 9), density=st.floats(0, 0.6), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_no_path_of_four_has_two_colors(size: int, density: float, seed: int) -> None:
     pattern = symmetric(size, density, seed)
     colors, near = star(pattern), pattern.scipy().toarray() != 0

@@ -140,7 +140,7 @@ set_vmap_fallback_warning: Callable[[bool], None] = _require(
     "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
 )
 is_profiling: Callable[[], bool] = _require("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
-_require("torch.autograd.profiler._is_profiler_enabled", "start no profiler beside that of another thread")
+_require("torch.autograd.profiler._is_profiler_enabled", "start no profiler while another thread's is running")
 function_modes: Callable[[], int] = _require(
     "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
 )
@@ -301,5 +301,5 @@ def compile_graph(graph: Any, inputs: Sequence[Any]) -> Callable[..., tuple[torc
 
 
 def is_profiling_in_process() -> bool:
-    """Check whether a profiler runs in any thread; `is_profiling` tells of the current one only."""
+    """Check whether a profiler runs in any thread; `is_profiling` covers the current thread only."""
     return bool(torch.autograd.profiler._is_profiler_enabled)

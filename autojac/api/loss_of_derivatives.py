@@ -25,7 +25,7 @@ def own_inputs(source: Any, x: Any) -> tuple[Any, ...]:
 
 
 def planned_call(source: Any, x: Any) -> PlannedCall:
-    """Return the call of the `AutoJacobian` behind a wrapper by which this computes derivatives at an argument."""
+    """Return the call of the underlying `AutoJacobian` with which a wrapper computes its derivatives at `x`."""
     args = own_inputs(source, x)
     if isinstance(source, PlansOverBatchAxes):
         call = source._calls.flat(args)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from autojac.core.call import outside_inference_mode
 from autojac.core.plan import Effort, Plan
+from autojac.guards.function_state import FunctionState
 from autojac.planning.explain import explanation
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.problem.problem import Result
@@ -23,6 +24,12 @@ class PlannedCall(NamedTuple):
     wrapper: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
+
+    @property
+    def function_state(self) -> FunctionState:
+        """The state of what the wrapper's function reads."""
+        state: FunctionState = self.wrapper._plans.planner.function_state
+        return state
 
     def run(self) -> tuple[PreparedPlan, Result]:
         """Compute."""

@@ -53,8 +53,9 @@ class Exploration:
     Attributes:
         method: of the plan in use.
         spent, earned: seconds that exploring and that calls have cost so far.
-        fastest_s: seconds of the fastest call that was timed since the plan is in use.
-        compiles_next: what is left is to compile the best candidates.
+        fastest_s: seconds of the fastest call that was timed since the plan came into use.
+        is_left_to_compile: only compiling the best candidates remains.
+        is_paused: another search comes first.
     """
 
     def __init__(self, prior: PriorKnowledge, effort: Effort, budget_s: float | None) -> None:
@@ -65,7 +66,7 @@ class Exploration:
         self.budget_s = math.inf if budget_s is None else budget_s
         self.spent = self.earned = 0.0
         self.race: CandidateRace | None = None
-        self.is_over = self.compiles_next = False
+        self.is_over = self.is_left_to_compile = self.is_paused = False
         self._challenger: Method | None = None
         self._beaten: set[Method] = set()
         self._calls = self._failures = 0
@@ -93,10 +94,10 @@ class Exploration:
         self._calls = calls
 
     def credit_around(self, earned: float, calls: int, seconds: float) -> None:
-        """Count what a computation took of which the plan's last call was a part, instead of that call.
+        """Credit the duration of a computation that contains the plan's last call, in place of that call's own.
 
         Args:
-            earned: before the computation.
+            earned: `self.earned` before the computation.
             calls: how many calls the plan has served.
             seconds: of the computation, without exploring.
         """
@@ -117,7 +118,7 @@ class Exploration:
 
     def next_call(self) -> float:
         """Return the call before which the next step is due, by the calls' cost so far; infinite when all is over."""
-        if self.is_over:
+        if self.is_over or self.is_paused:
             return math.inf
         shortfall = (self.spent + self.expected_s) / SHARE - self.earned
         if shortfall <= 0:
@@ -173,7 +174,10 @@ class Exploration:
             if self.race is not None:
                 self.race.at(None)
                 step = self._next_step(self.race)
-                self._expected, self.compiles_next = self._expect(self.race, step), step is not None and step.compiles
+                self._expected, self.is_left_to_compile = (
+                    self._expect(self.race, step),
+                    step is not None and step.compiles,
+                )
             self.spent += max(measure.clock.working_s() - start, 0.0)
             if self.spent >= self.budget_s:
                 self.is_over = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -159,6 +160,17 @@ class PreparedPlan:
         self.needs_no_check = is_listed and self.is_covered_by_guard
         may_fail = not self.needs_no_check and (structure.assumes or self.pushes)
         self.schedule.schedule_next_check(verify == "always" or structure.needs_every_check, may_fail)
+
+    def pause_search(self) -> None:
+        """Take no step of the search behind the plan until it is resumed."""
+        if self.exploration is not None:
+            self.exploration.is_paused, self.schedule.next_step = True, math.inf
+
+    def resume_search(self) -> None:
+        """Continue a search that was paused."""
+        if self.exploration is not None:
+            self.exploration.is_paused = False
+            self.schedule.next_step = self.exploration.next_call()
 
     @property
     def is_covered_by_guard(self) -> bool:

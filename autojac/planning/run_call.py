@@ -156,7 +156,7 @@ def _run_timed(plan: PreparedPlan, call: Call) -> Result:
 
 
 def find_plan(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PreparedPlan:
-    """Return the plan for a call that something else may serve, after a step of its search where one is due."""
+    """Return the plan for a call without running it, after a step of its search if one is due."""
     with plans.alone:
         while True:
             plans.observe()
@@ -168,13 +168,11 @@ def find_plan(plans: PlansInUse, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 @contextmanager
 def crediting(plan: PreparedPlan) -> Iterator[None]:
-    """Credit the search behind a plan with a computation that contains a call by the plan, or that stands in for one.
-
-    Args:
-        plan: in use, with a search that goes on.
-    """
+    """Credit the search behind a plan with the time of what runs inside, whether or not that calls the plan."""
     exploration, schedule = plan.exploration, plan.schedule
-    assert exploration is not None
+    if exploration is None:  # another thread has just finished it
+        yield
+        return
     calls, earned, spent = schedule.calls, exploration.earned, exploration.spent
     start = measure.clock.start(HOST)
     yield

@@ -13,8 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autojac import AutoHessian, AutoJacobian, Derivatives, OutputError, PlanStore, RandomnessError, TrainingStep
-from autojac.api import training_step
+from autojac import (
+    AutoHessian,
+    AutoJacobian,
+    Derivatives,
+    InputError,
+    OutputError,
+    PlanStore,
+    RandomnessError,
+    TrainingStep,
+    UnsupportedError,
+)
+from autojac.api import step_progress
 from autojac.planning import exploration
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
@@ -75,9 +85,9 @@ def program(step: TrainingStep) -> Any:
 
 def serving(step: TrainingStep, *args: Any) -> PreparedPlan:
     """The plan that serves a step: of the whole, or of the derivatives inside."""
-    assert step._whole is not None
-    is_whole = step._progress_of(args).is_whole
-    return in_use(step._whole.wrapper if is_whole else step._inner)
+    if step._whole is None or not step._progress.of(args).is_whole:
+        return in_use(step._inner)
+    return in_use(step._whole.wrapper)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -302,7 +312,7 @@ def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) ->
     assert any(isinstance(plan.compute, Replayer) for _, plan in step._inner._plans.items())
     assert phases[0] == "apart"
     assert phases[-1] == "Replayer"
-    assert step._progress_of((x, target)).is_whole
+    assert step._progress.of((x, target)).is_whole
     assert "Jacobian of B = 1" in step.explain(x, target)
 
 
@@ -324,7 +334,7 @@ def test_the_search_for_the_derivatives_is_paid_for_by_whole_steps(monkeypatch: 
     for _ in range(100):
         step(points(4, 3), points(4, 2))
     assert step._whole is not None
-    assert searched.compiles_next or searched.is_over
+    assert searched.is_left_to_compile or searched.is_over
     assert searched.spent < exploration.SHARE * searched.earned
 
 
@@ -371,11 +381,13 @@ def test_steps_are_right_in_all_phases_of_their_search(source: str, monkeypatch:
     value = TrainingStep(make(reference, **OPTIONS), loss)(x)
     step = TrainingStep(make(model, store=":memory:"), loss)
     assert "the search for the derivatives comes first" in step.explain(x)
-    for _ in range(60):
+    for _ in range(200):
         model.zero_grad()
         compare(step(x), value)
         compare(gradients(model), gradients(reference))
-    assert step._settled
+        if step._progress.of((x,)).signature is not None:
+            break
+    assert step._whole is not None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -415,7 +427,7 @@ def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: py
         model.train(training)
         for _ in range(30):
             step(x, target)
-        progress = step._progress_of((x, target))
+        progress = step._progress.of((x, target))
         assert progress.is_whole or not training
         assert not progress.refused or not training
 
@@ -423,13 +435,13 @@ def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: py
 def test_a_refusal_holds_until_the_model_changes() -> None:
     model, x, target = network(), points(4, 3), points(4, 2)
     step = TrainingStep(model, loss, **OPTIONS)
-    step(x, target)
-    progress = step._progress_of((x, target))
+    for _ in range(2):
+        step(x, target)
+    progress = step._progress.of((x, target))
     assert "no program of the whole step is known" in step.explain(x, target)
-    assert progress.refused
-    version = progress.refused_in
-    step(x, target)
-    assert progress.refused_in == version
+    for _ in range(2):
+        step(x, target)
+    assert progress.refusals == 1
     model[1] = nn.Sigmoid()
     reference = copy.deepcopy(model)
     for _ in range(2):
@@ -437,18 +449,127 @@ def test_a_refusal_holds_until_the_model_changes() -> None:
         model.zero_grad()
         compare(step(x, target), by_hand(reference, x, target))
         compare(gradients(model), gradients(reference))
-    assert progress.refused_in != version
+    assert progress.refusals == 2
 
 
 def test_a_counter_among_the_arguments_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_step, "MOST_SIGNATURES", 3)
+    monkeypatch.setattr(step_progress, "MOST_KINDS", 3)
     model, x, target = network(), points(4, 3), points(4, 2)
     reference = copy.deepcopy(model)
     step = TrainingStep(model, lambda y, J, target, count: loss(y, J, target) + 0 * count, **OPTIONS)
     for count in range(6):
         compare(step(x, target, count), by_hand(reference, x, target))
         compare(gradients(model), gradients(reference))
-        assert len(step._progress) <= 4
+    assert len(step._progress) == 3
+    assert step._whole is None
+
+
+def test_each_batch_trains_what_its_loss_depends_on() -> None:
+    model = network()
+
+    def branching(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        value = J.square().sum()
+        return value + (y.mean() if len(y) == 5 and float(y.detach().mean()) < 1e9 else 0.0)
+
+    store = PlanStore(":memory:")
+    batches = [(points(size, 3), points(size, 2)) for size in (4, 5)]
+    for batch in batches:
+        maker = TrainingStep(model, branching, on_miss="estimate", store=store)
+        plan = maker.plan(*batch)
+        assert maker._whole is not None
+        keys = in_use(maker._whole.wrapper).keys
+        assert keys is not None
+        maker._whole.wrapper._plans.planner.repository.save(
+            keys, dataclasses.replace(plan, method=METHODS["one program"])
+        )
+    step = TrainingStep(model, branching, on_miss="estimate", store=store)
+    reference = copy.deepcopy(model)
+    plain = TrainingStep(reference, branching, **OPTIONS)
+    for number in (0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1):
+        model.zero_grad()
+        reference.zero_grad()
+        compare(step(*batches[number]), plain(*batches[number]))
+        compare(gradients(model), gradients(reference))
+    assert all(step._progress.of(batch).is_whole for batch in batches)
+
+
+def test_a_loss_that_draws_is_computed_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), points(4, 3)
+    step = TrainingStep(model, lambda y, J: (J * torch.rand_like(J)).sum(), **OPTIONS)
+    for _ in range(3):
+        torch.manual_seed(2)
+        value = step(x)
+        torch.manual_seed(2)
+        J = AutoJacobian(model, **OPTIONS)(x).detach()
+        compare(value, (J * torch.rand_like(J)).sum())
+    assert "random" in step.explain(x)
+
+
+def test_a_loss_that_fails_is_evaluated_once() -> None:
+    model, x = network(), points(4, 3)
+    failing, calls = False, 0
+
+    def sometimes(y: Tensor, J: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if failing:
+            raise UnsupportedError("not today")
+        return J.square().sum()
+
+    step = TrainingStep(model, sometimes, **OPTIONS)
+    for _ in range(3):
+        step(x)
+    failing, calls = True, 0
+    with pytest.raises(UnsupportedError, match="not today"):
+        step(x)
+    assert calls == 1
+    failing = False
+    step(x)
+
+
+@pytest.mark.parametrize("change", ["a tensor", "a module"])
+def test_what_begins_to_be_trained_later_is_trained(change: str) -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    parts: dict[str, Any] = {"scale": torch.tensor(2.0).double(), "head": nn.Linear(2, 2).double()}
+
+    def scaled(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        return parts["scale"] * loss(parts["head"](y), J, target)
+
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, scaled, **options), x, target)
+    for _ in range(4):
+        step(x, target)
+    assert step._progress.of((x, target)).is_whole
+    if change == "a tensor":
+        parts["scale"].requires_grad_()
+    else:
+        parts["head"] = nn.Linear(2, 2).double()
+    trained = [*model.parameters(), *parts["head"].parameters(), *([parts["scale"]] if change == "a tensor" else [])]
+    for tensor in trained:
+        tensor.grad = None
+    for count in range(1, 4):
+        value = step(x, target)
+        y, J = AutoJacobian(model, **OPTIONS).value_and_jacobian(x)
+        expected = scaled(y, J, target)
+        compare(value, expected.detach())
+        reference = torch.autograd.grad(expected, trained)
+        compare([tensor.grad for tensor in trained], [count * gradient for gradient in reference])
+
+
+def test_tuning_without_a_graph_tunes_the_step_with_one() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = TrainingStep(model, loss, store=":memory:", effort="quick", budget_s=0.3)
+    with torch.no_grad():
+        step.tune(x, target)
+    plans = [plan for _, plan in step._inner._plans.items() if plan.problem.differentiable]
+    assert [plan.plan.effort for plan in plans] == ["quick"]
+    compare(step(x, target), by_hand(copy.deepcopy(model), x, target))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name() -> None:
+    ragged = torch.nested.nested_tensor([torch.rand(2, 3), torch.rand(3, 3)])
+    with pytest.raises(InputError, match="nested"):
+        TrainingStep(network(), loss, **OPTIONS)(ragged, points(4, 2))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -458,8 +579,9 @@ def test_a_step_that_looks_at_none_of_its_data_is_checked_once(method: str) -> N
     for _ in range(9):
         step(x, target)
         schedule = serving(step, x, target).schedule
-        # a check of the derivatives alone comes before one of the step
-        assert (schedule.last_check, schedule.next_check) == (1 if method == "one program" else 2, math.inf)
+        # planning the whole step exchanges parameters, after which the derivatives are checked once more
+        assert schedule.last_check <= (1 if method == "one program" else 2)
+        assert schedule.next_check == math.inf
     # what changes is noticed, and checked
     model[1] = nn.Sigmoid()
     reference = copy.deepcopy(model)
@@ -496,6 +618,7 @@ class Mixed(nn.Module):
 def test_a_step_is_checked_on_where_its_derivatives_are() -> None:
     model, x, target = Mixed(), points(4, 3), points(4, 2)
     step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
+    step(x, target)
     checked = []
     for call in range(1, 10):
         step(x, target)

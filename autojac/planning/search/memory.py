@@ -24,12 +24,12 @@ CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """Where Linux tells a container's memory limit and its usage, in versions 2 and 1 of control groups."""
-_profiling = threading.Lock()
+_profiling = threading.RLock()
 """Held while torch's profiler runs: there is one for the process, and two threads that start it crash the process."""
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Return the peak memory of one call, beyond what was allocated before it; None where that can't be told.
+    """Return the peak memory of one call, beyond what was allocated before it; None if it can't be measured.
 
     On a CPU torch's profiler tells, unless another thread uses it. On an accelerator torch's peak statistics are reset.
     """

@@ -67,6 +67,7 @@ ATTRIBUTES: Final[dict[str, PrivateName]] = {
     "torch.nn.Module._backward_hooks": PrivateName("watch hooks"),
     "torch.nn.Module._backward_pre_hooks": PrivateName("watch hooks"),
     "torch.nn.Module._compiled_call_impl": PrivateName("see that a module was compiled in place"),
+    "torch.autograd.profiler._is_profiler_enabled": PrivateName("start no profiler while another thread has one"),
     "torch.jit.ScriptModule._concrete_type": PrivateName("read the constants of a scripted module"),
     "torch._dynamo.eval_frame.OptimizedModule._orig_mod": PrivateName("differentiate what torch.compile was given"),
     "torch.compile()._torchdynamo_orig_callable": PrivateName("differentiate what torch.compile was given"),
@@ -140,7 +141,6 @@ set_vmap_fallback_warning: Callable[[bool], None] = _require(
     "torch._C._functorch._set_vmap_fallback_warning_enabled", "keep vmap from warning about operators without a rule"
 )
 is_profiling: Callable[[], bool] = _require("torch.autograd._profiler_enabled", "try nothing while a caller profiles")
-_require("torch.autograd.profiler._is_profiler_enabled", "start no profiler while another thread's is running")
 function_modes: Callable[[], int] = _require(
     "torch._C._len_torch_function_stack", "see whether a caller's torch function mode is open"
 )
@@ -298,8 +298,3 @@ def compile_graph(graph: Any, inputs: Sequence[Any]) -> Callable[..., tuple[torc
         graph, inputs
     )
     return compiled
-
-
-def is_profiling_in_process() -> bool:
-    """Check whether a profiler runs in any thread; `is_profiling` covers the current thread only."""
-    return bool(torch.autograd.profiler._is_profiler_enabled)

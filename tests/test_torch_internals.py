@@ -111,6 +111,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "torch.Tensor": lambda: torch.zeros(1),
     "torch.UntypedStorage": lambda: torch.zeros(1).untyped_storage(),
     "torch._ops.OpOverload": lambda: torch.ops.aten.add.Tensor,
+    "torch.autograd.profiler": lambda: torch.autograd.profiler,
     "torch.nn.Module": torch.nn.Module,
     "torch.jit.ScriptModule": scripted,
     "torch._dynamo.eval_frame.OptimizedModule": lambda: torch.compile(torch.nn.Identity(), backend="eager"),

@@ -309,7 +309,7 @@ def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) ->
         if phase == "Replayer":
             break
     # the search for the derivatives comes first
-    assert any(isinstance(plan.compute, Replayer) for _, plan in step._inner._plans.items())
+    assert any(plan.plan.source == "search" for _, plan in step._inner._plans.items())
     assert phases[0] == "apart"
     assert phases[-1] == "Replayer"
     assert step._progress.of((x, target)).is_whole

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import autojac
 from autojac.core.call import CallLayout
 from autojac.core.plan import Plan
+from autojac.guards.dict_versions import change_counter
 from autojac.planning.fast_path import no_fast_path
 from harness import compare, forced
 from oracle import jacobian_blocks
@@ -98,6 +99,9 @@ def test_calls_alike_run_six_functions_of_python_besides_the_program_whatever_fu
     finally:
         sys.setprofile(None)
     compare(J, right)
+    # Python 3.13.0 hides stores to attributes of instances, whose dicts are then compared one by one
+    compared = ["_same", "read"] * (change_counter(True) is None)
+    ran = [name for name in ran if name not in compared]
     assert ran == ["__call__", "serve", "may_transform", "try_replay", "unchanged", "inputs", "program"]
 
 

@@ -11,11 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch.autograd.profiler import profile
+from torch.autograd import profiler
 
 from autojac.core.garbage import gc_disabled
 from autojac.planning.search.measure import Run, synchronize
-from autojac.torch_internals import is_profiling_in_process
 
 FATAL = 3
 """The severity of fatal errors in torch's C++ code."""
@@ -52,9 +51,9 @@ def _accelerator_peak(run: Run, device: torch.device) -> int | None:
 
 def _cpu_peak(run: Run) -> int | None:
     with _profiling:
-        if is_profiling_in_process():
+        if profiler._is_profiler_enabled:
             return None
-        with _silent_profiler(), profile(profile_memory=True) as recorded:
+        with _silent_profiler(), profiler.profile(profile_memory=True) as recorded:
             run()
     results = recorded.kineto_results
     if results is None:

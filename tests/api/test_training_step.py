@@ -403,33 +403,25 @@ def test_steps_where_the_caller_records_no_graph(method: str, mode: Callable[[],
         compare(gradients(model), gradients(reference))
 
 
-class Regularized(nn.Module):
-    """A network that computes far less in eval mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.regularized = network(), 40
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        for _ in range(self.regularized if self.training else 0):
-            y = y + 0.01 * y.tanh()
-        return y
-
-
-def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "clock", CallCounting(tick=1e-3))
-    monkeypatch.setattr(exploration, "SHARE", 50.0)
-    model, x, target = Regularized(), points(4, 3), points(4, 2)
-    step = TrainingStep(model, loss, store=":memory:", budget_s=0.5)
-    step.tune(x, target)
+def test_what_steps_take_in_one_mode_decides_nothing_for_another() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
+    served = []
     for training in (True, False, True):
         model.train(training)
-        for _ in range(30):
-            step(x, target)
+        for _ in range(4):
+            compare(step(x, target), by_hand(reference, x, target))
+            compare(gradients(model), gradients(reference))
         progress = step._progress.of((x, target))
-        assert progress.is_whole or not training
-        assert not progress.refused or not training
+        assert progress.signature is not None
+        served.append((progress.is_whole, progress.signature))
+        # far faster than the program
+        progress.time_separate(progress.signature, 0.0 if not training else math.inf)
+    (train, signature), (evaluate, other), again = served
+    assert (train, evaluate) == (True, False)
+    assert again == (True, signature)
+    assert other != signature
 
 
 def test_a_refusal_holds_until_the_model_changes() -> None:

@@ -90,6 +90,8 @@ class TrainingStep:
         self._options: StepOptions = {**defaults, **options}  # type: ignore[typeddict-item]
         on_miss = self._options["on_miss"]
         self._inner = self.source if inner.options.on_miss == on_miss else self.source._replace_on_miss(on_miss)
+        # where steps make no plans, tuning still needs some for the derivatives as they are evaluated inside the step
+        self._nested = self._inner._replace_on_miss("estimate") if on_miss == "error" else self._inner
         self._whole: WholeStep | None = None
         self._progress = ProgressByKind()
 
@@ -197,7 +199,7 @@ class TrainingStep:
             if not (plan.schedule.last_check or plan.schedule.is_off or plan.problem.structure.effects):
                 derivatives.run()
         if self._whole is None or not self._whole.is_up_to_date():
-            self._whole = WholeStep(self._inner, self.loss, self._options)
+            self._whole = WholeStep(self._nested, self.loss, self._options)
         return self._whole
 
     def _advance(self, progress: Progress, args: Sequence[Any]) -> PreparedPlan | None:
@@ -210,7 +212,7 @@ class TrainingStep:
         if self._is_sought(plan):
             return plan
         progress.steps += 1
-        if progress.steps == 1 and self._options["on_miss"] != "tune":
+        if progress.steps == 1 and self._options["on_miss"] in ("online", "estimate"):
             return None  # there may be no other step like it
         plan.pause_search()
         try:

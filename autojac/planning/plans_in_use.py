@@ -57,7 +57,7 @@ class PlansInUse:
         self._captured: Captures | None = None
         self._version = 0
         self._observes = options.verify != "never"
-        self._replays = False
+        self._replays = self._differs = False
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -72,7 +72,11 @@ class PlansInUse:
         state, may_differ = function_state.observe() if self._observes else (None, False)
         # a call may have changed the function itself, which `absorb` has accepted
         may_differ = may_differ or self._version != function_state.version
-        if may_differ or ((self._replays or function_state.ignores_some) and not function_state.is_unchanged()):
+        differed, self._differs = self._differs, False
+        if self._replays or function_state.ignores_some:
+            # others may stand in for tensors for the length of some calls, which the state does not follow
+            self._differs = not function_state.is_unchanged()
+        if may_differ or differed or self._differs:
             # it may hold other tensors now, which require grad
             self._captured, self._version = None, function_state.version
         return state

@@ -19,6 +19,7 @@ from autojac import (
     Derivatives,
     InputError,
     OutputError,
+    PlanMissError,
     PlanStore,
     RandomnessError,
     TrainingStep,
@@ -555,6 +556,36 @@ def test_tuning_without_a_graph_tunes_the_step_with_one() -> None:
     plans = [plan for _, plan in step._inner._plans.items() if plan.problem.differentiable]
     assert [plan.plan.effort for plan in plans] == ["quick"]
     compare(step(x, target), by_hand(copy.deepcopy(model), x, target))
+
+
+def test_a_step_under_autocast_trains_what_the_model_holds() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    scale = nn.Linear(1, 1)
+    x, target = torch.rand(32, 3), torch.rand(32, 3)
+
+    def scaled(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        return loss(y, J, target) + scale.weight.square().sum()
+
+    step = TrainingStep(model, scaled, store=":memory:", effort="quick", budget_s=1.0)
+    trained = [*model.parameters(), scale.weight]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, J = AutoJacobian(model, **OPTIONS).value_and_jacobian(x)
+        expected = torch.autograd.grad(scaled(y, J, target), trained)
+        step.tune(x, target)
+        for _ in range(5):
+            for tensor in trained:
+                tensor.grad = None
+            step(x, target)
+            torch.testing.assert_close([tensor.grad for tensor in trained], list(expected), rtol=0.1, atol=0.05)
+
+
+def test_tuning_is_allowed_where_steps_make_no_plans() -> None:
+    step, x, target = TrainingStep(network(), loss, on_miss="error", store=":memory:"), points(4, 3), points(4, 2)
+    with pytest.raises(PlanMissError):
+        step(x, target)
+    step.tune(x, target, effort="quick", budget_s=0.3)
+    compare(step(x, target), by_hand(network(), x, target))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -174,10 +174,8 @@ class Exploration:
             if self.race is not None:
                 self.race.at(None)
                 step = self._next_step(self.race)
-                self._expected, self.is_left_to_compile = (
-                    self._expect(self.race, step),
-                    step is not None and step.compiles,
-                )
+                self.is_left_to_compile = step is not None and step.compiles
+                self._expected = self._expect(self.race, step)
             self.spent += max(measure.clock.working_s() - start, 0.0)
             if self.spent >= self.budget_s:
                 self.is_over = True

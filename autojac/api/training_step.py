@@ -130,7 +130,14 @@ class TrainingStep:
         whole = self._whole
         if whole is None or not progress.is_whole:
             return self._step_separately(args, progress, searched)
-        result = whole.compute(args)
+        try:
+            result = whole.compute(args)
+        except PlanMissError:
+            raise
+        except AutojacError as error:
+            # in another mode of the model it may draw, or have no plan
+            progress.refuse(str(error))
+            return self._step_separately(args, progress)
         if result is None:
             # what was planned leaves out what is trained now
             self._whole = None

@@ -498,6 +498,26 @@ def test_a_loss_that_draws_is_computed_separately(monkeypatch: pytest.MonkeyPatc
     assert "random" in step.explain(x)
 
 
+def test_a_loss_that_draws_in_another_mode_is_computed_separately_there() -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    dropout = nn.Dropout(0.5).eval()
+
+    def dropped(y: Tensor, J: Tensor, target: Tensor) -> Tensor:
+        return loss(y, dropout(J), target)
+
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, dropped, **options), x, target)
+    for _ in range(3):
+        step(x, target)
+    assert step._progress.of((x, target)).is_whole
+    dropout.train()
+    for _ in range(3):
+        torch.manual_seed(3)
+        value = step(x, target)
+        y, J = AutoJacobian(model, **OPTIONS).value_and_jacobian(x)
+        torch.manual_seed(3)
+        compare(value, dropped(y, J, target).detach())
+
+
 def test_a_loss_that_fails_is_evaluated_once() -> None:
     model, x = network(), points(4, 3)
     failing, calls = False, 0

@@ -57,6 +57,16 @@ class Trial:
     reason: str | None = None
     predicted: float | None = None
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it was right, and timed to the end."""
+        return self.state == "complete" and self.seconds is not None
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether it was left for later."""
+        return self.state == "skipped" and self.reason == NOT_TRIED
+
     def to_json(self) -> dict[str, Any]:
         # JSON has no nan and no infinity
         seconds = self.seconds if self.seconds is not None and math.isfinite(self.seconds) else None

@@ -17,8 +17,9 @@ from autojac.planning.isolation import isolate_planning
 from autojac.planning.planner import Planner
 from autojac.planning.search import measure
 from autojac.planning.search.finals import Comparison
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.space import default_methods
-from autojac.planning.search.trial import SearchPoint, SearchSession
+from autojac.planning.search.trial import SearchSession
 from autojac.problem.empty_events import without_empty_parts
 
 RIVALS = 6

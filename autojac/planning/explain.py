@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autojac.core.options import format_bytes
-from autojac.core.plan import NOT_TRIED, Plan, Trial, expression
+from autojac.core.plan import Plan, Trial, expression
 from autojac.core.signature import Signature
 from autojac.planning.plan_repository import PlanRepository
 from autojac.planning.prepared_plan import PreparedPlan
@@ -75,13 +75,13 @@ def _search_lines(prepared: PreparedPlan, trials: Sequence[Trial]) -> list[str]:
     if not trials:
         return []
     plan = prepared.plan
-    tried = [trial for trial in trials if not _is_untried(trial)]
+    tried = [trial for trial in trials if not trial.is_untried]
     with_time = [trial for trial in trials if trial.seconds is not None]
     heading = f"candidates: {len(with_time)} of {len(trials)} timed"
     if (agreement := rank_correlation(with_time)) is not None:
         heading += f"; rank correlation of predicted and measured times {agreement:.2f}"
     lines = [heading, *(_row(trial) for trial in sorted(tried, key=lambda trial: _rank(trial, plan)))]
-    untried = [expression(trial.method) for trial in trials if _is_untried(trial)]
+    untried = [expression(trial.method) for trial in trials if trial.is_untried]
     if untried:
         more = f", and {len(untried) - FEW} more" if len(untried) > FEW else ""
         lines.append(f"  not tried: {'; '.join(untried[:FEW])}{more}")
@@ -103,10 +103,6 @@ def rank_correlation(trials: Sequence[Trial]) -> float | None:
         return None
     one, other = (np.argsort(np.argsort(np.array(column), kind="stable")) for column in zip(*pairs, strict=True))
     return float(np.corrcoef(one, other)[0, 1])
-
-
-def _is_untried(trial: Trial) -> bool:
-    return trial.state == "skipped" and trial.reason == NOT_TRIED
 
 
 def _graph_lines(problem: Problem) -> list[str]:

@@ -20,9 +20,9 @@ from autojac.problem.problem import Problem
 
 if TYPE_CHECKING:
     from autojac.planning.search.optimize import PriorKnowledge
+    from autojac.planning.search.point import SearchPoint
     from autojac.planning.search.race import CandidateRace
     from autojac.planning.search.steps import Step
-    from autojac.planning.search.trial import SearchPoint
 
 SHARE = 0.2
 """What all exploring for a signature may cost, as a share of what its calls have cost."""
@@ -32,10 +32,8 @@ ADOPT_BELOW = 0.9
 """A candidate that was timed below this share of the plan in use is compared with it immediately."""
 HELD_UP = 4.0
 """A call that takes more than so many times the fastest one was held up by something else."""
-HUNG = 20.0
-"""A candidate that takes so many times as long as the best one, but at least `LEAST_S`, is given up."""
 FIRST_LIMIT_S = 60.0
-"""The same where no candidate was timed yet."""
+"""Seconds after which a candidate is given up where none was timed yet."""
 MOST_FAILURES = 3
 """Steps that may raise before exploring ends: something other than a candidate fails."""
 
@@ -215,7 +213,7 @@ class Exploration:
             self._beaten.add(challenger)
             return self._adopt(challenger) if race.beats(challenger, self.method) else None
         session = race.session_of(step)
-        session.end = measure.clock.now() + (HUNG * session.best if math.isfinite(session.best) else FIRST_LIMIT_S)
+        session.end = measure.clock.now() + (session.hung_s if math.isfinite(session.hung_s) else FIRST_LIMIT_S)
         race.take(step)
         self._challenger = self._find_challenger(race)
         return None

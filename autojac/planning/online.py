@@ -20,7 +20,7 @@ from autojac.planning.planner import Planner
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.planning.search.optimize import result_of
-from autojac.planning.search.trial import SearchPoint
+from autojac.planning.search.point import SearchPoint
 from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem
 

@@ -34,7 +34,7 @@ from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.room import require_room
 from autojac.planning.search import measure, optimize
 from autojac.planning.search.optimize import PriorKnowledge, SearchResult
-from autojac.planning.search.trial import SearchPoint
+from autojac.planning.search.point import SearchPoint
 from autojac.probe import ProbeResult
 from autojac.problem.empty_events import without_empty_parts
 from autojac.problem.problem import Problem

@@ -20,7 +20,7 @@ from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
 from autojac.methods.replay import Replay, twin_by_autograd
-from autojac.planning.search import looks, measure, optimize, race
+from autojac.planning.search import looks, measure, optimize, race, steps
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -432,7 +432,7 @@ def test_a_search_loads_a_compiler_only_after_all_that_does_without(
         return true(session, method, *rest)
 
     monkeypatch.setattr(race, "look", watched)
-    monkeypatch.setattr(race, "load_compiler", lambda: order.append("loaded"))
+    monkeypatch.setattr(steps, "load_compiler", lambda: order.append("loaded"))
     monkeypatch.setattr(looks, "is_compiler_loaded", lambda: "loaded" in order)
     monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
     plan = tuned(net, effort=effort).plan(torch.randn(8, 3, dtype=torch.float64))

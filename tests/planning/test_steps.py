@@ -17,9 +17,10 @@ from autojac.planning.exploration import Exploration
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.search import measure, race, steps
 from autojac.planning.search.optimize import PriorKnowledge, start_race
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.steps import Step, StepCosts, operators
-from autojac.planning.search.trial import SearchPoint, look
+from autojac.planning.search.trial import look
 from harness import Ticking, planned
 
 LOOK = Step("look", Pull("shared"))

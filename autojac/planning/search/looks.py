@@ -6,7 +6,7 @@ Large batches are looked at on a slice first: candidates that are slow there are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autojac.autodiff.zero_tangents import is_compiler_loaded
@@ -14,8 +14,9 @@ from autojac.methods.base import Method
 from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.replay import Replay, twin_by_autograd
 from autojac.methods.threads import Threads
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.space import predicted_seconds, with_compiler, without_replay
-from autojac.planning.search.trial import PRUNE_RATIO, SearchPoint, SearchSession, look
+from autojac.planning.search.trial import PRUNE_RATIO, SearchSession, look
 
 if TYPE_CHECKING:
     from autojac.planning.search.propose import Proposer
@@ -34,6 +35,8 @@ LARGE = 4
 """A batch of so many slices is worth a race on one of them."""
 SLICE_MARGIN = 1.3
 """What was so many times slower than the best on the slice is not run on the batch."""
+SLICE_SHARE = 0.4
+"""Share of the time for looks that those on the slice may take: what is fastest on the batch decides."""
 MOST_IN_ORDER = 100
 """While more candidates than these are untried, Optuna proposes the next one from what is known."""
 
@@ -77,7 +80,17 @@ class Looks:
 
     def find_untried(self, compilers: bool = True) -> list[Method]:
         """Return the candidates that are worth a look, as far as is known, and have not had one."""
-        return list(dict.fromkeys([*self._upcoming(), *(self._compiled_forms() if compilers else ())]))
+        on_slice = () if self.scout is None else self._on_slice(self.scout)
+        known = self.session.trials
+        untried = [*self._upcoming(), *on_slice, *(self._compiled_forms() if compilers else ())]
+        cut_short = [method for method, trial in known.items() if trial.is_untried]
+        return [*cut_short, *(method for method in dict.fromkeys(untried) if method not in known)]
+
+    def promising(self) -> list[Method]:
+        """Return the candidates that a slice of the batch speaks for, in the order of looks; empty without a slice."""
+        if self.scout is None or not any(trial.is_timed for trial in self.scout.trials.values()):
+            return []
+        return self._promising([m for m in self.space if not waits_for_compiler(m)])
 
     def by_time(self, methods: Iterable[Method]) -> list[Method]:
         """Return those that were timed, slow ones included, the fastest first."""
@@ -211,9 +224,14 @@ class Looks:
             return list(methods)
         within = [m for m in methods if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
         whole, chunked = self._best_of_each_form()
-        return sorted(
-            within, key=lambda m: (_form_turn(m, whole, chunked), predicted[m], not isinstance(m, BatchChunk))
-        )
+        modelled = {method: self.predict_s(self.session, method) for method in within}
+        by_model = sorted((m for m in within if isinstance(m, BatchChunk)), key=lambda m: modelled[m], reverse=True)
+        sizes = {m.inner: m.size for m in by_model}
+
+        def turn(method: Method) -> tuple[int, float, float]:
+            return _form_turn(method, whole, chunked, sizes), predicted[method], modelled[method]
+
+        return sorted(within, key=turn)
 
     def _best_of_each_form(self) -> tuple[float, float]:
         """Return the seconds of the fastest method for the whole batch in one pass, and of that for chunks of it."""
@@ -227,15 +245,15 @@ def waits_for_compiler(method: Method) -> bool:
     return method.compiles or (method.may_load_compiler and not is_compiler_loaded())
 
 
-def _form_turn(method: Method, whole: float, chunked: float) -> int:
+def _form_turn(method: Method, whole: float, chunked: float, sizes: Mapping[Method, int]) -> int:
     """Return in which turn a candidate for a large batch is looked at, before others that are faster on the slice.
 
-    Chunks like the slice, and none at all: both until it is known which is faster, then that one first. Chunks of
-    other sizes after these, by powers of two.
+    All samples in one pass, and chunks of the size that the cost model favors: both until it is known which is faster,
+    then that one first. Chunks of other sizes after these, by powers of two.
     """
     if not isinstance(method, BatchChunk):
         return int(chunked < whole < math.inf)
-    distance = abs(method.size.bit_length() - SLICE.bit_length())
+    distance = abs(method.size.bit_length() - sizes[method.inner].bit_length())
     return 1 + distance if distance else int(whole < chunked < math.inf)
 
 

@@ -18,9 +18,11 @@ from autojac.methods.base import Method, build_if_known
 from autojac.methods.pull import Pull
 from autojac.methods.threads import Threads
 from autojac.planning.search import measure, memory
+from autojac.planning.search.looks import SLICE_SHARE
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.space import candidates, default_methods, hopeless, predicted_seconds, without_replay
-from autojac.planning.search.trial import PATIENCE_S, Progress, SearchPoint, SearchSession, attempt
+from autojac.planning.search.trial import PATIENCE_S, Progress, SearchSession, attempt
 from autojac.problem.problem import Problem, bind
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
@@ -169,21 +171,25 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         # the first call by what wins is a part of the budget too
         session.end = min(start + allowed, last) - race.adopting_s()
         now = measure.clock.now()
-        looks = now < start + (1 - COMPARED_SHARE) * allowed
-        step = race.next_step(looks)
-        if step is not None and step.compiles and now + race.expected_s(step) > session.end:
+        for_looks = (1 - COMPARED_SHARE) * allowed
+        looks = now < start + for_looks
+        step = race.next_step(looks, slices=now < start + SLICE_SHARE * for_looks)
+        can_be_left = step is not None and step.kind == "look" and (step.compiles or math.isfinite(session.best))
+        if step is not None and can_be_left and now + race.expected_s(step) > session.end:
             step = race.next_step(looks=False)
         if step is None or now > session.end:
             return not race.looks.find_untried(compilers=session.effort != "quick")
-        waited_before = measure.clock.waiting_s()
+        if adapts:
+            step.load()
+        waited_before, loaded_s = measure.clock.waiting_s(), measure.clock.now() - now
         race.take(step)
         if adapts:
             trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
-            # neither a recording that fails, which may take as long as all others together, nor a busy machine may
-            # decide how many candidates are tried
+            # neither a recording that fails, which may take as long as all others together, nor a busy machine, nor
+            # what a process loads once may decide how many candidates are tried
             has_failed = trial is not None and trial.state == "infeasible"
-            lost = measure.clock.now() - now if has_failed else measure.clock.waiting_s() - waited_before
-            start = min(start + lost, latest)
+            waited_s = measure.clock.waiting_s() - waited_before
+            start = min(start + (measure.clock.now() - now if has_failed else loaded_s + waited_s), latest)
 
 
 def result_of(race: CandidateRace, finished: bool) -> SearchResult:
@@ -238,7 +244,7 @@ def _first_right(session: SearchSession, space: Sequence[Method]) -> SearchResul
 
 def _settle(race: CandidateRace) -> None:
     """Find a winner that is right and within the memory limit, however short the budget."""
-    candidates_left = iter([*race.defaults, *race.looks.space, LAST_RESORT])
+    candidates_left = iter([*race.looks.promising(), *race.defaults, *race.looks.space, LAST_RESORT])
     while (winner := race.winner()) is None or not race.fits_memory(winner):
         if winner is not None:
             continue

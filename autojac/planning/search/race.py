@@ -17,18 +17,16 @@ from autojac.methods.base import Method
 from autojac.planning.search import measure
 from autojac.planning.search.finals import ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
 from autojac.planning.search.looks import Looks
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.steps import Step, StepCosts, step_seconds
 from autojac.planning.search.trial import (
     LONG_S,
     PRUNE_RATIO,
-    SearchPoint,
     SearchSession,
-    is_timed,
     look,
     look_longer,
     measure_memory,
 )
-from autojac.torch_internals import load_compiler
 
 FINALISTS = 4
 MOST_LEVELS = 4
@@ -79,14 +77,15 @@ class CandidateRace:
         self.looks.at(point)
         return self
 
-    def next_step(self, looks: bool = True) -> Step | None:
+    def next_step(self, looks: bool = True, slices: bool = True) -> Step | None:
         """Return what to do next; None where all is decided.
 
         Args:
             looks: whether new candidates are looked at; if not, those known are compared.
+            slices: whether more of them are looked at on a slice first.
         """
         if looks:
-            if (method := self.looks.next_on_slice()) is not None:
+            if slices and (method := self.looks.next_on_slice()) is not None:
                 return Step("slice", method)
             if (method := self.looks.next()) is not None:
                 return Step("look", method)
@@ -114,6 +113,7 @@ class CandidateRace:
             self._take(step)
 
     def _take(self, step: Step) -> None:
+        step.load()
         method = step.method
         if method is None:
             self.comparison.run_round(self.session, self.racers())
@@ -122,8 +122,6 @@ class CandidateRace:
         elif step.kind == "slice":
             self.looks.look_on_slice(method)
         elif step.kind == "look":
-            if step.costs_like == "load":
-                load_compiler()  # counts for this step, not for the candidate
             self.try_out(method)
         elif step.kind == "longer":
             look_longer(self.session, method)
@@ -205,7 +203,7 @@ class CandidateRace:
 
     def ranking(self) -> list[Method]:
         """Return the candidates that were timed, hopeless ones left out, the fastest first."""
-        return self.looks.by_time(m for m, trial in self.session.trials.items() if is_timed(trial))
+        return self.looks.by_time(m for m, trial in self.session.trials.items() if trial.is_timed)
 
     def _next_longer(self) -> Method | None:
         """Return the next survivor to be timed longer; None where few are left."""
@@ -271,5 +269,5 @@ class CandidateRace:
 
     def all_trials(self) -> tuple[Trial, ...]:
         """Return every candidate's fate, those that have not been looked at included."""
-        unknown = (Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.find_untried())
-        return (*self.session.trials.values(), *unknown)
+        unknown = {m: Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.find_untried()}
+        return tuple((unknown | self.session.trials).values())

@@ -7,20 +7,25 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, Wrapper
+from autojac.methods.batch_chunk import BatchChunk
 from autojac.planning.search.finals import ENOUGH_ROUNDS
 from autojac.planning.search.looks import of_one_chunk, waits_for_compiler
 from autojac.planning.search.trial import BLOCKS, SHORTEST_S, SearchSession
 from autojac.problem.machine import Machine
 from autojac.replay.replayer import Replayer
 from autojac.replay.tape import MOST_OPERATORS
+from autojac.torch_internals import load_compiler
 
 COUNTING = Machine(1.0, 1.0, 1.0, 1.0, 1.0, rates=(math.inf,) * 3, flops_per_s=math.inf)
 """A machine that takes a second for each operator, however large: what a method takes on it counts its operators."""
-LOOK_S, RECORD_S, RECORD_OPERATOR_S = 0.02, 0.1, 5e-4
-"""Seconds of a look besides its runs; of a recording, and for each of its operators."""
+LOOK_S, RECORD_S, RECORD_OPERATOR_S, RECORD_RUNS = 0.02, 0.1, 5e-4, 15
+"""Seconds of a look besides its runs; of a recording, for each of its operators, and runs on what is recorded."""
 FORWARD_S = 0.3
 """Seconds that the first transform of forward mode adds, for which torch loads its rules."""
+FORWARD = " forward"
+"""Ends the kinds of steps that need these rules."""
 LOAD_S = 1.5
 """Seconds in which torch loads its compiler, once per process."""
 COMPILE_S, COMPILE_OPERATOR_S = 4.0, 0.1
@@ -55,6 +60,13 @@ class Step(NamedTuple):
         """Whether it waits for a compiler, to be loaded or to compile."""
         return self.kind == "look" and self.method is not None and waits_for_compiler(self.method)
 
+    def load(self) -> None:
+        """Load what a process loads once: it is no part of a candidate's time."""
+        if self.costs_like == "load":
+            load_compiler()
+        elif self.costs_like.endswith(FORWARD):
+            load_forward_rules()
+
     @property
     def costs_like(self) -> str:
         """The kind of steps that cost about as many times what the model says."""
@@ -62,7 +74,7 @@ class Step(NamedTuple):
             return self.kind
         if self.compiles:
             return "compile" if self.method.compiles else "load"
-        return ("record" if _records(self.method) else "look") + " forward" * _loads_rules(self.method)
+        return ("record" if _records(self.method) else "look") + FORWARD * _loads_rules(self.method)
 
 
 class StepCosts:
@@ -106,7 +118,10 @@ def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], firs
     count = operators(session, method)
     if step.costs_like == "compile":
         return COMPILE_S + COMPILE_OPERATOR_S * count
-    preparation = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
+    preparation = LOOK_S
+    if _records(method):
+        chunks = math.ceil(session.problem.batch / method.size) if isinstance(method, BatchChunk) else 1
+        preparation = RECORD_S + RECORD_OPERATOR_S * count + RECORD_RUNS * total / chunks
     if step.kind == "adopt":
         return preparation + FIRST_CALL_RUNS * total
     return preparation + LOOK_RUNS * total + FORWARD_S * _loads_rules(method) + LOAD_S * step.compiles

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from torch import Tensor
 from autojac.autodiff.open_modes import levels_restored
 from autojac.autodiff.pullback import gradient
 from autojac.core.options import format_bytes
-from autojac.core.plan import Effort, Trial, TrialState, expression
-from autojac.core.sandbox import Sandbox
+from autojac.core.plan import NOT_TRIED, Effort, Trial, TrialState, expression
 from autojac.core.time_limit import within
 from autojac.guards.process_state import ignore_warnings
 from autojac.methods.base import Method
 from autojac.planning.search import measure, memory
+from autojac.planning.search.point import SearchPoint
 from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.replayer import Replayer
@@ -39,22 +39,10 @@ LEAST_S = 1.0
 PATIENCE_S = 60.0
 """Seconds that a candidate is allowed while no other was timed, when a hang can't be told from a hard problem."""
 
+HUNG = 20.0
+"""A candidate that takes so many times as long as the best has failed; one that was given less was only cut short."""
+
 Progress = Callable[[Trial], None]
-
-
-class SearchPoint(NamedTuple):
-    """Where candidates are checked and timed.
-
-    Attributes:
-        leaves, kwargs: the arguments.
-        captured: tensors besides the inputs that a loss on a differentiable Jacobian trains.
-        sandbox: how to evaluate without side effects.
-    """
-
-    leaves: Sequence[Tensor]
-    kwargs: Mapping[str, Any]
-    captured: Sequence[Tensor]
-    sandbox: Sandbox
 
 
 @dataclass
@@ -109,6 +97,11 @@ class SearchSession:
         timed = (trial.seconds for trial in self.trials.values() if trial.state == "complete")
         return min((seconds for seconds in timed if seconds is not None), default=math.inf)
 
+    @property
+    def hung_s(self) -> float:
+        """The seconds after which a candidate has failed; infinite where none was timed yet."""
+        return HUNG * self.best
+
     def allowed_s(self, method: Method) -> float:
         """Return the seconds after which a candidate is given up."""
         left = max(self.end - measure.clock.now(), LEAST_S)
@@ -135,11 +128,6 @@ class SearchSession:
                 return None
             compute = self.runs[method] = right.compute
         return as_used(self, compute)
-
-
-def is_timed(trial: Trial) -> bool:
-    """Check whether a candidate was right, and timed."""
-    return trial.state == "complete" and trial.seconds is not None
 
 
 @dataclass(frozen=True)
@@ -177,10 +165,16 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
             wrong = reference.check_gradient(result)
         return compute, seconds, wrong
 
+    allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
     try:
         with session.point.sandbox(), ignore_warnings(), levels_restored():
-            allowed_s = session.allowed_s(method) if allowed_s is None else allowed_s
             compute, seconds, wrong = within(allowed_s, first_run)
+    except TimeoutError as error:
+        if allowed_s < session.hung_s < math.inf:
+            session.record(method, "skipped", reason=NOT_TRIED)
+        else:
+            _fail(session, method, error)
+        return None
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
         _fail(session, method, error)
         return None

@@ -212,7 +212,7 @@ preserve_version: Callable[[Any], Any] = _require(
     "torch.autograd._unsafe_preserve_version_counter",
 )
 run_backward: Callable[..., tuple[torch.Tensor | None, ...]] = _require(
-    "torch.autograd.graph._engine_run_backward", "pull without the checks of torch.autograd.grad (10 µs per VJP)"
+    "torch.autograd.graph._engine_run_backward", "pull without the checks of torch.autograd (10 µs per VJP)"
 )
 FunctionBase: type = _require("torch._C._FunctionBase", "recognize the node of a custom autograd Function")
 TensorBase: type = _require("torch._C.TensorBase", "recognize tensor classes", "torch.Tensor")

@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autojac.core.call import describe
 from autojac.core.signature import Signature
+from autojac.planning.explain import format_seconds
+from autojac.planning.search import measure
 
 MOST_KINDS = 256
 """Maximum number of kinds of steps whose progress is kept: a counter among the arguments makes one per step."""
 MOST_REFUSALS = 4
 """How often the whole step is planned again after a change of the model; one that changes all the time is not."""
+
+
+ROUNDS = 4
+"""How many steps of each way a duel takes; the first of each may make and check plans, and does not count."""
+CLEARLY = 0.97
+"""Derivatives and a backward must take less than this share of the program's time to replace it."""
+
+
+class Duel:
+    """A program of the whole step against derivatives and a backward: real steps are computed by turns, and timed.
+
+    Args:
+        program: of what signature, and the spec of its method.
+        device: whose work is timed.
+    """
+
+    def __init__(self, program: tuple[Signature, str], device: torch.device) -> None:
+        self.program = program
+        self.device = device
+        self.whole: list[float] = []
+        self.separate: list[float] = []
+
+    @property
+    def next_is_whole(self) -> bool:
+        """Whether it is the program's turn."""
+        return len(self.whole) <= len(self.separate)
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Time a step; one that raises does not count."""
+        samples, start = self.whole if self.next_is_whole else self.separate, measure.clock.start(self.device)
+        yield
+        samples.append(measure.clock.since(start))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is known which is faster."""
+        return min(len(self.whole), len(self.separate)) >= ROUNDS
+
+    @property
+    def verdict(self) -> str:
+        """What the program has lost by; empty if it is not slower."""
+        whole, separate = min(self.whole[1:]), min(self.separate[1:])
+        if separate >= CLEARLY * whole:
+            return ""
+        return f"they took {format_seconds(separate)}, the program of the whole step {format_seconds(whole)}"
 
 
 @dataclass
@@ -26,26 +75,27 @@ class Progress:
         steps: how many were planned.
         is_whole: steps are computed by the plan for the whole step: a program, or a provisional plan made where nothing
             could be verified.
-        signature: of that plan; other flags of the model have another.
+        duel: by turns with derivatives and a backward, while it is not known which is faster.
+        verdicts: of programs whose duels are over.
+        signature: of the plan for the whole step; other flags of the model have another.
         refused: why there is no program of the whole step; empty if there may be one.
         refused_at: version of the model's state after the step that was refused; the whole step is planned again once
             it changes.
         refusals: how often it was refused.
-        separate_s: by the signature of the plan for the whole step, seconds of the fastest step that was computed as
-            derivatives and a backward.
     """
 
     steps: int = 0
     is_whole: bool = False
+    duel: Duel | None = None
+    verdicts: dict[tuple[Signature, str], str] = field(default_factory=dict)
     signature: Signature | None = None
     refused: str = ""
     refused_at: int | None = None
     refusals: int = 0
-    separate_s: dict[Signature, float] = field(default_factory=dict)
 
     def refuse(self, reason: str) -> None:
         """Compute steps as derivatives and a backward until the model changes."""
-        self.is_whole, self.refused, self.refused_at = False, reason, None
+        self.is_whole, self.duel, self.refused, self.refused_at = False, None, reason, None
         self.refusals += 1
 
     def reconsider(self, version: int) -> bool:
@@ -54,13 +104,13 @@ class Progress:
             self.refused = ""
         return not self.refused
 
-    def fastest_separate_s(self, signature: Signature) -> float:
-        """Return the seconds of the fastest step by derivatives and a backward; infinite if there was none."""
-        return self.separate_s.get(signature, math.inf)
-
-    def time_separate(self, signature: Signature, seconds: float) -> None:
-        """Record the seconds of a step by derivatives and a backward."""
-        self.separate_s[signature] = min(seconds, self.fastest_separate_s(signature))
+    def end_duel(self) -> None:
+        """Keep to what was faster, if that is known by now."""
+        if self.duel is None or not self.duel.is_over:
+            return
+        self.verdicts[self.duel.program] = self.duel.verdict
+        self.is_whole = not self.duel.verdict
+        self.duel = None
 
 
 class ProgressByKind:

@@ -14,17 +14,19 @@ from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs, planned_call
 from autojac.api.planned_call import PlannedCall
-from autojac.api.step_progress import Progress, ProgressByKind
+from autojac.api.step_progress import Duel, Progress, ProgressByKind
 from autojac.api.whole_step import WholeStep, is_program
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward
 from autojac.core.call import outside_inference_mode
 from autojac.core.options import OnMiss, Randomness, Verify
-from autojac.core.plan import Effort, Plan
+from autojac.core.plan import Effort, Plan, expression
 from autojac.core.ranks import several
 from autojac.core.settable_arguments import find_settable_places
+from autojac.core.signature import Signature
 from autojac.errors import AutojacError, InputError, PlanMissError, kind_of
 from autojac.guards.compiled_functions import opaque_methods
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.run_call import crediting
 
@@ -51,7 +53,8 @@ class TrainingStep:
     hooks, None where nothing leads. The optimizer is the caller's. Candidates are J with a backward, the whole step
     recorded as one flat program, and that program compiled; each is checked against plain autograd, timed, stored and
     watched as plans of `AutoJacobian` are. By default steps are J and a backward until a program of the whole step is
-    found that is faster. The search for J comes first, then the search for the step with it.
+    found. The search for J comes first, then the search for the step with it. The first eight steps with a program are
+    taken in both ways by turns, and the faster one is kept.
 
         >>> import torch
         >>> from autojac import TrainingStep
@@ -127,9 +130,18 @@ class TrainingStep:
         progress, searched = self._progress.of(args), None
         if not progress.is_whole:
             searched = self._advance(progress, args)
-        whole = self._whole
+        whole, duel = self._whole, progress.duel
         if whole is None or not progress.is_whole:
             return self._step_separately(args, progress, searched)
+        if duel is None:
+            return self._step_as_whole(whole, progress, args)
+        with duel.timing():
+            step = self._step_as_whole(whole, progress, args) if duel.next_is_whole else self._step_separately(args)
+        progress.end_duel()
+        return step
+
+    def _step_as_whole(self, whole: WholeStep, progress: Progress, args: Sequence[Any]) -> Tensor:
+        """Compute a step by the plan for all of it, or separately where that turns out not to serve."""
         try:
             result = whole.compute(args)
         except PlanMissError:
@@ -145,6 +157,8 @@ class TrainingStep:
             return self._step_separately(args)
         if result.plan is not None:
             progress.is_whole = is_program(result.plan) and result.plan.signature == progress.signature
+            if progress.duel is not None and progress.duel.program != _program_of(result.plan):
+                progress.duel = self._start_duel(progress, result.plan) if progress.is_whole else None
         accumulate_gradients(result.gradients)
         return result.value
 
@@ -241,14 +255,22 @@ class TrainingStep:
             return None
         plan = whole.find_plan(args)
         progress.signature = plan.signature
-        is_faster = is_program(plan) and (plan.plan.seconds or 0.0) <= progress.fastest_separate_s(plan.signature)
-        progress.is_whole = is_faster or plan.is_provisional
+        program = _program_of(plan)
+        progress.is_whole = plan.is_provisional or (is_program(plan) and not progress.verdicts.get(program))
         if progress.is_whole:
+            progress.duel = self._start_duel(progress, plan)
             return None
         if plan.exploration is None:
             what = "is known" if plan.plan.effort == "estimate" else "was faster"
-            progress.refuse(f"no program of the whole step {what}")
+            progress.refuse(progress.verdicts.get(program) or f"no program of the whole step {what}")
         return plan
+
+    def _start_duel(self, progress: Progress, plan: PreparedPlan) -> Duel | None:
+        """Return a duel of a program; None after one, and where plans are fixed or made without timing anything."""
+        program, is_timed = _program_of(plan), self._options["on_miss"] in ("online", "tune")
+        if not is_timed or not is_program(plan) or program in progress.verdicts or pinned_store() is not None:
+            return None
+        return Duel(program, plan.problem.device)
 
     def _step_separately(
         self, args: Sequence[Any], progress: Progress | None = None, searched: PreparedPlan | None = None
@@ -261,7 +283,9 @@ class TrainingStep:
             return value.detach()
         if progress.refused and progress.refused_at is None:
             progress.refused_at = planned_call(self._inner, args[0]).function_state.version
-        # on other devices the clock sees only the launch
-        if searched is not None and searched.exploration is not None and value.device.type == "cpu":
-            progress.time_separate(searched.signature, searched.exploration.fastest_s)
         return value.detach()
+
+
+def _program_of(plan: PreparedPlan) -> tuple[Signature, str]:
+    """Return what tells one program of a step from another."""
+    return plan.signature, expression(plan.plan.method)

@@ -237,7 +237,8 @@ def accumulate_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add gradients to `.grad` of leaves as a backward that arrives there does: through the hooks of each.
 
     Args:
-        pairs: leaves and what arrives.
+        pairs: leaves and what arrives, of their shapes, dtypes and devices.
     """
     if pairs:
-        torch.autograd.backward([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
+        leaves, gradients = zip(*pairs, strict=True)
+        run_backward(leaves, gradients, False, False, (), True, True)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from autojac.planning import exploration
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.search import measure
 from autojac.replay.replayer import Replayer
-from harness import CallCounting, compare, in_use
+from harness import CallCounting, Ticking, compare, in_use
 
 OPTIONS: dict[str, Any] = {"on_miss": "estimate", "store": ":memory:"}
 PULL = {"method": "Pull", "seeds": "identity", "engine": "loop", "chunk": None}
@@ -66,17 +67,19 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [torch.zeros(0) if p.grad is None else p.grad for p in module.parameters()]
 
 
-def by(method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any) -> TrainingStep:
+def by(
+    method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any, on_miss: str = "estimate"
+) -> TrainingStep:
     """A step by one method, which is found in the store."""
     store = PlanStore(":memory:")
-    maker = make(on_miss="estimate", store=store)
-    plan = maker.plan(*args)
+    maker = make(on_miss="estimate" if on_miss == "estimate" else "tune", store=store)
+    plan = dataclasses.replace(maker.plan(*args), finished=True)
     assert maker._whole is not None
     whole = maker._whole.wrapper
     keys = in_use(whole).keys
     assert keys is not None
     whole._plans.planner.repository.save(keys, dataclasses.replace(plan, method=method))
-    return make(on_miss="estimate", store=store)
+    return make(on_miss=on_miss, store=store)
 
 
 def program(step: TrainingStep) -> Any:
@@ -404,25 +407,109 @@ def test_steps_where_the_caller_records_no_graph(method: str, mode: Callable[[],
         compare(gradients(model), gradients(reference))
 
 
-def test_what_steps_take_in_one_mode_decides_nothing_for_another() -> None:
+class TwoSpeeds(Ticking):
+    """A clock by which steps of each way take what is said, whatever they take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, whole: float, separate: float) -> None:
+        super().__init__(lambda true: 1e-3)
+        self.whole, self.separate, self.was_separate = whole, separate, False
+        true = TrainingStep._step_separately
+
+        def step_separately(*args: Any) -> Any:
+            self.was_separate = True
+            return true(*args)
+
+        monkeypatch.setattr(TrainingStep, "_step_separately", step_separately)
+        monkeypatch.setattr(measure, "clock", self)
+
+    def start(self, device: torch.device) -> Any:
+        self.was_separate = False
+        return super().start(device)
+
+    def since(self, start: Any) -> float:
+        return self.separate if self.was_separate else self.whole
+
+
+def tuned(model: nn.Module, x: Tensor, target: Tensor, on_miss: str = "tune") -> TrainingStep:
+    """A step whose program of the whole is in the store."""
+    make = partial(TrainingStep, model, loss, effort="quick", budget_s=0.3)
+    return by(METHODS["one program"], make, x, target, on_miss=on_miss)
+
+
+def ways_of(step: TrainingStep, clock: TwoSpeeds, *args: Tensor, steps: int = 12) -> str:
+    """Take some steps, right ones, and return by which way each was computed: whole or separately."""
+    reference, model = copy.deepcopy(step.source.func), step.source.func
+    ways = ""
+    for _ in range(steps):
+        reference.zero_grad()
+        model.zero_grad()
+        clock.was_separate = False
+        compare(step(*args), by_hand(reference, *args))
+        ways += "s" if clock.was_separate else "w"
+        compare(gradients(model), gradients(reference))
+    return ways
+
+
+@pytest.mark.parametrize(("separate", "last"), [(1.0, "s"), (1.96, "w"), (3.0, "w")])
+def test_the_faster_way_is_kept(separate: float, last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=2.0, separate=separate)
     model, x, target = network(), points(4, 3), points(4, 2)
-    reference = copy.deepcopy(model)
-    step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
-    served = []
-    for training in (True, False, True):
-        model.train(training)
-        for _ in range(4):
-            compare(step(x, target), by_hand(reference, x, target))
-            compare(gradients(model), gradients(reference))
-        progress = step._progress.of((x, target))
-        assert progress.signature is not None
-        served.append((progress.is_whole, progress.signature))
-        # far faster than the program
-        progress.time_separate(progress.signature, 0.0 if not training else math.inf)
-    (train, signature), (evaluate, other), again = served
-    assert (train, evaluate) == (True, False)
-    assert again == (True, signature)
-    assert other != signature
+    step = tuned(model, x, target)
+    assert ways_of(step, clock, x, target) == "wswswsws" + 4 * last
+    reason = "they took 1 s, the program of the whole step 2 s"
+    assert (reason in step.explain(x, target)) == (last == "s")
+    # another step of the same model is looked at anew, and one without a program not at all
+    other = TrainingStep(network(), loss, on_miss="estimate", store=":memory:")
+    assert ways_of(other, clock, x, target) == 12 * "s"
+
+
+@pytest.mark.parametrize("on_miss", ["error", "estimate"])
+def test_nothing_is_compared_where_plans_are_fixed_or_nothing_is_timed(
+    on_miss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=2.0, separate=1.0)
+    x, target = points(4, 3), points(4, 2)
+    step = tuned(network(), x, target, on_miss=on_miss)
+    ways = ways_of(step, clock, x, target)
+    assert ways.lstrip("s") == (12 - ways.count("s")) * "w"
+    assert ways.endswith(10 * "w")
+
+
+def test_nothing_is_compared_while_plans_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=2.0, separate=1.0)
+    x, target = points(4, 3), points(4, 2)
+    step = tuned(network(), x, target)
+    step(x, target)
+    step._progress.clear()
+    store = step._inner._plans.planner.repository.store
+    monkeypatch.setattr("autojac.api.training_step.pinned_store", lambda: store)
+    assert ways_of(step, clock, x, target) == 12 * "w"
+
+
+def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=1.0, separate=2.0)
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = tuned(model, x, target)
+    assert ways_of(step, clock, x, target).endswith("wwww")
+    model.eval()
+    clock.whole = 3.0
+    assert ways_of(step, clock, x, target).endswith("ssss")
+    model.train()
+    assert ways_of(step, clock, x, target).endswith(11 * "w")
+
+
+def test_a_step_that_raises_during_a_comparison_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=1.0, separate=2.0)
+    model, x, target = network(), points(4, 3), points(4, 2)
+    step = tuned(model, x, target)
+    assert ways_of(step, clock, x, target, steps=2) == "ws"
+    duel = step._progress.of((x, target)).duel
+    assert duel is not None
+    before = len(duel.whole), len(duel.separate)
+    with pytest.raises(Exception, match="size"):
+        step(x, points(4, 5))
+    assert (len(duel.whole), len(duel.separate)) == before
+    assert ways_of(step, clock, x, target).endswith("wwww")
 
 
 def test_a_refusal_holds_until_the_model_changes() -> None:

@@ -30,7 +30,10 @@ def regret_of(effort: Effort) -> str:
 
 
 def race_candidates(workload: Workload, settings: Settings) -> BenchResult:
-    """Race the bare methods of each effort's plan against every fixed candidate, compilers among them."""
+    """Race the bare methods of each effort's plan against every fixed candidate, compilers among them.
+
+    The fastest of many timings owes some of it to luck, so it is raced with the plans once more, and that race counts.
+    """
     with at_rest():
         func, x = workload.make(settings.device)
         truth = reference(workload, func, x)
@@ -46,15 +49,19 @@ def race_candidates(workload: Workload, settings: Settings) -> BenchResult:
         entrants = [_entrant(name, found, x, truth) for name, found in plans.items()]
         entrants += [_candidate(n, m, entry, x, truth) for n, m in methods.items() if n not in plans]
         timed = race_entrants(entrants, x.device, settings, CANDIDATES_FAR, always=list(plans), left_out="slow")
-    outcomes = {entrant.outcome.name: entrant.outcome for entrant in timed}
-    best = min((o.seconds or math.inf) for o in outcomes.values() if o.samples)
+        outcomes = {entrant.outcome.name: entrant.outcome for entrant in timed}
+        fastest = min((o for o in outcomes.values() if o.samples), key=lambda o: o.seconds or math.inf)
+        last = [entrant for entrant in timed if entrant.outcome.name in {*plans, fastest.name}]
+        again = race_entrants(last, x.device, settings, math.inf)
+        outcomes |= {entrant.outcome.name: entrant.outcome for entrant in again}
+    best = min((entrant.outcome.seconds or math.inf) for entrant in again)
     figures = tuple(
         Figure(regret_of(effort), (outcomes[str(found.plan)].seconds or math.inf) / best, EFFORTS[effort])
         for effort, found in chosen.items()
     )
     facts: Facts = {f"plan of {effort}": str(found.plan) for effort, found in chosen.items()}
     facts |= {"candidates": len(methods), "raced": sum(bool(o.samples) for o in outcomes.values())}
-    facts["best candidate"] = next(o.name for o in outcomes.values() if o.seconds == best)
+    facts["best candidate"] = fastest.name
     return BenchResult(workload.name, tuple(outcomes.values()), figures, facts)
 
 

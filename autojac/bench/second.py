@@ -15,17 +15,18 @@ from autojac.autodiff.primitives import load_forward_rules
 from autojac.bench.jacobians import OVER_BEST, OWN, PLAN, wrap
 from autojac.bench.results import BenchResult, Facts, Figure, fastest
 from autojac.bench.run import Run, Settings, admit, at_rest, race_with_best
-from autojac.bench.training import gradients_after
-from autojac.bench.workloads import WORKLOADS, layers
+from autojac.bench.training import gradients_after, moves_jacobian
+from autojac.bench.workloads import WORKLOADS, layers, move_to
 from autojac.problem.compression import colors_of
 
-LAPLACIAN, CHAIN, STEP, EQUAL = 0.6, 6, 0.7, 1.03
+LAPLACIAN, CHAIN, STEP, EQUAL, GRAPH = 0.6, 6, 0.7, 1.03, 1.2
 """What autojac is to take at most: of a Laplacian's and of a Levenberg-Marquardt step's time, as a multiple of torch's
-fastest way; passes of a chain's Hessian; products against the same by hand."""
+fastest way; passes of a chain's Hessian; products, and training steps by `jacobian_from`, against the same by hand."""
 CAMERA = (100, 7, 4096)
 """Residuals, unknowns and samples of a Levenberg-Marquardt step."""
 SIZES, BATCH = (50, 256, 256, 1), 512
 """Layers of the network whose Laplacian is taken, and samples."""
+TRAINED_GRAPHS = ("pinn-2-50-50-50-1", "train-flow-8")
 DAMPING = 1e-2
 Runs = Mapping[str, Run]
 
@@ -213,6 +214,36 @@ def marquardt_step(settings: Settings, camera: Sequence[int] = CAMERA) -> BenchR
         return contest("Levenberg-Marquardt step", own, ways, exact.to(x.dtype), settings, STEP, {})
 
 
+def graph_step(settings: Settings, workload: str) -> BenchResult:
+    """A training step on the mean square of the Jacobian of a graph that exists, against the loop that users write."""
+    with at_rest(training=True):
+        func, given = WORKLOADS[workload].make(settings.device)
+        assert isinstance(func, nn.Module)
+        parameters = [p for name, p in func.named_parameters() if moves_jacobian(func, name, given)]
+
+        def step(func: Any, given: Tensor, rows: Callable[[Tensor, Tensor], Tensor]) -> Run:
+            def run() -> None:
+                x = given.clone().requires_grad_()
+                rows(func(x), x).square().mean().backward()
+
+            return run
+
+        def by_hand(y: Tensor, x: Tensor) -> Tensor:
+            return torch.stack([torch.autograd.grad(row.sum(), x, create_graph=True)[0] for row in y.unbind(1)], 1)
+
+        exact: Any = move_to(func, given.device, torch.float64)
+        doubled = [p for name, p in exact.named_parameters() if moves_jacobian(exact, name, given.double())]
+        truth = gradients_after(step(exact, given.double(), by_hand), doubled)().to(given.dtype)
+        runs = {
+            OWN: step(func, given, lambda y, x: autojac.jacobian_from(y, x, create_graph=True)),
+            "loop of VJPs": step(func, given, by_hand),
+        }
+        return steps_contest(
+            f"jacobian_from, trained: {workload}", runs, truth, settings, GRAPH, {},
+            lambda run: gradients_after(run, parameters),
+        )  # fmt: skip
+
+
 def product(settings: Settings, kind: str, workload: str = "mlp-64-256-256-64") -> BenchResult:
     """A product with J, against the same by hand."""
     with at_rest():
@@ -242,5 +273,6 @@ CASES: dict[str, Callable[[Settings], BenchResult]] = {
     "laplacian-trained": trained_laplacian,
     "chain-hessian": chain_hessian,
     "marquardt-step": marquardt_step,
+    **{f"jacobian-from: {name}": partial(graph_step, workload=name) for name in TRAINED_GRAPHS},
     **{kind: partial(product, kind=kind) for kind in ("jvp", "vjp", "gram", "norm")},
 }

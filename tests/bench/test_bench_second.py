@@ -17,6 +17,7 @@ SMALL = {
     "marquardt-step": functools.partial(second.marquardt_step, camera=(6, 2, 5)),
     "laplacian": functools.partial(second.laplacian, sizes=(4, 8, 8, 1), batch=5),
     "laplacian-trained": functools.partial(second.trained_laplacian, sizes=(4, 8, 8, 1), batch=5),
+    **{name: case for name, case in second.CASES.items() if name.startswith("jacobian-from")},
     **{kind: functools.partial(second.product, kind=kind, workload="mlp-2-16-2") for kind in ("jvp", "vjp")},
     **{kind: functools.partial(second.product, kind=kind, workload="mlp-2-16-2") for kind in ("gram", "norm")},
 }

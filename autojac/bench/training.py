@@ -69,7 +69,8 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         entrants = [_check(name, step, parameters, truth) for name, step in steps.items()]
         own, planned, *ways = race_with_best(entrants[:2], entrants[2:], x.device, settings, DEFAULT)
         facts: Facts = {"kind": workload.kind, "B": workload.batch, "n": workload.n, "m": workload.m}
-        facts |= {PLAN: str(jac.plan(x)), f"{PLAN} of {WHOLE}": str(whole.plan(x)), FIRST: first}
+        serving = str(whole.plan(x)) if whole._progress.of((x,)).is_whole else "derivatives, then a backward"
+        facts |= {PLAN: str(jac.plan(x)), f"{PLAN} of {WHOLE}": serving, FIRST: first}
     best = fastest(ways)
     default = next(way for way in ways if way.name == DEFAULT)
     bound = WHOLE_BOUND[settings.effort in ("measure", "exhaustive")]

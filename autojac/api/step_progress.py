@@ -13,45 +13,39 @@ from torch import Tensor
 from autojac.core.call import describe
 from autojac.core.signature import Signature
 from autojac.planning.explain import format_seconds
+from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.search import measure
 
 MOST_KINDS = 256
 """Maximum number of kinds of steps whose progress is kept: a counter among the arguments makes one per step."""
 MOST_REFUSALS = 4
 """How often the whole step is planned again after a change of the model; one that changes all the time is not."""
-
-
 ROUNDS = 4
 """How many steps of each way a duel takes; the first of each may make and check plans, and does not count."""
 CLEARLY = 0.97
 """Derivatives and a backward must take less than this share of the program's time to replace it."""
 
+Program = tuple[Signature, str]
+"""What tells one program of a step from another: for what signature, and the expression of its method."""
 
+
+@dataclass
 class Duel:
     """A program of the whole step against derivatives and a backward: real steps are computed by turns, and timed.
 
-    Args:
-        program: of what signature, and the spec of its method.
-        device: whose work is timed.
+    Attributes:
+        program: which one.
+        whole, separate: seconds of the steps so far, by the program and separately.
     """
 
-    def __init__(self, program: tuple[Signature, str], device: torch.device) -> None:
-        self.program = program
-        self.device = device
-        self.whole: list[float] = []
-        self.separate: list[float] = []
+    program: Program
+    whole: list[float] = field(default_factory=list)
+    separate: list[float] = field(default_factory=list)
 
     @property
-    def next_is_whole(self) -> bool:
-        """Whether it is the program's turn."""
+    def is_turn_of_program(self) -> bool:
+        """Whether the next step is the program's."""
         return len(self.whole) <= len(self.separate)
-
-    @contextmanager
-    def timing(self) -> Iterator[None]:
-        """Time a step; one that raises does not count."""
-        samples, start = self.whole if self.next_is_whole else self.separate, measure.clock.start(self.device)
-        yield
-        samples.append(measure.clock.since(start))
 
     @property
     def is_over(self) -> bool:
@@ -67,6 +61,14 @@ class Duel:
         return f"they took {format_seconds(separate)}, the program of the whole step {format_seconds(whole)}"
 
 
+@contextmanager
+def timing(samples: list[float], device: torch.device) -> Iterator[None]:
+    """Add the seconds of a step to others; one that raises does not count."""
+    start = measure.clock.start(device)
+    yield
+    samples.append(measure.clock.since(start))
+
+
 @dataclass
 class Progress:
     """How far planning has come for steps with arguments of the same kind.
@@ -75,9 +77,8 @@ class Progress:
         steps: how many were planned.
         is_whole: steps are computed by the plan for the whole step: a program, or a provisional plan made where nothing
             could be verified.
-        duel: by turns with derivatives and a backward, while it is not known which is faster.
-        verdicts: of programs whose duels are over.
-        signature: of the plan for the whole step; other flags of the model have another.
+        duels: of programs that have not been compared with derivatives and a backward yet.
+        verdicts: of duels that are over.
         refused: why there is no program of the whole step; empty if there may be one.
         refused_at: version of the model's state after the step that was refused; the whole step is planned again once
             it changes.
@@ -86,16 +87,15 @@ class Progress:
 
     steps: int = 0
     is_whole: bool = False
-    duel: Duel | None = None
-    verdicts: dict[tuple[Signature, str], str] = field(default_factory=dict)
-    signature: Signature | None = None
+    duels: dict[Program, Duel] = field(default_factory=dict)
+    verdicts: dict[Program, str] = field(default_factory=dict)
     refused: str = ""
     refused_at: int | None = None
     refusals: int = 0
 
     def refuse(self, reason: str) -> None:
         """Compute steps as derivatives and a backward until the model changes."""
-        self.is_whole, self.duel, self.refused, self.refused_at = False, None, reason, None
+        self.is_whole, self.refused, self.refused_at = False, reason, None
         self.refusals += 1
 
     def reconsider(self, version: int) -> bool:
@@ -104,13 +104,14 @@ class Progress:
             self.refused = ""
         return not self.refused
 
-    def end_duel(self) -> None:
-        """Keep to what was faster, if that is known by now."""
-        if self.duel is None or not self.duel.is_over:
-            return
-        self.verdicts[self.duel.program] = self.duel.verdict
-        self.is_whole = not self.duel.verdict
-        self.duel = None
+    def duel_of(self, program: Program) -> Duel | None:
+        """Return the duel of a program; None once it is over."""
+        return None if program in self.verdicts else self.duels.setdefault(program, Duel(program))
+
+    def end(self, duel: Duel) -> None:
+        """Remember what a duel has shown."""
+        self.verdicts[duel.program] = duel.verdict
+        self.duels.pop(duel.program, None)
 
 
 class ProgressByKind:
@@ -123,8 +124,11 @@ class ProgressByKind:
         return len(self._by_kind)
 
     def of(self, args: Sequence[Any]) -> Progress:
-        """Return the progress of steps with arguments like these."""
-        kind = _kind(args)
+        """Return the progress of steps with arguments like these.
+
+        While plans are pinned it starts anew: what timings have decided does not hold then.
+        """
+        kind = _kind(args), pinned_store() is not None
         progress = self._by_kind.get(kind)
         if progress is None:
             if len(self._by_kind) >= MOST_KINDS:
@@ -134,7 +138,8 @@ class ProgressByKind:
 
     def forget(self, args: Sequence[Any]) -> None:
         """Start again with steps with arguments like these."""
-        self._by_kind.pop(_kind(args), None)
+        for is_pinned in (False, True):
+            self._by_kind.pop((_kind(args), is_pinned), None)
 
     def clear(self) -> None:
         """Start again with all steps."""

@@ -14,7 +14,7 @@ from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs, planned_call
 from autojac.api.planned_call import PlannedCall
-from autojac.api.step_progress import Duel, Progress, ProgressByKind
+from autojac.api.step_progress import Duel, Program, Progress, ProgressByKind, timing
 from autojac.api.whole_step import WholeStep, is_program
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward
@@ -23,12 +23,13 @@ from autojac.core.options import OnMiss, Randomness, Verify
 from autojac.core.plan import Effort, Plan, expression
 from autojac.core.ranks import several
 from autojac.core.settable_arguments import find_settable_places
-from autojac.core.signature import Signature
 from autojac.errors import AutojacError, InputError, PlanMissError, kind_of
 from autojac.guards.compiled_functions import opaque_methods
 from autojac.planning.pinned_plans import pinned_store
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.run_call import crediting
+
+COMPARING = "steps are computed in both ways by turns, until it is known which is faster\n"
 
 
 class StepOptions(TypedDict, total=False):
@@ -127,18 +128,23 @@ class TrainingStep:
         args = (x, *rest)
         if self._why_not_whole(args):
             return self._step_separately(args)
-        progress, searched = self._progress.of(args), None
+        progress, searched, duel = self._progress.of(args), None, None
         if not progress.is_whole:
-            searched = self._advance(progress, args)
-        whole, duel = self._whole, progress.duel
-        if whole is None or not progress.is_whole:
+            searched, duel = self._advance(progress, args)
+        whole = self._whole
+        if whole is None or not (progress.is_whole or duel):
             return self._step_separately(args, progress, searched)
-        if duel is None:
+        if duel is None or searched is None:
             return self._step_as_whole(whole, progress, args)
-        with duel.timing():
-            step = self._step_as_whole(whole, progress, args) if duel.next_is_whole else self._step_separately(args)
-        progress.end_duel()
-        return step
+        is_whole = duel.is_turn_of_program
+        with timing(duel.whole if is_whole else duel.separate, searched.problem.device):
+            if is_whole:
+                value = self._step_as_whole(whole, progress, args)
+            else:
+                value = self._step_separately(args, progress, searched)
+        if duel.is_over:
+            progress.end(duel)
+        return value
 
     def _step_as_whole(self, whole: WholeStep, progress: Progress, args: Sequence[Any]) -> Tensor:
         """Compute a step by the plan for all of it, or separately where that turns out not to serve."""
@@ -156,9 +162,7 @@ class TrainingStep:
             self._progress.clear()
             return self._step_separately(args)
         if result.plan is not None:
-            progress.is_whole = is_program(result.plan) and result.plan.signature == progress.signature
-            if progress.duel is not None and progress.duel.program != _program_of(result.plan):
-                progress.duel = self._start_duel(progress, result.plan) if progress.is_whole else None
+            progress.is_whole = self._serves(progress, result.plan)
         accumulate_gradients(result.gradients)
         return result.value
 
@@ -193,8 +197,13 @@ class TrainingStep:
                 reason = "the search for the derivatives comes first, and goes on as steps are taken"
             whole = None if reason else self._settle(derivatives)
             reason = reason if whole is None else whole.why_not
+            comparing = ""
+            if whole is not None and (progress.duels or progress.verdicts):
+                program = _program_of(whole.find_plan((x, *rest)))
+                reason = reason or progress.verdicts.get(program, "")
+                comparing = COMPARING * (program in progress.duels)
             if whole is not None and not reason:
-                return whole.explain((x, *rest))
+                return comparing + whole.explain((x, *rest))
             return f"derivatives, then a backward: {reason}\n{derivatives.explain()}"
 
     def _why_not_whole(self, args: Sequence[Any]) -> str:
@@ -223,54 +232,61 @@ class TrainingStep:
             self._whole = WholeStep(self._nested, self.loss, self._options)
         return self._whole
 
-    def _advance(self, progress: Progress, args: Sequence[Any]) -> PreparedPlan | None:
-        """Continue planning; return the plan whose search this step pays for if it is computed separately, or None."""
+    def _advance(self, progress: Progress, args: Sequence[Any]) -> tuple[PreparedPlan | None, Duel | None]:
+        """Continue planning, unless steps are computed as a whole from now on.
+
+        Returns:
+            The plan whose search this step pays for if it is computed separately, and the duel that it is a part of.
+        """
         derivatives = planned_call(self._inner, args[0])
         if not progress.reconsider(derivatives.function_state.version):
-            return None
+            return None, None
         with torch.enable_grad():
             plan = derivatives.prepare()
         if self._is_sought(plan):
-            return plan
+            return plan, None
         progress.steps += 1
         if progress.steps == 1 and self._options["on_miss"] in ("online", "estimate"):
-            return None  # there may be no other step like it
+            return None, None  # there may be no other step like it
         plan.pause_search()
         try:
-            searched = self._plan_whole(progress, derivatives, args)
+            found = self._plan_whole(progress, derivatives, args)
         except PlanMissError:
             raise
         except AutojacError as error:
             progress.refuse(str(error))
-            searched = None
+            found = None, None
         if progress.refused:
             plan.resume_search()
-        return searched
+        return found
 
-    def _plan_whole(self, progress: Progress, derivatives: PlannedCall, args: Sequence[Any]) -> PreparedPlan | None:
-        """Look the plan for the whole step up, and decide whether it computes this one; return it if not yet."""
+    def _plan_whole(
+        self, progress: Progress, derivatives: PlannedCall, args: Sequence[Any]
+    ) -> tuple[PreparedPlan | None, Duel | None]:
+        """Look the plan for the whole step up, and decide whether it computes steps from now on; see `_advance`."""
         whole = self._settle(derivatives)
         if whole.why_not:
             progress.refuse(whole.why_not)
-            return None
+            return None, None
         plan = whole.find_plan(args)
-        progress.signature = plan.signature
-        program = _program_of(plan)
-        progress.is_whole = plan.is_provisional or (is_program(plan) and not progress.verdicts.get(program))
+        progress.is_whole = self._serves(progress, plan)
         if progress.is_whole:
-            progress.duel = self._start_duel(progress, plan)
-            return None
-        if plan.exploration is None:
+            return None, None
+        duel = progress.duel_of(_program_of(plan)) if is_program(plan) else None
+        if duel is None and plan.exploration is None:
             what = "is known" if plan.plan.effort == "estimate" else "was faster"
-            progress.refuse(progress.verdicts.get(program) or f"no program of the whole step {what}")
-        return plan
+            verdict = progress.verdicts.get(_program_of(plan))
+            progress.refuse(verdict or f"no program of the whole step {what}")
+        return plan, duel
 
-    def _start_duel(self, progress: Progress, plan: PreparedPlan) -> Duel | None:
-        """Return a duel of a program; None after one, and where plans are fixed or made without timing anything."""
-        program, is_timed = _program_of(plan), self._options["on_miss"] in ("online", "tune")
-        if not is_timed or not is_program(plan) or program in progress.verdicts or pinned_store() is not None:
-            return None
-        return Duel(program, plan.problem.device)
+    def _serves(self, progress: Progress, plan: PreparedPlan) -> bool:
+        """Check whether steps are computed by a plan for the whole: a program that has won its duel, if there are any.
+
+        Nothing is compared where plans are fixed, or made without timing anything.
+        """
+        is_timed = self._options["on_miss"] in ("online", "tune") and pinned_store() is None
+        has_won = not is_timed or progress.verdicts.get(_program_of(plan)) == ""
+        return plan.is_provisional or (is_program(plan) and has_won)
 
     def _step_separately(
         self, args: Sequence[Any], progress: Progress | None = None, searched: PreparedPlan | None = None
@@ -286,6 +302,5 @@ class TrainingStep:
         return value.detach()
 
 
-def _program_of(plan: PreparedPlan) -> tuple[Signature, str]:
-    """Return what tells one program of a step from another."""
+def _program_of(plan: PreparedPlan) -> Program:
     return plan.signature, expression(plan.plan.method)

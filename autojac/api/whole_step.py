@@ -76,20 +76,22 @@ class WholeStep:
 
     def compute(self, args: Sequence[Any]) -> StepResult | None:
         """Compute a step; None, before anything is evaluated, if model and loss no longer train the same modules."""
-        unsqueezed, plans, plan = _lift(args), self.wrapper._plans, None
-        # hooks see what arrives at a parameter, once
-        with torch.no_grad(), self._without_hooks(), write_back_copies(args, unsqueezed):
-            fast_path = plans.fast_path
+        unsqueezed, plan = _lift(args), None
+        with torch.no_grad(), write_back_copies(args, unsqueezed):
+            fast_path = self.wrapper._plans.fast_path
             served = fast_path(unsqueezed)
             last, version = self._last, self._function_state.version
             if served is not None and last is not None and last[:2] == (fast_path, version):
                 targets = last[2]
             else:
-                if served is None:
-                    if not self.is_up_to_date():
-                        return None
-                    fast_path, served = no_fast_path, self.wrapper.value_and_jacobian(*unsqueezed)
-                plan, targets = self._find_targets(unsqueezed)
+                # hooks see what arrives at a parameter, once. A program calls none, and another thread's backward may
+                # be calling them: they are left alone wherever they can be
+                with self._without_hooks():
+                    if served is None:
+                        if not self.is_up_to_date():
+                            return None
+                        fast_path, served = no_fast_path, self.wrapper.value_and_jacobian(*unsqueezed)
+                    plan, targets = self._find_targets(unsqueezed)
                 self._last = fast_path, self._function_state.version, targets
         value, gradients = served
         return StepResult(value.squeeze(0), [(leaf, gradients[name].squeeze(0)) for name, leaf in targets], plan)

@@ -114,6 +114,11 @@ class Pullback:
                     gradients = self._back(self._again(recorded), cotangents, batched, keep)
                     self.once = True
         self.pulled = True
+        if any([gradient is not None and gradient.layout != torch.strided for gradient in gradients]):
+            raise UnsupportedError(
+                "dense derivatives were expected, but a backward in func returns a sparse one, as an embedding with "
+                "sparse=True does. Make it return a dense one"
+            )
         return self._shape(gradients, lead)
 
     def _shape(self, gradients: Sequence[Tensor | None], lead: torch.Size) -> list[Tensor]:
@@ -166,20 +171,26 @@ class Pullback:
 
     def hidden_inputs(self) -> list[int]:
         """Return the inputs that only `backward()` reaches, by their numbers: those behind reentrant checkpoints."""
-        unused = self.unused_inputs() if any(y.requires_grad for y in self.recorded) else []
-        # a backward reaches all of them, and adds to what is there
-        leaves = self.inputs if unused else ()
-        before = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
+        outputs = [y for y in self.recorded if y.requires_grad]
+        unused = self.unused_inputs() if outputs else []
+        # a checkpoint is a custom Function; without one there is nothing to look for
+        if not unused or not _has_custom_function(outputs):
+            return []
+        # a backward reaches all of them, adds to what is there, and calls hooks
+        before = [leaf.grad for leaf in self.inputs]
+        hooks = [(held, dict(held)) for leaf in self.inputs if (held := leaf._post_accumulate_grad_hooks)]
+        for leaf in self.inputs:
             leaf.grad = None
+        for held, _ in hooks:
+            held.clear()
         try:
-            if unused:
-                outputs = [y for y in self.recorded if y.requires_grad]
-                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
-            return [number for number in unused if leaves[number].grad is not None]
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs], retain_graph=True)
+            return [number for number in unused if self.inputs[number].grad is not None]
         finally:
-            for leaf, gradient in zip(leaves, before, strict=True):
+            for leaf, gradient in zip(self.inputs, before, strict=True):
                 leaf.grad = gradient
+            for held, those in hooks:
+                held.update(those)
 
     @contextmanager
     def without_graph(self) -> Iterator[None]:
@@ -202,6 +213,21 @@ class Pullback:
 def is_custom(node: Any) -> bool:
     """Check whether a node of a graph is a `torch.autograd.Function` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def _has_custom_function(outputs: Sequence[Tensor]) -> bool:
+    """Check whether a graph holds a `torch.autograd.Function` written in Python, autojac's own aside."""
+    seen, stack = set[Any](), [y.grad_fn for y in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        function: Any = type(node)
+        if is_custom(node) and not function._forward_cls.__module__.startswith("autojac."):
+            return True
+        seen.add(node)
+        stack += [target for target, _ in node.next_functions]
+    return False
 
 
 def node_of(tensor: Tensor) -> Any:

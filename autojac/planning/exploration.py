@@ -206,7 +206,7 @@ class Exploration:
         if step.kind == "adopt":
             self.is_over = race.next_step() is None
             return self._adopt(step.method)
-        if not race.session_of(step).reference.says:
+        if not race.says(step):
             return None  # no derivative is finite here, so nothing can be compared: wait for another call
         if self._challenger is not None:
             challenger, self._challenger = self._challenger, None

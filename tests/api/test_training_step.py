@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import math
 import pickle
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autojac
 from autojac import (
     AutoHessian,
     AutoJacobian,
@@ -68,10 +71,14 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 def by(
-    method: dict[str, Any], make: Callable[..., TrainingStep], *args: Any, on_miss: str = "estimate"
+    method: dict[str, Any],
+    make: Callable[..., TrainingStep],
+    *args: Any,
+    on_miss: str = "estimate",
+    store: PlanStore | None = None,
 ) -> TrainingStep:
     """A step by one method, which is found in the store."""
-    store = PlanStore(":memory:")
+    store = store or PlanStore(":memory:")
     maker = make(on_miss="estimate" if on_miss == "estimate" else "tune", store=store)
     plan = dataclasses.replace(maker.plan(*args), finished=True)
     assert maker._whole is not None
@@ -310,7 +317,7 @@ def test_a_step_is_improved_while_it_is_used(monkeypatch: pytest.MonkeyPatch) ->
         compare(gradients(model), gradients(reference))
         phase = "apart" if step._whole is None else type(program(step)).__name__
         phases += [phase] * (phases[-1:] != [phase])
-        if phase == "Replayer":
+        if step._progress.of((x, target)).is_whole:
             break
     # the search for the derivatives comes first
     assert any(plan.plan.source == "search" for _, plan in step._inner._plans.items())
@@ -389,7 +396,7 @@ def test_steps_are_right_in_all_phases_of_their_search(source: str, monkeypatch:
         model.zero_grad()
         compare(step(x), value)
         compare(gradients(model), gradients(reference))
-        if step._progress.of((x,)).signature is not None:
+        if step._progress.of((x,)).steps > 1:
             break
     assert step._whole is not None
 
@@ -430,10 +437,12 @@ class TwoSpeeds(Ticking):
         return self.separate if self.was_separate else self.whole
 
 
-def tuned(model: nn.Module, x: Tensor, target: Tensor, on_miss: str = "tune") -> TrainingStep:
+def tuned(
+    model: nn.Module, x: Tensor, target: Tensor, on_miss: str = "tune", store: PlanStore | None = None
+) -> TrainingStep:
     """A step whose program of the whole is in the store."""
     make = partial(TrainingStep, model, loss, effort="quick", budget_s=0.3)
-    return by(METHODS["one program"], make, x, target, on_miss=on_miss)
+    return by(METHODS["one program"], make, x, target, on_miss=on_miss, store=store)
 
 
 def ways_of(step: TrainingStep, clock: TwoSpeeds, *args: Tensor, steps: int = 12) -> str:
@@ -475,15 +484,146 @@ def test_nothing_is_compared_where_plans_are_fixed_or_nothing_is_timed(
     assert ways.endswith(10 * "w")
 
 
-def test_nothing_is_compared_while_plans_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [0, 2, 12])
+def test_nothing_is_compared_while_plans_are_pinned(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is a comparison continued, nor does one hold that was decided before."""
     clock = TwoSpeeds(monkeypatch, whole=2.0, separate=1.0)
     x, target = points(4, 3), points(4, 2)
     step = tuned(network(), x, target)
-    step(x, target)
-    step._progress.clear()
+    ways_of(step, clock, x, target, steps=before)
     store = step._inner._plans.planner.repository.store
-    monkeypatch.setattr("autojac.api.training_step.pinned_store", lambda: store)
-    assert ways_of(step, clock, x, target) == 12 * "w"
+    autojac.pin(store)
+    try:
+        assert ways_of(step, clock, x, target) == 12 * "w"
+    finally:
+        autojac.pin(None)
+    assert ways_of(step, clock, x, target).endswith("ssss")
+
+
+def test_modes_that_alternate_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=4.0, separate=5.0)
+    model, x, target, store = network(), points(4, 3), points(4, 2), PlanStore(":memory:")
+    tuned(model.eval(), x, target, store=store)
+    step = tuned(model.train(), x, target, store=store)
+    ways = {True: "", False: ""}
+    for turn in range(24):
+        model.train(turn % 2 == 0)
+        clock.whole, clock.separate = (4.0, 5.0) if model.training else (0.5, 1.0)
+        ways[model.training] += ways_of(step, clock, x, target, steps=1)
+    assert [each[-4:] for each in ways.values()] == ["wwww", "wwww"]
+
+
+def test_threads_that_step_at_once_compare_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, target = network(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    by_hand(reference, x, target)
+    for separate in (1.0, 3.0):
+        clock = TwoSpeeds(monkeypatch, whole=2.0, separate=separate)
+        step = tuned(model, x, target)
+        assert ways_of(step, clock, x, target, steps=3) == "wsw"
+        model.zero_grad()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                values = list(pool.map(lambda _, step=step: step(x, target), range(40)))
+        finally:
+            sys.setswitchinterval(interval)
+        compare(values, 40 * [by_hand(copy.deepcopy(model), x, target)])
+        compare(gradients(model), [40 * gradient for gradient in gradients(reference)])
+
+
+def test_explain_says_what_a_comparison_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TwoSpeeds(monkeypatch, whole=2.0, separate=1.0)
+    x, target = points(4, 3), points(4, 2)
+    step = tuned(network(), x, target)
+    said = []
+    for _ in range(9):
+        ways_of(step, clock, x, target, steps=1)
+        said.append(step.explain(x, target).splitlines()[0])
+    assert all("in both ways by turns" in line for line in said[:7])
+    assert all("they took 1 s, the program of the whole step 2 s" in line for line in said[7:])
+
+
+def test_hooks_stay_in_place_while_a_program_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's backward may be calling them."""
+    model, x, target = network(), points(4, 3), points(4, 2)
+    seen: list[bool] = []
+    true = Replayer.try_replay
+
+    def watched(self: Replayer, leaves: Any) -> Any:
+        seen.append(model[0].weight._backward_hooks is hooks)
+        return true(self, leaves)
+
+    monkeypatch.setattr(Replayer, "try_replay", watched)
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    hooks = model[0].weight._backward_hooks
+    step = by(METHODS["one program"], lambda **options: TrainingStep(model, loss, **options), x, target)
+    for _ in range(6):
+        step(x, target)
+    assert len(seen) > 2
+    assert all(seen)
+
+
+class WithUnused(nn.Module):
+    """A network, and a parameter that leads nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.unused = nn.Parameter(torch.ones(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("on_miss", ["estimate", "tune", "online"])
+def test_an_optimizer_in_the_backward_steps_once(on_miss: str) -> None:
+    model, x, target = WithUnused(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    for module in (model, reference):
+        for parameter in module.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9)
+
+            def update(_: Tensor, optimizer: Any = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+            parameter.register_post_accumulate_grad_hook(update)
+    step = TrainingStep(model, loss, store=":memory:", on_miss=on_miss, effort="quick", budget_s=0.3)
+    for _ in range(4):
+        compare(step(x, target), by_hand(reference, x, target))
+        compare(list(model.parameters()), list(reference.parameters()))
+
+
+@pytest.mark.parametrize("on_miss", ["estimate", "tune"])
+def test_a_sparse_gradient_stays_one(on_miss: str) -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.layer = nn.Embedding(5, 2, sparse=True), nn.Linear(3, 2)
+            self.register_buffer("ids", torch.tensor([0, 1, 1, 3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x)) + self.table(self.ids)
+
+    model, x, target = Embedded().double(), points(4, 3), points(4, 2)
+    reference = copy.deepcopy(model)
+    step = TrainingStep(model, loss, store=":memory:", on_miss=on_miss, effort="quick", budget_s=0.3)
+    for _ in range(3):
+        model.zero_grad()
+        reference.zero_grad()
+        compare(step(x, target), by_hand(reference, x, target))
+        found, expected = (module.table.weight.grad for module in (model, reference))
+        assert found is not None
+        assert expected is not None
+        assert found.is_sparse
+        compare(found.to_dense(), expected.to_dense())
+    assert "sparse=True" in step.explain(x, target)
+    with pytest.raises(UnsupportedError, match="sparse=True"):
+        AutoJacobian.of_parameters(model, **OPTIONS)(x)
 
 
 def test_what_steps_take_in_one_mode_decides_nothing_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,8 +643,7 @@ def test_a_step_that_raises_during_a_comparison_is_not_counted(monkeypatch: pyte
     model, x, target = network(), points(4, 3), points(4, 2)
     step = tuned(model, x, target)
     assert ways_of(step, clock, x, target, steps=2) == "ws"
-    duel = step._progress.of((x, target)).duel
-    assert duel is not None
+    (duel,) = step._progress.of((x, target)).duels.values()
     before = len(duel.whole), len(duel.separate)
     with pytest.raises(Exception, match="size"):
         step(x, points(4, 5))

@@ -12,7 +12,9 @@ from autojac import AutoJacobian
 from autojac.methods.base import build
 from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.per_sample import PerSample
+from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
+from autojac.planning import exploration
 from autojac.planning.search import looks, measure, race, trial
 from autojac.planning.search.looks import of_one_chunk, waits_for_compiler
 from harness import Ticking, compare
@@ -139,3 +141,72 @@ def test_a_candidate_that_the_budget_cuts_short_is_tried_again(net: nn.Module, m
     assert states(0.39)[cut] == "not tried"
     slow.clear()
     assert states(60.0)[cut] == "complete"
+
+
+def test_func_may_refuse_a_slice(net: nn.Module, looked: list[tuple[bool, Any]]) -> None:
+    def picky(x: Tensor) -> Tensor:
+        if len(x) == SLICE:
+            raise ValueError("no batches of this size")
+        out: Tensor = net(x)
+        return out
+
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    for on_miss in ("tune", "online"):
+        jac = AutoJacobian(picky, store=":memory:", on_miss=on_miss, budget_s=0.5)
+        for _ in range(3):
+            compare(jac(x), exact(net, x))
+    assert not any(was_on_slice for was_on_slice, _ in looked)
+
+
+def test_a_candidate_that_hangs_on_the_slice_is_given_up(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "SLICE", SLICE)
+    monkeypatch.setattr(trial, "LEAST_S", 0.1)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.02))
+
+    def endless(*_: Any) -> Any:
+        while True:
+            pass
+
+    monkeypatch.setattr(Replay, "prepare", lambda self, problem: endless)
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:", on_miss="tune", budget_s=1.0)
+    compare(jac(x), exact(net, x))
+
+
+@pytest.mark.parametrize("batch", [64, BATCH])
+@pytest.mark.parametrize("call_s", [0.02, 0.1, 0.3])
+def test_each_search_gets_further_however_slow_calls_are(
+    net: nn.Module, batch: int, call_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "SLICE", SLICE)
+    x, timed = torch.randn(batch, 3, dtype=torch.float64), [0]
+    for _ in range(20):
+        monkeypatch.setattr(measure, "clock", Ticking(lambda true: call_s, tick=1e-4))
+        plan = AutoJacobian(net, store=None, on_miss="tune").plan(x)  # the test's own store, another process each time
+        timed.append(sum(t.seconds is not None for t in plan.trials))
+        if plan.finished:
+            break
+    assert plan.finished
+    assert timed == sorted(timed)
+
+
+def test_a_program_that_hangs_leaves_its_method_to_be_tried(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online, too, where a candidate is given what makes it one that has failed."""
+    monkeypatch.setattr(trial, "LEAST_S", 0.05)
+    monkeypatch.setattr(exploration, "SHARE", 1e6)
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 0.004, tick=1e-5))
+
+    def endless(*_: Any) -> Any:
+        while True:
+            pass
+
+    monkeypatch.setattr(Replay, "prepare", lambda self, problem: endless)
+    x = torch.randn(16, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    for _ in range(80):
+        compare(jac(x), exact(net, x))
+    trials = {build(t.method): t for t in jac.plan(x).trials}
+    hung = [t for method, t in trials.items() if isinstance(method, Replay)]
+    assert hung
+    assert {t.state for t in hung if not waits_for_compiler(build(t.method))} == {"infeasible"}
+    assert trials[Pull("shared", "loop")].seconds is not None

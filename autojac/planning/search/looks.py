@@ -35,8 +35,8 @@ LARGE = 4
 """A batch of so many slices is worth a race on one of them."""
 SLICE_MARGIN = 1.3
 """What was so many times slower than the best on the slice is not run on the batch."""
-SLICE_SHARE = 0.4
-"""Share of the time for looks that those on the slice may take: what is fastest on the batch decides."""
+SLICE_SHARE = {False: 0.4, True: 0.8}
+"""Share of the time for looks that those on the slice may take, in a first search and in one that is continued."""
 MOST_IN_ORDER = 100
 """While more candidates than these are untried, Optuna proposes the next one from what is known."""
 
@@ -49,18 +49,25 @@ class Looks:
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
         first: candidates to look at before all others.
+        is_continued: whether trials of an earlier search are known.
 
     Attributes:
         scout: the same problem on a slice of the batch where that is large; None elsewhere.
     """
 
     def __init__(
-        self, session: SearchSession, space: Sequence[Method], defaults: Sequence[Method], first: Sequence[Method]
+        self,
+        session: SearchSession,
+        space: Sequence[Method],
+        defaults: Sequence[Method],
+        first: Sequence[Method],
+        is_continued: bool = False,
     ) -> None:
         self.session = session
         self.space = list(dict.fromkeys([*space, *first]))
         self.defaults = defaults
         self.first = first
+        self.is_continued = is_continued
         self.scout = self._scout()
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None
@@ -70,21 +77,20 @@ class Looks:
         """Return the next candidate to look at on the slice; None where there is none."""
         return None if self.scout is None else next(self._on_slice(self.scout), None)
 
-    def next(self) -> Method | None:
-        """Return the next candidate to look at, compilers aside; None where all worth a look had one."""
-        return next(self._upcoming(), None)
-
     def next_compiled(self) -> Method | None:
         """Return the next candidate that takes a compiler: the fastest distinct flat programs are compiled."""
         return next(self._compiled_forms(), None)
 
     def find_untried(self, compilers: bool = True) -> list[Method]:
         """Return the candidates that are worth a look, as far as is known, and have not had one."""
-        on_slice = () if self.scout is None else self._on_slice(self.scout)
         known = self.session.trials
-        untried = [*self._upcoming(), *on_slice, *(self._compiled_forms() if compilers else ())]
-        cut_short = [method for method, trial in known.items() if trial.is_untried]
-        return [*cut_short, *(method for method in dict.fromkeys(untried) if method not in known)]
+        untried = [method for method, trial in known.items() if trial.is_untried]
+        untried += self.upcoming()
+        if self.scout is not None and not self.is_continued:
+            untried += (method for method in self._on_slice(self.scout) if method not in known)
+        if compilers:
+            untried += self._compiled_forms()
+        return [method for method in dict.fromkeys(untried) if compilers or not method.compiles]
 
     def promising(self) -> list[Method]:
         """Return the candidates that a slice of the batch speaks for, in the order of looks; empty without a slice."""
@@ -101,7 +107,7 @@ class Looks:
         trial = self.session.trials.get(method)
         return math.inf if trial is None or trial.seconds is None else trial.seconds
 
-    def _upcoming(self) -> Iterator[Method]:
+    def upcoming(self) -> Iterator[Method]:
         """Yield the candidates to look at as far as is known now, the next one first."""
         known = self.session.trials
         yield from (m for m in self.first if m not in known)
@@ -199,10 +205,19 @@ class Looks:
             )
 
     def look_on_slice(self, method: Method) -> None:
-        """Look at a candidate on the slice."""
-        assert self.scout is not None
-        look(self.scout, method)
-        self.scout.runs.clear()
+        """Look at a candidate on the slice, unless func doesn't take a slice."""
+        self.says_on_slice()
+        if self.scout is not None:
+            look(self.scout, method)
+            self.scout.runs.clear()
+
+    def says_on_slice(self) -> bool:
+        """Check whether candidates can be checked on the slice, which is given up if func fails there."""
+        try:
+            return self.scout is None or self.scout.reference.says
+        except Exception:  # whatever func raises at this size
+            self.scout = None
+            return True
 
     def by_slice(self, method: Method) -> float:
         """Return the seconds that a candidate would take if its time grew as the batch does; infinite if unknown."""
@@ -267,7 +282,8 @@ def _can_record(session: SearchSession) -> bool:
 def _is_surpassed(session: SearchSession, method: Method) -> bool:
     """Check whether a method's flat program was tried: the same operators with less overhead."""
     programs = [session.trials.get(Replay(m)) for m in (method, twin_by_autograd(method)) if m is not None]
-    is_tried = any(trial is not None and trial.state in ("complete", "pruned", "skipped") for trial in programs)
+    known = [trial for trial in programs if trial is not None and not trial.is_untried]
+    is_tried = any(trial.state in ("complete", "pruned", "skipped") for trial in known)
     return is_tried and session.effort != "exhaustive"
 
 

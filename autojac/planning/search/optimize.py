@@ -143,7 +143,7 @@ def start_race(
         space = [method for method in space if method not in excluded and method not in later]
     _recall(session, prior.trials, space)
     first = [method for method in prior.hints if method.unsupported(problem) is None]
-    return CandidateRace(session, space, defaults, first, prior.incumbent).at(point)
+    return CandidateRace(session, space, defaults, first, prior.incumbent, bool(prior.trials)).at(point)
 
 
 def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Method]) -> None:
@@ -164,30 +164,35 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         start, allowed: of its budget, by the search's clock.
         adapts: take no more time than the Jacobian is worth.
     """
-    session, latest, last = race.session, start + LEAST_QUICK_S, start + allowed
+    session, latest, last, has_looked = race.session, start + LEAST_QUICK_S, start + allowed, False
     while True:
         if adapts and math.isfinite(session.best):
             allowed = min(allowed, max(LEAST_QUICK_S, CALLS_OF_QUICK * (race.default_seconds() or session.best)))
         # the first call by what wins is a part of the budget too
         session.end = min(start + allowed, last) - race.adopting_s()
         now = measure.clock.now()
-        for_looks = (1 - COMPARED_SHARE) * allowed
-        looks = now < start + for_looks
-        step = race.next_step(looks, slices=now < start + SLICE_SHARE * for_looks)
-        can_be_left = step is not None and step.kind == "look" and (step.compiles or math.isfinite(session.best))
-        if step is not None and can_be_left and now + race.expected_s(step) > session.end:
+        for_looks = min((1 - COMPARED_SHARE) * allowed, session.end - start)
+        on_slice = SLICE_SHARE[race.looks.is_continued] * for_looks
+        within_s = math.inf
+        if (scout := race.looks.scout) is not None:
+            scout.end = session.end
+            # recording a large batch may take as long as all else; but a search gets further by one look at least
+            within_s = session.end - now if has_looked else math.inf
+        step = race.next_step(now < start + for_looks, now < start + on_slice, within_s)
+        if step is not None and step.compiles and now + race.expected_s(step) > session.end:
             step = race.next_step(looks=False)
         if step is None or now > session.end:
             return not race.looks.find_untried(compilers=session.effort != "quick")
         if adapts:
-            step.load()
+            step.load()  # before its time is taken
+        has_looked |= step.kind == "look"
         waited_before, loaded_s = measure.clock.waiting_s(), measure.clock.now() - now
         race.take(step)
         if adapts:
             trial = session.trials.get(step.method) if step.kind == "look" and step.method is not None else None
             # neither a recording that fails, which may take as long as all others together, nor a busy machine, nor
             # what a process loads once may decide how many candidates are tried
-            has_failed = trial is not None and trial.state == "infeasible"
+            has_failed = trial is not None and (trial.state == "infeasible" or trial.is_untried)
             waited_s = measure.clock.waiting_s() - waited_before
             start = min(start + (measure.clock.now() - now if has_failed else loaded_s + waited_s), latest)
 

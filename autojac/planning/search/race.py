@@ -48,6 +48,7 @@ class CandidateRace:
         defaults: what a torch user would write.
         first: candidates to look at before all others, such as a neighbour's plan.
         incumbent: the method of the plan that is used so far, which only a faster one replaces.
+        is_continued: whether trials of an earlier search are known.
 
     Attributes:
         usual_s: seconds of a call by the plan in use, where there is one.
@@ -60,12 +61,14 @@ class CandidateRace:
         defaults: Sequence[Method],
         first: Sequence[Method] = (),
         incumbent: Method | None = None,
+        is_continued: bool = False,
     ) -> None:
         self.session = session
         self.defaults = defaults
         self.incumbent = incumbent
         self.usual_s = 0.0
-        self.looks = Looks(session, space, defaults, [*([] if incumbent is None else [incumbent]), *first])
+        first = [*([] if incumbent is None else [incumbent]), *first]
+        self.looks = Looks(session, space, defaults, first, is_continued)
         self.comparison = Comparison()
         self.levels: dict[Method, int] = {}
         self.weighed: set[Method] = set()
@@ -77,18 +80,20 @@ class CandidateRace:
         self.looks.at(point)
         return self
 
-    def next_step(self, looks: bool = True, slices: bool = True) -> Step | None:
+    def next_step(self, looks: bool = True, slices: bool = True, within_s: float = math.inf) -> Step | None:
         """Return what to do next; None where all is decided.
 
         Args:
             looks: whether new candidates are looked at; if not, those known are compared.
             slices: whether more of them are looked at on a slice first.
+            within_s: seconds that a look on the batch may be expected to take.
         """
         if looks:
             if slices and (method := self.looks.next_on_slice()) is not None:
                 return Step("slice", method)
-            if (method := self.looks.next()) is not None:
-                return Step("look", method)
+            steps = (Step("look", method) for method in self.looks.upcoming())
+            if (step := next((s for s in steps if self.expected_s(s) <= within_s), None)) is not None:
+                return step
         if (method := self._next_longer()) is not None:
             return Step("longer", method)
         racers = self.racers()
@@ -102,6 +107,10 @@ class CandidateRace:
 
     def _is_decided(self) -> bool:
         return self.comparison.rounds >= MOST_ROUNDS[self.session.effort] or self.comparison.is_decided
+
+    def says(self, step: Step) -> bool:
+        """Check whether candidates can be checked where a step is made: whether a derivative is finite there."""
+        return self.looks.says_on_slice() if step.kind == "slice" else self.session.reference.says
 
     def session_of(self, step: Step) -> SearchSession:
         """Return the session in which a step is made: the slice's, or that of the whole batch."""
@@ -269,5 +278,6 @@ class CandidateRace:
 
     def all_trials(self) -> tuple[Trial, ...]:
         """Return every candidate's fate, those that have not been looked at included."""
-        unknown = {m: Trial(m.spec(), "skipped", reason=NOT_TRIED) for m in self.looks.find_untried()}
-        return tuple((unknown | self.session.trials).values())
+        known = self.session.trials
+        untried = [method for method in self.looks.find_untried() if method not in known]
+        return (*known.values(), *(Trial(method.spec(), "skipped", reason=NOT_TRIED) for method in untried))

@@ -20,8 +20,8 @@ from autojac.torch_internals import load_compiler
 
 COUNTING = Machine(1.0, 1.0, 1.0, 1.0, 1.0, rates=(math.inf,) * 3, flops_per_s=math.inf)
 """A machine that takes a second for each operator, however large: what a method takes on it counts its operators."""
-LOOK_S, RECORD_S, RECORD_OPERATOR_S, RECORD_RUNS = 0.02, 0.1, 5e-4, 15
-"""Seconds of a look besides its runs; of a recording, for each of its operators, and runs on what is recorded."""
+LOOK_S, RECORD_S, RECORD_OPERATOR_S, RECORD_RUNS = 0.02, 0.1, 5e-4, 5
+"""Seconds of a look besides its runs; of a recording, for each of its operators, and how many runs it is worth."""
 FORWARD_S = 0.3
 """Seconds that the first transform of forward mode adds, for which torch loads its rules."""
 FORWARD = " forward"
@@ -118,12 +118,12 @@ def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], firs
     count = operators(session, method)
     if step.costs_like == "compile":
         return COMPILE_S + COMPILE_OPERATOR_S * count
-    preparation = LOOK_S
-    if _records(method):
-        chunks = math.ceil(session.problem.batch / method.size) if isinstance(method, BatchChunk) else 1
-        preparation = RECORD_S + RECORD_OPERATOR_S * count + RECORD_RUNS * total / chunks
+    preparation = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
     if step.kind == "adopt":
         return preparation + FIRST_CALL_RUNS * total
+    if _records(method):
+        chunks = math.ceil(session.problem.batch / method.size) if isinstance(method, BatchChunk) else 1
+        preparation += RECORD_RUNS * total / chunks
     return preparation + LOOK_RUNS * total + FORWARD_S * _loads_rules(method) + LOAD_S * step.compiles
 
 

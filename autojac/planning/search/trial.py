@@ -40,7 +40,9 @@ PATIENCE_S = 60.0
 """Seconds that a candidate is allowed while no other was timed, when a hang can't be told from a hard problem."""
 
 HUNG = 20.0
-"""A candidate that takes so many times as long as the best has failed; one that was given less was only cut short."""
+"""A candidate that takes so many times as long as the best, but at least `LEAST_S`, is given up."""
+CUT_SHORT = 0.5
+"""One that was given less than this share of that time has not failed: a later search tries it again."""
 
 Progress = Callable[[Trial], None]
 
@@ -99,7 +101,7 @@ class SearchSession:
 
     @property
     def hung_s(self) -> float:
-        """The seconds after which a candidate has failed; infinite where none was timed yet."""
+        """The seconds after which a candidate is given up; infinite where none was timed yet."""
         return HUNG * self.best
 
     def allowed_s(self, method: Method) -> float:
@@ -169,14 +171,8 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     try:
         with session.point.sandbox(), ignore_warnings(), levels_restored():
             compute, seconds, wrong = within(allowed_s, first_run)
-    except TimeoutError as error:
-        if allowed_s < session.hung_s < math.inf:
-            session.record(method, "skipped", reason=NOT_TRIED)
-        else:
-            _fail(session, method, error)
-        return None
     except Exception as error:  # whatever a transform, a compiler or an allocator raises makes it infeasible
-        _fail(session, method, error)
+        _fail(session, method, error, allowed_s)
         return None
     if wrong is not None:
         session.record(method, "rejected", reason=wrong)
@@ -208,11 +204,12 @@ def look(session: SearchSession, method: Method, allowed_s: float | None = None)
                 break
         return fastest
 
+    allowed_s = max(session.allowed_s(method), 4 * right.seconds)
     try:
         with session.point.sandbox(), ignore_warnings(), levels_restored():
-            seconds = within(max(session.allowed_s(method), 4 * right.seconds), time_calls)
+            seconds = within(allowed_s, time_calls)
     except Exception as error:
-        return _fail(session, method, error)
+        return _fail(session, method, error, allowed_s)
     if seconds > PRUNE_RATIO * best:
         return session.record(method, "pruned", seconds=seconds, reason="already twice the best after warm-up")
     session.runs[method] = right.compute
@@ -273,9 +270,13 @@ def as_used(session: SearchSession, compute: Compute) -> measure.Run:
     return step
 
 
-def _fail(session: SearchSession, method: Method, error: Exception) -> Trial:
+def _fail(session: SearchSession, method: Method, error: Exception, allowed_s: float = math.inf) -> Trial:
     """Record that a candidate raised, and release what its frames and an accelerator's allocator hold."""
-    trial = session.record(method, "infeasible", reason=_first_line(error))
+    is_cut_short = isinstance(error, TimeoutError) and allowed_s < CUT_SHORT * session.hung_s < math.inf
+    if is_cut_short and method not in session.trials:
+        trial = session.record(method, "skipped", reason=NOT_TRIED)
+    else:
+        trial = session.record(method, "infeasible", reason=_first_line(error))
     error.__traceback__ = None
     if session.device.type != "cpu" and memory.is_out_of_memory(error):
         torch.accelerator.empty_cache()

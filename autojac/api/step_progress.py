@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ ROUNDS = 4
 CLEARLY = 0.97
 """Derivatives and a backward must take less than this share of the program's time to replace it."""
 
+Step = Callable[[], Tensor]
 Program = tuple[Signature, str]
 """What tells one program of a step from another: for what signature, and the expression of its method."""
 
@@ -42,10 +42,13 @@ class Duel:
     whole: list[float] = field(default_factory=list)
     separate: list[float] = field(default_factory=list)
 
-    @property
-    def is_turn_of_program(self) -> bool:
-        """Whether the next step is the program's."""
-        return len(self.whole) <= len(self.separate)
+    def take(self, by_program: Step, separately: Step, device: torch.device) -> Tensor:
+        """Compute a step by the way whose turn it is, and time it; one that raises does not count."""
+        is_turn_of_program = len(self.whole) <= len(self.separate)
+        start = measure.clock.start(device)
+        value = by_program() if is_turn_of_program else separately()
+        (self.whole if is_turn_of_program else self.separate).append(measure.clock.since(start))
+        return value
 
     @property
     def is_over(self) -> bool:
@@ -59,14 +62,6 @@ class Duel:
         if separate >= CLEARLY * whole:
             return ""
         return f"they took {format_seconds(separate)}, the program of the whole step {format_seconds(whole)}"
-
-
-@contextmanager
-def timing(samples: list[float], device: torch.device) -> Iterator[None]:
-    """Add the seconds of a step to others; one that raises does not count."""
-    start = measure.clock.start(device)
-    yield
-    samples.append(measure.clock.since(start))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -14,7 +15,7 @@ from autojac.api.derivatives import Derivatives
 from autojac.api.hessian import AutoHessian
 from autojac.api.loss_of_derivatives import LossOfDerivatives, own_inputs, planned_call
 from autojac.api.planned_call import PlannedCall
-from autojac.api.step_progress import Duel, Program, Progress, ProgressByKind, timing
+from autojac.api.step_progress import Duel, Program, Progress, ProgressByKind
 from autojac.api.whole_step import WholeStep, is_program
 from autojac.autodiff.open_modes import hooked, transforming
 from autojac.autodiff.pullback import accumulate_gradients, backward
@@ -136,12 +137,8 @@ class TrainingStep:
             return self._step_separately(args, progress, searched)
         if duel is None or searched is None:
             return self._step_as_whole(whole, progress, args)
-        is_whole = duel.is_turn_of_program
-        with timing(duel.whole if is_whole else duel.separate, searched.problem.device):
-            if is_whole:
-                value = self._step_as_whole(whole, progress, args)
-            else:
-                value = self._step_separately(args, progress, searched)
+        by_program = partial(self._step_as_whole, whole, progress, args)
+        value = duel.take(by_program, partial(self._step_separately, args, progress, searched), searched.problem.device)
         if duel.is_over:
             progress.end(duel)
         return value
@@ -250,15 +247,15 @@ class TrainingStep:
             return None, None  # there may be no other step like it
         plan.pause_search()
         try:
-            found = self._plan_whole(progress, derivatives, args)
+            return self._plan_whole(progress, derivatives, args)
         except PlanMissError:
             raise
         except AutojacError as error:
             progress.refuse(str(error))
-            found = None, None
-        if progress.refused:
-            plan.resume_search()
-        return found
+            return None, None
+        finally:
+            if progress.refused:
+                plan.resume_search()
 
     def _plan_whole(
         self, progress: Progress, derivatives: PlannedCall, args: Sequence[Any]
@@ -280,10 +277,7 @@ class TrainingStep:
         return plan, duel
 
     def _serves(self, progress: Progress, plan: PreparedPlan) -> bool:
-        """Check whether steps are computed by a plan for the whole: a program that has won its duel, if there are any.
-
-        Nothing is compared where plans are fixed, or made without timing anything.
-        """
+        """Check whether a plan for the whole computes steps: a program that has won its duel, where time counts."""
         is_timed = self._options["on_miss"] in ("online", "tune") and pinned_store() is None
         has_won = not is_timed or progress.verdicts.get(_program_of(plan)) == ""
         return plan.is_provisional or (is_program(plan) and has_won)
@@ -295,9 +289,7 @@ class TrainingStep:
         with nullcontext() if searched is None else crediting(searched):
             value = LossOfDerivatives(self._inner, self.loss, ()).value(*args)
             backward(value)
-        if progress is None:
-            return value.detach()
-        if progress.refused and progress.refused_at is None:
+        if progress is not None and progress.refused and progress.refused_at is None:
             progress.refused_at = planned_call(self._inner, args[0]).function_state.version
         return value.detach()
 

@@ -55,6 +55,7 @@ ATTRIBUTES: Final[dict[str, PrivateName]] = {
     "torch.Tensor._cdata": PrivateName("identify a tensor whatever Python object stands for it", "id"),
     "torch.Tensor._is_zerotensor": PrivateName("recognize the zeros of forward mode, which have no memory"),
     "torch.Tensor._backward_hooks": PrivateName("see a tensor's hooks, and set them aside for a run of autojac's own"),
+    "torch.Tensor._post_accumulate_grad_hooks": PrivateName("set hooks aside for a backward of autojac's own"),
     "torch.UntypedStorage._cdata": PrivateName("identify a tensor's memory", "data_ptr, 0 for all without elements"),
     "torch._ops.OpOverload._schema": PrivateName("read an operator's name, arguments and aliases"),
     "torch._ops.OpOverload._overloadname": PrivateName("tell overloads of an operator apart", "the text of its str"),
@@ -225,9 +226,7 @@ ForceDispatchKeys: Callable[..., Any] = _require(
     "torch._C._ForceDispatchKeyGuard", "run with dispatch keys, and restore those of the thread"
 )
 BelowAutograd: Callable[[], Any] = _require(
-    "torch._C._AutoDispatchBelowAutograd",
-    "run a flat program without autograd",
-    "torch.no_grad, 1 µs more per operator",
+    "torch._C._AutoDispatchBelowAutograd", "run a flat program without autograd", "torch.no_grad, 1 µs per operator"
 )
 DisableAutocast: Callable[[], Any] = _require("torch._C._DisableAutocast", "compile outside autocast")
 DisableTorchFunction: Callable[[], Any] = _require(

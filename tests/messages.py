@@ -711,6 +711,13 @@ MESSAGES = (
         "use_reentrant=False",
         lambda: AutoJacobian.of_parameters(Reentrant(), store=":memory:", on_miss="estimate")(x),
     ),
+    Message(
+        UnsupportedError,
+        "dense derivatives were expected",
+        "returns a sparse one",
+        "Make it return a dense one",
+        lambda: AutoJacobian.of_parameters(nn.Embedding(3, 2, sparse=True), store=":memory:")(torch.arange(3)),
+    ),
     Message(UnsupportedError, "evaluation of its own", "a second backward", "eval mode", batch_norm_pulled_once),
     Message(UnsupportedError, "nothing can be probed", "transform .* is active", "once outside", inside_transform),
     Message(

@@ -216,14 +216,13 @@ def is_custom(node: Any) -> bool:
 
 
 def _has_custom_function(outputs: Sequence[Tensor]) -> bool:
-    """Check whether a graph holds a `torch.autograd.Function` written in Python, autojac's own aside."""
+    """Check whether a graph holds a `torch.autograd.Function` written in Python."""
     seen, stack = set[Any](), [y.grad_fn for y in outputs]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
-        function: Any = type(node)
-        if is_custom(node) and not function._forward_cls.__module__.startswith("autojac."):
+        if is_custom(node):
             return True
         seen.add(node)
         stack += [target for target, _ in node.next_functions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,11 @@ MOST_KINDS = 256
 """Maximum number of kinds of steps whose progress is kept: a counter among the arguments makes one per step."""
 MOST_REFUSALS = 4
 """How often the whole step is planned again after a change of the model; one that changes all the time is not."""
-ROUNDS = 4
+ROUNDS = 6
 """How many steps of each way a duel takes; the first of each may make and check plans, and does not count."""
-CLEARLY = 0.97
-"""Derivatives and a backward must take less than this share of the program's time to replace it."""
+CLEARLY = 0.9
+"""Derivatives and a backward must take less than this share of the program's time to replace it: a search has seen the
+program win already."""
 
 Step = Callable[[], Tensor]
 Program = tuple[Signature, str]
@@ -58,8 +60,9 @@ class Duel:
     @property
     def verdict(self) -> str:
         """What the program has lost by; empty if it is not slower."""
-        whole, separate = min(self.whole[1:]), min(self.separate[1:])
-        if separate >= CLEARLY * whole:
+        pairs = list(zip(self.whole, self.separate, strict=False))[1:]
+        whole, separate = map(min, zip(*pairs, strict=True))
+        if separate >= whole or statistics.median(s / w for w, s in pairs) >= CLEARLY:
             return ""
         return f"they took {format_seconds(separate)}, the program of the whole step {format_seconds(whole)}"
 

@@ -55,7 +55,7 @@ class TrainingStep:
     hooks, None where nothing leads. The optimizer is the caller's. Candidates are J with a backward, the whole step
     recorded as one flat program, and that program compiled; each is checked against plain autograd, timed, stored and
     watched as plans of `AutoJacobian` are. By default steps are J and a backward until a program of the whole step is
-    found. The search for J comes first, then the search for the step with it. The first eight steps with a program are
+    found. The search for J comes first, then the search for the step with it. The first twelve steps with a program are
     taken in both ways by turns, and the faster one is kept.
 
         >>> import torch

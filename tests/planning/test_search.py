@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -441,6 +442,32 @@ def test_a_search_loads_a_compiler_only_after_all_that_does_without(
     before = order[: order.index("loaded")] if loads else order
     assert not any(method.may_load_compiler for method in before)
     assert len(before) > 3
+
+
+def test_a_late_candidate_that_was_lucky_in_its_look_is_compared_before_it_wins(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the time after a compiler has run may not suffice for another comparison of all."""
+    clock = Ticking(lambda true: 1.0 if true > 0.02 else 1e-3, tick=0.0)
+    monkeypatch.setattr(measure, "clock", clock)
+    monkeypatch.setattr(looks, "is_compiler_loaded", lambda: True)
+    true, late = race.look, list[Any]()
+
+    def lucky(session: Any, method: Any, *rest: Any) -> Any:
+        if not method.compiles:
+            return true(session, method, *rest)
+        late.append(method)
+        fast = next(iter(session.runs.values()))
+        session.runs[method] = lambda *args: (time.sleep(0.03), fast(*args))[1]
+        clock.time += 1000.0
+        return session.record(method, "complete", seconds=1e-6)
+
+    monkeypatch.setattr(race, "look", lucky)
+    x = torch.randn(8, 3, dtype=torch.float64)
+    jac = tuned(net, effort="measure")
+    compare(jac(x), jacobian_blocks(net, (x,)))
+    assert late
+    assert not build(jac.plan(x).method).compiles
 
 
 def test_what_others_took_of_a_quick_search_is_given_back_up_to_a_second(

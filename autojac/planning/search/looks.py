@@ -49,25 +49,20 @@ class Looks:
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
         first: candidates to look at before all others.
-        is_continued: whether trials of an earlier search are known.
 
     Attributes:
+        is_continued: whether trials of an earlier search are known.
         scout: the same problem on a slice of the batch where that is large; None elsewhere.
     """
 
     def __init__(
-        self,
-        session: SearchSession,
-        space: Sequence[Method],
-        defaults: Sequence[Method],
-        first: Sequence[Method],
-        is_continued: bool = False,
+        self, session: SearchSession, space: Sequence[Method], defaults: Sequence[Method], first: Sequence[Method]
     ) -> None:
         self.session = session
         self.space = list(dict.fromkeys([*space, *first]))
         self.defaults = defaults
         self.first = first
-        self.is_continued = is_continued
+        self.is_continued = False
         self.scout = self._scout()
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None

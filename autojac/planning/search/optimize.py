@@ -110,6 +110,7 @@ def search(
     if not race.session.reference.says:
         return _plain_loop(race.session)
     finished = _run(race, start, allowed, adapts)
+    race.confirm()
     _settle(race)
     return result_of(race, finished)
 
@@ -143,7 +144,9 @@ def start_race(
         space = [method for method in space if method not in excluded and method not in later]
     _recall(session, prior.trials, space)
     first = [method for method in prior.hints if method.unsupported(problem) is None]
-    return CandidateRace(session, space, defaults, first, prior.incumbent, bool(prior.trials)).at(point)
+    race = CandidateRace(session, space, defaults, first, prior.incumbent)
+    race.looks.is_continued = bool(prior.trials)
+    return race.at(point)
 
 
 def _recall(session: SearchSession, known: Iterable[Trial], space: Sequence[Method]) -> None:

@@ -48,7 +48,6 @@ class CandidateRace:
         defaults: what a torch user would write.
         first: candidates to look at before all others, such as a neighbour's plan.
         incumbent: the method of the plan that is used so far, which only a faster one replaces.
-        is_continued: whether trials of an earlier search are known.
 
     Attributes:
         usual_s: seconds of a call by the plan in use, where there is one.
@@ -61,19 +60,18 @@ class CandidateRace:
         defaults: Sequence[Method],
         first: Sequence[Method] = (),
         incumbent: Method | None = None,
-        is_continued: bool = False,
     ) -> None:
         self.session = session
         self.defaults = defaults
         self.incumbent = incumbent
         self.usual_s = 0.0
-        first = [*([] if incumbent is None else [incumbent]), *first]
-        self.looks = Looks(session, space, defaults, first, is_continued)
+        self.looks = Looks(session, space, defaults, [*([] if incumbent is None else [incumbent]), *first])
         self.comparison = Comparison()
         self.levels: dict[Method, int] = {}
         self.weighed: set[Method] = set()
         self._costs = StepCosts()
         self._racers: list[Method] | None = None
+        self._champion: Method | None = None
 
     def at(self, point: SearchPoint | None) -> CandidateRace:
         """Make the next steps at this point; None releases it."""
@@ -245,6 +243,7 @@ class CandidateRace:
             racers += [m for m in self.standing if m in timed and m not in racers and self.looks.time(m) < limit]
             self._racers = racers
             if set(self.comparison.samples) - set(racers) or set(racers) - set(self.comparison.samples):
+                self._champion = self._compared_winner() if self.comparison.rounds else self._champion
                 self.comparison = Comparison()
         return self._racers
 
@@ -263,13 +262,31 @@ class CandidateRace:
         racers = self.racers()
         if not racers:
             return None
-        trials = self.session.trials
         if self.comparison.rounds:
-            for method, timing in self.comparison.timings().items():
-                trials[method] = dataclasses.replace(trials[method], **vars(timing))
-            return self.comparison.winner(self.standing, {m: trials[m].memory_bytes for m in racers})
+            self._note(self.comparison)
+            return self._compared_winner()
         close = [m for m in self.standing if m in racers and self.looks.time(m) < UNSURE * self.looks.time(racers[0])]
         return close[0] if close else racers[0]
+
+    def confirm(self) -> None:
+        """Compare what a few calls show to be the fastest with what had won a comparison before it was looked at."""
+        leader, champion = next(iter(self.racers()), None), self._champion
+        if leader is None or champion is None or leader == champion or self.comparison.rounds:
+            return
+        duel = Comparison()
+        for _ in range(CLEAR_ROUNDS if self.looks.time(champion) < LONG_S else 1):
+            duel.run_round(self.session, [leader, champion])
+        self._note(duel)
+        self.choose_racers()
+
+    def _note(self, comparison: Comparison) -> None:
+        """Take over what candidates take in a comparison."""
+        for method, timing in comparison.timings().items():
+            self.session.trials[method] = dataclasses.replace(self.session.trials[method], **vars(timing))
+
+    def _compared_winner(self) -> Method:
+        memory = {method: self.session.trials[method].memory_bytes for method in self.comparison.samples}
+        return self.comparison.winner(self.standing, memory)
 
     def default_seconds(self) -> float | None:
         """Return what torch's default takes, by its time on a slice where it was not worth a run on the batch."""
@@ -278,6 +295,6 @@ class CandidateRace:
 
     def all_trials(self) -> tuple[Trial, ...]:
         """Return every candidate's fate, those that have not been looked at included."""
-        known = self.session.trials
-        untried = [method for method in self.looks.find_untried() if method not in known]
-        return (*known.values(), *(Trial(method.spec(), "skipped", reason=NOT_TRIED) for method in untried))
+        untried = [method for method in self.looks.find_untried() if method not in self.session.trials]
+        unknown = (Trial(method.spec(), "skipped", reason=NOT_TRIED) for method in untried)
+        return (*self.session.trials.values(), *unknown)

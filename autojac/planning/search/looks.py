@@ -64,6 +64,9 @@ class Looks:
         self.first = first
         self.is_continued = False
         self.scout = self._scout()
+        if self.scout is not None:
+            # a slice gains by fewer threads, as the batch does not
+            self.space = [m for m in self.space if m in first or not isinstance(of_one_chunk(m), Threads)]
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None
         self._proposed: Method | None = None

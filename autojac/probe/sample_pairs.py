@@ -34,7 +34,7 @@ from autojac.probe.flat_call import FlatCall
 SCALES = (1e-2, 1.0, 1e3)
 GRADIENT_NOISE = 0.05
 """Gradients below this many eps of the largest of their coordinate are rounding: a global FFT or LU leaves some."""
-VALUE_NOISE = 16.0
+VALUE_NOISE = 8.0
 """Changes of a value below this many eps of its own scale are rounding."""
 FAR = 1e3
 """Inputs larger than this are moved in proportion to their size, which rounding would else swallow."""

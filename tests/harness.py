@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from autojac.core.sandbox import Sandbox
 from autojac.guards.captures import captures
 from autojac.methods.base import Method
 from autojac.methods.support import engines
+from autojac.planning import exploration
 from autojac.planning.call import Call
 from autojac.planning.first_call import FirstCallReport
 from autojac.planning.prepared_plan import PreparedPlan
 from autojac.planning.problem_builder import ProblemBuilder
-from autojac.planning.search import measure
+from autojac.planning.search import measure, steps, trial
 from autojac.problem.problem import Problem
 from scenarios import Scenario
 
@@ -172,6 +174,56 @@ class CallCounting(Ticking):
         finally:
             sys.setprofile(before)
         seconds = 1e-6 * count
+        self.time += calls * seconds
+        return seconds
+
+
+class Scripted(Ticking):
+    """A clock by which each method takes what a seed says, or what `cost` is made to say, in every call and trial."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seed: int = 0, tick: float = 1e-5) -> None:
+        super().__init__(tick=tick)
+        self.seed = seed
+        self.running: Method | None = None
+        attempt = trial.attempt
+        methods: dict[int, Method] = {}
+
+        def remembered(session: Any, method: Method, *rest: Any) -> Any:
+            right = attempt(session, method, *rest)
+            if right is not None:
+                methods[id(right.compute)] = method
+            return right
+
+        def used(session: Any, compute: Any) -> Callable[[], Any]:
+            def run() -> None:
+                self.running = methods[id(compute)]
+
+            return run
+
+        patch.setattr(trial, "attempt", remembered)
+        patch.setattr(trial, "as_used", used)
+        patch.setattr(PreparedPlan, "run", self.timed(PreparedPlan.run))
+        patch.setattr(measure, "clock", self)
+        for name in ("LOOK_S", "RECORD_S", "RECORD_OPERATOR_S", "FORWARD_S", "RUN_S"):
+            patch.setattr(steps, name, 0.0)  # nothing but runs takes time
+        patch.setattr(exploration, "FIRST_STEP_S", 0.0)
+
+    def cost(self, spec: dict[str, Any]) -> float:
+        """Return the seconds of a method: up to a hundredfold apart, the same each time."""
+        draw = hashlib.sha256(f"{self.seed} {spec}".encode()).digest()
+        return 1e-4 * 100 ** (int.from_bytes(draw[:4], "big") / 2**32)
+
+    def timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def ran(plan: PreparedPlan, *args: Any) -> Any:
+            self.time += self.cost(plan.plan.method)
+            return run(plan, *args)
+
+        return ran
+
+    def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
+        run()
+        assert self.running is not None
+        seconds = self.cost(self.running.spec())
         self.time += calls * seconds
         return seconds
 

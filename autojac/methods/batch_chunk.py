@@ -13,6 +13,7 @@ from torch import Tensor
 from autojac.autodiff import seeds
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.methods.support.costs import WORKSPACE_MARGIN
+from autojac.methods.threads import Threads
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result
 
@@ -51,7 +52,7 @@ class BatchChunk(Wrapper):
         for size in dict.fromkeys(sizes):
             part = problem.resize(size)
             for kind in registry().values():
-                if kind is not cls:
+                if kind not in (cls, Threads):  # threads are set once, around all chunks
                     yield from (cls(size, inner) for inner in kind.candidates(part, depth) if not inner.is_chunked)
 
     def cost(self, problem: Problem) -> float:

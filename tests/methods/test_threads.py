@@ -11,9 +11,9 @@ from torch import Tensor
 
 from autojac import AutoJacobian
 from autojac.methods.base import build
-from autojac.methods.threads import threads
+from autojac.methods.threads import Threads, threads
 from autojac.planning.search import looks, measure
-from harness import Ticking, compare, forced, planned
+from harness import Scripted, Ticking, compare, forced, planned
 from oracle import jacobian_blocks
 
 LOOP = {"method": "Pull", "seeds": "shared", "engine": "loop", "chunk": None}
@@ -101,6 +101,41 @@ def test_a_search_tries_them_for_its_fastest_candidates(monkeypatch: pytest.Monk
     single = [trial for trial in tried if trial.method["method"] == "Threads"]
     assert len(single) >= looks.THREADED
     assert torch.get_num_threads() == 2
+
+
+class SlowToWake(Scripted):
+    """A machine whose threads take so long to wake that all threads say nothing of what methods take with one."""
+
+    def cost(self, spec: dict[str, Any]) -> float:
+        """Return 1 ms, or with one thread a tenth of that for `Push` and half of it for others."""
+        if spec["method"] != "Threads":
+            return 1e-3
+        return 1e-4 if "Push" in str(spec) else 5e-4
+
+
+@pytest.mark.parametrize("effort", ["quick", "measure", "exhaustive"])
+def test_where_one_thread_pays_other_methods_are_tried_with_one(effort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowToWake(monkeypatch, tick=0.0)
+    monkeypatch.setattr(looks, "COMPILED_PROGRAMS", 0)
+    x = torch.randn(64, 3, dtype=torch.float64)
+    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune", effort=effort)
+    compare(jac(x), jacobian_blocks(torch.sin, (x,)))
+    chosen = build(jac.plan(x).method)
+    assert isinstance(chosen, Threads)
+    assert "Push" in str(chosen)
+    assert not any("Threads" in str(trial.method["inner"]) for trial in jac.plan(x).trials if "inner" in trial.method)
+
+
+def test_one_thread_that_wins_for_few_samples_says_nothing_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slice of the batch it may be so fast that nothing else is run on the batch."""
+    SlowToWake(monkeypatch, tick=0.0)
+    monkeypatch.setattr(looks, "COMPILED_PROGRAMS", 0)
+    monkeypatch.setattr(looks, "SLICE", 1024)
+    jac = AutoJacobian(torch.sin, store=":memory:", on_miss="tune")
+    assert isinstance(build(jac.plan(torch.randn(64, 3)).method), Threads)
+    plan = jac.plan(torch.randn(4096, 3))
+    looked_at = [build(trial.method) for trial in plan.trials if trial.seconds is not None]
+    assert any(not isinstance(method, Threads) for method in looked_at)
 
 
 def test_threads_are_put_back() -> None:

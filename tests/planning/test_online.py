@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autojac import AutoJacobian
-from autojac.methods.base import Method
 from autojac.methods.pull import Pull
 from autojac.methods.push import Push
 from autojac.planning import exploration
 from autojac.planning.exploration import SHARE, Exploration
-from autojac.planning.prepared_plan import PreparedPlan
-from autojac.planning.search import finals, looks, measure, steps, trial
+from autojac.planning.search import finals, looks, trial
 from autojac.planning.search.optimize import PriorKnowledge
-from harness import Counted, Ticking, compare, in_threads, in_use
+from harness import Counted, Scripted, compare, in_threads, in_use
 from oracle import jacobian_blocks
 
 FEW_CALLS = 400
@@ -40,57 +37,6 @@ def net() -> nn.Module:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes seconds, and what compiled plans do is tested elsewhere."""
     monkeypatch.setattr(looks, "COMPILED_PROGRAMS", 0)
-
-
-class Scripted(Ticking):
-    """A clock by which each method takes what a seed says, at every call and in every trial."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, seed: int, tick: float = 1e-5) -> None:
-        super().__init__(tick=tick)
-        self.seed = seed
-        self.running: Method | None = None
-        prepared, attempt = Method.prepare_call, trial.attempt
-        methods: dict[int, Method] = {}
-
-        def remembered(session: Any, method: Method, *rest: Any) -> Any:
-            right = attempt(session, method, *rest)
-            if right is not None:
-                methods[id(right.compute)] = method
-            return right
-
-        def used(session: Any, compute: Any) -> Callable[[], Any]:
-            def run() -> None:
-                self.running = methods[id(compute)]
-
-            return run
-
-        patch.setattr(trial, "attempt", remembered)
-        patch.setattr(trial, "as_used", used)
-        patch.setattr(PreparedPlan, "run", self.timed(PreparedPlan.run))
-        patch.setattr(measure, "clock", self)
-        for name in ("LOOK_S", "RECORD_S", "RECORD_OPERATOR_S", "FORWARD_S", "RUN_S"):
-            patch.setattr(steps, name, 0.0)  # nothing but runs takes time
-        patch.setattr(exploration, "FIRST_STEP_S", 0.0)
-        assert prepared is not None
-
-    def cost(self, spec: dict[str, Any]) -> float:
-        """Return the seconds of a method: up to a hundredfold apart, the same each time."""
-        draw = hashlib.sha256(f"{self.seed} {spec}".encode()).digest()
-        return 1e-4 * 100 ** (int.from_bytes(draw[:4], "big") / 2**32)
-
-    def timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def ran(plan: PreparedPlan, *args: Any) -> Any:
-            self.time += self.cost(plan.plan.method)
-            return run(plan, *args)
-
-        return ran
-
-    def per_call(self, run: measure.Run, device: torch.device, calls: int) -> float:
-        run()
-        assert self.running is not None
-        seconds = self.cost(self.running.spec())
-        self.time += calls * seconds
-        return seconds
 
 
 def explored(jac: AutoJacobian) -> Exploration | None:

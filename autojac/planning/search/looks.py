@@ -27,6 +27,8 @@ COMPILED_PROGRAMS = 2
 """How many flat programs, the fastest distinct ones, are compiled."""
 THREADED = 2
 """How many of the fastest candidates are tried with one thread."""
+THREADS_PAY = 0.7
+"""Where one thread takes less than so much of the time, all threads say little of how fast others are with one."""
 SMALL_S = 5e-3
 """Candidates that take longer gain by every thread."""
 SLICE = 4096
@@ -64,9 +66,6 @@ class Looks:
         self.first = first
         self.is_continued = False
         self.scout = self._scout()
-        if self.scout is not None:
-            # a slice gains by fewer threads, as the batch does not
-            self.space = [m for m in self.space if m in first or not isinstance(of_one_chunk(m), Threads)]
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None
         self._proposed: Method | None = None
@@ -148,14 +147,16 @@ class Looks:
 
     def _with_fewer_threads(self) -> Iterator[Method]:
         """Yield the fastest candidates with one thread, where they are so small that others may cost more than help."""
-        known = self.session.trials
-        fastest = [m for m in self.by_time(self.space) if not (m.compiles or isinstance(m, Threads))]
-        for method in fastest[:THREADED]:
+        known, is_exhaustive = self.session.trials, self.session.effort == "exhaustive"
+        fastest = [m for m in self.by_time(self.space) if not (m.compiles or has_threads(m))]
+        for turn, method in enumerate(fastest):
             single = Threads(1, method)
             # predicted times count too: threads that wait for each other on a busy machine take many times as long
             seconds = min(self.time(method), method.cost(self.session.problem))
             if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
                 yield single
+            if turn + 1 >= THREADED and not (is_exhaustive or self.time(single) < THREADS_PAY * self.time(method)):
+                return
 
     def _compiled_forms(self) -> Iterator[Method]:
         known = self.session.trials
@@ -226,7 +227,8 @@ class Looks:
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
         """Yield the candidates that race on the slice: methods that take all samples in one pass."""
-        kinds = dict.fromkeys(of_one_chunk(m) for m in self.space if not waits_for_compiler(m))
+        # a slice gains by fewer threads, as the batch does not
+        kinds = dict.fromkeys(of_one_chunk(m) for m in self.space if not (waits_for_compiler(m) or has_threads(m)))
         yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
@@ -283,6 +285,11 @@ def _is_surpassed(session: SearchSession, method: Method) -> bool:
     known = [trial for trial in programs if trial is not None and not trial.is_untried]
     is_tried = any(trial.state in ("complete", "pruned", "skipped") for trial in known)
     return is_tried and session.effort != "exhaustive"
+
+
+def has_threads(method: Method) -> bool:
+    """Check whether a method sets torch's number of threads, for the batch or for each chunk of it."""
+    return isinstance(method, Threads) or isinstance(of_one_chunk(method), Threads)
 
 
 def of_one_chunk(method: Method) -> Method:

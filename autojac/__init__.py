@@ -28,6 +28,7 @@ with gc_disabled():
     from autojac.core.pattern import Pattern, Sparsity
     from autojac.core.plan import Plan, Trial
     from autojac.core.structure import Structure
+    from autojac.core.vector_math import choose_kernels
     from autojac.errors import (
         AutojacError,
         AutojacWarning,
@@ -51,6 +52,8 @@ with gc_disabled():
     )
     from autojac.planning.pinned_plans import pin
     from autojac.sparse.csr import to_scipy
+
+choose_kernels()
 
 if TYPE_CHECKING:
     from autojac import report

@@ -44,6 +44,8 @@ class Method(ABC):
     runs: ClassVar[FuncRuns] = FuncRuns.ANYHOW
     is_wrapper: ClassVar[bool] = False
     """Whether it goes around any other method: such ones don't go around each other of their own accord."""
+    goes_into_chunks: ClassVar[bool] = True
+    """Whether a search tries it for chunks of the batch."""
     makes_derivatives: ClassVar[bool] = False
     """Whether it makes derivatives by columns (`Problem.of`); a wrapper does where its inner method does."""
 

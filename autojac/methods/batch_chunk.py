@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from autojac.autodiff import seeds
 from autojac.methods.base import Method, Wrapper, registry
 from autojac.methods.support.costs import WORKSPACE_MARGIN
-from autojac.methods.threads import Threads
 from autojac.problem.layouts import from_blocks
 from autojac.problem.problem import Compute, Problem, Result
 
@@ -31,6 +30,8 @@ class BatchChunk(Wrapper):
 
     size: int
     inner: Method
+
+    goes_into_chunks: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem) -> str | None:
         if not problem.structure.independent:
@@ -52,7 +53,7 @@ class BatchChunk(Wrapper):
         for size in dict.fromkeys(sizes):
             part = problem.resize(size)
             for kind in registry().values():
-                if kind not in (cls, Threads):  # threads are set once, around all chunks
+                if kind.goes_into_chunks:
                     yield from (cls(size, inner) for inner in kind.candidates(part, depth) if not inner.is_chunked)
 
     def cost(self, problem: Problem) -> float:

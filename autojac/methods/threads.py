@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Threads(Wrapper):
 
     count: int
     inner: Method
+
+    goes_into_chunks: ClassVar[bool] = False  # they are set once, around all chunks
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autojac
+from autojac.api.step_progress import ROUNDS
 from autojac.bench.baselines import DEFAULT
 from autojac.bench.interop.ways import WAYS, loss_gradient, pull_in_loop, rows
 from autojac.bench.jacobians import FIRST, OVER_BEST, OVER_DEFAULT, OWN, PLAN, WORST, wrap
@@ -63,6 +64,7 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         start = time.perf_counter()
         whole(x)
         first = time.perf_counter() - start
+        take_compared_steps(whole, x)
         jac(x)
         steps: dict[str, Callable[[], object]] = {OWN: step_through(jac, x), WHOLE: lambda: whole(x)}
         steps |= {name: step_through(way(func), x) for name, way in WAYS.items()}
@@ -80,6 +82,12 @@ def race_step(workload: Workload, settings: Settings) -> BenchResult:
         Figure.over(planned, best, bound, OF_WHOLE),
     )
     return BenchResult(workload.name, (own, planned, *ways), figures, facts)
+
+
+def take_compared_steps(step: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Take the first steps, in which a `TrainingStep` finds out which of its two ways is faster."""
+    for _ in range(2 * ROUNDS):
+        step(x)
 
 
 def moves_jacobian(func: nn.Module, name: str, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.race import CandidateRace
 from autojac.planning.search.steps import Step, StepCosts, operators
 from autojac.planning.search.trial import look
+from autojac.problem.machine import DEFAULT
 from harness import Ticking, planned
 
 LOOK = Step("look", Pull("shared"))
@@ -57,6 +59,9 @@ def test_compiling_takes_longer_the_more_operators_a_program_has() -> None:
     program = Replay(Pull("shared"))
     times = [found.expected_s(Step("look", Compiled(program))) for found in (short, long)]
     assert times[1] > times[0] + 50 * steps.COMPILE_OPERATOR_S
+    machine = dataclasses.replace(DEFAULT, batched_s=2 * DEFAULT.batched_s)
+    long.session.problem = dataclasses.replace(long.session.problem, machine=machine)
+    assert long.expected_s(Step("look", Compiled(program))) == pytest.approx(2 * times[1]), "Python is half as fast"
     predicted = operators(long.session, Compiled(program))
     look(long.session, program)
     recorded = operators(long.session, Compiled(program))

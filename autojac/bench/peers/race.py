@@ -23,7 +23,7 @@ from autojac.bench.peers.client import Peer, PeerError
 from autojac.bench.peers.program import Program, program_of
 from autojac.bench.results import BenchResult, Facts, Figure, Outcome, fastest
 from autojac.bench.run import Settings, admit, at_rest
-from autojac.bench.training import WHOLE, gradients_after, loss_of, moves_jacobian
+from autojac.bench.training import WHOLE, gradients_after, loss_of, moves_jacobian, take_compared_steps
 from autojac.bench.workloads import WORKLOADS, Workload, move_to, of_kind
 from autojac.methods.threads import threads
 from autojac.planning.search import measure
@@ -171,6 +171,7 @@ def step_race(settings: Settings, workload: Workload, count: int) -> BenchResult
         truth = loss_gradient(rows(exact, x.double(), pull_in_loop), doubled)[None].to(x.dtype)
         whole = autojac.TrainingStep(func, loss_of, **settings.planning())
         whole(x)
+        take_compared_steps(whole, x)
         own = gradients_after(lambda: whole(x), [func.get_parameter(name) for name in names])
 
         def read(found: Arrays) -> Tensor:

@@ -13,7 +13,7 @@ from autojac.methods.batch_chunk import BatchChunk
 from autojac.planning.search.finals import ENOUGH_ROUNDS
 from autojac.planning.search.looks import of_one_chunk, waits_for_compiler
 from autojac.planning.search.trial import BLOCKS, SHORTEST_S, SearchSession
-from autojac.problem.machine import Machine
+from autojac.problem.machine import DEFAULT, Machine
 from autojac.replay.replayer import Replayer
 from autojac.replay.tape import MOST_OPERATORS
 from autojac.torch_internals import load_compiler
@@ -28,8 +28,8 @@ FORWARD = " forward"
 """Ends the kinds of steps that need these rules."""
 LOAD_S = 1.5
 """Seconds in which torch loads its compiler, once per process."""
-COMPILE_S, COMPILE_OPERATOR_S = 4.0, 0.1
-"""Seconds of compiling a program, and for each of its operators."""
+COMPILE_S, COMPILE_OPERATOR_S = 4.0, 0.05
+"""Seconds of compiling a program, and for each of its operators, where Python is as fast as `DEFAULT` has it."""
 RUN_S = 0.01
 """Seconds of each other step besides the runs that it times."""
 LOOK_RUNS, MEMORY_RUNS, FIRST_CALL_RUNS = 8, 4, 6
@@ -117,7 +117,8 @@ def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], firs
         return RUN_S + DUEL_ROUNDS * blocks
     count = operators(session, method)
     if step.costs_like == "compile":
-        return COMPILE_S + COMPILE_OPERATOR_S * count
+        slower = session.problem.machine.batched_s / DEFAULT.batched_s  # both are work of Python
+        return slower * (COMPILE_S + COMPILE_OPERATOR_S * count)
     preparation = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
     if step.kind == "adopt":
         return preparation + FIRST_CALL_RUNS * total

@@ -114,9 +114,9 @@ def measure_exploration(settings: Settings, workload: str) -> BenchResult:
         before = jac.plan(x)
         share, settled, spent, first, count, seconds = 0.0, 0.0, 0.0, 0.0, 0, 0.0
         while spent < (LOOP_S / 5 if settings.quick else LOOP_S):
-            spent += _cpu_seconds_of(lambda: jac(x))
+            spent += _seconds_of(lambda: jac(x))
             if count < COMPARED_CALLS or count % COMPARED_CALLS == 0:
-                seconds = _cpu_seconds_of(lambda: rest(x))
+                seconds = _seconds_of(lambda: rest(x))
             first += seconds
             count += 1
             if count >= ENOUGH_CALLS:
@@ -136,11 +136,14 @@ def measure_exploration(settings: Settings, workload: str) -> BenchResult:
     return BenchResult(f"exploring: {workload}", (), figures, facts)
 
 
-def _cpu_seconds_of(run: Callable[[], object]) -> float:
-    """Return the CPU seconds that this process and its compilers take for a call; a busy machine adds nothing."""
-    start = _cpu_seconds()
+def _seconds_of(run: Callable[[], object]) -> float:
+    """Return the seconds of a call, or the CPU seconds of this process and its compilers where these are fewer.
+
+    A busy machine adds nothing, and neither do torch's threads, of which several work, or wait by spinning, at a time.
+    """
+    start, used = time.perf_counter(), _cpu_seconds()
     run()
-    return _cpu_seconds() - start
+    return min(time.perf_counter() - start, _cpu_seconds() - used)
 
 
 def _cpu_seconds() -> float:

@@ -16,8 +16,8 @@ from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
 from autojac.planning import exploration
 from autojac.planning.search import looks, measure, race, trial
-from autojac.planning.search.looks import of_one_chunk, waits_for_compiler
-from harness import Ticking, compare
+from autojac.planning.search.space import of_one_chunk, waits_for_compiler
+from harness import Scripted, Ticking, compare
 
 SLICE = 1024
 BATCH = 4 * SLICE
@@ -112,6 +112,36 @@ def test_the_cost_model_says_in_which_form_a_method_is_run_first(
 
     assert isinstance(first_on_batch(favors_chunks=True), BatchChunk)
     assert not isinstance(first_on_batch(favors_chunks=False), BatchChunk)
+
+
+class FastPrograms(Scripted):
+    """A clock by which recorded programs take a tenth of what all else does."""
+
+    def cost(self, spec: dict[str, Any]) -> float:
+        """Return 1 ms for programs, and 10 ms for others."""
+        return 1e-3 if of_one_chunk(build(spec)).makes_flat_programs else 1e-2
+
+
+def test_what_is_far_faster_on_the_slice_is_used_before_the_rest_is_looked_at(
+    net: nn.Module, looked: list[tuple[bool, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FastPrograms(monkeypatch)
+    monkeypatch.setattr(exploration, "SHARE", 1e6)  # a step before each call
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    first = jac.plan(x).method
+    assert not of_one_chunk(build(first)).makes_flat_programs
+    for _ in range(20):
+        compare(jac(x), exact(net, x))
+        if jac.plan(x).method != first:
+            break
+    assert of_one_chunk(build(jac.plan(x).method)).makes_flat_programs
+    assert [on_slice for on_slice, _ in looked].count(False) == 1
+    on_slice = [method for was_on_slice, method in looked if was_on_slice]
+    assert [method.makes_flat_programs for method in on_slice].count(True) == 1, "the others come later"
+    for _ in range(20):
+        compare(jac(x), exact(net, x))
+    assert [method.makes_flat_programs for was_on_slice, method in looked if was_on_slice].count(True) > 1
 
 
 def test_a_candidate_that_the_budget_cuts_short_is_tried_again(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from autojac.autodiff.open_modes import levels_restored, transforming
 from autojac.core.sandbox import Sandbox
 from autojac.methods.base import build, registry
 from autojac.methods.replay import Replay, twin_by_autograd
-from autojac.planning.search import looks, measure, optimize, race, steps
+from autojac.planning.search import looks, measure, optimize, race, space, steps
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -434,7 +434,7 @@ def test_a_search_loads_a_compiler_only_after_all_that_does_without(
 
     monkeypatch.setattr(race, "look", watched)
     monkeypatch.setattr(steps, "load_compiler", lambda: order.append("loaded"))
-    monkeypatch.setattr(looks, "is_compiler_loaded", lambda: "loaded" in order)
+    monkeypatch.setattr(space, "is_compiler_loaded", lambda: "loaded" in order)
     monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=0.0))
     plan = tuned(net, effort=effort).plan(torch.randn(8, 3, dtype=torch.float64))
     assert plan.finished
@@ -450,7 +450,7 @@ def test_a_late_candidate_that_was_lucky_in_its_look_is_compared_before_it_wins(
     """What is left of the time after a compiler has run may not suffice for another comparison of all."""
     clock = Ticking(lambda true: 1.0 if true > 0.02 else 1e-3, tick=0.0)
     monkeypatch.setattr(measure, "clock", clock)
-    monkeypatch.setattr(looks, "is_compiler_loaded", lambda: True)
+    monkeypatch.setattr(space, "is_compiler_loaded", lambda: True)
     true, late = race.look, list[Any]()
 
     def lucky(session: Any, method: Any, *rest: Any) -> Any:

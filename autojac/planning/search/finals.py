@@ -13,6 +13,8 @@ from autojac.planning.search.trial import SHORTEST_S, SearchSession
 MOST_ROUNDS = {"estimate": 5, "quick": 15, "measure": 31, "exhaustive": 61}
 ENOUGH_ROUNDS = 5
 """Rounds after which a candidate that has won them all is the winner: by chance one in 32 cases."""
+CLEAR_ROUNDS = 3
+"""Rounds after which a large difference that every one of them shows is believed."""
 NOISE = 0.02
 """Paired differences below this share are noise, and what stands stays."""
 CLEARLY = 0.8

@@ -6,16 +6,23 @@ Large batches are looked at on a slice first: candidates that are slow there are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from autojac.autodiff.zero_tangents import is_compiler_loaded
 from autojac.methods.base import Method
 from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.replay import Replay, twin_by_autograd
 from autojac.methods.threads import Threads
 from autojac.planning.search.point import SearchPoint
-from autojac.planning.search.space import predicted_seconds, with_compiler, without_replay
+from autojac.planning.search.space import (
+    form_turn,
+    has_threads,
+    of_one_chunk,
+    predicted_seconds,
+    waits_for_compiler,
+    with_compiler,
+    without_replay,
+)
 from autojac.planning.search.trial import PRUNE_RATIO, SearchSession, look
 
 if TYPE_CHECKING:
@@ -37,6 +44,8 @@ LARGE = 4
 """A batch of so many slices is worth a race on one of them."""
 SLICE_MARGIN = 1.3
 """What was so many times slower than the best on the slice is not run on the batch."""
+FAR_AHEAD = 0.5
+"""What takes less than so much of the time of the plan in use on the slice is looked at on the batch immediately."""
 SLICE_SHARE = {False: 0.4, True: 0.8}
 """Share of the time for looks that those on the slice may take, in a first search and in one that is continued."""
 MOST_IN_ORDER = 100
@@ -50,7 +59,8 @@ class Looks:
         session: the problem, and the trials so far.
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
-        first: candidates to look at before all others.
+        hints: candidates to look at before all others; where the batch is large, with all threads.
+        incumbent: the method of the plan in use, which is looked at before these.
 
     Attributes:
         is_continued: whether trials of an earlier search are known.
@@ -58,14 +68,21 @@ class Looks:
     """
 
     def __init__(
-        self, session: SearchSession, space: Sequence[Method], defaults: Sequence[Method], first: Sequence[Method]
+        self,
+        session: SearchSession,
+        space: Sequence[Method],
+        defaults: Sequence[Method],
+        hints: Sequence[Method],
+        incumbent: Method | None,
     ) -> None:
         self.session = session
-        self.space = list(dict.fromkeys([*space, *first]))
         self.defaults = defaults
-        self.first = first
         self.is_continued = False
         self.scout = self._scout()
+        if self.scout is not None:
+            hints = [hint.inner if isinstance(hint, Threads) else hint for hint in hints]
+        self.first = [*([] if incumbent is None else [incumbent]), *hints]
+        self.space = list(dict.fromkeys([*space, *self.first]))
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
         self._proposer: Proposer | None = None
         self._proposed: Method | None = None
@@ -225,6 +242,17 @@ class Looks:
             return math.inf
         return trial.seconds * self.session.problem.batch / SLICE
 
+    def best_by_slice(self) -> float:
+        """Return the seconds of the fastest candidate by the slice; infinite if there is none."""
+        return min(map(self.by_slice, self.space), default=math.inf)
+
+    def shows_better_than(self, incumbent: Method) -> bool:
+        """Check whether something is far faster than the plan in use on the slice, and none was tried on the batch."""
+        known = self.session.trials
+        if any(trial.state != "skipped" for method, trial in known.items() if method != incumbent):
+            return False
+        return self.best_by_slice() < FAR_AHEAD * self.by_slice(incumbent) < math.inf
+
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
         """Yield the candidates that race on the slice: methods that take all samples in one pass."""
         # a slice gains by fewer threads, as the batch does not
@@ -234,7 +262,7 @@ class Looks:
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
         """Return candidates for a large batch by what a slice of it takes, without the slow ones; others as given."""
         predicted = {method: self.by_slice(method) for method in methods}
-        best = min(map(self.by_slice, self.space), default=math.inf)
+        best = self.best_by_slice()
         if math.isinf(best):
             return list(methods)
         within = [m for m in methods if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]
@@ -244,7 +272,7 @@ class Looks:
         sizes = {m.inner: m.size for m in by_model}
 
         def turn(method: Method) -> tuple[int, float, float]:
-            return _form_turn(method, whole, chunked, sizes), predicted[method], modelled[method]
+            return form_turn(method, whole, chunked, sizes), predicted[method], modelled[method]
 
         return sorted(within, key=turn)
 
@@ -253,23 +281,6 @@ class Looks:
         times = {m: self.time(m) for m in self.session.trials}
         whole = min((time for m, time in times.items() if not isinstance(m, BatchChunk)), default=math.inf)
         return whole, min((time for m, time in times.items() if isinstance(m, BatchChunk)), default=math.inf)
-
-
-def waits_for_compiler(method: Method) -> bool:
-    """Check whether a look at a method has to wait for torch's compiler, to be loaded or to compile."""
-    return method.compiles or (method.may_load_compiler and not is_compiler_loaded())
-
-
-def _form_turn(method: Method, whole: float, chunked: float, sizes: Mapping[Method, int]) -> int:
-    """Return in which turn a candidate for a large batch is looked at, before others that are faster on the slice.
-
-    All samples in one pass, and chunks of the size that the cost model favors: both until it is known which is faster,
-    then that one first. Chunks of other sizes after these, by powers of two.
-    """
-    if not isinstance(method, BatchChunk):
-        return int(chunked < whole < math.inf)
-    distance = abs(method.size.bit_length() - sizes[method.inner].bit_length())
-    return 1 + distance if distance else int(whole < chunked < math.inf)
 
 
 def _can_record(session: SearchSession) -> bool:
@@ -285,13 +296,3 @@ def _is_surpassed(session: SearchSession, method: Method) -> bool:
     known = [trial for trial in programs if trial is not None and not trial.is_untried]
     is_tried = any(trial.state in ("complete", "pruned", "skipped") for trial in known)
     return is_tried and session.effort != "exhaustive"
-
-
-def has_threads(method: Method) -> bool:
-    """Check whether a method sets torch's number of threads, for the batch or for each chunk of it."""
-    return isinstance(method, Threads) or isinstance(of_one_chunk(method), Threads)
-
-
-def of_one_chunk(method: Method) -> Method:
-    """Return what a method does to each chunk of the batch."""
-    return method.inner if isinstance(method, BatchChunk) else method

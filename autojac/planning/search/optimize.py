@@ -26,7 +26,7 @@ from autojac.planning.search.trial import PATIENCE_S, Progress, SearchSession, a
 from autojac.problem.problem import Problem, bind
 
 BUDGETS_S: dict[str, float] = {"estimate": 0.0, "quick": 3.0, "measure": 60.0, "exhaustive": 600.0}
-LEAST_QUICK_S = 1.0
+LEAST_QUICK_S = 0.9
 """Seconds that `quick` takes at most where a call takes little: more only as far as `CALLS_OF_QUICK` are worth."""
 CALLS_OF_QUICK = 30
 COMPARED_SHARE = 0.3
@@ -143,8 +143,8 @@ def start_race(
         later = [method for method in space if method.compiles or isinstance(method, Threads)]
         space = [method for method in space if method not in excluded and method not in later]
     _recall(session, prior.trials, space)
-    first = [method for method in prior.hints if method.unsupported(problem) is None]
-    race = CandidateRace(session, space, defaults, first, prior.incumbent)
+    hints = [method for method in prior.hints if method.unsupported(problem) is None]
+    race = CandidateRace(session, space, defaults, hints, prior.incumbent)
     race.looks.is_continued = bool(prior.trials)
     return race.at(point)
 

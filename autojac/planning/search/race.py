@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from autojac.core.plan import NOT_TRIED, Trial
 from autojac.methods.base import Method
 from autojac.planning.search import measure
-from autojac.planning.search.finals import ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
+from autojac.planning.search.finals import CLEAR_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS, Comparison
 from autojac.planning.search.looks import Looks
 from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.steps import Step, StepCosts, step_seconds
@@ -33,8 +33,6 @@ MOST_LEVELS = 4
 """How often the slower half is dropped, and the rest timed again, at most."""
 KEPT_RUNS = 12
 """Candidates, the fastest, that are kept ready to run again."""
-CLEAR_ROUNDS = 3
-"""Rounds after which a large difference that every one of them shows is believed."""
 UNSURE = 1.1
 """What stands stays unless it takes so many times as long, where nothing was compared in pairs."""
 
@@ -46,7 +44,7 @@ class CandidateRace:
         session: the problem, the trials so far and the point where the next ones are made.
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
-        first: candidates to look at before all others, such as a neighbour's plan.
+        hints: candidates to look at before all others, such as a neighbour's plan.
         incumbent: the method of the plan that is used so far, which only a faster one replaces.
 
     Attributes:
@@ -58,14 +56,14 @@ class CandidateRace:
         session: SearchSession,
         space: Sequence[Method],
         defaults: Sequence[Method],
-        first: Sequence[Method] = (),
+        hints: Sequence[Method] = (),
         incumbent: Method | None = None,
     ) -> None:
         self.session = session
         self.defaults = defaults
         self.incumbent = incumbent
         self.usual_s = 0.0
-        self.looks = Looks(session, space, defaults, [*([] if incumbent is None else [incumbent]), *first])
+        self.looks = Looks(session, space, defaults, hints, incumbent)
         self.comparison = Comparison()
         self.levels: dict[Method, int] = {}
         self.weighed: set[Method] = set()
@@ -87,7 +85,8 @@ class CandidateRace:
             within_s: seconds that a look on the batch may be expected to take.
         """
         if looks:
-            if slices and (method := self.looks.next_on_slice()) is not None:
+            asks_batch = self.incumbent is not None and self.looks.shows_better_than(self.incumbent)
+            if slices and not asks_batch and (method := self.looks.next_on_slice()) is not None:
                 return Step("slice", method)
             steps = (Step("look", method) for method in self.looks.upcoming())
             if (step := next((s for s in steps if self.expected_s(s) <= within_s), None)) is not None:

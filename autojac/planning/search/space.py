@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from autojac.autodiff.zero_tangents import is_compiler_loaded
 from autojac.methods.base import Method, registry
+from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.compiled import Compiled
 from autojac.methods.per_sample import PerSample
 from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
+from autojac.methods.threads import Threads
 from autojac.planning.search.corrections import correction_kind
 from autojac.problem.problem import Problem
 
@@ -59,6 +63,33 @@ def without_replay(method: Method) -> Method:
     around: Any = method
     replaced: Method = dataclasses.replace(around, inner=without_replay(inner))
     return replaced
+
+
+def of_one_chunk(method: Method) -> Method:
+    """Return what a method does to each chunk of the batch."""
+    return method.inner if isinstance(method, BatchChunk) else method
+
+
+def has_threads(method: Method) -> bool:
+    """Check whether a method sets torch's number of threads, for the batch or for each chunk of it."""
+    return isinstance(method, Threads) or isinstance(of_one_chunk(method), Threads)
+
+
+def waits_for_compiler(method: Method) -> bool:
+    """Check whether a look at a method has to wait for torch's compiler, to be loaded or to compile."""
+    return method.compiles or (method.may_load_compiler and not is_compiler_loaded())
+
+
+def form_turn(method: Method, whole: float, chunked: float, sizes: Mapping[Method, int]) -> int:
+    """Return in which turn a candidate for a large batch is looked at, before others that are faster on the slice.
+
+    All samples in one pass, and chunks of the size that the cost model favors: both until it is known which is faster,
+    then that one first. Chunks of other sizes after these, by powers of two.
+    """
+    if not isinstance(method, BatchChunk):
+        return int(chunked < whole < math.inf)
+    distance = abs(method.size.bit_length() - sizes[method.inner].bit_length())
+    return 1 + distance if distance else int(whole < chunked < math.inf)
 
 
 def with_compiler(method: Method) -> Method | None:

@@ -199,6 +199,8 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "load": round(os.getloadavg()[0], 1),
     }
+    if policy := os.environ.get("OMP_WAIT_POLICY"):
+        facts["omp_wait_policy"] = policy
     if device.startswith("cuda"):
         facts |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
     return facts

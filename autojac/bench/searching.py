@@ -141,9 +141,9 @@ def _seconds_of(run: Callable[[], object]) -> float:
 
     A busy machine adds nothing, and neither do torch's threads, of which several work, or wait by spinning, at a time.
     """
-    start, used = time.perf_counter(), _cpu_seconds()
+    start, cpu_start = time.perf_counter(), _cpu_seconds()
     run()
-    return min(time.perf_counter() - start, _cpu_seconds() - used)
+    return min(time.perf_counter() - start, _cpu_seconds() - cpu_start)
 
 
 def _cpu_seconds() -> float:

@@ -186,8 +186,12 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_environment_and_settings_name_no_machine() -> None:
-    assert set(environment("cpu")) == {"autojac", "torch", "threads", "cpu_capability", "device", "load"}
+def test_environment_and_settings_name_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    facts = {"autojac", "torch", "threads", "cpu_capability", "device", "load"}
+    assert set(environment("cpu")) == facts
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert set(environment("cpu")) == facts | {"omp_wait_policy"}
     assert not {"store", "peers"} & set(Settings(store="/home/me/plans.db", peers="/usr/bin/python").describe())
 
 

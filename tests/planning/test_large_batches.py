@@ -14,9 +14,10 @@ from autojac.methods.batch_chunk import BatchChunk
 from autojac.methods.per_sample import PerSample
 from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay
+from autojac.methods.threads import Threads
 from autojac.planning import exploration
 from autojac.planning.search import looks, measure, race, trial
-from autojac.planning.search.space import of_one_chunk, waits_for_compiler
+from autojac.planning.search.space import of_one_chunk, waits_for_compiler, with_all_threads
 from harness import Scripted, Ticking, compare
 
 SLICE = 1024
@@ -142,6 +143,36 @@ def test_what_is_far_faster_on_the_slice_is_used_before_the_rest_is_looked_at(
     for _ in range(20):
         compare(jac(x), exact(net, x))
     assert [method.makes_flat_programs for was_on_slice, method in looked if was_on_slice].count(True) > 1
+
+
+def test_what_is_far_faster_on_the_slice_and_will_not_run_on_the_batch_holds_nothing_up(
+    net: nn.Module, looked: list[tuple[bool, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FastPrograms(monkeypatch)
+    monkeypatch.setattr(exploration, "SHARE", 1e6)
+    true, failed = race.look, []
+
+    def look(session: Any, method: Any, *rest: Any) -> Any:
+        if of_one_chunk(method).makes_flat_programs and len(failed) < 3:
+            failed.append(method)
+            state = ("skipped", "infeasible", "rejected")[len(failed) - 1]
+            return session.record(method, state, reason="it does not run in this test")
+        return true(session, method, *rest)
+
+    monkeypatch.setattr(race, "look", look)
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    for _ in range(60):
+        compare(jac(x), exact(net, x))
+    assert len(failed) == 3
+    assert of_one_chunk(build(jac.plan(x).method)).makes_flat_programs
+
+
+def test_plans_with_one_thread_are_hints_for_a_large_batch_with_all() -> None:
+    program = Replay(Pull("shared", "loop"))
+    assert with_all_threads(Threads(1, program)) == program
+    assert with_all_threads(BatchChunk(256, Threads(1, program))) == BatchChunk(256, program)
+    assert with_all_threads(BatchChunk(256, program)) == BatchChunk(256, program)
 
 
 def test_a_candidate_that_the_budget_cuts_short_is_tried_again(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

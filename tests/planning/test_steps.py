@@ -17,6 +17,7 @@ from autojac.methods.replay import Replay
 from autojac.planning.exploration import Exploration
 from autojac.planning.problem_builder import ProblemBuilder
 from autojac.planning.search import measure, race, steps
+from autojac.planning.search.finals import CLEAR_ROUNDS, ENOUGH_ROUNDS
 from autojac.planning.search.optimize import PriorKnowledge, start_race
 from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.race import CandidateRace
@@ -52,6 +53,15 @@ def test_a_step_is_expected_to_take_as_long_as_its_runs() -> None:
     found.usual_s = 1.0
     assert found.expected_s(LOOK) == pytest.approx(short + steps.LOOK_RUNS, rel=1e-2)
     assert found.expected_s(Step("look", Push("shared", "vmap"))) > found.expected_s(LOOK) + steps.FORWARD_S / 2
+
+
+def test_a_duel_whose_outcome_is_clear_is_expected_to_take_fewer_rounds() -> None:
+    found = race_for(torch.sin, torch.randn(8, 3))
+    duel = Step("duel", Pull("shared"))
+    rounds = [steps.step_seconds(duel, found.session, [share, 1.0]) for share in (0.9, 0.4, 1 / 0.4)]
+    assert rounds[0] == pytest.approx(steps.RUN_S + (ENOUGH_ROUNDS + steps.DUEL_ROUNDS) * 1.9)
+    assert rounds[1] == pytest.approx(steps.RUN_S + (CLEAR_ROUNDS + steps.DUEL_ROUNDS) * 1.4)
+    assert rounds[2] == pytest.approx(steps.RUN_S + (CLEAR_ROUNDS + steps.DUEL_ROUNDS) * 3.5)
 
 
 def test_compiling_takes_longer_the_more_operators_a_program_has() -> None:

@@ -20,6 +20,7 @@ from autojac.planning.search.space import (
     of_one_chunk,
     predicted_seconds,
     waits_for_compiler,
+    with_all_threads,
     with_compiler,
     without_replay,
 )
@@ -34,8 +35,8 @@ COMPILED_PROGRAMS = 2
 """How many flat programs, the fastest distinct ones, are compiled."""
 THREADED = 2
 """How many of the fastest candidates are tried with one thread."""
-THREADS_PAY = 0.7
-"""Where one thread takes less than so much of the time, all threads say little of how fast others are with one."""
+ONE_THREAD_PAYS = 0.7
+"""Where one thread takes less than so much of the time of all, the order with all says little of that with one."""
 SMALL_S = 5e-3
 """Candidates that take longer gain by every thread."""
 SLICE = 4096
@@ -44,8 +45,8 @@ LARGE = 4
 """A batch of so many slices is worth a race on one of them."""
 SLICE_MARGIN = 1.3
 """What was so many times slower than the best on the slice is not run on the batch."""
-FAR_AHEAD = 0.5
-"""What takes less than so much of the time of the plan in use on the slice is looked at on the batch immediately."""
+MUCH_FASTER = 0.5
+"""A candidate that takes no more than so much of the time of what stands is compared, and used, before all others."""
 SLICE_SHARE = {False: 0.4, True: 0.8}
 """Share of the time for looks that those on the slice may take, in a first search and in one that is continued."""
 MOST_IN_ORDER = 100
@@ -59,8 +60,8 @@ class Looks:
         session: the problem, and the trials so far.
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
-        hints: candidates to look at before all others; where the batch is large, with all threads.
-        incumbent: the method of the plan in use, which is looked at before these.
+        hints: candidates to look at early, such as a neighbour's plan; where the batch is large, with all threads.
+        incumbent: the method of the plan in use, the first one to look at.
 
     Attributes:
         is_continued: whether trials of an earlier search are known.
@@ -80,7 +81,9 @@ class Looks:
         self.is_continued = False
         self.scout = self._scout()
         if self.scout is not None:
-            hints = [hint.inner if isinstance(hint, Threads) else hint for hint in hints]
+            # a small batch gains by fewer threads, as a large one does not
+            hints = [with_all_threads(hint) for hint in hints]
+        hints = [hint for hint in hints if hint.unsupported(session.problem) is None]
         self.first = [*([] if incumbent is None else [incumbent]), *hints]
         self.space = list(dict.fromkeys([*space, *self.first]))
         self._predicted: dict[bool, dict[Method, float]] = {False: {}, True: {}}
@@ -172,7 +175,7 @@ class Looks:
             seconds = min(self.time(method), method.cost(self.session.problem))
             if single not in known and seconds < SMALL_S and single.unsupported(self.session.problem) is None:
                 yield single
-            if turn + 1 >= THREADED and not (is_exhaustive or self.time(single) < THREADS_PAY * self.time(method)):
+            if turn + 1 >= THREADED and not (is_exhaustive or self.time(single) < ONE_THREAD_PAYS * self.time(method)):
                 return
 
     def _compiled_forms(self) -> Iterator[Method]:
@@ -242,27 +245,24 @@ class Looks:
             return math.inf
         return trial.seconds * self.session.problem.batch / SLICE
 
-    def best_by_slice(self) -> float:
-        """Return the seconds of the fastest candidate by the slice; infinite if there is none."""
-        return min(map(self.by_slice, self.space), default=math.inf)
-
-    def shows_better_than(self, incumbent: Method) -> bool:
-        """Check whether something is far faster than the plan in use on the slice, and none was tried on the batch."""
-        known = self.session.trials
-        if any(trial.state != "skipped" for method, trial in known.items() if method != incumbent):
-            return False
-        return self.best_by_slice() < FAR_AHEAD * self.by_slice(incumbent) < math.inf
+    def next_far_ahead(self) -> Method | None:
+        """Return the next candidate for the batch, where the slice shows one to be far faster than all tried so far."""
+        known, best = self.session.trials, self.session.best
+        untried = (self.by_slice(m) for m in self.space if not (m in known or waits_for_compiler(m)))
+        if math.isinf(best) or min(untried, default=math.inf) > MUCH_FASTER * best:
+            return None
+        return next(self.upcoming(), None)
 
     def _on_slice(self, scout: SearchSession) -> Iterator[Method]:
         """Yield the candidates that race on the slice: methods that take all samples in one pass."""
-        # a slice gains by fewer threads, as the batch does not
+        # a slice gains by fewer threads, as the batch does not; plans of earlier versions have them inside chunks
         kinds = dict.fromkeys(of_one_chunk(m) for m in self.space if not (waits_for_compiler(m) or has_threads(m)))
         yield from self._in_order(scout, [m for m in kinds if m.unsupported(scout.problem) is None])
 
     def _promising(self, methods: Sequence[Method]) -> list[Method]:
         """Return candidates for a large batch by what a slice of it takes, without the slow ones; others as given."""
         predicted = {method: self.by_slice(method) for method in methods}
-        best = self.best_by_slice()
+        best = min(map(self.by_slice, self.space), default=math.inf)
         if math.isinf(best):
             return list(methods)
         within = [m for m in methods if predicted[m] <= (PRUNE_RATIO if m in self.defaults else SLICE_MARGIN) * best]

@@ -143,8 +143,7 @@ def start_race(
         later = [method for method in space if method.compiles or isinstance(method, Threads)]
         space = [method for method in space if method not in excluded and method not in later]
     _recall(session, prior.trials, space)
-    hints = [method for method in prior.hints if method.unsupported(problem) is None]
-    race = CandidateRace(session, space, defaults, hints, prior.incumbent)
+    race = CandidateRace(session, space, defaults, prior.hints, prior.incumbent)
     race.looks.is_continued = bool(prior.trials)
     return race.at(point)
 

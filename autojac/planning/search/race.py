@@ -44,7 +44,7 @@ class CandidateRace:
         session: the problem, the trials so far and the point where the next ones are made.
         space: candidates in the order of the cost model.
         defaults: what a torch user would write.
-        hints: candidates to look at before all others, such as a neighbour's plan.
+        hints: candidates to look at early, such as a neighbour's plan.
         incumbent: the method of the plan that is used so far, which only a faster one replaces.
 
     Attributes:
@@ -85,8 +85,9 @@ class CandidateRace:
             within_s: seconds that a look on the batch may be expected to take.
         """
         if looks:
-            asks_batch = self.incumbent is not None and self.looks.shows_better_than(self.incumbent)
-            if slices and not asks_batch and (method := self.looks.next_on_slice()) is not None:
+            if self.usual_s and (method := self.looks.next_far_ahead()) is not None:  # calls wait for a better plan
+                return Step("look", method)
+            if slices and (method := self.looks.next_on_slice()) is not None:
                 return Step("slice", method)
             steps = (Step("look", method) for method in self.looks.upcoming())
             if (step := next((s for s in steps if self.expected_s(s) <= within_s), None)) is not None:

@@ -75,6 +75,13 @@ def has_threads(method: Method) -> bool:
     return isinstance(method, Threads) or isinstance(of_one_chunk(method), Threads)
 
 
+def with_all_threads(method: Method) -> Method:
+    """Return the method without a number of threads of its own."""
+    if isinstance(method, Threads):
+        return method.inner
+    return BatchChunk(method.size, with_all_threads(method.inner)) if isinstance(method, BatchChunk) else method
+
+
 def waits_for_compiler(method: Method) -> bool:
     """Check whether a look at a method has to wait for torch's compiler, to be loaded or to compile."""
     return method.compiles or (method.may_load_compiler and not is_compiler_loaded())

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 from autojac.autodiff.primitives import load_forward_rules
 from autojac.methods.base import Method, Wrapper
 from autojac.methods.batch_chunk import BatchChunk
-from autojac.planning.search.finals import CLEAR_ROUNDS, CLEARLY, ENOUGH_ROUNDS
+from autojac.planning.search.finals import CLEAR_ROUNDS, ENOUGH_ROUNDS
+from autojac.planning.search.looks import MUCH_FASTER
 from autojac.planning.search.space import of_one_chunk, waits_for_compiler
 from autojac.planning.search.trial import BLOCKS, SHORTEST_S, SearchSession
 from autojac.problem.machine import DEFAULT, Machine
@@ -34,8 +35,8 @@ RUN_S = 0.01
 """Seconds of each other step besides the runs that it times."""
 LOOK_RUNS, MEMORY_RUNS, FIRST_CALL_RUNS = 8, 4, 6
 """Runs of a look, with its reference and its check; of a measured peak; and of the first call by another plan."""
-MORE_ROUNDS = 2
-"""As many rounds of a duel determine the block size, and check both."""
+DUEL_ROUNDS = 2
+"""Rounds of a duel besides those that are compared: to determine the block size, and to check both."""
 FIRST_ROUND = 3
 """How many times as long as another round the first one takes."""
 PRIOR_WEIGHT = 0.5
@@ -114,11 +115,11 @@ def step_seconds(step: Step, session: SearchSession, runs: Sequence[float], firs
     if step.kind == "longer":
         return RUN_S + (BLOCKS + 2) * blocks
     if step.kind == "duel":
-        is_clear = min(runs) < CLEARLY**2 * max(runs)  # so that rounds will hardly show less than `CLEARLY`
-        return RUN_S + ((CLEAR_ROUNDS if is_clear else ENOUGH_ROUNDS) + MORE_ROUNDS) * blocks
+        rounds = CLEAR_ROUNDS if min(runs) < MUCH_FASTER * max(runs) else ENOUGH_ROUNDS
+        return RUN_S + (rounds + DUEL_ROUNDS) * blocks
     count = operators(session, method)
     if step.costs_like == "compile":
-        slower = session.problem.machine.batched_s / DEFAULT.batched_s  # both are work of Python
+        slower = session.problem.machine.batched_s / DEFAULT.batched_s  # compilers and transforms are work of Python
         return slower * (COMPILE_S + COMPILE_OPERATOR_S * count)
     preparation = RECORD_S + RECORD_OPERATOR_S * count if _records(method) else LOOK_S
     if step.kind == "adopt":

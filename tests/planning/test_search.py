@@ -379,6 +379,21 @@ def test_what_other_processes_took_is_no_part_of_a_time(
     assert measure.Clock().per_call(lambda: None, torch.device("cpu"), 2) == seconds
 
 
+def test_each_search_gets_further_however_short_its_budget(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=1e-3))
+    x = torch.randn(8, 3, dtype=torch.float64)
+    jac = AutoJacobian(net, store=":memory:")
+    timed = [0]
+    for _ in range(60):
+        plan = jac.tune(x, budget_s=1e-3)
+        timed.append(sum(trial.seconds is not None for trial in plan.trials))
+        if plan.finished:
+            break
+    assert plan.finished
+    assert timed == sorted(timed)
+    assert max(timed) > 5
+
+
 def test_a_flat_program_is_looked_at_instead_of_what_it_is_made_of(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,12 +178,13 @@ def _run(race: CandidateRace, start: float, allowed: float, adapts: bool) -> boo
         within_s = math.inf
         if (scout := race.looks.scout) is not None:
             scout.end = session.end
-            # recording a large batch may take as long as all else; but a search gets further by one look at least
+            # recording a large batch may take as long as all else
             within_s = session.end - now if has_looked else math.inf
-        step = race.next_step(now < start + for_looks, now < start + on_slice, within_s)
+        # each search gets further by one look at least, however much of its time the probe took
+        step = race.next_step(now < start + for_looks or not has_looked, now < start + on_slice, within_s)
         if step is not None and step.compiles and now + race.expected_s(step) > session.end:
             step = race.next_step(looks=False)
-        if step is None or now > session.end:
+        if step is None or (now > session.end and (has_looked or step.kind != "look")):
             return not race.looks.find_untried(compilers=session.effort != "quick")
         if adapts:
             step.load()  # before its time is taken

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 import autojac
 from autojac import AutoJacobian
 from autojac.autodiff.open_modes import levels_restored, transforming
+from autojac.core.plan import expression
 from autojac.core.sandbox import Sandbox
-from autojac.methods.base import build, registry
+from autojac.methods.base import Method, build, registry
+from autojac.methods.batch_chunk import BatchChunk
+from autojac.methods.compiled import Compiled
+from autojac.methods.pull import Pull
 from autojac.methods.replay import Replay, twin_by_autograd
-from autojac.planning.search import looks, measure, optimize, race, space, steps
+from autojac.methods.threads import Threads
+from autojac.planning.search import looks, measure, optimize, race, space, steps, trial
+from autojac.planning.search.optimize import start_race
+from autojac.planning.search.point import SearchPoint
 from autojac.planning.search.space import candidates, choose, default_methods, path_of
 from autojac.problem.problem import Problem
 from autojac.problem.reference import Reference
@@ -377,6 +384,36 @@ def test_what_other_processes_took_is_no_part_of_a_time(
     monkeypatch.setattr(measure, "time", clocks)
     monkeypatch.setattr(measure, "_waits", lambda: next(counted))
     assert measure.Clock().per_call(lambda: None, torch.device("cpu"), 2) == seconds
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Replay(Pull("shared")),
+        BatchChunk(4, Replay(Pull("shared"))),
+        Threads(1, Replay(Pull("shared"))),
+        Compiled(Replay(Pull("shared"))),
+        BatchChunk(4, Compiled(Replay(Pull("shared")))),
+    ],
+    ids=lambda method: expression(method.spec()),
+)
+def test_recording_and_compiling_are_no_part_of_a_time_when_the_budget_is_used_up(
+    method: Method, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, report, problem = planned(net, (torch.randn(8, 3, dtype=torch.float64),))
+    session = start_race(problem, SearchPoint(call.leaves, {}, (), report.sandbox), "measure").session
+    compute, runs, shown = Pull("shared").prepare_call(problem), [0], [0.0]
+
+    def slow_at_first(*args: Any) -> Any:
+        runs[0] += 1
+        shown[0] += 20.0 if runs[0] == 1 else 2.0
+        return compute(*args)
+
+    monkeypatch.setattr(type(method), "prepare_call", lambda self, problem: slow_at_first)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: shown[0]))
+    session.end = 0.0  # a run that alone outlasts the budget is not repeated
+    assert trial.look(session, method).seconds == 2.0
+    assert runs == [2]
 
 
 def test_each_search_gets_further_however_short_its_budget(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from autojac.guards.process_state import ignore_warnings
 from autojac.methods.base import Method
 from autojac.planning.search import measure, memory
 from autojac.planning.search.point import SearchPoint
+from autojac.planning.search.space import without_replay
 from autojac.problem.derivative_reference import AnyReference, reference_for
 from autojac.problem.problem import Compute, Problem, Result
 from autojac.replay.replayer import Replayer
@@ -156,8 +157,9 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
 
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.prepare_call(problem)
-        if method.makes_flat_programs:
-            compute(session.point.leaves, session.point.kwargs)  # the first run records; that is no part of its time
+        if without_replay(method) != method:
+            # the first run records, and compiles: that is no part of its time
+            compute(session.point.leaves, session.point.kwargs)
         start = time.perf_counter()
         result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)

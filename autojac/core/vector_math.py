@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 FUNCTIONS = (
-    torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp,
-    torch.log, torch.log10, torch.log2, torch.sin, torch.sqrt, torch.tan,
-    torch.tanh, torch.trunc,
+    torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp, torch.log,
+    torch.log10, torch.log2, torch.sin, torch.sqrt, torch.tan, torch.tanh, torch.trunc,
 )  # fmt: skip
 """Functions that torch computes by MKL."""
 

@@ -72,7 +72,7 @@ def of_one_chunk(method: Method) -> Method:
 
 def has_threads(method: Method) -> bool:
     """Check whether a method sets torch's number of threads, for the batch or for each chunk of it."""
-    return isinstance(method, Threads) or isinstance(of_one_chunk(method), Threads)
+    return with_all_threads(method) != method
 
 
 def with_all_threads(method: Method) -> Method:

@@ -416,6 +416,31 @@ def test_recording_and_compiling_are_no_part_of_a_time_when_the_budget_is_used_u
     assert runs == [2]
 
 
+class Scaling(nn.Module):
+    """A layer whose result depends on a buffer that each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64).requires_grad_(False)
+        self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.tanh(self.layer(x)) * self.scale.clone()
+        self.scale.mul_(1.5)
+        return result
+
+
+def test_what_a_recording_moves_is_put_back_before_its_program_is_checked() -> None:
+    func, x = Scaling(), torch.randn(8, 3, dtype=torch.float64)
+    jac = tuned(func)
+    compare(jac(x), (1 - torch.tanh(func.layer(x)) ** 2)[:, :, None] * func.layer.weight)
+    assert torch.equal(func.scale, torch.full_like(func.scale, 1.5)), "one call's worth"
+    programs = [t for t in jac.plan(x).trials if isinstance(build(t.method), Replay)]
+    assert any(t.state == "complete" for t in programs), programs
+    assert not any(t.state == "rejected" for t in programs), programs
+
+
 def test_each_search_gets_further_however_short_its_budget(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "clock", Ticking(lambda true: 1e-3, tick=1e-3))
     x = torch.randn(8, 3, dtype=torch.float64)

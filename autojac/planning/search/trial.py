@@ -158,8 +158,9 @@ def attempt(session: SearchSession, method: Method, allowed_s: float | None = No
     def first_run() -> tuple[Compute, float, str | None]:
         compute = method.prepare_call(problem)
         if without_replay(method) != method:
-            # the first run records, and compiles: that is no part of its time
-            compute(session.point.leaves, session.point.kwargs)
+            # the first run records, and compiles: that is no part of its time, and what it moves is put back
+            with session.point.sandbox():
+                compute(session.point.leaves, session.point.kwargs)
         start = time.perf_counter()
         result = compute(session.point.leaves, session.point.kwargs)
         measure.synchronize(session.device)
